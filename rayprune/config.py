@@ -1,0 +1,289 @@
+"""A run's configuration: strict YAML, dotted overrides, one line for every mistake.
+
+Six sections: data, model, method, train, optim, scaling, and run for the folder. Keys that belong to a data source or a
+model pass through to it; every other unknown key is refused with the closest match.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from rayprune.core.objects import closest
+from rayprune.methods import Method, build_method
+
+Auto = Literal["auto"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class DataSection(_Section):
+    """Where the samples come from; keys other than these belong to the source."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    source: str
+    limit: int | None = Field(None, ge=1, description="train on the first n samples only")
+    augment: Auto | dict[str, Any] = Field("auto", description="crop (pixels), flip; auto: the data set's usual")
+
+    @property
+    def source_keys(self) -> dict[str, Any]:
+        """Return the keys that belong to the source."""
+        return dict(self.model_extra or {})
+
+
+class ModelSection(_Section):
+    """Which network; keys other than the name are its options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str = "resnet8"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the model's own options."""
+        return dict(self.model_extra or {})
+
+
+class TrainSection(_Section):
+    """How long, in which batches, at which precision."""
+
+    epochs: int = Field(20, ge=1)
+    batch_size: int = Field(128, ge=1, description="global batch: all workers together, accumulation included")
+    seed: int = Field(0, ge=0)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    last_batch: Literal["pad", "drop"] = "pad"
+    accumulate: int = Field(1, ge=1, description="micro-batches a worker splits its share of a batch into")
+    clip_norm: float | None = Field(None, gt=0, description="largest gradient norm")
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    channels_last: Auto | bool = "auto"
+    validate_every: int = Field(1, ge=1, description="epochs between validations; the last epoch always validates")
+    max_nonfinite: int = Field(100, ge=0, description="NaN or infinite losses in the run before training stops")
+
+
+class OptimSection(_Section):
+    """Optimiser and learning-rate schedule, indexed by the fraction of training done."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(0.1, gt=0, description="peak learning rate")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(5e-4, ge=0)
+    schedule: Literal["constant", "cosine", "onecycle", "step"] = "cosine"
+    warmup: float = Field(0.0, ge=0, lt=1, description="linear warm-up over this fraction of training")
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = Field(0.1, gt=0)
+
+
+class ScalingSection(_Section):
+    """How many workers, on what, fed how."""
+
+    num_workers: int = Field(1, ge=0, description="0 trains in this process, without a Ray cluster")
+    use_gpu: Auto | bool = "auto"
+    cpus_per_worker: Auto | float = "auto"
+    threads: Auto | int = "auto"
+    stream: Literal["auto", "ray", "local"] = "auto"
+
+    @field_validator("cpus_per_worker", "threads")
+    @classmethod
+    def _positive(cls, value: Any) -> Any:
+        if value != "auto" and not value > 0:
+            raise ValueError("must be above 0, or auto")
+        return value
+
+
+class RunSection(_Section):
+    """Where the run's folder lies and how it comes back after a failure."""
+
+    storage_path: str = "runs"
+    name: str | None = Field(None, description="folder name; default: the config's name and a digest of its content")
+    resume: Literal["auto", "never"] = "auto"
+    max_failures: int = Field(3, ge=-1, description="restarts of the worker group; -1: no limit")
+    keep_checkpoints: int = Field(2, ge=1)
+    keep_selections: int = Field(10, ge=0)
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str | None) -> str | None:
+        if value is not None and (not value or value in {".", ".."} or "/" in value or "\\" in value):
+            raise ValueError("must be a folder name without slashes: set run.storage_path for the place")
+        return value
+
+
+class Config(_Section):
+    """Hold a whole run's configuration."""
+
+    data: DataSection
+    model: ModelSection = ModelSection()
+    method: dict[str, Any] = Field(default_factory=lambda: {"name": "full"})
+    train: TrainSection = TrainSection()
+    optim: OptimSection = OptimSection()
+    scaling: ScalingSection = ScalingSection()
+    run: RunSection = RunSection()
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _known_method(cls, value: Any) -> dict[str, Any]:
+        return build_method(value).to_config()
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Config:
+        workers = max(1, self.scaling.num_workers)
+        shares = workers * self.train.accumulate
+        if self.train.batch_size % shares:
+            nearest = max(shares, round(self.train.batch_size / shares) * shares)
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} does not divide by {workers} workers × "
+                f"{self.train.accumulate} micro-batches: use {nearest}"
+            )
+        return self
+
+    def build_method(self) -> Method:
+        """Return the method that the config names."""
+        return build_method(self.method)
+
+    def digest(self) -> str:
+        """Return 8 hexadecimal digits over what decides the result: all sections but scaling and run."""
+        content = self.model_dump(mode="json", exclude={"scaling", "run"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+    def to_yaml(self) -> str:
+        """Return the resolved config as YAML; reading it back gives an equal Config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """Read YAML with 5e-4 as a number, as in YAML 1.2, and refuse a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.YAMLError(f"key {twice.pop()!r} stands twice in line {node.start_mark.line + 1} and after")
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regex) for tag, regex in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_FLOAT = re.compile(r"^[-+]?((\d[\d_]*)(\.\d*)?([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """Turn `key.sub=value` words into a nested mapping; values are YAML.
+
+    Raises:
+        ValueError: a word without '=' or with an empty key.
+
+    >>> parse_overrides(["train.epochs=3", "optim.lr=5e-2"])
+    {'train': {'epochs': 3}, 'optim': {'lr': 0.05}}
+    """
+    tree: dict[str, Any] = {}
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        parts = key.split(".")
+        if not equals or not all(parts):
+            raise ValueError(f"override {word!r} is not of the form key.sub=value")
+        try:
+            value = _Loader(text).get_single_data()
+        except yaml.YAMLError as error:
+            raise ValueError(f"override {word!r}: {_one_line(error)}") from None
+        branch = tree
+        for part in parts[:-1]:
+            branch = branch.setdefault(part, {})
+            if not isinstance(branch, dict):
+                raise ValueError(f"override {word!r}: {part!r} is given as a value and as a section")
+        branch[parts[-1]] = value
+    return tree
+
+
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """Return base with top laid over it, section by section; a new `method.name` drops the old method's keys."""
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            # Another method, model or source has keys of its own: those of the old one would only be refused.
+            switch = {"method": "name", "model": "name", "data": "source"}.get(key)
+            renamed = switch in value and old.get(switch) != value[switch]
+            shared = {"limit", "augment"} if key == "data" else set()
+            kept = {k: v for k, v in old.items() if not renamed or k in shared}
+            merged[key] = merge(kept, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML config and lay the overrides over it.
+
+    Raises:
+        ValueError: one line that names the file, key, value and cure.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"config {str(file)!r} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"config {str(file)!r} is no UTF-8 text") from None
+    try:
+        tree = _Loader(text).get_single_data()
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {str(file)!r} is no valid YAML: {_one_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"config {str(file)!r} holds no sections: it needs at least data: {{source: …}}")
+    config = make_config(merge(tree, parse_overrides(overrides)))
+    if config.run.name is None:
+        name = f"{file.stem}-{config.digest()}"
+        config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+    return config
+
+
+def make_config(tree: Mapping[str, Any]) -> Config:
+    """Validate a nested mapping.
+
+    Raises:
+        ValueError: one line on the first mistake: key, value, allowed range or closest match.
+    """
+    try:
+        return Config.model_validate(dict(tree))
+    except ValidationError as error:
+        raise ValueError(_first_mistake(error)) from None
+
+
+def _first_mistake(error: ValidationError) -> str:
+    # Unknown keys first: a misspelt key often causes the other messages.
+    mistakes = sorted(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
+    mistake = mistakes[0]
+    path = [str(part) for part in mistake["loc"]]
+    if mistake["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in path[:-1]:
+            section = section.model_fields[part].annotation
+        return f"unknown key {'.'.join(path)!r}: {closest(path[-1], section.model_fields)}"
+    # pydantic names the members of a union behind the key; they say nothing to a user.
+    key = ".".join(part for part in path[:2])
+    message = re.sub(r"^(Value error|Assertion failed), ", "", mistake["msg"])
+    message = message[:1].lower() + message[1:]
+    if mistake["type"] == "missing":
+        return f"{key} is missing"
+    if mistake["type"] == "value_error" and len(path) < 2:
+        return message
+    return f"{key} = {mistake['input']!r}: {message}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

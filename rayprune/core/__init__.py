@@ -1,0 +1,9 @@
+"""The selection core: pure NumPy, no Ray, no torch, no I/O."""
+
+from rayprune.core.plan import Plan
+from rayprune.core.schedule import Schedule
+from rayprune.core.selection import Selection
+from rayprune.core.selector import Selector
+from rayprune.core.table import ScoreTable
+
+__all__ = ["Plan", "Schedule", "ScoreTable", "Selection", "Selector"]

@@ -1,0 +1,84 @@
+"""Find an object of the user's by a `module:name` or `path/to/file.py:name` reference."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def closest(name: str, valid: Iterable[str]) -> str:
+    """Say which names are valid and which one is nearest, for the end of an error line.
+
+    >>> closest("infobach", ["full", "infobatch"])
+    "did you mean 'infobatch'? (valid: full, infobatch)"
+    """
+    names = sorted(valid)
+    match = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {match[0]!r}? " if match else ""
+    return f"{hint}(valid: {', '.join(names) or 'none'})"
+
+
+def is_reference(name: str) -> bool:
+    """Tell a `module:name` reference from a registered name.
+
+    >>> is_reference("my_package.losses:Mine"), is_reference("infobatch")
+    (True, False)
+    """
+    return ":" in name
+
+
+def load_object(reference: str) -> Any:
+    """Import what `module:name` or `path/to/file.py:name` refers to.
+
+    Args:
+        reference: a dotted module, or a path to a Python file, then a colon and the attribute's name.
+
+    Raises:
+        ValueError: the reference has another form, or the module, file or attribute does not exist.
+    """
+    where, _, attribute = reference.rpartition(":")
+    if not where or not attribute:
+        raise ValueError(f"{reference!r} is not a reference: write 'module:name' or 'path/to/file.py:name'")
+    module = _load_file(where) if where.endswith(".py") else _load_module(where)
+    try:
+        found = getattr(module, attribute)
+    except AttributeError:
+        public = [name for name in vars(module) if not name.startswith("_")]
+        raise ValueError(f"{where!r} has no {attribute!r}: {closest(attribute, public)}") from None
+    return found
+
+
+def _load_module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
+            raise ValueError(f"module {name!r} is not found: install it or put its folder on PYTHONPATH") from None
+        raise
+
+
+def _load_file(path: str) -> Any:
+    file = Path(path).resolve()
+    if not file.is_file():
+        raise ValueError(f"file {path!r} does not exist")
+    # One module per file and process: pickled instances must find the same class again.
+    name = f"rayprune_user_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"file {path!r} can't be imported as Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

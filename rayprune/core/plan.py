@@ -1,0 +1,160 @@
+"""A Selection laid out for an epoch: shuffled order, whole global batches, blocks.
+
+Shapes: N samples, M kept, P = M + padding rows. Global batch s is rows [s·GB, (s+1)·GB) of the order, whatever the
+world size W; rank r's share of it is the r-th of W equal slices. A block concatenates one rank's slices of consecutive
+global batches ("step-interleaved"), so a resume at step s, with any W that divides GB, is an offset and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayprune.core.selection import Selection
+from rayprune.core.table import chunks
+
+LastBatch = Literal["pad", "drop"]
+
+# Ray splits blocks above its 128 MiB target and the interleaving would silently be lost: stay well below.
+BLOCK_ROWS = 32_768
+BLOCK_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Block:
+    """Name one rank's rows of the global batches [start_step, stop_step)."""
+
+    rank: int
+    start_step: int
+    stop_step: int
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Hold the order in which an epoch visits its samples.
+
+    Attributes:
+        order: (P,) integer ids, P a multiple of batch_size; the first `num_rows` are the selection, the rest padding.
+        batch_size: GB, the global batch.
+        num_rows: rows that are trained on; rows behind them are padding at weight 0.
+        selection: where the weights come from; None = all 1.
+    """
+
+    order: NDArray[Any]
+    batch_size: int
+    num_rows: int
+    selection: Selection | None = None
+
+    @classmethod
+    def of_selection(
+        cls, selection: Selection, batch_size: int, seed: int, epoch: int, last_batch: LastBatch = "pad"
+    ) -> Plan:
+        """Shuffle a selection uniformly and complete its last global batch.
+
+        Args:
+            selection: the epoch's samples.
+            batch_size: GB, at least 1.
+            seed, epoch: fix the order; its generator is independent of the one that the method draws from.
+            last_batch: "pad" completes the last batch with distinct other ids at weight 0 as far as N suffices;
+                "drop" leaves the incomplete batch out.
+        """
+        # NumPy pads a seed with zeros: [seed, epoch, 0] would be the very generator that the method draws from.
+        rng = np.random.default_rng([seed, epoch, 0, 1])
+        rows = selection.num_kept
+        padding = -rows % batch_size if last_batch == "pad" else 0
+        order = np.empty(rows + padding, dtype=_id_dtype(selection.num_samples))
+        filled = 0
+        for chunk in chunks(selection.num_samples):
+            ids = np.flatnonzero(selection.codes[chunk])
+            order[filled : filled + ids.size] = ids + chunk.start
+            filled += ids.size
+        rng.shuffle(order[:rows])
+        if padding:
+            tail = order[rows - rows % batch_size : rows]
+            order[rows:] = _padding(selection.num_samples, tail, padding, rng)
+        if last_batch == "drop":
+            rows -= rows % batch_size
+            order = order[:rows]
+        return cls(order, batch_size, rows, selection)
+
+    @classmethod
+    def in_order(cls, num_samples: int, batch_size: int, ids: NDArray[np.int64] | None = None) -> Plan:
+        """Visit ids (all of 0..N−1 when left out) in ascending order, padded with the first id: a forward-only pass."""
+        rows = np.arange(num_samples) if ids is None else np.sort(ids)
+        order = np.empty(rows.size + -rows.size % batch_size, dtype=_id_dtype(num_samples))
+        order[: rows.size] = rows
+        order[rows.size :] = rows[0] if rows.size else 0
+        return cls(order, batch_size, int(rows.size))
+
+    @property
+    def num_steps(self) -> int:
+        """Global batches in the epoch."""
+        return int(self.order.size // self.batch_size)
+
+    @cached_property
+    def hash(self) -> str:
+        """32 hexadecimal digits over ids, weights and order, the padding included; equal on every platform."""
+        digest = hashlib.sha256(f"{self.batch_size},{self.num_rows}".encode())
+        for rows in chunks(self.order.size):
+            digest.update(self.order[rows].astype("<i8"))
+            digest.update(self.weights(rows.start, rows.stop).astype("<f4"))
+        return digest.hexdigest()[:32]
+
+    def weights(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return the float32 weights of rows [start, stop); 0 for padding."""
+        rows = self.order[start:stop]
+        weights = np.ones(rows.size, np.float32) if self.selection is None else self.selection.weights_of(rows)
+        weights[max(0, self.num_rows - start) :] = 0.0
+        return weights
+
+    def share(
+        self, rank: int, world_size: int, start_step: int, stop_step: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]:
+        """Return one rank's rows of the global batches [start_step, stop_step), batch after batch.
+
+        Returns:
+            ids int64, weights float32, and True where a row is real (False: padding); each ((stop − start)·GB/W,).
+        """
+        start, stop = start_step * self.batch_size, stop_step * self.batch_size
+        size = self.batch_size // world_size
+        mine = slice(rank * size, (rank + 1) * size)
+
+        def slices(rows: NDArray[Any]) -> NDArray[Any]:
+            return rows.reshape(-1, self.batch_size)[:, mine].ravel()
+
+        ids = slices(self.order[start:stop]).astype(np.int64)
+        return ids, slices(self.weights(start, stop)), slices(np.arange(start, stop) < self.num_rows)
+
+    def blocks(self, world_size: int, row_bytes: int, start_step: int = 0) -> list[Block]:
+        """Cut the steps from start_step on into blocks of at most BLOCK_ROWS rows and BLOCK_BYTES bytes.
+
+        The blocks of a span of steps stand in order of ranks, all of one size: a round-robin hands rank r its own.
+        """
+        size = self.batch_size // world_size
+        rows = max(size, min(BLOCK_ROWS, BLOCK_BYTES // max(row_bytes, 1)))
+        steps = max(1, rows // size)
+        return [
+            Block(rank, first, min(first + steps, self.num_steps))
+            for first in range(start_step, self.num_steps, steps)
+            for rank in range(world_size)
+        ]
+
+
+def _id_dtype(num_samples: int) -> type[np.unsignedinteger[Any]]:
+    # Half the memory of int64 and faster to shuffle; ids leave the plan as int64.
+    return np.uint32 if num_samples <= 2**32 else np.uint64
+
+
+def _padding(num_samples: int, tail: NDArray[Any], count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Draw `count` distinct ids outside the last batch; only where N is too small do ids come again."""
+    if num_samples > 4 * (count + tail.size):
+        # Far more ids than needed: draw with some to spare and drop what is in the batch, O(batch) instead of O(N).
+        drawn = rng.choice(num_samples, size=count + tail.size, replace=False)
+        return drawn[~np.isin(drawn, tail)][:count]
+    others = rng.permutation(np.setdiff1d(np.arange(num_samples), tail))
+    return np.resize(np.concatenate([others, rng.permutation(num_samples)]), count)

@@ -1,0 +1,291 @@
+"""The requested prune ratio as a function of training progress.
+
+A Schedule is called with (epoch, num_epochs) and returns the prune ratio r of that epoch, in [0, 1). Any method that
+takes a ratio takes a schedule: a number is the constant schedule, a mapping `{schedule: NAME, ...}` builds one by name.
+
+The power law γ_k = k^(−ρ) over K blocks with a given budget is the reading of DynaMS (Wang et al., ICLR 2023) that
+this project decided on; the paper names the law but not its constants.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, TypeVar
+
+from rayprune.core.objects import closest
+from rayprune.core.plain import make_fields_plain
+
+SCHEDULES: dict[str, type[Schedule]] = {}
+_BELOW_ONE = math.nextafter(1.0, 0.0)  # where a ratio just below 1 would round to 1
+_S = TypeVar("_S", bound="type[Schedule]")
+
+
+def _named(name: str) -> Callable[[_S], _S]:
+    def register(cls: _S) -> _S:
+        cls.name = name
+        SCHEDULES[name] = cls
+        return cls
+
+    return register
+
+
+def first_full_epoch(fraction: float, num_epochs: int) -> int:
+    """Return floor(δE), the first epoch of the final full-data phase; robust to products like .29 × 100 = 28.999….
+
+    >>> [first_full_epoch(0.875, e) for e in (8, 10, 90, 200, 300)]
+    [7, 8, 78, 175, 262]
+    """
+    return math.floor(fraction * num_epochs + 1e-9)
+
+
+def check_ratio(name: str, value: float) -> None:
+    """Raise ValueError unless value is a number in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} {value!r} is outside [0, 1): 0 keeps everything, .5 drops half")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise ValueError unless value is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} {value!r} is outside [0, 1]")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Give the requested prune ratio of an epoch; the base of all schedules."""
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        make_fields_plain(self)
+
+    def __call__(self, epoch: int, num_epochs: int) -> float:
+        """Return r for `epoch` (0-based) of `num_epochs`, in [0, 1)."""
+        if not 0 <= epoch < num_epochs:
+            raise ValueError(f"epoch {epoch} is outside [0, {num_epochs})")
+        return min(self.ratio(epoch, num_epochs), _BELOW_ONE)
+
+    def ratio(self, epoch: int, num_epochs: int) -> float:
+        """Return r; subclasses define it."""
+        raise TypeError(f"{type(self).__name__} defines no ratio()")
+
+    @staticmethod
+    def of(value: float | Schedule | Mapping[str, Any]) -> Schedule:
+        """Make a schedule of a number, a mapping with the key `schedule`, or a Schedule.
+
+        Raises:
+            ValueError: unknown schedule or key (with the closest match), or a value out of range.
+
+        >>> Schedule.of(0.5)(3, 10)
+        0.5
+        >>> Schedule.of({"schedule": "linear", "start": 0.0, "end": 0.5})(9, 10)
+        0.5
+        """
+        if isinstance(value, Schedule):
+            return value
+        if not isinstance(value, Mapping):
+            return Constant(value)
+        options = dict(value)
+        name = options.pop("schedule", None)
+        if name not in SCHEDULES:
+            raise ValueError(f"unknown schedule {name!r}: {closest(str(name), SCHEDULES)}")
+        cls = SCHEDULES[name]
+        valid = [f.name for f in dataclasses.fields(cls)]
+        for key in options:
+            if key not in valid:
+                raise ValueError(f"unknown key {key!r} of schedule {name!r}: {closest(key, valid)}")
+        return cls(**options)
+
+    def to_config(self) -> float | dict[str, Any]:
+        """Return what `of` takes, in plain YAML types."""
+        plain = dataclasses.asdict(self)
+        return {"schedule": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}}
+
+
+def _fraction(epoch: int, num_epochs: int) -> float:
+    return epoch / (num_epochs - 1) if num_epochs > 1 else 1.0
+
+
+@_named("constant")
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """The same ratio in every epoch."""
+
+    value: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ratio("prune ratio", self.value)
+
+    def ratio(self, epoch: int, num_epochs: int) -> float:
+        """Return the constant."""
+        return float(self.value)
+
+    def to_config(self) -> float | dict[str, Any]:
+        """Return the number itself."""
+        return float(self.value)
+
+
+@dataclass(frozen=True)
+class _Ramp(Schedule):
+    start: float = 0.0
+    end: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ratio("start", self.start)
+        check_ratio("end", self.end)
+
+
+@_named("linear")
+@dataclass(frozen=True)
+class Linear(_Ramp):
+    """From `start` in the first epoch to `end` in the last along a line.
+
+    >>> [round(Linear(0.0, 0.4)(e, 5), 3) for e in range(5)]
+    [0.0, 0.1, 0.2, 0.3, 0.4]
+    """
+
+    def ratio(self, epoch: int, num_epochs: int) -> float:
+        """Return the point on the line."""
+        return self.start + (self.end - self.start) * _fraction(epoch, num_epochs)
+
+
+@_named("cosine")
+@dataclass(frozen=True)
+class Cosine(_Ramp):
+    """From `start` to `end` along half a cosine wave.
+
+    >>> [round(Cosine(0.0, 0.4)(e, 5), 3) for e in range(5)]
+    [0.0, 0.059, 0.2, 0.341, 0.4]
+    """
+
+    def ratio(self, epoch: int, num_epochs: int) -> float:
+        """Return the point on the wave."""
+        return self.start + (self.end - self.start) * (1 - math.cos(math.pi * _fraction(epoch, num_epochs))) / 2
+
+
+@_named("polynomial")
+@dataclass(frozen=True)
+class Polynomial(_Ramp):
+    """Keep γ_f + (γ_0 − γ_f)(1 − x)^p with γ = 1 − r: fast at first for p > 1.
+
+    >>> [round(Polynomial(0.0, 0.4, power=2)(e, 5), 3) for e in range(5)]
+    [0.0, 0.175, 0.3, 0.375, 0.4]
+    """
+
+    power: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.power > 0:
+            raise ValueError(f"power {self.power!r} must be above 0")
+
+    def ratio(self, epoch: int, num_epochs: int) -> float:
+        """Return the point on the polynomial."""
+        left: float = (1.0 - _fraction(epoch, num_epochs)) ** self.power
+        return self.end + (self.start - self.end) * left
+
+
+@_named("power")
+@dataclass(frozen=True)
+class Power(Schedule):
+    """Keep γ_k = k^(−ρ) in block k = 1..K of equal length, with ρ solved so that the mean of γ is the budget.
+
+    >>> power = Power(budget=0.6, blocks=20)
+    >>> round(power.exponent, 5), round(1 - power(1, 20), 5), round(1 - power(19, 20), 5)
+    (0.2514, 0.84008, 0.4709)
+    """
+
+    budget: float = 0.6
+    blocks: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.blocks, int) or self.blocks < 1:
+            raise ValueError(f"blocks {self.blocks!r} must be an integer of at least 1")
+        least = 1.0 / self.blocks
+        if not (isinstance(self.budget, int | float) and least < self.budget <= 1.0):
+            raise ValueError(f"budget {self.budget!r} is outside ({least:g}, 1] for {self.blocks} blocks")
+
+    @cached_property
+    def exponent(self) -> float:
+        """ρ by bisection: the mean of k^(−ρ) falls monotonically in ρ."""
+        low, high = 0.0, 1.0
+        while self._mean_kept(high) > self.budget:
+            high *= 2
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._mean_kept(middle) > self.budget else (low, middle)
+        return (low + high) / 2
+
+    def _mean_kept(self, exponent: float) -> float:
+        return math.fsum(k**-exponent for k in range(1, self.blocks + 1)) / self.blocks
+
+    def ratio(self, epoch: int, num_epochs: int) -> float:
+        """Return 1 − γ of the block that the epoch lies in."""
+        block = epoch * self.blocks // num_epochs + 1
+        return float(1.0 - block**-self.exponent)
+
+
+@_named("step")
+@dataclass(frozen=True)
+class Step(Schedule):
+    """Jump to `ratios[i]` at the share `milestones[i]` of the run; `start` before the first.
+
+    >>> [Step(milestones=(0.5, 0.75), ratios=(0.3, 0.6))(e, 4) for e in range(4)]
+    [0.0, 0.0, 0.3, 0.6]
+    """
+
+    milestones: tuple[float, ...] = (0.5,)
+    ratios: tuple[float, ...] = (0.5,)
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ratio("start", self.start)
+        if len(self.milestones) != len(self.ratios) or list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones {self.milestones} must ascend, with one ratio each, got {self.ratios}")
+        for milestone, ratio in zip(self.milestones, self.ratios, strict=True):
+            check_share("milestone", milestone)
+            check_ratio("ratio", ratio)
+
+    def ratio(self, epoch: int, num_epochs: int) -> float:
+        """Return the ratio of the last milestone reached."""
+        current = self.start
+        for milestone, ratio in zip(self.milestones, self.ratios, strict=True):
+            if epoch >= first_full_epoch(milestone, num_epochs):
+                current = ratio
+        return current
+
+
+@_named("annealed")
+@dataclass(frozen=True)
+class AnnealedToFull(Schedule):
+    """Follow another schedule, then train on everything from epoch floor(δE) on (InfoBatch's annealing).
+
+    >>> [AnnealedToFull(0.5, until=0.5)(e, 5) for e in range(5)]
+    [0.5, 0.5, 0.0, 0.0, 0.0]
+    """
+
+    of_ratio: Any = 0.5
+    until: float = 0.875
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "of_ratio", Schedule.of(self.of_ratio))
+        check_share("until", self.until)
+
+    def ratio(self, epoch: int, num_epochs: int) -> float:
+        """Return the inner ratio before floor(δE), 0 from there on."""
+        if epoch >= first_full_epoch(self.until, num_epochs):
+            return 0.0
+        return float(self.of_ratio(epoch, num_epochs))
+
+    def to_config(self) -> float | dict[str, Any]:
+        """Return the nested mapping."""
+        return {"schedule": self.name, "of_ratio": self.of_ratio.to_config(), "until": self.until}

@@ -1,0 +1,176 @@
+"""One epoch's choice of samples: which are kept, with which weight, and which are only looked at.
+
+Shapes: N samples, M kept, V distinct weights. A Selection stores one code a sample (1 byte for up to 255 distinct
+weights) instead of ids and weights, so that a billion rows fit; ids and weights are made when asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rayprune.core.ids import as_ids
+
+_NO_IDS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Hold the kept samples of one epoch and their weights; immutable.
+
+    Attributes:
+        codes: (N,) unsigned integers; 0 = pruned, c > 0 = kept with weight `weight_values[c - 1]`.
+        weight_values: (V,) float32, the distinct weights.
+        requested: the prune ratio that the method asked for in this epoch, in [0, 1).
+        expected_drops: how many samples the method meant to drop, in expectation (0 in an epoch that may not prune).
+        forward_only_ids: (F,) int64, samples to re-score by a forward pass without training.
+        lr_scale: factor on the learning rate of this epoch, > 0.
+    """
+
+    codes: NDArray[np.unsignedinteger[Any]]
+    weight_values: NDArray[np.float32]
+    requested: float = 0.0
+    expected_drops: float = 0.0
+    forward_only_ids: NDArray[np.int64] = field(default_factory=lambda: _NO_IDS)
+    lr_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.requested < 1.0:
+            raise ValueError(f"requested prune ratio {self.requested!r} is outside [0, 1)")
+        if not (np.isfinite(self.lr_scale) and self.lr_scale > 0):
+            raise ValueError(f"lr_scale {self.lr_scale!r} is not a positive finite number")
+        weights = np.asarray(self.weight_values, dtype=np.float32)
+        if weights.size and not (np.isfinite(weights).all() and (weights >= 0).all()):
+            raise ValueError(f"weights must be finite and at least 0, got {weights[:5].tolist()}")
+        forward_only = as_ids(self.forward_only_ids, self.num_samples)
+        for name, array in (("codes", self.codes), ("weight_values", weights), ("forward_only_ids", forward_only)):
+            frozen = array.view()
+            frozen.flags.writeable = False
+            object.__setattr__(self, name, frozen)
+
+    @classmethod
+    def full(cls, num_samples: int) -> Selection:
+        """Keep every sample with weight 1.
+
+        >>> Selection.full(3).ids.tolist(), Selection.full(3).weights.tolist()
+        ([0, 1, 2], [1.0, 1.0, 1.0])
+        """
+        return cls(np.ones(num_samples, dtype=np.uint8), np.ones(1, dtype=np.float32))
+
+    @classmethod
+    def of_mask(cls, kept: NDArray[np.bool_], requested: float = 0.0, expected_drops: float = 0.0) -> Selection:
+        """Keep with weight 1 where (N,) `kept` is True.
+
+        >>> Selection.of_mask(np.array([True, False])).realised
+        0.5
+        """
+        return cls(kept.view(np.uint8), np.ones(1, dtype=np.float32), requested, expected_drops)
+
+    @classmethod
+    def of_ids(
+        cls,
+        ids: ArrayLike,
+        num_samples: int,
+        *,
+        weights: ArrayLike | None = None,
+        requested: float = 0.0,
+        expected_drops: float = 0.0,
+        forward_only_ids: ArrayLike | None = None,
+        lr_scale: float = 1.0,
+    ) -> Selection:
+        """Keep the given ids.
+
+        Args:
+            ids: (M,) distinct integers in [0, num_samples), in any order (a Selection is a set: the Plan orders it).
+            num_samples: N.
+            weights: (M,) finite, at least 0; 1 when left out.
+            requested, expected_drops, forward_only_ids, lr_scale: as the attributes.
+
+        Raises:
+            ValueError: ids repeat, are out of range or no integers; weights do not fit.
+        """
+        kept = as_ids(ids, num_samples)
+        codes: NDArray[np.unsignedinteger[Any]] = np.zeros(num_samples, dtype=np.uint8)
+        values = np.ones(1, dtype=np.float32)
+        if weights is None:
+            codes[kept] = 1
+        else:
+            given = np.asarray(weights, dtype=np.float32)
+            if given.shape != kept.shape:
+                raise ValueError(f"{given.shape} weights do not fit {kept.shape} ids")
+            values, inverse = np.unique(given, return_inverse=True)
+            codes = codes.astype(np.min_scalar_type(values.size))
+            codes[kept] = inverse + 1
+        if np.count_nonzero(codes) != kept.size:
+            raise ValueError("ids repeat: a selection holds every kept id once")
+        return cls(
+            codes,
+            values,
+            requested=requested,
+            expected_drops=expected_drops,
+            forward_only_ids=_NO_IDS if forward_only_ids is None else as_ids(forward_only_ids, num_samples),
+            lr_scale=lr_scale,
+        )
+
+    def asking(self, requested: float) -> Selection:
+        """Return the same choice with another `requested` ratio."""
+        return replace(self, requested=requested)
+
+    @property
+    def num_samples(self) -> int:
+        """N, kept or not."""
+        return int(self.codes.shape[0])
+
+    @cached_property
+    def num_kept(self) -> int:
+        """M, the number of kept samples."""
+        return int(np.count_nonzero(self.codes))
+
+    @property
+    def realised(self) -> float:
+        """The share of the N samples that this epoch prunes, in [0, 1]."""
+        return 1.0 - self.num_kept / self.num_samples if self.num_samples else 0.0
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """(M,) int64 kept ids in ascending order; made anew at each call."""
+        return np.flatnonzero(self.codes)
+
+    @property
+    def weights(self) -> NDArray[np.float32]:
+        """(M,) float32 weights aligned with `ids`; made anew at each call."""
+        return self.weights_of(self.ids)
+
+    def weights_of(self, ids: NDArray[Any]) -> NDArray[np.float32]:
+        """Return the weights of kept ids, in the order asked: (B,) integers → (B,) float32 (0 where pruned)."""
+        values = np.concatenate([np.zeros(1, np.float32), self.weight_values])
+        weights: NDArray[np.float32] = values[self.codes[ids]]
+        return weights
+
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
+        """Pack into arrays for a checkpoint: a bitmap of N bits, the kept samples' weight codes, the weights."""
+        kept = self.codes != 0
+        scalars = np.array([self.requested, self.expected_drops, self.lr_scale], dtype=np.float64)
+        return {
+            "bitmap": np.packbits(kept),
+            "weight_codes": self.codes[kept],
+            "weight_values": self.weight_values,
+            "forward_only_ids": self.forward_only_ids,
+            "scalars": scalars,
+            "num_samples": np.array(self.num_samples, dtype=np.int64),
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Selection:
+        """Unpack what `to_arrays` made; bit for bit the same Selection."""
+        num_samples = int(arrays["num_samples"])
+        kept = np.unpackbits(arrays["bitmap"], count=num_samples).view(bool)
+        codes = np.zeros(num_samples, dtype=arrays["weight_codes"].dtype)
+        codes[kept] = arrays["weight_codes"]
+        requested, expected_drops, lr_scale = (float(value) for value in arrays["scalars"])
+        return cls(codes, arrays["weight_values"], requested, expected_drops, arrays["forward_only_ids"], lr_scale)

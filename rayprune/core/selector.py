@@ -1,0 +1,262 @@
+"""Table + method + seed = the next epoch's selection; the in-process twin of the ScoreActor.
+
+Shapes: N samples, B observed. A selection is a pure function of (table at the epoch's start, epoch, seed), so a run
+that is restored to an epoch's start selects the same samples again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rayprune.core.context import EpochContext
+from rayprune.core.ids import as_ids
+from rayprune.core.selection import Selection
+from rayprune.core.table import ScoreTable, chunks
+
+logger = logging.getLogger(__name__)
+
+STATE_SCHEMA = 1
+_NAMED_NONFINITE = 20
+
+
+class SelectionMethod(Protocol):
+    """What the Selector needs of a method; `rayprune.methods.base.Method` is its implementation."""
+
+    class_floor: float
+    signals: tuple[str, ...]
+    fixed: bool
+
+    def to_config(self) -> dict[str, Any]: ...
+
+    def columns(self) -> Mapping[str, Any]: ...
+
+    def fold(
+        self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int
+    ) -> None: ...
+
+    def select(self, table: ScoreTable, context: EpochContext) -> Selection: ...
+
+    def scores(self, table: ScoreTable) -> dict[str, NDArray[Any]]: ...
+
+
+class Selector:
+    """Fold observations into a score table and choose each epoch's samples.
+
+    Args:
+        method: a rayprune method, such as `InfoBatch()`.
+        num_samples: N, at least 1.
+        num_epochs: E, at least 1.
+        seed: non-negative integer; with the table and the epoch it fixes every selection.
+        labels: (N,) integers from 0, needed by `class_floor` and by methods that balance classes.
+
+    Raises:
+        ValueError: a number out of range, labels that do not fit, or a class floor without labels.
+
+    >>> from rayprune.methods import InfoBatch
+    >>> selector = Selector(InfoBatch(prune_ratio=0.5), num_samples=4, num_epochs=8, seed=0)
+    >>> selector.begin_epoch(0).ids.tolist()
+    [0, 1, 2, 3]
+    >>> selector.observe([0, 1, 2, 3], {"loss": [0.1, 2.0, 3.0, 2.0]}, epoch=0)
+    >>> set(selector.begin_epoch(1).ids.tolist()) >= {1, 2, 3}
+    True
+    """
+
+    def __init__(
+        self,
+        method: SelectionMethod,
+        num_samples: int,
+        num_epochs: int,
+        seed: int = 0,
+        labels: ArrayLike | None = None,
+    ) -> None:
+        for name, value, least in (("num_samples", num_samples, 1), ("num_epochs", num_epochs, 1), ("seed", seed, 0)):
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(f"{name} {value!r} must be an integer of at least {least}")
+        self.method, self.num_samples, self.num_epochs, self.seed = method, int(num_samples), int(num_epochs), int(seed)
+        self.labels = None if labels is None else _checked_labels(labels, self.num_samples)
+        if method.class_floor > 0 and self.labels is None:
+            raise ValueError(f"class_floor {method.class_floor} needs labels: give labels= to the Selector")
+        self.table = ScoreTable(self.num_samples, method.columns(), self.num_epochs)
+        self.epoch = -1
+        self.visits_before = 0
+        self.num_nonfinite = 0
+        self.nonfinite_ids: list[int] = []
+        self._selection = Selection.full(self.num_samples)
+
+    def begin_epoch(self, epoch: int) -> Selection:
+        """Choose the samples of `epoch`; asked again for the same epoch, return the same Selection.
+
+        Raises:
+            ValueError: the epoch lies before one already begun, or outside [0, num_epochs).
+            RuntimeError: the method meant to drop at least one sample and dropped none, or kept none at all.
+        """
+        epoch = self._checked_epoch(epoch)
+        if epoch == self.epoch:
+            return self._selection
+        if epoch < self.epoch:
+            raise ValueError(f"epoch {epoch} is over: epoch {self.epoch} has begun")
+        visits_before = self.visits_before + (self._selection.num_kept if self.epoch >= 0 else 0)
+        selection = self._select(epoch, visits_before)
+        self.epoch, self.visits_before, self._selection = epoch, visits_before, selection
+        for rows in chunks(self.num_samples):
+            self.table.times_pruned[rows] += selection.codes[rows] == 0
+        return selection
+
+    def _checked_epoch(self, epoch: int) -> int:
+        if isinstance(epoch, bool) or not isinstance(epoch, int | np.integer) or not 0 <= epoch < self.num_epochs:
+            raise ValueError(f"epoch {epoch!r} is no integer in [0, {self.num_epochs})")
+        return int(epoch)
+
+    def _select(self, epoch: int, visits_before: int) -> Selection:
+        floor = self.method.class_floor
+        context = EpochContext(epoch, self.num_epochs, self.num_samples, self.seed, self.labels, floor, visits_before)
+        selection = self.method.select(self.table, context)
+        if selection.num_samples != self.num_samples:
+            raise RuntimeError(f"the selection is over {selection.num_samples} samples, not {self.num_samples}")
+        if selection.expected_drops >= 1 and selection.num_kept == self.num_samples:
+            raise RuntimeError(
+                f"epoch {epoch}: {selection.expected_drops:.0f} samples were to be dropped at prune ratio "
+                f"{selection.requested:g}, and none was"
+            )
+        if selection.num_kept == 0:
+            raise RuntimeError(f"epoch {epoch}: nothing is kept at prune ratio {selection.requested:g}: lower it")
+        if floor > 0:
+            assert self.labels is not None
+            draw = np.random.default_rng([self.seed, 0 if self.method.fixed else epoch, 1])
+            selection = _top_up(selection, self.labels, floor, draw)
+        return selection
+
+    def observe(self, ids: ArrayLike, signals: Mapping[str, ArrayLike], epoch: int) -> None:
+        """Fold what the workers saw at their visits into the table.
+
+        Rows with a NaN or infinite signal never enter the table: they are logged, counted in `num_nonfinite` and the
+        first of their ids kept in `nonfinite_ids`.
+
+        Args:
+            ids: (B,) distinct integers in [0, N).
+            signals: name → (B,) or (B, …) numbers; every signal that the method declares.
+            epoch: the epoch of the visits, not before the one begun last.
+
+        Raises:
+            ValueError: ids repeat, are unknown or no integers; a signal is missing or has another length; a past epoch.
+        """
+        checked = as_ids(ids, self.num_samples)
+        epoch = self._checked_epoch(epoch)
+        if epoch < self.epoch:
+            raise ValueError(f"observation of epoch {epoch}, but epoch {self.epoch} of {self.num_epochs} is running")
+        arrays: dict[str, NDArray[Any]] = {}
+        for name in self.method.signals:
+            if name not in signals:
+                raise ValueError(f"signal {name!r} is missing: the method needs {list(self.method.signals)}")
+            array = np.asarray(signals[name])
+            if array.shape[:1] != checked.shape:
+                raise ValueError(f"signal {name!r} of shape {array.shape} does not fit {checked.size} ids")
+            if array.dtype.kind not in "biuf":
+                raise ValueError(f"signal {name!r} must hold numbers, got {array.dtype}")
+            column = self.table.columns.get(name)
+            if column is not None and column.ndim == 1 and array.ndim != 1:
+                raise ValueError(f"signal {name!r} of shape {array.shape} must be one number a sample")
+            arrays[name] = array
+        checked, arrays = self._finite(checked, arrays, epoch)
+        if checked.size:
+            self.table.mark_visited(checked, epoch)
+            self.method.fold(self.table, checked, arrays, epoch)
+
+    def _finite(
+        self, ids: NDArray[np.int64], arrays: dict[str, NDArray[Any]], epoch: int
+    ) -> tuple[NDArray[np.int64], dict[str, NDArray[Any]]]:
+        finite = np.ones(ids.size, dtype=bool)
+        for array in arrays.values():
+            with np.errstate(over="ignore"):  # columns are float32: what overflows there is infinite too
+                rows = np.isfinite(array.astype(np.float32, copy=False))
+            finite &= rows.all(axis=tuple(range(1, rows.ndim)))
+        if finite.all():
+            return ids, arrays
+        bad = ids[~finite]
+        self.num_nonfinite += int(bad.size)
+        self.nonfinite_ids += bad[: max(0, _NAMED_NONFINITE - len(self.nonfinite_ids))].tolist()
+        logger.warning("epoch %d: %d NaN or infinite signals left out, ids %s", epoch, bad.size, bad[:5].tolist())
+        return ids[finite], {name: array[finite] for name, array in arrays.items()}
+
+    def scores(self) -> dict[str, NDArray[Any]]:
+        """Return the method's scores, name → (N,) copy; NaN where a sample was never visited."""
+        return {name: np.array(column) for name, column in self.method.scores(self.table).items()}
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """Return the whole state as arrays by name (none needs pickle), not copied: table and current Selection."""
+        header = {
+            "schema": STATE_SCHEMA,
+            "method": self.method.to_config(),
+            "num_samples": self.num_samples,
+            "num_epochs": self.num_epochs,
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "visits_before": self.visits_before,
+            "num_nonfinite": self.num_nonfinite,
+            "nonfinite_ids": self.nonfinite_ids,
+        }
+        state = {"header": np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)}
+        state |= {f"table/{name}": array for name, array in self.table.to_arrays().items()}
+        return state | {f"selection/{name}": array for name, array in self._selection.to_arrays().items()}
+
+    def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go back to a state of `state_dict`, the current Selection included.
+
+        Raises:
+            ValueError: the state is of a newer schema, another method, number of samples or epochs, or seed.
+        """
+        header = json.loads(bytes(state["header"]).decode())
+        if header["schema"] > STATE_SCHEMA:
+            raise ValueError(f"state of schema {header['schema']}, this version reads up to {STATE_SCHEMA}: upgrade")
+        own = {"method": self.method.to_config(), "num_samples": self.num_samples}
+        own |= {"num_epochs": self.num_epochs, "seed": self.seed}
+        for name, value in own.items():
+            if header[name] != json.loads(json.dumps(value)):
+                raise ValueError(f"the state is of another run: {name} {header[name]!r}, here {value!r}")
+        self.table.load_arrays({k.removeprefix("table/"): v for k, v in state.items() if k.startswith("table/")})
+        packed = {k.removeprefix("selection/"): v for k, v in state.items() if k.startswith("selection/")}
+        self._selection = Selection.from_arrays(packed)
+        self.epoch, self.visits_before = header["epoch"], header["visits_before"]
+        self.num_nonfinite, self.nonfinite_ids = header["num_nonfinite"], list(header["nonfinite_ids"])
+
+
+def _checked_labels(labels: ArrayLike, num_samples: int) -> NDArray[Any]:
+    array = np.asarray(labels)
+    if array.shape != (num_samples,) or array.dtype.kind not in "iu":
+        raise ValueError(f"labels must be {num_samples} integers, got {array.dtype} of shape {array.shape}")
+    if array.min() < 0:
+        raise ValueError(f"labels must be at least 0, got {array.min()}")
+    return array.astype(np.min_scalar_type(int(array.max())))  # classes are few: 1 or 2 bytes a sample, not 8
+
+
+def _top_up(selection: Selection, labels: NDArray[Any], floor: float, rng: np.random.Generator) -> Selection:
+    """Add pruned samples at weight 1 to classes below the floor.
+
+    Methods that thin at random hold the floor without bias inside `EpochContext.thin`, and nothing is added to them.
+    """
+    kept = selection.codes != 0
+    kept_C = np.bincount(labels[kept], minlength=int(labels.max()) + 1)
+    short_C = np.ceil(np.round(floor * np.bincount(labels), 6)).astype(np.int64) - kept_C
+    if not (short_C > 0).any():
+        return selection
+    extra = [
+        rng.choice(np.flatnonzero((labels == label) & ~kept), short_C[label], replace=False)
+        for label in np.flatnonzero(short_C > 0)
+    ]
+    ids = np.concatenate([selection.ids, *extra])
+    added = np.ones(ids.size - selection.num_kept, dtype=np.float32)
+    return Selection.of_ids(
+        ids,
+        selection.num_samples,
+        weights=np.concatenate([selection.weights, added]),
+        requested=selection.requested,
+        expected_drops=selection.expected_drops,
+        forward_only_ids=np.setdiff1d(selection.forward_only_ids, ids),
+        lr_scale=selection.lr_scale,
+    )

@@ -1,0 +1,102 @@
+"""All mutable selection state: named arrays with one row a sample.
+
+Shapes: N samples, B observed. A missing floating-point value is NaN and its row has `last_visit` -1; observed values
+are finite, so a NaN always means "never visited".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Rows a pass takes at once, so that temporaries stay in the cache and memory a sample stays small.
+CHUNK_ROWS = 1 << 16
+
+
+def chunks(num_rows: int) -> Iterator[slice]:
+    """Yield slices of at most CHUNK_ROWS rows that cover [0, num_rows).
+
+    >>> [s.stop - s.start for s in chunks(100_000)]
+    [65536, 34464]
+    """
+    for start in range(0, num_rows, CHUNK_ROWS):
+        yield slice(start, min(start + CHUNK_ROWS, num_rows))
+
+
+class ScoreTable:
+    """Hold a method's columns plus what every method needs: last visit and times pruned.
+
+    Args:
+        num_samples: N.
+        columns: column name → NumPy dtype, or (dtype, row shape) for vectors.
+        num_epochs: E, which sizes the counter of prunings.
+    """
+
+    def __init__(self, num_samples: int, columns: Mapping[str, Any], num_epochs: int) -> None:
+        self.columns: dict[str, NDArray[Any]] = {}
+        for name, spec in columns.items():
+            dtype, shape = spec if isinstance(spec, tuple) else (spec, ())
+            missing = np.nan if np.dtype(dtype).kind == "f" else 0
+            self.columns[name] = np.full((num_samples, *shape), missing, dtype=dtype)
+        self.last_visit: NDArray[np.int32] = np.full(num_samples, -1, dtype=np.int32)
+        self.times_pruned: NDArray[Any] = np.zeros(num_samples, dtype=np.min_scalar_type(max(num_epochs, 1)))
+
+    def __getitem__(self, column: str) -> NDArray[Any]:
+        return self.columns[column]
+
+    def __len__(self) -> int:
+        return int(self.last_visit.shape[0])
+
+    @property
+    def visited(self) -> NDArray[np.bool_]:
+        """(N,) True where the sample has been observed at least once."""
+        return self.last_visit >= 0
+
+    def mark_visited(self, ids: NDArray[np.int64], epoch: int) -> None:
+        """Set the last visit of (B,) ids.
+
+        Raises:
+            ValueError: an id stands twice in `ids`; the table is left as it was.
+        """
+        before = self.last_visit[ids]
+        # Each row writes its own mark; where an id repeats the last mark wins, and earlier rows do not find theirs.
+        marks = np.arange(-2, -2 - ids.size, -1, dtype=np.int32)
+        self.last_visit[ids] = marks
+        own = self.last_visit[ids] == marks
+        if not own.all():
+            self.last_visit[ids] = before
+            raise ValueError(f"duplicate ids {np.unique(ids[~own])[:5].tolist()}: a sample is observed once at a time")
+        self.last_visit[ids] = epoch
+
+    def permuted(self, order: NDArray[np.int64]) -> ScoreTable:
+        """Return a copy whose row i is this table's row order[i]; `times_pruned` stays with its sample."""
+        copy = ScoreTable(0, {}, 0)
+        copy.columns = {name: column[order] for name, column in self.columns.items()}
+        copy.last_visit = self.last_visit[order]
+        copy.times_pruned = self.times_pruned
+        return copy
+
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
+        """Return every array by name, not copied: columns as `column/NAME`."""
+        named: dict[str, NDArray[Any]] = {f"column/{name}": column for name, column in self.columns.items()}
+        return {**named, "last_visit": self.last_visit, "times_pruned": self.times_pruned}
+
+    def load_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Copy in what `to_arrays` returned.
+
+        Raises:
+            ValueError: names, shapes or dtypes differ from this table's.
+        """
+        own = self.to_arrays()
+        if own.keys() != arrays.keys():
+            raise ValueError(f"the table's columns differ: {sorted(arrays)} stored, {sorted(own)} expected")
+        for name, array in arrays.items():
+            if own[name].shape != array.shape or own[name].dtype != array.dtype:
+                raise ValueError(
+                    f"column {name!r} is {array.dtype}{array.shape}, not {own[name].dtype}{own[name].shape}"
+                )
+        for name, array in arrays.items():
+            own[name][...] = array

@@ -1,0 +1,124 @@
+"""Unbiased random thinning: exact-size draws within strata, with inverse-probability weights.
+
+Shapes: N samples, S strata, C classes. A stratum keeps m of its n samples; m is k·n rounded at random to one of its two
+neighbours so that every sample's inclusion probability is exactly k, and the weight is 1/k: the weighted sum over the
+kept is the full sum in expectation (Horvitz and Thompson, JASA 1952). Rounding down, as the InfoBatch reference does,
+biases small strata.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayprune.core.selection import Selection
+from rayprune.core.table import chunks
+
+# Generator.hypergeometric takes populations below 10^9.
+_MAX_STRATUM = 10**9 - 1
+
+
+def round_at_random(expected: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Round (S,) numbers to neighbouring integers, each with the given expectation.
+
+    One draw serves all (systematic sampling of the fractions), so that their sum too is rounded to a neighbour: several
+    strata that each might drop a sample never all drop none by chance. Values within 1e-9 of an integer are exact.
+
+    >>> round_at_random((1 - np.array([0.8, 0.5])) * 5, np.random.default_rng(0)).tolist()
+    [1, 3]
+    """
+    nearest = np.round(expected)
+    exact = np.abs(expected - nearest) <= 1e-9 * np.maximum(1.0, np.abs(expected))
+    low = np.where(exact, nearest, np.floor(expected))
+    fractions = np.where(exact, 0.0, expected - low)
+    steps = np.floor(np.cumsum(np.concatenate([[rng.random()], fractions])))
+    rounded: NDArray[np.int64] = (low + np.diff(steps)).astype(np.int64)
+    return rounded
+
+
+def thin(
+    strata: NDArray[np.unsignedinteger[Any]], keep_ratios: NDArray[np.float64], rng: np.random.Generator
+) -> Selection:
+    """Keep a random share of each stratum.
+
+    Args:
+        strata: (N,) unsigned integers; 0 = kept whole with weight 1, s ≥ 1 = thinned to `keep_ratios[s - 1]`.
+        keep_ratios: (S,) float64 in (0, 1].
+        rng: the epoch's generator.
+
+    Returns:
+        A Selection whose inclusion probabilities are exactly the keep ratios; the caller sets its `requested`.
+    """
+    num_strata = keep_ratios.size + 1
+    left = np.zeros(num_strata, dtype=np.int64)
+    for rows in chunks(strata.size):
+        left[:] += np.bincount(strata[rows], minlength=num_strata)
+    if left[1:].max(initial=0) > _MAX_STRATUM:
+        raise ValueError(f"a stratum of {left[1:].max()} samples is above the {_MAX_STRATUM} that can be drawn from")
+    expected = float(np.sum(left[1:] * (1.0 - keep_ratios)))
+    to_keep = np.concatenate([left[:1], round_at_random(left[1:] * keep_ratios, rng)])
+    codes = strata.astype(np.min_scalar_type(num_strata)) + np.uint8(1)
+    for rows in chunks(strata.size):
+        _thin_chunk(codes[rows], left, to_keep, rng)
+    weights = np.concatenate([[1.0], 1.0 / keep_ratios]).astype(np.float32)
+    return Selection(codes, weights, expected_drops=expected)
+
+
+def _thin_chunk(
+    codes: NDArray[Any], left: NDArray[np.int64], to_keep: NDArray[np.int64], rng: np.random.Generator
+) -> None:
+    """Draw within one chunk in place; `left` and `to_keep` become what later chunks have to share."""
+    order = np.argsort(codes, kind="stable")
+    counts = np.bincount(codes, minlength=left.size + 1)[1:]
+    ends = np.cumsum(counts)
+    for stratum in np.flatnonzero(counts):
+        count = int(counts[stratum])
+        if stratum == 0:
+            continue
+        # How many of the stratum's kept samples fall into this chunk, as a uniform draw over the whole would have it.
+        kept = int(rng.hypergeometric(count, left[stratum] - count, to_keep[stratum])) if to_keep[stratum] else 0
+        left[stratum] -= count
+        to_keep[stratum] -= kept
+        if kept < count:
+            rows = order[ends[stratum] - count : ends[stratum]]
+            codes[rows[rng.choice(count, count - kept, replace=False, shuffle=False)]] = 0
+
+
+def thin_with_class_floor(
+    strata: NDArray[np.unsignedinteger[Any]],
+    keep_ratios: NDArray[np.float64],
+    labels: NDArray[Any],
+    class_floor: float,
+    rng: np.random.Generator,
+) -> Selection:
+    """Thin as `thin`, but keep at least the share `class_floor` of every class, still unbiased.
+
+    A class that would fall below the floor has its keep ratios moved toward 1 before the draw (never after it: a
+    correction that looks at the draw would bias the weights). Counts are rounded up, so the floor holds exactly.
+
+    Args:
+        strata, keep_ratios, rng: as `thin`.
+        labels: (N,) integers in [0, C).
+        class_floor: share in (0, 1].
+    """
+    width = keep_ratios.size + 1
+    num_classes = int(labels.max(initial=0)) + 1
+    counts = np.zeros(num_classes * width, dtype=np.int64)
+    for rows in chunks(strata.size):
+        counts[:] += np.bincount(labels[rows].astype(np.int64) * width + strata[rows], minlength=counts.size)
+    counts_CS = counts.reshape(num_classes, width)
+    keep_S = np.concatenate([[1.0], keep_ratios])
+    expected_C = counts_CS @ keep_S
+    size_C = counts_CS.sum(axis=1)
+    short_C = np.maximum(class_floor * size_C - expected_C, 0.0)
+    spare_C = np.maximum(size_C - expected_C, 1e-300)
+    keep_CS = keep_S + (short_C / spare_C)[:, None] * (1.0 - keep_S)
+    kept_CS = np.ceil(np.round(keep_CS * counts_CS, 6))
+    exact_CS = np.where(counts_CS > 0, kept_CS / np.maximum(counts_CS, 1), 1.0)[:, 1:]
+    fine = np.zeros(strata.size, dtype=np.min_scalar_type(num_classes * (width - 1) + 1))
+    for rows in chunks(strata.size):
+        coarse = strata[rows].astype(np.int64)
+        fine[rows] = np.where(coarse > 0, labels[rows].astype(np.int64) * (width - 1) + coarse, 0)
+    return thin(fine, exact_CS.ravel(), rng)

@@ -1,0 +1,210 @@
+"""The ScoreActor: the Selector of a run behind calls, with exactly-once observation.
+
+The class itself knows nothing of Ray: with workers it runs as a Ray actor (single-threaded, restarted without limit),
+without them in the training process, and both give identical selections.
+
+What keeps observations exact (Ray acknowledges calls that a dying actor then forgets): workers log what they pushed in
+the epoch; at the flush the actor names the sequence numbers that it misses; repeats are dropped by sequence number; a
+generation newer than the actor's own, which is also what a restarted actor meets, takes the state back to the epoch's
+start, from the newest checkpoint, before anything is folded.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayprune.core.plan import LastBatch, Plan
+from rayprune.core.selector import Selector
+from rayprune.engine.checkpoint import load_selector_state
+from rayprune.engine.protocol import ClosedEpoch, Layout, PlanHeader, StaleGeneration, Turn, unpack
+from rayprune.engine.run_folder import write_selection
+from rayprune.methods import build_method
+from rayprune.sources import SampleSource
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScoreSpec:
+    """What a ScoreActor is made of; small, so that a restart sends little.
+
+    Attributes:
+        method: the method's config.
+        source: the training source; opened for its labels only when a class floor needs them.
+        num_validation: rows of the validation split, 0 without one.
+        batch_size: global batch.
+        row_bytes: bytes of one training row in the stream.
+        run_folder: where checkpoints are read and selections written; None writes nothing.
+        keep_selections: how many epochs' selections stay on disk.
+    """
+
+    method: dict[str, Any]
+    source: SampleSource
+    num_validation: int
+    num_epochs: int
+    seed: int
+    batch_size: int
+    last_batch: LastBatch
+    row_bytes: int
+    run_folder: str | None
+    keep_selections: int
+
+    def selector(self) -> Selector:
+        """Return a fresh Selector."""
+        method = build_method(self.method)
+        labels = self.source.labels if method.class_floor > 0 else None
+        return Selector(method, len(self.source), self.num_epochs, self.seed, labels=labels)
+
+
+class ScoreActor:
+    """Gather observations from all ranks, emit each epoch's plan."""
+
+    def __init__(self, spec: ScoreSpec) -> None:
+        self._spec = spec
+        self._generation = 0
+        self._selector: Selector | None = None
+        self._received: dict[int, set[int]] = {}
+        self._turn: Turn | None = None
+        self._plan: Plan | None = None
+        self._num_observed = 0
+        self._stopped: str | None = None
+
+    def _enter(self, generation: int, epoch: int) -> Selector:
+        """Let a call of `generation` in, back at the start of `epoch` if it is the first of a newer one."""
+        if generation < self._generation:
+            raise StaleGeneration(f"generation {generation} was replaced by {self._generation}")
+        if generation > self._generation or self._selector is None:
+            selector = self._spec.selector()
+            if epoch > 0:
+                assert self._spec.run_folder is not None
+                selector.load_state_dict(load_selector_state(Path(self._spec.run_folder), epoch))
+            selector.begin_epoch(epoch)
+            self._selector, self._generation = selector, generation
+            self._start_epoch()
+        if epoch != self._selector.epoch:
+            raise StaleGeneration(f"a call of epoch {epoch} in epoch {self._selector.epoch}")
+        return self._selector
+
+    def _start_epoch(self) -> None:
+        self._received, self._turn, self._plan, self._num_observed = {}, None, None, 0
+
+    def announce(self, generation: int, turn: Turn) -> PlanHeader:
+        """Lay out the plan of a turn; every rank says the same turn, the first one makes the plan."""
+        selector = self._enter(generation, turn.epoch)
+        start = time.perf_counter()
+        if turn != self._turn or self._plan is None:
+            self._plan = self._make_plan(selector, turn)
+            self._turn = turn
+        selection = selector.begin_epoch(turn.epoch)
+        return PlanHeader(
+            num_steps=self._plan.num_steps,
+            num_rows=self._plan.num_rows,
+            num_kept=selection.num_kept,
+            num_samples=selection.num_samples,
+            num_forward_only=selection.forward_only_ids.size,
+            requested=selection.requested,
+            realised=selection.realised,
+            lr_scale=selection.lr_scale,
+            hash=self._plan.hash if turn.phase == "train" else "",
+            select_s=time.perf_counter() - start,
+        )
+
+    def _make_plan(self, selector: Selector, turn: Turn) -> Plan:
+        spec = self._spec
+        if turn.phase == "validate":
+            return Plan.in_order(spec.num_validation, spec.batch_size)
+        selection = selector.begin_epoch(turn.epoch)
+        if turn.phase == "forward":
+            return Plan.in_order(selection.num_samples, spec.batch_size, selection.forward_only_ids)
+        return Plan.of_selection(selection, spec.batch_size, spec.seed, turn.epoch, spec.last_batch)
+
+    def share(
+        self, generation: int, turn: Turn, rank: int, start_step: int, stop_step: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]:
+        """Return a rank's ids, weights and real-row marks of the steps [start_step, stop_step) of the turn's plan."""
+        if turn != self._turn:  # a restarted actor lays the same plan out again
+            self.announce(generation, turn)
+        assert self._plan is not None
+        return self._plan.share(rank, turn.world_size, start_step, stop_step)
+
+    def blocks(self) -> tuple[str, list[tuple[NDArray[np.int64], NDArray[np.float32]]]]:
+        """Return the turn's phase and its blocks of (ids, weights) for the stream; no blocks before the first turn."""
+        if self._turn is None or self._plan is None:
+            return "train", []
+        turn, plan = self._turn, self._plan
+        cut = plan.blocks(turn.world_size, self._spec.row_bytes, turn.start_step)
+        shares = [plan.share(b.rank, turn.world_size, b.start_step, b.stop_step)[:2] for b in cut]
+        return turn.phase, shares
+
+    def observe(
+        self, generation: int, epoch: int, rank: int, sequence: int, layout: Layout, buffer: NDArray[np.uint8]
+    ) -> None:
+        """Fold one push; a sequence number that has been seen in this epoch is dropped."""
+        try:
+            selector = self._enter(generation, epoch)
+        except StaleGeneration as error:
+            logger.info("a push was refused: %s", error)
+            return
+        received = self._received.setdefault(rank, set())
+        if sequence in received:
+            return
+        signals = unpack(layout, buffer)
+        ids = signals.pop("id")
+        selector.observe(ids, signals, epoch)
+        received.add(sequence)
+        self._num_observed += ids.size
+
+    def missing(self, generation: int, epoch: int, rank: int, count: int) -> list[int]:
+        """Return which of a rank's pushes 0 … count − 1 of this epoch have not arrived."""
+        self._enter(generation, epoch)
+        return sorted(set(range(count)) - self._received.get(rank, set()))
+
+    def close_epoch(self, generation: int, epoch: int, counts: list[int]) -> ClosedEpoch | None:
+        """Choose the next epoch's samples once all pushes of all ranks are in.
+
+        Args:
+            counts: pushes of each rank in this epoch.
+
+        Returns:
+            The state that belongs into the checkpoint, the next selection included; None when pushes are missing (the
+            actor was restarted since the flush): flush again.
+        """
+        if self._selector is not None and generation == self._generation and epoch == self._selector.epoch - 1:
+            return self._closed(0.0)  # asked again after an answer that got lost
+        selector = self._enter(generation, epoch)
+        if any(self.missing(generation, epoch, rank, count) for rank, count in enumerate(counts)):
+            return None
+        if self._spec.run_folder is not None:
+            folder = Path(self._spec.run_folder)
+            write_selection(folder, epoch, selector.begin_epoch(epoch), self._spec.keep_selections)
+        start = time.perf_counter()
+        if epoch + 1 < self._spec.num_epochs:
+            selector.begin_epoch(epoch + 1)
+            self._start_epoch()
+        return self._closed(time.perf_counter() - start)
+
+    def _closed(self, select_s: float) -> ClosedEpoch:
+        assert self._selector is not None
+        selector = self._selector
+        return ClosedEpoch(selector.state_dict(), select_s, selector.num_nonfinite, selector.nonfinite_ids)
+
+    def progress(self) -> tuple[int, int, int]:
+        """Return (epoch, samples observed in it, samples its plan holds), for a progress display."""
+        if self._selector is None or self._plan is None:
+            return 0, 0, 0
+        return self._selector.epoch, self._num_observed, self._plan.num_rows
+
+    def stop(self, reason: str) -> None:
+        """Remember why the run cannot go on, so that a restarted worker group leaves at once."""
+        self._stopped = self._stopped or reason
+
+    def stopped(self) -> str | None:
+        """Return the reason given to `stop`, or None."""
+        return self._stopped

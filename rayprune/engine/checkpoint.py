@@ -1,0 +1,124 @@
+"""Checkpoints: everything a resume needs in one folder, its manifest of checksums written last.
+
+    <run>/checkpoints/epoch-000003/   the state before epoch 3
+        model.pt       the network's state_dict
+        trainer.pt     the optimiser's state_dict
+        selector.npz   score table and the selection of epoch 3 (rayprune.core.selector)
+        position.json  epoch, counts, the last metrics line, what the run is (config digest, fingerprint)
+        manifest.json  name → SHA-256; a folder without it was never finished
+
+Nothing in it needs pickle to load: torch loads with weights_only, NumPy without allow_pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+_FOLDER = "checkpoints"
+
+
+def checkpoint_path(run_folder: Path, epoch: int) -> Path:
+    """Return where the state before `epoch` lies."""
+    return run_folder / _FOLDER / f"epoch-{epoch:06d}"
+
+
+def write_checkpoint(
+    run_folder: Path,
+    epoch: int,
+    *,
+    model: Mapping[str, Any],
+    trainer: Mapping[str, Any],
+    selector: Mapping[str, NDArray[Any]],
+    position: Mapping[str, Any],
+) -> Path:
+    """Write the state before `epoch` under a temporary name, then rename it: a reader sees all of it or nothing."""
+    final = checkpoint_path(run_folder, epoch)
+    partial = final.with_name(f".partial-{final.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    torch.save(dict(model), partial / "model.pt")
+    torch.save(dict(trainer), partial / "trainer.pt")
+    np.savez(partial / "selector.npz", **selector)
+    (partial / "position.json").write_text(json.dumps({"schema": SCHEMA, "epoch": epoch, **position}))
+    sums = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+    (partial / "manifest.json").write_text(json.dumps(sums, indent=1))
+    shutil.rmtree(final, ignore_errors=True)  # an earlier attempt's state of the same epoch
+    partial.rename(final)
+    return final
+
+
+def newest_checkpoint(run_folder: Path) -> Path | None:
+    """Return the newest checkpoint whose files match their manifest; a damaged one is named and passed over."""
+    folders = sorted((run_folder / _FOLDER).glob("epoch-*"), reverse=True)
+    for folder in folders:
+        damage = _damage(folder)
+        if damage is None:
+            return folder
+        logger.warning("checkpoint %s is damaged (%s): the one before it is used", folder, damage)
+    return None
+
+
+def read_position(folder: Path) -> dict[str, Any]:
+    """Return position.json.
+
+    Raises:
+        ValueError: the checkpoint is of a newer schema.
+    """
+    position: dict[str, Any] = json.loads((folder / "position.json").read_text())
+    if position["schema"] > SCHEMA:
+        raise ValueError(f"checkpoint {folder} has schema {position['schema']}, this version reads {SCHEMA}: upgrade")
+    return position
+
+
+def load_selector_state(run_folder: Path, epoch: int) -> dict[str, NDArray[Any]]:
+    """Return the Selector's state before `epoch`.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint of that epoch.
+    """
+    with np.load(checkpoint_path(run_folder, epoch) / "selector.npz", allow_pickle=False) as stored:
+        return {name: stored[name] for name in stored.files}
+
+
+def load_tensors(file: Path, device: torch.device) -> dict[str, Any]:
+    """Load a file of tensors, plain numbers and containers; refuses anything else."""
+    loaded: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
+    return loaded
+
+
+def remove_old_checkpoints(run_folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    for folder in sorted((run_folder / _FOLDER).glob("epoch-*"), reverse=True)[keep:]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _damage(folder: Path) -> str | None:
+    try:
+        sums = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        return f"manifest.json: {error}"
+    for name, expected in sums.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if _sha256(file) != expected:
+            return f"{name} was altered"
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,93 @@
+"""What workers and the ScoreActor say to each other.
+
+A *generation* numbers the attempts of a run: each start of the worker group takes a higher one, and what an earlier
+group still has under way is refused. A *turn* is one pass over one plan (train, forward-only or validation).
+Observations travel as one packed buffer a push, numbered per rank and epoch, so that a push that came twice is folded
+once and one that got lost is asked for again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Phase = Literal["train", "forward", "validate"]
+
+# One signal's place in a packed buffer: name, dtype, shape.
+Layout = tuple[tuple[str, str, tuple[int, ...]], ...]
+
+
+class StaleGeneration(RuntimeError):
+    """A call of a worker group that has been replaced."""
+
+
+class PlanMismatch(RuntimeError):
+    """The stream delivered other samples than the plan says."""
+
+
+class TrainingStopped(ValueError):
+    """The run was stopped for a reason that a restart would not mend; the message says which."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One pass over one plan by all ranks."""
+
+    epoch: int
+    phase: Phase
+    world_size: int
+    start_step: int = 0
+
+
+@dataclass(frozen=True)
+class PlanHeader:
+    """What every rank must know of a plan without holding it."""
+
+    num_steps: int
+    num_rows: int
+    num_kept: int
+    num_samples: int
+    num_forward_only: int
+    requested: float
+    realised: float
+    lr_scale: float
+    hash: str
+    select_s: float
+
+
+@dataclass(frozen=True)
+class ClosedEpoch:
+    """What rank 0 gets when every observation of an epoch has arrived."""
+
+    state: dict[str, NDArray[Any]]
+    select_s: float
+    num_nonfinite: int
+    nonfinite_ids: list[int]
+
+
+def pack(ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]]) -> tuple[Layout, NDArray[np.uint8]]:
+    """Lay ids (B,) and signals (B, …) into one byte buffer: one object to send instead of several.
+
+    >>> layout, buffer = pack(np.array([7]), {"loss": np.array([0.5], np.float32)})
+    >>> unpack(layout, buffer)["loss"]
+    array([0.5], dtype=float32)
+    """
+    arrays = {"id": np.asarray(ids, dtype=np.int64), **signals}
+    layout = tuple((name, array.dtype.str, array.shape) for name, array in arrays.items())
+    parts = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays.values()]
+    return layout, np.concatenate(parts)
+
+
+def unpack(layout: Layout, buffer: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+    """Return the arrays of `pack` as views into the buffer; the ids are under "id"."""
+    arrays = {}
+    start = 0
+    for name, dtype, shape in layout:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        arrays[name] = buffer[start : start + size].view(dtype).reshape(shape)
+        start += size
+    return arrays

@@ -1,0 +1,102 @@
+"""Which resources a run takes, checked before Ray would wait for them without a word."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import ray
+import torch
+
+from rayprune.config import Config
+from rayprune.sources import SampleSource
+
+# Below this an automatic share means that the machine is far too small for so many workers.
+_LEAST_AUTO_CPUS = 0.5
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What each worker gets and how its rows come."""
+
+    num_workers: int
+    use_gpu: bool
+    cpus_per_worker: float
+    threads: int
+    stream: Literal["ray", "local"]
+    why: str
+
+
+def start_ray(debug: bool = False) -> None:
+    """Connect to the cluster that RAY_ADDRESS names, or start a local one on the loopback interface."""
+    if ray.is_initialized():
+        return
+    # The controller looks for reports every 2 s by default: that would cost a second an epoch.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    quiet = {"log_to_driver": debug, "logging_level": "INFO" if debug else "ERROR"}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+
+
+def resolve_resources(config: Config, source: SampleSource) -> Resources:
+    """Settle every `auto` of the scaling section.
+
+    Raises:
+        ValueError: the cluster can never place the workers, in one line with the cure.
+    """
+    scaling = config.scaling
+    if scaling.num_workers == 0:
+        if scaling.stream == "ray":
+            raise ValueError("scaling.stream ray needs workers: set scaling.num_workers=1 or scaling.stream=local")
+        use_gpu = torch.cuda.is_available() if scaling.use_gpu == "auto" else scaling.use_gpu
+        threads = len(os.sched_getaffinity(0)) if scaling.threads == "auto" else int(scaling.threads)
+        return Resources(0, _checked_gpu(use_gpu, torch.cuda.device_count(), 1), 0.0, threads, "local", "no workers")
+    total = ray.cluster_resources()
+    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+    use_gpu = gpus > 0 if scaling.use_gpu == "auto" else scaling.use_gpu
+    _checked_gpu(use_gpu, int(gpus), scaling.num_workers)
+    stream, why = _pick_stream(scaling.stream, source)
+    cpus_per_worker = _cpus_per_worker(scaling.cpus_per_worker, scaling.num_workers, cpus, stream)
+    threads = max(1, int(cpus // scaling.num_workers)) if scaling.threads == "auto" else int(scaling.threads)
+    return Resources(scaling.num_workers, use_gpu, cpus_per_worker, threads, stream, why)
+
+
+def _pick_stream(stream: str, source: SampleSource) -> tuple[Literal["ray", "local"], str]:
+    if stream == "ray":
+        return "ray", "as configured"
+    if stream == "local":
+        return "local", "as configured"
+    if source.row_cost == "cheap":
+        return "local", "rows are cheap to read: memory-mapped or in memory"
+    return "ray", "rows are expensive to read: Ray Data spreads the decoding"
+
+
+def _cpus_per_worker(asked: float | str, num_workers: int, cpus: float, stream: str) -> float:
+    for_data = 1.0 if stream == "ray" and cpus > 1 else 0.0
+    share = (cpus - for_data) / num_workers
+    if asked == "auto":
+        # Whole CPUs where there are enough; a fraction is only Ray's book-keeping, threads are set apart.
+        each = float(int(share)) if share >= 1 else max(share, _LEAST_AUTO_CPUS)
+    else:
+        each = float(asked)
+    if each * num_workers + for_data > cpus + 1e-6:
+        data = " + 1 CPU for Ray Data" if for_data else ""
+        most = max(0, int((cpus - for_data) / each))
+        raise ValueError(
+            f"scaling.num_workers {num_workers} × {each:g} CPUs{data} is more than the {cpus:g} CPUs of the cluster, so "
+            f"Ray would wait for ever: set scaling.num_workers={max(most, 1)} or scaling.cpus_per_worker={share:.2g}"
+        )
+    return each
+
+
+def _checked_gpu(use_gpu: bool, gpus: int, workers: int) -> bool:
+    if use_gpu and gpus < workers:
+        raise ValueError(
+            f"scaling.use_gpu with {workers} workers needs {workers} GPUs, there are {gpus}: set scaling.use_gpu=false"
+            + (f" or scaling.num_workers={gpus}" if gpus else "")
+        )
+    return use_gpu

@@ -1,0 +1,111 @@
+"""The run folder: config.yaml, environment.json, metrics.jsonl, selections/, scores.parquet.
+
+Plain files that other programs read: JSON lines, Parquet, NumPy without pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from rayprune.core.selection import Selection
+from rayprune.core.selector import Selector
+
+SCORES_SCHEMA = 1
+_PACKAGES = ("rayprune", "ray", "torch", "torchvision", "numpy", "pandas", "pyarrow", "scikit-learn")
+
+
+def write_environment(run_folder: Path, **facts: Any) -> None:
+    """Write versions and hardware, and what the caller adds (seed, fingerprint, devices)."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    machine = {"system": platform.platform(), "processor": platform.machine(), "python": platform.python_version()}
+    text = json.dumps({"versions": versions, "machine": machine, **facts}, indent=1)
+    (run_folder / "environment.json").write_text(text + "\n")
+
+
+def append_metrics(run_folder: Path, record: Mapping[str, Any]) -> None:
+    """Append one epoch's line to metrics.jsonl; a line torn by a kill is dropped first."""
+    file = run_folder / "metrics.jsonl"
+    _drop_torn_line(file)
+    with file.open("a") as stream:
+        stream.write(json.dumps(_without_nan(record)) + "\n")
+
+
+def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
+    """Return the last line of each epoch, in order of epochs; a torn last line is left out."""
+    file = run_folder / "metrics.jsonl"
+    by_epoch = {record["epoch"]: record for record in _lines(file)} if file.exists() else {}
+    return [by_epoch[epoch] for epoch in sorted(by_epoch)]
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    for line in file.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)
+
+
+def _drop_torn_line(file: Path) -> None:
+    if not file.exists():
+        return
+    with file.open("rb+") as stream:
+        content = stream.read()
+        if content and not content.endswith(b"\n"):
+            stream.truncate(content.rfind(b"\n") + 1)
+
+
+def _without_nan(value: Any) -> Any:
+    # JSON has no NaN: a loss that is none is null.
+    if isinstance(value, Mapping):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_selection(run_folder: Path, epoch: int, selection: Selection, keep: int) -> None:
+    """Write selections/epoch-NNNNNN.npz (bitmap and weight codes) and delete all but the newest `keep`."""
+    if not keep:
+        return
+    folder = run_folder / "selections"
+    folder.mkdir(exist_ok=True)
+    np.savez_compressed(folder / f"epoch-{epoch:06d}.npz", **selection.to_arrays())
+    for old in sorted(folder.glob("epoch-*.npz"), reverse=True)[keep:]:
+        old.unlink(missing_ok=True)
+
+
+def read_selection(run_folder: Path, epoch: int) -> Selection:
+    """Return an epoch's Selection from selections/."""
+    with np.load(run_folder / "selections" / f"epoch-{epoch:06d}.npz", allow_pickle=False) as stored:
+        return Selection.from_arrays(dict(stored))
+
+
+def write_scores(run_folder: Path, selector: Selector, labels: NDArray[np.int64], fingerprint: str) -> Path:
+    """Write scores.parquet: id, label, every score, last_visit, times_pruned; the fingerprint in its metadata."""
+    columns: dict[str, Any] = {"id": np.arange(selector.num_samples), "label": labels}
+    columns |= selector.scores()
+    columns |= {"last_visit": selector.table.last_visit, "times_pruned": selector.table.times_pruned}
+    about = {
+        "schema": SCORES_SCHEMA,
+        "fingerprint": fingerprint,
+        "method": selector.method.to_config(),
+        "seed": selector.seed,
+    }
+    table = pa.table(columns).replace_schema_metadata({"rayprune": json.dumps(about)})
+    file = run_folder / "scores.parquet"
+    partial = file.with_suffix(".partial")
+    pq.write_table(table, partial)
+    partial.replace(file)
+    return file

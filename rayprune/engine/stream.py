@@ -1,0 +1,192 @@
+"""Both transports of a plan, one interface: this rank's batches, in the plan's order.
+
+`stream: ray`: a Datasource whose read tasks are the blocks of the ScoreActor's current plan; the decoded rows travel
+through Ray Data and workers never open the source. One Dataset and one streaming_split serve the whole run, because the
+split coordinator plans anew for every iteration. `stream: local`: the worker reads its rows from the SampleSource, a
+thread ahead. `Datasource` and `ReadTask` are no stable API of Ray: they are used here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockAccessor, BlockMetadata
+
+from rayprune.engine.client import RemoteScores, ScoreClient
+from rayprune.engine.protocol import PlanHeader, PlanMismatch, Turn
+from rayprune.sources import SampleSource, Schema
+
+Columns = Mapping[str, NDArray[Any]]
+Share = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]
+
+# Rows that a worker reads or asks the plan for at once: enough to make the cost a call vanish, little to hold.
+SPAN_ROWS = 65_536
+LOCAL_READ_ROWS = 2_048
+_LOCAL_READ_BYTES = 16 * 1024 * 1024
+_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a global batch.
+
+    Attributes:
+        columns: name → (B, …) as the source delivers them.
+        ids: (B,) int64.
+        weights: (B,) float32, 0 for padding.
+        real: (B,) False for padding.
+    """
+
+    columns: Columns
+    ids: NDArray[np.int64]
+    weights: NDArray[np.float32]
+    real: NDArray[np.bool_]
+
+
+class Transport(Protocol):
+    """Deliver the rows of this rank's shares, batch after batch."""
+
+    def batches(self, turn: Turn, shares: Iterator[Share], batch_rows: int) -> Iterator[Batch]:
+        """Yield one Batch for each `batch_rows` rows of the shares, in order.
+
+        Raises:
+            PlanMismatch: other rows came than the plan says.
+        """
+
+
+def row_bytes(schema: Schema) -> int:
+    """Return the bytes of one decoded row."""
+    return sum(int(np.prod(column.shape)) * np.dtype(column.dtype).itemsize for column in schema.columns.values())
+
+
+def plan_batches(
+    client: ScoreClient, generation: int, turn: Turn, header: PlanHeader, rank: int, batch_size: int, via: Transport
+) -> Iterator[Batch]:
+    """Yield this rank's batches of a turn.
+
+    Args:
+        client, generation: where the plan is and who asks.
+        turn, header: the turn that was announced and its plan's header.
+        rank: this worker's rank.
+        batch_size: the global batch.
+        via: the transport.
+    """
+    rows = batch_size // turn.world_size
+    steps = max(1, SPAN_ROWS // rows)
+
+    def shares() -> Iterator[Share]:
+        for start in range(turn.start_step, header.num_steps, steps):
+            stop = min(start + steps, header.num_steps)
+            yield client.call("share", generation, turn, rank, start, stop)
+
+    if turn.start_step < header.num_steps:
+        yield from via.batches(turn, shares(), rows)
+
+
+class LocalStream:
+    """Read rows in this process, a thread ahead of training."""
+
+    def __init__(self, sources: Mapping[str, SampleSource]) -> None:
+        self._sources = sources
+
+    def batches(self, turn: Turn, shares: Iterator[Share], batch_rows: int) -> Iterator[Batch]:
+        """See Transport."""
+        source = self._sources["validation" if turn.phase == "validate" else "train"]
+        budget = max(1, _LOCAL_READ_BYTES // max(1, row_bytes(source.schema)))
+        read_rows = max(1, min(LOCAL_READ_ROWS, budget) // batch_rows) * batch_rows
+        with ThreadPoolExecutor(1, thread_name_prefix="rayprune-read") as reader:
+            waiting: list[tuple[Future[dict[str, NDArray[Any]]], Share]] = []
+            for ids, weights, real in shares:
+                for start in range(0, ids.size, read_rows):
+                    part = slice(start, start + read_rows)
+                    waiting.append((reader.submit(source.take, ids[part]), (ids[part], weights[part], real[part])))
+                    if len(waiting) > _AHEAD:
+                        yield from _cut(*waiting.pop(0), batch_rows)
+            for read in waiting:
+                yield from _cut(*read, batch_rows)
+
+
+def _cut(read: Future[dict[str, NDArray[Any]]], share: Share, batch_rows: int) -> Iterator[Batch]:
+    columns, (ids, weights, real) = read.result(), share
+    for start in range(0, ids.size, batch_rows):
+        part = slice(start, start + batch_rows)
+        cut = {name: column[part] for name, column in columns.items()}
+        yield Batch(cut, ids[part], weights[part], real[part])
+
+
+class RayStream:
+    """Take rows from this rank's split of the Ray Data stream and check them against the plan."""
+
+    def __init__(self, shard: Any) -> None:
+        self._shard = shard
+
+    def batches(self, turn: Turn, shares: Iterator[Share], batch_rows: int) -> Iterator[Batch]:
+        """See Transport."""
+        stream = iter(self._shard.iter_batches(batch_size=batch_rows, batch_format="numpy", prefetch_batches=_AHEAD))
+        for ids, weights, real in shares:
+            for start in range(0, ids.size, batch_rows):
+                part = slice(start, start + batch_rows)
+                columns = next(stream, None)
+                if columns is None or not np.array_equal(columns["id"], ids[part]):
+                    got = "the stream ended" if columns is None else f"ids {columns['id'][:3].tolist()}… came"
+                    raise PlanMismatch(f"epoch {turn.epoch}, {turn.phase}: {got}, not {ids[part][:3].tolist()}…")
+                yield Batch(columns, ids[part], weights[part], real[part])
+        if next(stream, None) is not None:
+            raise PlanMismatch(f"epoch {turn.epoch}, {turn.phase}: the stream holds more rows than the plan")
+
+
+class PlanDatasource(Datasource):
+    """Serve the blocks of the ScoreActor's current plan as read tasks.
+
+    Planning happens on the driver at construction and more than once an epoch, so it only looks and changes nothing;
+    before the first turn there are no blocks. Row counts stay out of the metadata: Ray would keep the first plan's.
+    """
+
+    def __init__(self, scores: RemoteScores, sources: Mapping[str, SampleSource]) -> None:
+        super().__init__()
+        self._scores, self._sources = scores, dict(sources)
+
+    def get_name(self) -> str:
+        """Return the name that Ray shows."""
+        return "Plan"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Return None: it differs from epoch to epoch."""
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """Return one task for each block of the current plan, in the plan's order."""
+        phase, blocks = self._scores.call("blocks")
+        source = self._sources["validation" if phase == "validate" else "train"]
+        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(_Read(source, ids, weights), metadata) for ids, weights in blocks]
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Read one block; holds a copy of its ids, so that no task depends on an object that the actor owns."""
+
+    source: SampleSource
+    ids: NDArray[np.int64]
+    weights: NDArray[np.float32]
+
+    def __call__(self) -> list[Any]:
+        columns = {**self.source.take(self.ids), "id": self.ids, "weight": self.weights}
+        return [BlockAccessor.batch_to_block(columns)]
+
+
+def plan_dataset(scores: RemoteScores, sources: Mapping[str, SampleSource]) -> Any:
+    """Return the one Dataset of a run; set the order-keeping option that TorchTrainer's DataConfig picks up."""
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    return ray.data.read_datasource(PlanDatasource(scores, sources), override_num_blocks=1)

@@ -1,0 +1,294 @@
+"""The driver of a run: check everything, start the ScoreActor, the stream and the workers, write what is left."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import torch
+import yaml
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from rayprune.config import Config
+from rayprune.core.objects import closest
+from rayprune.core.selector import Selector
+from rayprune.engine.actor import ScoreSpec
+from rayprune.engine.checkpoint import load_selector_state, newest_checkpoint, read_position
+from rayprune.engine.client import LocalScores, RemoteScores, ScoreClient
+from rayprune.engine.progress import Watcher
+from rayprune.engine.protocol import TrainingStopped
+from rayprune.engine.resources import Resources, resolve_resources, start_ray
+from rayprune.engine.run_folder import read_metrics, write_environment, write_scores
+from rayprune.engine.setup import InputSpec
+from rayprune.engine.stream import LocalStream, RayStream, plan_dataset, row_bytes
+from rayprune.engine.worker import Worker, WorkerSpec
+from rayprune.nn.augment import Augment
+from rayprune.nn.models import build_model
+from rayprune.nn.signals import check_signals
+from rayprune.sources import SampleSource, Splits, default_augment, input_statistics, open_data
+
+logger = logging.getLogger(__name__)
+
+EpochListener = Callable[[dict[str, Any]], None]
+ProgressListener = Callable[[int, int, int], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its folder and the last metrics line of each epoch."""
+
+    folder: Path
+    metrics: list[dict[str, Any]]
+
+
+class TrainingFailed(RuntimeError):
+    """Training ended with an error that is not the configuration's; `__cause__` has the rest."""
+
+
+def train(
+    config: Config,
+    *,
+    on_epoch: EpochListener | None = None,
+    on_progress: ProgressListener | None = None,
+    on_start: Callable[[Resources, Path, int], None] | None = None,
+    debug: bool = False,
+) -> RunResult:
+    """Run a config to its end, from where its run folder stands.
+
+    Args:
+        config: a resolved config (`load_config`), with `run.name` set.
+        on_epoch: called with each new line of metrics.jsonl.
+        on_progress: called about twice a second with (epoch, samples observed, samples planned).
+        on_start: called once with the resources, the run folder and the first epoch to train.
+        debug: show Ray's own logs.
+
+    Raises:
+        ValueError: the config cannot work, or the run folder is another run's; one line with the cure.
+        TrainingStopped: too many NaN or infinite losses.
+        TrainingFailed: anything else that ended training.
+    """
+    splits = open_data(config.data.source, limit=config.data.limit, **config.data.source_keys)
+    spec = _input_spec(config, splits.train)
+    method = config.build_method()
+    check_signals(method.signals)
+    _check_model(config, spec)
+    if not debug:
+        logging.getLogger("ray.train").setLevel(logging.WARNING)
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+    if config.scaling.num_workers > 0:
+        start_ray(debug)
+    resources = resolve_resources(config, splits.train)
+    folder = _open_folder(config, splits.train, resources)
+    first_epoch = _first_epoch(folder, splits.train.fingerprint)
+    for split in (splits.train, splits.validation):
+        if split is not None:
+            split.prepare()
+    if on_start is not None:
+        on_start(resources, folder, first_epoch)
+    if first_epoch < config.train.epochs:
+        _Run(config, splits, spec, resources, folder).fit(on_epoch, on_progress)
+    _write_scores(config, splits.train, folder)
+    return RunResult(folder, read_metrics(folder))
+
+
+class _Run:
+    """One start of a run's workers, with its ScoreActor."""
+
+    def __init__(self, config: Config, splits: Splits, spec: InputSpec, resources: Resources, folder: Path) -> None:
+        self._config, self._resources, self._folder = config, resources, folder
+        method = config.build_method()
+        self._sources: dict[str, SampleSource] = {"train": splits.train}
+        if splits.validation is not None:
+            self._sources["validation"] = splits.validation
+        score_spec = ScoreSpec(
+            method=config.method,
+            source=splits.train,
+            num_validation=len(splits.validation) if splits.validation is not None else 0,
+            num_epochs=config.train.epochs,
+            seed=config.train.seed,
+            batch_size=config.train.batch_size,
+            last_batch=config.train.last_batch,
+            row_bytes=row_bytes(splits.train.schema),
+            run_folder=str(folder),
+            keep_selections=config.run.keep_selections,
+        )
+        self._handle: Any = None
+        self.scores: ScoreClient
+        if resources.num_workers == 0:
+            self.scores = LocalScores(score_spec)
+        else:
+            name = f"rayprune-scores-{uuid.uuid4().hex[:8]}"
+            self.scores, self._handle = RemoteScores.create(score_spec, name)
+        self._worker_spec = WorkerSpec(
+            config=config,
+            scores=self.scores,
+            input=spec,
+            signals=method.signals,
+            fingerprint=splits.train.fingerprint,
+            run_folder=str(folder),
+            use_gpu=resources.use_gpu,
+            threads=resources.threads,
+            has_validation=splits.validation is not None,
+        )
+
+    def fit(self, on_epoch: EpochListener | None, on_progress: ProgressListener | None) -> None:
+        """Train to the end; Ray restarts the workers after a failure."""
+        try:
+            with Watcher(self._folder, self.scores, on_epoch, on_progress):
+                self._trainer().fit()
+        except TrainingFailedError as error:
+            reason = self.scores.call("stopped")
+            if reason is not None:
+                raise TrainingStopped(reason) from None
+            raise TrainingFailed(_first_cause(error)) from error
+        finally:
+            if self._handle is not None:
+                ray.kill(self._handle)
+        reason = self.scores.call("stopped") if self._handle is None else None
+        if reason is not None:
+            raise TrainingStopped(reason)
+
+    def _trainer(self) -> TorchTrainer:
+        resources = self._resources
+        datasets = {}
+        if resources.stream == "ray":
+            assert isinstance(self.scores, RemoteScores)
+            datasets["train"] = plan_dataset(self.scores, self._sources)
+            # The sources stay behind: rows reach these workers through Ray Data only.
+            loop = functools.partial(_ray_loop, self._worker_spec)
+        else:
+            loop = functools.partial(_local_loop, self._worker_spec, self._sources)
+        each = {"CPU": resources.cpus_per_worker, **({"GPU": 1.0} if resources.use_gpu else {})}
+        return TorchTrainer(
+            loop,
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=resources.num_workers,
+                use_gpu=resources.use_gpu,
+                resources_per_worker=each if resources.num_workers else None,
+            ),
+            run_config=ray.train.RunConfig(
+                storage_path=str(self._folder),
+                name="checkpoints",
+                failure_config=ray.train.FailureConfig(max_failures=self._config.run.max_failures),
+            ),
+            datasets=datasets,
+        )
+
+
+def _ray_loop(spec: WorkerSpec) -> None:
+    Worker(spec, RayStream(ray.train.get_dataset_shard("train"))).run()
+
+
+def _local_loop(spec: WorkerSpec, sources: Mapping[str, SampleSource]) -> None:
+    Worker(spec, LocalStream(sources)).run()
+
+
+def _input_spec(config: Config, source: SampleSource) -> InputSpec:
+    schema = source.schema
+    shape = schema.columns[schema.input].shape
+    mean, std = input_statistics(source)
+    keys = default_augment(config.data.source) if config.data.augment == "auto" else dict(config.data.augment)
+    valid = ("crop", "flip")
+    for key in keys:
+        if key not in valid:
+            raise ValueError(f"unknown key 'data.augment.{key}': {closest(key, valid)}")
+    if len(shape) == 3:
+        height, width, channels = shape
+        shape = (channels, height, width)
+    augment = Augment(**keys, mean=mean, std=std)
+    return InputSpec(schema.input, tuple(shape), schema.num_classes, augment)
+
+
+def _check_model(config: Config, spec: InputSpec) -> None:
+    """Build the network once on this machine: a wrong name or shape shows before anything starts."""
+    model = build_model(config.model.name, num_classes=spec.num_classes, input_shape=spec.shape, **config.model.options)
+    with torch.no_grad():
+        logits = model.eval()(torch.zeros(2, *spec.shape))
+    if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != (2, spec.num_classes):
+        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ValueError(f"model {config.model.name!r} returns {got} for a batch of 2, not (2, {spec.num_classes})")
+
+
+def _open_folder(config: Config, source: SampleSource, resources: Resources) -> Path:
+    """Create the run folder, or check that the one that is there is this run's."""
+    if config.run.name is None:
+        raise ValueError("run.name is not set: name the run's folder")
+    folder = Path(config.run.storage_path).expanduser().resolve() / config.run.name
+    stored = folder / "config.yaml"
+    if stored.exists():
+        if config.run.resume == "never":
+            raise ValueError(f"{folder} holds a run already: choose another run.name, or run.resume=auto to go on with it")
+        _check_same(config, Config.model_validate(yaml.safe_load(stored.read_text())), folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stored.write_text(config.to_yaml())
+    except OSError as error:
+        raise ValueError(f"run folder {folder} can't be written: {error.strerror}; set run.storage_path") from None
+    write_environment(
+        folder,
+        seed=config.train.seed,
+        fingerprint=source.fingerprint,
+        num_workers=resources.num_workers,
+        threads=resources.threads,
+        stream=resources.stream,
+        gpu=torch.cuda.get_device_name() if resources.use_gpu and torch.cuda.is_available() else None,
+        cuda=torch.version.cuda if resources.use_gpu else None,
+    )
+    return folder
+
+
+def _check_same(config: Config, stored: Config, folder: Path) -> None:
+    if config.digest() == stored.digest():
+        return
+    new, old = (_flat(c.model_dump(mode="json", exclude={"scaling", "run"})) for c in (config, stored))
+    changed = [f"{key} {old.get(key)!r} → {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)]
+    raise ValueError(f"{folder} holds another run ({'; '.join(changed)}): choose another run.name")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _first_epoch(folder: Path, fingerprint: str) -> int:
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        return 0
+    position = read_position(newest)
+    if position["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"{folder} was trained on other data (fingerprint {position['fingerprint'][:12]}, here {fingerprint[:12]}): "
+            "choose another run.name"
+        )
+    return int(position["epoch"])
+
+
+def _write_scores(config: Config, source: SampleSource, folder: Path) -> None:
+    method = config.build_method()
+    labels = np.asarray(source.labels)
+    epochs, seed = config.train.epochs, config.train.seed
+    selector = Selector(method, len(source), epochs, seed, labels=labels if method.class_floor > 0 else None)
+    selector.load_state_dict(load_selector_state(folder, epochs))
+    write_scores(folder, selector, labels, source.fingerprint)
+
+
+def _first_cause(error: BaseException) -> str:
+    """Return one line on what failed first, out of Ray's nested errors."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        rank, cause = sorted(failures.items())[0]
+        cause = getattr(cause, "cause", None) or cause
+        return f"training failed on rank {rank}: {type(cause).__name__}: {str(cause).strip().splitlines()[-1]}"
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"training failed: {lines[-1].strip() if lines else type(error).__name__}"

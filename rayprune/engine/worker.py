@@ -1,0 +1,264 @@
+"""The training loop of one worker: epochs of plan → train → forward-only → flush → validate → checkpoint.
+
+Runs in Ray Train workers and, with num_workers 0, in Ray Train's local mode; nothing here knows which.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from ray.train.collective import broadcast_from_rank_zero
+from torch import Tensor
+
+from rayprune.config import Config
+from rayprune.engine.client import ScoreClient
+from rayprune.engine.protocol import ClosedEpoch, Phase, PlanHeader, TrainingStopped, Turn
+from rayprune.engine.recorder import Recorder
+from rayprune.engine.saving import Saver
+from rayprune.engine.setup import (
+    DeviceBatch,
+    InputSpec,
+    build_network,
+    build_step,
+    pick_device,
+    rate_at,
+    wrap_for_ranks,
+)
+from rayprune.engine.stream import Batch, Transport, plan_batches
+from rayprune.nn.augment import step_seed
+
+logger = logging.getLogger(__name__)
+
+_SECONDS = ("epoch", "train", "data_wait", "select", "record", "forward_only", "validate", "checkpoint")
+# Places in the sums that ranks add up: loss, correct, real rows, padding rows.
+_LOSS, _CORRECT, _REAL, _PADDED = range(4)
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What a worker needs besides the config; picklable."""
+
+    config: Config
+    scores: ScoreClient
+    input: InputSpec
+    signals: tuple[str, ...]
+    fingerprint: str
+    run_folder: str
+    use_gpu: bool
+    threads: int
+    has_validation: bool
+
+
+class Worker:
+    """One rank of a run."""
+
+    def __init__(self, spec: WorkerSpec, transport: Transport) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self._spec, self._config, self._transport = spec, spec.config, transport
+        torch.set_num_threads(spec.threads)
+        self._device = pick_device(spec.use_gpu)
+        network = build_network(self._config, spec.input, self._device)
+        self._saver = Saver(Path(spec.run_folder), self._config, spec.fingerprint, self.rank)
+        # Rank 0 decides for all: another rank might see a checkpoint that is just being written.
+        start = {"generation": time.time_ns(), "epoch": self._saver.newest_epoch() if self.rank == 0 else 0}
+        start = broadcast_from_rank_zero(start)
+        self._generation: int = start["generation"]
+        self._epoch: int = start["epoch"]
+        model = wrap_for_ranks(network, self.world_size, self._device)
+        self._step = build_step(self._config, model, spec.signals, self._device)
+        if self._epoch > 0:
+            self._saver.restore(self._epoch, network, self._step.optimizer, self._device)
+        self._network = network
+        self._recorder = Recorder(spec.scores, self._generation, self.rank, spec.signals)
+        self._seconds: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Train the epochs that are left."""
+        reason = self._spec.scores.call("stopped")
+        if reason is not None:
+            return
+        try:
+            for epoch in range(self._epoch, self._config.train.epochs):
+                self._run_epoch(epoch)
+        except TrainingStopped as error:
+            self._spec.scores.call("stop", str(error))
+            raise
+
+    def _run_epoch(self, epoch: int) -> None:
+        start = time.perf_counter()
+        self._seconds = dict.fromkeys(_SECONDS, 0.0)
+        self._recorder.start_epoch(epoch)
+        header = self._announce(epoch, "train")
+        self._seconds["select"] += header.select_s
+        with self._timed("train"):
+            sums, lr = self._train(epoch, header)
+        forwarded = 0
+        if header.num_forward_only:
+            with self._timed("forward_only"):
+                forwarded = int(self._forward(epoch, "forward", record=True)[_REAL])
+        last = epoch + 1 == self._config.train.epochs
+        validation: Tensor | None = None
+        if self._spec.has_validation and (last or (epoch + 1) % self._config.train.validate_every == 0):
+            with self._timed("validate"):
+                self._share_buffers()
+                validation = self._forward(epoch, "validate", record=False)
+        closed = self._close(epoch)
+        record = self._metrics(epoch, header, sums, forwarded, validation, lr)
+        self._seconds["select"] += closed.select_s if closed else 0.0
+        self._save(epoch, record, closed, start)
+
+    def _announce(self, epoch: int, phase: Phase) -> PlanHeader:
+        self._turn = Turn(epoch, phase, self.world_size)
+        header: PlanHeader = self._spec.scores.call("announce", self._generation, self._turn)
+        return header
+
+    def _batches(self, header: PlanHeader) -> Iterator[Batch]:
+        """Yield the turn's batches; what training waits for them is counted as data_wait."""
+        size = self._config.train.batch_size
+        stream = plan_batches(
+            self._spec.scores, self._generation, self._turn, header, self.rank, size, self._transport
+        )
+        while True:
+            with self._timed("data_wait"):
+                batch = next(stream, None)
+            if batch is None:
+                return
+            yield batch
+
+    def _train(self, epoch: int, header: PlanHeader) -> tuple[Tensor, float]:
+        seed, sums, lr = self._config.train.seed, self._new_sums(), 0.0
+        for step, batch in enumerate(self._batches(header)):
+            lr = rate_at(self._config, epoch, step, header.num_steps, header.lr_scale)
+            for group in self._step.optimizer.param_groups:
+                group["lr"] = lr
+            torch.manual_seed(step_seed(seed, epoch, step, self.rank))
+            on_device = DeviceBatch(batch, self._spec.input, self._device)
+            inputs = self._spec.input.augment.train(on_device.inputs, on_device.ids, seed=seed, epoch=epoch)
+            signals = self._step(inputs, on_device.targets, on_device.weights)
+            self._record(batch, signals)
+            _add(sums, signals, on_device.real)
+        return self._over_ranks(sums), lr
+
+    def _forward(self, epoch: int, phase: Phase, *, record: bool) -> Tensor:
+        """Pass over a plan in eval mode without augmentation; return the sums over all ranks."""
+        header, sums = self._announce(epoch, phase), self._new_sums()
+        for batch in self._batches(header):
+            on_device = DeviceBatch(batch, self._spec.input, self._device)
+            signals = self._step.evaluate(self._spec.input.augment.evaluate(on_device.inputs), on_device.targets)
+            if record:
+                self._record(batch, signals)
+            _add(sums, signals, on_device.real)
+        return self._over_ranks(sums)
+
+    def _record(self, batch: Batch, signals: dict[str, Tensor]) -> None:
+        with self._timed("record"):
+            self._recorder.record(batch.ids, batch.real, signals)
+        if self._recorder.num_nonfinite > self._config.train.max_nonfinite:
+            raise self._too_many_nonfinite(batch.ids.size, self._recorder.nonfinite_ids)
+
+    def _close(self, epoch: int) -> ClosedEpoch | None:
+        """Flush all ranks and let the actor choose the next epoch; rank 0 gets the state, the others None."""
+        while True:
+            with self._timed("record"):
+                counts = self._gather(self._recorder.flush())
+            closed: ClosedEpoch | None = None
+            if self.rank == 0:
+                closed = self._spec.scores.call("close_epoch", self._generation, epoch, counts)
+            told = (closed is not None, closed and closed.num_nonfinite, closed and closed.nonfinite_ids)
+            done, nonfinite, ids = broadcast_from_rank_zero(told)
+            if done and nonfinite > self._config.train.max_nonfinite:
+                raise self._too_many_nonfinite(nonfinite, ids)
+            if done:
+                return closed
+            logger.warning("epoch %d: the ScoreActor was restarted during the flush; pushing again", epoch)
+
+    def _too_many_nonfinite(self, count: int, ids: list[int]) -> TrainingStopped:
+        return TrainingStopped(
+            f"training stopped: {count} losses were NaN or infinite, more than train.max_nonfinite "
+            f"{self._config.train.max_nonfinite}; first sample ids {ids[:5]}: lower optim.lr, set train.clip_norm, or "
+            f"look at these samples"
+        )
+
+    def _metrics(
+        self, epoch: int, header: PlanHeader, sums: Tensor, forwarded: int, validation: Tensor | None, lr: float
+    ) -> dict[str, Any]:
+        loss, accuracy = _means(sums)
+        val_loss, val_accuracy = _means(validation) if validation is not None else (None, None)
+        return {
+            "epoch": epoch,
+            "requested_prune_ratio": header.requested,
+            "pruned_fraction": header.realised,
+            "kept": header.num_kept,
+            "num_samples": header.num_samples,
+            **self._saver.count(int(sums[_REAL]), forwarded, int(sums[_PADDED])),
+            "train_loss": loss,
+            "train_accuracy": accuracy,
+            "val_loss": val_loss,
+            "val_accuracy": val_accuracy,
+            "lr": lr,
+            "world_size": self.world_size,
+            "plan_hash": header.hash,
+        }
+
+    def _save(self, epoch: int, record: dict[str, Any], closed: ClosedEpoch | None, start: float) -> None:
+        with self._timed("checkpoint"):
+            if closed is not None:
+                self._saver.save(epoch + 1, self._network, self._step.optimizer, closed.state, record)
+            self._saver.report(epoch + 1, record)
+        self._seconds["epoch"] = time.perf_counter() - start
+        if self.rank == 0:
+            self._saver.append_metrics(record, self._seconds)
+
+    def _share_buffers(self) -> None:
+        """Give every rank rank 0's running statistics: the validation is one network's, and it is the saved one."""
+        if self.world_size > 1:
+            for buffer in self._network.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+    def _new_sums(self) -> Tensor:
+        return torch.zeros(4, dtype=torch.float64, device=self._device)
+
+    def _over_ranks(self, sums: Tensor) -> Tensor:
+        if self.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        return sums
+
+    def _gather(self, count: int) -> list[int]:
+        if self.world_size == 1:
+            return [count]
+        counts = torch.zeros(self.world_size, dtype=torch.int64, device=self._device)
+        counts[self.rank] = count
+        torch.distributed.all_reduce(counts)
+        return [int(value) for value in counts]
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _add(sums: Tensor, signals: dict[str, Tensor], real_B: Tensor) -> None:
+    """Add a batch to the sums on the device, without waiting for it."""
+    real = real_B.to(torch.float64)
+    count = real.sum()
+    # Padding is left out by selection, not by a product: 0 · NaN is NaN.
+    loss = torch.where(real_B, signals["loss"].double(), 0.0).sum()
+    correct = (signals["correct"].double() * real).sum()
+    sums += torch.stack([loss, correct, count, real_B.numel() - count])
+
+
+def _means(sums: Tensor) -> tuple[float, float]:
+    rows = max(float(sums[_REAL]), 1.0)
+    return float(sums[_LOSS]) / rows, float(sums[_CORRECT]) / rows

@@ -1,0 +1,100 @@
+"""What every selection method is: a frozen dataclass of hyperparameters and pure array maths.
+
+Shapes: N samples, B observed. A method declares the signals it needs, folds observations into the ScoreTable and turns
+the table into a Selection. Write one as one file in this package:
+
+    @register("keep_hard")
+    @dataclass(frozen=True)
+    class KeepHard(Method):
+        kind, paper, signals = "dynamic", "…", ("loss",)
+        prune_ratio: float = 0.5
+        def select(self, table, context): ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayprune.core.context import EpochContext
+from rayprune.core.plain import make_fields_plain
+from rayprune.core.schedule import Schedule, check_share
+from rayprune.core.selection import Selection
+from rayprune.core.table import ScoreTable
+
+Kind = Literal["baseline", "dynamic", "static", "control"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Turn what was observed into the next epoch's Selection; the base of all methods.
+
+    Class attributes:
+        name: the registered name (external classes: their reference).
+        kind: baseline | dynamic (re-chosen every epoch) | static (one subset) | control.
+        paper: authors, venue, arXiv number.
+        signals: what the workers must report for each visited sample.
+        unbiased: the weighted sum over the selection has the full sum as its expectation.
+        fixed: the same subset in every epoch.
+
+    Args:
+        class_floor: least share of every class that each epoch keeps, in [0, 1]; 0 = no floor.
+    """
+
+    name: ClassVar[str] = ""
+    kind: ClassVar[Kind] = "dynamic"
+    paper: ClassVar[str] = ""
+    signals: ClassVar[tuple[str, ...]] = ()
+    unbiased: ClassVar[bool] = False
+    fixed: ClassVar[bool] = False
+
+    class_floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        make_fields_plain(self)
+        check_share("class_floor", self.class_floor)
+
+    def columns(self) -> Mapping[str, Any]:
+        """Return the table's columns, name → dtype: by default one float32 a signal, its last value."""
+        return dict.fromkeys(self.signals, np.float32)
+
+    def fold(self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int) -> None:
+        """Write finite signals, (B,) each, into the rows of (B,) distinct ids: by default the last value."""
+        for name in self.signals:
+            table[name][ids] = signals[name]
+
+    def select(self, table: ScoreTable, context: EpochContext) -> Selection:
+        """Choose an epoch's samples; a pure function of table and context."""
+        raise TypeError(f"{type(self).__name__} defines no select()")
+
+    def scores(self, table: ScoreTable) -> dict[str, NDArray[Any]]:
+        """Return name → (N,) scores for people and files: by default every one-dimensional column."""
+        return {name: column for name, column in table.columns.items() if column.ndim == 1}
+
+    def _set_schedule(self, field: str) -> None:
+        """Replace a ratio field by its Schedule; for `__post_init__` of a frozen dataclass."""
+        object.__setattr__(self, field, Schedule.of(getattr(self, field)))
+
+    def to_config(self) -> dict[str, Any]:
+        """Return `name` and the hyperparameters in plain YAML types: what `build_method` takes."""
+        return {"name": self.name, **{f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}}
+
+
+def num_pruned(prune_ratio: float, num_samples: int) -> int:
+    """Return floor(r·N), guarding products such as .29 × 100 = 28.999….
+
+    >>> num_pruned(0.5, 5), num_pruned(0.29, 100)
+    (2, 29)
+    """
+    return int(np.floor(prune_ratio * num_samples + 1e-9))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Schedule | Method):
+        return value.to_config()
+    return list(value) if isinstance(value, tuple) else value

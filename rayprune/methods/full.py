@@ -1,0 +1,27 @@
+"""Train on everything: the run that every saving is measured against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rayprune.core.context import EpochContext
+from rayprune.core.selection import Selection
+from rayprune.core.table import ScoreTable
+from rayprune.methods.base import Method
+from rayprune.methods.registry import register
+
+
+@register("full")
+@dataclass(frozen=True)
+class Full(Method):
+    """Keep every sample with weight 1 in every epoch; records the loss, so that a full run has scores too."""
+
+    kind = "baseline"
+    paper = "no selection"
+    signals = ("loss",)
+    unbiased = True
+    fixed = True
+
+    def select(self, table: ScoreTable, context: EpochContext) -> Selection:
+        """Keep all."""
+        return Selection.full(context.num_samples)

@@ -1,0 +1,59 @@
+"""RS2: a fresh uniform subset every epoch.
+
+Okanovic et al., "Repeated Random Sampling for Minimizing the Time-to-Accuracy of Learning", ICLR 2024,
+arXiv 2305.18424. The baseline that most selection methods do not beat.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rayprune.core.context import EpochContext
+from rayprune.core.schedule import Schedule
+from rayprune.core.selection import Selection
+from rayprune.core.table import ScoreTable
+from rayprune.core.thinning import thin
+from rayprune.methods.base import Method, num_pruned
+from rayprune.methods.registry import register
+
+
+@register("random_epoch")
+@dataclass(frozen=True)
+class RandomEpoch(Method):
+    """Keep a fresh random subset at weight 1 in every epoch.
+
+    Args:
+        prune_ratio: share r that is dropped, a number in [0, 1) or a schedule.
+        replacement: True draws every epoch on its own; False draws without replacement across epochs: no sample comes
+            a second time before all have come once (the paper's RS2 without replacement).
+    """
+
+    kind = "baseline"
+    paper = "Okanovic et al., ICLR 2024, arXiv 2305.18424 (RS2)"
+    signals = ("loss",)
+
+    prune_ratio: float | Schedule = 0.5
+    replacement: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set_schedule("prune_ratio")
+
+    def select(self, table: ScoreTable, context: EpochContext) -> Selection:
+        """Draw N − floor(r·N) samples, least often drawn first when drawing without replacement."""
+        ratio = Schedule.of(self.prune_ratio)(context.epoch, context.num_epochs)
+        drops = num_pruned(ratio, context.num_samples)
+        left = context.num_samples - drops
+        kept = np.zeros(context.num_samples, dtype=bool)
+        # An epoch prunes or draws a sample, so pruned most often is drawn least often: those come first.
+        levels = np.unique(table.times_pruned)[::-1] if not self.replacement else [None]
+        for level in levels:
+            waiting = np.ones_like(kept) if level is None else table.times_pruned == level
+            count = int(np.count_nonzero(waiting))
+            share = min(left, count) / count
+            if share > 0:
+                kept |= thin(waiting.view(np.uint8), np.array([share]), context.rng).codes == 2
+            left -= min(left, count)
+        return Selection.of_mask(kept, ratio, drops)

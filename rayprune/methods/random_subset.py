@@ -1,0 +1,46 @@
+"""Static random pruning: one uniform subset, drawn once from the seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rayprune.core.context import EpochContext
+from rayprune.core.schedule import Schedule
+from rayprune.core.selection import Selection
+from rayprune.core.table import ScoreTable
+from rayprune.methods.base import Method, num_pruned
+from rayprune.methods.registry import register
+
+
+@register("random")
+@dataclass(frozen=True)
+class Random(Method):
+    """Keep a fixed random subset at weight 1.
+
+    Args:
+        prune_ratio: share r that is dropped, a number in [0, 1) or a schedule; under a schedule the subsets are nested.
+    """
+
+    kind = "baseline"
+    paper = "static random subset"
+    signals = ("loss",)
+    fixed = True
+
+    prune_ratio: float | Schedule = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set_schedule("prune_ratio")
+
+    def select(self, table: ScoreTable, context: EpochContext) -> Selection:
+        """Keep the first N − floor(r·N) of a permutation that depends on the seed alone."""
+        ratio = Schedule.of(self.prune_ratio)(context.epoch, context.num_epochs)
+        drops = num_pruned(ratio, context.num_samples)
+        # Half the memory of int64 ids; 2^32 samples would need 16 GB here and more elsewhere.
+        order = np.arange(context.num_samples, dtype=np.min_scalar_type(context.num_samples))
+        context.rng_of(0).shuffle(order)
+        kept = np.zeros(context.num_samples, dtype=bool)
+        kept[order[: context.num_samples - drops]] = True
+        return Selection.of_mask(kept, ratio, drops)

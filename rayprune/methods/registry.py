@@ -1,0 +1,75 @@
+"""Names of methods → classes, and the way from a config's `method:` section to a method."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from rayprune.core.objects import closest, is_reference, load_object
+from rayprune.methods.base import Method
+
+METHODS: dict[str, type[Method]] = {}
+_M = TypeVar("_M", bound=type[Method])
+
+
+def register(name: str) -> Callable[[_M], _M]:
+    """Register a Method class under the name that configs use."""
+
+    def add(cls: _M) -> _M:
+        if name in METHODS and METHODS[name].__qualname__ != cls.__qualname__:
+            raise ValueError(f"method {name!r} is registered twice: {METHODS[name].__qualname__}, {cls.__qualname__}")
+        cls.name = name
+        METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def method_class(name: str) -> type[Method]:
+    """Return the class of a registered name or of a `module:Class` reference.
+
+    Raises:
+        ValueError: an unknown name (with the closest match), or a reference to something that is no Method.
+    """
+    if not is_reference(name):
+        if name not in METHODS:
+            raise ValueError(f"unknown method {name!r}: {closest(name, METHODS)}")
+        return METHODS[name]
+    cls = load_object(name)
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise ValueError(f"method {name!r} is no subclass of rayprune.methods.Method")
+    if METHODS.get(cls.name) is not cls or not cls.__module__.startswith("rayprune.methods."):
+        cls.name = name  # what a checkpoint or a worker needs to find it again; our own keep their registered names
+    return cls
+
+
+def method_fields(cls: type[Method]) -> dict[str, Any]:
+    """Return hyperparameter name → default (None where there is none)."""
+    return {f.name: None if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(cls)}
+
+
+def build_method(spec: Method | str | Mapping[str, Any]) -> Method:
+    """Make a method of its config: a name, or a mapping of `name` and hyperparameters.
+
+    Raises:
+        ValueError: unknown name or key (with the closest match), or a value out of range.
+
+    >>> build_method({"name": "infobatch", "prune_ratio": 0.3}).prune_ratio(0, 10)
+    0.3
+    """
+    if isinstance(spec, Method):
+        return spec
+    options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
+    if "name" not in options:
+        raise ValueError(f"method has no name: {closest('', METHODS)}")
+    name = str(options.pop("name"))
+    cls = method_class(name)
+    valid = method_fields(cls)
+    for key in options:
+        if key not in valid:
+            raise ValueError(f"unknown key {key!r} of method {name!r}: {closest(key, valid)}")
+    try:
+        return cls(**options)
+    except TypeError as error:
+        raise ValueError(f"method {name!r}: {error}") from None

@@ -1,0 +1,48 @@
+"""A multilayer perceptron for numeric features.
+
+Shapes: B batch, C classes, F features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from rayprune.nn.models.registry import register_model
+
+
+class MLP(nn.Module):
+    """Hidden layers with ReLU and a linear classifier `fc`; inputs of more axes are flattened."""
+
+    def __init__(self, num_features: int, num_classes: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width in hidden:
+            layers += [nn.Linear(num_features, width), nn.ReLU(inplace=True)]
+            num_features = width
+        self.layers = nn.Sequential(*layers)
+        self.fc = nn.Linear(num_features, num_classes)
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """Give the embedding before the classifier, (B, last hidden width), of inputs (B, F) or (B, C, H, W)."""
+        embedding: Tensor = self.layers(inputs.flatten(1))
+        return embedding
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Give logits (B, C) of inputs (B, F) or (B, C, H, W)."""
+        logits: Tensor = self.fc(self.features(inputs))
+        return logits
+
+
+@register_model
+def mlp(*, num_classes: int, input_shape: tuple[int, ...], hidden: Sequence[int] = (256, 256)) -> MLP:
+    """Build an MLP of two hidden layers of 256 units, or of the widths in `hidden`.
+
+    Raises:
+        ValueError: a width is below 1.
+    """
+    if any(width < 1 for width in hidden):
+        raise ValueError(f"hidden must be widths of at least 1, got {tuple(hidden)}")
+    return MLP(math.prod(input_shape), num_classes, hidden)

@@ -1,0 +1,129 @@
+"""The models' registry and `build_model`: a built-in name, one of torchvision's, or a function of the user's.
+
+Shapes: C channels, H height, W width, F features; an input shape is that of one sample as the model sees it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from rayprune.core.objects import closest, is_reference, load_object
+
+ModelBuilder = Callable[..., nn.Module]
+MODELS: dict[str, ModelBuilder] = {}
+
+# Their auxiliary heads make training outputs named tuples, where every step expects logits.
+AUXILIARY_HEADS = ("googlenet", "inception_v3")
+
+
+def register_model(builder: ModelBuilder) -> ModelBuilder:
+    """Add a builder, called with num_classes, input_shape and options, to MODELS under its function's name."""
+    MODELS[builder.__name__] = builder
+    return builder
+
+
+def build_model(name: str, *, num_classes: int, input_shape: tuple[int, ...], **options: Any) -> nn.Module:
+    """Build a classifier from (batch, *input_shape) to (batch, num_classes) logits, freshly initialised.
+
+    Args:
+        name: a key of MODELS, "torchvision:NAME", or "module:function" or "path/to/file.py:function" of a function
+            that takes num_classes, input_shape and the options.
+        num_classes: at least 1.
+        input_shape: (C, H, W) of images or (F,) of features.
+        **options: passed to the builder.
+
+    Raises:
+        ValueError: an unknown name, an option the builder does not take, an input shape the model can't take, or a
+            function that returned no module.
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    if len(input_shape) not in (1, 3) or min(input_shape) < 1:
+        raise ValueError(f"input_shape must be (channels, height, width) or (features,), got {tuple(input_shape)}")
+    if name.startswith("torchvision:"):
+        return _build_torchvision(name.removeprefix("torchvision:"), num_classes, input_shape, options)
+    if is_reference(name):
+        builder = load_object(name)
+        if not callable(builder):
+            raise ValueError(f"model {name!r} is a {type(builder).__name__}, not a function")
+    elif name in MODELS:
+        builder = MODELS[name]
+    else:
+        raise ValueError(f"unknown model {name!r}: {closest(name, MODELS)}, or torchvision:NAME, or module:function")
+    arguments = {"num_classes": num_classes, "input_shape": tuple(input_shape), **options}
+    _check_arguments(name, builder, arguments)
+    model = builder(**arguments)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model {name!r} must return a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def image_channels(name: str, input_shape: tuple[int, ...]) -> int:
+    """Give C of an image's shape (C, H, W).
+
+    Raises:
+        ValueError: the shape is that of features.
+    """
+    if len(input_shape) != 3:
+        raise ValueError(
+            f"model {name!r} takes images (channels, height, width), got input shape {tuple(input_shape)}: "
+            "for numeric features use 'mlp'"
+        )
+    return input_shape[0]
+
+
+def _check_arguments(name: str, builder: ModelBuilder, arguments: dict[str, Any]) -> None:
+    try:
+        signature = inspect.signature(builder)
+    except ValueError:  # a builtin without a signature: its own call will tell
+        return
+    parameters = signature.parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        valid = [parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY]
+        for argument in arguments:
+            if argument not in valid:
+                raise ValueError(f"model {name!r} takes no {argument!r}: {closest(argument, valid)}")
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"model {name!r} can't be called: {error}") from None
+
+
+def _build_torchvision(name: str, num_classes: int, input_shape: tuple[int, ...], options: dict[str, Any]) -> nn.Module:
+    # torchvision takes a second or more to import.
+    from torchvision import models
+
+    channels = image_channels(f"torchvision:{name}", input_shape)
+    classifiers = models.list_models(module=models)
+    if name not in classifiers:
+        raise ValueError(f"unknown torchvision model {name!r}: {closest(name, classifiers)}")
+    if name in AUXILIARY_HEADS:
+        options = {"aux_logits": False, "init_weights": True, **options}
+    try:
+        model: nn.Module = models.get_model(name, **{"weights": None, "num_classes": num_classes, **options})
+    except TypeError as error:
+        raise ValueError(f"model 'torchvision:{name}' can't be built: {error}") from error
+    if channels != 3:
+        _replace_first_convolution(model, channels)
+    return model
+
+
+def _replace_first_convolution(model: nn.Module, channels: int) -> None:
+    """Swap the convolution that sees the image for one of as many input channels, alike in all else."""
+    path, old = next((path, module) for path, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    new = nn.Conv2d(
+        channels,
+        old.out_channels,
+        old.kernel_size,  # type: ignore[arg-type]
+        stride=old.stride,  # type: ignore[arg-type]
+        padding=old.padding,  # type: ignore[arg-type]
+        dilation=old.dilation,  # type: ignore[arg-type]
+        bias=old.bias is not None,
+        padding_mode=old.padding_mode,
+    )
+    parent, _, attribute = path.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, new)

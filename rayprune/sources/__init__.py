@@ -1,0 +1,31 @@
+"""Data sources: labelled samples read by id, from memory, arrays, Parquet or the user's own function."""
+
+from rayprune.sources import arrays, digits, parquet  # noqa: F401  # registers the sources
+from rayprune.sources.base import (
+    Column,
+    Limited,
+    SampleSource,
+    Schema,
+    Splits,
+    Subset,
+    holdout,
+    input_statistics,
+)
+from rayprune.sources.cache import cached_arrays
+from rayprune.sources.registry import SOURCES, default_augment, open_data, register_source
+
+__all__ = [
+    "SOURCES",
+    "Column",
+    "Limited",
+    "SampleSource",
+    "Schema",
+    "Splits",
+    "Subset",
+    "cached_arrays",
+    "default_augment",
+    "holdout",
+    "input_statistics",
+    "open_data",
+    "register_source",
+]

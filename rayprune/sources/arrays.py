@@ -1,0 +1,187 @@
+"""NumPy arrays: a folder of .npy files, or an .npz archive.
+
+.npy files are memory-mapped where they lie; the members of an archive are extracted once into the decoded cache.
+
+Shapes: N samples, H height, W width, C channels, F features.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from shutil import copyfileobj
+from typing import Any, ClassVar
+
+import numpy as np
+
+from rayprune.sources.base import Column, SampleSource, Schema, Splits, holdout
+from rayprune.sources.cache import cache_root, cached_arrays
+from rayprune.sources.fingerprint import array_digest, digest, file_digest
+from rayprune.sources.registry import register_source
+from rayprune.sources.rows import RowSource
+
+TRAIN_NAMES = (("x_train", "y_train"), ("x", "y"))
+VALIDATION_NAMES = (("x_test", "y_test"), ("x_val", "y_val"))
+IMAGE_CHANNELS = (1, 3)
+HOLDOUT_SEED = 0
+
+Opener = Callable[[], Mapping[str, np.ndarray]]
+
+
+@register_source("arrays")
+@dataclass(frozen=True)
+class Arrays:
+    """Inputs and labels as NumPy arrays.
+
+    Inputs are images, uint8 (N, H, W, C), (N, C, H, W) with 1 or 3 channels, or (N, H, W), delivered as (H, W, C), or
+    any other numeric (N, F), delivered as float32 features. Labels are integers of shape (N,) or (N, 1).
+
+    Attributes:
+        path: a folder with x_train.npy and y_train.npy (or x and y), and optionally x_test/y_test or x_val/y_val; or
+            an .npz archive of the same names.
+        validation_fraction: held out, stratified, where there is no test part; 0 for no validation.
+        num_classes: default: the largest training label + 1.
+        cache_dir: where an archive is extracted to; see `cache.cache_root`.
+    """
+
+    path: str
+    validation_fraction: float = 0.1
+    num_classes: int | None = None
+    cache_dir: str | None = None
+    default_augment: ClassVar[dict[str, Any]] = {"crop": 0, "flip": False}
+
+    def open(self) -> Splits:
+        """Open the arrays and hold out a validation part where none is stored.
+
+        Raises:
+            ValueError: missing or damaged files, or arrays of an unsuitable shape, dtype or length.
+        """
+        path = Path(self.path).expanduser().absolute()
+        opener = _opener(path, self.cache_dir)
+        arrays = opener()
+        train_names = next((names for names in TRAIN_NAMES if set(names) <= set(arrays)), None)
+        if train_names is None:
+            found = ", ".join(sorted(arrays)) or "none of these"
+            raise ValueError(f"{path} holds no x_train and y_train, or x and y (found: {found}): add them")
+        train = _open_part(path, opener, train_names, self.num_classes)
+        for names in VALIDATION_NAMES:
+            if len(found_names := set(names) & set(arrays)) == 1:
+                raise ValueError(f"{path} holds {found_names.pop()} without its partner: {names[0]} needs {names[1]}")
+            if set(names) <= set(arrays):
+                return Splits(train, _open_part(path, opener, names, train.schema.num_classes))
+        if self.validation_fraction == 0:
+            return Splits(train, None)
+        return holdout(train, self.validation_fraction, HOLDOUT_SEED)
+
+
+def _opener(path: Path, cache_dir: str | None) -> Opener:
+    if path.is_dir():
+        return partial(load_folder, path)
+    if path.suffix != ".npz" or not path.is_file():
+        raise ValueError(f"data.path {str(path)!r} is neither a folder of .npy files nor an .npz archive: correct it")
+    key = f"arrays-{digest('npz', file_digest(path))}"
+    return partial(cached_arrays, key, cache_root(cache_dir), partial(extract_archive, path), _archive_bytes(path))
+
+
+def _names() -> list[str]:
+    return [name for names in (*TRAIN_NAMES, *VALIDATION_NAMES) for name in names]
+
+
+def load_folder(folder: Path) -> dict[str, np.ndarray]:
+    """Memory-map the arrays of known names in a folder.
+
+    Raises:
+        ValueError: a file is no .npy file, truncated, or holds Python objects.
+    """
+    arrays = {}
+    for file in (folder / f"{name}.npy" for name in _names()):
+        if file.exists():
+            try:
+                arrays[file.stem] = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
+            except (ValueError, EOFError, OSError) as error:
+                raise ValueError(f"{file} can't be memory-mapped ({error}): save a plain numeric array") from None
+    return arrays
+
+
+def _archive_bytes(path: Path) -> int:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(member.file_size for member in archive.infolist())
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is damaged ({error}): save it again with np.savez") from None
+
+
+def extract_archive(path: Path, folder: Path) -> None:
+    """Write an archive's arrays of known names into a folder as .npy files.
+
+    Raises:
+        ValueError: the archive is damaged, or an array holds Python objects.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in set(archive.namelist()) & {f"{name}.npy" for name in _names()}:
+                with archive.open(name) as packed, (folder / name).open("wb") as unpacked:
+                    copyfileobj(packed, unpacked, 1 << 20)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}): save it again with np.savez") from None
+    load_folder(folder)  # refuses objects before the entry is published
+
+
+def load_part(opener: Opener, x_name: str, y_name: str) -> dict[str, np.ndarray]:
+    """Return one part's columns: views of its inputs as (N, H, W, C) or (N, F), and its labels (N,)."""
+    arrays = opener()
+    inputs = _channels_last(arrays[x_name])
+    return {"image" if inputs.ndim == 4 else "features": inputs, "label": arrays[y_name].reshape(-1)}
+
+
+def _channels_last(inputs: np.ndarray) -> np.ndarray:
+    if inputs.ndim == 3:
+        return inputs[..., None]
+    if inputs.ndim == 4 and inputs.shape[3] not in IMAGE_CHANNELS:
+        return inputs.transpose(0, 2, 3, 1)
+    return inputs
+
+
+def _open_part(path: Path, opener: Opener, names: tuple[str, str], num_classes: int | None) -> SampleSource:
+    arrays = opener()
+    inputs, targets = arrays[names[0]], arrays[names[1]]
+    _check_inputs(path, names[0], inputs)
+    _check_labels(path, names, inputs, targets)
+    labels = np.asarray(targets, dtype=np.int64).reshape(-1)
+    rows = _channels_last(inputs)
+    column = Column(rows.shape[1:], "uint8" if rows.ndim == 4 else "float32")
+    name = "image" if rows.ndim == 4 else "features"
+    schema = Schema(
+        columns={name: column, "label": Column((), "int64")},
+        input=name,
+        num_classes=int(labels.max()) + 1 if num_classes is None else num_classes,
+    )
+    fingerprint = digest("arrays", array_digest(inputs), labels)
+    return RowSource(partial(load_part, opener, *names), schema, fingerprint, labels)
+
+
+def _check_inputs(path: Path, name: str, inputs: np.ndarray) -> None:
+    described = f"{name} in {path} is {inputs.dtype} of shape {inputs.shape}"
+    if inputs.size == 0:
+        raise ValueError(f"{described}: it is empty, store at least one sample")
+    if inputs.ndim == 2:
+        if not (np.issubdtype(inputs.dtype, np.number) or inputs.dtype == bool) or inputs.dtype.kind == "c":
+            raise ValueError(f"{described}: features must be real numbers")
+    elif inputs.ndim not in {3, 4}:
+        raise ValueError(f"{described}: images have 3 or 4 axes and features 2, reshape it")
+    elif inputs.dtype != np.uint8:
+        raise ValueError(f"{described}: images must be uint8 in 0..255, store (x * 255).round().astype('uint8')")
+    elif inputs.ndim == 4 and not {inputs.shape[1], inputs.shape[3]} & set(IMAGE_CHANNELS):
+        raise ValueError(f"{described}: neither axis 1 nor axis 3 has 1 or 3 channels, store (N, H, W, 1 or 3)")
+
+
+def _check_labels(path: Path, names: tuple[str, str], inputs: np.ndarray, targets: np.ndarray) -> None:
+    described = f"{names[1]} in {path} is {targets.dtype} of shape {targets.shape}"
+    if not np.issubdtype(targets.dtype, np.integer) or targets.shape not in {(len(targets),), (len(targets), 1)}:
+        raise ValueError(f"{described}: labels must be integers of shape (N,), one class number a sample")
+    if len(targets) != len(inputs):
+        raise ValueError(f"{described}, but {names[0]} has {len(inputs)} rows: store one label a sample")

@@ -1,0 +1,171 @@
+"""The decoded cache: arrays that are built once, then memory-mapped by every process.
+
+An entry is the folder `<cache>/<kind>-<fingerprint>/` with one .npy file an array and a manifest of their sizes. It is
+written beside its place and renamed into it, so nobody ever sees half an entry; of several processes that build one at
+once the first rename wins and the others drop theirs. An entry whose files do not fit its manifest is rebuilt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+# Nothing builds this long without writing: an older unfinished folder was left by a killed process.
+ABANDONED_S = 24 * 3600
+
+
+def cache_root(cache_dir: str | Path | None) -> Path:
+    """Return the absolute cache folder: the one given, else $RAYPRUNE_CACHE, else ~/.cache/rayprune."""
+    return Path(cache_dir or os.environ.get("RAYPRUNE_CACHE") or "~/.cache/rayprune").expanduser().absolute()
+
+
+def cached_arrays(
+    key: str, cache_dir: str | Path | None, build: Callable[[Path], None], num_bytes: int
+) -> dict[str, np.ndarray]:
+    """Memory-map the arrays of a cache entry, building them first where they are missing or damaged.
+
+    Args:
+        key: `<kind>-<fingerprint>`, the entry's folder; it must change with everything that `build` depends on.
+        cache_dir: see `cache_root`.
+        build: writes .npy files into the folder it is given.
+        num_bytes: what `build` will write, checked against the free space.
+
+    Returns:
+        Read-only arrays by file stem.
+
+    Raises:
+        ValueError: the folder can't be written, or the disk is too full.
+    """
+    folder = cache_root(cache_dir) / key
+    # Again where another process, replacing a damaged entry, moved this one away before it was mapped.
+    while (arrays := _load(folder)) is None:
+        _build_entry(folder, build, num_bytes)
+    return arrays
+
+
+def new_array(folder: Path, name: str, dtype: str, shape: tuple[int, ...]) -> np.memmap:
+    """Create `<name>.npy` in a folder for writing piece by piece, with its disk space reserved.
+
+    Raises:
+        ValueError: the disk is full.
+    """
+    file = folder / f"{name}.npy"
+    array = np.lib.format.open_memmap(file, mode="w+", dtype=np.dtype(dtype), shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        # A full disk is an error here; met later, through the memory map, it would kill the process by SIGBUS.
+        try:
+            with file.open("r+b") as handle:
+                os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
+        except OSError as error:
+            raise _unwritable(folder.parent, error) from error
+    return array
+
+
+def _load(folder: Path) -> dict[str, np.ndarray] | None:
+    if not _is_complete(folder):
+        return None
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        return {Path(name).stem: np.asarray(np.load(folder / name, mmap_mode="r")) for name in files}
+    except FileNotFoundError:
+        return None
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return bool(manifest["version"] == MANIFEST_VERSION and manifest["files"] == _file_sizes(folder))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in sorted(folder.glob("*.npy"))}
+
+
+def _build_entry(folder: Path, build: Callable[[Path], None], num_bytes: int) -> None:
+    temporary = _new_temporary(folder, num_bytes)
+    started = time.perf_counter()
+    try:
+        build(temporary)
+        _write_manifest(temporary)
+        _publish(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    logger.info("built cache entry %s (%.1f MB) in %.1f s", folder, num_bytes / 1e6, time.perf_counter() - started)
+
+
+def _new_temporary(folder: Path, num_bytes: int) -> Path:
+    root = folder.parent
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder)
+        _check_space(root, num_bytes)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
+        temporary.chmod(0o755)  # mkdtemp's 0700 would shut other users out of a shared cache
+    except OSError as error:
+        raise _unwritable(root, error) from error
+    return temporary
+
+
+def _unwritable(root: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"cache folder {root} can't be written ({error.strerror or error}): "
+        "set data.cache_dir or RAYPRUNE_CACHE to another folder"
+    )
+
+
+def _check_space(root: Path, num_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(root).free
+    if num_bytes > free_bytes:
+        raise ValueError(
+            f"cache folder {root} has {free_bytes / 1e9:.2f} GB free and {num_bytes / 1e9:.2f} GB are needed: "
+            "free some space, or set data.cache_dir or RAYPRUNE_CACHE to a larger disk"
+        )
+
+
+def _write_manifest(folder: Path) -> None:
+    arrays = {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
+    manifest = {
+        "version": MANIFEST_VERSION,
+        "files": _file_sizes(folder),
+        "arrays": {name: {"dtype": array.dtype.str, "shape": array.shape} for name, array in arrays.items()},
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    if folder.exists() and not _is_complete(folder):
+        # Moved away in one step: another process may be about to rename a good entry into this place.
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder.rename(temporary / "damaged"))
+    try:
+        temporary.rename(folder)
+    except OSError as error:
+        # ENOTEMPTY or EEXIST: another process was first; whether its entry is whole is for the caller to see.
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+            raise _unwritable(folder.parent, error) from error
+        logger.info("cache entry %s was built by another process meanwhile: its copy is used", folder)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for other in folder.parent.glob(f".{folder.name}-*"):
+        # The folder of a process at work may be renamed away meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            newest = max(entry.stat().st_mtime for entry in [other, *other.glob("*")])
+            if time.time() - newest > ABANDONED_S:
+                shutil.rmtree(other, ignore_errors=True)

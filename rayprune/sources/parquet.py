@@ -1,0 +1,150 @@
+"""Parquet files, as the Hugging Face hub stores data sets: encoded images, or numeric columns.
+
+The first open decodes every row into the decoded cache, later ones memory-map it. The shards are matched by the stems
+of their names, the columns by name and type; both can be set.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from rayprune.core.objects import closest
+from rayprune.sources.base import Column, SampleSource, Schema, Splits, Subset, holdout
+from rayprune.sources.cache import cache_root, cached_arrays
+from rayprune.sources.fingerprint import digest, file_digest
+from rayprune.sources.parquet_layout import check_columns, find_columns, hub_class_names, split_files, string_labels
+from rayprune.sources.parquet_rows import (
+    ParquetRows,
+    build_rows,
+    first_image_shape,
+    read_column,
+    read_labels,
+    usable_files,
+)
+from rayprune.sources.registry import register_source
+from rayprune.sources.rows import RowSource
+
+logger = logging.getLogger(__name__)
+
+HOLDOUT_SEED = 0
+
+
+@register_source("parquet")
+@dataclass(frozen=True)
+class Parquet:
+    """A Parquet file, or a folder of them in the order of their names.
+
+    Attributes:
+        path: a .parquet file, or a folder of them.
+        train_files: pattern of the stems; where none matches, all that are not for validation.
+        validation_files: pattern of the stems; the default also tries "*val*"; "" for none.
+        image_column: encoded images, binary or a struct with `bytes`; default: found by name and type.
+        label_column: integers or strings; default: found by name, else the only integer column.
+        feature_columns: numeric columns, in this order; default where there is no image: all but the label.
+        validation_fraction: held out, stratified, where no validation file matches; 0 for no validation.
+        num_classes: default: the number of class names stored, else the largest training label + 1.
+        on_error: "skip" leaves out rows and files that can't be read, "fail" refuses them.
+        cache_dir: see `cache.cache_root`.
+    """
+
+    path: str
+    train_files: str = "*train*"
+    validation_files: str = "*test*"
+    image_column: str | None = None
+    label_column: str | None = None
+    feature_columns: tuple[str, ...] | None = None
+    validation_fraction: float = 0.1
+    num_classes: int | None = None
+    on_error: str = "fail"
+    cache_dir: str | None = None
+    default_augment: ClassVar[dict[str, Any]] = {"crop": 0, "flip": False}
+
+    def __post_init__(self) -> None:
+        if self.on_error not in {"fail", "skip"}:
+            raise ValueError(f"data.on_error is {self.on_error!r}: {closest(self.on_error, ('fail', 'skip'))}")
+
+    def open(self) -> Splits:
+        """Find the files and columns and read the labels; with on_error=skip also decode, to know which rows remain.
+
+        Raises:
+            ValueError: files or columns are missing, unsuitable or (on_error=fail) damaged.
+        """
+        train_rows, validation_rows, class_names = self._find_rows()
+        labels, _ = read_labels(train_rows)
+        if len(labels) == 0:
+            raise ValueError(f"the training files in {self.path!r} have no rows: correct data.path or data.train_files")
+        if train_rows.image_column is not None:
+            train_rows = replace(train_rows, shape=first_image_shape(train_rows))
+        num_classes = len(class_names) or int(labels.max()) + 1
+        if self.num_classes is not None:
+            num_classes = self.num_classes
+        schema = _row_schema(train_rows, num_classes, class_names if len(class_names) == num_classes else ())
+        train = _open_rows(train_rows, schema, self.cache_dir)
+        if validation_rows.files:
+            validation_rows = replace(validation_rows, shape=train_rows.shape)
+            return Splits(train, _open_rows(validation_rows, schema, self.cache_dir))
+        if self.validation_fraction == 0:
+            return Splits(train, None)
+        return holdout(train, self.validation_fraction, HOLDOUT_SEED)
+
+    def _find_rows(self) -> tuple[ParquetRows, ParquetRows, tuple[str, ...]]:
+        """Return the training rows (images still without shape), the validation rows, and the class names."""
+        skip = self.on_error == "skip"
+        path = Path(self.path).expanduser().absolute()
+        train, validation = (
+            usable_files(files, pq.read_metadata, skip)
+            for files in split_files(path, self.train_files, self.validation_files)
+        )
+        if not train:
+            raise ValueError(f"data.path {self.path!r} holds no training file: correct data.path or data.train_files")
+        file_schema = pq.read_schema(train[0])
+        image, label, features = find_columns(
+            train[0], file_schema, self.image_column, self.label_column, self.feature_columns
+        )
+        for file in (*train, *validation):
+            check_columns(file, [label, *features, *([] if image is None else [image])])
+        train, validation = (
+            usable_files(files, partial(read_column, name=label), skip) for files in (train, validation)
+        )
+        names = string_labels(train, label)
+        rows = ParquetRows(train, label, names, image, features, (len(features),), skip)
+        return rows, replace(rows, files=validation), names or hub_class_names(file_schema, label)
+
+
+def _row_schema(rows: ParquetRows, num_classes: int, class_names: tuple[str, ...]) -> Schema:
+    name, dtype = ("features", "float32") if rows.image_column is None else ("image", "uint8")
+    columns = {name: Column(rows.shape, dtype), "label": Column((), "int64")}
+    return Schema(columns, name, num_classes, class_names)
+
+
+def _open_rows(rows: ParquetRows, schema: Schema, cache_dir: str | None) -> SampleSource:
+    labels, _ = read_labels(rows)
+    chosen = (rows.image_column or "", rows.label_column, *rows.feature_columns)
+    fingerprint = digest("parquet", *chosen, str(rows.shape), labels, *(file_digest(file) for file in rows.files))
+    key = f"parquet-{digest(fingerprint, 'skip' if rows.skip_errors else 'fail')}"
+    row_bytes = math.prod(rows.shape) * np.dtype(schema.columns[schema.input].dtype).itemsize + 9
+    open_arrays = partial(cached_arrays, key, cache_root(cache_dir), partial(build_rows, rows), len(labels) * row_bytes)
+    source = RowSource(open_arrays, schema, fingerprint, labels)
+    return _readable_rows(source, rows) if rows.skip_errors else source
+
+
+def _readable_rows(source: RowSource, rows: ParquetRows) -> SampleSource:
+    readable = source.arrays()["readable"]
+    if readable.all():
+        return source
+    left_out = np.flatnonzero(~readable)
+    starts = np.cumsum([0, *(pq.read_metadata(file).num_rows for file in rows.files)])
+    named = []
+    for row in left_out[:5]:
+        position = int(np.searchsorted(starts, row, side="right")) - 1
+        named.append(f"{rows.files[position].name} row {row - starts[position]}")
+    logger.warning("left out %d of %d rows, first: %s", len(left_out), len(readable), ", ".join(named))
+    return Subset(source, np.flatnonzero(readable))

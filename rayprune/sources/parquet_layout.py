@@ -1,0 +1,140 @@
+"""Which Parquet files are for training, and which columns hold the inputs and the labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayprune.core.objects import closest
+from rayprune.sources.parquet_rows import read_column
+
+DEFAULT_VALIDATION_FILES = "*test*"
+OTHER_VALIDATION_FILES = "*val*"
+IMAGE_NAMES = ("image", "img", "images", "picture", "png", "jpg", "jpeg", "bytes")
+LABEL_NAMES = ("label", "labels", "y", "target", "targets", "fine_label", "class", "cls")
+
+
+def split_files(path: Path, train_files: str, validation_files: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """Sort the files of a folder into training and validation by patterns of their stems.
+
+    A file that matches both patterns is for training. A single file is for training.
+
+    Raises:
+        ValueError: no file is there, or a validation pattern other than the default matches none.
+    """
+    if path.is_file():
+        return (path,), ()
+    files = sorted(path.glob("*.parquet"), key=lambda file: file.name)
+    if not files:
+        raise ValueError(f"data.path {str(path)!r} is neither a Parquet file nor a folder of *.parquet: correct it")
+    train = [file for file in files if fnmatchcase(file.stem, train_files)]
+    others = [file for file in files if file not in train]
+    validation = [file for file in others if fnmatchcase(file.stem, validation_files)]
+    if not validation and validation_files == DEFAULT_VALIDATION_FILES:
+        validation = [file for file in others if fnmatchcase(file.stem, OTHER_VALIDATION_FILES)]
+    elif not validation and validation_files:
+        stems = closest(validation_files, [file.stem for file in others])
+        raise ValueError(f"data.validation_files {validation_files!r} matches no file left for validation: {stems}")
+    return tuple(train or [file for file in others if file not in validation]), tuple(validation)
+
+
+def find_columns(
+    file: Path,
+    schema: pa.Schema,
+    image_column: str | None,
+    label_column: str | None,
+    feature_columns: Sequence[str] | None,
+) -> tuple[str | None, str, tuple[str, ...]]:
+    """Choose the columns to read; what is given is checked, the rest is found by name and type.
+
+    Returns:
+        The image column or None, the label column, and the feature columns, which are empty for images.
+
+    Raises:
+        ValueError: a column given is missing or of a wrong type, or none suits.
+    """
+    named = [name for name in (image_column, label_column, *(feature_columns or ())) if name is not None]
+    _check_names(file, named, schema.names)
+    if image_column is not None and feature_columns is not None:
+        raise ValueError("data.image_column and data.feature_columns are both set: keep one, a sample has one input")
+    image = None
+    if feature_columns is None:
+        image = image_column or _find_image(schema)
+        if image is not None and not _is_image(schema.field(image).type):
+            kind = schema.field(image).type
+            raise ValueError(f"{file} column {image!r} is {kind}: images must be binary or a struct with `bytes`")
+    label = label_column or _find_label(file, schema)
+    return image, label, () if image is not None else _features(file, schema, label, feature_columns)
+
+
+def check_columns(file: Path, columns: Sequence[str]) -> None:
+    """Refuse a file that lacks one of the columns.
+
+    Raises:
+        ValueError: names the file, the column and the closest one it has.
+    """
+    _check_names(file, columns, pq.read_schema(file).names)
+
+
+def string_labels(files: Sequence[Path], column: str) -> tuple[str, ...]:
+    """Return the sorted unique strings of a label column over all files; empty where it holds no strings."""
+    names: set[str] = set()
+    for file in files:
+        values = read_column(file, column)
+        if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+            names.update(value for value in values.unique().to_pylist() if value is not None)
+    return tuple(sorted(names))
+
+
+def hub_class_names(schema: pa.Schema, label: str) -> tuple[str, ...]:
+    """Return the class names that the Hugging Face hub stores in a file's metadata; empty where there are none."""
+    try:
+        stored = json.loads((schema.metadata or {})[b"huggingface"])
+        return tuple(stored["info"]["features"][label]["names"])
+    except (KeyError, TypeError, ValueError):
+        return ()
+
+
+def _check_names(file: Path, wanted: Sequence[str], names: Sequence[str]) -> None:
+    for name in wanted:
+        if name not in names:
+            raise ValueError(f"{file} has no column {name!r}: {closest(name, names)}")
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return bool(kind.get_field_index("bytes") >= 0)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _find_image(schema: pa.Schema) -> str | None:
+    usual_first = sorted(schema, key=lambda field: (*IMAGE_NAMES, field.name).index(field.name))
+    return next((field.name for field in usual_first if _is_image(field.type)), None)
+
+
+def _find_label(file: Path, schema: pa.Schema) -> str:
+    usual = [name for name in LABEL_NAMES if name in schema.names]
+    integers: list[str] = [field.name for field in schema if pa.types.is_integer(field.type)]
+    if usual or len(integers) == 1:
+        return (usual or integers)[0]
+    raise ValueError(f"{file} has no column with a usual label name: set data.label_column to one of {schema.names}")
+
+
+def _features(file: Path, schema: pa.Schema, label: str, given: Sequence[str] | None) -> tuple[str, ...]:
+    numeric = [
+        field.name
+        for field in schema
+        if field.name != label
+        and (pa.types.is_integer(field.type) or pa.types.is_floating(field.type) or pa.types.is_boolean(field.type))
+    ]
+    for name in given or ():
+        if name not in numeric:
+            raise ValueError(f"{file} column {name!r} is {schema.field(name).type}: {closest(name, numeric)}")
+    if not numeric:
+        raise ValueError(f"{file} has neither an image nor a numeric column: set data.image_column")
+    return tuple(numeric if given is None else given)

@@ -1,0 +1,248 @@
+"""Rows of Parquet files, read once into the decoded cache: images decoded, numeric columns as float32.
+
+Random access into Parquet reads and decompresses a whole row group for one row, hence the cache.
+
+Shapes: N rows of all files, H height, W width, C channels, F features.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rayprune.sources.cache import new_array
+from rayprune.sources.images import UnreadableImage, decode_image
+
+logger = logging.getLogger(__name__)
+
+BATCH_ROWS = 1024
+ROWS_PER_TASK = 64
+TASKS_PER_THREAD = 16
+# Smaller images spend their time in Python, where two threads were measured to be slower than one.
+THREADED_PIXELS = 1 << 15
+LEFT_OUT = "or leave it out with data.on_error=skip"
+# A row that can't be used: its number in the file, and why.
+BadRow = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class ParquetRows:
+    """Which rows of which files: all a process needs to read them for itself.
+
+    Attributes:
+        files: in the order of the rows.
+        label_column: integers, or strings when there are label_names.
+        label_names: the strings that stand for the labels 0, 1, …; empty for integer labels.
+        image_column: the encoded images; None for numeric rows.
+        feature_columns: the numeric columns; empty for images.
+        shape: of one row, (H, W, C) or (F,).
+        skip_errors: mark rows that can't be read instead of refusing them.
+    """
+
+    files: tuple[Path, ...]
+    label_column: str
+    label_names: tuple[str, ...]
+    image_column: str | None
+    feature_columns: tuple[str, ...]
+    shape: tuple[int, ...]
+    skip_errors: bool
+
+
+def usable_files(files: tuple[Path, ...], check: Callable[[Path], object], skip_errors: bool) -> tuple[Path, ...]:
+    """Return the files that `check` can read.
+
+    Raises:
+        ValueError: a file is damaged and skip_errors is off.
+    """
+    usable = []
+    for file in files:
+        try:
+            check(file)
+        except (pa.ArrowInvalid, OSError) as error:
+            if not skip_errors:
+                raise _damaged(file, error) from None
+            logger.warning("left out %s: not a readable Parquet file (%s)", file, _line(error))
+        else:
+            usable.append(file)
+    return tuple(usable)
+
+
+def read_column(file: Path, name: str) -> pa.ChunkedArray:
+    """Read one column whole; dictionary-encoded values come as plain ones."""
+    values = pq.read_table(file, columns=[name], partitioning=None).column(name)
+    return values.cast(values.type.value_type) if pa.types.is_dictionary(values.type) else values
+
+
+def read_labels(rows: ParquetRows) -> tuple[np.ndarray, np.ndarray]:
+    """Read all labels.
+
+    Returns:
+        labels (N,) int64, and whether a row has one (N,) bool; a row without is labelled 0.
+
+    Raises:
+        ValueError: labels are neither integers nor strings, a string is not among the label_names, or a row has no
+            label and skip_errors is off.
+    """
+    parts = [_file_labels(rows, file) for file in rows.files]
+    return np.concatenate([labels for labels, _ in parts]), np.concatenate([present for _, present in parts])
+
+
+def _file_labels(rows: ParquetRows, file: Path) -> tuple[np.ndarray, np.ndarray]:
+    values = read_column(file, rows.label_column)
+    present = np.asarray(values.is_valid())
+    if not present.all() and not rows.skip_errors:
+        raise _bad_row(file, (int(np.argmin(present)), f"has no {rows.label_column}"))
+    if rows.label_names:
+        labels = pc.index_in(values.cast(pa.string()), value_set=pa.array(rows.label_names, pa.string()))
+        unknown = np.flatnonzero(present & np.asarray(labels.is_null()))
+        if len(unknown):
+            label = values[int(unknown[0])].as_py()
+            raise ValueError(f"{file} row {unknown[0]} has label {label!r}, which no training row has: correct it")
+    elif pa.types.is_integer(values.type) or pa.types.is_boolean(values.type):
+        labels = values
+    else:
+        raise ValueError(f"{file} column {rows.label_column!r} is {values.type}: labels must be integers or strings")
+    return np.asarray(labels.cast(pa.int64()).fill_null(0)), present
+
+
+def first_image_shape(rows: ParquetRows) -> tuple[int, ...]:
+    """Return the shape (H, W, C) of the first image that can be read, which the others must have too.
+
+    Raises:
+        ValueError: it is unreadable and skip_errors is off, none is readable, or it is deeper than 8 bits.
+    """
+    for file in rows.files:
+        for start, encoded in _encoded_images(file, str(rows.image_column)):
+            for offset, content in enumerate(encoded):
+                try:
+                    return decode_image(content).shape
+                except UnreadableImage as error:
+                    if not rows.skip_errors:
+                        raise _bad_row(file, (start + offset, f"is no readable image ({error})")) from None
+                except ValueError as error:
+                    raise ValueError(f"{file} row {start + offset}: {error}") from None
+    raise ValueError(f"{rows.files[0].parent} holds no readable image in column {rows.image_column!r}: correct it")
+
+
+def build_rows(rows: ParquetRows, folder: Path) -> None:
+    """Write a cache entry: `image` (N, H, W, C) uint8 or `features` (N, F) float32, `label`, and `readable` (N,) bool.
+
+    Unreadable rows keep their place, so that row numbers stay those of the files.
+
+    Raises:
+        ValueError: images of several sizes, or a row or file can't be read and skip_errors is off.
+    """
+    labels, readable = read_labels(rows)
+    name, dtype = ("image", "uint8") if rows.image_column is not None else ("features", "float32")
+    target = new_array(folder, name, dtype, (len(labels), *rows.shape))
+    fill = _fill_images if name == "image" else _fill_features
+    first = 0
+    for file in rows.files:
+        num_rows = pq.read_metadata(file).num_rows
+        for row, reason in fill(rows, file, target[first : first + num_rows]):
+            if not rows.skip_errors:
+                raise _bad_row(file, (row, reason))
+            readable[first + row] = False
+        first += num_rows
+    target.flush()
+    np.save(folder / "label.npy", labels)
+    np.save(folder / "readable.npy", readable)
+
+
+def _batches(file: Path, columns: list[str]) -> Iterator[tuple[int, int, pa.RecordBatch | None]]:
+    """Yield the first row, the number of rows and the values of each batch; None for what a damaged row group lacks."""
+    with pq.ParquetFile(file) as parquet:
+        end = 0
+        for group in range(parquet.num_row_groups):
+            start, end = end, end + parquet.metadata.row_group(group).num_rows
+            try:
+                for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
+                    yield start, batch.num_rows, batch
+                    start += batch.num_rows
+            except (pa.ArrowInvalid, OSError) as error:
+                logger.warning("%s is damaged in rows %d to %d: %s", file, start, end - 1, _line(error))
+            if start < end:
+                yield start, end - start, None
+
+
+def _encoded_images(file: Path, column: str) -> Iterator[tuple[int, list[bytes | None]]]:
+    kind = pq.read_schema(file).field(column).type
+    leaf = f"{column}.bytes" if pa.types.is_struct(kind) else column
+    for start, num_rows, batch in _batches(file, [leaf]):
+        if batch is None:
+            yield start, [None] * num_rows
+        else:
+            values = batch.column(0)
+            yield start, (pc.struct_field(values, "bytes") if pa.types.is_struct(kind) else values).to_pylist()
+
+
+def _fill_images(rows: ParquetRows, file: Path, target: np.ndarray) -> Iterator[BadRow]:
+    num_threads = (os.cpu_count() or 1) if target.shape[1] * target.shape[2] >= THREADED_PIXELS else 1
+    pending: deque[Future[list[BadRow]]] = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        for start, encoded in _encoded_images(file, str(rows.image_column)):
+            for offset in range(0, len(encoded), ROWS_PER_TASK):
+                task = encoded[offset : offset + ROWS_PER_TASK]
+                pending.append(pool.submit(_decode_into, target, file, start + offset, task))
+            # Row groups may be smaller than what keeps all threads busy, files larger than memory.
+            while len(pending) > TASKS_PER_THREAD * num_threads:
+                yield from pending.popleft().result()
+        for rest in pending:
+            yield from rest.result()
+
+
+def _decode_into(target: np.ndarray, file: Path, start: int, encoded: list[bytes | None]) -> list[BadRow]:
+    bad = []
+    for row, content in enumerate(encoded, start):
+        try:
+            pixels = decode_image(content, target.shape[3])
+        except UnreadableImage as error:
+            bad.append((row, f"is no readable image ({error})"))
+            continue
+        except ValueError as error:
+            raise ValueError(f"{file} row {row}: {error}") from None
+        if pixels.shape != target.shape[1:]:
+            (height, width), (first_height, first_width) = pixels.shape[:2], target.shape[1:3]
+            raise ValueError(
+                f"{file} row {row} is an image of {width}×{height} pixels and the first one has "
+                f"{first_width}×{first_height}: resize them all to one size before storing them"
+            )
+        target[row] = pixels
+    return bad
+
+
+def _fill_features(rows: ParquetRows, file: Path, target: np.ndarray) -> Iterator[BadRow]:
+    names = rows.feature_columns
+    for start, num_rows, batch in _batches(file, list(names)):
+        if batch is None:
+            yield from ((row, "lies in a damaged part of the file") for row in range(start, start + num_rows))
+            continue
+        values = target[start : start + num_rows]
+        for position, name in enumerate(names):
+            column = batch.column(batch.schema.get_field_index(name))
+            with np.errstate(over="ignore"):
+                values[:, position] = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+        for row, position in np.argwhere(~np.isfinite(values)):
+            yield start + int(row), f"is null, NaN or infinite in column {names[position]!r}"
+
+
+def _bad_row(file: Path, bad: BadRow) -> ValueError:
+    return ValueError(f"{file} row {bad[0]} {bad[1]}: correct it, {LEFT_OUT}")
+
+
+def _damaged(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{file} is not a readable Parquet file ({_line(error)}): restore it, {LEFT_OUT}")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]

@@ -1,0 +1,127 @@
+"""Data sources by name, and opening one from the keys of the config's `data:` section."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import numpy as np
+
+from rayprune.core.objects import closest, is_reference, load_object
+from rayprune.sources.base import Limited, SampleSource, Splits
+
+SOURCES: dict[str, type[Any]] = {}
+
+
+class SourceKeys(Protocol):
+    """A frozen dataclass whose fields are the keys of `data:` for one source."""
+
+    default_augment: ClassVar[dict[str, Any]]
+
+    def open(self) -> Splits:
+        """Open the source."""
+        ...
+
+
+Keys = TypeVar("Keys", bound=SourceKeys)
+
+
+def register_source(name: str) -> Callable[[type[Keys]], type[Keys]]:
+    """Register a frozen dataclass as the source of this name."""
+
+    def register(cls: type[Keys]) -> type[Keys]:
+        SOURCES[name] = cls
+        return cls
+
+    return register
+
+
+def open_data(source: str, limit: int | None = None, **keys: Any) -> Splits:
+    """Open a source and check its labels.
+
+    Args:
+        source: a registered name, or `module:function` or `path.py:function`; the function is called with the keys
+            and returns Splits, a SampleSource, or a pair (train, validation or None).
+        limit: keep the first samples of the training part only.
+        **keys: the source's own keys.
+
+    Raises:
+        ValueError: an unknown source or key, a missing key, an empty part, labels outside 0..num_classes-1, or what
+            the source itself refuses.
+    """
+    splits = _call_function(source, keys) if is_reference(source) else _open_registered(source, keys)
+    _check_part("training", splits.train)
+    if splits.validation is not None:
+        _check_part("validation", splits.validation)
+        _check_alike(splits.train, splits.validation)
+    return splits if limit is None else Splits(Limited(splits.train, limit), splits.validation)
+
+
+def default_augment(source_name: str) -> dict[str, Any]:
+    """Return the augmentation that suits a source: `crop` in pixels of padding and `flip`; none for an unknown one."""
+    cls = SOURCES.get(source_name)
+    return {"crop": 0, "flip": False} if cls is None else dict(cls.default_augment)
+
+
+def _open_registered(name: str, keys: dict[str, Any]) -> Splits:
+    if name not in SOURCES:
+        raise ValueError(f"data.source {name!r} is unknown: {closest(name, SOURCES)}, or give 'module:function'")
+    cls = SOURCES[name]
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in keys:
+        if key not in fields:
+            raise ValueError(f"data.{key} is no key of source {name!r}: {closest(key, fields)}")
+    for key, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and key not in keys:
+            raise ValueError(f"data.{key} is missing: source {name!r} needs it")
+    splits: Splits = cls(**keys).open()
+    return splits
+
+
+def _call_function(reference: str, keys: dict[str, Any]) -> Splits:
+    function = load_object(reference)
+    try:
+        inspect.signature(function).bind(**keys)
+    except TypeError as error:
+        raise ValueError(f"data.source {reference!r} can't be called with the keys {sorted(keys)}: {error}") from None
+    match function(**keys):
+        case Splits() as splits:
+            return splits
+        case SampleSource() as train:
+            return Splits(train, None)
+        case (SampleSource() as train, (SampleSource() | None) as validation):
+            return Splits(train, validation)
+        case other:
+            raise ValueError(
+                f"data.source {reference!r} returned {type(other).__name__}: "
+                "return Splits, a SampleSource, or (train, validation)"
+            )
+
+
+def _check_part(part: str, source: SampleSource) -> None:
+    if len(source) == 0:
+        raise ValueError(f"the {part} part of the data is empty: check data.path and the other keys of data")
+    labels, num_classes = source.labels, source.schema.num_classes
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (len(source),):
+        raise ValueError(
+            f"the {part} labels are {labels.dtype} of shape {labels.shape}: give integers of shape ({len(source)},)"
+        )
+    outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(outside):
+        raise ValueError(
+            f"{part} row {outside[0]} has label {labels[outside[0]]}, outside 0..{num_classes - 1}: "
+            "correct the label, or data.num_classes"
+        )
+
+
+def _check_alike(train: SampleSource, validation: SampleSource) -> None:
+    ours, theirs = train.schema, validation.schema
+    if dict(ours.columns) != dict(theirs.columns) or ours.num_classes != theirs.num_classes:
+        described = [{name: column.shape for name, column in schema.columns.items()} for schema in (ours, theirs)]
+        raise ValueError(
+            f"training and validation rows differ: {described[0]} and {ours.num_classes} classes, "
+            f"{described[1]} and {theirs.num_classes} classes: bring both to one shape, dtype and number of classes"
+        )

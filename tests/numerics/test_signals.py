@@ -1,0 +1,112 @@
+"""Signals against naive per-sample Python and against arrays made by DeepCore's own program.
+
+Shapes: B batch, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rayprune.nn.losses import per_sample_loss
+from rayprune.nn.signals import SIGNALS, check_signals, compute_signals
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "deepcore_signals.npz"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def naive_signals(logits: list[float], target: int) -> dict[str, float | list[float]]:
+    """Transcribe the definitions for one sample, in Python floats."""
+    top = max(logits)
+    powers = [math.exp(z - top) for z in logits]
+    probs = [power / sum(powers) for power in powers]
+    return {
+        "correct": float(logits.index(top) == target),
+        "confidence": max(probs),
+        "prob_label": probs[target],
+        "entropy": -sum(p * math.log(p) for p in probs if p > 0.0),
+        "el2n": math.sqrt(sum((p - (c == target)) ** 2 for c, p in enumerate(probs))),
+        "margin": probs[target] - max(p for c, p in enumerate(probs) if c != target),
+        "probs": probs,
+    }
+
+
+def make_logits(case: str) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    if case == "saturated":
+        return torch.where(torch.rand(40, 6, generator=generator) < 0.3, 200.0, -200.0)
+    if case == "two_classes":
+        return torch.randn(40, 2, generator=generator) * 3
+    logits_BC = torch.randn(40, 10, generator=generator) * 4
+    return logits_BC.to(getattr(torch, case)) if case != "plain" else logits_BC
+
+
+@pytest.mark.parametrize("case", ["plain", "saturated", "two_classes", "float16", "bfloat16", "float64"])
+def test_every_signal_equals_its_naive_definition(case: str) -> None:
+    logits_BC = make_logits(case).requires_grad_()
+    targets_B = torch.arange(len(logits_BC)) % logits_BC.shape[1]
+    losses_B = per_sample_loss(logits_BC, targets_B)
+    found = compute_signals(list(SIGNALS), logits_BC, targets_B, losses_B)
+    expected = [naive_signals(row, target) for row, target in zip(logits_BC.tolist(), targets_B.tolist(), strict=True)]
+    for name, values in found.items():
+        assert values.dtype == torch.float32
+        assert not values.requires_grad
+        if name == "loss":
+            torch.testing.assert_close(values, losses_B.detach())
+            continue
+        naive = torch.tensor([sample[name] for sample in expected], dtype=torch.float64)
+        assert values.shape == naive.shape
+        torch.testing.assert_close(values.double(), naive, rtol=2e-6, atol=1e-6, msg=f"{name} in {case}")
+
+
+def test_deepcore_arrays_agree() -> None:
+    golden = np.load(GOLDEN, allow_pickle=False)
+    logits_BC, targets_B = torch.from_numpy(golden["logits"]), torch.from_numpy(golden["targets"])
+    losses_B = torch.zeros(len(targets_B))
+    found = compute_signals(["el2n", "entropy"], logits_BC, targets_B, losses_B)
+    np.testing.assert_allclose(found["el2n"], golden["el2n"], rtol=1e-5, atol=1e-6)
+    # DeepCore adds 1e-6 inside the logarithm: at most about C·1e-6.
+    np.testing.assert_allclose(found["entropy"], -golden["neg_entropy"], rtol=0, atol=1.2e-5)
+    # Its margin is of the two best classes, which is ours with the best class for the label.
+    best = compute_signals(["margin"], logits_BC, logits_BC.argmax(dim=1), losses_B)["margin"]
+    np.testing.assert_allclose(best, golden["margin"], rtol=0, atol=1e-6)
+
+
+def test_margin_is_not_the_gap_of_the_two_best() -> None:
+    logits_BC = torch.tensor([[3.0, 1.0, 0.0]])
+    value = compute_signals(["margin"], logits_BC, torch.tensor([2]), torch.zeros(1))["margin"].item()
+    probs = naive_signals([3.0, 1.0, 0.0], 2)["probs"]
+    assert isinstance(probs, list)
+    assert value == pytest.approx(probs[2] - probs[0])
+    assert value < 0 < probs[0] - probs[1]
+
+
+def test_a_diverged_row_is_not_correct() -> None:
+    logits_BC = torch.tensor([[math.nan, math.nan], [2.0, 1.0]])
+    found = compute_signals(["correct", "entropy"], logits_BC, torch.tensor([0, 0]), torch.zeros(2))
+    assert found["correct"].tolist() == [0.0, 1.0]
+    assert found["entropy"].isnan().tolist() == [True, False]
+
+
+def test_masked_classes_have_no_probability() -> None:
+    logits_BC = torch.tensor([[0.0, 0.0, -math.inf]])
+    found = compute_signals(["entropy", "margin"], logits_BC, torch.tensor([0]), torch.zeros(1))
+    assert found["entropy"].item() == pytest.approx(math.log(2))
+    assert found["margin"].item() == pytest.approx(0.0)
+
+
+def test_unknown_signal_is_refused_with_the_closest() -> None:
+    check_signals(SIGNALS)
+    with pytest.raises(ValueError, match=r"unknown signal 'el2m': did you mean 'el2n'\?"):
+        compute_signals(["loss", "el2m"], torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), torch.zeros(1))
+    with pytest.raises(ValueError, match="unknown signal 'embedding'"):
+        check_signals(["embedding"])

@@ -1,0 +1,181 @@
+"""Augmentation: a pure function of (seed, epoch, id), equal to a naive transcription, uniform.
+
+Shapes: B batch, H height, W width, C channels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+
+from rayprune.nn.augment import Augment, hash_ids, hash_key, step_seed
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def make_images(batch: int, height: int = 12, width: int = 10, channels: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (batch, height, width, channels), dtype=torch.uint8, generator=generator)
+
+
+def naive_splitmix64(state: int) -> int:
+    """Transcribe the published generator: advance the state, then mix it, modulo 2**64."""
+    z = (state + 0x9E3779B97F4A7C15) % 2**64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+    return z ^ (z >> 31)
+
+
+def naive_word(sample: int, seed: int, epoch: int) -> int:
+    key = naive_splitmix64((naive_splitmix64(seed % 2**64) + epoch) % 2**64)
+    return naive_splitmix64((key + sample * 0x9E3779B97F4A7C15) % 2**64)
+
+
+def naive_augment(image: npt.NDArray[np.uint8], word: int, crop: int, flip: bool) -> npt.NDArray[np.float64]:
+    """Flip, pad, crop and normalise one (H, W, C) image."""
+    height, width, _ = image.shape
+    if flip and word >> 63:
+        image = image[:, ::-1]
+    padded = np.pad(image, ((crop, crop), (crop, crop), (0, 0)))
+    top = (word % 2**31) * (2 * crop + 1) // 2**31
+    left = (word // 2**31 % 2**31) * (2 * crop + 1) // 2**31
+    pixels = padded[top : top + height, left : left + width].astype(np.float64)
+    return np.asarray(((pixels / 255 - MEAN) / STD).transpose(2, 0, 1))
+
+
+def test_hash_is_splitmix64_in_twos_complement() -> None:
+    first = 0xE220A8397B1DCDAF  # the published first output of SplitMix64 from state 0
+    assert hash_key(0) == naive_splitmix64(0) == first
+    ids = [0, 1, 2, 12345, 2**31, 2**62 + 17, 2**63 - 1]
+    for key in (0, 1, 2**63, 2**64 - 1, hash_key(3, 4)):
+        words = hash_ids(torch.tensor(ids), key).tolist()
+        assert [word % 2**64 for word in words] == [
+            naive_splitmix64((key + sample * 0x9E3779B97F4A7C15) % 2**64) for sample in ids
+        ]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("crop", "flip"), [(0, False), (4, False), (0, True), (4, True), (1, True)])
+def test_train_equals_a_naive_transcription(crop: int, flip: bool, device: str) -> None:
+    images, ids_B = make_images(24), torch.arange(24) * 977 + 3
+    augment = Augment(crop=crop, flip=flip, mean=MEAN, std=STD)
+    found = augment.train(images.to(device), ids_B, seed=5, epoch=2)
+    assert found.dtype == torch.float32
+    assert found.shape == (24, 3, 12, 10)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    for image, sample, result in zip(images.numpy(), ids_B.tolist(), found.cpu().numpy(), strict=True):
+        expected = naive_augment(image, naive_word(sample, 5, 2), crop, flip)
+        np.testing.assert_allclose(result, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_sample_does_not_depend_on_its_batch(channels: int) -> None:
+    images, ids_B = make_images(40, channels=channels), torch.arange(100, 140)
+    augment = Augment(crop=2, flip=True, mean=(0.5,), std=(0.25,))
+    whole = augment.train(images, ids_B, seed=0, epoch=3)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(augment.train(images[order], ids_B[order], seed=0, epoch=3), whole[order])
+    halves = [augment.train(images[part], ids_B[part], seed=0, epoch=3) for part in (slice(13), slice(13, 40))]
+    assert torch.equal(torch.cat(halves), whole)
+
+
+def test_epochs_and_seeds_differ() -> None:
+    images, ids_B = make_images(64), torch.arange(64)
+    augment = Augment(crop=4, flip=True)
+    runs = [augment.train(images, ids_B, seed=s, epoch=e) for s, e in ((0, 0), (0, 1), (1, 0))]
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        same = sum(torch.equal(a, b) for a, b in zip(runs[first], runs[second], strict=True))
+        assert same <= 6  # one draw in 162 is alike by chance
+
+
+def test_draws_are_uniform_and_independent() -> None:
+    num_samples, crop = 40_000, 4
+    # An image whose only channels are its coordinates and a side mark shows its own draw.
+    size = 2 * crop + 1
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    image = torch.stack((rows + 1, columns + 1), dim=2).to(torch.uint8)
+    images = image.expand(num_samples, size, size, 2)
+    centre = Augment(crop=crop, flip=True).train(images, torch.arange(num_samples), seed=9, epoch=0)[:, :, crop, crop]
+    neighbour = Augment(crop=crop, flip=True).train(images, torch.arange(num_samples), seed=9, epoch=0)[..., crop, :]
+    row, column = (centre * 255).round().long().sub(1).unbind(1)
+    flipped = ((neighbour[:, 1] * 255).round().diff(dim=1) == -1).any(dim=1)
+    assert flipped.float().mean().item() == pytest.approx(0.5, abs=0.01)
+    cells = (flipped * size + row) * size + column
+    counts = torch.bincount(cells, minlength=2 * size * size).double()
+    expected = num_samples / (2 * size * size)
+    chi_square = ((counts - expected) ** 2 / expected).sum().item()
+    assert 161 - 5 * 18 < chi_square < 161 + 5 * 18  # 161 degrees of freedom, deviation sqrt(2·161) = 18
+
+
+def test_evaluate_only_normalises() -> None:
+    images = make_images(3)
+    found = Augment(crop=4, flip=True, mean=MEAN, std=STD).evaluate(images)
+    expected = (images.double() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    torch.testing.assert_close(found.double(), expected.permute(0, 3, 1, 2), rtol=0, atol=2e-6)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    plain = Augment().evaluate(images[:, ::2])  # not contiguous
+    torch.testing.assert_close(plain, images[:, ::2].permute(0, 3, 1, 2) / 255)
+
+
+def test_features_are_standardised_and_left_alone() -> None:
+    features = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
+    augment = Augment(crop=4, flip=True, mean=(1.0, 2.0), std=(2.0, 4.0))
+    found = augment.train(features, torch.arange(2), seed=0, epoch=0)
+    assert found.tolist() == [[0.0, 0.0], [1.0, 1.0]]
+    assert features.tolist() == [[1.0, 2.0], [3.0, 6.0]]
+    assert torch.equal(augment.evaluate(features.double()), found)
+
+
+def test_constants_cached_in_inference_mode_serve_training() -> None:
+    augment, images = Augment(mean=(0.123,), std=(0.456,)), make_images(2)
+    with torch.inference_mode():
+        augment.evaluate(images)
+    weights = torch.ones(1, requires_grad=True)
+    (augment.evaluate(images) * weights).sum().backward()
+    assert weights.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crop": -1}, "crop must be an integer of at least 0, got -1"),
+        ({"crop": 1.5}, "crop must be"),
+        ({"std": (0.0,)}, r"std must be above 0, got \(0.0,\)"),
+        ({"mean": (float("nan"),)}, "mean must be finite"),
+    ],
+)
+def test_wrong_values_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Augment(**options)  # type: ignore[arg-type]
+
+
+def test_wrong_batches_are_refused() -> None:
+    images, ids_B = make_images(2), torch.arange(2)
+    with pytest.raises(ValueError, match=r"ids must be int64, one a sample \(2\), got torch.float32"):
+        Augment(flip=True).train(images, ids_B.float(), seed=0, epoch=0)
+    with pytest.raises(ValueError, match="one a sample"):
+        Augment(flip=True).train(images, torch.arange(3), seed=0, epoch=0)
+    with pytest.raises(ValueError, match="images must be uint8"):
+        Augment(flip=True).train(images.float(), ids_B, seed=0, epoch=0)
+    with pytest.raises(ValueError, match="mean must have 1 or 3 values for 3 channels, got 2"):
+        Augment(mean=(0.1, 0.2)).evaluate(images)
+
+
+def test_step_seeds_are_distinct_stable_and_fit_torch() -> None:
+    seeds = {step_seed(s, e, t, r) for s in range(4) for e in range(4) for t in range(20) for r in range(4)}
+    assert len(seeds) == 4 * 4 * 20 * 4
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    torch.Generator().manual_seed(max(seeds))
+    state = 0
+    for part in (7, 1, 2, 3):
+        state = naive_splitmix64((state + part) % 2**64)
+    assert step_seed(7, 1, 2, 3) == state >> 1

@@ -1,0 +1,158 @@
+"""Models by name: parameter counts of the paper's networks, shapes, and errors that say the cure."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import rayprune.nn
+from rayprune.nn.models import MODELS, build_model
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("resnet8", 78_042), ("resnet18", 11_173_962), ("resnet34", 21_282_122), ("resnet50", 23_520_842)],
+)
+def test_parameter_counts(name: str, count: int) -> None:
+    with torch.device("meta"):
+        model = build_model(name, num_classes=10, input_shape=(3, 32, 32))
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "resnet50"])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (3, 40, 28)])
+def test_image_models_take_small_and_odd_images(name: str, shape: tuple[int, ...]) -> None:
+    model = build_model(name, num_classes=7, input_shape=shape)
+    images = torch.randn(2, *shape)
+    functional.cross_entropy(model(images), torch.tensor([0, 6])).backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+    model.eval()
+    with torch.no_grad():
+        alone, batch = model(images[:1]), model(images)
+    assert batch.shape == (2, 7)
+    torch.testing.assert_close(alone, batch[:1], rtol=1e-3, atol=1e-4)
+
+
+def test_a_basic_block_is_the_papers() -> None:
+    model = build_model("resnet8", num_classes=3, input_shape=(3, 8, 8)).eval()
+    block = model.get_submodule("stages.1.0")
+    inputs = torch.randn(2, 16, 8, 8)
+    with torch.no_grad():
+        residual = block.bn2(block.conv2(block.bn1(block.conv1(inputs)).clamp(min=0)))  # type: ignore[operator]
+        shortcut = functional.conv2d(inputs[:, :, ::2, ::2], block.shortcut[0].weight)  # type: ignore[index]
+        expected = (residual + block.shortcut[1](shortcut)).clamp(min=0)  # type: ignore[index]
+        torch.testing.assert_close(block(inputs), expected)
+
+
+def test_channels_last_gives_the_same_logits() -> None:
+    model = build_model("resnet8", num_classes=3, input_shape=(3, 16, 16)).eval()
+    images = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(images)
+        found = model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 8, 8)])
+def test_mlp_takes_features_and_images(shape: tuple[int, ...]) -> None:
+    model = build_model("mlp", num_classes=4, input_shape=shape)
+    assert model(torch.randn(3, *shape)).shape == (3, 4)
+    assert [m.out_features for m in model.modules() if isinstance(m, nn.Linear)] == [256, 256, 4]
+
+
+def test_features_feed_the_classifier() -> None:
+    for name, size in (("resnet8", 64), ("mlp", 256)):
+        model: Any = build_model(name, num_classes=4, input_shape=(1, 8, 8)).eval()
+        embedding = model.features(torch.randn(3, 1, 8, 8))
+        assert embedding.shape == (3, size)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_torchvision_models_take_any_number_of_channels(channels: int) -> None:
+    model = build_model("torchvision:resnet18", num_classes=6, input_shape=(channels, 32, 32)).eval()
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    assert (first.in_channels, first.kernel_size, first.stride, first.padding) == (channels, (7, 7), (2, 2), (3, 3))
+    assert first.bias is None
+    assert model(torch.randn(2, channels, 32, 32)).shape == (2, 6)
+
+
+def test_torchvision_options_reach_the_model() -> None:
+    shape = (1, 32, 32)
+    model = build_model(
+        "torchvision:mobilenet_v3_small", num_classes=6, input_shape=shape, dropout=0.4, reduced_tail=True
+    )
+    assert 0.4 in [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    with pytest.raises(ValueError, match=r"model 'torchvision:resnet18' can't be built: .*'depth'"):
+        build_model("torchvision:resnet18", num_classes=6, input_shape=shape, depth=3)
+
+
+def test_models_with_auxiliary_heads_still_return_logits() -> None:
+    model = build_model("torchvision:googlenet", num_classes=3, input_shape=(3, 32, 32), init_weights=False).train()
+    assert isinstance(model(torch.randn(2, 3, 32, 32)), torch.Tensor)
+
+
+def test_a_users_function_builds_a_model(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from torch import nn\n"
+        "def net(*, num_classes, input_shape, bias=True):\n"
+        "    return nn.Linear(input_shape[0], num_classes, bias=bias)\n"
+        "def nothing(num_classes, input_shape):\n"
+        "    return None\n"
+        "number = 3\n"
+    )
+    model = build_model(f"{file}:net", num_classes=2, input_shape=(5,), bias=False)
+    assert isinstance(model, nn.Linear)
+    assert (model.in_features, model.out_features, model.bias) == (5, 2, None)
+    with pytest.raises(ValueError, match=r"nothing' must return a torch.nn.Module, got NoneType"):
+        build_model(f"{file}:nothing", num_classes=2, input_shape=(5,))
+    with pytest.raises(ValueError, match="number' is a int, not a function"):
+        build_model(f"{file}:number", num_classes=2, input_shape=(5,))
+    with pytest.raises(ValueError, match="takes no 'bais': did you mean 'bias'"):
+        build_model(f"{file}:net", num_classes=2, input_shape=(5,), bais=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet9", {}, "unknown model 'resnet9': did you mean 'resnet"),
+        ("torchvision:resnet19", {}, "unknown torchvision model 'resnet19': did you mean 'resnet"),
+        ("resnet8", {"input_shape": (64,)}, "for numeric features use 'mlp'"),
+        ("torchvision:resnet18", {"input_shape": (64,)}, "for numeric features use 'mlp'"),
+        ("resnet8", {"input_shape": (8, 8)}, "input_shape must be"),
+        ("resnet8", {"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        ("resnet8", {"width": 3}, "model 'resnet8' takes no 'width'"),
+        ("mlp", {"hidden": (0,)}, "hidden must be widths of at least 1"),
+    ],
+)
+def test_wrong_models_are_refused_in_one_line(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        build_model(name, **{"num_classes": 10, "input_shape": (3, 32, 32), **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_nn_imports_no_ray_and_torchvision_only_when_asked() -> None:
+    files = list(Path(rayprune.nn.__path__[0]).rglob("*.py"))
+    assert files
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] == "ray" for name in names), file
+    program = "import sys, rayprune.nn.models; print({'ray', 'torchvision'} & set(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "set()"
+    assert {"resnet8", "resnet18", "resnet34", "resnet50", "mlp"} <= set(MODELS)

@@ -1,0 +1,156 @@
+"""NumPy arrays in folders and archives."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from rayprune.sources import open_data
+
+
+def image_rows(shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
+
+
+def save(folder, **arrays):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    return str(folder)
+
+
+LABELS = np.arange(20) % 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "to_rows"),
+    [
+        ((20, 5, 6, 3), lambda x: x),
+        ((20, 3, 5, 6), lambda x: x.transpose(0, 2, 3, 1)),
+        ((20, 1, 5, 3), lambda x: x),
+        ((20, 5, 6), lambda x: x[..., None]),
+    ],
+)
+def test_image_layouts_are_delivered_channels_last(tmp_path, shape, to_rows):
+    x = image_rows(shape)
+    train = open_data("arrays", path=save(tmp_path, x_train=x, y_train=LABELS), validation_fraction=0).train
+    ids = np.array([7, 0, 7, 19])
+    taken = train.take(ids)
+    np.testing.assert_array_equal(taken["image"], to_rows(x)[ids])
+    assert taken["image"].flags.c_contiguous
+    assert type(taken["image"]) is np.ndarray
+    assert train.schema.columns["image"].shape == to_rows(x).shape[1:]
+    assert train.schema.num_classes == 4
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int32", "uint8", "float16"])
+def test_two_axes_are_features(tmp_path, dtype):
+    x = image_rows((20, 7)).astype(dtype)
+    train = open_data("arrays", path=save(tmp_path, x=x, y=LABELS[:, None].astype("uint8"))).train
+    assert train.schema.input == "features"
+    taken = train.take(np.arange(len(train)))
+    assert taken["features"].dtype == np.float32
+    assert taken["label"].dtype == np.int64
+    assert taken["label"].shape == (18,)
+
+
+def test_stored_validation_part(tmp_path):
+    x = image_rows((20, 4, 4, 3))
+    for names in (("x_test", "y_test"), ("x_val", "y_val")):
+        path = save(
+            tmp_path / names[0], x_train=x, y_train=LABELS, **dict(zip(names, (x[:6], LABELS[:6]), strict=True))
+        )
+        splits = open_data("arrays", path=path)
+        assert (len(splits.train), len(splits.validation)) == (20, 6)
+    bad = save(tmp_path / "bad", x_train=x, y_train=LABELS, x_test=x[:2], y_test=np.array([0, 4]))
+    with pytest.raises(ValueError, match="validation row 1 has label 4"):
+        open_data("arrays", path=bad)
+    other = save(tmp_path / "other", x_train=x, y_train=LABELS, x_test=x[:2, :3], y_test=LABELS[:2])
+    with pytest.raises(ValueError, match="training and validation rows differ"):
+        open_data("arrays", path=other)
+
+
+def test_archive_is_extracted_once(tmp_path):
+    x = image_rows((20, 4, 4, 3))
+    archive = tmp_path / "set.npz"
+    np.savez_compressed(archive, x_train=x, y_train=LABELS, unrelated=np.zeros(3))
+    keys = {"path": str(archive), "validation_fraction": 0, "cache_dir": str(tmp_path / "cache")}
+    train = open_data("arrays", **keys).train
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.npy")}
+    assert sorted(file.name for file in files) == ["x_train.npy", "y_train.npy"]
+    again = pickle.loads(pickle.dumps(open_data("arrays", **keys).train))
+    np.testing.assert_array_equal(again.take(np.arange(20))["image"], x)
+    assert {file: file.stat().st_mtime_ns for file in files} == files
+    folder = open_data("arrays", path=save(tmp_path / "f", x_train=x, y_train=LABELS), validation_fraction=0).train
+    assert folder.fingerprint == train.fingerprint
+
+
+def test_fingerprint_ignores_the_place(tmp_path):
+    x = image_rows((20, 4, 4, 3))
+    save(tmp_path / "a", x_train=x, y_train=LABELS)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    save(tmp_path / "c", x_train=x[::-1], y_train=LABELS)
+    save(tmp_path / "d", x_train=x, y_train=LABELS[::-1])
+    save(tmp_path / "e", x_train=x[:16], y_train=LABELS[:16])
+    prints = [open_data("arrays", path=str(tmp_path / name)).train.fingerprint for name in "abcde"]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 4
+
+
+def test_pickle_carries_the_path_only(tmp_path):
+    x = image_rows((200, 8, 8, 3))
+    train = open_data("arrays", path=save(tmp_path, x_train=x, y_train=np.arange(200) % 4)).train
+    pickled = pickle.dumps(train)
+    assert len(pickled) < 2000
+    ids = np.array([3, 100])
+    np.testing.assert_array_equal(pickle.loads(pickled).take(ids)["image"], train.take(ids)["image"])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x_train": image_rows((20, 4, 4, 3)) / 255, "y_train": LABELS}, "images must be uint8"),
+        ({"x_train": np.array([{}] * 20), "y_train": LABELS}, "can't be memory-mapped"),
+        ({"x_train": image_rows((20, 4, 4, 3)), "y_train": LABELS[:19]}, "x_train has 20 rows"),
+        ({"x_train": image_rows((20, 4, 4, 3)), "y_train": LABELS / 1.0}, "labels must be integers"),
+        ({"x_train": image_rows((20, 4, 4, 3)), "y_train": np.eye(4)[LABELS].astype(int)}, "labels must be integers"),
+        ({"x_train": np.zeros((0, 4)), "y_train": LABELS[:0]}, "empty"),
+        ({"x_train": image_rows((20, 4, 4, 5)), "y_train": LABELS}, "1 or 3 channels"),
+        ({"x_train": np.full((20, 4), "a"), "y_train": LABELS}, "real numbers"),
+        ({"x_train": image_rows((20,)), "y_train": LABELS}, "reshape"),
+        ({"x_train": image_rows((20, 4))}, "holds no x_train and y_train"),
+        ({"x": image_rows((20, 4)), "y": LABELS, "x_val": image_rows((2, 4))}, "without its partner"),
+        ({"x": image_rows((20, 4)), "y": LABELS - 9}, "num_classes is"),
+    ],
+)
+def test_unsuitable_arrays_are_refused_in_one_line(tmp_path, arrays, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        open_data("arrays", path=save(tmp_path, **arrays))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [0, 20, 200])
+def test_truncated_files_are_refused(tmp_path, kept):
+    save(tmp_path, x_train=image_rows((20, 4, 4, 3)), y_train=LABELS)
+    file = tmp_path / "x_train.npy"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"x_train\.npy can't be memory-mapped"):
+        open_data("arrays", path=str(tmp_path))
+
+
+def test_damaged_archives_are_refused(tmp_path):
+    archive = tmp_path / "set.npz"
+    np.savez_compressed(archive, x=image_rows((200, 40)), y=np.arange(200) % 4)
+    whole = archive.read_bytes()
+    damaged = bytearray(whole)
+    damaged[2000:2100] = bytes(100)
+    for content in (whole[: len(whole) // 2], bytes(damaged), b""):
+        archive.write_bytes(content)
+        with pytest.raises(ValueError, match="is damaged"):
+            open_data("arrays", path=str(archive), cache_dir=str(tmp_path / "cache"))
+    assert not list((tmp_path / "cache").glob(".*"))
+    with pytest.raises(ValueError, match="neither a folder"):
+        open_data("arrays", path=str(tmp_path / "nowhere"))

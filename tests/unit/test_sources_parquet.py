@@ -1,0 +1,348 @@
+"""Parquet files of images and of numbers, whole and damaged."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from rayprune.sources import open_data
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Open a path without validation part and with a cache of the test's own."""
+
+    def call(path, **keys):
+        return open_data(
+            "parquet", **{"path": str(path), "cache_dir": str(tmp_path / "cache"), "validation_fraction": 0} | keys
+        )
+
+    return call
+
+
+def pixels(count, size=(6, 5), channels=3, seed=0):
+    shape = (count, size[1], size[0], *([channels] if channels > 1 else []))
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
+
+
+def encode(array, kind="PNG", mode=None):
+    stream = io.BytesIO()
+    image = Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(stream, kind)
+    return stream.getvalue()
+
+
+def encoded(count, **keys):
+    return [encode(array) for array in pixels(count, **keys)]
+
+
+def write(file, images, labels, names=None, struct=True, **options):
+    """Write one shard as the Hugging Face hub stores it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if struct:
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        column = pa.array([{"bytes": data, "path": f"{row}.png"} for row, data in enumerate(images)], kind)
+    else:
+        column = pa.array(images, pa.binary())
+    table = pa.table({"img": column, "label": pa.array(labels)})
+    if names:
+        metadata = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
+    pq.write_table(table, file, **options)
+    return file
+
+
+def all_rows(source):
+    return source.take(np.arange(len(source)))
+
+
+@pytest.mark.parametrize("struct", [True, False])
+def test_png_images_over_shards(tmp_path, opened, struct):
+    images, folder = pixels(30), tmp_path / "data"
+    data = [encode(image) for image in images]
+    labels = np.arange(30) % 3
+    for part in (1, 0):
+        rows = slice(part * 10, part * 10 + 10)
+        write(folder / f"train-0000{part}.parquet", data[rows], labels[rows], struct=struct, row_group_size=4)
+    write(folder / "test-00000.parquet", data[20:], labels[20:], struct=struct)
+    splits = opened(folder)
+    assert (len(splits.train), len(splits.validation)) == (20, 10)
+    np.testing.assert_array_equal(all_rows(splits.train)["image"], images[:20])
+    np.testing.assert_array_equal(all_rows(splits.validation)["image"], images[20:])
+    ids = np.array([19, 0, 19, 7])
+    taken = splits.train.take(ids)
+    np.testing.assert_array_equal(taken["image"], images[ids])
+    np.testing.assert_array_equal(taken["label"], labels[ids])
+    assert taken["image"].flags.c_contiguous
+    assert splits.train.schema.num_classes == 3
+    with pytest.raises(ValueError, match="first 20"):
+        splits.train.take(np.array([20]))
+
+
+def test_jpeg_images_and_class_names(tmp_path, opened):
+    images = [np.full((8, 8, 3), value, np.uint8) for value in (10, 100, 200)]
+    file = write(
+        tmp_path / "a.parquet", [encode(image, "JPEG") for image in images], [0, 1, 1], names=["cat", "dog", "owl"]
+    )
+    train = opened(file).train
+    assert train.schema.class_names == ("cat", "dog", "owl")
+    assert train.schema.num_classes == 3
+    np.testing.assert_allclose(all_rows(train)["image"].mean(axis=(1, 2, 3)), [10, 100, 200], atol=2)
+
+
+def test_holdout_limit_and_validation_names(tmp_path, opened):
+    write(tmp_path / "data" / "part.parquet", encoded(40), np.arange(40) % 4)
+    splits = opened(tmp_path / "data", validation_fraction=0.25, limit=12)
+    assert (len(splits.train), len(splits.validation)) == (12, 10)
+    assert np.bincount(splits.validation.labels).max() <= 3
+    write(tmp_path / "data" / "validation-0.parquet", encoded(5), [0] * 5)
+    assert len(opened(tmp_path / "data").validation) == 5
+    assert len(opened(tmp_path / "data", validation_files="").train) == 45
+    with pytest.raises(ValueError, match=r"data\.validation_files 'exam\*' matches no file"):
+        opened(tmp_path / "data", validation_files="exam*")
+
+
+def test_string_labels_are_sorted_class_names(tmp_path, opened):
+    folder = tmp_path / "data"
+    write(folder / "train.parquet", encoded(4), ["owl", "cat", "dog", "cat"])
+    write(folder / "test.parquet", encoded(2), pa.array(["dog", "owl"]).dictionary_encode())
+    splits = opened(folder)
+    assert splits.train.schema.class_names == ("cat", "dog", "owl")
+    assert splits.train.labels.tolist() == [2, 0, 1, 0]
+    assert splits.validation.labels.tolist() == [1, 2]
+    write(folder / "test.parquet", encoded(2), ["dog", "cow"])
+    with pytest.raises(ValueError, match=r"test\.parquet row 1 has label 'cow'"):
+        opened(folder)
+
+
+@pytest.mark.parametrize(
+    ("modes", "channels"),
+    [(["RGB", "L", "P", "RGBA"], 3), (["P", "L"], 3), (["L", "RGB", "1"], 1), (["RGBA"], 3), (["LA"], 1)],
+)
+def test_the_first_image_decides_the_mode(tmp_path, opened, modes, channels):
+    images = [encode(array, mode=mode) for array, mode in zip(pixels(len(modes)), modes, strict=True)]
+    train = opened(write(tmp_path / "a.parquet", images, [0] * len(modes))).train
+    assert all_rows(train)["image"].shape == (len(modes), 5, 6, channels)
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_deep_images_are_refused_by_name(tmp_path, opened, position):
+    images = encoded(2)
+    images[position] = encode(np.zeros((5, 6), np.uint16))
+    with pytest.raises(ValueError, match=rf"row {position}: image mode I;16 has more than 8 bits"):
+        opened(write(tmp_path / "a.parquet", images, [0, 1])).train.prepare()
+
+
+def test_mixed_sizes_are_refused(tmp_path, opened):
+    images = [*encoded(2), encode(pixels(1, size=(9, 4))[0])]
+    with pytest.raises(
+        ValueError, match=r"a\.parquet row 2 is an image of 9×4 pixels and the first one has 6×5: resize"
+    ):
+        opened(write(tmp_path / "a.parquet", images, [0, 1, 0])).train.prepare()
+
+
+def damaged_images():
+    images = encoded(9)
+    images[3] = images[3][:60]
+    images[5] = b"no image at all"
+    images[7] = None
+    return images
+
+
+def test_unreadable_images_fail_by_name(tmp_path, opened):
+    file = write(tmp_path / "a.parquet", damaged_images(), np.arange(9) % 2)
+    with pytest.raises(ValueError, match=r"a\.parquet row 3 is no readable image .*data\.on_error=skip") as caught:
+        opened(file).train.take(np.array([0]))
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_unreadable_images_are_skipped(tmp_path, opened, caplog):
+    file = write(tmp_path / "a.parquet", damaged_images(), np.arange(9))
+    with caplog.at_level(logging.WARNING):
+        train = opened(file, on_error="skip").train
+    assert "left out 3 of 9 rows, first: a.parquet row 3, a.parquet row 5, a.parquet row 7" in caplog.text
+    kept = [0, 1, 2, 4, 6, 8]
+    assert train.labels.tolist() == kept
+    np.testing.assert_array_equal(all_rows(train)["image"], pixels(9)[kept])
+    np.testing.assert_array_equal(all_rows(pickle.loads(pickle.dumps(train)))["label"], kept)
+    assert train.fingerprint != opened(file).train.fingerprint
+
+
+def test_skipping_nothing_keeps_the_fingerprint(tmp_path, opened):
+    file = write(tmp_path / "a.parquet", encoded(4), [0, 1, 0, 1])
+    assert opened(file, on_error="skip").train.fingerprint == opened(file).train.fingerprint
+
+
+def test_first_image_unreadable(tmp_path, opened):
+    file = write(tmp_path / "a.parquet", [b"x", *encoded(2)], [0, 1, 1])
+    with pytest.raises(ValueError, match="row 0 is no readable image"):
+        opened(file)
+    assert len(opened(file, on_error="skip").train) == 2
+    nothing = write(tmp_path / "b.parquet", [b"x"], [0])
+    with pytest.raises(ValueError, match="holds no readable image"):
+        opened(nothing, on_error="skip")
+
+
+def test_truncated_files(tmp_path, opened, caplog):
+    folder = tmp_path / "data"
+    for part in range(2):
+        write(folder / f"train-{part}.parquet", encoded(10, seed=part), [0, 1] * 5)
+    whole = opened(folder).train.fingerprint
+    last = folder / "train-1.parquet"
+    last.write_bytes(last.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"train-1\.parquet is not a readable Parquet file .*data\.on_error=skip"):
+        opened(folder)
+    train = opened(folder, on_error="skip").train
+    assert "left out" in caplog.text
+    assert len(train) == 10
+    assert train.fingerprint != whole
+
+
+def damage(file, group):
+    """Overwrite the page header of one row group's first column."""
+    start = pq.read_metadata(file).row_group(group).column(0).data_page_offset
+    content = bytearray(file.read_bytes())
+    content[start : start + 40] = b"\xff" * 40
+    file.write_bytes(bytes(content))
+
+
+def test_a_damaged_row_group_of_images(tmp_path, opened):
+    file = write(tmp_path / "a.parquet", encoded(40), np.arange(40) % 2, row_group_size=10, use_dictionary=False)
+    damage(file, 2)
+    with pytest.raises(
+        ValueError, match=r"a\.parquet row 20 is no readable image \(its bytes are missing or damaged\)"
+    ):
+        opened(file).train.prepare()
+    taken = all_rows(opened(file, on_error="skip").train)
+    np.testing.assert_array_equal(taken["image"], np.delete(pixels(40), slice(20, 30), axis=0))
+
+
+def test_a_damaged_row_group_of_numbers(tmp_path, opened):
+    table = pa.table({"a": np.arange(30.0), "y": np.arange(30) % 2})
+    pq.write_table(table, tmp_path / "n.parquet", row_group_size=10, use_dictionary=False)
+    damage(tmp_path / "n.parquet", 0)
+    with pytest.raises(ValueError, match=r"n\.parquet row 0 lies in a damaged part"):
+        opened(tmp_path / "n.parquet").train.prepare()
+    assert all_rows(opened(tmp_path / "n.parquet", on_error="skip").train)["features"].ravel().tolist() == [
+        *range(10, 30)
+    ]
+
+
+def test_a_file_with_damaged_labels(tmp_path, opened):
+    for part in range(2):
+        table = pa.table({"y": np.arange(30) % 2, "a": np.arange(30.0)})
+        pq.write_table(table, tmp_path / f"train-{part}.parquet", use_dictionary=False)
+    damage(tmp_path / "train-0.parquet", 0)
+    with pytest.raises(ValueError, match=r"train-0\.parquet is not a readable Parquet file"):
+        opened(tmp_path)
+    assert len(opened(tmp_path, on_error="skip").train) == 30
+
+
+def numeric(file, **columns):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), file)
+    return file
+
+
+def test_numeric_columns(tmp_path, opened):
+    a, b = np.arange(50) / 3, np.arange(50)
+    file = numeric(tmp_path / "n.parquet", a=a, name=["x"] * 50, b=b, target=b % 5, flag=b % 2 == 0)
+    train = opened(file).train
+    assert train.schema.input == "features"
+    np.testing.assert_allclose(all_rows(train)["features"], np.stack([a, b, b % 2 == 0], 1).astype(np.float32))
+    assert train.labels.tolist() == (b % 5).tolist()
+    chosen = opened(file, feature_columns=["b", "a"], label_column="target").train
+    np.testing.assert_allclose(all_rows(chosen)["features"], np.stack([b, a], 1).astype(np.float32))
+    with pytest.raises(ValueError, match="has no column 'c'"):
+        opened(file, feature_columns=["c"])
+    with pytest.raises(ValueError, match="column 'name' is string"):
+        opened(file, feature_columns=["name"])
+
+
+def test_numbers_that_are_missing(tmp_path, opened):
+    file = numeric(tmp_path / "n.parquet", a=[1.0, 2.0, float("nan"), 4.0], b=[1, None, 3, 4], y=[0, 1, 1, 0])
+    with pytest.raises(ValueError, match=r"n\.parquet row 1 is null, NaN or infinite in column 'b'"):
+        opened(file).train.prepare()
+    train = opened(file, on_error="skip").train
+    assert all_rows(train)["features"].tolist() == [[1, 1], [4, 4]]
+
+
+def test_labels_that_are_missing_or_wrong(tmp_path, opened):
+    file = numeric(tmp_path / "n.parquet", a=[1.0, 2.0, 3.0], y=[0, None, 2])
+    with pytest.raises(ValueError, match="row 1 has no y"):
+        opened(file)
+    assert opened(file, on_error="skip").train.labels.tolist() == [0, 2]
+    with pytest.raises(ValueError, match=r"row 2 has label 2, outside 0\.\.1"):
+        opened(numeric(tmp_path / "n.parquet", a=[1.0, 2.0, 3.0], y=[0, 1, 2]), num_classes=2)
+    with pytest.raises(ValueError, match="labels must be integers or strings"):
+        opened(numeric(tmp_path / "n.parquet", a=[1.0, 2.0], y=[0.5, 1]))
+
+
+def test_columns_and_files_that_do_not_suit(tmp_path, opened):
+    with pytest.raises(ValueError, match="neither a Parquet file nor a folder"):
+        opened(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"set data\.label_column"):
+        opened(numeric(tmp_path / "n.parquet", a=[1, 2], b=[0, 1]))
+    with pytest.raises(ValueError, match="have no rows"):
+        opened(numeric(tmp_path / "n.parquet", a=pa.array([], pa.float32()), y=pa.array([], pa.int64())))
+    numeric(tmp_path / "d" / "train-0.parquet", a=[1.0], y=[0])
+    numeric(tmp_path / "d" / "train-1.parquet", b=[1.0], y=[0])
+    with pytest.raises(ValueError, match=r"train-1\.parquet has no column 'a'"):
+        opened(tmp_path / "d")
+    with pytest.raises(ValueError, match=r"data\.on_error is 'skp': did you mean 'skip'"):
+        opened(tmp_path / "d", on_error="skp")
+
+
+def test_second_open_reuses_the_cache(tmp_path, opened):
+    file = write(tmp_path / "a.parquet", encoded(8), [0, 1] * 4)
+    opened(file).train.prepare()
+    before = {entry: entry.stat().st_mtime_ns for entry in (tmp_path / "cache").rglob("*")}
+    train = opened(file).train
+    train.prepare()
+    again = pickle.loads(pickle.dumps(train))
+    np.testing.assert_array_equal(all_rows(again)["image"], pixels(8))
+    assert {entry: entry.stat().st_mtime_ns for entry in (tmp_path / "cache").rglob("*")} == before
+
+
+def test_threads_and_pickles(tmp_path, opened):
+    train = opened(write(tmp_path / "a.parquet", encoded(200), np.arange(200) % 7)).train
+    pickled = pickle.dumps(train)
+    assert len(pickled) < 2000
+    again = pickle.loads(pickled)
+    ids = [np.random.default_rng(seed).integers(0, 200, 64) for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        for chosen, taken in zip(ids, pool.map(again.take, ids), strict=True):
+            np.testing.assert_array_equal(taken["image"], pixels(200)[chosen])
+            np.testing.assert_array_equal(taken["label"], chosen % 7)
+
+
+def test_large_images_are_decoded_by_several_threads(tmp_path, opened):
+    images = pixels(80, size=(256, 128), channels=1)
+    data = [encode(image) for image in images]
+    splits = opened(write(tmp_path / "a.parquet", data, [0, 1] * 40, row_group_size=7))
+    np.testing.assert_array_equal(all_rows(splits.train)["image"][..., 0], images)
+
+
+def test_fingerprint_follows_the_content_not_the_place(tmp_path, opened):
+    data, labels = encoded(6), [0, 1, 1, 0, 1, 1]
+    first = write(tmp_path / "a" / "train.parquet", data, labels)
+    (tmp_path / "b").mkdir()
+    shutil.copy(first, tmp_path / "b" / "part.parquet")
+    swapped = [data[0], data[2], data[1], *data[3:]]  # same labels, same lengths
+    variants = [(data, labels[::-1]), (swapped, labels), (data[:5], labels[:5])]
+    prints = [opened(tmp_path / "a").train.fingerprint, opened(tmp_path / "b").train.fingerprint]
+    for number, (images, marks) in enumerate(variants):
+        prints.append(opened(write(tmp_path / f"v{number}.parquet", images, marks)).train.fingerprint)
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 4
