@@ -28,9 +28,14 @@ _NAMED_NONFINITE = 20
 class SelectionMethod(Protocol):
     """What the Selector needs of a method; `rayprune.methods.base.Method` is its implementation."""
 
-    class_floor: float
-    signals: tuple[str, ...]
-    fixed: bool
+    @property
+    def class_floor(self) -> float: ...
+
+    @property
+    def signals(self) -> tuple[str, ...]: ...
+
+    @property
+    def fixed(self) -> bool: ...
 
     def to_config(self) -> dict[str, Any]: ...
 

@@ -51,7 +51,7 @@ def write_checkpoint(
     partial.mkdir(parents=True)
     torch.save(dict(model), partial / "model.pt")
     torch.save(dict(trainer), partial / "trainer.pt")
-    np.savez(partial / "selector.npz", **selector)
+    np.savez(partial / "selector.npz", allow_pickle=False, **dict[str, Any](selector))
     (partial / "position.json").write_text(json.dumps({"schema": SCHEMA, "epoch": epoch, **position}))
     sums = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
     (partial / "manifest.json").write_text(json.dumps(sums, indent=1))

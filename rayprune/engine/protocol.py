@@ -29,7 +29,7 @@ class PlanMismatch(RuntimeError):
     """The stream delivered other samples than the plan says."""
 
 
-class TrainingStopped(ValueError):
+class TrainingStopped(RuntimeError):
     """The run was stopped for a reason that a restart would not mend; the message says which."""
 
 

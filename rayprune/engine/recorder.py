@@ -88,9 +88,7 @@ class Recorder:
         self.nonfinite_ids += ids[~finite][:5].tolist()
         layout, packed = pack(ids, signals)
         self._log.append((layout, packed))
-        self._client.post(
-            "observe", self._generation, self._epoch, self._rank, len(self._log) - 1, layout, packed
-        )
+        self._client.post("observe", self._generation, self._epoch, self._rank, len(self._log) - 1, layout, packed)
         self._rows = 0
 
     def flush(self) -> int:

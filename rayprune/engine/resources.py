@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import ray
 import torch
@@ -34,7 +34,7 @@ def start_ray(debug: bool = False) -> None:
         return
     # The controller looks for reports every 2 s by default: that would cost a second an epoch.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    quiet = {"log_to_driver": debug, "logging_level": "INFO" if debug else "ERROR"}
+    quiet: dict[str, Any] = {"log_to_driver": debug, "logging_level": "INFO" if debug else "ERROR"}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
         return
@@ -78,16 +78,14 @@ def _pick_stream(stream: str, source: SampleSource) -> tuple[Literal["ray", "loc
 def _cpus_per_worker(asked: float | str, num_workers: int, cpus: float, stream: str) -> float:
     for_data = 1.0 if stream == "ray" and cpus > 1 else 0.0
     share = (cpus - for_data) / num_workers
-    if asked == "auto":
-        # Whole CPUs where there are enough; a fraction is only Ray's book-keeping, threads are set apart.
-        each = float(int(share)) if share >= 1 else max(share, _LEAST_AUTO_CPUS)
-    else:
-        each = float(asked)
+    # Whole CPUs where there are enough; a fraction is only Ray's book-keeping, threads are set apart.
+    automatic = float(int(share)) if share >= 1 else max(share, _LEAST_AUTO_CPUS)
+    each = automatic if asked == "auto" else float(asked)
     if each * num_workers + for_data > cpus + 1e-6:
         data = " + 1 CPU for Ray Data" if for_data else ""
         most = max(0, int((cpus - for_data) / each))
         raise ValueError(
-            f"scaling.num_workers {num_workers} × {each:g} CPUs{data} is more than the {cpus:g} CPUs of the cluster, so "
+            f"scaling.num_workers {num_workers} × {each:g} CPUs{data} is more than the {cpus:g} CPUs of the cluster; "
             f"Ray would wait for ever: set scaling.num_workers={max(most, 1)} or scaling.cpus_per_worker={share:.2g}"
         )
     return each

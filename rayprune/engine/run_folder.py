@@ -81,7 +81,8 @@ def write_selection(run_folder: Path, epoch: int, selection: Selection, keep: in
         return
     folder = run_folder / "selections"
     folder.mkdir(exist_ok=True)
-    np.savez_compressed(folder / f"epoch-{epoch:06d}.npz", **selection.to_arrays())
+    arrays: dict[str, Any] = selection.to_arrays()
+    np.savez_compressed(folder / f"epoch-{epoch:06d}.npz", allow_pickle=False, **arrays)
     for old in sorted(folder.glob("epoch-*.npz"), reverse=True)[keep:]:
         old.unlink(missing_ok=True)
 

@@ -13,28 +13,24 @@ from typing import Any
 import numpy as np
 import ray
 import ray.train
-import torch
-import yaml
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from rayprune.config import Config
-from rayprune.core.objects import closest
 from rayprune.core.selector import Selector
 from rayprune.engine.actor import ScoreSpec
-from rayprune.engine.checkpoint import load_selector_state, newest_checkpoint, read_position
+from rayprune.engine.checkpoint import load_selector_state
 from rayprune.engine.client import LocalScores, RemoteScores, ScoreClient
+from rayprune.engine.preparation import check_model, first_epoch, input_spec, open_folder
 from rayprune.engine.progress import Watcher
 from rayprune.engine.protocol import TrainingStopped
 from rayprune.engine.resources import Resources, resolve_resources, start_ray
-from rayprune.engine.run_folder import read_metrics, write_environment, write_scores
+from rayprune.engine.run_folder import read_metrics, write_scores
 from rayprune.engine.setup import InputSpec
 from rayprune.engine.stream import LocalStream, RayStream, plan_dataset, row_bytes
 from rayprune.engine.worker import Worker, WorkerSpec
-from rayprune.nn.augment import Augment
-from rayprune.nn.models import build_model
 from rayprune.nn.signals import check_signals
-from rayprune.sources import SampleSource, Splits, default_augment, input_statistics, open_data
+from rayprune.sources import SampleSource, Splits, open_data
 
 logger = logging.getLogger(__name__)
 
@@ -77,24 +73,24 @@ def train(
         TrainingFailed: anything else that ended training.
     """
     splits = open_data(config.data.source, limit=config.data.limit, **config.data.source_keys)
-    spec = _input_spec(config, splits.train)
+    spec = input_spec(config, splits.train)
     method = config.build_method()
     check_signals(method.signals)
-    _check_model(config, spec)
+    check_model(config, spec)
     if not debug:
         logging.getLogger("ray.train").setLevel(logging.WARNING)
         logging.getLogger("ray.data").setLevel(logging.WARNING)
     if config.scaling.num_workers > 0:
         start_ray(debug)
     resources = resolve_resources(config, splits.train)
-    folder = _open_folder(config, splits.train, resources)
-    first_epoch = _first_epoch(folder, splits.train.fingerprint)
+    folder = open_folder(config, splits.train, resources)
+    start_epoch = first_epoch(folder, splits.train.fingerprint)
     for split in (splits.train, splits.validation):
         if split is not None:
             split.prepare()
     if on_start is not None:
-        on_start(resources, folder, first_epoch)
-    if first_epoch < config.train.epochs:
+        on_start(resources, folder, start_epoch)
+    if start_epoch < config.train.epochs:
         _Run(config, splits, spec, resources, folder).fit(on_epoch, on_progress)
     _write_scores(config, splits.train, folder)
     return RunResult(folder, read_metrics(folder))
@@ -150,12 +146,13 @@ class _Run:
             if reason is not None:
                 raise TrainingStopped(reason) from None
             raise TrainingFailed(_first_cause(error)) from error
+        except TrainingStopped:
+            raise
+        except Exception as error:  # without workers the loop's own errors come through as they are
+            raise TrainingFailed(f"training failed: {type(error).__name__}: {error}") from error
         finally:
             if self._handle is not None:
                 ray.kill(self._handle)
-        reason = self.scores.call("stopped") if self._handle is None else None
-        if reason is not None:
-            raise TrainingStopped(reason)
 
     def _trainer(self) -> TorchTrainer:
         resources = self._resources
@@ -190,88 +187,6 @@ def _ray_loop(spec: WorkerSpec) -> None:
 
 def _local_loop(spec: WorkerSpec, sources: Mapping[str, SampleSource]) -> None:
     Worker(spec, LocalStream(sources)).run()
-
-
-def _input_spec(config: Config, source: SampleSource) -> InputSpec:
-    schema = source.schema
-    shape = schema.columns[schema.input].shape
-    mean, std = input_statistics(source)
-    keys = default_augment(config.data.source) if config.data.augment == "auto" else dict(config.data.augment)
-    valid = ("crop", "flip")
-    for key in keys:
-        if key not in valid:
-            raise ValueError(f"unknown key 'data.augment.{key}': {closest(key, valid)}")
-    if len(shape) == 3:
-        height, width, channels = shape
-        shape = (channels, height, width)
-    augment = Augment(**keys, mean=mean, std=std)
-    return InputSpec(schema.input, tuple(shape), schema.num_classes, augment)
-
-
-def _check_model(config: Config, spec: InputSpec) -> None:
-    """Build the network once on this machine: a wrong name or shape shows before anything starts."""
-    model = build_model(config.model.name, num_classes=spec.num_classes, input_shape=spec.shape, **config.model.options)
-    with torch.no_grad():
-        logits = model.eval()(torch.zeros(2, *spec.shape))
-    if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != (2, spec.num_classes):
-        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ValueError(f"model {config.model.name!r} returns {got} for a batch of 2, not (2, {spec.num_classes})")
-
-
-def _open_folder(config: Config, source: SampleSource, resources: Resources) -> Path:
-    """Create the run folder, or check that the one that is there is this run's."""
-    if config.run.name is None:
-        raise ValueError("run.name is not set: name the run's folder")
-    folder = Path(config.run.storage_path).expanduser().resolve() / config.run.name
-    stored = folder / "config.yaml"
-    if stored.exists():
-        if config.run.resume == "never":
-            raise ValueError(f"{folder} holds a run already: choose another run.name, or run.resume=auto to go on with it")
-        _check_same(config, Config.model_validate(yaml.safe_load(stored.read_text())), folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stored.write_text(config.to_yaml())
-    except OSError as error:
-        raise ValueError(f"run folder {folder} can't be written: {error.strerror}; set run.storage_path") from None
-    write_environment(
-        folder,
-        seed=config.train.seed,
-        fingerprint=source.fingerprint,
-        num_workers=resources.num_workers,
-        threads=resources.threads,
-        stream=resources.stream,
-        gpu=torch.cuda.get_device_name() if resources.use_gpu and torch.cuda.is_available() else None,
-        cuda=torch.version.cuda if resources.use_gpu else None,
-    )
-    return folder
-
-
-def _check_same(config: Config, stored: Config, folder: Path) -> None:
-    if config.digest() == stored.digest():
-        return
-    new, old = (_flat(c.model_dump(mode="json", exclude={"scaling", "run"})) for c in (config, stored))
-    changed = [f"{key} {old.get(key)!r} → {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)]
-    raise ValueError(f"{folder} holds another run ({'; '.join(changed)}): choose another run.name")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _first_epoch(folder: Path, fingerprint: str) -> int:
-    newest = newest_checkpoint(folder)
-    if newest is None:
-        return 0
-    position = read_position(newest)
-    if position["fingerprint"] != fingerprint:
-        raise ValueError(
-            f"{folder} was trained on other data (fingerprint {position['fingerprint'][:12]}, here {fingerprint[:12]}): "
-            "choose another run.name"
-        )
-    return int(position["epoch"])
 
 
 def _write_scores(config: Config, source: SampleSource, folder: Path) -> None:

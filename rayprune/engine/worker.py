@@ -124,9 +124,7 @@ class Worker:
     def _batches(self, header: PlanHeader) -> Iterator[Batch]:
         """Yield the turn's batches; what training waits for them is counted as data_wait."""
         size = self._config.train.batch_size
-        stream = plan_batches(
-            self._spec.scores, self._generation, self._turn, header, self.rank, size, self._transport
-        )
+        stream = plan_batches(self._spec.scores, self._generation, self._turn, header, self.rank, size, self._transport)
         while True:
             with self._timed("data_wait"):
                 batch = next(stream, None)

@@ -47,6 +47,10 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
 
 VARIANTS = dict(variants())
 every_method = pytest.mark.parametrize("method", [build_method(c) for c in VARIANTS.values()], ids=list(VARIANTS))
+UNBIASED = {key: config for key, config in VARIANTS.items() if build_method(config).unbiased}
+every_unbiased_method = pytest.mark.parametrize(
+    "method", [build_method(c) for c in UNBIASED.values()], ids=list(UNBIASED)
+)
 every_class = pytest.mark.parametrize("cls", [METHODS[n] for n in sorted(METHODS)], ids=sorted(METHODS))
 
 
@@ -256,11 +260,9 @@ def test_an_observation_that_comes_twice_counts_once(cls: type[Method]) -> None:
     assert fingerprint(once.begin_epoch(EPOCHS_RUN)) == fingerprint(twice.begin_epoch(EPOCHS_RUN))
 
 
-@every_method
+@every_unbiased_method
 @pytest.mark.parametrize("class_floor", [0.0, 0.5])
 def test_unbiased_methods_are_unbiased(method: Method, class_floor: float) -> None:
-    if not method.unbiased:
-        return
     method = build_method({**method.to_config(), "class_floor": class_floor})
     num, num_draws = 20, 300
     ids = np.arange(num)
@@ -286,14 +288,13 @@ def test_the_class_floor_holds(method: Method, class_floor: float) -> None:
         for selection in run(selector, range(NUM_EPOCHS)):
             check_valid(selection, NUM_SAMPLES)
             kept_C = np.bincount(selector.labels[selection.ids], minlength=NUM_CLASSES)  # type: ignore[index]
-            assert (kept_C >= np.bincount(LABELS[::-1], minlength=NUM_CLASSES) * class_floor - 1e-9).all()
             assert (kept_C >= least_C).all()
 
 
 @every_method
 def test_a_class_floor_without_labels_is_refused(method: Method) -> None:
     floored = build_method({**method.to_config(), "class_floor": 0.5})
-    with pytest.raises(ValueError, match="class_floor 0.5 needs labels"):
+    with pytest.raises(ValueError, match=r"class_floor 0\.5 needs labels"):
         Selector(floored, NUM_SAMPLES, NUM_EPOCHS)
 
 

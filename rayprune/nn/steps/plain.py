@@ -77,7 +77,8 @@ class PlainStep:
     def evaluate(self, inputs: Tensor, targets_B: Tensor) -> dict[str, Tensor]:
         """Return the same signals in eval mode, without an update."""
         self.model.eval()
-        module = self.model.module if hasattr(self.model, "module") else self.model
+        # Past DDP: an evaluation has no gradients to synchronise.
+        module: nn.Module = getattr(self.model, "module", self.model)
         with self._mixed(inputs):
             logits = module(inputs)
         losses = per_sample_loss(logits, targets_B, label_smoothing=self._label_smoothing)
@@ -92,5 +93,7 @@ class PlainStep:
         return torch.autocast(inputs.device.type, self._autocast, enabled=self._autocast is not None)
 
 
-def _no_sync(model: nn.Module) -> Any:
-    return model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext()
+def _no_sync(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.no_sync()  # type: ignore[no-any-return, operator]
+    return contextlib.nullcontext()

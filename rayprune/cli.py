@@ -1,0 +1,162 @@
+"""The command line: rayprune train | methods | doctor.
+
+Exit codes: 0 done, 2 the user's mistake (one line says which), 1 anything else; tracebacks only with --debug.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from rayprune import __version__
+
+console = Console(soft_wrap=True)
+errors = Console(stderr=True, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    # `module:function` of the user's own must be found where the command is given, as with `python -m`.
+    sys.path.insert(0, str(Path.cwd()))
+    debug = "--debug" in sys.argv
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        _fail("interrupted; the same command goes on from the last checkpoint", 1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except ValueError as error:
+        _or_raise(error, debug)
+        _fail(str(error), 2)
+    except Exception as error:
+        _or_raise(error, debug)
+        _fail(f"{_one_line(error)} (--debug shows where)", 1)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="rayprune")
+@click.option("--debug", is_flag=True, help="Show tracebacks and Ray's own logs.")
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
+    """Train each epoch only on the samples worth training on."""
+    context.obj = debug
+
+
+def _debug_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--debug", "debug_here", is_flag=True, help="Show tracebacks and Ray's own logs.")(command)
+
+
+@cli.command()
+@click.argument("words", nargs=-1, required=True, metavar="CONFIG... [key=value]...")
+@_debug_option
+@click.pass_obj
+def train(debug: bool, words: tuple[str, ...], debug_here: bool) -> None:
+    """Train what each CONFIG says, with key.sub=value laid over it; several runs are compared at the end.
+
+    The same command again goes on from the last checkpoint.
+    """
+    overrides = [word for word in words if "=" in word]
+    paths = [word for word in words if "=" not in word]
+    if not paths:
+        raise ValueError("no config is named: rayprune train configs/digits_full.yaml")
+    # Loaded here, so that `rayprune methods` need not wait for Ray and torch.
+    from rayprune.config import load_config
+
+    configs = [load_config(path, overrides) for path in paths]  # all of them before any training starts
+    runs = [
+        (Path(path).stem, *_train_one(config, debug or debug_here)) for path, config in zip(paths, configs, strict=True)
+    ]
+    from rayprune.display import runs_table
+
+    console.print()
+    console.print(runs_table(runs))
+    for name, folder, _ in runs:
+        console.print(f"{name}: {folder}", highlight=False)
+
+
+def _train_one(config: Any, debug: bool) -> tuple[Path, list[dict[str, Any]]]:
+    from rayprune.display import RunDisplay, elapsed
+    from rayprune.engine.run_folder import read_metrics
+    from rayprune.engine.train import train as run
+
+    start = time.perf_counter()
+    with RunDisplay(console, config.train.epochs) as display:
+
+        def started(resources: Any, folder: Path, first_epoch: int) -> None:
+            workers = f"{resources.num_workers} workers" if resources.num_workers else "in this process"
+            console.print(
+                f"{folder.name}: {config.method['name']} on {config.data.source}, {config.model.name}, {workers}, "
+                f"stream {resources.stream} ({resources.why})",
+                highlight=False,
+            )
+            if first_epoch:
+                before = [m for m in read_metrics(folder) if m["epoch"] < first_epoch]
+                display.resume_at(first_epoch, before[-1]["samples_trained"] if before else 0)
+                done = first_epoch >= config.train.epochs
+                console.print("finished before" if done else f"goes on at epoch {first_epoch + 1}", highlight=False)
+
+        listen = display.progress if console.is_terminal else None
+        result = run(config, on_epoch=display.epoch, on_progress=listen, on_start=started, debug=debug)
+    console.print(f"done in {elapsed(start)}\n", highlight=False)
+    return result.folder, result.metrics
+
+
+@cli.command()
+@click.argument("name", required=False)
+@_debug_option
+def methods(name: str | None, debug_here: bool) -> None:
+    """List the selection methods, or tell all about one."""
+    import inspect
+
+    from rayprune.display import methods_table
+    from rayprune.methods import METHODS
+    from rayprune.methods.registry import method_class, method_fields
+
+    if name is None:
+        console.print(methods_table(METHODS))
+        return
+    cls = method_class(name)
+    console.print(f"{name}: {cls.kind}, {'unbiased' if cls.unbiased else 'biased'}", highlight=False)
+    console.print(f"paper    {cls.paper}", highlight=False)
+    console.print(f"signals  {', '.join(cls.signals) or 'its own'}", highlight=False)
+    console.print(
+        "defaults " + ", ".join(f"{key}={value}" for key, value in method_fields(cls).items()), highlight=False
+    )
+    console.print(f"\n{inspect.getdoc(cls)}", highlight=False)
+
+
+@cli.command()
+@_debug_option
+@click.pass_obj
+def doctor(debug: bool, debug_here: bool) -> None:
+    """Check this machine: versions, devices, Ray, resources, what is missing."""
+    from rayprune.diagnosis import diagnose
+
+    sound = True
+    for finding in diagnose(debug or debug_here):
+        sound &= finding.ok
+        mark = "ok     " if finding.ok else "MISSING"
+        console.print(f"{mark} {finding.name:<14} {finding.text}", highlight=False)
+    if not sound:
+        raise RuntimeError("something is missing: see above")
+
+
+def _or_raise(error: Exception, debug: bool) -> None:
+    if debug:
+        raise error
+
+
+def _fail(line: str, code: int) -> None:
+    errors.print(f"error: {line}", highlight=False, markup=False)
+    sys.exit(code)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

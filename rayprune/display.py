@@ -1,0 +1,132 @@
+"""What a person sees of a run: a line an epoch, a progress bar on a terminal, tables at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+HEADER = "epoch   asked  pruned  train loss  val acc  samples/s  seconds   saved"
+
+
+def epoch_line(record: Mapping[str, Any], num_epochs: int, samples_before: int) -> str:
+    """Return one epoch as a line under HEADER.
+
+    Args:
+        record: a line of metrics.jsonl.
+        num_epochs: E.
+        samples_before: samples trained in all earlier epochs.
+    """
+    trained = record["samples_trained"] - samples_before
+    seconds = record["seconds"]
+    rate = trained / seconds["train"] if seconds.get("train") else float("nan")
+    return (
+        f"{record['epoch'] + 1:>3}/{num_epochs:<3} {record['requested_prune_ratio']:>5.1%} "
+        f"{record['pruned_fraction']:>7.1%} {_number(record['train_loss'], '>11.4f')} "
+        f"{_number(record['val_accuracy'], '>8.2%')} {rate:>10,.0f} {seconds.get('epoch', 0.0):>8.2f} "
+        f"{saved_share(record):>7.1%}"
+    )
+
+
+def saved_share(record: Mapping[str, Any]) -> float:
+    """Return which share of the visits of a full run up to this epoch was not trained on."""
+    return 1.0 - record["samples_trained"] / (record["num_samples"] * (record["epoch"] + 1))
+
+
+class RunDisplay:
+    """Print a run while it goes: plain lines, and on a terminal a bar with the time left below them."""
+
+    def __init__(self, console: Console, num_epochs: int) -> None:
+        self._console, self._num_epochs = console, num_epochs
+        self._samples_before = 0
+        self._printed_header = False
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=console, transient=True)
+        self._task: Any = None
+
+    def __enter__(self) -> RunDisplay:
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task("starting", total=self._num_epochs)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def resume_at(self, epoch: int, samples_trained: int) -> None:
+        """Say that the run goes on from an epoch."""
+        self._samples_before = samples_trained
+        if self._bar is not None:
+            self._bar.update(self._task, completed=epoch)
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """Print one finished epoch."""
+        if not self._printed_header:
+            self._console.print(HEADER, style="bold", highlight=False)
+            self._printed_header = True
+        self._console.print(epoch_line(record, self._num_epochs, self._samples_before), highlight=False)
+        self._samples_before = record["samples_trained"]
+
+    def progress(self, epoch: int, observed: int, planned: int) -> None:
+        """Move the bar inside an epoch."""
+        if self._bar is not None and planned:
+            done = epoch + observed / planned
+            self._bar.update(self._task, completed=done, description=f"epoch {epoch + 1}/{self._num_epochs}")
+
+
+def runs_table(runs: Sequence[tuple[str, Path, list[dict[str, Any]]]]) -> Table:
+    """Return the final table: what each run reached, what it saved, and what selection cost.
+
+    Args:
+        runs: (name, folder, metrics lines) of each.
+    """
+    table = Table(box=SIMPLE, pad_edge=False)
+    names = ("run", "val accuracy", "samples trained", "saved", "train s", "selection s", "all s")
+    for name in names:
+        table.add_column(name, justify="left" if name == "run" else "right")
+    for name, _, metrics in runs:
+        last = metrics[-1]
+        seconds = {key: sum(m["seconds"].get(key, 0.0) for m in metrics) for key in ("train", "epoch")}
+        # Selecting, recording and re-scoring exist only because of pruning: what saving samples costs.
+        cost = sum(m["seconds"].get(key, 0.0) for m in metrics for key in ("select", "record", "forward_only"))
+        table.add_row(
+            name,
+            _number(last["val_accuracy"], ".2%"),
+            f"{last['samples_trained']:,}",
+            f"{saved_share(last):.1%}",
+            f"{seconds['train']:.1f}",
+            f"{cost:.2f}",
+            f"{seconds['epoch']:.1f}",
+        )
+    return table
+
+
+def methods_table(methods: Mapping[str, Any]) -> Table:
+    """Return the registered methods: name, kind, signals, paper."""
+    table = Table(box=SIMPLE, pad_edge=False)
+    for column in ("method", "kind", "unbiased", "signals", "paper"):
+        table.add_column(column)
+    for name, cls in sorted(methods.items()):
+        table.add_row(name, cls.kind, "yes" if cls.unbiased else "no", ", ".join(cls.signals) or "its own", cls.paper)
+    return table
+
+
+def elapsed(start: float) -> str:
+    """Return the seconds since a time.perf_counter() value, as text."""
+    return f"{time.perf_counter() - start:.1f} s"
+
+
+def _number(value: float | None, form: str) -> str:
+    if value is None:
+        width = form.lstrip("><").split(".")[0]
+        return f"{'–':>{width}}" if width else "–"
+    return format(value, form)
