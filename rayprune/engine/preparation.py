@@ -13,7 +13,7 @@ from rayprune.config import Config
 from rayprune.core.objects import closest
 from rayprune.engine.checkpoint import newest_checkpoint, read_position
 from rayprune.engine.resources import Resources
-from rayprune.engine.run_folder import write_environment
+from rayprune.engine.run_folder import mend_metrics, write_environment
 from rayprune.engine.setup import InputSpec
 from rayprune.nn.augment import Augment
 from rayprune.nn.models import build_model
@@ -47,8 +47,15 @@ def check_model(config: Config, spec: InputSpec) -> None:
         raise ValueError(f"model {config.model.name!r} returns {got} for a batch of 2, not (2, {spec.num_classes})")
 
 
-def open_folder(config: Config, source: SampleSource, resources: Resources) -> Path:
-    """Create the run folder, or check that the one that is there is this run's."""
+def open_folder(config: Config, source: SampleSource, resources: Resources) -> tuple[Path, int]:
+    """Create the run folder, or check that the one that is there is this run's.
+
+    Returns:
+        The folder, and where its newest sound checkpoint stands: 0 without one, E when the run is finished.
+
+    Raises:
+        ValueError: the folder is another run's, or can't be written; nothing in it was touched.
+    """
     if config.run.name is None:
         raise ValueError("run.name is not set: name the run's folder")
     folder = Path(config.run.storage_path).expanduser().resolve() / config.run.name
@@ -59,6 +66,7 @@ def open_folder(config: Config, source: SampleSource, resources: Resources) -> P
                 f"{folder} holds a run already: choose another run.name, or run.resume=auto to go on with it"
             )
         _check_same(config, Config.model_validate(yaml.safe_load(stored.read_text())), folder)
+    start_epoch = _first_epoch(folder, source.fingerprint)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         stored.write_text(config.to_yaml())
@@ -74,7 +82,7 @@ def open_folder(config: Config, source: SampleSource, resources: Resources) -> P
         gpu=torch.cuda.get_device_name() if resources.use_gpu and torch.cuda.is_available() else None,
         cuda=torch.version.cuda if resources.use_gpu else None,
     )
-    return folder
+    return folder, start_epoch
 
 
 def _check_same(config: Config, stored: Config, folder: Path) -> None:
@@ -94,12 +102,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def first_epoch(folder: Path, fingerprint: str) -> int:
-    """Return where the folder's newest sound checkpoint stands: 0 without one, E when the run is finished.
-
-    Raises:
-        ValueError: the checkpoint was trained on other data.
-    """
+def _first_epoch(folder: Path, fingerprint: str) -> int:
     newest = newest_checkpoint(folder)
     if newest is None:
         return 0
@@ -109,4 +112,5 @@ def first_epoch(folder: Path, fingerprint: str) -> int:
             f"{folder} was trained on other data (fingerprint {position['fingerprint'][:12]}, "
             f"here {fingerprint[:12]}): choose another run.name"
         )
+    mend_metrics(folder, position["metrics"])
     return int(position["epoch"])

@@ -30,10 +30,11 @@ class Resources:
 
 def start_ray(debug: bool = False) -> None:
     """Connect to the cluster that RAY_ADDRESS names, or start a local one on the loopback interface."""
+    # The controller looks for reports every 2 s by default: that would cost a second an epoch. Ray Train hands the
+    # driver's setting on to it, also on a cluster that is there already.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     if ray.is_initialized():
         return
-    # The controller looks for reports every 2 s by default: that would cost a second an epoch.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     quiet: dict[str, Any] = {"log_to_driver": debug, "logging_level": "INFO" if debug else "ERROR"}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)

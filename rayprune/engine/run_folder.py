@@ -46,6 +46,12 @@ def append_metrics(run_folder: Path, record: Mapping[str, Any]) -> None:
         stream.write(json.dumps(_without_nan(record)) + "\n")
 
 
+def mend_metrics(run_folder: Path, last: Mapping[str, Any]) -> None:
+    """Write the line of the newest checkpoint's epoch where a kill came between the checkpoint and the line."""
+    if all(record["epoch"] != last["epoch"] for record in read_metrics(run_folder)):
+        append_metrics(run_folder, last)
+
+
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     """Return the last line of each epoch, in order of epochs; a torn last line is left out."""
     file = run_folder / "metrics.jsonl"

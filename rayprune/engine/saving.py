@@ -24,7 +24,7 @@ from rayprune.engine.checkpoint import (
     remove_old_checkpoints,
     write_checkpoint,
 )
-from rayprune.engine.run_folder import append_metrics, read_metrics
+from rayprune.engine.run_folder import append_metrics, mend_metrics
 
 _COUNTS = ("samples_trained", "samples_forwarded", "samples_padded")
 
@@ -62,12 +62,7 @@ class Saver:
         self._counts = {name: int(position["counts"][name]) for name in _COUNTS}
         self._wall_before = float(position["wall_time"])
         if self._rank == 0:
-            self._mend_metrics(position["metrics"])
-
-    def _mend_metrics(self, last: dict[str, Any]) -> None:
-        """Write the line of the checkpoint's epoch where a kill came between the checkpoint and the line."""
-        if all(record["epoch"] != last["epoch"] for record in read_metrics(self._folder)):
-            append_metrics(self._folder, last)
+            mend_metrics(self._folder, position["metrics"])
 
     def count(self, trained: int, forwarded: int, padded: int) -> dict[str, int]:
         """Add an epoch's rows and return the cumulative counts."""

@@ -21,7 +21,7 @@ from rayprune.core.selector import Selector
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.checkpoint import load_selector_state
 from rayprune.engine.client import LocalScores, RemoteScores, ScoreClient
-from rayprune.engine.preparation import check_model, first_epoch, input_spec, open_folder
+from rayprune.engine.preparation import check_model, input_spec, open_folder
 from rayprune.engine.progress import Watcher
 from rayprune.engine.protocol import TrainingStopped
 from rayprune.engine.resources import Resources, resolve_resources, start_ray
@@ -83,8 +83,7 @@ def train(
     if config.scaling.num_workers > 0:
         start_ray(debug)
     resources = resolve_resources(config, splits.train)
-    folder = open_folder(config, splits.train, resources)
-    start_epoch = first_epoch(folder, splits.train.fingerprint)
+    folder, start_epoch = open_folder(config, splits.train, resources)
     for split in (splits.train, splits.validation):
         if split is not None:
             split.prepare()
@@ -142,17 +141,22 @@ class _Run:
             with Watcher(self._folder, self.scores, on_epoch, on_progress):
                 self._trainer().fit()
         except TrainingFailedError as error:
-            reason = self.scores.call("stopped")
-            if reason is not None:
-                raise TrainingStopped(reason) from None
+            self._raise_stopped()
             raise TrainingFailed(_first_cause(error)) from error
         except TrainingStopped:
             raise
         except Exception as error:  # without workers the loop's own errors come through as they are
-            raise TrainingFailed(f"training failed: {type(error).__name__}: {error}") from error
+            raise TrainingFailed(f"training failed: {type(error).__name__}: {_first_line(error)}") from error
+        else:
+            self._raise_stopped()  # a restarted worker group leaves a stopped run without an error
         finally:
             if self._handle is not None:
                 ray.kill(self._handle)
+
+    def _raise_stopped(self) -> None:
+        reason = self.scores.call("stopped")
+        if reason is not None:
+            raise TrainingStopped(reason) from None
 
     def _trainer(self) -> TorchTrainer:
         resources = self._resources
@@ -204,6 +208,10 @@ def _first_cause(error: BaseException) -> str:
     if failures:
         rank, cause = sorted(failures.items())[0]
         cause = getattr(cause, "cause", None) or cause
-        return f"training failed on rank {rank}: {type(cause).__name__}: {str(cause).strip().splitlines()[-1]}"
+        return f"training failed on rank {rank}: {type(cause).__name__}: {_first_line(cause)}"
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"training failed: {lines[-1].strip() if lines else type(error).__name__}"
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")

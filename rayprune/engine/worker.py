@@ -161,7 +161,7 @@ class Worker:
         with self._timed("record"):
             self._recorder.record(batch.ids, batch.real, signals)
         if self._recorder.num_nonfinite > self._config.train.max_nonfinite:
-            raise self._too_many_nonfinite(batch.ids.size, self._recorder.nonfinite_ids)
+            raise self._too_many_nonfinite(self._recorder.num_nonfinite, self._recorder.nonfinite_ids)
 
     def _close(self, epoch: int) -> ClosedEpoch | None:
         """Flush all ranks and let the actor choose the next epoch; rank 0 gets the state, the others None."""

@@ -1,0 +1,57 @@
+"""How many observations a second the ScoreActor takes in, through Ray, packed and sorted as workers send them."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import ray
+
+from benchmarks.harness import Figure
+from rayprune.engine.actor import ScoreSpec
+from rayprune.engine.client import RemoteScores
+from rayprune.engine.protocol import Turn, pack
+from rayprune.engine.resources import start_ray
+from rayprune.sources import open_data
+
+NUM_SAMPLES = 4_000_000
+CALLS = ((4_096, ""), (65_536, ""), (262_144, "≥ 30"), (1_048_576, "≥ 30"))
+REPETITIONS = 7
+
+
+def figures() -> Iterator[Figure]:
+    """Yield the intake for each call size."""
+    start_ray()
+    with tempfile.TemporaryDirectory() as folder:
+        for rows, goal in CALLS:
+            yield Figure(f"actor intake in calls of {rows:,}, million samples/s", _intake(Path(folder), rows), goal)
+
+
+def _intake(folder: Path, rows: int) -> list[float]:
+    features = folder / "x_train.npy"
+    if not features.exists():
+        np.save(features, np.zeros((NUM_SAMPLES, 1), np.float32))
+        np.save(folder / "y_train.npy", np.arange(NUM_SAMPLES) % 10)
+    source = open_data("arrays", path=str(folder), validation_fraction=0).train
+    spec = ScoreSpec({"name": "infobatch"}, source, 0, REPETITIONS + 2, 0, 1024, "pad", 4, None, 0)
+    client, handle = RemoteScores.create(spec, f"bench-{rows}")
+    generation = time.time_ns()
+    rng = np.random.default_rng(0)
+    order = rng.permutation(NUM_SAMPLES)
+    losses = rng.exponential(size=NUM_SAMPLES).astype(np.float32)
+    pushes = [np.sort(order[start : start + rows]) for start in range(0, NUM_SAMPLES, rows)]
+    packed = [pack(ids, {"loss": losses[ids]}) for ids in pushes]
+    rates = []
+    for epoch in range(REPETITIONS + 1):
+        client.call("announce", generation, Turn(epoch, "train", 1))
+        start = time.perf_counter()
+        for sequence, (layout, buffer) in enumerate(packed):
+            client.post("observe", generation, epoch, 0, sequence, layout, buffer)
+        assert client.call("missing", generation, epoch, 0, len(packed)) == []
+        rates.append(NUM_SAMPLES / (time.perf_counter() - start) / 1e6)
+        assert client.call("close_epoch", generation, epoch, [len(packed)]) is not None
+    ray.kill(handle)
+    return rates[1:]

@@ -1,0 +1,92 @@
+"""What recording and weighing add to a ResNet-8 step at batch 128."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from benchmarks.harness import Figure
+from rayprune.core.plan import Plan
+from rayprune.core.selection import Selection
+from rayprune.engine.client import ScoreClient
+from rayprune.engine.recorder import PUSH_ROWS, Recorder
+from rayprune.nn.models import build_model
+from rayprune.nn.steps import PlainStep
+
+BATCH, STEPS = 128, 60
+
+
+class _Sink:
+    """Take pushes and drop them: what the actor does with them runs elsewhere."""
+
+    def call(self, method: str, *args: object) -> list[int]:
+        return []
+
+    def post(self, method: str, *args: object) -> None: ...
+
+
+def figures() -> Iterator[Figure]:
+    """Yield the step, the recording, the weighing, and their ratio."""
+    torch.set_num_threads(2)
+    model = build_model("resnet8", num_classes=10, input_shape=(3, 32, 32)).to(memory_format=torch.channels_last)
+    step = PlainStep(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    images = torch.randn(BATCH, 3, 32, 32).to(memory_format=torch.channels_last)
+    targets, weights = torch.randint(10, (BATCH,)), torch.ones(BATCH)
+    plan = Plan.of_selection(Selection.full(PUSH_ROWS), BATCH, 0, 0)
+    client: ScoreClient = _Sink()
+    recorder = Recorder(client, 1, 0, ("loss",))
+    recorder.start_epoch(0)
+    ratios, steps, records, weighs = [], [], [], []
+    for number in range(STEPS + 5):
+        start = time.perf_counter()
+        signals = step(images, targets, weights)
+        step_s = time.perf_counter() - start
+        ids, _, real = plan.share(0, 1, number, number + 1)
+        # A push comes every PUSH_ROWS rows; its cost is spread over the steps in between, as in training.
+        start = time.perf_counter()
+        recorder.record(ids, real, signals)
+        record_s = time.perf_counter() - start + _push_share(plan)
+        weigh_s = _weigh(signals["loss"], weights)
+        if number >= 5:
+            steps.append(step_s * 1e3)
+            records.append(record_s * 1e6)
+            weighs.append(weigh_s * 1e6)
+            ratios.append((record_s + weigh_s) / step_s)
+    yield Figure(f"ResNet-8 step, batch {BATCH}, 32×32×3, ms", steps)
+    yield Figure("recording a step, its share of the push included, µs", records)
+    yield Figure("weighing a step (Σ w·l against Σ l), µs", weighs)
+    yield Figure("recording + weighing ÷ step", ratios, "≤ 0.005")
+
+
+_PUSH_S: list[float] = []
+
+
+def _push_share(plan: Plan) -> float:
+    """Return one step's share of a full push, measured once."""
+    if not _PUSH_S:
+        full = Recorder(_Sink(), 1, 0, ("loss",))
+        full.start_epoch(0)
+        for number in range(plan.num_steps):
+            ids, _, real = plan.share(0, 1, number, number + 1)
+            full.record(ids, real, {"loss": torch.zeros(BATCH)})
+        start = time.perf_counter()
+        full.push()
+        _PUSH_S.append((time.perf_counter() - start) / plan.num_steps)
+    return _PUSH_S[0]
+
+
+def _weigh(losses: torch.Tensor, weights: torch.Tensor) -> float:
+    """Return what the weighted reduction costs over the plain mean, forward and backward, median of 20."""
+    costs = []
+    for _ in range(20):
+        leaf = losses.clone().requires_grad_()
+        start = time.perf_counter()
+        leaf.mean().backward()
+        plain = time.perf_counter() - start
+        start = time.perf_counter()
+        ((leaf * weights).sum() / BATCH).backward()
+        costs.append(time.perf_counter() - start - plain)
+    return max(0.0, float(np.median(costs)))

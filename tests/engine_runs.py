@@ -1,0 +1,74 @@
+"""Small runs for the engine's tests: a config in a temporary folder, and what two finished runs must share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from rayprune.config import Config, make_config, merge
+from rayprune.engine.checkpoint import newest_checkpoint
+from rayprune.engine.train import RunResult
+
+USER_CODE = Path(__file__).with_name("engine_user_code.py")
+# What a disturbance must not change; times differ.
+RESULT_KEYS = ("epoch", "kept", "samples_trained", "train_loss", "val_accuracy", "plan_hash", "lr")
+
+
+def user(name: str) -> str:
+    """Return the reference to an object of the tests' user code."""
+    return f"{USER_CODE}:{name}"
+
+
+def run_config(tmp_path: Path, name: str = "run", **sections: dict[str, Any]) -> Config:
+    """Return a run of seconds: 301 digits, an MLP, InfoBatch with a moving average, no Ray cluster."""
+    base: dict[str, Any] = {
+        "data": {"source": "digits", "limit": 301},
+        "model": {"name": "mlp"},
+        "method": {"name": "infobatch", "ema": 0.5},
+        "train": {"epochs": 4, "batch_size": 32},
+        "optim": {"lr": 0.02},
+        "scaling": {"num_workers": 0, "threads": 1},
+        "run": {"storage_path": str(tmp_path), "name": name},
+    }
+    return make_config(merge(base, sections))
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the network's tensors in the newest checkpoint."""
+    newest = newest_checkpoint(folder)
+    assert newest is not None, f"{folder} holds no sound checkpoint"
+    loaded: dict[str, torch.Tensor] = torch.load(newest / "model.pt", weights_only=True)
+    return loaded
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Tell whether two runs ended with the same weights, bit for bit."""
+    ours, theirs = weights_of(one), weights_of(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def results(metrics: Iterable[dict[str, Any]], keys: Iterable[str] = RESULT_KEYS) -> list[dict[str, Any]]:
+    """Return what decides a run's result out of each epoch's line."""
+    return [{key: line[key] for key in keys} for line in metrics]
+
+
+def scores_of(folder: Path) -> pd.DataFrame:
+    """Return scores.parquet."""
+    return pd.read_parquet(folder / "scores.parquet")
+
+
+def assert_same_run(one: RunResult, other: RunResult) -> None:
+    """Two runs went through the same plans to the same weights and scores, bit for bit."""
+    assert results(one.metrics) == results(other.metrics)
+    assert same_weights(one.folder, other.folder)
+    pd.testing.assert_frame_equal(scores_of(one.folder), scores_of(other.folder), check_exact=True)
+
+
+def losses_of(epoch: int, num_samples: int) -> np.ndarray:
+    """Return made-up losses, (N,) float32; a sample's depend on epoch and id alone."""
+    return np.random.default_rng([9, epoch]).random(num_samples, dtype=np.float32)

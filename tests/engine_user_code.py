@@ -1,0 +1,154 @@
+"""What a user would bring to a run, named in configs as `path/to/engine_user_code.py:name`: models, methods, sources.
+
+Models are an MLP that misbehaves while it trains; what happens once only leaves a marker file behind.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+from torch import nn
+
+from rayprune.core import Selection, ScoreTable
+from rayprune.core.context import EpochContext
+from rayprune.engine import recorder
+from rayprune.methods import Method
+from rayprune.nn.models import build_model
+from rayprune.sources import SampleSource, Schema, Splits, open_data
+
+
+def _mlp(num_classes: int, input_shape: tuple[int, ...], act: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    model = build_model("mlp", num_classes=num_classes, input_shape=input_shape, hidden=[32])
+    model.register_forward_hook(lambda module, _, logits: act(logits) if module.training else None)
+    return model
+
+
+def nan_rows(*, num_classes: int, input_shape: tuple[int, ...], rows: int) -> nn.Module:
+    """Make the first `rows` logits of every training batch NaN, without harm to the gradient of the others."""
+
+    def spoil(logits: torch.Tensor) -> torch.Tensor:
+        spoilt = torch.arange(logits.shape[0])[:, None] < rows
+        return torch.where(spoilt, torch.full_like(logits, float("nan")), logits)
+
+    return _mlp(num_classes, input_shape, spoil)
+
+
+def broken(*, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    """Raise in training."""
+
+    def fail(_: torch.Tensor) -> torch.Tensor:
+        raise ValueError("this model is broken\nand says so in two lines")
+
+    return _mlp(num_classes, input_shape, fail)
+
+
+def slow(*, num_classes: int, input_shape: tuple[int, ...], pause_s: float = 0.0, push_rows: int = 65_536) -> nn.Module:
+    """Take `pause_s` longer a step, and have the worker push its observations every `push_rows`."""
+    recorder.PUSH_ROWS = push_rows  # the Recorder of this worker is made after the network
+
+    def pause(logits: torch.Tensor) -> torch.Tensor:
+        time.sleep(pause_s)
+        return logits
+
+    return _mlp(num_classes, input_shape, pause)
+
+
+def dies_once(*, num_classes: int, input_shape: tuple[int, ...], step: int, marker: str) -> nn.Module:
+    """Kill rank 1's process at its `step`-th training step, unless it happened before."""
+    seen = 0
+
+    def die(logits: torch.Tensor) -> torch.Tensor:
+        nonlocal seen
+        seen += 1
+        if seen == step and ray.train.get_context().get_world_rank() == 1 and not Path(marker).exists():
+            Path(marker).touch()
+            os._exit(1)
+        return logits
+
+    return _mlp(num_classes, input_shape, die)
+
+
+@dataclass(frozen=True)
+class LooksAgain(Method):
+    """Drop the upper half of the ids from epoch 1 on; look at some of them again in epoch 1, at half the rate."""
+
+    signals = ("loss",)
+
+    def select(self, table: ScoreTable, context: EpochContext) -> Selection:
+        """Choose by position alone."""
+        num = context.num_samples
+        if context.epoch != 1:
+            return Selection.of_ids(np.arange(num if context.epoch == 0 else num // 2), num)
+        return Selection.of_ids(
+            np.arange(num // 2), num, forward_only_ids=np.arange(num - 1, num - 8, -1), lr_scale=0.5
+        )
+
+
+@dataclass(frozen=True)
+class SameAtFullRate(LooksAgain):
+    """Choose as LooksAgain, without a second look and at the full rate."""
+
+    def select(self, table: ScoreTable, context: EpochContext) -> Selection:
+        """Choose by position alone."""
+        chosen = super().select(table, context)
+        return Selection.of_ids(chosen.ids, context.num_samples)
+
+
+@dataclass(frozen=True)
+class BrokenFold(Method):
+    """Fail at the first observation."""
+
+    signals = ("loss",)
+
+    def fold(self, table: ScoreTable, ids: np.ndarray, signals: object, epoch: int) -> None:
+        """Raise."""
+        raise ValueError("this fold is broken")
+
+    def select(self, table: ScoreTable, context: EpochContext) -> Selection:
+        """Keep everything."""
+        return Selection.full(context.num_samples)
+
+
+class NotInActors(SampleSource):
+    """The digits, readable everywhere but in an actor: a Train worker is one, a task of Ray Data is not."""
+
+    def __init__(self, source: SampleSource) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    @property
+    def schema(self) -> Schema:
+        """The digits' columns."""
+        return self._source.schema
+
+    @property
+    def fingerprint(self) -> str:
+        """The digits'."""
+        return self._source.fingerprint
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The digits'."""
+        return self._source.labels
+
+    def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """Refuse to read in an actor."""
+        if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
+            raise PermissionError("a worker opened the source")
+        return self._source.take(ids)
+
+
+def not_in_actors() -> Splits:
+    """Open the digits behind the guard."""
+    splits = open_data("digits")
+    assert splits.validation is not None
+    return Splits(NotInActors(splits.train), NotInActors(splits.validation))

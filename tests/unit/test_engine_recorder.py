@@ -1,0 +1,114 @@
+"""The Recorder: which rows it pushes, and that NaN losses are counted, named, kept out of the table, and stop a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine_runs import run_config, scores_of, user
+
+from rayprune.engine import recorder
+from rayprune.engine.protocol import TrainingStopped, unpack
+from rayprune.engine.recorder import Recorder
+from rayprune.engine.run_folder import read_metrics
+from rayprune.engine.train import train
+
+
+class KeptPushes:
+    """A ScoreClient that keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.pushes: list[dict[str, np.ndarray]] = []
+
+    def call(self, method: str, *args: Any) -> Any:
+        assert method == "missing"
+        return []
+
+    def post(self, method: str, generation: int, epoch: int, rank: int, sequence: int, *packed: Any) -> None:
+        assert (method, sequence) == ("observe", len(self.pushes))
+        self.pushes.append({name: array.copy() for name, array in unpack(*packed).items()})
+
+
+def record_all(client: KeptPushes, losses: np.ndarray, batch: int, real: np.ndarray) -> Recorder:
+    """Record ids 0..N−1 in batches; return the Recorder after its flush."""
+    one = Recorder(client, 1, 0, ("loss",))
+    one.start_epoch(0)
+    ids = np.arange(losses.size)
+    for start in range(0, losses.size, batch):
+        rows = slice(start, start + batch)
+        one.record(ids[rows], real[rows], {"loss": torch.from_numpy(losses[rows]), "unused": torch.zeros(batch, 2)})
+    assert one.flush() == len(client.pushes)
+    return one
+
+
+@pytest.mark.parametrize(("batch", "sizes"), [(5, [20, 20, 10]), (8, [16, 16, 16, 2]), (20, [20, 20, 10])])
+def test_pushes_are_whole_batches_of_at_most_push_rows(
+    monkeypatch: pytest.MonkeyPatch, batch: int, sizes: list[int]
+) -> None:
+    monkeypatch.setattr(recorder, "PUSH_ROWS", 20)
+    client, losses = KeptPushes(), np.arange(50, dtype=np.float32)
+    record_all(client, losses, batch, np.ones(50, dtype=bool))
+    assert [push["id"].size for push in client.pushes] == sizes
+    assert np.concatenate([push["id"] for push in client.pushes]).tolist() == list(range(50))
+    assert np.array_equal(np.concatenate([push["loss"] for push in client.pushes]), losses)
+    assert all(set(push) == {"id", "loss"} for push in client.pushes)
+
+
+def test_padding_is_never_recorded() -> None:
+    client, real = KeptPushes(), np.arange(12) % 3 != 2
+    record_all(client, np.arange(12, dtype=np.float32), 4, real)
+    assert client.pushes[0]["id"].tolist() == [0, 1, 3, 4, 6, 7, 9, 10]
+    assert client.pushes[0]["loss"].tolist() == [0, 1, 3, 4, 6, 7, 9, 10]
+
+
+def test_nothing_is_pushed_for_a_method_without_signals() -> None:
+    client = KeptPushes()
+    silent = Recorder(client, 1, 0, ())
+    silent.start_epoch(0)
+    silent.record(np.arange(4), np.ones(4, dtype=bool), {"loss": torch.zeros(4)})
+    assert silent.flush() == 0
+    assert client.pushes == []
+
+
+def test_nonfinite_rows_are_counted_with_their_ids() -> None:
+    losses = np.arange(10, dtype=np.float32)
+    losses[[2, 7]] = np.nan, np.inf
+    one = record_all(KeptPushes(), losses, 5, np.ones(10, dtype=bool))
+    assert (one.num_nonfinite, one.nonfinite_ids) == (2, [2, 7])
+
+
+def nan_run(tmp_path: Path, rows: int, max_nonfinite: int) -> Any:
+    return run_config(
+        tmp_path,
+        model={"name": user("nan_rows"), "rows": rows},
+        method={"name": "infobatch", "prune_ratio": 0.0},
+        train={"epochs": 2, "batch_size": 32, "max_nonfinite": max_nonfinite},
+        data={"source": "digits", "limit": 64},
+    )
+
+
+def test_nan_losses_stay_out_of_the_table(tmp_path: Path) -> None:
+    # The logits' gradient is masked with the logits, so that the other samples' losses stay numbers.
+    result = train(nan_run(tmp_path, rows=1, max_nonfinite=4))
+    scores = scores_of(result.folder)
+    assert scores["loss"].isna().sum() in {2, 3}, "two NaN in each of two epochs, other samples each time"
+    assert (scores["last_visit"] == -1).sum() == scores["loss"].isna().sum()
+    assert not np.isinf(scores["loss"]).any()
+
+
+@pytest.mark.parametrize(("rows", "max_nonfinite", "epochs_done", "count"), [(1, 3, 1, 4), (32, 10, 0, 64)])
+def test_too_many_nan_losses_stop_the_run(
+    tmp_path: Path, rows: int, max_nonfinite: int, epochs_done: int, count: int
+) -> None:
+    with pytest.raises(TrainingStopped, match=rf"{count} losses were NaN .* {max_nonfinite}; first sample ids \[\d+, "):
+        train(nan_run(tmp_path, rows, max_nonfinite))
+    assert len(read_metrics(tmp_path / "run")) == epochs_done
+
+
+def test_a_full_buffer_stops_a_run_in_mid_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "PUSH_ROWS", 32)
+    with pytest.raises(TrainingStopped, match="32 losses were NaN"):
+        train(nan_run(tmp_path, rows=32, max_nonfinite=10))
