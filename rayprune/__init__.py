@@ -16,6 +16,7 @@ _WHERE = {
     "ScoreTable": "rayprune.core.table",
     "Selection": "rayprune.core.selection",
     "Selector": "rayprune.core.selector",
+    "EpochContext": "rayprune.core.context",
     "Method": "rayprune.methods.base",
     "build_method": "rayprune.methods.registry",
 }

@@ -18,8 +18,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from rayprune.core.objects import closest
 from rayprune.methods import Method, build_method
+from rayprune.overrides import merge, parse_overrides, read_yaml
 
 Auto = Literal["auto"]
+
+
+def _absolute(reference: str) -> str:
+    """Make `path/to/file.py:name` absolute: workers and actors run in other folders."""
+    file, colon, name = reference.rpartition(":")
+    return f"{Path(file).expanduser().absolute()}{colon}{name}" if file.endswith(".py") else reference
 
 
 class _Section(BaseModel):
@@ -35,6 +42,11 @@ class DataSection(_Section):
     limit: int | None = Field(None, ge=1, description="train on the first n samples only")
     augment: Auto | dict[str, Any] = Field("auto", description="crop (pixels), flip; auto: the data set's usual")
 
+    @field_validator("source")
+    @classmethod
+    def _found_anywhere(cls, value: str) -> str:
+        return _absolute(value)
+
     @property
     def source_keys(self) -> dict[str, Any]:
         """Return the keys that belong to the source."""
@@ -47,6 +59,11 @@ class ModelSection(_Section):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     name: str = "resnet8"
+
+    @field_validator("name")
+    @classmethod
+    def _found_anywhere(cls, value: str) -> str:
+        return _absolute(value)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -134,7 +151,10 @@ class Config(_Section):
     @field_validator("method", mode="before")
     @classmethod
     def _known_method(cls, value: Any) -> dict[str, Any]:
-        return build_method(value).to_config()
+        named = {"name": value} if isinstance(value, str) else value
+        if isinstance(named, Mapping) and isinstance(named.get("name"), str):
+            named = {**named, "name": _absolute(named["name"])}
+        return build_method(named).to_config()
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Config:
@@ -154,76 +174,14 @@ class Config(_Section):
 
     def digest(self) -> str:
         """Return 8 hexadecimal digits over what decides the result: all sections but scaling and run."""
-        content = self.model_dump(mode="json", exclude={"scaling", "run"})
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+        content = json.dumps(self.model_dump(mode="json", exclude={"scaling", "run"}), sort_keys=True)
+        # Where a user's file lies on this machine decides nothing.
+        content = re.sub(r'"[^"]*/([^"/]+\.py:[^"]+)"', r'"\1"', content)
+        return hashlib.sha256(content.encode()).hexdigest()[:8]
 
     def to_yaml(self) -> str:
         """Return the resolved config as YAML; reading it back gives an equal Config."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-class _Loader(yaml.SafeLoader):
-    """Read YAML with 5e-4 as a number, as in YAML 1.2, and refuse a key that stands twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = {key for key in keys if keys.count(key) > 1}
-        if twice:
-            raise yaml.YAMLError(f"key {twice.pop()!r} stands twice in line {node.start_mark.line + 1} and after")
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regex) for tag, regex in resolvers if tag != "tag:yaml.org,2002:float"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_FLOAT = re.compile(r"^[-+]?((\d[\d_]*)(\.\d*)?([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
-
-
-def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """Turn `key.sub=value` words into a nested mapping; values are YAML.
-
-    Raises:
-        ValueError: a word without '=' or with an empty key.
-
-    >>> parse_overrides(["train.epochs=3", "optim.lr=5e-2"])
-    {'train': {'epochs': 3}, 'optim': {'lr': 0.05}}
-    """
-    tree: dict[str, Any] = {}
-    for word in overrides:
-        key, equals, text = word.partition("=")
-        parts = key.split(".")
-        if not equals or not all(parts):
-            raise ValueError(f"override {word!r} is not of the form key.sub=value")
-        try:
-            value = _Loader(text).get_single_data()
-        except yaml.YAMLError as error:
-            raise ValueError(f"override {word!r}: {_one_line(error)}") from None
-        branch = tree
-        for part in parts[:-1]:
-            branch = branch.setdefault(part, {})
-            if not isinstance(branch, dict):
-                raise ValueError(f"override {word!r}: {part!r} is given as a value and as a section")
-        branch[parts[-1]] = value
-    return tree
-
-
-def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """Return base with top laid over it, section by section; a new `method.name` drops the old method's keys."""
-    merged = dict(base)
-    for key, value in top.items():
-        old = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(old, Mapping):
-            # Another method, model or source has keys of its own: those of the old one would only be refused.
-            switch = {"method": "name", "model": "name", "data": "source"}.get(key)
-            renamed = switch in value and old.get(switch) != value[switch]
-            shared = {"limit", "augment"} if key == "data" else set()
-            kept = {k: v for k, v in old.items() if not renamed or k in shared}
-            merged[key] = merge(kept, value)
-        else:
-            merged[key] = value
-    return merged
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -240,9 +198,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     except UnicodeDecodeError:
         raise ValueError(f"config {str(file)!r} is no UTF-8 text") from None
     try:
-        tree = _Loader(text).get_single_data()
-    except yaml.YAMLError as error:
-        raise ValueError(f"config {str(file)!r} is no valid YAML: {_one_line(error)}") from None
+        tree = read_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"config {str(file)!r} is no valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"config {str(file)!r} holds no sections: it needs at least data: {{source: …}}")
     config = make_config(merge(tree, parse_overrides(overrides)))
@@ -283,7 +241,3 @@ def _first_mistake(error: ValidationError) -> str:
     if mistake["type"] == "value_error" and len(path) < 2:
         return message
     return f"{key} = {mistake['input']!r}: {message}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -16,7 +16,7 @@ import ray
 import torch
 from torch import nn
 
-from rayprune.core import Selection, ScoreTable
+from rayprune.core import ScoreTable, Selection
 from rayprune.core.context import EpochContext
 from rayprune.engine import recorder
 from rayprune.methods import Method
@@ -76,29 +76,34 @@ def dies_once(*, num_classes: int, input_shape: tuple[int, ...], step: int, mark
 
 
 @dataclass(frozen=True)
-class LooksAgain(Method):
-    """Drop the upper half of the ids from epoch 1 on; look at some of them again in epoch 1, at half the rate."""
+class LowerHalf(Method):
+    """Drop the upper half of the ids from epoch 1 on; in epoch 1 do what the fields say.
+
+    Args:
+        weight: of the kept samples.
+        lr_scale: on the learning rate.
+        looks: how many of the highest ids are scored without training.
+    """
 
     signals = ("loss",)
+
+    weight: float = 1.0
+    lr_scale: float = 1.0
+    looks: int = 0
 
     def select(self, table: ScoreTable, context: EpochContext) -> Selection:
         """Choose by position alone."""
         num = context.num_samples
+        kept = np.arange(num if context.epoch == 0 else num // 2)
         if context.epoch != 1:
-            return Selection.of_ids(np.arange(num if context.epoch == 0 else num // 2), num)
+            return Selection.of_ids(kept, num)
         return Selection.of_ids(
-            np.arange(num // 2), num, forward_only_ids=np.arange(num - 1, num - 8, -1), lr_scale=0.5
+            kept,
+            num,
+            weights=np.full(kept.size, self.weight),
+            forward_only_ids=np.arange(num - 1, num - 1 - self.looks, -1),
+            lr_scale=self.lr_scale,
         )
-
-
-@dataclass(frozen=True)
-class SameAtFullRate(LooksAgain):
-    """Choose as LooksAgain, without a second look and at the full rate."""
-
-    def select(self, table: ScoreTable, context: EpochContext) -> Selection:
-        """Choose by position alone."""
-        chosen = super().select(table, context)
-        return Selection.of_ids(chosen.ids, context.num_samples)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+# Names of modules that were loaded from a file; other processes can't import them by name.
+USER_MODULE_PREFIX = "rayprune_user_"
+
 
 def closest(name: str, valid: Iterable[str]) -> str:
     """Say which names are valid and which one is nearest, for the end of an error line.
@@ -68,7 +71,7 @@ def _load_file(path: str) -> Any:
     if not file.is_file():
         raise ValueError(f"file {path!r} does not exist")
     # One module per file and process: pickled instances must find the same class again.
-    name = f"rayprune_user_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
+    name = f"{USER_MODULE_PREFIX}{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)

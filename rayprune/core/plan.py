@@ -61,8 +61,13 @@ class Plan:
             batch_size: GB, at least 1.
             seed, epoch: fix the order; its generator is independent of the one that the method draws from.
             last_batch: "pad" completes the last batch with distinct other ids at weight 0 as far as N suffices;
-                "drop" leaves the incomplete batch out.
+                "drop" leaves the incomplete batch out (no step at all where less than a batch is kept).
+
+        Raises:
+            ValueError: batch_size is below 1.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size!r} must be at least 1")
         # NumPy pads a seed with zeros: [seed, epoch, 0] would be the very generator that the method draws from.
         rng = np.random.default_rng([seed, epoch, 0, 1])
         rows = selection.num_kept
@@ -121,7 +126,7 @@ class Plan:
             ids int64, weights float32, and True where a row is real (False: padding); each ((stop − start)·GB/W,).
         """
         start, stop = start_step * self.batch_size, stop_step * self.batch_size
-        size = self.batch_size // world_size
+        size = self._rows_of_rank(world_size)
         mine = slice(rank * size, (rank + 1) * size)
 
         def slices(rows: NDArray[Any]) -> NDArray[Any]:
@@ -135,7 +140,7 @@ class Plan:
 
         The blocks of a span of steps stand in order of ranks, all of one size: a round-robin hands rank r its own.
         """
-        size = self.batch_size // world_size
+        size = self._rows_of_rank(world_size)
         rows = max(size, min(BLOCK_ROWS, BLOCK_BYTES // max(row_bytes, 1)))
         steps = max(1, rows // size)
         return [
@@ -143,6 +148,11 @@ class Plan:
             for first in range(start_step, self.num_steps, steps)
             for rank in range(world_size)
         ]
+
+    def _rows_of_rank(self, world_size: int) -> int:
+        if self.batch_size % world_size:
+            raise ValueError(f"batch_size {self.batch_size} does not divide by the world size {world_size}")
+        return self.batch_size // world_size
 
 
 def _id_dtype(num_samples: int) -> type[np.unsignedinteger[Any]]:

@@ -95,13 +95,14 @@ def thin_with_class_floor(
 ) -> Selection:
     """Thin as `thin`, but keep at least the share `class_floor` of every class, still unbiased.
 
-    A class that would fall below the floor has its keep ratios moved toward 1 before the draw (never after it: a
-    correction that looks at the draw would bias the weights). Counts are rounded up, so the floor holds exactly.
+        A class that would fall below the floor has its keep ratios moved toward 1 before the draw (never after it: a
+        correction that looks at the draw would bias the weights). Where rounding down could break the
+    floor, counts are rounded up, so it holds exactly.
 
-    Args:
-        strata, keep_ratios, rng: as `thin`.
-        labels: (N,) integers in [0, C).
-        class_floor: share in (0, 1].
+        Args:
+            strata, keep_ratios, rng: as `thin`.
+            labels: (N,) integers in [0, C).
+            class_floor: share in (0, 1].
     """
     width = keep_ratios.size + 1
     num_classes = int(labels.max(initial=0)) + 1
@@ -115,8 +116,10 @@ def thin_with_class_floor(
     short_C = np.maximum(class_floor * size_C - expected_C, 0.0)
     spare_C = np.maximum(size_C - expected_C, 1e-300)
     keep_CS = keep_S + (short_C / spare_C)[:, None] * (1.0 - keep_S)
-    kept_CS = np.ceil(np.round(keep_CS * counts_CS, 6))
-    exact_CS = np.where(counts_CS > 0, kept_CS / np.maximum(counts_CS, 1), 1.0)[:, 1:]
+    rounded_up_CS = np.ceil(np.round(keep_CS * counts_CS, 6)) / np.maximum(counts_CS, 1)
+    # A random rounding loses less than one sample in each of a class's strata.
+    binds_C = expected_C - keep_ratios.size < class_floor * size_C
+    exact_CS = np.where(binds_C[:, None] & (counts_CS > 0), rounded_up_CS, keep_CS)[:, 1:]
     fine = np.zeros(strata.size, dtype=np.min_scalar_type(num_classes * (width - 1) + 1))
     for rows in chunks(strata.size):
         coarse = strata[rows].astype(np.int64)

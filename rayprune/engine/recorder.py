@@ -1,8 +1,8 @@
 """Gather per-sample signals on the device and push them to the ScoreActor in large pieces.
 
 A push of every step would cost 0.5–1 ms; a buffer on the device and a push of 262,144 samples costs some µs a step. A
-push is sorted by id: the one actor then writes to rising addresses, several times faster, and the sorting is done by the
-many workers. What was pushed in an epoch is kept until the epoch is closed, because an actor that dies loses calls that
+push is sorted by id: the one actor then writes to rising addresses, several times faster, and the many workers do the
+sorting. What was pushed in an epoch is kept until the epoch is closed, because an actor that dies loses calls that
 it acknowledged.
 
 Shapes: B rows of a batch (this worker's share).

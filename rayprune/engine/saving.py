@@ -77,14 +77,15 @@ class Saver:
         optimizer: torch.optim.Optimizer,
         selector: Mapping[str, NDArray[Any]],
         metrics: dict[str, Any],
+        seconds: dict[str, float],
     ) -> None:
-        """Write the checkpoint of the state before `epoch` (rank 0)."""
+        """Write the checkpoint of the state before `epoch` (rank 0), with the metrics line that follows it."""
         position = {
             "fingerprint": self._fingerprint,
             "digest": self._config.digest(),
             "counts": self._counts,
             "wall_time": self._wall_time(),
-            "metrics": {**metrics, "seconds": {}, "wall_time": self._wall_time()},
+            "metrics": {**metrics, "seconds": seconds, "wall_time": self._wall_time()},
         }
         write_checkpoint(
             self._folder,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from rayprune.config import Config
+from rayprune.core.objects import USER_MODULE_PREFIX
 from rayprune.core.selector import Selector
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.checkpoint import load_selector_state
@@ -73,6 +75,7 @@ def train(
         TrainingFailed: anything else that ended training.
     """
     splits = open_data(config.data.source, limit=config.data.limit, **config.data.source_keys)
+    _ship_user_modules()
     spec = input_spec(config, splits.train)
     method = config.build_method()
     check_signals(method.signals)
@@ -191,6 +194,13 @@ def _ray_loop(spec: WorkerSpec) -> None:
 
 def _local_loop(spec: WorkerSpec, sources: Mapping[str, SampleSource]) -> None:
     Worker(spec, LocalStream(sources)).run()
+
+
+def _ship_user_modules() -> None:
+    """Send modules loaded from `path/to/file.py` by value: other processes cannot import them by name."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(USER_MODULE_PREFIX):
+            ray.cloudpickle.register_pickle_by_value(module)
 
 
 def _write_scores(config: Config, source: SampleSource, folder: Path) -> None:

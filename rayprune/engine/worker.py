@@ -133,6 +133,11 @@ class Worker:
             yield batch
 
     def _train(self, epoch: int, header: PlanHeader) -> tuple[Tensor, float]:
+        if header.num_steps == 0:
+            raise TrainingStopped(
+                f"epoch {epoch} keeps {header.num_kept} samples, less than train.batch_size "
+                f"{self._config.train.batch_size}, and train.last_batch is drop: use train.last_batch=pad or smaller batches"
+            )
         seed, sums, lr = self._config.train.seed, self._new_sums(), 0.0
         for step, batch in enumerate(self._batches(header)):
             lr = rate_at(self._config, epoch, step, header.num_steps, header.lr_scale)
@@ -208,9 +213,10 @@ class Worker:
         }
 
     def _save(self, epoch: int, record: dict[str, Any], closed: ClosedEpoch | None, start: float) -> None:
+        self._seconds["epoch"] = time.perf_counter() - start
         with self._timed("checkpoint"):
             if closed is not None:
-                self._saver.save(epoch + 1, self._network, self._step.optimizer, closed.state, record)
+                self._saver.save(epoch + 1, self._network, self._step.optimizer, closed.state, record, self._seconds)
             self._saver.report(epoch + 1, record)
         self._seconds["epoch"] = time.perf_counter() - start
         if self.rank == 0:

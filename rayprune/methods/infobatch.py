@@ -88,7 +88,7 @@ class InfoBatch(Method):
         table["loss"][ids] = loss
 
     def select(self, table: ScoreTable, context: EpochContext) -> Selection:
-        """Thin the buckets below the thresholds; everything in full epochs and before the first observation."""
+        """Thin the buckets below the thresholds; everything in the first and the full epochs."""
         end = first_full_epoch(self.anneal_start, context.num_epochs)
         if self.target_saving is not None:
             self._check_reachable(self.target_saving, end, context.num_epochs)
@@ -99,7 +99,7 @@ class InfoBatch(Method):
             if seen.size:
                 total, count = total + float(seen.sum(dtype=np.float64)), count + seen.size
                 highest = max(highest, float(seen.max()))
-        if context.epoch >= end or not count:
+        if not 0 < context.epoch < end or not count:
             return Selection.full(context.num_samples)
         # The float64 mean of equal numbers can round above them; nothing lies below the mean then.
         mean = min(total / count, highest)

@@ -6,7 +6,6 @@ Shapes: N samples, B rows of a push.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,14 +148,14 @@ def assert_equals_oracle(folder: Path, hashes: list[str], state: dict[str, Any])
 
 
 @pytest.fixture
-def half_recorded(tmp_path: Path) -> Iterator[tuple[ScoreActor, list[NDArray[np.int64]]]]:
+def half_recorded(tmp_path: Path) -> tuple[ScoreActor, list[NDArray[np.int64]]]:
     """An actor in epoch 0 with the pushes 0 and 2 of rank 0's three."""
     actor = ScoreActor(make_spec(tmp_path))
     actor.announce(1, train_turn(0))
     parts = np.split(np.arange(12), 3)
     for sequence in (0, 2):
         actor.observe(1, 0, 0, sequence, *push(parts[sequence], 0))
-    yield actor, parts
+    return actor, parts
 
 
 def final_scores(actor: ScoreActor, counts: list[int]) -> NDArray[Any]:

@@ -26,6 +26,7 @@ BANNED = {
     "nn": {"ray"},
     "report": {"ray"} | TORCH,
     "config": {"ray"} | TORCH,
+    "overrides": {"ray"} | TORCH,
     "engine": set(),
     "cli": set(),
     "__init__": {"ray", "pydantic"} | TORCH,
@@ -41,6 +42,7 @@ ABOVE = {
     "engine": {"cli", "report"},
     "report": {"engine", "nn", "cli"},
     "config": {"nn", "engine", "report", "cli"},
+    "overrides": {"methods", "sources", "nn", "engine", "report", "cli", "config"},
 }
 
 

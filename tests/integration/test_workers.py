@@ -1,0 +1,172 @@
+"""Runs with Ray Train workers: transports and numbers of workers agree, and no failure changes the result."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from engine_runs import RESULT_KEYS, assert_same_run, results, run_config, same_weights, scores_of, user
+
+from rayprune.config import Config
+from rayprune.engine.protocol import TrainingStopped
+from rayprune.engine.run_folder import read_selection
+from rayprune.engine.train import RunResult, TrainingFailed, train
+
+EPOCHS = 3
+MODEL = {"hidden": [32]}
+
+
+def workers_config(tmp_path: Path, name: str, workers: int, stream: str = "local", **sections: Any) -> Config:
+    """Return a run of three epochs that differs from its siblings in nothing that decides the result."""
+    scaling = {"num_workers": workers, "cpus_per_worker": 1 if workers else "auto", "threads": 1, "stream": stream}
+    base = {"model": {"name": "mlp", **MODEL}, "train": {"epochs": EPOCHS, "batch_size": 32}, "scaling": scaling}
+    return run_config(tmp_path, name, **{**base, **sections})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """Two workers that read for themselves."""
+    return train(workers_config(tmp_path_factory.mktemp("runs"), "local", 2))
+
+
+def test_both_transports_give_the_same_run(tmp_path: Path, undisturbed: RunResult) -> None:
+    streamed = train(workers_config(tmp_path, "streamed", 2, "ray"))
+    assert_same_run(streamed, undisturbed)
+    assert streamed.metrics[-1]["world_size"] == 2
+
+
+def test_the_union_of_ranks_is_the_selection(undisturbed: RunResult) -> None:
+    selections = [read_selection(undisturbed.folder, epoch) for epoch in range(EPOCHS)]
+    assert selections[1].num_kept < 301, "301 digits: whole batches of 32 for two ranks need padding"
+    trained = np.cumsum([selection.num_kept for selection in selections]).tolist()
+    padded = np.cumsum([-selection.num_kept % 32 for selection in selections]).tolist()
+    assert [line["samples_trained"] for line in undisturbed.metrics] == trained
+    assert [line["samples_padded"] for line in undisturbed.metrics] == padded
+    last_visit = np.max([np.where(s.codes > 0, epoch, -1) for epoch, s in enumerate(selections)], axis=0)
+    assert scores_of(undisturbed.folder)["last_visit"].tolist() == last_visit.tolist()
+
+
+GUARDED = {"source": user("not_in_actors"), "augment": {"crop": 1, "flip": False}, "limit": 301}
+
+
+def test_streamed_workers_never_open_the_source_and_equal_no_workers(tmp_path: Path) -> None:
+    alone = train(workers_config(tmp_path, "alone", 0, data=GUARDED))
+    streamed = train(workers_config(tmp_path, "streamed", 1, "ray", data=GUARDED))
+    assert_same_run(streamed, alone)
+
+
+def test_the_guard_of_the_test_above_notices_a_worker_that_reads(tmp_path: Path) -> None:
+    config = workers_config(tmp_path, "local", 1, data=GUARDED, run={"max_failures": 0})
+    with pytest.raises(TrainingFailed, match="PermissionError: a worker opened the source"):
+        train(config)
+
+
+def test_a_killed_worker_changes_nothing(tmp_path: Path, undisturbed: RunResult) -> None:
+    marker = tmp_path / "died"
+    # Epoch 0 has ten steps: the thirteenth is in the middle of epoch 1.
+    dies = {"name": user("dies_once"), "step": 13, "marker": str(marker)}
+    result = train(workers_config(tmp_path, "killed", 2, model=dies))
+    assert marker.exists()
+    assert_same_run(result, undisturbed)
+
+
+class Killer(threading.Thread):
+    """Kill the run's ScoreActor once, in mid-epoch 1 and after it has folded observations of it."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.done = threading.Event()
+        self.seen: tuple[int, int, int] | None = None
+
+    def run(self) -> None:
+        while not self.done.wait(0.01):
+            names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+            for name in names:
+                if name.startswith("rayprune-scores-") and self._kill_in_mid_epoch(ray.get_actor(name)):
+                    return
+
+    def _kill_in_mid_epoch(self, actor: Any) -> bool:
+        epoch, observed, planned = ray.get(actor.progress.remote())
+        if epoch == 1 and 0 < observed < planned:
+            self.seen = epoch, observed, planned
+            ray.kill(actor, no_restart=False)
+            return True
+        return False
+
+
+@contextmanager
+def score_actor_killed() -> Iterator[Killer]:
+    killer = Killer()
+    killer.start()
+    try:
+        yield killer
+    finally:
+        killer.done.set()
+        killer.join(10)
+
+
+def test_a_killed_score_actor_loses_no_observation(tmp_path: Path, undisturbed: RunResult) -> None:
+    slow = {"name": user("slow"), "pause_s": 0.1, "push_rows": 32}
+    with score_actor_killed() as killer:
+        result = train(workers_config(tmp_path, "killed", 2, model=slow))
+    assert killer.seen is not None, "the actor was not killed in mid-epoch"
+    assert_same_run(result, undisturbed)
+
+
+def test_a_broken_model_ends_in_one_line(tmp_path: Path) -> None:
+    config = workers_config(tmp_path, "broken", 1, model={"name": user("broken")}, run={"max_failures": 0})
+    with pytest.raises(TrainingFailed, match=r"^training failed on rank 0: ValueError: this model is broken$"):
+        train(config)
+
+
+def test_an_observation_that_cannot_be_folded_ends_the_run(tmp_path: Path) -> None:
+    config = workers_config(tmp_path, "fold", 1, method={"name": user("BrokenFold")}, run={"max_failures": 0})
+    with pytest.raises(TrainingFailed, match="this fold is broken"):
+        train(config)
+
+
+def test_nan_losses_stop_a_run_although_its_workers_are_restarted(tmp_path: Path) -> None:
+    config = workers_config(
+        tmp_path,
+        "nan",
+        1,
+        model={"name": user("nan_rows"), "rows": 32},
+        train={"epochs": EPOCHS, "batch_size": 32, "max_nonfinite": 10},
+        run={"max_failures": 1},
+    )
+    with pytest.raises(TrainingStopped, match="301 losses were NaN"):
+        train(config)
+
+
+def test_more_workers_than_fit_are_refused_at_once(tmp_path: Path) -> None:
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=r"scaling.num_workers 8 × 1 CPUs is more than the 4 CPUs.*num_workers=4"):
+        train(workers_config(tmp_path, "many", 8))
+    with pytest.raises(ValueError, match=r"4 × 1 CPUs \+ 1 CPU for Ray Data is more than the 4 CPUs.*num_workers=3"):
+        train(workers_config(tmp_path, "streamed", 4, "ray"))
+    assert time.perf_counter() - start < 5
+    assert not (tmp_path / "many").exists()
+
+
+def test_no_score_actor_outlives_its_run(undisturbed: RunResult) -> None:
+    assert len(undisturbed.metrics) == EPOCHS
+    assert results(undisturbed.metrics, RESULT_KEYS)
+    deadline = time.monotonic() + 10
+    while any(a["name"].startswith("rayprune-scores-") for a in ray.util.list_named_actors(all_namespaces=True)):
+        assert time.monotonic() < deadline, "a ScoreActor is still there"
+        time.sleep(0.1)
+
+
+def test_one_worker_is_another_run_than_two(tmp_path: Path, undisturbed: RunResult) -> None:
+    # Same plans, whatever the number of workers; DDP's sums are rounded otherwise.
+    alone = train(workers_config(tmp_path, "alone", 0))
+    assert alone.metrics[0]["plan_hash"] == undisturbed.metrics[0]["plan_hash"]
+    assert alone.metrics[-1]["train_loss"] == pytest.approx(undisturbed.metrics[-1]["train_loss"], rel=1e-2)
+    assert same_weights(alone.folder, alone.folder)
