@@ -90,7 +90,7 @@ def _train_one(config: Any, debug: bool) -> tuple[Path, list[dict[str, Any]]]:
     with RunDisplay(console, config.train.epochs) as display:
 
         def started(resources: Any, folder: Path, first_epoch: int) -> None:
-            workers = f"{resources.num_workers} workers" if resources.num_workers else "in this process"
+            workers = _count(resources.num_workers, "worker") if resources.num_workers else "in this process"
             console.print(
                 f"{folder.name}: {config.method['name']} on {config.data.source}, {config.model.name}, {workers}, "
                 f"stream {resources.stream} ({resources.why})",
@@ -146,6 +146,10 @@ def doctor(debug: bool, debug_here: bool) -> None:
         console.print(f"{mark} {finding.name:<14} {finding.text}", highlight=False)
     if not sound:
         raise RuntimeError("something is missing: see above")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _or_raise(error: Exception, debug: bool) -> None:

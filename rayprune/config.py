@@ -38,7 +38,7 @@ class DataSection(_Section):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    source: str
+    source: str = Field("digits", description="a named data set, or module:function")
     limit: int | None = Field(None, ge=1, description="train on the first n samples only")
     augment: Auto | dict[str, Any] = Field("auto", description="crop (pixels), flip; auto: the data set's usual")
 
@@ -140,7 +140,7 @@ class RunSection(_Section):
 class Config(_Section):
     """Hold a whole run's configuration."""
 
-    data: DataSection
+    data: DataSection = DataSection()
     model: ModelSection = ModelSection()
     method: dict[str, Any] = Field(default_factory=lambda: {"name": "full"})
     train: TrainSection = TrainSection()
@@ -202,7 +202,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     except ValueError as error:
         raise ValueError(f"config {str(file)!r} is no valid YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"config {str(file)!r} holds no sections: it needs at least data: {{source: …}}")
+        raise ValueError(f"config {str(file)!r} holds no sections: write at least method: {{name: full}}")
     config = make_config(merge(tree, parse_overrides(overrides)))
     if config.run.name is None:
         name = f"{file.stem}-{config.digest()}"

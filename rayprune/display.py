@@ -90,9 +90,9 @@ def runs_table(runs: Sequence[tuple[str, Path, list[dict[str, Any]]]]) -> Table:
         runs: (name, folder, metrics lines) of each.
     """
     table = Table(box=SIMPLE, pad_edge=False)
-    names = ("run", "val accuracy", "samples trained", "saved", "train s", "selection s", "all s")
-    for name in names:
-        table.add_column(name, justify="left" if name == "run" else "right")
+    table.add_column("run", no_wrap=True)
+    for name in ("val acc", "samples", "saved", "train s", "selection s", "total s"):
+        table.add_column(name, justify="right", no_wrap=True)
     for name, _, metrics in runs:
         last = metrics[-1]
         seconds = {key: sum(m["seconds"].get(key, 0.0) for m in metrics) for key in ("train", "epoch")}

@@ -60,6 +60,11 @@ def slow(*, num_classes: int, input_shape: tuple[int, ...], pause_s: float = 0.0
     return _mlp(num_classes, input_shape, pause)
 
 
+def noisy(*, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    """Draw from torch's global generator at every training step."""
+    return _mlp(num_classes, input_shape, lambda logits: torch.dropout(logits, 0.2, train=True))
+
+
 def dies_once(*, num_classes: int, input_shape: tuple[int, ...], step: int, marker: str) -> nn.Module:
     """Kill rank 1's process at its `step`-th training step, unless it happened before."""
     seen = 0

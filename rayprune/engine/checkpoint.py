@@ -105,6 +105,11 @@ def remove_old_checkpoints(run_folder: Path, keep: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def forget_ray_records(run_folder: Path) -> None:
+    """Delete Ray Train's own list of checkpoints: where a kill left it behind the folders, Ray refuses to start."""
+    (run_folder / _FOLDER / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+
+
 def _damage(folder: Path) -> str | None:
     try:
         sums = json.loads((folder / "manifest.json").read_text())

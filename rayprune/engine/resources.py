@@ -40,7 +40,8 @@ def start_ray(debug: bool = False) -> None:
         ray.init(**quiet)
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    # "local" always starts a cluster of its own: without it Ray joins whatever cluster it finds on the machine.
+    ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
 
 
 def resolve_resources(config: Config, source: SampleSource) -> Resources:

@@ -102,7 +102,7 @@ class Saver:
         if self._rank == 0:
             checkpoint = ray.train.Checkpoint.from_directory(str(checkpoint_path(self._folder, epoch)))
         ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
-        if self._rank == 0:
+        if self._config.scaling.num_workers == 0:  # Ray Train deletes old ones itself, but not in its local mode
             remove_old_checkpoints(self._folder, self._config.run.keep_checkpoints)
 
     def append_metrics(self, metrics: dict[str, Any], seconds: dict[str, float]) -> None:

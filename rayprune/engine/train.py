@@ -21,7 +21,7 @@ from rayprune.config import Config
 from rayprune.core.objects import USER_MODULE_PREFIX
 from rayprune.core.selector import Selector
 from rayprune.engine.actor import ScoreSpec
-from rayprune.engine.checkpoint import load_selector_state
+from rayprune.engine.checkpoint import forget_ray_records, load_selector_state, remove_old_checkpoints
 from rayprune.engine.client import LocalScores, RemoteScores, ScoreClient
 from rayprune.engine.preparation import check_model, input_spec, open_folder
 from rayprune.engine.progress import Watcher
@@ -94,6 +94,7 @@ def train(
         on_start(resources, folder, start_epoch)
     if start_epoch < config.train.epochs:
         _Run(config, splits, spec, resources, folder).fit(on_epoch, on_progress)
+        remove_old_checkpoints(folder, config.run.keep_checkpoints)
     _write_scores(config, splits.train, folder)
     return RunResult(folder, read_metrics(folder))
 
@@ -171,6 +172,8 @@ class _Run:
             loop = functools.partial(_ray_loop, self._worker_spec)
         else:
             loop = functools.partial(_local_loop, self._worker_spec, self._sources)
+        forget_ray_records(self._folder)
+        remove_old_checkpoints(self._folder, self._config.run.keep_checkpoints)
         each = {"CPU": resources.cpus_per_worker, **({"GPU": 1.0} if resources.use_gpu else {})}
         return TorchTrainer(
             loop,
@@ -182,6 +185,7 @@ class _Run:
             run_config=ray.train.RunConfig(
                 storage_path=str(self._folder),
                 name="checkpoints",
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=self._config.run.keep_checkpoints),
                 failure_config=ray.train.FailureConfig(max_failures=self._config.run.max_failures),
             ),
             datasets=datasets,

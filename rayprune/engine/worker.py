@@ -136,7 +136,7 @@ class Worker:
         if header.num_steps == 0:
             raise TrainingStopped(
                 f"epoch {epoch} keeps {header.num_kept} samples, less than train.batch_size "
-                f"{self._config.train.batch_size}, and train.last_batch is drop: use train.last_batch=pad or smaller batches"
+                f"{self._config.train.batch_size}, and train.last_batch is drop: use train.last_batch=pad"
             )
         seed, sums, lr = self._config.train.seed, self._new_sums(), 0.0
         for step, batch in enumerate(self._batches(header)):

@@ -13,7 +13,6 @@ import ray
 def cluster() -> Iterator[None]:
     """Start Ray as rayprune does, with CPUs to spare."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # Workers import the tests' user code by path; nothing else of the tests travels to them.
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
     ray.init(
         num_cpus=4, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False, logging_level="ERROR"

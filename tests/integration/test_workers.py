@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from engine_runs import RESULT_KEYS, assert_same_run, results, run_config, same_weights, scores_of, user
+from engine_runs import assert_same_run, run_config, scores_of, user
 
 from rayprune.config import Config
 from rayprune.engine.protocol import TrainingStopped
@@ -20,13 +20,12 @@ from rayprune.engine.run_folder import read_selection
 from rayprune.engine.train import RunResult, TrainingFailed, train
 
 EPOCHS = 3
-MODEL = {"hidden": [32]}
 
 
 def workers_config(tmp_path: Path, name: str, workers: int, stream: str = "local", **sections: Any) -> Config:
     """Return a run of three epochs that differs from its siblings in nothing that decides the result."""
     scaling = {"num_workers": workers, "cpus_per_worker": 1 if workers else "auto", "threads": 1, "stream": stream}
-    base = {"model": {"name": "mlp", **MODEL}, "train": {"epochs": EPOCHS, "batch_size": 32}, "scaling": scaling}
+    base = {"model": {"name": "mlp", "hidden": [32]}, "train": {"epochs": EPOCHS, "batch_size": 32}, "scaling": scaling}
     return run_config(tmp_path, name, **{**base, **sections})
 
 
@@ -77,6 +76,12 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path, undisturbed: RunResult)
     assert_same_run(result, undisturbed)
 
 
+def score_actor_names() -> list[str]:
+    """Return the names of the ScoreActors of running runs."""
+    names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+    return [name for name in names if name.startswith("rayprune-scores-")]
+
+
 class Killer(threading.Thread):
     """Kill the run's ScoreActor once, in mid-epoch 1 and after it has folded observations of it."""
 
@@ -87,10 +92,8 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         while not self.done.wait(0.01):
-            names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
-            for name in names:
-                if name.startswith("rayprune-scores-") and self._kill_in_mid_epoch(ray.get_actor(name)):
-                    return
+            if any(self._kill_in_mid_epoch(ray.get_actor(name)) for name in score_actor_names()):
+                return
 
     def _kill_in_mid_epoch(self, actor: Any) -> bool:
         epoch, observed, planned = ray.get(actor.progress.remote())
@@ -157,16 +160,14 @@ def test_more_workers_than_fit_are_refused_at_once(tmp_path: Path) -> None:
 
 def test_no_score_actor_outlives_its_run(undisturbed: RunResult) -> None:
     assert len(undisturbed.metrics) == EPOCHS
-    assert results(undisturbed.metrics, RESULT_KEYS)
     deadline = time.monotonic() + 10
-    while any(a["name"].startswith("rayprune-scores-") for a in ray.util.list_named_actors(all_namespaces=True)):
+    while score_actor_names():
         assert time.monotonic() < deadline, "a ScoreActor is still there"
         time.sleep(0.1)
 
 
-def test_one_worker_is_another_run_than_two(tmp_path: Path, undisturbed: RunResult) -> None:
-    # Same plans, whatever the number of workers; DDP's sums are rounded otherwise.
+def test_the_number_of_workers_changes_rounding_only(tmp_path: Path, undisturbed: RunResult) -> None:
     alone = train(workers_config(tmp_path, "alone", 0))
     assert alone.metrics[0]["plan_hash"] == undisturbed.metrics[0]["plan_hash"]
-    assert alone.metrics[-1]["train_loss"] == pytest.approx(undisturbed.metrics[-1]["train_loss"], rel=1e-2)
-    assert same_weights(alone.folder, alone.folder)
+    assert alone.metrics[0]["train_loss"] == pytest.approx(undisturbed.metrics[0]["train_loss"], rel=1e-5)
+    assert alone.metrics[0]["val_loss"] == pytest.approx(undisturbed.metrics[0]["val_loss"], rel=1e-5)

@@ -137,6 +137,13 @@ def test_a_half_written_checkpoint_is_not_seen(finished: tuple[Config, RunResult
     assert_same_run(train(config), undisturbed)
 
 
+def test_random_layers_draw_the_same_after_a_resume(tmp_path: Path) -> None:
+    noisy = {"name": user("noisy")}
+    config = run_config(tmp_path, **SECTIONS, model=noisy)
+    damage_newest(train(config).folder)
+    assert_same_run(train(config), train(run_config(tmp_path, "undisturbed", **SECTIONS, model=noisy)))
+
+
 @pytest.mark.parametrize("done", [EPOCHS - 1, EPOCHS])
 def test_a_kill_before_the_metrics_line_loses_no_line(
     finished: tuple[Config, RunResult], undisturbed: RunResult, done: int

@@ -1,0 +1,125 @@
+"""Configs: what is read, what is refused and with which line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayprune.config import Config, load_config, make_config
+from rayprune.overrides import merge, parse_overrides, read_yaml
+
+DIGITS = {"data": {"source": "digits"}}
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_reads_back_to_itself(path: Path) -> None:
+    config = load_config(path)
+    assert Config.model_validate(read_yaml(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"data": 3}, ["data = 3"]),
+        ({**DIGITS, "trian": {}}, ["'trian'", "'train'"]),
+        ({**DIGITS, "train": {"epohcs": 3}}, ["'train.epohcs'", "'epochs'"]),
+        ({**DIGITS, "train": {"epochs": 0}}, ["train.epochs", "0", "greater than or equal to 1"]),
+        ({**DIGITS, "train": {"epochs": "many"}}, ["train.epochs", "'many'", "integer"]),
+        ({**DIGITS, "method": {"name": "infobach"}}, ["'infobach'", "'infobatch'"]),
+        ({**DIGITS, "method": {"name": "infobatch", "prune_ratio": 1.0}}, ["1.0", "[0, 1)"]),
+        ({**DIGITS, "method": {"name": "infobatch", "prune_ratoi": 0.5}}, ["'prune_ratoi'", "'prune_ratio'"]),
+        ({**DIGITS, "train": {"batch_size": 33}, "scaling": {"num_workers": 2}}, ["33", "2 workers", "32"]),
+        ({**DIGITS, "optim": {"schedule": "cosin"}}, ["optim.schedule", "'cosin'", "'cosine'"]),
+        ({**DIGITS, "scaling": {"threads": 0}}, ["scaling.threads", "above 0"]),
+        ({**DIGITS, "run": {"name": "a/b"}}, ["run.name", "run.storage_path"]),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_cure(tree: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        make_config(tree)
+    line = str(caught.value)
+    assert "\n" not in line
+    for word in words:
+        assert word in line
+
+
+def test_numbers_are_read_as_people_write_them() -> None:
+    assert parse_overrides(["optim.lr=5e-4", "a=.5", "b=1e3", "c=3", "d=[1, 2.5]", "e=null"]) == {
+        "optim": {"lr": 0.0005},
+        "a": 0.5,
+        "b": 1000.0,
+        "c": 3,
+        "d": [1, 2.5],
+        "e": None,
+    }
+
+
+@pytest.mark.parametrize("word", ["train.epochs", "=3", "train..epochs=3", "a=[1"])
+def test_a_word_that_is_no_override_is_refused(word: str) -> None:
+    with pytest.raises(ValueError, match=r"^override "):
+        parse_overrides([word])
+
+
+def test_a_key_that_stands_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="'a' stands twice"):
+        read_yaml("a: 1\na: 2")
+
+
+def test_another_method_leaves_the_old_ones_keys_behind() -> None:
+    base = {
+        "method": {"name": "infobatch", "anneal_start": 0.5},
+        "data": {"source": "parquet", "path": "x", "limit": 9},
+    }
+    switched = merge(base, {"method": {"name": "random"}, "data": {"source": "digits"}})
+    assert switched == {"method": {"name": "random"}, "data": {"source": "digits", "limit": 9}}
+    assert merge(base, {"method": {"prune_ratio": 0.3}})["method"] == {**base["method"], "prune_ratio": 0.3}
+
+
+def test_the_run_name_follows_what_decides_the_result(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: {source: digits}\n")
+    name = load_config(file).run.name
+    assert name is not None
+    assert name.startswith("mine-")
+    assert load_config(file, ["scaling.num_workers=2"]).run.name == name
+    assert load_config(file, ["train.seed=1"]).run.name != name
+    assert load_config(file, ["run.name=kept"]).run.name == "kept"
+
+
+def test_a_users_file_is_found_from_every_folder_and_its_place_decides_nothing(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    digests = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        config = make_config({**DIGITS, "model": {"name": "nets.py:mine"}})
+        assert config.model.name == f"{folder}/nets.py:mine"
+        digests.append(config.digest())
+    assert digests[0] == digests[1]
+
+
+def test_the_default_is_a_full_run_on_digits() -> None:
+    config = make_config({})
+    assert (config.data.source, config.method["name"]) == ("digits", "full")
+
+
+def test_unreadable_configs_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nope\.yaml.*No such file"):
+        load_config(tmp_path / "nope.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    with pytest.raises(ValueError, match=r"broken\.yaml.*no valid YAML"):
+        load_config(broken)
+    broken.write_text("just words")
+    with pytest.raises(ValueError, match="holds no sections"):
+        load_config(broken)
+
+
+def test_the_json_schema_knows_every_section() -> None:
+    assert set(Config.model_json_schema()["properties"]) == {
+        "data", "model", "method", "train", "optim", "scaling", "run",
+    }  # fmt: skip
