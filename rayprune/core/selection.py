@@ -48,6 +48,9 @@ class Selection:
         if weights.size and not (np.isfinite(weights).all() and (weights >= 0).all()):
             raise ValueError(f"weights must be finite and at least 0, got {weights[:5].tolist()}")
         forward_only = as_ids(self.forward_only_ids, self.num_samples)
+        if forward_only.size and np.any(self.codes[forward_only]):
+            both = forward_only[self.codes[forward_only] != 0]
+            raise ValueError(f"ids {both[:5].tolist()} are kept and forward-only: a sample is observed once an epoch")
         for name, array in (("codes", self.codes), ("weight_values", weights), ("forward_only_ids", forward_only)):
             frozen = array.view()
             frozen.flags.writeable = False

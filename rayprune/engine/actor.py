@@ -74,7 +74,7 @@ class ScoreActor:
         self._turn: Turn | None = None
         self._plan: Plan | None = None
         self._num_observed = 0
-        self._stopped: str | None = None
+        self._stopped: tuple[str, bool] | None = None
 
     def _enter(self, generation: int, epoch: int) -> Selector:
         """Let a call of `generation` in, back at the start of `epoch` if it is the first of a newer one."""
@@ -201,10 +201,14 @@ class ScoreActor:
             return 0, 0, 0
         return self._selector.epoch, self._num_observed, self._plan.num_rows
 
-    def stop(self, reason: str) -> None:
+    def stop(self, reason: str, failed: bool) -> None:
         """Remember why the run cannot go on, so that a restarted worker group leaves at once."""
-        self._stopped = self._stopped or reason
+        self._stopped = self._stopped or (reason, failed)
 
-    def stopped(self) -> str | None:
-        """Return the reason given to `stop`, or None."""
+    def stopped(self) -> tuple[str, bool] | None:
+        """Return what was given to `stop` first, or None."""
         return self._stopped
+
+    def generation(self) -> int:
+        """Return the newest generation that has called; 0 before any."""
+        return self._generation

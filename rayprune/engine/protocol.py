@@ -30,7 +30,19 @@ class PlanMismatch(RuntimeError):
 
 
 class TrainingStopped(RuntimeError):
-    """The run was stopped for a reason that a restart would not mend; the message says which."""
+    """The run was stopped for a reason that a restart would not mend; the message says which.
+
+    Args:
+        message: one line with the cure.
+        on_all_ranks: every rank raises it at the same point, so that all can leave cleanly.
+    """
+
+    def __init__(self, message: str, on_all_ranks: bool = True) -> None:
+        super().__init__(message, on_all_ranks)
+        self.message, self.on_all_ranks = message, on_all_ranks
+
+    def __str__(self) -> str:
+        return self.message
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ Shapes: B rows of a batch (this worker's share).
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from rayprune.engine.client import ScoreClient
 from rayprune.engine.protocol import Layout, pack
 
 PUSH_ROWS = 262_144
+# Sooner where steps are slow, so that progress shows and a diverging run is noticed inside the epoch.
+PUSH_SECONDS = 2.0
 _PUSH_BYTES = 64 * 1024 * 1024
 
 
@@ -40,6 +43,7 @@ class Recorder:
         self._buffers: dict[str, Tensor] = {}
         self._rows = 0
         self._epoch = -1
+        self._pushed_at = 0.0
         self._log: list[tuple[Layout, NDArray[np.uint8]]] = []
         self.num_nonfinite = 0
         self.nonfinite_ids: list[int] = []
@@ -47,6 +51,7 @@ class Recorder:
     def start_epoch(self, epoch: int) -> None:
         """Begin an epoch; what was logged of the last one has been closed and is let go."""
         self._epoch, self._rows, self._log = epoch, 0, []
+        self._pushed_at = time.perf_counter()
         self.num_nonfinite, self.nonfinite_ids = 0, []
 
     def record(self, ids: NDArray[np.int64], real: NDArray[np.bool_], signals: dict[str, Tensor]) -> None:
@@ -64,7 +69,7 @@ class Recorder:
             mask = torch.from_numpy(real).to(signals[self._signals[0]].device)
             signals = {name: signals[name][mask] for name in self._signals}
         if not self._buffers:
-            self._allocate(ids.size, signals)
+            self._allocate(real.size, signals)
         if self._rows + ids.size > self._ids.size:
             self.push()
         rows = slice(self._rows, self._rows + ids.size)
@@ -72,6 +77,8 @@ class Recorder:
         for name, buffer in self._buffers.items():
             buffer[rows].copy_(signals[name])
         self._rows += ids.size
+        if time.perf_counter() - self._pushed_at > PUSH_SECONDS:
+            self.push()
 
     def _allocate(self, batch_rows: int, signals: dict[str, Tensor]) -> None:
         """Size the buffers by the first batch: fewer rows where a signal is a long vector, at least two batches."""
@@ -84,6 +91,7 @@ class Recorder:
 
     def push(self) -> None:
         """Send what is buffered; the device is waited for here and nowhere else."""
+        self._pushed_at = time.perf_counter()
         if not self._rows:
             return
         order = np.argsort(self._ids[: self._rows])

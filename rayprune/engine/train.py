@@ -15,7 +15,6 @@ import numpy as np
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
 
 from rayprune.config import Config
 from rayprune.core.objects import USER_MODULE_PREFIX
@@ -141,26 +140,28 @@ class _Run:
 
     def fit(self, on_epoch: EpochListener | None, on_progress: ProgressListener | None) -> None:
         """Train to the end; Ray restarts the workers after a failure."""
+        failure: Exception | None = None
         try:
             with Watcher(self._folder, self.scores, on_epoch, on_progress):
                 self._trainer().fit()
-        except TrainingFailedError as error:
-            self._raise_stopped()
-            raise TrainingFailed(_first_cause(error)) from error
-        except TrainingStopped:
-            raise
         except Exception as error:  # without workers the loop's own errors come through as they are
-            raise TrainingFailed(f"training failed: {type(error).__name__}: {_first_line(error)}") from error
-        else:
-            self._raise_stopped()  # a restarted worker group leaves a stopped run without an error
+            failure = error
         finally:
+            stopped = self._stopped_because()
             if self._handle is not None:
                 ray.kill(self._handle)
+        if stopped is not None:  # also after a clean end: workers that Ray started again leave at once
+            reason, failed = stopped
+            raise (TrainingFailed(f"training failed {reason}") if failed else TrainingStopped(reason)) from failure
+        if failure is not None:
+            raise TrainingFailed(_first_cause(failure)) from failure
 
-    def _raise_stopped(self) -> None:
-        reason = self.scores.call("stopped")
-        if reason is not None:
-            raise TrainingStopped(reason) from None
+    def _stopped_because(self) -> tuple[str, bool] | None:
+        try:
+            stopped: tuple[str, bool] | None = self.scores.call("stopped")
+        except ray.exceptions.RayError:  # the actor went down with what failed: that says more
+            stopped = None
+        return stopped
 
     def _trainer(self) -> TorchTrainer:
         resources = self._resources
@@ -218,14 +219,13 @@ def _write_scores(config: Config, source: SampleSource, folder: Path) -> None:
 
 def _first_cause(error: BaseException) -> str:
     """Return one line on what failed first, out of Ray's nested errors."""
+    where, cause = "training failed", error
     failures = getattr(error, "worker_failures", None)
     if failures:
         rank, cause = sorted(failures.items())[0]
-        cause = getattr(cause, "cause", None) or cause
-        return f"training failed on rank {rank}: {type(cause).__name__}: {_first_line(cause)}"
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"training failed: {lines[-1].strip() if lines else type(error).__name__}"
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
+        where = f"training failed on rank {rank}"
+    cause = getattr(cause, "cause", None) or cause
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or ["no message"]
+    # Ray's own errors begin with a traceback as text and end with what it says.
+    line = lines[-1] if isinstance(cause, ray.exceptions.RayError) else lines[0]
+    return f"{where}: {type(cause).__name__}: {line}"

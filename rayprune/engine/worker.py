@@ -38,8 +38,10 @@ from rayprune.nn.augment import step_seed
 logger = logging.getLogger(__name__)
 
 _SECONDS = ("epoch", "train", "data_wait", "select", "record", "forward_only", "validate", "checkpoint")
+# Mistakes in a program: Ray would restart the workers `max_failures` times to meet them again.
+_WOULD_FAIL_AGAIN = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError)
 # Places in the sums that ranks add up: loss, correct, real rows, padding rows.
-_LOSS, _CORRECT, _REAL, _PADDED = range(4)
+_LOSS, _CORRECT, _FINITE, _REAL, _PADDED = range(5)
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,8 @@ class Worker:
         network = build_network(self._config, spec.input, self._device)
         self._saver = Saver(Path(spec.run_folder), self._config, spec.fingerprint, self.rank)
         # Rank 0 decides for all: another rank might see a checkpoint that is just being written.
-        start = {"generation": time.time_ns(), "epoch": self._saver.newest_epoch() if self.rank == 0 else 0}
-        start = broadcast_from_rank_zero(start)
-        self._generation: int = start["generation"]
-        self._epoch: int = start["epoch"]
+        start = broadcast_from_rank_zero(self._next_start() if self.rank == 0 else None)
+        self._generation, self._epoch = start
         model = wrap_for_ranks(network, self.world_size, self._device)
         self._step = build_step(self._config, model, spec.signals, self._device)
         if self._epoch > 0:
@@ -81,16 +81,28 @@ class Worker:
         self._recorder = Recorder(spec.scores, self._generation, self.rank, spec.signals)
         self._seconds: dict[str, float] = {}
 
+    def _next_start(self) -> tuple[int, int]:
+        """Return this attempt's generation and first epoch.
+
+        The clock keeps generations rising past a restart of the actor, the actor past a move to a slower clock.
+        """
+        generation = max(self._spec.scores.call("generation") + 1, time.time_ns())
+        return generation, self._saver.newest_epoch()
+
     def run(self) -> None:
         """Train the epochs that are left."""
-        reason = self._spec.scores.call("stopped")
-        if reason is not None:
+        if self._spec.scores.call("stopped") is not None:
             return
         try:
             for epoch in range(self._epoch, self._config.train.epochs):
                 self._run_epoch(epoch)
         except TrainingStopped as error:
-            self._spec.scores.call("stop", str(error))
+            self._spec.scores.call("stop", str(error), False)
+            if self.world_size > 1 and not error.on_all_ranks:
+                raise  # the others wait in a collective call; Ray ends them, and the next attempt leaves at once
+        except _WOULD_FAIL_AGAIN as error:
+            line = next(iter(str(error).splitlines()), "no message")
+            self._spec.scores.call("stop", f"on rank {self.rank}: {type(error).__name__}: {line}", True)
             raise
 
     def _run_epoch(self, epoch: int) -> None:
@@ -104,6 +116,7 @@ class Worker:
         forwarded = 0
         if header.num_forward_only:
             with self._timed("forward_only"):
+                self._share_buffers()
                 forwarded = int(self._forward(epoch, "forward", record=True)[_REAL])
         last = epoch + 1 == self._config.train.epochs
         validation: Tensor | None = None
@@ -166,7 +179,7 @@ class Worker:
         with self._timed("record"):
             self._recorder.record(batch.ids, batch.real, signals)
         if self._recorder.num_nonfinite > self._config.train.max_nonfinite:
-            raise self._too_many_nonfinite(self._recorder.num_nonfinite, self._recorder.nonfinite_ids)
+            raise self._too_many_nonfinite(self._recorder.num_nonfinite, self._recorder.nonfinite_ids, False)
 
     def _close(self, epoch: int) -> ClosedEpoch | None:
         """Flush all ranks and let the actor choose the next epoch; rank 0 gets the state, the others None."""
@@ -179,16 +192,17 @@ class Worker:
             told = (closed is not None, closed and closed.num_nonfinite, closed and closed.nonfinite_ids)
             done, nonfinite, ids = broadcast_from_rank_zero(told)
             if done and nonfinite > self._config.train.max_nonfinite:
-                raise self._too_many_nonfinite(nonfinite, ids)
+                raise self._too_many_nonfinite(nonfinite, ids, True)
             if done:
                 return closed
             logger.warning("epoch %d: the ScoreActor was restarted during the flush; pushing again", epoch)
 
-    def _too_many_nonfinite(self, count: int, ids: list[int]) -> TrainingStopped:
+    def _too_many_nonfinite(self, count: int, ids: list[int], on_all_ranks: bool) -> TrainingStopped:
         return TrainingStopped(
             f"training stopped: {count} losses were NaN or infinite, more than train.max_nonfinite "
             f"{self._config.train.max_nonfinite}; first sample ids {ids[:5]}: lower optim.lr, set train.clip_norm, or "
-            f"look at these samples"
+            "look at these samples",
+            on_all_ranks,
         )
 
     def _metrics(
@@ -229,7 +243,7 @@ class Worker:
                 torch.distributed.broadcast(buffer, src=0)
 
     def _new_sums(self) -> Tensor:
-        return torch.zeros(4, dtype=torch.float64, device=self._device)
+        return torch.zeros(5, dtype=torch.float64, device=self._device)
 
     def _over_ranks(self, sums: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -257,12 +271,14 @@ def _add(sums: Tensor, signals: dict[str, Tensor], real_B: Tensor) -> None:
     """Add a batch to the sums on the device, without waiting for it."""
     real = real_B.to(torch.float64)
     count = real.sum()
-    # Padding is left out by selection, not by a product: 0 · NaN is NaN.
-    loss = torch.where(real_B, signals["loss"].double(), 0.0).sum()
+    # Left out by selection, not by a product (0 · NaN is NaN): padding, and the few NaN losses that a run tolerates.
+    counted_B = real_B & signals["loss"].isfinite()
+    loss = torch.where(counted_B, signals["loss"].double(), 0.0).sum()
     correct = (signals["correct"].double() * real).sum()
-    sums += torch.stack([loss, correct, count, real_B.numel() - count])
+    sums += torch.stack([loss, correct, counted_B.sum().double(), count, real_B.numel() - count])
 
 
 def _means(sums: Tensor) -> tuple[float, float]:
-    rows = max(float(sums[_REAL]), 1.0)
-    return float(sums[_LOSS]) / rows, float(sums[_CORRECT]) / rows
+    finite = float(sums[_FINITE])
+    loss = float(sums[_LOSS]) / finite if finite else float("nan")
+    return loss, float(sums[_CORRECT]) / max(float(sums[_REAL]), 1.0)

@@ -25,7 +25,12 @@ EPOCHS = 3
 def workers_config(tmp_path: Path, name: str, workers: int, stream: str = "local", **sections: Any) -> Config:
     """Return a run of three epochs that differs from its siblings in nothing that decides the result."""
     scaling = {"num_workers": workers, "cpus_per_worker": 1 if workers else "auto", "threads": 1, "stream": stream}
-    base = {"model": {"name": "mlp", "hidden": [32]}, "train": {"epochs": EPOCHS, "batch_size": 32}, "scaling": scaling}
+    base: dict[str, Any] = {
+        "model": {"name": "mlp", "hidden": [32]},
+        "method": {"name": "infobatch", "ema": 0.5, "anneal_start": 1.0},  # prunes up to the last epoch
+        "train": {"epochs": EPOCHS, "batch_size": 32},
+        "scaling": scaling,
+    }
     return run_config(tmp_path, name, **{**base, **sections})
 
 

@@ -242,12 +242,13 @@ def test_a_selection_packs_and_unpacks(num_samples: int, num_weights: int, seed:
     ids = np.flatnonzero(rng.random(num_samples) < 0.9)
     weights = 0.25 + rng.integers(0, num_weights + 1, size=ids.size) / 8
     extra = {"requested": 0.375, "expected_drops": 1.5, "lr_scale": 0.5}
-    chosen = Selection.of_ids(ids, num_samples, weights=weights, forward_only_ids=[0], **extra)
+    left = np.setdiff1d(np.arange(num_samples), ids)[:3]
+    chosen = Selection.of_ids(ids, num_samples, weights=weights, forward_only_ids=left, **extra)
     again = Selection.from_arrays(chosen.to_arrays())
     assert chosen.weights.tolist() == weights.tolist()
     assert (again.codes.dtype, again.codes.tolist()) == (chosen.codes.dtype, chosen.codes.tolist())
     assert again.weights.tobytes() == chosen.weights.tobytes()
-    assert again.forward_only_ids.tolist() == [0]
+    assert again.forward_only_ids.tolist() == left.tolist()
     assert {name: getattr(again, name) for name in extra} == extra
     assert chosen.realised == again.realised == 1 - ids.size / num_samples
 
@@ -274,6 +275,7 @@ def test_of_ids_takes_any_order_and_refuses_what_does_not_fit() -> None:
         ("requested prune ratio", [1], {"requested": 1.0}),
         ("lr_scale", [1], {"lr_scale": 0.0}),
         ("unknown ids", [1], {"forward_only_ids": [6]}),
+        ("kept and forward-only", [1], {"forward_only_ids": [0, 1]}),
     ):
         with pytest.raises(ValueError, match=message), np.errstate(over="ignore"):
             Selection.of_ids(ids, 6, **options)  # type: ignore[arg-type]

@@ -191,7 +191,7 @@ def outputs(config: Config, source: Any, weights: Any = None) -> tuple[torch.Ten
 
 
 def test_a_broken_model_ends_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(TrainingFailed, match=r"^training failed: ValueError: this model is broken$"):
+    with pytest.raises(TrainingFailed, match=r"^training failed on rank 0: ValueError: this model is broken$"):
         train(run_config(tmp_path, model={"name": user("broken")}))
 
 
