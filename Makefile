@@ -15,6 +15,7 @@ $(VENV)/.done: pyproject.toml
 	touch $@
 
 demo: setup
+	rm -rf runs/demo
 	$(BIN)/rayprune train configs/digits_full.yaml configs/digits_infobatch.yaml run.storage_path=runs/demo
 
 test: setup

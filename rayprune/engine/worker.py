@@ -169,7 +169,8 @@ class Worker:
         header, sums = self._announce(epoch, phase), self._new_sums()
         for batch in self._batches(header):
             on_device = DeviceBatch(batch, self._spec.input, self._device)
-            signals = self._step.evaluate(self._spec.input.augment.evaluate(on_device.inputs), on_device.targets)
+            inputs = self._spec.input.augment.evaluate(on_device.inputs)
+            signals = self._step.evaluate(inputs, on_device.targets, smoothed=record)
             if record:
                 self._record(batch, signals)
             _add(sums, signals, on_device.real)

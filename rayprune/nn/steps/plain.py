@@ -74,14 +74,18 @@ class PlainStep:
         return seen[0] if len(seen) == 1 else {name: torch.cat([s[name] for s in seen]) for name in self._signals}
 
     @torch.no_grad()
-    def evaluate(self, inputs: Tensor, targets_B: Tensor) -> dict[str, Tensor]:
-        """Return the same signals in eval mode, without an update."""
+    def evaluate(self, inputs: Tensor, targets_B: Tensor, *, smoothed: bool) -> dict[str, Tensor]:
+        """Return the same signals in eval mode, without an update.
+
+        Args:
+            smoothed: True for the training loss, whose scores go on with those of training; False for the plain loss.
+        """
         self.model.eval()
         # Past DDP: an evaluation has no gradients to synchronise.
         module: nn.Module = getattr(self.model, "module", self.model)
         with self._mixed(inputs):
             logits = module(inputs)
-        losses = per_sample_loss(logits, targets_B, label_smoothing=self._label_smoothing)
+        losses = per_sample_loss(logits, targets_B, label_smoothing=self._label_smoothing if smoothed else 0.0)
         return compute_signals(self._signals, logits, targets_B, losses)
 
     def _forward(self, inputs: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor]:
