@@ -125,6 +125,8 @@ class RunSection(_Section):
     storage_path: str = "runs"
     name: str | None = Field(None, description="folder name; default: the config's name and a digest of its content")
     resume: Literal["auto", "never"] = "auto"
+    checkpoint_steps: int | None = Field(None, ge=1, description="save inside an epoch every so many steps")
+    checkpoint_minutes: float | None = Field(10.0, gt=0, description="save inside an epoch every so many minutes")
     max_failures: int = Field(3, ge=-1, description="restarts of the worker group; -1: no limit")
     keep_checkpoints: int = Field(2, ge=1)
     keep_selections: int = Field(10, ge=0)

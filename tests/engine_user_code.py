@@ -6,6 +6,7 @@ Models are an MLP that misbehaves while it trains; what happens once only leaves
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import ray
+import ray.train
 import torch
 from torch import nn
 
@@ -78,6 +80,26 @@ def dies_once(*, num_classes: int, input_shape: tuple[int, ...], step: int, mark
         return logits
 
     return _mlp(num_classes, input_shape, die)
+
+
+def counted(
+    *, num_classes: int, input_shape: tuple[int, ...], log: str, kill_at: int = 0, pause_s: float = 0.0
+) -> nn.Module:
+    """Add a byte to `log` at every training step of rank 0; kill this process once, before its `kill_at`-th byte."""
+
+    def count(logits: torch.Tensor) -> torch.Tensor:
+        time.sleep(pause_s)
+        if ray.train.get_context().get_world_rank() > 0:
+            return logits
+        done = Path(log).stat().st_size if Path(log).exists() else 0
+        if done + 1 == kill_at and not Path(f"{log}.killed").exists():
+            Path(f"{log}.killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        with Path(log).open("ab") as steps:
+            steps.write(b".")
+        return logits
+
+    return _mlp(num_classes, input_shape, count)
 
 
 @dataclass(frozen=True)

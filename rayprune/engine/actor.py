@@ -75,16 +75,17 @@ class ScoreActor:
         self._plan: Plan | None = None
         self._num_observed = 0
         self._stopped: tuple[str, bool] | None = None
+        self._pausing = False
 
-    def _enter(self, generation: int, epoch: int) -> Selector:
-        """Let a call of `generation` in, back at the start of `epoch` if it is the first of a newer one."""
+    def _enter(self, generation: int, epoch: int, base_step: int) -> Selector:
+        """Let a call of `generation` in, back at `base_step` of `epoch` if it is the first of a newer one."""
         if generation < self._generation:
             raise StaleGeneration(f"generation {generation} was replaced by {self._generation}")
         if generation > self._generation or self._selector is None:
             selector = self._spec.selector()
-            if epoch > 0:
+            if epoch > 0 or base_step > 0:
                 assert self._spec.run_folder is not None
-                selector.load_state_dict(load_selector_state(Path(self._spec.run_folder), epoch))
+                selector.load_state_dict(load_selector_state(Path(self._spec.run_folder), epoch, base_step))
             selector.begin_epoch(epoch)
             self._selector, self._generation = selector, generation
             self._start_epoch()
@@ -97,7 +98,7 @@ class ScoreActor:
 
     def announce(self, generation: int, turn: Turn) -> PlanHeader:
         """Lay out the plan of a turn; every rank says the same turn, the first one makes the plan."""
-        selector = self._enter(generation, turn.epoch)
+        selector = self._enter(generation, turn.epoch, turn.base_step)
         start = time.perf_counter()
         if turn != self._turn or self._plan is None:
             self._plan = self._make_plan(selector, turn)
@@ -144,11 +145,18 @@ class ScoreActor:
         return turn.phase, shares
 
     def observe(
-        self, generation: int, epoch: int, rank: int, sequence: int, layout: Layout, buffer: NDArray[np.uint8]
+        self,
+        generation: int,
+        epoch: int,
+        rank: int,
+        sequence: int,
+        layout: Layout,
+        buffer: NDArray[np.uint8],
+        base_step: int = 0,
     ) -> None:
         """Fold one push; a sequence number that has been seen in this epoch is dropped."""
         try:
-            selector = self._enter(generation, epoch)
+            selector = self._enter(generation, epoch, base_step)
         except StaleGeneration as error:
             logger.info("a push was refused: %s", error)
             return
@@ -161,12 +169,20 @@ class ScoreActor:
         received.add(sequence)
         self._num_observed += ids.size
 
-    def missing(self, generation: int, epoch: int, rank: int, count: int) -> list[int]:
+    def missing(self, generation: int, epoch: int, rank: int, count: int, base_step: int = 0) -> list[int]:
         """Return which of a rank's pushes 0 … count − 1 of this epoch have not arrived."""
-        self._enter(generation, epoch)
+        self._enter(generation, epoch, base_step)
         return sorted(set(range(count)) - self._received.get(rank, set()))
 
-    def close_epoch(self, generation: int, epoch: int, counts: list[int]) -> ClosedEpoch | None:
+    def snapshot(self, generation: int, epoch: int, counts: list[int], base_step: int = 0) -> ClosedEpoch | None:
+        """Return the state inside an epoch once all pushes so far are in, or None as `close_epoch` does."""
+        self._enter(generation, epoch, base_step)
+        return self._closed(0.0) if self._complete(counts) else None
+
+    def _complete(self, counts: list[int]) -> bool:
+        return all(self._received.get(rank, set()) >= set(range(count)) for rank, count in enumerate(counts))
+
+    def close_epoch(self, generation: int, epoch: int, counts: list[int], base_step: int = 0) -> ClosedEpoch | None:
         """Choose the next epoch's samples once all pushes of all ranks are in.
 
         Args:
@@ -178,8 +194,8 @@ class ScoreActor:
         """
         if self._selector is not None and generation == self._generation and epoch == self._selector.epoch - 1:
             return self._closed(0.0)  # asked again after an answer that got lost
-        selector = self._enter(generation, epoch)
-        if any(self.missing(generation, epoch, rank, count) for rank, count in enumerate(counts)):
+        selector = self._enter(generation, epoch, base_step)
+        if not self._complete(counts):
             return None
         if self._spec.run_folder is not None:
             folder = Path(self._spec.run_folder)
@@ -212,3 +228,11 @@ class ScoreActor:
     def generation(self) -> int:
         """Return the newest generation that has called; 0 before any."""
         return self._generation
+
+    def pause(self) -> None:
+        """Ask all ranks to save and leave."""
+        self._pausing = True
+
+    def pausing(self) -> bool:
+        """Return whether `pause` was called."""
+        return self._pausing

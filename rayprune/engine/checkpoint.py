@@ -1,10 +1,11 @@
 """Checkpoints: everything a resume needs in one folder, its manifest of checksums written last.
 
-    <run>/checkpoints/epoch-000003/   the state before epoch 3
+    <run>/checkpoints/epoch-000003/                  the state before epoch 3
+    <run>/checkpoints/epoch-000003-step-00000120/    the state before step 120 of epoch 3
         model.pt       the network's state_dict
         trainer.pt     the optimiser's state_dict
         selector.npz   score table and the selection of epoch 3 (rayprune.core.selector)
-        position.json  epoch, counts, the last metrics line, what the run is (config digest, fingerprint)
+        position.json  epoch, step, counts, the last metrics line, what the run is (config digest, fingerprint)
         manifest.json  name → SHA-256; a folder without it was never finished
 
 Nothing in it needs pickle to load: torch loads with weights_only, NumPy without allow_pickle.
@@ -30,29 +31,30 @@ SCHEMA = 1
 _FOLDER = "checkpoints"
 
 
-def checkpoint_path(run_folder: Path, epoch: int) -> Path:
-    """Return where the state before `epoch` lies."""
-    return run_folder / _FOLDER / f"epoch-{epoch:06d}"
+def checkpoint_path(run_folder: Path, epoch: int, step: int = 0) -> Path:
+    """Return where the state before a step of an epoch lies; sorted by name, checkpoints are sorted by position."""
+    return run_folder / _FOLDER / (f"epoch-{epoch:06d}" + (f"-step-{step:08d}" if step else ""))
 
 
 def write_checkpoint(
     run_folder: Path,
     epoch: int,
+    step: int = 0,
     *,
     model: Mapping[str, Any],
     trainer: Mapping[str, Any],
     selector: Mapping[str, NDArray[Any]],
     position: Mapping[str, Any],
 ) -> Path:
-    """Write the state before `epoch` under a temporary name, then rename it: a reader sees all of it or nothing."""
-    final = checkpoint_path(run_folder, epoch)
+    """Write the state before a step under a temporary name, then rename it: a reader sees all of it or nothing."""
+    final = checkpoint_path(run_folder, epoch, step)
     partial = final.with_name(f".partial-{final.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     torch.save(dict(model), partial / "model.pt")
     torch.save(dict(trainer), partial / "trainer.pt")
     np.savez(partial / "selector.npz", allow_pickle=False, **dict[str, Any](selector))
-    (partial / "position.json").write_text(json.dumps({"schema": SCHEMA, "epoch": epoch, **position}))
+    (partial / "position.json").write_text(json.dumps({"schema": SCHEMA, "epoch": epoch, "step": step, **position}))
     sums = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
     (partial / "manifest.json").write_text(json.dumps(sums, indent=1))
     shutil.rmtree(final, ignore_errors=True)  # an earlier attempt's state of the same epoch
@@ -83,13 +85,22 @@ def read_position(folder: Path) -> dict[str, Any]:
     return position
 
 
-def load_selector_state(run_folder: Path, epoch: int) -> dict[str, NDArray[Any]]:
-    """Return the Selector's state before `epoch`.
+def newest_position(run_folder: Path) -> tuple[int, int]:
+    """Return the (epoch, step) that the newest sound checkpoint leads to; (0, 0) without one."""
+    folder = newest_checkpoint(run_folder)
+    if folder is None:
+        return 0, 0
+    position = read_position(folder)
+    return int(position["epoch"]), int(position["step"])
+
+
+def load_selector_state(run_folder: Path, epoch: int, step: int = 0) -> dict[str, NDArray[Any]]:
+    """Return the Selector's state before a step of an epoch.
 
     Raises:
-        FileNotFoundError: there is no checkpoint of that epoch.
+        FileNotFoundError: there is no such checkpoint.
     """
-    with np.load(checkpoint_path(run_folder, epoch) / "selector.npz", allow_pickle=False) as stored:
+    with np.load(checkpoint_path(run_folder, epoch, step) / "selector.npz", allow_pickle=False) as stored:
         return {name: stored[name] for name in stored.files}
 
 
@@ -99,9 +110,28 @@ def load_tensors(file: Path, device: torch.device) -> dict[str, Any]:
     return loaded
 
 
+def remove_old_steps(run_folder: Path, epoch: int, keep: int, base_step: int) -> None:
+    """Delete the checkpoints inside epochs that are not needed any more.
+
+    Args:
+        run_folder: the run's folder.
+        epoch: the running epoch; all of earlier epochs go.
+        keep: how many of the running epoch stay.
+        base_step: the step that this attempt began the epoch at; an actor that restarts begins there again, so its
+            checkpoint stays as long as the epoch runs.
+    """
+    inside = sorted((run_folder / _FOLDER).glob("epoch-*-step-*"), reverse=True)
+    running = [folder for folder in inside if folder.name.startswith(f"epoch-{epoch:06d}")]
+    needed = {*running[:keep], checkpoint_path(run_folder, epoch, base_step)}
+    for folder in inside:
+        if folder not in needed:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def remove_old_checkpoints(run_folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    for folder in sorted((run_folder / _FOLDER).glob("epoch-*"), reverse=True)[keep:]:
+    """Delete all but the newest `keep` checkpoints of epoch starts."""
+    starts = [folder for folder in (run_folder / _FOLDER).glob("epoch-*") if "-step-" not in folder.name]
+    for folder in sorted(starts, reverse=True)[keep:]:
         shutil.rmtree(folder, ignore_errors=True)
 
 

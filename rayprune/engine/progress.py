@@ -36,7 +36,7 @@ class Watcher:
         self._file = run_folder / "metrics.jsonl"
         self._scores, self._on_epoch, self._on_progress = scores, on_epoch, on_progress
         self._read = self._file.stat().st_size if self._file.exists() else 0
-        self._done = threading.Event()
+        self._done, self._pause = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._follow, name="rayprune-watch", daemon=True)
 
     def __enter__(self) -> Watcher:
@@ -48,15 +48,27 @@ class Watcher:
         self._thread.join()
         self._deliver()
 
+    def request_pause(self, *_: object) -> None:
+        """Ask all ranks to save and leave; fit for a signal handler, as the asking is left to the watching thread."""
+        self._pause.set()
+
     def _follow(self) -> None:
         while not self._done.wait(_POLL_S):
             self._deliver()
+            if self._pause.is_set():
+                self._ask("pause")  # again and again: an actor that restarts forgets it
             # An in-process actor is not made for two threads; its epochs still come through the file.
             if self._on_progress is not None and not isinstance(self._scores, LocalScores):
-                try:
-                    self._on_progress(*self._scores.call("progress"))
-                except Exception as error:
-                    logger.debug("no progress to show: %s", error)  # the actor may just be restarting
+                progress = self._ask("progress")
+                if progress is not None:
+                    self._on_progress(*progress)
+
+    def _ask(self, method: str) -> Any:
+        try:
+            return self._scores.call(method)
+        except Exception as error:  # the actor may just be restarting, or be gone at the end
+            logger.debug("%s is not answered: %s", method, error)
+            return None
 
     def _deliver(self) -> None:
         if self._on_epoch is None or not self._file.exists():

@@ -45,14 +45,26 @@ class TrainingStopped(RuntimeError):
         return self.message
 
 
+class TrainingPaused(RuntimeError):
+    """The run was asked to stop, has saved and left; the same command goes on."""
+
+
 @dataclass(frozen=True)
 class Turn:
-    """One pass over one plan by all ranks."""
+    """One pass over one plan by all ranks.
+
+    Attributes:
+        epoch, phase: which plan.
+        world_size: how many ranks share it.
+        start_step: where in the plan the pass begins.
+        base_step: the step that this attempt began the epoch at, whose checkpoint a restarted actor goes back to.
+    """
 
     epoch: int
     phase: Phase
     world_size: int
     start_step: int = 0
+    base_step: int = 0
 
 
 @dataclass(frozen=True)

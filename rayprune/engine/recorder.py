@@ -42,15 +42,15 @@ class Recorder:
         self._ids = np.empty(0, dtype=np.int64)
         self._buffers: dict[str, Tensor] = {}
         self._rows = 0
-        self._epoch = -1
+        self._epoch, self._base_step = -1, 0
         self._pushed_at = 0.0
         self._log: list[tuple[Layout, NDArray[np.uint8]]] = []
         self.num_nonfinite = 0
         self.nonfinite_ids: list[int] = []
 
-    def start_epoch(self, epoch: int) -> None:
-        """Begin an epoch; what was logged of the last one has been closed and is let go."""
-        self._epoch, self._rows, self._log = epoch, 0, []
+    def start_epoch(self, epoch: int, base_step: int = 0) -> None:
+        """Begin an epoch, at the step this attempt has of it; what was logged of the last one is let go."""
+        self._epoch, self._base_step, self._rows, self._log = epoch, base_step, 0, []
         self._pushed_at = time.perf_counter()
         self.num_nonfinite, self.nonfinite_ids = 0, []
 
@@ -104,10 +104,12 @@ class Recorder:
             finite &= np.isfinite(array).reshape(self._rows, -1).all(axis=1)
         self.num_nonfinite += int(self._rows - np.count_nonzero(finite))
         self.nonfinite_ids += ids[~finite][:5].tolist()
-        layout, packed = pack(ids, signals)
-        self._log.append((layout, packed))
-        self._client.post("observe", self._generation, self._epoch, self._rank, len(self._log) - 1, layout, packed)
+        self._log.append(pack(ids, signals))
+        self._client.post("observe", *self._push(len(self._log) - 1))
         self._rows = 0
+
+    def _push(self, sequence: int) -> tuple[Any, ...]:
+        return (self._generation, self._epoch, self._rank, sequence, *self._log[sequence], self._base_step)
 
     def flush(self) -> int:
         """Push the rest and push again what the actor misses, until it has everything; return the number of pushes.
@@ -116,8 +118,8 @@ class Recorder:
         after the first push.
         """
         self.push()
-        while lost := self._client.call("missing", self._generation, self._epoch, self._rank, len(self._log)):
+        asked = (self._generation, self._epoch, self._rank)
+        while lost := self._client.call("missing", *asked, len(self._log), self._base_step):
             for sequence in lost:
-                layout, packed = self._log[sequence]
-                self._client.call("observe", self._generation, self._epoch, self._rank, sequence, layout, packed)
+                self._client.call("observe", *self._push(sequence))
         return len(self._log)

@@ -46,9 +46,9 @@ def append_metrics(run_folder: Path, record: Mapping[str, Any]) -> None:
         stream.write(json.dumps(_without_nan(record)) + "\n")
 
 
-def mend_metrics(run_folder: Path, last: Mapping[str, Any]) -> None:
-    """Write the line of the newest checkpoint's epoch where a kill came between the checkpoint and the line."""
-    if all(record["epoch"] != last["epoch"] for record in read_metrics(run_folder)):
+def mend_metrics(run_folder: Path, last: Mapping[str, Any] | None) -> None:
+    """Write the newest checkpoint's line (None in epoch 0) where a kill came between the checkpoint and the line."""
+    if last is not None and all(record["epoch"] != last["epoch"] for record in read_metrics(run_folder)):
         append_metrics(run_folder, last)
 
 

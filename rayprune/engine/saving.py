@@ -1,15 +1,20 @@
 """What a worker writes and reads back: checkpoints, metrics.jsonl, TensorBoard, reports to Ray Train.
 
-Every rank holds a Saver; only rank 0 writes.
+Every rank holds a Saver; only rank 0 writes. A checkpoint inside an epoch is copied at once and written by a thread:
+training waits for the copy only.
 """
 
 from __future__ import annotations
 
+import copy
+import logging
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray.train
 import torch
 from numpy.typing import NDArray
@@ -19,12 +24,14 @@ from rayprune.config import Config
 from rayprune.engine.checkpoint import (
     checkpoint_path,
     load_tensors,
-    newest_checkpoint,
     read_position,
     remove_old_checkpoints,
+    remove_old_steps,
     write_checkpoint,
 )
 from rayprune.engine.run_folder import append_metrics, mend_metrics
+
+logger = logging.getLogger(__name__)
 
 _COUNTS = ("samples_trained", "samples_forwarded", "samples_padded")
 
@@ -38,21 +45,19 @@ class Saver:
         self._wall_before = 0.0
         self._started = time.perf_counter()
         self._board: Any = None
-
-    def newest_epoch(self) -> int:
-        """Return the epoch that the newest sound checkpoint leads to; 0 without one."""
-        folder = newest_checkpoint(self._folder)
-        return 0 if folder is None else int(read_position(folder)["epoch"])
+        self._last_line: dict[str, Any] | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="rayprune-checkpoint")
+        self._writing: Future[None] | None = None
 
     def restore(
-        self, epoch: int, network: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-    ) -> None:
-        """Load the state before `epoch` into network, optimiser and counts.
+        self, epoch: int, step: int, network: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    ) -> list[float]:
+        """Load the state before a step into network, optimiser and counts; return the epoch's sums so far.
 
         Raises:
             ValueError: the checkpoint is of another data set or configuration.
         """
-        folder = checkpoint_path(self._folder, epoch)
+        folder = checkpoint_path(self._folder, epoch, step)
         position = read_position(folder)
         for name, own in (("fingerprint", self._fingerprint), ("digest", self._config.digest())):
             if position[name] != own:
@@ -61,8 +66,10 @@ class Saver:
         optimizer.load_state_dict(load_tensors(folder / "trainer.pt", device)["optimizer"])
         self._counts = {name: int(position["counts"][name]) for name in _COUNTS}
         self._wall_before = float(position["wall_time"])
+        self._last_line = position["metrics"]
         if self._rank == 0:
-            mend_metrics(self._folder, position["metrics"])
+            mend_metrics(self._folder, self._last_line)
+        return [float(value) for value in position["sums"]]
 
     def count(self, trained: int, forwarded: int, padded: int) -> dict[str, int]:
         """Add an epoch's rows and return the cumulative counts."""
@@ -79,19 +86,67 @@ class Saver:
         metrics: dict[str, Any],
         seconds: dict[str, float],
     ) -> None:
-        """Write the checkpoint of the state before `epoch` (rank 0), with the metrics line that follows it."""
+        """Write the checkpoint of the state before `epoch` (rank 0)."""
+        self.wait()
+        self._last_line = {**metrics, "seconds": _rounded(seconds), "wall_time": round(self._wall_time(), 3)}
+        self._write(epoch, 0, network.state_dict(), optimizer.state_dict(), selector, [])
+
+    def save_inside(
+        self,
+        epoch: int,
+        step: int,
+        network: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        selector: Mapping[str, NDArray[Any]],
+        sums: list[float],
+        base_step: int,
+    ) -> None:
+        """Copy the state before a step of an epoch and write it behind training's back (rank 0).
+
+        A write that fails is logged: the run goes on and tries again at the next one.
+        """
+        self.wait()
+        model, trainer = copy.deepcopy((network.state_dict(), optimizer.state_dict()))
+        table = {name: np.array(array) for name, array in selector.items()}
+
+        def write() -> None:
+            self._write(epoch, step, model, trainer, table, sums)
+            remove_old_steps(self._folder, epoch, self._config.run.keep_checkpoints, base_step)
+
+        self._writing = self._writer.submit(write)
+
+    def wait(self) -> None:
+        """Wait until the checkpoint under way is on disk, or say why it is not."""
+        if self._writing is not None:
+            try:
+                self._writing.result()
+            except OSError as error:
+                logger.warning("a checkpoint inside the epoch could not be written (%s); training goes on", error)
+            self._writing = None
+
+    def _write(
+        self,
+        epoch: int,
+        step: int,
+        model: Mapping[str, Any],
+        optimizer: Mapping[str, Any],
+        selector: Mapping[str, NDArray[Any]],
+        sums: list[float],
+    ) -> None:
         position = {
             "fingerprint": self._fingerprint,
             "digest": self._config.digest(),
             "counts": self._counts,
             "wall_time": self._wall_time(),
-            "metrics": {**metrics, "seconds": seconds, "wall_time": self._wall_time()},
+            "metrics": self._last_line,
+            "sums": sums,
         }
         write_checkpoint(
             self._folder,
             epoch,
-            model=network.state_dict(),
-            trainer={"optimizer": optimizer.state_dict()},
+            step,
+            model=model,
+            trainer={"optimizer": optimizer},
             selector=selector,
             position=position,
         )
@@ -102,12 +157,14 @@ class Saver:
         if self._rank == 0:
             checkpoint = ray.train.Checkpoint.from_directory(str(checkpoint_path(self._folder, epoch)))
         ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+        if self._rank == 0:
+            remove_old_steps(self._folder, epoch, 0, 0)
         if self._config.scaling.num_workers == 0:  # Ray Train deletes old ones itself, but not in its local mode
             remove_old_checkpoints(self._folder, self._config.run.keep_checkpoints)
 
     def append_metrics(self, metrics: dict[str, Any], seconds: dict[str, float]) -> None:
         """Write the epoch's line to metrics.jsonl and TensorBoard (rank 0)."""
-        rounded = {name: round(value, 6) for name, value in seconds.items()}
+        rounded = _rounded(seconds)
         append_metrics(self._folder, {**metrics, "seconds": rounded, "wall_time": round(self._wall_time(), 3)})
         if self._board is None:
             from tensorboardX import SummaryWriter
@@ -122,3 +179,7 @@ class Saver:
 
     def _wall_time(self) -> float:
         return self._wall_before + time.perf_counter() - self._started
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in seconds.items()}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import signal
 import sys
+import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +23,11 @@ from rayprune.config import Config
 from rayprune.core.objects import USER_MODULE_PREFIX
 from rayprune.core.selector import Selector
 from rayprune.engine.actor import ScoreSpec
-from rayprune.engine.checkpoint import forget_ray_records, load_selector_state, remove_old_checkpoints
+from rayprune.engine.checkpoint import forget_ray_records, load_selector_state, newest_position, remove_old_checkpoints
 from rayprune.engine.client import LocalScores, RemoteScores, ScoreClient
 from rayprune.engine.preparation import check_model, input_spec, open_folder
 from rayprune.engine.progress import Watcher
-from rayprune.engine.protocol import TrainingStopped
+from rayprune.engine.protocol import TrainingPaused, TrainingStopped
 from rayprune.engine.resources import Resources, resolve_resources, start_ray
 from rayprune.engine.run_folder import read_metrics, write_scores
 from rayprune.engine.setup import InputSpec
@@ -71,6 +74,7 @@ def train(
     Raises:
         ValueError: the config cannot work, or the run folder is another run's; one line with the cure.
         TrainingStopped: too many NaN or infinite losses.
+        TrainingPaused: SIGTERM came; the run has saved and left.
         TrainingFailed: anything else that ended training.
     """
     splits = open_data(config.data.source, limit=config.data.limit, **config.data.source_keys)
@@ -94,6 +98,9 @@ def train(
     if start_epoch < config.train.epochs:
         _Run(config, splits, spec, resources, folder).fit(on_epoch, on_progress)
         remove_old_checkpoints(folder, config.run.keep_checkpoints)
+        epoch, step = newest_position(folder)
+        if epoch < config.train.epochs:
+            raise TrainingPaused(f"paused: saved before step {step} of epoch {epoch + 1}; the same command goes on")
     _write_scores(config, splits.train, folder)
     return RunResult(folder, read_metrics(folder))
 
@@ -142,7 +149,8 @@ class _Run:
         """Train to the end; Ray restarts the workers after a failure."""
         failure: Exception | None = None
         try:
-            with Watcher(self._folder, self.scores, on_epoch, on_progress):
+            watcher = Watcher(self._folder, self.scores, on_epoch, on_progress)
+            with watcher, _on_sigterm(watcher.request_pause):
                 self._trainer().fit()
         except Exception as error:  # without workers the loop's own errors come through as they are
             failure = error
@@ -191,6 +199,19 @@ class _Run:
             ),
             datasets=datasets,
         )
+
+
+@contextmanager
+def _on_sigterm(pause: Callable[..., None]) -> Iterator[None]:
+    """Let SIGTERM, which a cluster sends before it takes a machine back, pause the run instead of ending it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python takes signals in the main thread only
+        return
+    before = signal.signal(signal.SIGTERM, pause)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _ray_loop(spec: WorkerSpec) -> None:

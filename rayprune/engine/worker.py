@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray.train
 import torch
@@ -19,8 +19,10 @@ from ray.train.collective import broadcast_from_rank_zero
 from torch import Tensor
 
 from rayprune.config import Config
+from rayprune.engine.checkpoint import newest_position
 from rayprune.engine.client import ScoreClient
-from rayprune.engine.protocol import ClosedEpoch, Phase, PlanHeader, TrainingStopped, Turn
+from rayprune.engine.pacing import Pacer
+from rayprune.engine.protocol import ClosedEpoch, Phase, PlanHeader, TrainingPaused, TrainingStopped, Turn
 from rayprune.engine.recorder import Recorder
 from rayprune.engine.saving import Saver
 from rayprune.engine.setup import (
@@ -33,6 +35,7 @@ from rayprune.engine.setup import (
     wrap_for_ranks,
 )
 from rayprune.engine.stream import Batch, Transport, plan_batches
+from rayprune.engine.tally import PADDED, REAL, add_batch, means, new_sums
 from rayprune.nn.augment import step_seed
 
 logger = logging.getLogger(__name__)
@@ -40,8 +43,6 @@ logger = logging.getLogger(__name__)
 _SECONDS = ("epoch", "train", "data_wait", "select", "record", "forward_only", "validate", "checkpoint")
 # Mistakes in a program: Ray would restart the workers `max_failures` times to meet them again.
 _WOULD_FAIL_AGAIN = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError)
-# Places in the sums that ranks add up: loss, correct, real rows, padding rows.
-_LOSS, _CORRECT, _FINITE, _REAL, _PADDED = range(5)
 
 
 @dataclass(frozen=True)
@@ -72,22 +73,25 @@ class Worker:
         self._saver = Saver(Path(spec.run_folder), self._config, spec.fingerprint, self.rank)
         # Rank 0 decides for all: another rank might see a checkpoint that is just being written.
         start = broadcast_from_rank_zero(self._next_start() if self.rank == 0 else None)
-        self._generation, self._epoch = start
+        self._generation, (self._epoch, self._base_step) = start
         model = wrap_for_ranks(network, self.world_size, self._device)
         self._step = build_step(self._config, model, spec.signals, self._device)
-        if self._epoch > 0:
-            self._saver.restore(self._epoch, network, self._step.optimizer, self._device)
+        sums: list[float] = []
+        if (self._epoch, self._base_step) > (0, 0):
+            sums = self._saver.restore(self._epoch, self._base_step, network, self._step.optimizer, self._device)
+        self._resumed_sums = sums if self.rank == 0 else []
         self._network = network
         self._recorder = Recorder(spec.scores, self._generation, self.rank, spec.signals)
+        self._pacer = Pacer(spec.scores, self.rank, self.world_size, self._device, self._config.run)
         self._seconds: dict[str, float] = {}
 
-    def _next_start(self) -> tuple[int, int]:
-        """Return this attempt's generation and first epoch.
+    def _next_start(self) -> tuple[int, tuple[int, int]]:
+        """Return this attempt's generation and position (epoch, step).
 
         The clock keeps generations rising past a restart of the actor, the actor past a move to a slower clock.
         """
         generation = max(self._spec.scores.call("generation") + 1, time.time_ns())
-        return generation, self._saver.newest_epoch()
+        return generation, newest_position(Path(self._spec.run_folder))
 
     def run(self) -> None:
         """Train the epochs that are left."""
@@ -96,19 +100,26 @@ class Worker:
         try:
             for epoch in range(self._epoch, self._config.train.epochs):
                 self._run_epoch(epoch)
+                self._base_step = 0
+                if self._pacer.leave_now():
+                    return
+        except TrainingPaused:
+            self._saver.wait()
         except TrainingStopped as error:
             self._spec.scores.call("stop", str(error), False)
             if self.world_size > 1 and not error.on_all_ranks:
                 raise  # the others wait in a collective call; Ray ends them, and the next attempt leaves at once
         except _WOULD_FAIL_AGAIN as error:
-            line = next(iter(str(error).splitlines()), "no message")
-            self._spec.scores.call("stop", f"on rank {self.rank}: {type(error).__name__}: {line}", True)
+            cause = getattr(error, "cause", None) or error  # what the actor raised, out of Ray's wrapping
+            line = next(iter(str(cause).splitlines()), "no message")
+            self._spec.scores.call("stop", f"on rank {self.rank}: {type(cause).__name__}: {line}", True)
             raise
 
     def _run_epoch(self, epoch: int) -> None:
         start = time.perf_counter()
         self._seconds = dict.fromkeys(_SECONDS, 0.0)
-        self._recorder.start_epoch(epoch)
+        self._recorder.start_epoch(epoch, self._base_step)
+        self._pacer.start_epoch(self._base_step)
         header = self._announce(epoch, "train")
         self._seconds["select"] += header.select_s
         with self._timed("train"):
@@ -117,20 +128,21 @@ class Worker:
         if header.num_forward_only:
             with self._timed("forward_only"):
                 self._share_buffers()
-                forwarded = int(self._forward(epoch, "forward", record=True)[_REAL])
+                forwarded = int(self._forward(epoch, "forward", record=True)[REAL])
         last = epoch + 1 == self._config.train.epochs
         validation: Tensor | None = None
         if self._spec.has_validation and (last or (epoch + 1) % self._config.train.validate_every == 0):
             with self._timed("validate"):
                 self._share_buffers()
                 validation = self._forward(epoch, "validate", record=False)
-        closed = self._close(epoch)
+        closed = self._collected(epoch, "close_epoch")
         record = self._metrics(epoch, header, sums, forwarded, validation, lr)
         self._seconds["select"] += closed.select_s if closed else 0.0
         self._save(epoch, record, closed, start)
 
     def _announce(self, epoch: int, phase: Phase) -> PlanHeader:
-        self._turn = Turn(epoch, phase, self.world_size)
+        start_step = self._base_step if phase == "train" else 0
+        self._turn = Turn(epoch, phase, self.world_size, start_step, self._base_step)
         header: PlanHeader = self._spec.scores.call("announce", self._generation, self._turn)
         return header
 
@@ -151,8 +163,12 @@ class Worker:
                 f"epoch {epoch} keeps {header.num_kept} samples, less than train.batch_size "
                 f"{self._config.train.batch_size}, and train.last_batch is drop: use train.last_batch=pad"
             )
-        seed, sums, lr = self._config.train.seed, self._new_sums(), 0.0
-        for step, batch in enumerate(self._batches(header)):
+        seed, sums, lr = self._config.train.seed, new_sums(self._device), 0.0
+        if self._resumed_sums and self._base_step:
+            sums += torch.tensor(self._resumed_sums, dtype=sums.dtype, device=self._device)
+        for step, batch in enumerate(self._batches(header), start=self._base_step):
+            if step > self._base_step:
+                self._save_if_due(epoch, step, sums)
             lr = rate_at(self._config, epoch, step, header.num_steps, header.lr_scale)
             for group in self._step.optimizer.param_groups:
                 group["lr"] = lr
@@ -161,19 +177,32 @@ class Worker:
             inputs = self._spec.input.augment.train(on_device.inputs, on_device.ids, seed=seed, epoch=epoch)
             signals = self._step(inputs, on_device.targets, on_device.weights)
             self._record(batch, signals)
-            _add(sums, signals, on_device.real)
+            add_batch(sums, signals, on_device.real)
         return self._over_ranks(sums), lr
+
+    def _save_if_due(self, epoch: int, step: int, sums: Tensor) -> None:
+        verdict = self._pacer.verdict(step)
+        if verdict == "go on":
+            return
+        with self._timed("checkpoint"):
+            total = self._over_ranks(sums.clone()).tolist()
+            inside = self._collected(epoch, "snapshot")
+            if inside is not None:
+                state, optimizer = inside.state, self._step.optimizer
+                self._saver.save_inside(epoch, step, self._network, optimizer, state, total, self._base_step)
+        if verdict == "leave":
+            raise TrainingPaused(f"before step {step} of epoch {epoch}")
 
     def _forward(self, epoch: int, phase: Phase, *, record: bool) -> Tensor:
         """Pass over a plan in eval mode without augmentation; return the sums over all ranks."""
-        header, sums = self._announce(epoch, phase), self._new_sums()
+        header, sums = self._announce(epoch, phase), new_sums(self._device)
         for batch in self._batches(header):
             on_device = DeviceBatch(batch, self._spec.input, self._device)
             inputs = self._spec.input.augment.evaluate(on_device.inputs)
             signals = self._step.evaluate(inputs, on_device.targets, smoothed=record)
             if record:
                 self._record(batch, signals)
-            _add(sums, signals, on_device.real)
+            add_batch(sums, signals, on_device.real)
         return self._over_ranks(sums)
 
     def _record(self, batch: Batch, signals: dict[str, Tensor]) -> None:
@@ -182,14 +211,14 @@ class Worker:
         if self._recorder.num_nonfinite > self._config.train.max_nonfinite:
             raise self._too_many_nonfinite(self._recorder.num_nonfinite, self._recorder.nonfinite_ids, False)
 
-    def _close(self, epoch: int) -> ClosedEpoch | None:
-        """Flush all ranks and let the actor choose the next epoch; rank 0 gets the state, the others None."""
+    def _collected(self, epoch: int, then: Literal["snapshot", "close_epoch"]) -> ClosedEpoch | None:
+        """Flush all ranks, then let the actor answer; rank 0 gets the state, the others None."""
         while True:
             with self._timed("record"):
                 counts = self._gather(self._recorder.flush())
             closed: ClosedEpoch | None = None
             if self.rank == 0:
-                closed = self._spec.scores.call("close_epoch", self._generation, epoch, counts)
+                closed = self._spec.scores.call(then, self._generation, epoch, counts, self._base_step)
             told = (closed is not None, closed and closed.num_nonfinite, closed and closed.nonfinite_ids)
             done, nonfinite, ids = broadcast_from_rank_zero(told)
             if done and nonfinite > self._config.train.max_nonfinite:
@@ -209,15 +238,15 @@ class Worker:
     def _metrics(
         self, epoch: int, header: PlanHeader, sums: Tensor, forwarded: int, validation: Tensor | None, lr: float
     ) -> dict[str, Any]:
-        loss, accuracy = _means(sums)
-        val_loss, val_accuracy = _means(validation) if validation is not None else (None, None)
+        loss, accuracy = means(sums)
+        val_loss, val_accuracy = means(validation) if validation is not None else (None, None)
         return {
             "epoch": epoch,
             "requested_prune_ratio": header.requested,
             "pruned_fraction": header.realised,
             "kept": header.num_kept,
             "num_samples": header.num_samples,
-            **self._saver.count(int(sums[_REAL]), forwarded, int(sums[_PADDED])),
+            **self._saver.count(int(sums[REAL]), forwarded, int(sums[PADDED])),
             "train_loss": loss,
             "train_accuracy": accuracy,
             "val_loss": val_loss,
@@ -243,9 +272,6 @@ class Worker:
             for buffer in self._network.buffers():
                 torch.distributed.broadcast(buffer, src=0)
 
-    def _new_sums(self) -> Tensor:
-        return torch.zeros(5, dtype=torch.float64, device=self._device)
-
     def _over_ranks(self, sums: Tensor) -> Tensor:
         if self.world_size > 1:
             torch.distributed.all_reduce(sums)
@@ -266,20 +292,3 @@ class Worker:
             yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-def _add(sums: Tensor, signals: dict[str, Tensor], real_B: Tensor) -> None:
-    """Add a batch to the sums on the device, without waiting for it."""
-    real = real_B.to(torch.float64)
-    count = real.sum()
-    # Left out by selection, not by a product (0 · NaN is NaN): padding, and the few NaN losses that a run tolerates.
-    counted_B = real_B & signals["loss"].isfinite()
-    loss = torch.where(counted_B, signals["loss"].double(), 0.0).sum()
-    correct = (signals["correct"].double() * real).sum()
-    sums += torch.stack([loss, correct, counted_B.sum().double(), count, real_B.numel() - count])
-
-
-def _means(sums: Tensor) -> tuple[float, float]:
-    finite = float(sums[_FINITE])
-    loss = float(sums[_LOSS]) / finite if finite else float("nan")
-    return loss, float(sums[_CORRECT]) / max(float(sums[_REAL]), 1.0)

@@ -27,9 +27,10 @@ class KeptPushes:
         assert method == "missing"
         return []
 
-    def post(self, method: str, generation: int, epoch: int, rank: int, sequence: int, *packed: Any) -> None:
-        assert (method, sequence) == ("observe", len(self.pushes))
-        self.pushes.append({name: array.copy() for name, array in unpack(*packed).items()})
+    def post(self, method: str, generation: int, epoch: int, rank: int, sequence: int, *rest: Any) -> None:
+        layout, buffer, base_step = rest
+        assert (method, sequence, base_step) == ("observe", len(self.pushes), 0)
+        self.pushes.append({name: array.copy() for name, array in unpack(layout, buffer).items()})
 
 
 def record_all(client: KeptPushes, losses: np.ndarray, batch: int, real: np.ndarray) -> Recorder:

@@ -1,0 +1,35 @@
+"""What an epoch's metrics are made of: sums over rows that really passed through the model, added up on the device.
+
+Shapes: B rows of a batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Places in the sums: loss, correct, rows with a finite loss, real rows, padding rows.
+LOSS, CORRECT, FINITE, REAL, PADDED = range(5)
+
+
+def new_sums(device: torch.device) -> Tensor:
+    """Return (5,) float64 zeros."""
+    return torch.zeros(5, dtype=torch.float64, device=device)
+
+
+def add_batch(sums: Tensor, signals: dict[str, Tensor], real_B: Tensor) -> None:
+    """Add a batch to the sums on the device, without waiting for it; `real_B` is False for padding."""
+    real = real_B.to(torch.float64)
+    count = real.sum()
+    # Left out by selection, not by a product (0 · NaN is NaN): padding, and the few NaN losses that a run tolerates.
+    counted_B = real_B & signals["loss"].isfinite()
+    loss = torch.where(counted_B, signals["loss"].double(), 0.0).sum()
+    correct = (signals["correct"].double() * real).sum()
+    sums += torch.stack([loss, correct, counted_B.sum().double(), count, real_B.numel() - count])
+
+
+def means(sums: Tensor) -> tuple[float, float]:
+    """Return the mean loss and the accuracy over real rows, unweighted; NaN where no loss was finite."""
+    finite = float(sums[FINITE])
+    loss = float(sums[LOSS]) / finite if finite else float("nan")
+    return loss, float(sums[CORRECT]) / max(float(sums[REAL]), 1.0)
