@@ -90,7 +90,9 @@ def _train_one(config: Any, debug: bool) -> tuple[Path, list[dict[str, Any]]]:
     with RunDisplay(console, config.train.epochs) as display:
 
         def started(resources: Any, folder: Path, first_epoch: int) -> None:
-            workers = _count(resources.num_workers, "worker") if resources.num_workers else "in this process"
+            fewest, most = config.scaling.worker_range
+            workers = _count(most, "worker") if fewest == most else f"{fewest} to {most} workers"
+            workers = workers if most else "in this process"
             console.print(
                 f"{folder.name}: {config.method['name']} on {config.data.source}, {config.model.name}, {workers}, "
                 f"stream {resources.stream} ({resources.why})",

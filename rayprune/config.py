@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from rayprune.core.objects import closest
 from rayprune.methods import Method, build_method
@@ -105,11 +115,25 @@ class OptimSection(_Section):
 class ScalingSection(_Section):
     """How many workers, on what, fed how."""
 
-    num_workers: int = Field(1, ge=0, description="0 trains in this process, without a Ray cluster")
+    num_workers: NonNegativeInt | tuple[PositiveInt, PositiveInt] = Field(
+        1, description="0 trains in this process, without a Ray cluster; [min, max] takes what the cluster has"
+    )
     use_gpu: Auto | bool = "auto"
     cpus_per_worker: Auto | float = "auto"
     threads: Auto | int = "auto"
     stream: Literal["auto", "ray", "local"] = "auto"
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """The fewest and the most workers."""
+        return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
+
+    @field_validator("num_workers")
+    @classmethod
+    def _ascending(cls, value: Any) -> Any:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError("must be [min, max] with min at most max")
+        return value
 
     @field_validator("cpus_per_worker", "threads")
     @classmethod
@@ -124,7 +148,7 @@ class RunSection(_Section):
 
     storage_path: str = "runs"
     name: str | None = Field(None, description="folder name; default: the config's name and a digest of its content")
-    resume: Literal["auto", "never"] = "auto"
+    resume: str = Field("auto", description="auto goes on, never refuses a folder in use, a path starts from there")
     checkpoint_steps: int | None = Field(None, ge=1, description="save inside an epoch every so many steps")
     checkpoint_minutes: float | None = Field(10.0, gt=0, description="save inside an epoch every so many minutes")
     max_failures: int = Field(3, ge=-1, description="restarts of the worker group; -1: no limit")
@@ -160,10 +184,12 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Config:
-        workers = max(1, self.scaling.num_workers)
-        shares = workers * self.train.accumulate
+        fewest, most = (max(1, workers) for workers in self.scaling.worker_range)
+        # With a range, a batch has to divide by every number of workers in it: the run may get any of them.
+        shares = math.lcm(*range(fewest, most + 1)) * self.train.accumulate
         if self.train.batch_size % shares:
             nearest = max(shares, round(self.train.batch_size / shares) * shares)
+            workers = f"{fewest}" if fewest == most else f"{fewest} to {most}"
             raise ValueError(
                 f"train.batch_size {self.train.batch_size} does not divide by {workers} workers × "
                 f"{self.train.accumulate} micro-batches: use {nearest}"

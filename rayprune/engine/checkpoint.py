@@ -66,10 +66,10 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
     """Return the newest checkpoint whose files match their manifest; a damaged one is named and passed over."""
     folders = sorted((run_folder / _FOLDER).glob("epoch-*"), reverse=True)
     for folder in folders:
-        damage = _damage(folder)
-        if damage is None:
+        found = damage(folder)
+        if found is None:
             return folder
-        logger.warning("checkpoint %s is damaged (%s): the one before it is used", folder, damage)
+        logger.warning("checkpoint %s is damaged (%s): the one before it is used", folder, found)
     return None
 
 
@@ -140,7 +140,8 @@ def forget_ray_records(run_folder: Path) -> None:
     (run_folder / _FOLDER / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
 
 
-def _damage(folder: Path) -> str | None:
+def damage(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint's files, or None when they match their manifest."""
     try:
         sums = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import yaml
 
 from rayprune.config import Config
 from rayprune.core.objects import closest
-from rayprune.engine.checkpoint import newest_checkpoint, read_position
+from rayprune.engine.checkpoint import checkpoint_path, damage, newest_checkpoint, read_position
 from rayprune.engine.resources import Resources
-from rayprune.engine.run_folder import mend_metrics, write_environment
+from rayprune.engine.run_folder import append_metrics, mend_metrics, read_metrics, write_environment
 from rayprune.engine.setup import InputSpec
 from rayprune.nn.augment import Augment
 from rayprune.nn.models import build_model
@@ -66,10 +67,16 @@ def open_folder(config: Config, source: SampleSource, resources: Resources) -> t
                 f"{folder} holds a run already: choose another run.name, or run.resume=auto to go on with it"
             )
         _check_same(config, Config.model_validate(yaml.safe_load(stored.read_text())), folder)
+    origin = None
+    if config.run.resume not in {"auto", "never"} and newest_checkpoint(folder) is None:
+        origin = _sound_origin(Path(config.run.resume).expanduser().resolve(), config, source.fingerprint)
     start_epoch = _first_epoch(folder, source.fingerprint)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         stored.write_text(config.to_yaml())
+        if origin is not None:
+            _adopt(folder, origin)
+            start_epoch = _first_epoch(folder, source.fingerprint)
     except OSError as error:
         raise ValueError(f"run folder {folder} can't be written: {error.strerror}; set run.storage_path") from None
     write_environment(
@@ -83,6 +90,41 @@ def open_folder(config: Config, source: SampleSource, resources: Resources) -> t
         cuda=torch.version.cuda if resources.use_gpu else None,
     )
     return folder, start_epoch
+
+
+def _sound_origin(path: Path, config: Config, fingerprint: str) -> Path:
+    """Return the checkpoint that `run.resume=PATH` means: the folder itself, or the newest of a run folder.
+
+    Raises:
+        ValueError: there is none, it is damaged, or it is of another configuration or data set.
+    """
+    is_checkpoint = (path / "position.json").exists()
+    damaged = damage(path) if is_checkpoint else None
+    origin = path if is_checkpoint and damaged is None else newest_checkpoint(path)
+    if origin is None or damaged is not None:
+        reason = f"is damaged ({damaged})" if damaged else "holds no sound checkpoint"
+        raise ValueError(f"run.resume {path} {reason}: name a run folder or one of its checkpoints/epoch-… folders")
+    position = read_position(origin)
+    run_config = origin.parents[1] / "config.yaml"
+    if position["digest"] != config.digest() and run_config.exists():
+        _check_same(config, Config.model_validate(yaml.safe_load(run_config.read_text())), origin.parents[1])
+    for name, own in (("digest", config.digest()), ("fingerprint", fingerprint)):
+        if position[name] != own:
+            raise ValueError(f"run.resume {origin} is of another run: {name} {position[name]}, here {own}")
+    return origin
+
+
+def _adopt(folder: Path, origin: Path) -> None:
+    """Copy a checkpoint, and the metrics of the epochs before it, into a run folder of its own."""
+    position = read_position(origin)
+    copy = checkpoint_path(folder, position["epoch"], position["step"])
+    partial = copy.with_name(f".partial-{copy.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(origin, partial)
+    partial.rename(copy)
+    for record in read_metrics(origin.parents[1]):
+        if record["epoch"] < position["epoch"]:
+            append_metrics(folder, record)
 
 
 def _check_same(config: Config, stored: Config, folder: Path) -> None:

@@ -20,7 +20,7 @@ _LEAST_AUTO_CPUS = 0.5
 class Resources:
     """What each worker gets and how its rows come."""
 
-    num_workers: int
+    num_workers: int | tuple[int, int]
     use_gpu: bool
     cpus_per_worker: float
     threads: int
@@ -60,10 +60,13 @@ def resolve_resources(config: Config, source: SampleSource) -> Resources:
     total = ray.cluster_resources()
     cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
     use_gpu = gpus > 0 if scaling.use_gpu == "auto" else scaling.use_gpu
-    _checked_gpu(use_gpu, int(gpus), scaling.num_workers)
+    fewest, most = scaling.worker_range
+    _checked_gpu(use_gpu, int(gpus), fewest)
     stream, why = _pick_stream(scaling.stream, source)
-    cpus_per_worker = _cpus_per_worker(scaling.cpus_per_worker, scaling.num_workers, cpus, stream)
-    threads = max(1, int(cpus // scaling.num_workers)) if scaling.threads == "auto" else int(scaling.threads)
+    # An elastic run starts as soon as its fewest workers fit; the shares are made for the most that fit today.
+    today = max(fewest, min(most, int(cpus)))
+    cpus_per_worker = _cpus_per_worker(scaling.cpus_per_worker, today, fewest, cpus, stream)
+    threads = max(1, int(cpus // today)) if scaling.threads == "auto" else int(scaling.threads)
     return Resources(scaling.num_workers, use_gpu, cpus_per_worker, threads, stream, why)
 
 
@@ -77,9 +80,9 @@ def _pick_stream(stream: str, source: SampleSource) -> tuple[Literal["ray", "loc
     return "ray", "rows are expensive to read: Ray Data spreads the decoding"
 
 
-def _cpus_per_worker(asked: float | str, num_workers: int, cpus: float, stream: str) -> float:
+def _cpus_per_worker(asked: float | str, today: int, num_workers: int, cpus: float, stream: str) -> float:
     for_data = 1.0 if stream == "ray" and cpus > 1 else 0.0
-    share = (cpus - for_data) / num_workers
+    share = (cpus - for_data) / today
     # Whole CPUs where there are enough; a fraction is only Ray's book-keeping, threads are set apart.
     automatic = float(int(share)) if share >= 1 else max(share, _LEAST_AUTO_CPUS)
     each = automatic if asked == "auto" else float(asked)

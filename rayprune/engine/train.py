@@ -86,7 +86,7 @@ def train(
     if not debug:
         logging.getLogger("ray.train").setLevel(logging.WARNING)
         logging.getLogger("ray.data").setLevel(logging.WARNING)
-    if config.scaling.num_workers > 0:
+    if config.scaling.num_workers != 0:
         start_ray(debug)
     resources = resolve_resources(config, splits.train)
     folder, start_epoch = open_folder(config, splits.train, resources)

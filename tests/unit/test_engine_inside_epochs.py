@@ -116,3 +116,46 @@ def test_sigterm_saves_and_leaves_and_the_run_goes_on(tmp_path: Path, undisturbe
 def test_checkpoints_inside_an_epoch_go_when_it_ends(undisturbed: tuple[RunResult, list[int]]) -> None:
     names = sorted(folder.name for folder in (undisturbed[0].folder / "checkpoints").iterdir())
     assert names == ["epoch-000003", "epoch-000004"]
+
+
+def test_a_run_begins_at_a_checkpoint_of_another_folder(
+    tmp_path: Path, undisturbed: tuple[RunResult, list[int]]
+) -> None:
+    config = make(tmp_path, "killed", kill_at=33)
+    assert start(config).wait(60) == -signal.SIGKILL
+    killed = tmp_path / "killed"
+    before = {file: file.stat().st_mtime_ns for file in killed.rglob("*")}
+    elsewhere = {"name": "elsewhere", "resume": str(killed)}
+    again = train(config.model_copy(update={"run": config.run.model_copy(update=elsewhere)}))
+    assert again.folder == tmp_path / "elsewhere"
+    assert_same_run(again, undisturbed[0])
+    assert {file: file.stat().st_mtime_ns for file in killed.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("nowhere", "holds no sound checkpoint"),
+        ("whole", "holds another run.*train.seed 0 → 1"),
+        ("whole/checkpoints/epoch-000004", "holds another run.*train.seed 0 → 1"),
+    ],
+)
+def test_a_path_that_cannot_be_resumed_is_refused(
+    path: str, words: str, tmp_path: Path, undisturbed: tuple[RunResult, list[int]]
+) -> None:
+    config = run_config(
+        tmp_path,
+        "mine",
+        model=undisturbed_model(undisturbed),
+        train={"epochs": EPOCHS, "batch_size": BATCH, "seed": 1},
+        data={"augment": {"crop": 1}},
+        run={"resume": str(undisturbed[0].folder.parent / path)},
+    )
+    with pytest.raises(ValueError, match=words):
+        train(config)
+    assert not (tmp_path / "mine").exists()
+
+
+def undisturbed_model(undisturbed: tuple[RunResult, list[int]]) -> dict[str, Any]:
+    """Return the model section of the undisturbed run."""
+    return {"name": user("counted"), "log": str(undisturbed[0].folder.parent / "whole.steps")}
