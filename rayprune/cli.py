@@ -105,7 +105,9 @@ def _train_one(config: Any, debug: bool) -> tuple[Path, list[dict[str, Any]]]:
                 console.print("finished before" if done else f"goes on at epoch {first_epoch + 1}", highlight=False)
 
         listen = display.progress if console.is_terminal else None
-        result = run(config, on_epoch=display.epoch, on_progress=listen, on_start=started, debug=debug)
+        result = run(
+            config, on_epoch=display.epoch, on_progress=listen, on_start=started, on_stall=display.warn, debug=debug
+        )
     console.print(f"done in {elapsed(start)}\n", highlight=False)
     return result.folder, result.metrics
 

@@ -152,6 +152,7 @@ class RunSection(_Section):
     checkpoint_steps: int | None = Field(None, ge=1, description="save inside an epoch every so many steps")
     checkpoint_minutes: float | None = Field(10.0, gt=0, description="save inside an epoch every so many minutes")
     max_failures: int = Field(3, ge=-1, description="restarts of the worker group; -1: no limit")
+    stall_seconds: float = Field(120.0, gt=0, description="silence of a rank, the actor or the stream to report")
     keep_checkpoints: int = Field(2, ge=1)
     keep_selections: int = Field(10, ge=0)
 

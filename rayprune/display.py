@@ -76,6 +76,10 @@ class RunDisplay:
         self._console.print(epoch_line(record, self._num_epochs, self._samples_before), highlight=False)
         self._samples_before = record["samples_trained"]
 
+    def warn(self, line: str) -> None:
+        """Print a line that is not an epoch's."""
+        self._console.print(line, style="yellow", highlight=False, markup=False)
+
     def progress(self, epoch: int, observed: int, planned: int) -> None:
         """Move the bar inside an epoch."""
         if self._bar is not None and planned:

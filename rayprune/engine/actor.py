@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from rayprune.core.plan import LastBatch, Plan
 from rayprune.core.selector import Selector
 from rayprune.engine.checkpoint import load_selector_state
-from rayprune.engine.protocol import ClosedEpoch, Layout, PlanHeader, StaleGeneration, Turn, unpack
+from rayprune.engine.protocol import ClosedEpoch, Layout, PlanHeader, Pulse, StaleGeneration, Turn, unpack
 from rayprune.engine.run_folder import write_selection
 from rayprune.methods import build_method
 from rayprune.sources import SampleSource
@@ -76,6 +76,8 @@ class ScoreActor:
         self._num_observed = 0
         self._stopped: tuple[str, bool] | None = None
         self._pausing = False
+        self._pulses: dict[int, tuple[float, str, float]] = {}
+        self._pulse_generation = 0
 
     def _enter(self, generation: int, epoch: int, base_step: int) -> Selector:
         """Let a call of `generation` in, back at `base_step` of `epoch` if it is the first of a newer one."""
@@ -236,3 +238,15 @@ class ScoreActor:
     def pausing(self) -> bool:
         """Return whether `pause` was called."""
         return self._pausing
+
+    def pulse(self, generation: int, rank: int, doing: str, doing_s: float) -> None:
+        """Note what a rank is doing; ranks of an older generation are forgotten."""
+        if generation > self._pulse_generation:
+            self._pulse_generation, self._pulses = generation, {}
+        if generation == self._pulse_generation:
+            self._pulses[rank] = (time.monotonic(), doing, doing_s)
+
+    def pulses(self) -> dict[int, Pulse]:
+        """Return each rank's last pulse."""
+        now = time.monotonic()
+        return {rank: Pulse(now - heard, doing, doing_s) for rank, (heard, doing, doing_s) in self._pulses.items()}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
 
 from rayprune.engine.actor import ScoreActor, ScoreSpec
+
+logger = logging.getLogger(__name__)
 
 
 class ScoreClient(Protocol):
@@ -18,6 +21,9 @@ class ScoreClient(Protocol):
 
     def post(self, method: str, *args: Any) -> None:
         """Call without waiting; a failure shows at the flush."""
+
+    def ask(self, method: str, timeout_s: float) -> Any:
+        """Call and wait for so long; return None when there is no answer."""
 
 
 class LocalScores:
@@ -33,6 +39,10 @@ class LocalScores:
     def post(self, method: str, *args: Any) -> None:
         """Call directly."""
         getattr(self._actor, method)(*args)
+
+    def ask(self, method: str, timeout_s: float) -> Any:
+        """Call directly."""
+        return self.call(method)
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,14 @@ class RemoteScores:
     def post(self, method: str, *args: Any) -> None:
         """Send without waiting."""
         getattr(self.handle, method).remote(*args)
+
+    def ask(self, method: str, timeout_s: float) -> Any:
+        """Call and wait for so long; return None when the actor is busy, restarting or gone."""
+        try:
+            return ray.get(getattr(self.handle, method).remote(), timeout=timeout_s)
+        except (ray.exceptions.RayError, ValueError) as error:  # ValueError: no actor of this name
+            logger.debug("%s is not answered: %s", method, error)
+            return None
 
 
 _HANDLES: dict[tuple[str, str], Any] = {}

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rayprune.engine.client import LocalScores, ScoreClient
+from rayprune.engine.stall import StallWatch
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.2
+_ANSWER_S = 2.0
 
 
 class Watcher:
@@ -24,6 +26,8 @@ class Watcher:
         scores: the ScoreActor, asked for progress when `on_progress` is given.
         on_epoch: called with each new line, parsed.
         on_progress: called with (epoch, samples observed, samples planned).
+        on_stall: called with a line on who waits for what, since when.
+        stall_s: silence from which on it is reported.
     """
 
     def __init__(
@@ -32,10 +36,13 @@ class Watcher:
         scores: ScoreClient,
         on_epoch: Callable[[dict[str, Any]], None] | None,
         on_progress: Callable[[int, int, int], None] | None,
+        on_stall: Callable[[str], None],
+        stall_s: float,
     ) -> None:
         self._file = run_folder / "metrics.jsonl"
         self._scores, self._on_epoch, self._on_progress = scores, on_epoch, on_progress
         self._read = self._file.stat().st_size if self._file.exists() else 0
+        self._on_stall, self._stalls = on_stall, StallWatch(stall_s)
         self._done, self._pause = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._follow, name="rayprune-watch", daemon=True)
 
@@ -57,18 +64,19 @@ class Watcher:
             self._deliver()
             if self._pause.is_set():
                 self._ask("pause")  # again and again: an actor that restarts forgets it
-            # An in-process actor is not made for two threads; its epochs still come through the file.
-            if self._on_progress is not None and not isinstance(self._scores, LocalScores):
-                progress = self._ask("progress")
-                if progress is not None:
-                    self._on_progress(*progress)
+            if not isinstance(self._scores, LocalScores):  # in this process there is nobody to wait for
+                self._look()
+
+    def _look(self) -> None:
+        if self._on_progress is not None:
+            progress = self._ask("progress")
+            if progress is not None:
+                self._on_progress(*progress)
+        for line in self._stalls.look(self._ask("pulses")):
+            self._on_stall(line)
 
     def _ask(self, method: str) -> Any:
-        try:
-            return self._scores.call(method)
-        except Exception as error:  # the actor may just be restarting, or be gone at the end
-            logger.debug("%s is not answered: %s", method, error)
-            return None
+        return self._scores.ask(method, _ANSWER_S)
 
     def _deliver(self) -> None:
         if self._on_epoch is None or not self._file.exists():

@@ -93,6 +93,21 @@ class ClosedEpoch:
     nonfinite_ids: list[int]
 
 
+@dataclass(frozen=True)
+class Pulse:
+    """What a rank was doing when it was last heard.
+
+    Attributes:
+        silent_s: seconds since then.
+        doing: such as "waits for the stream".
+        doing_s: for how long it had been doing that.
+    """
+
+    silent_s: float
+    doing: str
+    doing_s: float
+
+
 def pack(ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]]) -> tuple[Layout, NDArray[np.uint8]]:
     """Lay ids (B,) and signals (B, …) into one byte buffer: one object to send instead of several.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rayprune.config import Config
+from rayprune.engine.client import ScoreClient
 from rayprune.engine.stream import Batch
 from rayprune.nn.augment import Augment
 from rayprune.nn.models import build_model
@@ -32,6 +33,21 @@ class InputSpec:
     shape: tuple[int, ...]
     num_classes: int
     augment: Augment
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What a worker needs besides the config; picklable."""
+
+    config: Config
+    scores: ScoreClient
+    input: InputSpec
+    signals: tuple[str, ...]
+    fingerprint: str
+    run_folder: str
+    use_gpu: bool
+    threads: int
+    has_validation: bool
 
 
 def pick_device(use_gpu: bool) -> torch.device:

@@ -30,9 +30,9 @@ from rayprune.engine.progress import Watcher
 from rayprune.engine.protocol import TrainingPaused, TrainingStopped
 from rayprune.engine.resources import Resources, resolve_resources, start_ray
 from rayprune.engine.run_folder import read_metrics, write_scores
-from rayprune.engine.setup import InputSpec
+from rayprune.engine.setup import InputSpec, WorkerSpec
 from rayprune.engine.stream import LocalStream, RayStream, plan_dataset, row_bytes
-from rayprune.engine.worker import Worker, WorkerSpec
+from rayprune.engine.worker import Worker
 from rayprune.nn.signals import check_signals
 from rayprune.sources import SampleSource, Splits, open_data
 
@@ -60,6 +60,7 @@ def train(
     on_epoch: EpochListener | None = None,
     on_progress: ProgressListener | None = None,
     on_start: Callable[[Resources, Path, int], None] | None = None,
+    on_stall: Callable[[str], None] = logger.warning,
     debug: bool = False,
 ) -> RunResult:
     """Run a config to its end, from where its run folder stands.
@@ -69,6 +70,7 @@ def train(
         on_epoch: called with each new line of metrics.jsonl.
         on_progress: called about twice a second with (epoch, samples observed, samples planned).
         on_start: called once with the resources, the run folder and the first epoch to train.
+        on_stall: called with a line on who waits for what, since when, after `run.stall_seconds`.
         debug: show Ray's own logs.
 
     Raises:
@@ -96,7 +98,7 @@ def train(
     if on_start is not None:
         on_start(resources, folder, start_epoch)
     if start_epoch < config.train.epochs:
-        _Run(config, splits, spec, resources, folder).fit(on_epoch, on_progress)
+        _Run(config, splits, spec, resources, folder).fit(on_epoch, on_progress, on_stall)
         remove_old_checkpoints(folder, config.run.keep_checkpoints)
         epoch, step = newest_position(folder)
         if epoch < config.train.epochs:
@@ -145,11 +147,17 @@ class _Run:
             has_validation=splits.validation is not None,
         )
 
-    def fit(self, on_epoch: EpochListener | None, on_progress: ProgressListener | None) -> None:
+    def fit(
+        self,
+        on_epoch: EpochListener | None,
+        on_progress: ProgressListener | None,
+        on_stall: Callable[[str], None],
+    ) -> None:
         """Train to the end; Ray restarts the workers after a failure."""
         failure: Exception | None = None
         try:
-            watcher = Watcher(self._folder, self.scores, on_epoch, on_progress)
+            stall_s = self._config.run.stall_seconds
+            watcher = Watcher(self._folder, self.scores, on_epoch, on_progress, on_stall, stall_s)
             with watcher, _on_sigterm(watcher.request_pause):
                 self._trainer().fit()
         except Exception as error:  # without workers the loop's own errors come through as they are
@@ -187,7 +195,7 @@ class _Run:
         return TorchTrainer(
             loop,
             scaling_config=ray.train.ScalingConfig(
-                num_workers=resources.num_workers,
+                num_workers=resources.num_workers,  # type: ignore[arg-type]
                 use_gpu=resources.use_gpu,
                 resources_per_worker=each if resources.num_workers else None,
             ),

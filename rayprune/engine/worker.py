@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,22 +17,21 @@ import torch
 from ray.train.collective import broadcast_from_rank_zero
 from torch import Tensor
 
-from rayprune.config import Config
 from rayprune.engine.checkpoint import newest_position
-from rayprune.engine.client import ScoreClient
 from rayprune.engine.pacing import Pacer
 from rayprune.engine.protocol import ClosedEpoch, Phase, PlanHeader, TrainingPaused, TrainingStopped, Turn
 from rayprune.engine.recorder import Recorder
 from rayprune.engine.saving import Saver
 from rayprune.engine.setup import (
     DeviceBatch,
-    InputSpec,
+    WorkerSpec,
     build_network,
     build_step,
     pick_device,
     rate_at,
     wrap_for_ranks,
 )
+from rayprune.engine.stall import Pulsing
 from rayprune.engine.stream import Batch, Transport, plan_batches
 from rayprune.engine.tally import PADDED, REAL, add_batch, means, new_sums
 from rayprune.nn.augment import step_seed
@@ -43,21 +41,6 @@ logger = logging.getLogger(__name__)
 _SECONDS = ("epoch", "train", "data_wait", "select", "record", "forward_only", "validate", "checkpoint")
 # Mistakes in a program: Ray would restart the workers `max_failures` times to meet them again.
 _WOULD_FAIL_AGAIN = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError)
-
-
-@dataclass(frozen=True)
-class WorkerSpec:
-    """What a worker needs besides the config; picklable."""
-
-    config: Config
-    scores: ScoreClient
-    input: InputSpec
-    signals: tuple[str, ...]
-    fingerprint: str
-    run_folder: str
-    use_gpu: bool
-    threads: int
-    has_validation: bool
 
 
 class Worker:
@@ -83,6 +66,7 @@ class Worker:
         self._network = network
         self._recorder = Recorder(spec.scores, self._generation, self.rank, spec.signals)
         self._pacer = Pacer(spec.scores, self.rank, self.world_size, self._device, self._config.run)
+        self._pulse = Pulsing(spec.scores, self._generation, self.rank)
         self._seconds: dict[str, float] = {}
 
     def _next_start(self) -> tuple[int, tuple[int, int]]:
@@ -114,6 +98,8 @@ class Worker:
             line = next(iter(str(cause).splitlines()), "no message")
             self._spec.scores.call("stop", f"on rank {self.rank}: {type(cause).__name__}: {line}", True)
             raise
+        finally:
+            self._pulse.stop()
 
     def _run_epoch(self, epoch: int) -> None:
         start = time.perf_counter()
@@ -152,7 +138,9 @@ class Worker:
         stream = plan_batches(self._spec.scores, self._generation, self._turn, header, self.rank, size, self._transport)
         while True:
             with self._timed("data_wait"):
+                self._pulse.doing("waits for the stream")
                 batch = next(stream, None)
+            self._pulse.doing("is in one step")
             if batch is None:
                 return
             yield batch
@@ -213,6 +201,7 @@ class Worker:
 
     def _collected(self, epoch: int, then: Literal["snapshot", "close_epoch"]) -> ClosedEpoch | None:
         """Flush all ranks, then let the actor answer; rank 0 gets the state, the others None."""
+        self._pulse.doing("waits for the ScoreActor or the other ranks")
         while True:
             with self._timed("record"):
                 counts = self._gather(self._recorder.flush())
@@ -258,6 +247,7 @@ class Worker:
 
     def _save(self, epoch: int, record: dict[str, Any], closed: ClosedEpoch | None, start: float) -> None:
         self._seconds["epoch"] = time.perf_counter() - start
+        self._pulse.doing("saves, or waits for rank 0 to save")
         with self._timed("checkpoint"):
             if closed is not None:
                 self._saver.save(epoch + 1, self._network, self._step.optimizer, closed.state, record, self._seconds)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -176,3 +178,27 @@ def test_the_number_of_workers_changes_rounding_only(tmp_path: Path, undisturbed
     assert alone.metrics[0]["plan_hash"] == undisturbed.metrics[0]["plan_hash"]
     assert alone.metrics[0]["train_loss"] == pytest.approx(undisturbed.metrics[0]["train_loss"], rel=1e-5)
     assert alone.metrics[0]["val_loss"] == pytest.approx(undisturbed.metrics[0]["val_loss"], rel=1e-5)
+
+
+def test_a_stopped_rank_is_reported_and_the_run_goes_on(tmp_path: Path) -> None:
+    """SIGSTOP stands for a machine that hangs: silent, and not dead."""
+    pids = tmp_path / "pids"
+    model = {"name": user("writes_pid"), "folder": str(pids), "pause_s": 0.05}
+    lines: list[str] = []
+
+    def stop_rank_one() -> None:
+        deadline = time.monotonic() + 180
+        while not (pids / "1").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        pid = int((pids / "1").read_text())
+        os.kill(pid, signal.SIGSTOP)
+        while not any("rank 1 has been silent" in line for line in lines) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(pid, signal.SIGCONT)
+
+    stopper = threading.Thread(target=stop_rank_one)
+    stopper.start()
+    result = train(workers_config(tmp_path, "stopped", 2, model=model, run={"stall_seconds": 3}), on_stall=lines.append)
+    stopper.join()
+    assert any(line.startswith("stall: rank 1 has been silent for") for line in lines), lines
+    assert [line["epoch"] for line in result.metrics] == list(range(EPOCHS))
