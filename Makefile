@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test check format setup bench clean
+.PHONY: demo test torture check format setup bench clean
 
 setup: $(VENV)/.done
 
@@ -20,6 +20,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Kills 56 times inside epochs; some 15 minutes on two cores.
+torture: setup
+	$(BIN)/python -m tests.torture
 
 check: setup
 	$(BIN)/ruff format --check .

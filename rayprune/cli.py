@@ -34,7 +34,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except ValueError as error:
         _or_raise(error, debug)
-        _fail(str(error), 2)
+        _fail(_one_line(error), 2)
     except Exception as error:
         _or_raise(error, debug)
         _fail(f"{_one_line(error)} (--debug shows where)", 1)
@@ -70,13 +70,17 @@ def train(debug: bool, words: tuple[str, ...], debug_here: bool) -> None:
     from rayprune.config import load_config
 
     configs = [load_config(path, overrides) for path in paths]  # all of them before any training starts
+    folders = [Path(config.run.storage_path) / str(config.run.name) for config in configs]
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"two of the configs train in one folder, {folders[0]}: leave run.name out")
     runs = [
         (Path(path).stem, *_train_one(config, debug or debug_here)) for path, config in zip(paths, configs, strict=True)
     ]
     from rayprune.display import runs_table
 
+    for number, line in enumerate(runs_table(runs)):
+        console.print(line, style="bold" if number == 0 else None, highlight=False, markup=False)
     console.print()
-    console.print(runs_table(runs))
     for name, folder, _ in runs:
         console.print(f"{name}: {folder}", highlight=False)
 
@@ -99,8 +103,7 @@ def _train_one(config: Any, debug: bool) -> tuple[Path, list[dict[str, Any]]]:
                 highlight=False,
             )
             if first_epoch:
-                before = [m for m in read_metrics(folder) if m["epoch"] < first_epoch]
-                display.resume_at(first_epoch, before[-1]["samples_trained"] if before else 0)
+                display.resume_at(first_epoch, [m for m in read_metrics(folder) if m["epoch"] < first_epoch])
                 done = first_epoch >= config.train.epochs
                 console.print("finished before" if done else f"goes on at epoch {first_epoch + 1}", highlight=False)
 

@@ -15,13 +15,14 @@ from rich.table import Table
 HEADER = "epoch   asked  pruned  train loss  val acc  samples/s  seconds   saved"
 
 
-def epoch_line(record: Mapping[str, Any], num_epochs: int, samples_before: int) -> str:
+def epoch_line(record: Mapping[str, Any], num_epochs: int, samples_before: int, kept: int) -> str:
     """Return one epoch as a line under HEADER.
 
     Args:
         record: a line of metrics.jsonl.
         num_epochs: E.
         samples_before: samples trained in all earlier epochs.
+        kept: samples kept in this epoch and all before it.
     """
     trained = record["samples_trained"] - samples_before
     seconds = record["seconds"]
@@ -30,13 +31,18 @@ def epoch_line(record: Mapping[str, Any], num_epochs: int, samples_before: int) 
         f"{record['epoch'] + 1:>3}/{num_epochs:<3} {record['requested_prune_ratio']:>5.1%} "
         f"{record['pruned_fraction']:>7.1%} {_number(record['train_loss'], '>11.4f')} "
         f"{_number(record['val_accuracy'], '>8.2%')} {rate:>10,.0f} {seconds.get('epoch', 0.0):>8.2f} "
-        f"{saved_share(record):>7.1%}"
+        f"{saved_share(kept, record):>7.1%}"
     )
 
 
-def saved_share(record: Mapping[str, Any]) -> float:
-    """Return which share of the visits of a full run up to this epoch was not trained on."""
-    return 1.0 - record["samples_trained"] / (record["num_samples"] * (record["epoch"] + 1))
+def saved_share(kept: int, record: Mapping[str, Any]) -> float:
+    """Return which share of the visits of a full run up to this epoch was pruned.
+
+    Args:
+        kept: samples kept in this epoch and all before it; rows that `last_batch: drop` leaves out are not saved.
+        record: a line of metrics.jsonl.
+    """
+    return 1.0 - kept / (record["num_samples"] * (record["epoch"] + 1))
 
 
 class RunDisplay:
@@ -44,7 +50,7 @@ class RunDisplay:
 
     def __init__(self, console: Console, num_epochs: int) -> None:
         self._console, self._num_epochs = console, num_epochs
-        self._samples_before = 0
+        self._samples_before = self._kept = 0
         self._printed_header = False
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -62,9 +68,10 @@ class RunDisplay:
         if self._bar is not None:
             self._bar.stop()
 
-    def resume_at(self, epoch: int, samples_trained: int) -> None:
-        """Say that the run goes on from an epoch."""
-        self._samples_before = samples_trained
+    def resume_at(self, epoch: int, before: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from an epoch, after the metrics lines of those before it."""
+        self._samples_before = before[-1]["samples_trained"] if before else 0
+        self._kept = sum(record["kept"] for record in before)
         if self._bar is not None:
             self._bar.update(self._task, completed=epoch)
 
@@ -73,7 +80,8 @@ class RunDisplay:
         if not self._printed_header:
             self._console.print(HEADER, style="bold", highlight=False)
             self._printed_header = True
-        self._console.print(epoch_line(record, self._num_epochs, self._samples_before), highlight=False)
+        self._kept += record["kept"]
+        self._console.print(epoch_line(record, self._num_epochs, self._samples_before, self._kept), highlight=False)
         self._samples_before = record["samples_trained"]
 
     def warn(self, line: str) -> None:
@@ -87,31 +95,32 @@ class RunDisplay:
             self._bar.update(self._task, completed=done, description=f"epoch {epoch + 1}/{self._num_epochs}")
 
 
-def runs_table(runs: Sequence[tuple[str, Path, list[dict[str, Any]]]]) -> Table:
-    """Return the final table: what each run reached, what it saved, and what selection cost.
+def runs_table(runs: Sequence[tuple[str, Path, list[dict[str, Any]]]]) -> list[str]:
+    """Return the final table as lines: what each run reached, what it saved, and what selection cost.
 
     Args:
         runs: (name, folder, metrics lines) of each.
     """
-    table = Table(box=SIMPLE, pad_edge=False)
-    table.add_column("run", no_wrap=True)
-    for name in ("val acc", "samples", "saved", "train s", "selection s", "total s"):
-        table.add_column(name, justify="right", no_wrap=True)
+    rows = [("run", "val acc", "samples trained", "saved", "train s", "selection s", "total s")]
     for name, _, metrics in runs:
         last = metrics[-1]
-        seconds = {key: sum(m["seconds"].get(key, 0.0) for m in metrics) for key in ("train", "epoch")}
+        seconds = {key: _seconds(metrics, key) for key in ("train", "epoch")}
         # Selecting, recording and re-scoring exist only because of pruning: what saving samples costs.
-        cost = sum(m["seconds"].get(key, 0.0) for m in metrics for key in ("select", "record", "forward_only"))
-        table.add_row(
-            name,
-            _number(last["val_accuracy"], ".2%"),
-            f"{last['samples_trained']:,}",
-            f"{saved_share(last):.1%}",
-            f"{seconds['train']:.1f}",
-            f"{cost:.2f}",
-            f"{seconds['epoch']:.1f}",
-        )
-    return table
+        cost = _seconds(metrics, "select", "record", "forward_only")
+        saved = saved_share(sum(record["kept"] for record in metrics), last)
+        trained = f"{last['samples_trained']:,}"
+        times = (f"{seconds['train']:.1f}", f"{cost:.2f}", f"{seconds['epoch']:.1f}")
+        rows.append((name, _number(last["val_accuracy"], ".2%"), trained, f"{saved:.1%}", *times))
+    # Plain columns as wide as their content: a number is never cut to fit a terminal.
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
+
+
+def _seconds(metrics: Sequence[Mapping[str, Any]], *keys: str) -> float:
+    return sum(record["seconds"].get(key, 0.0) for record in metrics for key in keys)
 
 
 def methods_table(methods: Mapping[str, Any]) -> Table:

@@ -102,6 +102,21 @@ def counted(
     return _mlp(num_classes, input_shape, count)
 
 
+def wants_rgb(*, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    """Take images of three channels only."""
+    return nn.Sequential(nn.Conv2d(3, num_classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def without_parameters(*, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    """Return the first inputs as logits."""
+
+    class First(nn.Module):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return inputs.flatten(1)[:, :num_classes]
+
+    return First()
+
+
 def writes_pid(*, num_classes: int, input_shape: tuple[int, ...], folder: str, pause_s: float) -> nn.Module:
     """Leave this process's id in `folder/<rank>` at the first training step; take `pause_s` longer a step."""
 

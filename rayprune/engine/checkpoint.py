@@ -50,10 +50,11 @@ def write_checkpoint(
     final = checkpoint_path(run_folder, epoch, step)
     partial = final.with_name(f".partial-{final.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.parent.mkdir(exist_ok=True)  # never the run folder: where its storage is away, nothing may take its place
+    partial.mkdir()
     torch.save(dict(model), partial / "model.pt")
     torch.save(dict(trainer), partial / "trainer.pt")
-    np.savez(partial / "selector.npz", allow_pickle=False, **dict[str, Any](selector))
+    np.savez(partial / "selector.npz", **dict[str, Any](selector))
     (partial / "position.json").write_text(json.dumps({"schema": SCHEMA, "epoch": epoch, "step": step, **position}))
     sums = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
     (partial / "manifest.json").write_text(json.dumps(sums, indent=1))

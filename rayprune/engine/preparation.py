@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from rayprune.config import Config
+from rayprune.config import Config, make_config
 from rayprune.core.objects import closest
+from rayprune.core.selector import Selector
 from rayprune.engine.checkpoint import checkpoint_path, damage, newest_checkpoint, read_position
 from rayprune.engine.resources import Resources
 from rayprune.engine.run_folder import append_metrics, mend_metrics, read_metrics, write_environment
-from rayprune.engine.setup import InputSpec
+from rayprune.engine.setup import InputSpec, build_step, rate_at
 from rayprune.nn.augment import Augment
 from rayprune.nn.models import build_model
+from rayprune.nn.signals import check_signals
+from rayprune.overrides import read_yaml
 from rayprune.sources import SampleSource, default_augment, input_statistics
+
+# Enough for a method to show what it refuses, few enough to cost nothing.
+_TRIAL_SAMPLES = 1_000
 
 
 def input_spec(config: Config, source: SampleSource) -> InputSpec:
@@ -38,24 +45,65 @@ def input_spec(config: Config, source: SampleSource) -> InputSpec:
     return InputSpec(schema.input, tuple(shape), schema.num_classes, augment)
 
 
+def check_sizes(config: Config, num_samples: int) -> None:
+    """Refuse a batch that the training split cannot fill."""
+    batch = config.train.batch_size
+    if config.train.last_batch == "drop" and batch > num_samples:
+        raise ValueError(
+            f"train.batch_size {batch} is more than the {num_samples} training samples, and train.last_batch is drop: "
+            "use train.last_batch=pad or a smaller train.batch_size"
+        )
+    if batch >= 2 * num_samples:
+        raise ValueError(
+            f"train.batch_size {batch} would be mostly padding with {num_samples} training samples: use at most "
+            f"train.batch_size={num_samples}"
+        )
+
+
+def check_method(config: Config, source: SampleSource) -> None:
+    """Try the method's first selection on a few samples: what it refuses shows before anything starts."""
+    method = config.build_method()
+    check_signals(method.signals)
+    few = min(len(source), _TRIAL_SAMPLES)
+    labels = source.labels[:few] if method.class_floor > 0 else None
+    with contextlib.suppress(RuntimeError):  # so few samples may leave nothing to keep; all of them may not
+        Selector(method, few, config.train.epochs, config.train.seed, labels=labels).begin_epoch(0)
+
+
 def check_model(config: Config, spec: InputSpec) -> None:
-    """Build the network once on this machine: a wrong name or shape shows before anything starts."""
-    model = build_model(config.model.name, num_classes=spec.num_classes, input_shape=spec.shape, **config.model.options)
-    with torch.no_grad():
-        logits = model.eval()(torch.zeros(2, *spec.shape))
+    """Build network, optimiser and learning rates once on this machine: a mistake shows before anything starts."""
+    name = config.model.name
+    model = build_model(name, num_classes=spec.num_classes, input_shape=spec.shape, **config.model.options)
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros(2, *spec.shape))
+    except Exception as error:
+        line = next(iter(str(error).splitlines()), "")
+        raise ValueError(
+            f"model {name!r} can't take a batch of 2 × {spec.shape}: {type(error).__name__}: {line}"
+        ) from error
     if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != (2, spec.num_classes):
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ValueError(f"model {config.model.name!r} returns {got} for a batch of 2, not (2, {spec.num_classes})")
+        raise ValueError(f"model {name!r} returns {got} for a batch of 2, not (2, {spec.num_classes})")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"model {name!r} has no parameters to train")
+    try:
+        build_step(config, model, (), torch.device("cpu"))
+        for epoch in {0, config.train.epochs - 1}:
+            rate_at(config, epoch, 0, 1, 1.0)
+    except ValueError as error:
+        raise ValueError(f"optim can't be used: {error}") from None
 
 
-def open_folder(config: Config, source: SampleSource, resources: Resources) -> tuple[Path, int]:
-    """Create the run folder, or check that the one that is there is this run's.
+@contextlib.contextmanager
+def open_folder(config: Config, source: SampleSource, resources: Resources) -> Iterator[tuple[Path, int]]:
+    """Create the run folder, or check that the one that is there is this run's, and hold it while the block runs.
 
-    Returns:
+    Yields:
         The folder, and where its newest sound checkpoint stands: 0 without one, E when the run is finished.
 
     Raises:
-        ValueError: the folder is another run's, or can't be written; nothing in it was touched.
+        ValueError: the folder is another run's, in use by another process, or can't be written; nothing was touched.
     """
     if config.run.name is None:
         raise ValueError("run.name is not set: name the run's folder")
@@ -66,19 +114,45 @@ def open_folder(config: Config, source: SampleSource, resources: Resources) -> t
             raise ValueError(
                 f"{folder} holds a run already: choose another run.name, or run.resume=auto to go on with it"
             )
-        _check_same(config, Config.model_validate(yaml.safe_load(stored.read_text())), folder)
+        _check_same(config, _read_config(stored), folder)
     origin = None
     if config.run.resume not in {"auto", "never"} and newest_checkpoint(folder) is None:
         origin = _sound_origin(Path(config.run.resume).expanduser().resolve(), config, source.fingerprint)
-    start_epoch = _first_epoch(folder, source.fingerprint)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stored.write_text(config.to_yaml())
-        if origin is not None:
-            _adopt(folder, origin)
-            start_epoch = _first_epoch(folder, source.fingerprint)
-    except OSError as error:
-        raise ValueError(f"run folder {folder} can't be written: {error.strerror}; set run.storage_path") from None
+    _sound_position(folder, config, source.fingerprint)
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(_sole_use(folder))
+            (folder / "checkpoints").mkdir(exist_ok=True)
+            (folder / "metrics.jsonl").touch()
+            stored.write_text(config.to_yaml())
+            if origin is not None:
+                _adopt(folder, origin)
+            position = _sound_position(folder, config, source.fingerprint)
+            if position is not None:
+                mend_metrics(folder, position["metrics"])
+            _describe(folder, config, source, resources)
+        except OSError as error:
+            what = f"{error.filename or folder}: {error.strerror}"
+            raise ValueError(f"run folder {folder} can't be written ({what}): set run.storage_path") from None
+        yield folder, position["epoch"] if position is not None else 0
+
+
+@contextlib.contextmanager
+def _sole_use(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; the system lets it go when the process ends, however it ends."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is training in {folder}: wait for it, or choose another run.name"
+            ) from None
+        yield
+
+
+def _describe(folder: Path, config: Config, source: SampleSource, resources: Resources) -> None:
+    on_gpu = resources.use_gpu and torch.cuda.is_available()
     write_environment(
         folder,
         seed=config.train.seed,
@@ -86,10 +160,17 @@ def open_folder(config: Config, source: SampleSource, resources: Resources) -> t
         num_workers=resources.num_workers,
         threads=resources.threads,
         stream=resources.stream,
-        gpu=torch.cuda.get_device_name() if resources.use_gpu and torch.cuda.is_available() else None,
-        cuda=torch.version.cuda if resources.use_gpu else None,
+        gpu=torch.cuda.get_device_name() if on_gpu else None,
+        cuda=torch.version.cuda if on_gpu else None,
     )
-    return folder, start_epoch
+
+
+def _read_config(stored: Path) -> Config:
+    try:
+        return make_config(read_yaml(stored.read_text()) or {})
+    except (OSError, ValueError) as error:
+        line = " ".join(str(error).split())
+        raise ValueError(f"{stored} can't be read ({line}): restore it or choose another run.name") from None
 
 
 def _sound_origin(path: Path, config: Config, fingerprint: str) -> Path:
@@ -107,7 +188,7 @@ def _sound_origin(path: Path, config: Config, fingerprint: str) -> Path:
     position = read_position(origin)
     run_config = origin.parents[1] / "config.yaml"
     if position["digest"] != config.digest() and run_config.exists():
-        _check_same(config, Config.model_validate(yaml.safe_load(run_config.read_text())), origin.parents[1])
+        _check_same(config, _read_config(run_config), origin.parents[1])
     for name, own in (("digest", config.digest()), ("fingerprint", fingerprint)):
         if position[name] != own:
             raise ValueError(f"run.resume {origin} is of another run: {name} {position[name]}, here {own}")
@@ -144,15 +225,20 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _first_epoch(folder: Path, fingerprint: str) -> int:
+def _sound_position(folder: Path, config: Config, fingerprint: str) -> dict[str, Any] | None:
+    """Return the newest sound checkpoint's position, None without one; refuse another run's."""
     newest = newest_checkpoint(folder)
     if newest is None:
-        return 0
+        return None
     position = read_position(newest)
     if position["fingerprint"] != fingerprint:
         raise ValueError(
             f"{folder} was trained on other data (fingerprint {position['fingerprint'][:12]}, "
             f"here {fingerprint[:12]}): choose another run.name"
         )
-    mend_metrics(folder, position["metrics"])
-    return int(position["epoch"])
+    if position["digest"] != config.digest():
+        raise ValueError(
+            f"{folder} holds another run (its checkpoints are of config {position['digest']}, this is "
+            f"{config.digest()}): choose another run.name"
+        )
+    return position

@@ -94,16 +94,17 @@ class Recorder:
         self._pushed_at = time.perf_counter()
         if not self._rows:
             return
-        order = np.argsort(self._ids[: self._rows])
-        ids = self._ids[order]
-        signals: dict[str, NDArray[Any]] = {
-            name: buffer[: self._rows].cpu().numpy()[order] for name, buffer in self._buffers.items()
-        }
+        seen = {name: buffer[: self._rows].cpu().numpy() for name, buffer in self._buffers.items()}
         finite = np.ones(self._rows, dtype=bool)
-        for array in signals.values():
+        for array in seen.values():
             finite &= np.isfinite(array).reshape(self._rows, -1).all(axis=1)
-        self.num_nonfinite += int(self._rows - np.count_nonzero(finite))
-        self.nonfinite_ids += ids[~finite][:5].tolist()
+        # Rows that never enter the table come last, as they occurred: the first of them is where to look.
+        sound, bad = np.flatnonzero(finite), np.flatnonzero(~finite)
+        order = np.concatenate([sound[np.argsort(self._ids[sound])], bad])
+        ids = self._ids[order]
+        signals: dict[str, NDArray[Any]] = {name: array[order] for name, array in seen.items()}
+        self.num_nonfinite += bad.size
+        self.nonfinite_ids += self._ids[bad][:5].tolist()
         self._log.append(pack(ids, signals))
         self._client.post("observe", *self._push(len(self._log) - 1))
         self._rows = 0

@@ -52,11 +52,10 @@ def resolve_resources(config: Config, source: SampleSource) -> Resources:
     """
     scaling = config.scaling
     if scaling.num_workers == 0:
-        if scaling.stream == "ray":
-            raise ValueError("scaling.stream ray needs workers: set scaling.num_workers=1 or scaling.stream=local")
+        why = "stream ray needs workers" if scaling.stream == "ray" else "no workers"
         use_gpu = torch.cuda.is_available() if scaling.use_gpu == "auto" else scaling.use_gpu
         threads = len(os.sched_getaffinity(0)) if scaling.threads == "auto" else int(scaling.threads)
-        return Resources(0, _checked_gpu(use_gpu, torch.cuda.device_count(), 1), 0.0, threads, "local", "no workers")
+        return Resources(0, _checked_gpu(use_gpu, torch.cuda.device_count(), 1), 0.0, threads, "local", why)
     total = ray.cluster_resources()
     cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
     use_gpu = gpus > 0 if scaling.use_gpu == "auto" else scaling.use_gpu

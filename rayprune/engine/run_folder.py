@@ -60,9 +60,14 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_text().splitlines(keepends=True):
+    for number, line in enumerate(file.read_text().splitlines(keepends=True), start=1):
         if line.endswith("\n"):
-            yield json.loads(line)
+            try:
+                yield json.loads(line)
+            except ValueError:
+                raise ValueError(
+                    f"{file}, line {number} is no JSON: restore the file or choose another run.name"
+                ) from None
 
 
 def _drop_torn_line(file: Path) -> None:
@@ -88,7 +93,7 @@ def write_selection(run_folder: Path, epoch: int, selection: Selection, keep: in
     folder = run_folder / "selections"
     folder.mkdir(exist_ok=True)
     arrays: dict[str, Any] = selection.to_arrays()
-    np.savez_compressed(folder / f"epoch-{epoch:06d}.npz", allow_pickle=False, **arrays)
+    np.savez_compressed(folder / f"epoch-{epoch:06d}.npz", **arrays)
     for old in sorted(folder.glob("epoch-*.npz"), reverse=True)[keep:]:
         old.unlink(missing_ok=True)
 

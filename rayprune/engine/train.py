@@ -25,7 +25,7 @@ from rayprune.core.selector import Selector
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.checkpoint import forget_ray_records, load_selector_state, newest_position, remove_old_checkpoints
 from rayprune.engine.client import LocalScores, RemoteScores, ScoreClient
-from rayprune.engine.preparation import check_model, input_spec, open_folder
+from rayprune.engine.preparation import check_method, check_model, check_sizes, input_spec, open_folder
 from rayprune.engine.progress import Watcher
 from rayprune.engine.protocol import TrainingPaused, TrainingStopped
 from rayprune.engine.resources import Resources, resolve_resources, start_ray
@@ -33,7 +33,6 @@ from rayprune.engine.run_folder import read_metrics, write_scores
 from rayprune.engine.setup import InputSpec, WorkerSpec
 from rayprune.engine.stream import LocalStream, RayStream, plan_dataset, row_bytes
 from rayprune.engine.worker import Worker
-from rayprune.nn.signals import check_signals
 from rayprune.sources import SampleSource, Splits, open_data
 
 logger = logging.getLogger(__name__)
@@ -82,8 +81,8 @@ def train(
     splits = open_data(config.data.source, limit=config.data.limit, **config.data.source_keys)
     _ship_user_modules()
     spec = input_spec(config, splits.train)
-    method = config.build_method()
-    check_signals(method.signals)
+    check_sizes(config, len(splits.train))
+    check_method(config, splits.train)
     check_model(config, spec)
     if not debug:
         logging.getLogger("ray.train").setLevel(logging.WARNING)
@@ -91,20 +90,20 @@ def train(
     if config.scaling.num_workers != 0:
         start_ray(debug)
     resources = resolve_resources(config, splits.train)
-    folder, start_epoch = open_folder(config, splits.train, resources)
-    for split in (splits.train, splits.validation):
-        if split is not None:
-            split.prepare()
-    if on_start is not None:
-        on_start(resources, folder, start_epoch)
-    if start_epoch < config.train.epochs:
-        _Run(config, splits, spec, resources, folder).fit(on_epoch, on_progress, on_stall)
-        remove_old_checkpoints(folder, config.run.keep_checkpoints)
-        epoch, step = newest_position(folder)
-        if epoch < config.train.epochs:
-            raise TrainingPaused(f"paused: saved before step {step} of epoch {epoch + 1}; the same command goes on")
-    _write_scores(config, splits.train, folder)
-    return RunResult(folder, read_metrics(folder))
+    with open_folder(config, splits.train, resources) as (folder, start_epoch):
+        for split in (splits.train, splits.validation):
+            if split is not None:
+                split.prepare()
+        if on_start is not None:
+            on_start(resources, folder, start_epoch)
+        if start_epoch < config.train.epochs:
+            _Run(config, splits, spec, resources, folder).fit(on_epoch, on_progress, on_stall)
+            remove_old_checkpoints(folder, config.run.keep_checkpoints)
+            epoch, step = newest_position(folder)
+            if epoch < config.train.epochs:
+                raise TrainingPaused(f"paused: saved before step {step} of epoch {epoch + 1}; the same command goes on")
+        _write_scores(config, splits.train, folder)
+        return RunResult(folder, read_metrics(folder))
 
 
 class _Run:
@@ -253,7 +252,7 @@ def _first_cause(error: BaseException) -> str:
     if failures:
         rank, cause = sorted(failures.items())[0]
         where = f"training failed on rank {rank}"
-    cause = getattr(cause, "cause", None) or cause
+    cause = getattr(cause, "cause", None) or getattr(cause, "controller_failure", None) or cause
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or ["no message"]
     # Ray's own errors begin with a traceback as text and end with what it says.
     line = lines[-1] if isinstance(cause, ray.exceptions.RayError) else lines[0]

@@ -74,6 +74,8 @@ class Worker:
 
         The clock keeps generations rising past a restart of the actor, the actor past a move to a slower clock.
         """
+        if not (Path(self._spec.run_folder) / "config.yaml").exists():  # without this the run would begin anew
+            raise FileNotFoundError(f"the run folder {self._spec.run_folder} is gone: bring its storage back")
         generation = max(self._spec.scores.call("generation") + 1, time.time_ns())
         return generation, newest_position(Path(self._spec.run_folder))
 

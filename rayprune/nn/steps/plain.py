@@ -51,7 +51,8 @@ class PlainStep:
         """Update the model once.
 
         The loss is Σ(w·l)/B with the constant B of this worker's share (global batch ÷ W), never Σw: DDP's mean over
-        the ranks is then the weighted mean over the global batch, and padding at weight 0 changes nothing.
+        the ranks is then the weighted mean over the global batch, and padding at weight 0 adds nothing to it (batch
+        statistics, where a network has them, do see its rows).
 
         Returns:
             signal name → (B, …) float32, detached, on the device.
