@@ -109,7 +109,7 @@ def _train_one(config: Any, debug: bool) -> tuple[Path, list[dict[str, Any]]]:
 
         listen = display.progress if console.is_terminal else None
         result = run(
-            config, on_epoch=display.epoch, on_progress=listen, on_start=started, on_stall=display.warn, debug=debug
+            config, on_epoch=display.epoch, on_progress=listen, on_start=started, on_notice=display.warn, debug=debug
         )
     console.print(f"done in {elapsed(start)}\n", highlight=False)
     return result.folder, result.metrics

@@ -20,7 +20,7 @@ from rayprune.engine.run_folder import append_metrics, mend_metrics, read_metric
 from rayprune.engine.setup import InputSpec, build_step, rate_at
 from rayprune.nn.augment import Augment
 from rayprune.nn.models import build_model
-from rayprune.nn.signals import check_signals
+from rayprune.nn.signals import check_signals, signal_floats
 from rayprune.overrides import read_yaml
 from rayprune.sources import SampleSource, default_augment, input_statistics
 
@@ -68,6 +68,20 @@ def check_method(config: Config, source: SampleSource) -> None:
     labels = source.labels[:few] if method.class_floor > 0 else None
     with contextlib.suppress(RuntimeError):  # so few samples may leave nothing to keep; all of them may not
         Selector(method, few, config.train.epochs, config.train.seed, labels=labels).begin_epoch(0)
+
+
+def unkept_signals(config: Config, spec: InputSpec, num_samples: int) -> list[str]:
+    """Return a line for each signal that workers do not keep, with its size: what a lost ScoreActor costs."""
+    lines = []
+    for name in config.build_method().signals:
+        floats = signal_floats(name, spec.num_classes)
+        if floats > 1 and config.scaling.num_workers != 0:
+            size = num_samples * floats * 4 / 2**20
+            lines.append(
+                f"workers keep no copy of the signal {name} ({floats} numbers a sample, {size:,.1f} MiB for all): if "
+                "the ScoreActor dies, the run goes back to its last checkpoint"
+            )
+    return lines
 
 
 def check_model(config: Config, spec: InputSpec) -> None:

@@ -45,6 +45,10 @@ class TrainingStopped(RuntimeError):
         return self.message
 
 
+class ObservationsLost(RuntimeError):
+    """Observations that nobody has any more; the last checkpoint is the way back."""
+
+
 class TrainingPaused(RuntimeError):
     """The run was asked to stop, has saved and left; the same command goes on."""
 

@@ -3,7 +3,8 @@
 A push of every step would cost 0.5–1 ms; a buffer on the device and a push of 262,144 samples costs some µs a step. A
 push is sorted by id: the one actor then writes to rising addresses, several times faster, and the many workers do the
 sorting. What was pushed in an epoch is kept until the epoch is closed, because an actor that dies loses calls that
-it acknowledged.
+it acknowledged. Signals that are vectors (probabilities, embeddings) are too large to keep: when they are lost with the
+actor, the attempt ends and the run goes back to its last checkpoint.
 
 Shapes: B rows of a batch (this worker's share).
 """
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rayprune.engine.client import ScoreClient
-from rayprune.engine.protocol import Layout, pack
+from rayprune.engine.protocol import Layout, ObservationsLost, pack
 
 PUSH_ROWS = 262_144
 # Sooner where steps are slow, so that progress shows and a diverging run is noticed inside the epoch.
@@ -44,7 +45,7 @@ class Recorder:
         self._rows = 0
         self._epoch, self._base_step = -1, 0
         self._pushed_at = 0.0
-        self._log: list[tuple[Layout, NDArray[np.uint8]]] = []
+        self._log: list[tuple[Layout, NDArray[np.uint8]] | None] = []
         self.num_nonfinite = 0
         self.nonfinite_ids: list[int] = []
 
@@ -107,10 +108,17 @@ class Recorder:
         self.nonfinite_ids += self._ids[bad][:5].tolist()
         self._log.append(pack(ids, signals))
         self._client.post("observe", *self._push(len(self._log) - 1))
+        if any(array.ndim > 1 for array in signals.values()):
+            self._log[-1] = None
         self._rows = 0
 
     def _push(self, sequence: int) -> tuple[Any, ...]:
-        return (self._generation, self._epoch, self._rank, sequence, *self._log[sequence], self._base_step)
+        logged = self._log[sequence]
+        if logged is None:
+            raise ObservationsLost(
+                f"epoch {self._epoch}: push {sequence} of vector signals was lost with the ScoreActor"
+            )
+        return (self._generation, self._epoch, self._rank, sequence, *logged, self._base_step)
 
     def flush(self) -> int:
         """Push the rest and push again what the actor misses, until it has everything; return the number of pushes.

@@ -25,7 +25,7 @@ from rayprune.core.selector import Selector
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.checkpoint import forget_ray_records, load_selector_state, newest_position, remove_old_checkpoints
 from rayprune.engine.client import LocalScores, RemoteScores, ScoreClient
-from rayprune.engine.preparation import check_method, check_model, check_sizes, input_spec, open_folder
+from rayprune.engine.preparation import check_method, check_model, check_sizes, input_spec, open_folder, unkept_signals
 from rayprune.engine.progress import Watcher
 from rayprune.engine.protocol import TrainingPaused, TrainingStopped
 from rayprune.engine.resources import Resources, resolve_resources, start_ray
@@ -59,7 +59,7 @@ def train(
     on_epoch: EpochListener | None = None,
     on_progress: ProgressListener | None = None,
     on_start: Callable[[Resources, Path, int], None] | None = None,
-    on_stall: Callable[[str], None] = logger.warning,
+    on_notice: Callable[[str], None] = logger.warning,
     debug: bool = False,
 ) -> RunResult:
     """Run a config to its end, from where its run folder stands.
@@ -69,7 +69,8 @@ def train(
         on_epoch: called with each new line of metrics.jsonl.
         on_progress: called about twice a second with (epoch, samples observed, samples planned).
         on_start: called once with the resources, the run folder and the first epoch to train.
-        on_stall: called with a line on who waits for what, since when, after `run.stall_seconds`.
+        on_notice: called with lines that a person should see: what the run cannot promise, and stalls (who waits for
+            what, since when, after `run.stall_seconds`).
         debug: show Ray's own logs.
 
     Raises:
@@ -97,7 +98,9 @@ def train(
         if on_start is not None:
             on_start(resources, folder, start_epoch)
         if start_epoch < config.train.epochs:
-            _Run(config, splits, spec, resources, folder).fit(on_epoch, on_progress, on_stall)
+            for line in unkept_signals(config, spec, len(splits.train)):
+                on_notice(line)
+            _Run(config, splits, spec, resources, folder).fit(on_epoch, on_progress, on_notice)
             remove_old_checkpoints(folder, config.run.keep_checkpoints)
             epoch, step = newest_position(folder)
             if epoch < config.train.epochs:
@@ -150,13 +153,13 @@ class _Run:
         self,
         on_epoch: EpochListener | None,
         on_progress: ProgressListener | None,
-        on_stall: Callable[[str], None],
+        on_notice: Callable[[str], None],
     ) -> None:
         """Train to the end; Ray restarts the workers after a failure."""
         failure: Exception | None = None
         try:
             stall_s = self._config.run.stall_seconds
-            watcher = Watcher(self._folder, self.scores, on_epoch, on_progress, on_stall, stall_s)
+            watcher = Watcher(self._folder, self.scores, on_epoch, on_progress, on_notice, stall_s)
             with watcher, _on_sigterm(watcher.request_pause):
                 self._trainer().fit()
         except Exception as error:  # without workers the loop's own errors come through as they are

@@ -71,6 +71,16 @@ margin, prob_label, probs)
             raise ValueError(f"unknown signal {name!r}: {closest(name, SIGNALS)}")
 
 
+def signal_floats(name: str, num_classes: int) -> int:
+    """Return how many float32 a signal holds for one sample.
+
+    >>> signal_floats("loss", 10), signal_floats("probs", 10)
+    (1, 10)
+    """
+    outputs = Outputs(torch.zeros(1, num_classes), torch.zeros(1, dtype=torch.int64), torch.zeros(1))
+    return SIGNALS[name](outputs).numel()
+
+
 @torch.no_grad()
 def compute_signals(names: Iterable[str], logits_BC: Tensor, targets_B: Tensor, losses_B: Tensor) -> dict[str, Tensor]:
     """Compute the named signals of a batch.

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from engine_runs import assert_same_run, run_config, scores_of, user
+from engine_runs import assert_same_run, results, run_config, scores_of, user
 
 from rayprune.config import Config
+from rayprune.engine.checkpoint import newest_position
 from rayprune.engine.protocol import TrainingStopped
 from rayprune.engine.run_folder import read_selection
 from rayprune.engine.train import RunResult, TrainingFailed, train
@@ -130,6 +131,39 @@ def test_a_killed_score_actor_loses_no_observation(tmp_path: Path, undisturbed: 
     assert_same_run(result, undisturbed)
 
 
+def test_lost_vectors_take_the_run_back_to_its_checkpoint(tmp_path: Path) -> None:
+    """Probabilities are not kept by the workers: an actor that dies with them costs the steps since the checkpoint."""
+    method = {"name": user("KeepsProbabilities")}
+    slow = {"name": user("slow"), "pause_s": 0.1, "push_rows": 32}
+    notices: list[str] = []
+    with score_actor_killed() as killer:
+        config = workers_config(tmp_path, "killed", 2, model=slow, method=method)
+        result = train(config, on_notice=notices.append)
+    assert killer.seen is not None, "the actor was not killed in mid-epoch"
+    assert "no copy of the signal probs (10 numbers a sample" in notices[0]
+    assert_same_run(result, train(workers_config(tmp_path, "whole", 2, method=method)))
+
+
+def test_a_run_killed_inside_an_epoch_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:
+    """Two workers die at a step, one goes on, then two: the same plans and visits; sums over ranks differ by rounding."""
+    log = str(tmp_path / "steps")
+    model = {"name": user("counted"), "log": log, "kill_at": 14}
+    run = {"checkpoint_steps": 3, "max_failures": 0}
+    with pytest.raises(TrainingFailed):
+        train(workers_config(tmp_path, "run", 2, model=model, run=run))
+    epoch, step = newest_position(tmp_path / "run")
+    assert step > 0
+    resumed = train(workers_config(tmp_path, "run", 1, model=model, run=run))
+    whole = train(workers_config(tmp_path, "whole", 2))
+    assert [line["world_size"] for line in resumed.metrics] == [2] * epoch + [1] * (EPOCHS - epoch)
+    # Plans depend on the losses, which another number of ranks changes by rounding only until a network diverges.
+    keys = ("plan_hash", "kept", "samples_trained")
+    assert results(resumed.metrics[: epoch + 1], keys) == results(whole.metrics[: epoch + 1], keys)
+    last_visit = scores_of(resumed.folder)["last_visit"]
+    kept = [read_selection(resumed.folder, e).codes > 0 for e in range(EPOCHS)]
+    assert last_visit.tolist() == np.max([np.where(k, e, -1) for e, k in enumerate(kept)], axis=0).tolist()
+
+
 def test_a_broken_model_ends_in_one_line(tmp_path: Path) -> None:
     config = workers_config(tmp_path, "broken", 1, model={"name": user("broken")}, run={"max_failures": 0})
     with pytest.raises(TrainingFailed, match=r"^training failed on rank 0: ValueError: this model is broken$"):
@@ -198,7 +232,9 @@ def test_a_stopped_rank_is_reported_and_the_run_goes_on(tmp_path: Path) -> None:
 
     stopper = threading.Thread(target=stop_rank_one)
     stopper.start()
-    result = train(workers_config(tmp_path, "stopped", 2, model=model, run={"stall_seconds": 3}), on_stall=lines.append)
+    result = train(
+        workers_config(tmp_path, "stopped", 2, model=model, run={"stall_seconds": 3}), on_notice=lines.append
+    )
     stopper.join()
     assert any(line.startswith("stall: rank 1 has been silent for") for line in lines), lines
     assert [line["epoch"] for line in result.metrics] == list(range(EPOCHS))
