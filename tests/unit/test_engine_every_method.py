@@ -1,4 +1,4 @@
-"""Plan and stream under every registered method: equal batches, nothing lost, nothing twice, padding within the rules."""
+"""Plan and stream under every registered method: equal batches, nothing lost or twice, padding within the rules."""
 
 from __future__ import annotations
 
