@@ -41,6 +41,10 @@ EpochListener = Callable[[dict[str, Any]], None]
 ProgressListener = Callable[[int, int, int], None]
 
 
+# How often Ray looks whether an elastic run can have more workers; a change costs the steps since the checkpoint.
+_RESIZE_S = 15.0
+
+
 @dataclass(frozen=True)
 class RunResult:
     """A finished run: its folder and the last metrics line of each epoch."""
@@ -199,6 +203,7 @@ class _Run:
             scaling_config=ray.train.ScalingConfig(
                 num_workers=resources.num_workers,  # type: ignore[arg-type]
                 use_gpu=resources.use_gpu,
+                elastic_resize_monitor_interval_s=_RESIZE_S,
                 resources_per_worker=each if resources.num_workers else None,
             ),
             run_config=ray.train.RunConfig(
