@@ -21,7 +21,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# Kills 56 times inside epochs; some 15 minutes on two cores.
+# Kills 56 times inside epochs; some 18 minutes on two cores.
 torture: setup
 	$(BIN)/python -m tests.torture
 

@@ -139,7 +139,9 @@ def open_folder(config: Config, source: SampleSource, resources: Resources) -> I
             held.enter_context(_sole_use(folder))
             (folder / "checkpoints").mkdir(exist_ok=True)
             (folder / "metrics.jsonl").touch()
-            stored.write_text(config.to_yaml())
+            partial = stored.with_suffix(".partial")  # a full disk or a kill must not leave half a config behind
+            partial.write_text(config.to_yaml())
+            partial.replace(stored)
             if origin is not None:
                 _adopt(folder, origin)
             position = _sound_position(folder, config, source.fingerprint)
