@@ -11,26 +11,21 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from rayprune.core.fields import check_keys, shown, wrong_type
 from rayprune.core.objects import closest
 from rayprune.methods import Method, build_method
 from rayprune.overrides import merge, parse_overrides, read_yaml
 
 Auto = Literal["auto"]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _absolute(reference: str) -> str:
@@ -39,23 +34,46 @@ def _absolute(reference: str) -> str:
     return f"{Path(file).expanduser().absolute()}{colon}{name}" if file.endswith(".py") else reference
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+Reference = Annotated[str, AfterValidator(_absolute)]
 
 
-class DataSection(_Section):
+class _Strict(BaseModel, extra="forbid", frozen=True, validate_default=True):
+    """Refuse unknown keys."""
+
+
+class _Section(_Strict):
+    """Refuse values of another type than annotated."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_its_type(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic takes true and "1" for numbers, and names a union's members one by one.
+        if problem := wrong_type(value, cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError(problem)
+        return value
+
+
+@dataclass(frozen=True)
+class _Augmentation:
+    crop: int = 0
+    flip: bool = False
+
+
+class DataSection(_Section, extra="allow"):
     """Where the samples come from; keys other than these belong to the source."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    source: str = Field("digits", description="a named data set, or module:function")
+    source: Reference = Field("digits", description="a named data set, or module:function")
     limit: int | None = Field(None, ge=1, description="train on the first n samples only")
     augment: Auto | dict[str, Any] = Field("auto", description="crop (pixels), flip; auto: the data set's usual")
 
-    @field_validator("source")
+    @field_validator("augment")
     @classmethod
-    def _found_anywhere(cls, value: str) -> str:
-        return _absolute(value)
+    def _known_augmentation(cls, value: Any) -> Any:
+        if value != "auto":
+            check_keys(_Augmentation, value, "data.augment", "the augmentation")
+            if value.get("crop", 0) < 0:
+                raise ValueError(f"data.augment.crop = {value['crop']}: must be at least 0 pixels")
+        return value
 
     @property
     def source_keys(self) -> dict[str, Any]:
@@ -63,17 +81,10 @@ class DataSection(_Section):
         return dict(self.model_extra or {})
 
 
-class ModelSection(_Section):
+class ModelSection(_Section, extra="allow"):
     """Which network; keys other than the name are its options."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    name: str = "resnet8"
-
-    @field_validator("name")
-    @classmethod
-    def _found_anywhere(cls, value: str) -> str:
-        return _absolute(value)
+    name: Reference = "resnet8"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -86,7 +97,7 @@ class TrainSection(_Section):
 
     epochs: int = Field(20, ge=1)
     batch_size: int = Field(128, ge=1, description="global batch: all workers together, accumulation included")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     last_batch: Literal["pad", "drop"] = "pad"
     accumulate: int = Field(1, ge=1, description="micro-batches a worker splits its share of a batch into")
@@ -104,18 +115,33 @@ class OptimSection(_Section):
     lr: float = Field(0.1, gt=0, description="peak learning rate")
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = False
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: float = Field(5e-4, ge=0)
     schedule: Literal["constant", "cosine", "onecycle", "step"] = "cosine"
     warmup: float = Field(0.0, ge=0, lt=1, description="linear warm-up over this fraction of training")
     milestones: tuple[float, ...] = (0.5, 0.75)
-    gamma: float = Field(0.1, gt=0)
+    gamma: float = Field(0.1, gt=0, le=1)
+
+    @field_validator("milestones")
+    @classmethod
+    def _ascending(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(a < b for a, b in pairwise((0, *value, 1))):
+            raise ValueError("must ascend between 0 and 1: shares of the run, such as [0.5, 0.75]")
+        return value
+
+    @model_validator(mode="after")
+    def _go_together(self) -> OptimSection:
+        if self.name == "sgd" and self.nesterov and self.momentum == 0:
+            raise ValueError("optim.nesterov = True needs momentum: set optim.momentum=0.9, or optim.nesterov=false")
+        if self.schedule == "onecycle" and self.warmup > 0:
+            raise ValueError(f"optim.warmup = {self.warmup}: schedule onecycle warms up by itself, set optim.warmup=0")
+        return self
 
 
 class ScalingSection(_Section):
     """How many workers, on what, fed how."""
 
-    num_workers: NonNegativeInt | tuple[PositiveInt, PositiveInt] = Field(
+    num_workers: int | tuple[int, int] = Field(
         1, description="0 trains in this process, without a Ray cluster; [min, max] takes what the cluster has"
     )
     use_gpu: Auto | bool = "auto"
@@ -131,8 +157,8 @@ class ScalingSection(_Section):
     @field_validator("num_workers")
     @classmethod
     def _ascending(cls, value: Any) -> Any:
-        if isinstance(value, tuple) and value[0] > value[1]:
-            raise ValueError("must be [min, max] with min at most max")
+        if not (1 <= value[0] <= value[1] if isinstance(value, tuple) else value >= 0):
+            raise ValueError("must be at least 0, or [min, max] with 1 ≤ min ≤ max")
         return value
 
     @field_validator("cpus_per_worker", "threads")
@@ -164,7 +190,7 @@ class RunSection(_Section):
         return value
 
 
-class Config(_Section):
+class Config(_Strict):
     """Hold a whole run's configuration."""
 
     data: DataSection = DataSection()
@@ -202,9 +228,12 @@ class Config(_Section):
         return build_method(self.method)
 
     def digest(self) -> str:
-        """Return 8 hexadecimal digits over what decides the result: all sections but scaling and run."""
-        content = json.dumps(self.model_dump(mode="json", exclude={"scaling", "run"}), sort_keys=True)
-        # Where a user's file lies on this machine decides nothing.
+        """Return 8 hexadecimal digits over what decides the result: all sections but scaling and run.
+
+        Where files lie on this machine decides nothing: what they hold does, and runs compare the data's fingerprint.
+        """
+        left_out: Any = {"scaling": True, "run": True, "data": {"path", "cache_dir"}}
+        content = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True)
         content = re.sub(r'"[^"]*/([^"/]+\.py:[^"]+)"', r'"\1"', content)
         return hashlib.sha256(content.encode()).hexdigest()[:8]
 
@@ -253,20 +282,19 @@ def make_config(tree: Mapping[str, Any]) -> Config:
 
 def _first_mistake(error: ValidationError) -> str:
     # Unknown keys first: a misspelt key often causes the other messages.
-    mistakes = sorted(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
-    mistake = mistakes[0]
+    mistake = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     path = [str(part) for part in mistake["loc"]]
     if mistake["type"] == "extra_forbidden":
         section: Any = Config
         for part in path[:-1]:
             section = section.model_fields[part].annotation
         return f"unknown key {'.'.join(path)!r}: {closest(path[-1], section.model_fields)}"
-    # pydantic names the members of a union behind the key; they say nothing to a user.
+    # Behind the key pydantic names positions and members of unions; they say nothing to a user.
     key = ".".join(part for part in path[:2])
     message = re.sub(r"^(Value error|Assertion failed), ", "", mistake["msg"])
     message = message[:1].lower() + message[1:]
-    if mistake["type"] == "missing":
-        return f"{key} is missing"
-    if mistake["type"] == "value_error" and len(path) < 2:
+    if mistake["type"] == "model_type":
+        message = "must be a mapping of keys, or left out"
+    if mistake["type"] == "value_error" and (len(path) < 2 or key in message):
         return message
-    return f"{key} = {mistake['input']!r}: {message}"
+    return f"{key} = {shown(mistake['input'])}: {message}"

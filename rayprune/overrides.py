@@ -14,9 +14,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = {key for key in keys if keys.count(key) > 1}
+        twice = [key for key in keys if keys.count(key) > 1]
         if twice:
-            raise yaml.YAMLError(f"key {twice.pop()!r} stands twice in line {node.start_mark.line + 1} and after")
+            raise yaml.YAMLError(f"key {twice[0]!r} stands twice in line {node.start_mark.line + 1} and after")
         return super().construct_mapping(node, deep=deep)
 
 
@@ -44,7 +44,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     """Turn `key.sub=value` words into a nested mapping; values are YAML.
 
     Raises:
-        ValueError: a word without '=' or with an empty key.
+        ValueError: a word without '=' or with an empty key, or a key that is given twice.
 
     >>> parse_overrides(["train.epochs=3", "optim.lr=5e-2"])
     {'train': {'epochs': 3}, 'optim': {'lr': 0.05}}
@@ -64,6 +64,8 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             branch = branch.setdefault(part, {})
             if not isinstance(branch, dict):
                 raise ValueError(f"override {word!r}: {part!r} is given as a value and as a section")
+        if parts[-1] in branch:
+            raise ValueError(f"override {word!r}: {key!r} is given twice, keep one")
         branch[parts[-1]] = value
     return tree
 

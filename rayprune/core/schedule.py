@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
+from rayprune.core.fields import check_fields, check_keys, shown, wrong_type
 from rayprune.core.objects import closest
 from rayprune.core.plain import make_fields_plain
 
@@ -62,6 +63,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         make_fields_plain(self)
+        check_fields(self)
 
     def __call__(self, epoch: int, num_epochs: int) -> float:
         """Return r for `epoch` (0-based) of `num_epochs`, in [0, 1)."""
@@ -74,11 +76,15 @@ class Schedule:
         raise TypeError(f"{type(self).__name__} defines no ratio()")
 
     @staticmethod
-    def of(value: float | Schedule | Mapping[str, Any]) -> Schedule:
+    def of(value: float | Schedule | Mapping[str, Any], key: str = "prune_ratio") -> Schedule:
         """Make a schedule of a number, a mapping with the key `schedule`, or a Schedule.
 
+        Args:
+            value: what to make it of.
+            key: what messages call it.
+
         Raises:
-            ValueError: unknown schedule or key (with the closest match), or a value out of range.
+            ValueError: unknown schedule or key (with the closest match), or a value of another type or out of range.
 
         >>> Schedule.of(0.5)(3, 10)
         0.5
@@ -88,17 +94,15 @@ class Schedule:
         if isinstance(value, Schedule):
             return value
         if not isinstance(value, Mapping):
+            if problem := wrong_type(value, float):
+                raise ValueError(f"{key} = {shown(value)}: {problem}, or a mapping such as {{schedule: linear}}")
             return Constant(value)
         options = dict(value)
         name = options.pop("schedule", None)
-        if name not in SCHEDULES:
-            raise ValueError(f"unknown schedule {name!r}: {closest(str(name), SCHEDULES)}")
-        cls = SCHEDULES[name]
-        valid = [f.name for f in dataclasses.fields(cls)]
-        for key in options:
-            if key not in valid:
-                raise ValueError(f"unknown key {key!r} of schedule {name!r}: {closest(key, valid)}")
-        return cls(**options)
+        if not isinstance(name, str) or name not in SCHEDULES:
+            raise ValueError(f"{key}: unknown schedule {shown(name)}: {closest(str(name), SCHEDULES)}")
+        check_keys(SCHEDULES[name], options, key, f"schedule {name!r}")
+        return SCHEDULES[name](**options)
 
     def to_config(self) -> float | dict[str, Any]:
         """Return what `of` takes, in plain YAML types."""
@@ -206,10 +210,10 @@ class Power(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.blocks, int) or self.blocks < 1:
-            raise ValueError(f"blocks {self.blocks!r} must be an integer of at least 1")
+        if self.blocks < 1:
+            raise ValueError(f"blocks {self.blocks!r} must be at least 1")
         least = 1.0 / self.blocks
-        if not (isinstance(self.budget, int | float) and least < self.budget <= 1.0):
+        if not least < self.budget <= 1.0:
             raise ValueError(f"budget {self.budget!r} is outside ({least:g}, 1] for {self.blocks} blocks")
 
     @cached_property
@@ -277,7 +281,7 @@ class AnnealedToFull(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "of_ratio", Schedule.of(self.of_ratio))
+        object.__setattr__(self, "of_ratio", Schedule.of(self.of_ratio, "of_ratio"))
         check_share("until", self.until)
 
     def ratio(self, epoch: int, num_epochs: int) -> float:

@@ -51,7 +51,15 @@ class Selection:
         if forward_only.size and np.any(self.codes[forward_only]):
             both = forward_only[self.codes[forward_only] != 0]
             raise ValueError(f"ids {both[:5].tolist()} are kept and forward-only: a sample is observed once an epoch")
-        for name, array in (("codes", self.codes), ("weight_values", weights), ("forward_only_ids", forward_only)):
+        self._freeze(codes=self.codes, weight_values=weights, forward_only_ids=forward_only)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        # Arrays come writeable out of a pickle.
+        self._freeze(**{name: state[name] for name in ("codes", "weight_values", "forward_only_ids")})
+
+    def _freeze(self, **arrays: NDArray[Any]) -> None:
+        for name, array in arrays.items():
             frozen = array.view()
             frozen.flags.writeable = False
             object.__setattr__(self, name, frozen)
@@ -69,10 +77,16 @@ class Selection:
     def of_mask(cls, kept: NDArray[np.bool_], requested: float = 0.0, expected_drops: float = 0.0) -> Selection:
         """Keep with weight 1 where (N,) `kept` is True.
 
+        Raises:
+            ValueError: `kept` is no one-dimensional array of bool.
+
         >>> Selection.of_mask(np.array([True, False])).realised
         0.5
         """
-        return cls(kept.view(np.uint8), np.ones(1, dtype=np.float32), requested, expected_drops)
+        mask = np.asarray(kept)
+        if mask.dtype != bool or mask.ndim != 1:
+            raise ValueError(f"kept must be a 1-d array of bool, got {mask.dtype} of shape {mask.shape}")
+        return cls(mask.view(np.uint8), np.ones(1, dtype=np.float32), requested, expected_drops)
 
     @classmethod
     def of_ids(
@@ -170,10 +184,21 @@ class Selection:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Selection:
-        """Unpack what `to_arrays` made; bit for bit the same Selection."""
+        """Unpack what `to_arrays` made; bit for bit the same Selection.
+
+        Raises:
+            ValueError: an array is missing, or they do not fit each other.
+        """
+        if missing := cls.full(1).to_arrays().keys() - arrays.keys():
+            raise ValueError(f"the stored selection lacks {', '.join(sorted(missing))}")
         num_samples = int(arrays["num_samples"])
+        if arrays["bitmap"].size * 8 < num_samples:
+            raise ValueError(f"the stored selection has {arrays['bitmap'].size * 8} bits for {num_samples} samples")
         kept = np.unpackbits(arrays["bitmap"], count=num_samples).view(bool)
-        codes = np.zeros(num_samples, dtype=arrays["weight_codes"].dtype)
+        num_kept, given, values = np.count_nonzero(kept), arrays["weight_codes"], arrays["weight_values"]
+        if given.shape != (num_kept,) or given.max(initial=0) > values.size or given.min(initial=1) < 1:
+            raise ValueError(f"the stored selection's {given.size} weight codes do not fit its {num_kept} kept samples")
+        codes = np.zeros(num_samples, dtype=given.dtype)
         codes[kept] = arrays["weight_codes"]
         requested, expected_drops, lr_scale = (float(value) for value in arrays["scalars"])
         return cls(codes, arrays["weight_values"], requested, expected_drops, arrays["forward_only_ids"], lr_scale)

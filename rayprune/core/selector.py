@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rayprune.core.context import EpochContext
+from rayprune.core.fields import shown
 from rayprune.core.ids import as_ids
 from rayprune.core.selection import Selection
 from rayprune.core.table import ScoreTable, chunks
@@ -23,8 +24,11 @@ logger = logging.getLogger(__name__)
 
 STATE_SCHEMA = 1
 _NAMED_NONFINITE = 20
+# Classes are counted in arrays as long as the largest label; above this, and this many a sample, labels are ids.
+_USUAL_CLASSES, _CLASSES_A_SAMPLE = 1 << 20, 10
 
 
+@runtime_checkable
 class SelectionMethod(Protocol):
     """What the Selector needs of a method; `rayprune.methods.base.Method` is its implementation."""
 
@@ -61,7 +65,7 @@ class Selector:
         labels: (N,) integers from 0, needed by `class_floor` and by methods that balance classes.
 
     Raises:
-        ValueError: a number out of range, labels that do not fit, or a class floor without labels.
+        ValueError: no method, a number out of range, labels that do not fit, or a class floor without labels.
 
     >>> from rayprune.methods import InfoBatch
     >>> selector = Selector(InfoBatch(prune_ratio=0.5), num_samples=4, num_epochs=8, seed=0)
@@ -80,6 +84,8 @@ class Selector:
         seed: int = 0,
         labels: ArrayLike | None = None,
     ) -> None:
+        if isinstance(method, type) or not isinstance(method, SelectionMethod):
+            raise ValueError(f"method must be a rayprune method such as InfoBatch(), got {shown(method)}")
         for name, value, least in (("num_samples", num_samples, 1), ("num_epochs", num_epochs, 1), ("seed", seed, 0)):
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
                 raise ValueError(f"{name} {value!r} must be an integer of at least {least}")
@@ -96,6 +102,8 @@ class Selector:
 
     def begin_epoch(self, epoch: int) -> Selection:
         """Choose the samples of `epoch`; asked again for the same epoch, return the same Selection.
+
+        Epochs may be skipped; they count as not trained, so that all their visits count as saved.
 
         Raises:
             ValueError: the epoch lies before one already begun, or outside [0, num_epochs).
@@ -195,7 +203,12 @@ class Selector:
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Return the whole state as arrays by name (none needs pickle), not copied: table and current Selection."""
-        header = {
+        state = {"header": np.frombuffer(json.dumps(self._header()).encode(), dtype=np.uint8)}
+        state |= {f"table/{name}": array for name, array in self.table.to_arrays().items()}
+        return state | {f"selection/{name}": array for name, array in self._selection.to_arrays().items()}
+
+    def _header(self) -> dict[str, Any]:
+        return {
             "schema": STATE_SCHEMA,
             "method": self.method.to_config(),
             "num_samples": self.num_samples,
@@ -206,29 +219,37 @@ class Selector:
             "num_nonfinite": self.num_nonfinite,
             "nonfinite_ids": self.nonfinite_ids,
         }
-        state = {"header": np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)}
-        state |= {f"table/{name}": array for name, array in self.table.to_arrays().items()}
-        return state | {f"selection/{name}": array for name, array in self._selection.to_arrays().items()}
 
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Go back to a state of `state_dict`, the current Selection included.
 
         Raises:
-            ValueError: the state is of a newer schema, another method, number of samples or epochs, or seed.
+            ValueError: the state is incomplete, of a newer schema, another method, number of samples or epochs, or
+                seed; nothing was overwritten.
         """
-        header = json.loads(bytes(state["header"]).decode())
-        if header["schema"] > STATE_SCHEMA:
+        header, own = _read_header(state), self._header()
+        if header.get("schema", STATE_SCHEMA) > STATE_SCHEMA:
             raise ValueError(f"state of schema {header['schema']}, this version reads up to {STATE_SCHEMA}: upgrade")
-        own = {"method": self.method.to_config(), "num_samples": self.num_samples}
-        own |= {"num_epochs": self.num_epochs, "seed": self.seed}
-        for name, value in own.items():
-            if header[name] != json.loads(json.dumps(value)):
-                raise ValueError(f"the state is of another run: {name} {header[name]!r}, here {value!r}")
-        self.table.load_arrays({k.removeprefix("table/"): v for k, v in state.items() if k.startswith("table/")})
+        if missing := own.keys() - header.keys():
+            raise ValueError(f"the state's header lacks {', '.join(sorted(missing))}: give back a whole state_dict()")
+        for name in ("method", "num_samples", "num_epochs", "seed"):
+            if header[name] != json.loads(json.dumps(own[name])):
+                raise ValueError(f"the state is of another run: {name} {header[name]!r}, here {own[name]!r}")
         packed = {k.removeprefix("selection/"): v for k, v in state.items() if k.startswith("selection/")}
-        self._selection = Selection.from_arrays(packed)
+        selection = Selection.from_arrays(packed)
+        if selection.num_samples != self.num_samples:
+            raise ValueError(f"the stored selection is over {selection.num_samples} samples, here {self.num_samples}")
+        self.table.load_arrays({k.removeprefix("table/"): v for k, v in state.items() if k.startswith("table/")})
+        self._selection = selection
         self.epoch, self.visits_before = header["epoch"], header["visits_before"]
         self.num_nonfinite, self.nonfinite_ids = header["num_nonfinite"], list(header["nonfinite_ids"])
+
+
+def _read_header(state: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    try:
+        return dict(json.loads(bytes(state["header"]).decode()))
+    except (KeyError, ValueError, TypeError):
+        raise ValueError("the state has no readable header: give back what state_dict() returned") from None
 
 
 def _checked_labels(labels: ArrayLike, num_samples: int) -> NDArray[Any]:
@@ -237,6 +258,8 @@ def _checked_labels(labels: ArrayLike, num_samples: int) -> NDArray[Any]:
         raise ValueError(f"labels must be {num_samples} integers, got {array.dtype} of shape {array.shape}")
     if array.min() < 0:
         raise ValueError(f"labels must be at least 0, got {array.min()}")
+    if array.max() >= max(_USUAL_CLASSES, _CLASSES_A_SAMPLE * num_samples):
+        raise ValueError(f"labels look like ids: the largest of {num_samples} is {array.max()}; number classes from 0")
     return array.astype(np.min_scalar_type(int(array.max())))  # classes are few: 1 or 2 bytes a sample, not 8
 
 

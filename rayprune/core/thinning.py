@@ -95,14 +95,14 @@ def thin_with_class_floor(
 ) -> Selection:
     """Thin as `thin`, but keep at least the share `class_floor` of every class, still unbiased.
 
-        A class that would fall below the floor has its keep ratios moved toward 1 before the draw (never after it: a
-        correction that looks at the draw would bias the weights). Where rounding down could break the
-    floor, counts are rounded up, so it holds exactly.
+    A class that would fall below the floor has its keep ratios moved toward 1 before the draw (never after it: a
+    correction that looks at the draw would bias the weights). Where rounding down could break the floor, counts are
+    rounded up, so it holds exactly.
 
-        Args:
-            strata, keep_ratios, rng: as `thin`.
-            labels: (N,) integers in [0, C).
-            class_floor: share in (0, 1].
+    Args:
+        strata, keep_ratios, rng: as `thin`.
+        labels: (N,) integers in [0, C).
+        class_floor: share in (0, 1].
     """
     width = keep_ratios.size + 1
     num_classes = int(labels.max(initial=0)) + 1

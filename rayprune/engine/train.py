@@ -200,7 +200,7 @@ class _Run:
         each = {"CPU": resources.cpus_per_worker, **({"GPU": 1.0} if resources.use_gpu else {})}
         return TorchTrainer(
             loop,
-            scaling_config=ray.train.ScalingConfig(
+            scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]  # typed as Train's first version
                 num_workers=resources.num_workers,  # type: ignore[arg-type]
                 use_gpu=resources.use_gpu,
                 elastic_resize_monitor_interval_s=_RESIZE_S,

@@ -14,18 +14,23 @@ the table into a Selection. Write one as one file in this package:
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rayprune.core.context import EpochContext
+from rayprune.core.fields import check_fields
 from rayprune.core.plain import make_fields_plain
 from rayprune.core.schedule import Schedule, check_share
 from rayprune.core.selection import Selection
 from rayprune.core.table import ScoreTable
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["baseline", "dynamic", "static", "control"]
 
@@ -57,6 +62,7 @@ class Method:
 
     def __post_init__(self) -> None:
         make_fields_plain(self)
+        check_fields(self)
         check_share("class_floor", self.class_floor)
 
     def columns(self) -> Mapping[str, Any]:
@@ -78,11 +84,17 @@ class Method:
 
     def _set_schedule(self, field: str) -> None:
         """Replace a ratio field by its Schedule; for `__post_init__` of a frozen dataclass."""
-        object.__setattr__(self, field, Schedule.of(getattr(self, field)))
+        object.__setattr__(self, field, Schedule.of(getattr(self, field), f"method.{field}"))
 
     def to_config(self) -> dict[str, Any]:
         """Return `name` and the hyperparameters in plain YAML types: what `build_method` takes."""
         return {"name": self.name, **{f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}}
+
+
+@cache
+def warn_once(line: str) -> None:
+    """Log a warning, and nothing where this process has logged it before: a run tries its method out first."""
+    logger.warning("%s", line)
 
 
 def num_pruned(prune_ratio: float, num_samples: int) -> int:

@@ -24,10 +24,11 @@ from rayprune.core.context import EpochContext
 from rayprune.core.schedule import Schedule, check_ratio, check_share, first_full_epoch
 from rayprune.core.selection import Selection
 from rayprune.core.table import ScoreTable, chunks
-from rayprune.methods.base import Method
+from rayprune.methods.base import Method, warn_once
 from rayprune.methods.registry import register
 
 logger = logging.getLogger(__name__)
+_LEAST_KEEP = 1e-6  # weights are 1/k: below this, single samples would outweigh an epoch
 
 
 @register("infobatch")
@@ -39,12 +40,12 @@ class InfoBatch(Method):
         prune_ratio: r, the share of the well-learned samples that is dropped; a number in [0, 1) or a schedule.
         anneal_start: δ in [0, 1]; from epoch floor(δE) on the run trains on everything.
         quantiles: percentiles q1 < … < qm of the scores, in (0, 100), that replace the mean as thresholds.
-        keep: one keep ratio in (0, 1] for each bucket below a threshold; the top bucket is kept whole.
+        keep: one keep ratio in [1e-6, 1] for each bucket below a threshold; the top bucket is kept whole.
             The paper's presets: [20, 85] with [.25, .5], and [64] with [.5].
         ema: momentum of the score in (0, 1]; 1 = the last loss.
         target_saving: share of all visits N·E that the whole run shall save, in (0, 1); replaces prune_ratio by the r
             that gets there from the share of candidates observed in each epoch.
-        max_prune_ratio: the highest r that target_saving may choose.
+        max_prune_ratio: the highest r that target_saving may choose; refused without it, unless at its default.
     """
 
     kind = "dynamic"
@@ -69,15 +70,19 @@ class InfoBatch(Method):
             raise ValueError(f"ema {self.ema!r} is outside (0, 1]: 1 uses the last loss")
         if len(self.quantiles) != len(self.keep) or list(self.quantiles) != sorted(set(self.quantiles)):
             raise ValueError(f"quantiles {self.quantiles} must ascend, with one keep ratio each, got {self.keep}")
-        if any(not 0 < q < 100 for q in self.quantiles) or any(not 0 < k <= 1 for k in self.keep):
+        if any(not 0 < q < 100 for q in self.quantiles) or any(not _LEAST_KEEP <= k <= 1 for k in self.keep):
             raise ValueError(
-                f"quantiles {self.quantiles} go from 0 to 100 and keep {self.keep} from 0 to 1, 0 excluded"
+                f"quantiles {self.quantiles} must lie in (0, 100), keep {self.keep} in [{_LEAST_KEEP:g}, 1]"
             )
-        if self.target_saving is not None:
-            if not 0.0 < self.target_saving < 1.0:
-                raise ValueError(f"target_saving {self.target_saving!r} is outside (0, 1)")
-            if self.quantiles:
-                raise ValueError("target_saving chooses prune_ratio and does not go with quantiles: leave one out")
+        if self.target_saving is None:
+            if self.max_prune_ratio != type(self).max_prune_ratio:
+                raise ValueError(
+                    f"max_prune_ratio {self.max_prune_ratio!r} does nothing without target_saving: set both"
+                )
+        elif not 0.0 < self.target_saving < 1.0:
+            raise ValueError(f"target_saving {self.target_saving!r} is outside (0, 1)")
+        elif self.quantiles:
+            raise ValueError("target_saving chooses prune_ratio and does not go with quantiles: leave one out")
 
     def fold(self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int) -> None:
         """Keep the last loss, or its moving average from the second visit on."""
@@ -92,6 +97,11 @@ class InfoBatch(Method):
         end = first_full_epoch(self.anneal_start, context.num_epochs)
         if self.target_saving is not None:
             self._check_reachable(self.target_saving, end, context.num_epochs)
+        elif context.epoch == 0 and end <= 1 and self._means_to_prune(context.num_epochs):
+            warn_once(
+                f"infobatch never prunes in {context.num_epochs} epochs: epoch 0 is full, and from epoch {end} on "
+                f"(anneal_start {self.anneal_start:g}) all data is used; raise train.epochs or anneal_start"
+            )
         loss = table["loss"]
         total, count, highest = 0.0, 0, -np.inf
         for rows in chunks(loss.size):
@@ -111,6 +121,11 @@ class InfoBatch(Method):
         thinned = context.thin(strata, keep)
         # Under the mean the request is r, the share of the candidates; with quantiles it is a share of all samples.
         return thinned.asking(thinned.expected_drops / context.num_samples if self.quantiles else float(1.0 - keep[0]))
+
+    def _means_to_prune(self, num_epochs: int) -> bool:
+        if self.quantiles:
+            return min(self.keep) < 1.0
+        return any(Schedule.of(self.prune_ratio)(epoch, num_epochs) > 0 for epoch in range(num_epochs))
 
     def _ratio(self, strata: NDArray[np.uint8], end: int, context: EpochContext) -> float:
         if self.target_saving is None:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from rayprune.core.fields import check_keys, shown
 from rayprune.core.objects import closest, is_reference, load_object
 from rayprune.methods.base import Method
 
@@ -49,26 +50,32 @@ def method_fields(cls: type[Method]) -> dict[str, Any]:
     return {f.name: None if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(cls)}
 
 
-def build_method(spec: Method | str | Mapping[str, Any]) -> Method:
+def build_method(spec: Method | str | Mapping[str, Any], key: str = "method") -> Method:
     """Make a method of its config: a name, or a mapping of `name` and hyperparameters.
 
+    Args:
+        spec: the config, or a method that is there already.
+        key: what messages call it.
+
     Raises:
-        ValueError: unknown name or key (with the closest match), or a value out of range.
+        ValueError: unknown name or key (with the closest match), or a value of another type or out of range.
 
     >>> build_method({"name": "infobatch", "prune_ratio": 0.3}).prune_ratio(0, 10)
     0.3
     """
     if isinstance(spec, Method):
         return spec
-    options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
+    options: Any = {"name": spec} if isinstance(spec, str) else spec
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{key} = {shown(spec)}: must be a name or a mapping, such as {{name: infobatch}}")
+    options = dict(options)
     if "name" not in options:
-        raise ValueError(f"method has no name: {closest('', METHODS)}")
-    name = str(options.pop("name"))
+        raise ValueError(f"{key} has no name: {closest('', METHODS)}")
+    name = options.pop("name")
+    if not isinstance(name, str):
+        raise ValueError(f"{key}.name = {shown(name)}: must be text, {closest(str(name), METHODS)}")
     cls = method_class(name)
-    valid = method_fields(cls)
-    for key in options:
-        if key not in valid:
-            raise ValueError(f"unknown key {key!r} of method {name!r}: {closest(key, valid)}")
+    check_keys(cls, options, key, f"method {name!r}")
     try:
         return cls(**options)
     except TypeError as error:

@@ -38,7 +38,7 @@ class Shuffled(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        inner = build_method(self.of)
+        inner = build_method(self.of, "method.of")
         object.__setattr__(self, "of", inner)
         # What the inner method is holds for the wrapper: class attributes become the instance's own.
         for name in ("signals", "unbiased", "fixed"):

@@ -7,6 +7,7 @@ Shapes: N samples, H height, W width, C channels, F features.
 
 from __future__ import annotations
 
+import math
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ import numpy as np
 
 from rayprune.sources.base import Column, SampleSource, Schema, Splits, holdout
 from rayprune.sources.cache import cache_root, cached_arrays
+from rayprune.sources.classes import count_classes
 from rayprune.sources.fingerprint import array_digest, digest, file_digest
 from rayprune.sources.registry import register_source
 from rayprune.sources.rows import RowSource
@@ -28,6 +30,10 @@ TRAIN_NAMES = (("x_train", "y_train"), ("x", "y"))
 VALIDATION_NAMES = (("x_test", "y_test"), ("x_val", "y_val"))
 IMAGE_CHANNELS = (1, 3)
 HOLDOUT_SEED = 0
+CHUNK_VALUES = 1 << 22
+
+# Version 3 has its field names in UTF-8, and only arrays with named fields need it.
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 Opener = Callable[[], Mapping[str, np.ndarray]]
 
@@ -38,7 +44,7 @@ class Arrays:
     """Inputs and labels as NumPy arrays.
 
     Inputs are images, uint8 (N, H, W, C), (N, C, H, W) with 1 or 3 channels, or (N, H, W), delivered as (H, W, C), or
-    any other numeric (N, F), delivered as float32 features. Labels are integers of shape (N,) or (N, 1).
+    any other numeric (N, F), delivered as finite float32 features. Labels are integers of shape (N,) or (N, 1).
 
     Attributes:
         path: a folder with x_train.npy and y_train.npy (or x and y), and optionally x_test/y_test or x_val/y_val; or
@@ -58,7 +64,8 @@ class Arrays:
         """Open the arrays and hold out a validation part where none is stored.
 
         Raises:
-            ValueError: missing or damaged files, or arrays of an unsuitable shape, dtype or length.
+            ValueError: missing or damaged files, arrays of an unsuitable shape, dtype or length, features that are
+                NaN or infinite, or labels that are no class numbers.
         """
         path = Path(self.path).expanduser().absolute()
         opener = _opener(path, self.cache_dir)
@@ -91,20 +98,34 @@ def _names() -> list[str]:
     return [name for names in (*TRAIN_NAMES, *VALIDATION_NAMES) for name in names]
 
 
-def load_folder(folder: Path) -> dict[str, np.ndarray]:
+def load_folder(folder: Path, archive: Path | None = None) -> dict[str, np.ndarray]:
     """Memory-map the arrays of known names in a folder.
+
+    Args:
+        folder: where the .npy files lie.
+        archive: the .npz archive that they came out of, for messages.
 
     Raises:
         ValueError: a file is no .npy file, truncated, or holds Python objects.
     """
-    arrays = {}
-    for file in (folder / f"{name}.npy" for name in _names()):
-        if file.exists():
-            try:
-                arrays[file.stem] = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
-            except (ValueError, EOFError, OSError) as error:
-                raise ValueError(f"{file} can't be memory-mapped ({error}): save a plain numeric array") from None
-    return arrays
+    files = [file for file in (folder / f"{name}.npy" for name in _names()) if file.exists()]
+    return {file.stem: _map_array(file, str(file) if archive is None else f"{archive}: {file.name}") for file in files}
+
+
+def _map_array(file: Path, named: str) -> np.ndarray:
+    try:
+        with file.open("rb") as handle:
+            read_header = _HEADERS[np.lib.format.read_magic(handle)]
+            shape, _, dtype = read_header(handle)
+            num_bytes = handle.tell() + math.prod(shape) * dtype.itemsize
+    except (ValueError, KeyError, OSError) as error:
+        line = " ".join(str(error).split())
+        raise ValueError(f"{named} is truncated or no .npy file ({line}): write it again") from None
+    if dtype.hasobject:
+        raise ValueError(f"{named} holds Python objects: save a plain numeric array")
+    if (size := file.stat().st_size) < num_bytes:
+        raise ValueError(f"{named} is truncated, {size} of {num_bytes} bytes: write it again")
+    return np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
 
 
 def _archive_bytes(path: Path) -> int:
@@ -128,7 +149,7 @@ def extract_archive(path: Path, folder: Path) -> None:
                     copyfileobj(packed, unpacked, 1 << 20)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}): save it again with np.savez") from None
-    load_folder(folder)  # refuses objects before the entry is published
+    load_folder(folder, path)  # refuses objects before the entry is published
 
 
 def load_part(opener: Opener, x_name: str, y_name: str) -> dict[str, np.ndarray]:
@@ -150,7 +171,9 @@ def _open_part(path: Path, opener: Opener, names: tuple[str, str], num_classes: 
     arrays = opener()
     inputs, targets = arrays[names[0]], arrays[names[1]]
     _check_inputs(path, names[0], inputs)
+    _check_finite(path, names[0], inputs)
     _check_labels(path, names, inputs, targets)
+    num_classes = count_classes(targets, f"{names[1]} in {path}", num_classes)
     labels = np.asarray(targets, dtype=np.int64).reshape(-1)
     rows = _channels_last(inputs)
     column = Column(rows.shape[1:], "uint8" if rows.ndim == 4 else "float32")
@@ -158,7 +181,7 @@ def _open_part(path: Path, opener: Opener, names: tuple[str, str], num_classes: 
     schema = Schema(
         columns={name: column, "label": Column((), "int64")},
         input=name,
-        num_classes=int(labels.max()) + 1 if num_classes is None else num_classes,
+        num_classes=num_classes,
     )
     fingerprint = digest("arrays", array_digest(inputs), labels)
     return RowSource(partial(load_part, opener, *names), schema, fingerprint, labels)
@@ -177,6 +200,22 @@ def _check_inputs(path: Path, name: str, inputs: np.ndarray) -> None:
         raise ValueError(f"{described}: images must be uint8 in 0..255, store (x * 255).round().astype('uint8')")
     elif inputs.ndim == 4 and not {inputs.shape[1], inputs.shape[3]} & set(IMAGE_CHANNELS):
         raise ValueError(f"{described}: neither axis 1 nor axis 3 has 1 or 3 channels, store (N, H, W, 1 or 3)")
+
+
+def _check_finite(path: Path, name: str, inputs: np.ndarray) -> None:
+    if inputs.dtype.kind != "f":
+        return
+    num_rows = max(1, CHUNK_VALUES // inputs.shape[1])
+    for start in range(0, len(inputs), num_rows):
+        values = inputs[start : start + num_rows]
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(values.astype(np.float32, copy=False))
+        if not finite.all():
+            row, column = np.argwhere(~finite)[0]
+            raise ValueError(
+                f"{name} in {path} row {start + row}, column {column} is {values[row, column]:g}: features must be "
+                "finite float32 numbers, correct it or leave the row out"
+            )
 
 
 def _check_labels(path: Path, names: tuple[str, str], inputs: np.ndarray, targets: np.ndarray) -> None:

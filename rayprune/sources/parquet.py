@@ -19,8 +19,16 @@ import pyarrow.parquet as pq
 from rayprune.core.objects import closest
 from rayprune.sources.base import Column, SampleSource, Schema, Splits, Subset, holdout
 from rayprune.sources.cache import cache_root, cached_arrays
+from rayprune.sources.classes import count_classes
 from rayprune.sources.fingerprint import digest, file_digest
-from rayprune.sources.parquet_layout import check_columns, find_columns, hub_class_names, split_files, string_labels
+from rayprune.sources.parquet_layout import (
+    DEFAULT_VALIDATION_FILES,
+    check_columns,
+    find_columns,
+    hub_class_names,
+    split_files,
+    string_labels,
+)
 from rayprune.sources.parquet_rows import (
     ParquetRows,
     build_rows,
@@ -48,16 +56,17 @@ class Parquet:
         validation_files: pattern of the stems; the default also tries "*val*"; "" for none.
         image_column: encoded images, binary or a struct with `bytes`; default: found by name and type.
         label_column: integers or strings; default: found by name, else the only integer column.
-        feature_columns: numeric columns, in this order; default where there is no image: all but the label.
+        feature_columns: numeric columns, in this order; default where there is no image: all but the label and pandas'
+            index.
         validation_fraction: held out, stratified, where no validation file matches; 0 for no validation.
         num_classes: default: the number of class names stored, else the largest training label + 1.
-        on_error: "skip" leaves out rows and files that can't be read, "fail" refuses them.
+        on_error: "skip" leaves out rows and files that can't be read, and files of other columns; "fail" refuses them.
         cache_dir: see `cache.cache_root`.
     """
 
     path: str
     train_files: str = "*train*"
-    validation_files: str = "*test*"
+    validation_files: str = DEFAULT_VALIDATION_FILES
     image_column: str | None = None
     label_column: str | None = None
     feature_columns: tuple[str, ...] | None = None
@@ -70,6 +79,8 @@ class Parquet:
     def __post_init__(self) -> None:
         if self.on_error not in {"fail", "skip"}:
             raise ValueError(f"data.on_error is {self.on_error!r}: {closest(self.on_error, ('fail', 'skip'))}")
+        if self.feature_columns == ():
+            raise ValueError("data.feature_columns = []: name at least one column, or leave it out for all")
 
     def open(self) -> Splits:
         """Find the files and columns and read the labels; with on_error=skip also decode, to know which rows remain.
@@ -83,9 +94,9 @@ class Parquet:
             raise ValueError(f"the training files in {self.path!r} have no rows: correct data.path or data.train_files")
         if train_rows.image_column is not None:
             train_rows = replace(train_rows, shape=first_image_shape(train_rows))
-        num_classes = len(class_names) or int(labels.max()) + 1
-        if self.num_classes is not None:
-            num_classes = self.num_classes
+        named = f"column {train_rows.label_column!r} of {self.path}"
+        given = (len(class_names) or None) if self.num_classes is None else self.num_classes
+        num_classes = count_classes(labels, named, given)
         schema = _row_schema(train_rows, num_classes, class_names if len(class_names) == num_classes else ())
         train = _open_rows(train_rows, schema, self.cache_dir)
         if validation_rows.files:
@@ -109,11 +120,11 @@ class Parquet:
         image, label, features = find_columns(
             train[0], file_schema, self.image_column, self.label_column, self.feature_columns
         )
-        for file in (*train, *validation):
-            check_columns(file, [label, *features, *([] if image is None else [image])])
-        train, validation = (
-            usable_files(files, partial(read_column, name=label), skip) for files in (train, validation)
-        )
+        check = partial(check_columns, first=file_schema, image=image, label=label, features=features)
+        for step in (check, partial(read_column, name=label)):
+            train, validation = (usable_files(files, step, skip) for files in (train, validation))
+        if not train:
+            raise ValueError(f"data.path {self.path!r} holds no training file whose labels can be read: restore one")
         names = string_labels(train, label)
         rows = ParquetRows(train, label, names, image, features, (len(features),), skip)
         return rows, replace(rows, files=validation), names or hub_class_names(file_schema, label)

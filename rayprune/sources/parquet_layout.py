@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -72,13 +73,20 @@ def find_columns(
     return image, label, () if image is not None else _features(file, schema, label, feature_columns)
 
 
-def check_columns(file: Path, columns: Sequence[str]) -> None:
-    """Refuse a file that lacks one of the columns.
+def check_columns(file: Path, first: pa.Schema, image: str | None, label: str, features: Sequence[str]) -> None:
+    """Refuse a file that lacks one of the columns, or has another type there than the first file.
 
     Raises:
-        ValueError: names the file, the column and the closest one it has.
+        ValueError: names the file and the column.
     """
-    _check_names(file, columns, pq.read_schema(file).names)
+    schema = pq.read_schema(file)
+    names = [label, *features, *([] if image is None else [image])]
+    _check_names(file, names, schema.names)
+    for name in names:
+        kind, usual = schema.field(name).type, first.field(name).type
+        sort = _sort_of_label if name == label else _is_image if name == image else _is_number
+        if sort(kind) != sort(usual):
+            raise ValueError(f"{file} column {name!r} is {kind}, and {usual} in the first file")
 
 
 def string_labels(files: Sequence[Path], column: str) -> tuple[str, ...]:
@@ -108,8 +116,29 @@ def _check_names(file: Path, wanted: Sequence[str], names: Sequence[str]) -> Non
 
 def _is_image(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
-        return bool(kind.get_field_index("bytes") >= 0)
+        return kind.get_field_index("bytes") >= 0 and _is_image(kind.field("bytes").type)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+
+
+def _sort_of_label(kind: pa.DataType) -> str:
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_string(plain) or pa.types.is_large_string(plain):
+        return "text"
+    return "integer" if pa.types.is_integer(plain) or pa.types.is_boolean(plain) else str(plain)
+
+
+def _index_columns(schema: pa.Schema) -> set[str]:
+    """Return the columns that pandas wrote for its index: row numbers and the like, which tell a network the row."""
+    try:
+        stored = json.loads((schema.metadata or {})[b"pandas"])["index_columns"]
+    except (KeyError, TypeError, ValueError):
+        stored = []
+    listed = {name for name in stored if isinstance(name, str)}  # an index that is a range stands there as a mapping
+    return listed | {name for name in schema.names if re.fullmatch(r"__index_level_\d+__", name)}
 
 
 def _find_image(schema: pa.Schema) -> str | None:
@@ -118,23 +147,23 @@ def _find_image(schema: pa.Schema) -> str | None:
 
 
 def _find_label(file: Path, schema: pa.Schema) -> str:
-    usual = [name for name in LABEL_NAMES if name in schema.names]
-    integers: list[str] = [field.name for field in schema if pa.types.is_integer(field.type)]
+    index = _index_columns(schema)
+    usual = [name for name in LABEL_NAMES if name in schema.names and name not in index]
+    integers: list[str] = [
+        field.name for field in schema if pa.types.is_integer(field.type) and field.name not in index
+    ]
     if usual or len(integers) == 1:
         return (usual or integers)[0]
     raise ValueError(f"{file} has no column with a usual label name: set data.label_column to one of {schema.names}")
 
 
 def _features(file: Path, schema: pa.Schema, label: str, given: Sequence[str] | None) -> tuple[str, ...]:
-    numeric = [
-        field.name
-        for field in schema
-        if field.name != label
-        and (pa.types.is_integer(field.type) or pa.types.is_floating(field.type) or pa.types.is_boolean(field.type))
-    ]
+    numeric = [field.name for field in schema if field.name != label and _is_number(field.type)]
     for name in given or ():
         if name not in numeric:
             raise ValueError(f"{file} column {name!r} is {schema.field(name).type}: {closest(name, numeric)}")
-    if not numeric:
+    index = _index_columns(schema)
+    found = tuple(name for name in numeric if name not in index) if given is None else tuple(given)
+    if not found:
         raise ValueError(f"{file} has neither an image nor a numeric column: set data.image_column")
-    return tuple(numeric if given is None else given)
+    return found

@@ -59,19 +59,21 @@ class ParquetRows:
 
 
 def usable_files(files: tuple[Path, ...], check: Callable[[Path], object], skip_errors: bool) -> tuple[Path, ...]:
-    """Return the files that `check` can read.
+    """Return the files that `check` can read and finds no fault with.
 
     Raises:
-        ValueError: a file is damaged and skip_errors is off.
+        ValueError: a file is damaged or at fault, and skip_errors is off.
     """
     usable = []
     for file in files:
         try:
             check(file)
-        except (pa.ArrowInvalid, OSError) as error:
+        except (ValueError, OSError) as error:  # pyarrow's own error is a ValueError too
+            damaged = isinstance(error, pa.ArrowInvalid | OSError)
+            fault = f"{file} is not a readable Parquet file ({_line(error)})" if damaged else str(error)
             if not skip_errors:
-                raise _damaged(file, error) from None
-            logger.warning("left out %s: not a readable Parquet file (%s)", file, _line(error))
+                raise ValueError(f"{fault}: {'restore' if damaged else 'correct'} it, {LEFT_OUT}") from None
+            logger.warning("left out: %s", fault)
         else:
             usable.append(file)
     return tuple(usable)
@@ -112,7 +114,10 @@ def _file_labels(rows: ParquetRows, file: Path) -> tuple[np.ndarray, np.ndarray]
         labels = values
     else:
         raise ValueError(f"{file} column {rows.label_column!r} is {values.type}: labels must be integers or strings")
-    return np.asarray(labels.cast(pa.int64()).fill_null(0)), present
+    try:
+        return np.asarray(labels.cast(pa.int64()).fill_null(0)), present
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file} column {rows.label_column!r} holds no class numbers ({_line(error)})") from None
 
 
 def first_image_shape(rows: ParquetRows) -> tuple[int, ...]:
@@ -238,10 +243,6 @@ def _fill_features(rows: ParquetRows, file: Path, target: np.ndarray) -> Iterato
 
 def _bad_row(file: Path, bad: BadRow) -> ValueError:
     return ValueError(f"{file} row {bad[0]} {bad[1]}: correct it, {LEFT_OUT}")
-
-
-def _damaged(file: Path, error: Exception) -> ValueError:
-    return ValueError(f"{file} is not a readable Parquet file ({_line(error)}): restore it, {LEFT_OUT}")
 
 
 def _line(error: Exception) -> str:

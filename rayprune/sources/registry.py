@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
+from rayprune.core.fields import check_keys
 from rayprune.core.objects import closest, is_reference, load_object
+from rayprune.core.plain import plain
 from rayprune.sources.base import Limited, SampleSource, Splits
 
 SOURCES: dict[str, type[Any]] = {}
@@ -48,8 +49,8 @@ def open_data(source: str, limit: int | None = None, **keys: Any) -> Splits:
         **keys: the source's own keys.
 
     Raises:
-        ValueError: an unknown source or key, a missing key, an empty part, labels outside 0..num_classes-1, or what
-            the source itself refuses.
+        ValueError: an unknown source or key, a missing key, a value of another type, an empty part, labels outside
+            0..num_classes-1, or what the source itself refuses.
     """
     splits = _call_function(source, keys) if is_reference(source) else _open_registered(source, keys)
     _check_part("training", splits.train)
@@ -69,15 +70,8 @@ def _open_registered(name: str, keys: dict[str, Any]) -> Splits:
     if name not in SOURCES:
         raise ValueError(f"data.source {name!r} is unknown: {closest(name, SOURCES)}, or give 'module:function'")
     cls = SOURCES[name]
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key in keys:
-        if key not in fields:
-            raise ValueError(f"data.{key} is no key of source {name!r}: {closest(key, fields)}")
-    for key, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and key not in keys:
-            raise ValueError(f"data.{key} is missing: source {name!r} needs it")
-    splits: Splits = cls(**keys).open()
+    check_keys(cls, keys, "data", f"source {name!r}")
+    splits: Splits = cls(**{key: plain(value) for key, value in keys.items()}).open()
     return splits
 
 

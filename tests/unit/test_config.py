@@ -27,10 +27,10 @@ def test_every_shipped_config_reads_back_to_itself(path: Path) -> None:
         ({**DIGITS, "trian": {}}, ["'trian'", "'train'"]),
         ({**DIGITS, "train": {"epohcs": 3}}, ["'train.epohcs'", "'epochs'"]),
         ({**DIGITS, "train": {"epochs": 0}}, ["train.epochs", "0", "greater than or equal to 1"]),
-        ({**DIGITS, "train": {"epochs": "many"}}, ["train.epochs", "'many'", "integer"]),
+        ({**DIGITS, "train": {"epochs": "many"}}, ["train.epochs", "'many'", "must be a whole number"]),
         ({**DIGITS, "method": {"name": "infobach"}}, ["'infobach'", "'infobatch'"]),
         ({**DIGITS, "method": {"name": "infobatch", "prune_ratio": 1.0}}, ["1.0", "[0, 1)"]),
-        ({**DIGITS, "method": {"name": "infobatch", "prune_ratoi": 0.5}}, ["'prune_ratoi'", "'prune_ratio'"]),
+        ({**DIGITS, "method": {"name": "infobatch", "prune_ratoi": 0.5}}, ["'method.prune_ratoi'", "'prune_ratio'"]),
         ({**DIGITS, "train": {"batch_size": 33}, "scaling": {"num_workers": 2}}, ["33", "2 workers", "32"]),
         ({**DIGITS, "optim": {"schedule": "cosin"}}, ["optim.schedule", "'cosin'", "'cosine'"]),
         ({**DIGITS, "scaling": {"threads": 0}}, ["scaling.threads", "above 0"]),
@@ -44,6 +44,61 @@ def test_a_mistake_is_one_line_with_the_cure(tree: dict[str, Any], words: list[s
     assert "\n" not in line
     for word in words:
         assert word in line
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["optim.lr=true"], "optim.lr = True: must be a number"),
+        (["train.epochs=true"], "train.epochs = True: must be a whole number"),
+        (
+            ["scaling.num_workers=true"],
+            "scaling.num_workers = True: must be a whole number or a list of 2 whole numbers",
+        ),
+        (["scaling.num_workers=[0, 2]"], "scaling.num_workers = [0, 2]: must be at least 0, or [min, max]"),
+        (['train.epochs="2"'], "train.epochs = '2': must be a whole number"),
+        (['optim.lr="5e-4"'], "optim.lr = '5e-4': must be a number"),
+        (["optim.lr=.inf"], "optim.lr = inf: must be a finite number"),
+        (["optim.gamma=.inf"], "optim.gamma = inf: must be a finite number"),
+        (["optim.weight_decay=.nan"], "optim.weight_decay = nan: must be a finite number"),
+        (["train.clip_norm=.inf"], "train.clip_norm = inf: must be a finite number or null"),
+        (["train.seed=9223372036854775808"], "train.seed = 9223372036854775808: input should be less than 92233720"),
+        (["optim.betas=[2, 3]"], "optim.betas = 2: input should be less than 1"),
+        (["optim.betas=[.9]"], "optim.betas = [0.9]: must be a list of 2 numbers"),
+        (["optim.milestones=[.5, .2]"], "optim.milestones = [0.5, 0.2]: must ascend between 0 and 1"),
+        (["optim.milestones=[30, 60]"], "optim.milestones = [30, 60]: must ascend between 0 and 1"),
+        (["optim.milestones=.5"], "optim.milestones = 0.5: must be a list of numbers"),
+        (["optim.nesterov=true", "optim.momentum=0"], "optim.nesterov = True needs momentum: set optim.momentum=0.9"),
+        (["optim.schedule=onecycle"], "optim.warmup = 0.05: schedule onecycle warms up by itself, set optim.warmup=0"),
+        (["scaling.threads=1.5"], "scaling.threads = 1.5: must be auto or a whole number"),
+        (["train.channels_last=3"], "train.channels_last = 3: must be auto, true or false"),
+        (["data.augment={flip: 3}"], "data.augment.flip = 3: must be true or false"),
+        (["data.augment={crop: -1}"], "data.augment.crop = -1: must be at least 0"),
+        (["data.augment={flop: true}"], "unknown key 'data.augment.flop' of the augmentation: did you mean 'flip'"),
+        (["data.augment={1: 2}"], "data.augment = {1: 2}: must be auto or a mapping of keys"),
+        (["data.augment=crop"], "data.augment = 'crop': must be auto or a mapping of keys"),
+        (["train.epochs=1", "train.epochs=2"], "override 'train.epochs=2': 'train.epochs' is given twice"),
+        (["train.epochs=1", "train={seed: 1}"], "override 'train={seed: 1}': 'train' is given twice"),
+        (["train=null"], "train = None: must be a mapping of keys"),
+        (["method=null"], "method = None: must be a name or a mapping"),
+        (["method={1: 2, name: infobatch}"], "unknown key 'method.1' of method 'infobatch'"),
+        (["method={name: infobatch, ema: abc}"], "method.ema = 'abc': must be a number"),
+        (["run.name=2024"], "run.name = 2024: must be text or null"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(words: list[str], named: str) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        load_config(CONFIGS[0].parent / "digits_full.yaml", words)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert line.startswith(named)
+
+
+def test_what_looks_odd_and_is_right_is_taken() -> None:
+    words = ["optim.lr=5e-4", "optim.weight_decay=0", "optim.schedule=onecycle", "optim.warmup=0", "train={seed: 1}"]
+    config = load_config(CONFIGS[0].parent / "digits_full.yaml", [*words, "train.epochs=2", "train.clip_norm=1"])
+    assert (config.optim.lr, config.optim.schedule, config.train.clip_norm) == (0.0005, "onecycle", 1.0)
+    assert (config.train.seed, config.train.epochs) == (1, 2)
 
 
 def test_numbers_are_read_as_people_write_them() -> None:
@@ -87,6 +142,15 @@ def test_the_run_name_follows_what_decides_the_result(tmp_path: Path) -> None:
     assert load_config(file, ["scaling.num_workers=2"]).run.name == name
     assert load_config(file, ["train.seed=1"]).run.name != name
     assert load_config(file, ["run.name=kept"]).run.name == "kept"
+
+
+def test_where_the_data_lies_decides_nothing() -> None:
+    data = {"source": "parquet", "path": "data/cifar10", "label_column": "y"}
+    digest = make_config({"data": data}).digest()
+    for other in ({"path": "/elsewhere"}, {"path": "./data/cifar10"}, {"cache_dir": "/tmp"}):
+        assert make_config({"data": data | other}).digest() == digest
+    for other in ({"label_column": "z"}, {"limit": 9}, {"source": "arrays"}):
+        assert make_config({"data": data | other}).digest() != digest
 
 
 def test_a_users_file_is_found_from_every_folder_and_its_place_decides_nothing(

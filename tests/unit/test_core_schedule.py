@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayprune.core.schedule import SCHEDULES, Power, Schedule, first_full_epoch
+from rayprune.core.schedule import SCHEDULES, Polynomial, Power, Schedule, first_full_epoch
 
 ratios = st.floats(0.0, 1.0, exclude_max=True)
 ramps = st.fixed_dictionaries({"schedule": st.sampled_from(["linear", "cosine"]), "start": ratios, "end": ratios})
@@ -144,19 +144,31 @@ def test_numpy_numbers_are_numbers() -> None:
     [
         (1.0, r"prune ratio 1\.0 is outside \[0, 1\)"),
         (-0.1, r"prune ratio -0\.1 is outside"),
-        (float("nan"), "prune ratio nan is outside"),
-        (True, "prune ratio True is outside"),
+        (float("nan"), "prune_ratio = nan: must be a finite number"),
+        (True, "prune_ratio = True: must be a number, or a mapping"),
         (np.float32(1.5), r"prune ratio 1\.5 is outside"),
-        ("0.5", r"prune ratio '0\.5' is outside"),
-        (None, "prune ratio None is outside"),
+        ("0.5", r"prune_ratio = '0\.5': must be a number, or a mapping"),
+        (None, "prune_ratio = None: must be a number, or a mapping"),
+        ([0.5], "must be a number, or a mapping"),
+        ({"schedule": ["a"]}, r"prune_ratio: unknown schedule \['a'\]"),
+        (
+            {"schedule": "step", "milestones": 0.5, "ratios": 0.5},
+            r"prune_ratio\.milestones = 0\.5: must be a list of num",
+        ),
+        ({"schedule": "polynomial", "power": "a"}, r"prune_ratio\.power = 'a': must be a number"),
+        ({"schedule": "linear", 1: 2}, r"unknown key 'prune_ratio\.1' of schedule 'linear'"),
+        ({"schedule": "annealed", "of_ratio": "a"}, "of_ratio = 'a': must be a number, or a mapping"),
         ({"schedule": "linaer"}, "unknown schedule 'linaer': did you mean 'linear'"),
         ({"start": 0.1}, "unknown schedule None: .*valid: annealed"),
-        ({"schedule": "linear", "stat": 0.1}, "unknown key 'stat' of schedule 'linear': did you mean 'start'"),
+        (
+            {"schedule": "linear", "stat": 0.1},
+            "unknown key 'prune_ratio.stat' of schedule 'linear': did you mean 'start'",
+        ),
         ({"schedule": "cosine", "end": 1}, r"end 1 is outside \[0, 1\)"),
         ({"schedule": "polynomial", "power": 0}, "power 0 must be above 0"),
-        ({"schedule": "polynomial", "power": float("nan")}, "power nan must be above 0"),
-        ({"schedule": "power", "blocks": 0}, "blocks 0 must be an integer of at least 1"),
-        ({"schedule": "power", "blocks": 2.5}, r"blocks 2\.5 must be an integer"),
+        ({"schedule": "polynomial", "power": float("nan")}, r"power = nan: must be a finite number"),
+        ({"schedule": "power", "blocks": 0}, "blocks 0 must be at least 1"),
+        ({"schedule": "power", "blocks": 2.5}, r"prune_ratio\.blocks = 2\.5: must be a whole number"),
         ({"schedule": "power", "blocks": 20, "budget": 0.05}, r"budget 0\.05 is outside \(0\.05, 1\] for 20 blocks"),
         ({"schedule": "power", "budget": 1.1}, r"budget 1\.1 is outside"),
         ({"schedule": "step", "milestones": [0.5, 0.2], "ratios": [0.1, 0.2]}, "milestones .* must ascend"),
@@ -168,8 +180,14 @@ def test_numpy_numbers_are_numbers() -> None:
     ],
 )
 def test_bad_schedules_are_refused(config: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         Schedule.of(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_schedule_of_ones_own_is_checked_alike() -> None:
+    with pytest.raises(ValueError, match=r"Polynomial\.power = 'a': must be a number"):
+        Polynomial(power="a")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("epoch", [-1, 5, 100])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 
 from rayprune.core import ScoreTable, Selection, Selector
 from rayprune.methods import build_method
+from rayprune.methods.infobatch import InfoBatch
 
 ROOT = Path(__file__).parents[2]
 HARDEST = '''"""Keep the hardest half."""
@@ -187,6 +190,60 @@ def test_a_newer_schema_is_refused() -> None:
         selector().load_state_dict(edited_header(selector().state_dict(), schema=2))
 
 
+@pytest.mark.parametrize(
+    ("left_out", "changed", "message"),
+    [
+        ("header", {}, "has no readable header"),
+        ("", {"header": np.frombuffer(b"garbage", dtype=np.uint8)}, "has no readable header"),
+        ("", {"header": np.frombuffer(b"[1]", dtype=np.uint8)}, "has no readable header"),
+        ("", {"header": np.frombuffer(b"{}", dtype=np.uint8)}, "header lacks epoch, method"),
+        ("selection/bitmap", {}, "selection lacks bitmap"),
+        ("selection/", {}, "selection lacks bitmap, forward_only_ids, num_samples"),
+        ("", {"selection/num_samples": np.array(5), "selection/weight_codes": np.ones(5, np.uint8)}, "over 5 samples"),
+        ("", {"selection/num_samples": np.array(90)}, "8 bits for 90 samples"),
+        ("", {"selection/weight_codes": np.ones(1, np.uint8)}, "1 weight codes do not fit its 6 kept"),
+        ("", {"selection/weight_codes": np.full(6, 9, np.uint8)}, "weight codes do not fit"),
+        ("table/last_visit", {}, "columns differ"),
+    ],
+)
+def test_a_state_that_is_not_whole_changes_nothing(
+    left_out: str, changed: dict[str, NDArray[Any]], message: str
+) -> None:
+    stored, target = selector(), selector()
+    for each, loss in ((stored, 1.0), (target, 2.0)):
+        each.begin_epoch(0)
+        each.observe([0, 1], {"loss": [loss, loss]}, 0)
+    stored.begin_epoch(1)
+    kept = {name: a for name, a in stored.state_dict().items() if not (left_out and name.startswith(left_out))}
+    before = table_bytes(target)
+    with pytest.raises(ValueError, match=message) as caught:
+        target.load_state_dict(kept | changed)
+    assert "\n" not in str(caught.value)
+    assert table_bytes(target) == before
+    assert target.epoch == 0
+
+
+@pytest.mark.parametrize("method", ["infobatch", None, type(build_method("infobatch")), {"name": "infobatch"}])
+def test_only_a_method_selects(method: Any) -> None:
+    with pytest.raises(ValueError, match=r"method must be a rayprune method such as InfoBatch\(\), got") as caught:
+        Selector(method, 6, 8)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_that_are_ids_are_refused() -> None:
+    floored = {"name": "infobatch", "class_floor": 0.5}
+    with pytest.raises(ValueError, match=f"labels look like ids: the largest of 6 is {2**40}"):
+        selector(floored, labels=[0, 1, 2, 3, 4, 2**40])
+    selector(floored, labels=[0, 1, 2, 3, 4, 21_842]).begin_epoch(0)
+
+
+def test_skipped_epochs_count_as_not_trained() -> None:
+    chosen = selector("full")
+    for epoch in (0, 1, 5, 7):
+        chosen.begin_epoch(epoch)
+    assert chosen.visits_before == 3 * 6
+
+
 def test_a_table_of_other_columns_or_dtypes_is_refused() -> None:
     state = selector().state_dict()
     with pytest.raises(ValueError, match=r"column 'last_visit' is float32\(6,\), not int32\(6,\)"):
@@ -261,6 +318,12 @@ def test_many_weights_survive(num_weights: int) -> None:
     assert Selection.from_arrays(chosen.to_arrays()).weights.tolist() == weights.tolist()
 
 
+@pytest.mark.parametrize("mask", [np.array([1, 0]), np.array([0.5, 1.0]), np.ones((2, 2), dtype=bool), "ab", 3])
+def test_only_bools_make_a_mask(mask: Any) -> None:
+    with pytest.raises(ValueError, match="kept must be a 1-d array of bool, got"):
+        Selection.of_mask(mask)
+
+
 def test_of_ids_takes_any_order_and_refuses_what_does_not_fit() -> None:
     chosen = Selection.of_ids([4, 0, 2], 6, weights=[4.0, 1.0, 2.0])
     assert (chosen.ids.tolist(), chosen.weights.tolist()) == ([0, 2, 4], [1.0, 2.0, 4.0])
@@ -284,6 +347,8 @@ def test_of_ids_takes_any_order_and_refuses_what_does_not_fit() -> None:
 def test_a_selection_cannot_be_written_into() -> None:
     for chosen in (
         Selection.full(3),
+        pickle.loads(pickle.dumps(Selection.full(3))),
+        copy.deepcopy(Selection.of_ids([1], 3, weights=[2.0])),
         Selection.of_ids([1], 3, weights=[2.0], forward_only_ids=[0]),
         Selection.from_arrays(Selection.full(3).to_arrays()),
         selector().begin_epoch(0),
@@ -364,6 +429,46 @@ def test_bad_references_are_refused(reference: str, message: str) -> None:
 def test_a_reference_to_our_own_class_keeps_its_name() -> None:
     assert build_method("rayprune.methods.infobatch:InfoBatch") == build_method("infobatch")
     assert build_method("infobatch").to_config()["name"] == "infobatch"
+
+
+@pytest.mark.parametrize(
+    ("spec", "line"),
+    [
+        (None, "method = None: must be a name or a mapping"),
+        (3, "method = 3: must be a name or a mapping"),
+        ({"name": 3}, "method.name = 3: must be text"),
+        ({"name": "infobatch", 1: 2}, "unknown key 'method.1' of method 'infobatch'"),
+        ({"name": "infobatch", "ema": "abc"}, "method.ema = 'abc': must be a number"),
+        ({"name": "infobatch", "ema": True}, "method.ema = True: must be a number"),
+        ({"name": "infobatch", "quantiles": 20}, "method.quantiles = 20: must be a list of numbers"),
+        ({"name": "infobatch", "target_saving": "abc"}, "method.target_saving = 'abc': must be a number or null"),
+        ({"name": "infobatch", "prune_ratio": "abc"}, "method.prune_ratio = 'abc': must be a number, or a mapping"),
+        (
+            {"name": "infobatch", "prune_ratio": {"schedule": "step", "milestones": 0.5, "ratios": 0.5}},
+            "method.prune_ratio.milestones = 0.5: must be a list of numbers",
+        ),
+        ({"name": "random", "prune_ratio": {"schedule": ["a"]}}, "method.prune_ratio: unknown schedule ['a']"),
+        ({"name": "random_epoch", "replacement": "abc"}, "method.replacement = 'abc': must be true or false"),
+        ({"name": "random_epoch", "replacement": 3}, "method.replacement = 3: must be true or false"),
+        ({"name": "shuffled", "of": 3}, "method.of = 3: must be a name or a mapping"),
+        ({"name": "shuffled", "of": {"name": "infobatch", "ema": "x"}}, "method.of.ema = 'x': must be a number"),
+        (
+            {"name": "infobatch", "quantiles": [50], "keep": [1e-7]},
+            "quantiles (50,) must lie in (0, 100), keep (1e-07,)",
+        ),
+        ({"name": "infobatch", "max_prune_ratio": 0.5}, "max_prune_ratio 0.5 does nothing without target_saving"),
+    ],
+)
+def test_bad_hyperparameters_are_one_line(spec: Any, line: str) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        build_method(spec)
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_method_of_ones_own_is_checked_alike() -> None:
+    with pytest.raises(ValueError, match=r"^InfoBatch\.ema = 'abc': must be a number$"):
+        InfoBatch(ema="abc")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("spec", [{}, {"prune_ratio": 0.5}])

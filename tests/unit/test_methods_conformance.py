@@ -171,7 +171,9 @@ def test_hyperparameters_are_frozen(method: Method) -> None:
 @every_class
 def test_an_unknown_key_is_refused_with_the_closest(cls: type[Method]) -> None:
     for field in dataclasses.fields(cls):
-        with pytest.raises(ValueError, match=f"unknown key '{field.name}x'.*did you mean '{field.name}'"):
+        with pytest.raises(
+            ValueError, match=f"unknown key 'method.{field.name}x' of method.*did you mean '{field.name}'"
+        ):
             build_method({"name": cls.name, f"{field.name}x": 1})
 
 

@@ -25,6 +25,12 @@ def save(folder, **arrays):
 LABELS = np.arange(20) % 4
 
 
+def spoilt(value):
+    features = np.zeros((20, 4))
+    features[11, 2] = features[15, 0] = value
+    return features
+
+
 @pytest.mark.parametrize(
     ("shape", "to_rows"),
     [
@@ -113,7 +119,7 @@ def test_pickle_carries_the_path_only(tmp_path):
     ("arrays", "message"),
     [
         ({"x_train": image_rows((20, 4, 4, 3)) / 255, "y_train": LABELS}, "images must be uint8"),
-        ({"x_train": np.array([{}] * 20), "y_train": LABELS}, "can't be memory-mapped"),
+        ({"x_train": np.array([{}] * 20), "y_train": LABELS}, r"x_train\.npy holds Python objects"),
         ({"x_train": image_rows((20, 4, 4, 3)), "y_train": LABELS[:19]}, "x_train has 20 rows"),
         ({"x_train": image_rows((20, 4, 4, 3)), "y_train": LABELS / 1.0}, "labels must be integers"),
         ({"x_train": image_rows((20, 4, 4, 3)), "y_train": np.eye(4)[LABELS].astype(int)}, "labels must be integers"),
@@ -124,21 +130,68 @@ def test_pickle_carries_the_path_only(tmp_path):
         ({"x_train": image_rows((20, 4))}, "holds no x_train and y_train"),
         ({"x": image_rows((20, 4)), "y": LABELS, "x_val": image_rows((2, 4))}, "without its partner"),
         ({"x": image_rows((20, 4)), "y": LABELS - 9}, "num_classes is"),
+        (
+            {"x": image_rows((20, 4)), "y": np.append(LABELS[:19], 2**62)},
+            rf"y in .* holds {2**62}: labels must be below",
+        ),
+        ({"x": image_rows((20, 4)), "y": np.uint64(2**64 - 1) - LABELS.astype("u8")}, "labels must be below 2"),
+        ({"x": image_rows((20, 4)), "y": LABELS * 1000}, r"y in .* look like ids, .* largest of 20 is 3000;"),
+        ({"x": spoilt(np.nan), "y": LABELS}, r"x in .* row 11, column 2 is nan: features must be finite"),
+        ({"x": spoilt(-np.inf), "y": LABELS}, r"row 11, column 2 is -inf"),
+        ({"x": spoilt(1e300), "y": LABELS}, r"row 11, column 2 is 1e\+300"),
+        ({"x": image_rows((20, 4)), "y": LABELS, "x_val": spoilt(np.nan), "y_val": LABELS}, "x_val in .* row 11"),
     ],
 )
-def test_unsuitable_arrays_are_refused_in_one_line(tmp_path, arrays, message):
+@pytest.mark.filterwarnings("error")
+def test_unsuitable_arrays_are_refused_in_one_line(tmp_path, monkeypatch, arrays, message):
+    monkeypatch.setattr("rayprune.sources.arrays.CHUNK_VALUES", 12)
     with pytest.raises(ValueError, match=message) as caught:
         open_data("arrays", path=save(tmp_path, **arrays))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kept", [0, 20, 200])
-def test_truncated_files_are_refused(tmp_path, kept):
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ({"path": None}, "data.path = None: must be text"),
+        ({"path": 3}, "data.path = 3: must be text"),
+        ({"num_classes": "abc"}, "data.num_classes = 'abc': must be a whole number or null"),
+        ({"num_classes": 3.5}, "data.num_classes = 3.5: must be a whole number or null"),
+        ({"validation_fraction": "abc"}, "data.validation_fraction = 'abc': must be a number"),
+        ({"cache_dir": 3}, "data.cache_dir = 3: must be text or null"),
+        ({}, "data.path is missing"),
+    ],
+)
+def test_keys_of_another_type_are_refused_in_one_line(tmp_path, keys, line):
+    path = {"path": save(tmp_path, x=image_rows((20, 4)), y=LABELS)} if keys and "path" not in keys else {}
+    with pytest.raises(ValueError, match=r".") as caught:
+        open_data("arrays", **path, **keys)
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
+def test_sparse_labels_are_taken_where_the_classes_are_given(tmp_path):
+    path = save(tmp_path, x=image_rows((20, 4)), y=LABELS * 1000)
+    assert open_data("arrays", path=path, num_classes=3001).train.schema.num_classes == 3001
+
+
+@pytest.mark.parametrize(("kept", "words"), [(0, ""), (20, ""), (200, ", 200 of 1088 bytes: write it again")])
+def test_truncated_files_are_refused(tmp_path, kept, words):
     save(tmp_path, x_train=image_rows((20, 4, 4, 3)), y_train=LABELS)
     file = tmp_path / "x_train.npy"
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"x_train\.npy can't be memory-mapped"):
+    with pytest.raises(ValueError, match=r"x_train\.npy is truncated.*: write it again") as caught:
         open_data("arrays", path=str(tmp_path))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_archive_names_its_member(tmp_path):
+    archive = tmp_path / "set.npz"
+    np.savez(archive, x=np.array([{}] * 20), y=LABELS)
+    with pytest.raises(ValueError, match=r"set\.npz: x\.npy holds Python objects") as caught:
+        open_data("arrays", path=str(archive), cache_dir=str(tmp_path / "cache"))
+    assert str(tmp_path / "cache") not in str(caught.value)
 
 
 def test_damaged_archives_are_refused(tmp_path):

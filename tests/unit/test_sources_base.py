@@ -200,7 +200,7 @@ def test_large_content_is_sampled(tmp_path, monkeypatch):
 def test_unknown_sources_and_keys_are_refused_with_the_closest():
     with pytest.raises(ValueError, match=r"data\.source 'digit' is unknown: did you mean 'digits'"):
         open_data("digit")
-    with pytest.raises(ValueError, match=r"data\.pth is no key of source 'arrays': did you mean 'path'"):
+    with pytest.raises(ValueError, match=r"unknown key 'data\.pth' of source 'arrays': did you mean 'path'"):
         open_data("arrays", pth="x")
     with pytest.raises(ValueError, match=r"data\.path is missing"):
         open_data("parquet")

@@ -10,6 +10,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -247,6 +248,9 @@ def test_a_file_with_damaged_labels(tmp_path, opened):
     with pytest.raises(ValueError, match=r"train-0\.parquet is not a readable Parquet file"):
         opened(tmp_path)
     assert len(opened(tmp_path, on_error="skip").train) == 30
+    damage(tmp_path / "train-1.parquet", 0)
+    with pytest.raises(ValueError, match="holds no training file whose labels can be read"):
+        opened(tmp_path, on_error="skip")
 
 
 def numeric(file, **columns):
@@ -302,6 +306,83 @@ def test_columns_and_files_that_do_not_suit(tmp_path, opened):
         opened(tmp_path / "d")
     with pytest.raises(ValueError, match=r"data\.on_error is 'skp': did you mean 'skip'"):
         opened(tmp_path / "d", on_error="skp")
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ({"path": 3}, "data.path = 3: must be text"),
+        ({"label_column": 3}, "data.label_column = 3: must be text or null"),
+        ({"train_files": 3}, "data.train_files = 3: must be text"),
+        ({"feature_columns": []}, "data.feature_columns = []: name at least one column"),
+        ({"feature_columns": "abc"}, "data.feature_columns = 'abc': must be a list of texts or null"),
+        ({"num_classes": "abc"}, "data.num_classes = 'abc': must be a whole number or null"),
+        ({"validation_fraction": "abc"}, "data.validation_fraction = 'abc': must be a number"),
+        ({"cache_dir": 3}, "data.cache_dir = 3: must be text or null"),
+    ],
+)
+def test_keys_of_another_type_are_refused_in_one_line(tmp_path, keys, line):
+    file = numeric(tmp_path / "n.parquet", a=[1.0, 2.0], y=[0, 1])
+    with pytest.raises(ValueError, match=r".") as caught:
+        open_data("parquet", **{"path": str(file)} | keys)
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_index_of_pandas_is_no_feature_and_no_label(tmp_path, opened):
+    frame = pd.DataFrame({"a": [0.5, 1.5, 2.5, 3.5], "mark": [0, 1, 0, 1]}, index=[7, 3, 9, 1])
+    for name, table in (("unnamed", frame), ("named", frame.rename_axis("row"))):
+        table.to_parquet(tmp_path / f"{name}.parquet")
+        train = opened(tmp_path / f"{name}.parquet").train
+        assert all_rows(train)["features"].tolist() == [[0.5], [1.5], [2.5], [3.5]]
+        assert train.labels.tolist() == [0, 1, 0, 1]
+    bare = numeric(tmp_path / "bare.parquet", __index_level_0__=[7, 3], a=[0.5, 1.5], mark=[0, 1])
+    assert all_rows(opened(bare).train)["features"].tolist() == [[0.5], [1.5]]
+    asked = opened(tmp_path / "named.parquet", feature_columns=["row"], label_column="mark").train
+    assert all_rows(asked)["features"].ravel().tolist() == [7, 3, 9, 1]
+
+
+def test_a_file_of_other_types_is_named_or_left_out(tmp_path, opened, caplog):
+    write(tmp_path / "i" / "train-0.parquet", encoded(4), [0, 1, 0, 1])
+    numeric(tmp_path / "i" / "train-1.parquet", img=[1, 2], label=[0, 1])
+    numeric(tmp_path / "f" / "train-0.parquet", a=[1.0, 2.0], y=[0, 1])
+    numeric(tmp_path / "f" / "train-1.parquet", a=["x", "y"], y=[0, 1])
+    numeric(tmp_path / "l" / "train-0.parquet", a=[1.0, 2.0], y=[0, 1])
+    numeric(tmp_path / "l" / "train-1.parquet", a=[1.0, 2.0], y=["0", "1"])
+    for folder, column, kind, count in (("i", "img", "int64", 4), ("f", "a", "string", 2), ("l", "y", "string", 2)):
+        message = (
+            rf"train-1\.parquet column '{column}' is {kind}, and .* in the first file: correct it, or leave it out"
+        )
+        with pytest.raises(ValueError, match=message) as caught:
+            opened(tmp_path / folder)
+        assert "\n" not in str(caught.value)
+        caplog.clear()
+        assert len(opened(tmp_path / folder, on_error="skip").train) == count
+        assert f"train-1.parquet column '{column}' is {kind}" in caplog.text
+
+
+def test_whole_and_broken_numbers_go_together(tmp_path, opened):
+    numeric(tmp_path / "d" / "train-0.parquet", a=[1.0, 2.0], y=[0, 1])
+    numeric(tmp_path / "d" / "train-1.parquet", a=[3, 4], y=pa.array([0, 1], pa.int8()))
+    assert all_rows(opened(tmp_path / "d").train)["features"].ravel().tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (pa.array([0, 2**62]), rf"column 'y' of .* holds {2**62}: labels must be below"),
+        (pa.array([0, 2**63 + 1], pa.uint64()), "column 'y' holds no class numbers"),
+        (
+            pa.array([0, 5000]),
+            "column 'y' of .* look like ids, no labels: the largest of 2 is 5000; .*data.num_classes",
+        ),
+    ],
+)
+def test_labels_that_are_ids_are_refused(tmp_path, opened, labels, message):
+    file = numeric(tmp_path / "n.parquet", a=[1.0, 2.0], y=labels)
+    with pytest.raises(ValueError, match=message) as caught:
+        opened(file)
+    assert "\n" not in str(caught.value)
 
 
 def test_second_open_reuses_the_cache(tmp_path, opened):
