@@ -24,6 +24,8 @@ from rayprune.nn.signals import check_signals, signal_floats
 from rayprune.overrides import read_yaml
 from rayprune.sources import SampleSource, default_augment, input_statistics
 
+# Up to here a batch that is mostly padding costs little: a first try on a few samples need not change it.
+_SMALL_BATCH = 4_096
 # Enough for a method to show what it refuses, few enough to cost nothing.
 _TRIAL_SAMPLES = 1_000
 
@@ -53,7 +55,7 @@ def check_sizes(config: Config, num_samples: int) -> None:
             f"train.batch_size {batch} is more than the {num_samples} training samples, and train.last_batch is drop: "
             "use train.last_batch=pad or a smaller train.batch_size"
         )
-    if batch >= 2 * num_samples:
+    if batch >= 2 * num_samples and batch > _SMALL_BATCH:
         raise ValueError(
             f"train.batch_size {batch} would be mostly padding with {num_samples} training samples: use at most "
             f"train.batch_size={num_samples}"
