@@ -239,10 +239,12 @@ class ScoreActor:
         """Return whether `pause` was called."""
         return self._pausing
 
-    def pulse(self, generation: int, rank: int, doing: str, doing_s: float) -> None:
+    def pulse(self, generation: int, rank: int, world_size: int, doing: str, doing_s: float) -> None:
         """Note what a rank is doing; ranks of an older generation are forgotten."""
         if generation > self._pulse_generation:
-            self._pulse_generation, self._pulses = generation, {}
+            # The first rank to be heard vouches for the others: one that hangs before its first pulse is silent too.
+            self._pulse_generation = generation
+            self._pulses = dict.fromkeys(range(world_size), (time.monotonic(), "nothing yet", 0.0))
         if generation == self._pulse_generation:
             self._pulses[rank] = (time.monotonic(), doing, doing_s)
 

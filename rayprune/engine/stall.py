@@ -22,11 +22,11 @@ class Pulsing:
     Args:
         scores: the ScoreActor; one in this process needs no pulses.
         generation: this attempt's number.
-        rank: this worker's rank.
+        rank, world_size: this worker, and how many there are.
     """
 
-    def __init__(self, scores: ScoreClient, generation: int, rank: int) -> None:
-        self._scores, self._generation, self._rank = scores, generation, rank
+    def __init__(self, scores: ScoreClient, generation: int, rank: int, world_size: int) -> None:
+        self._scores, self._generation, self._rank, self._world_size = scores, generation, rank, world_size
         self._doing = ("starts", time.monotonic())
         self._done = threading.Event()
         if not isinstance(scores, LocalScores):
@@ -41,9 +41,12 @@ class Pulsing:
         self._done.set()
 
     def _send(self) -> None:
-        while not self._done.wait(_PULSE_S):
+        while True:
             doing, since = self._doing
-            self._scores.post("pulse", self._generation, self._rank, doing, time.monotonic() - since)
+            now = time.monotonic()
+            self._scores.post("pulse", self._generation, self._rank, self._world_size, doing, now - since)
+            if self._done.wait(_PULSE_S):
+                return
 
 
 class StallWatch:

@@ -66,7 +66,7 @@ class Worker:
         self._network = network
         self._recorder = Recorder(spec.scores, self._generation, self.rank, spec.signals)
         self._pacer = Pacer(spec.scores, self.rank, self.world_size, self._device, self._config.run)
-        self._pulse = Pulsing(spec.scores, self._generation, self.rank)
+        self._pulse = Pulsing(spec.scores, self._generation, self.rank, self.world_size)
         self._seconds: dict[str, float] = {}
 
     def _next_start(self) -> tuple[int, tuple[int, int]]:

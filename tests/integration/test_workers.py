@@ -147,7 +147,7 @@ def test_lost_vectors_take_the_run_back_to_its_checkpoint(tmp_path: Path) -> Non
 def test_a_run_killed_inside_an_epoch_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:
     """Two workers die at a step, one goes on: the same plan and visits; what ranks sum up differs by rounding."""
     log = str(tmp_path / "steps")
-    model = {"name": user("counted"), "log": log, "kill_at": 14}
+    model = {"name": user("counted"), "log": log, "kill_at": 18}  # after step 6 of epoch 1: step 3 is on disk
     run = {"checkpoint_steps": 3, "max_failures": 0}
     with pytest.raises(TrainingFailed):
         train(workers_config(tmp_path, "run", 2, model=model, run=run))

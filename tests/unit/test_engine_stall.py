@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 
+from rayprune.engine.actor import ScoreActor, ScoreSpec
 from rayprune.engine.protocol import Pulse
 from rayprune.engine.stall import StallWatch
+from rayprune.sources import open_data
 
 LIMIT_S = 10.0
 
@@ -47,3 +49,15 @@ def test_ranks_stay_stalled_while_nothing_is_known_of_them() -> None:
     assert len(watch.look(stalled)) == 1
     assert watch.look(None) == []
     assert watch.look(stalled) == []
+
+
+def test_a_rank_that_was_never_heard_is_silent_too() -> None:
+    source = open_data("digits", limit=8).train
+    actor = ScoreActor(ScoreSpec({"name": "full"}, source, 0, 1, 0, 4, "pad", 64, None, 0))
+    actor.pulse(1, 0, 2, "is in one step", 0.0)
+    time.sleep(0.1)
+    actor.pulse(1, 0, 2, "is in one step", 0.0)
+    (line,) = StallWatch(0.05).look(actor.pulses())
+    assert line.startswith("stall: rank 1 has been silent")
+    actor.pulse(2, 0, 1, "starts", 0.0)
+    assert list(actor.pulses()) == [0]
