@@ -15,7 +15,10 @@ from rayprune.engine.protocol import TrainingStopped
 from rayprune.engine.train import train
 
 BEFORE = {
-    "a batch that is mostly padding": ({"train": {"batch_size": 5000}}, "train.batch_size 5000 would be mostly padding"),
+    "a batch that is mostly padding": (
+        {"train": {"batch_size": 5000}},
+        "train.batch_size 5000 would be mostly padding",
+    ),
     "no whole batch": ({"train": {"batch_size": 302, "last_batch": "drop"}}, "more than the 301 training samples"),
     "momentum": ({"optim": {"momentum": 0, "nesterov": True}}, "[Nn]esterov"),
     "a saving out of reach": ({"method": {"name": "infobatch", "target_saving": 0.95}}, "target_saving 0.95 cannot be"),
