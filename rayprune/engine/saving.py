@@ -18,7 +18,6 @@ import numpy as np
 import ray.train
 import torch
 from numpy.typing import NDArray
-from ray.train.v2.api.report_config import CheckpointUploadMode
 
 from rayprune.config import Config
 from rayprune.engine.checkpoint import (
@@ -89,7 +88,7 @@ class Saver:
         """Write the checkpoint of the state before `epoch` (rank 0)."""
         self.wait()
         self._last_line = {**metrics, "seconds": _rounded(seconds), "wall_time": round(self._wall_time(), 3)}
-        self._write(epoch, 0, network.state_dict(), optimizer.state_dict(), selector, [])
+        self._write(epoch, 0, network.state_dict(), optimizer.state_dict(), selector, self._position([]))
 
     def save_inside(
         self,
@@ -108,9 +107,10 @@ class Saver:
         self.wait()
         model, trainer = copy.deepcopy((network.state_dict(), optimizer.state_dict()))
         table = {name: np.array(array) for name, array in selector.items()}
+        position = self._position(sums)  # made here: the counts go on while the thread writes
 
         def write() -> None:
-            self._write(epoch, step, model, trainer, table, sums)
+            self._write(epoch, step, model, trainer, table, position)
             remove_old_steps(self._folder, epoch, self._config.run.keep_checkpoints, base_step)
 
         self._writing = self._writer.submit(write)
@@ -124,6 +124,16 @@ class Saver:
                 logger.warning("a checkpoint inside the epoch could not be written (%s); training goes on", error)
             self._writing = None
 
+    def _position(self, sums: list[float]) -> dict[str, Any]:
+        return {
+            "fingerprint": self._fingerprint,
+            "digest": self._config.digest(),
+            "counts": dict(self._counts),
+            "wall_time": self._wall_time(),
+            "metrics": self._last_line,
+            "sums": sums,
+        }
+
     def _write(
         self,
         epoch: int,
@@ -131,16 +141,8 @@ class Saver:
         model: Mapping[str, Any],
         optimizer: Mapping[str, Any],
         selector: Mapping[str, NDArray[Any]],
-        sums: list[float],
+        position: Mapping[str, Any],
     ) -> None:
-        position = {
-            "fingerprint": self._fingerprint,
-            "digest": self._config.digest(),
-            "counts": self._counts,
-            "wall_time": self._wall_time(),
-            "metrics": self._last_line,
-            "sums": sums,
-        }
         write_checkpoint(
             self._folder,
             epoch,
@@ -156,7 +158,9 @@ class Saver:
         checkpoint = None
         if self._rank == 0:
             checkpoint = ray.train.Checkpoint.from_directory(str(checkpoint_path(self._folder, epoch)))
-        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+        ray.train.report(
+            metrics, checkpoint=checkpoint, checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD
+        )
         if self._rank == 0:
             remove_old_steps(self._folder, epoch, 0, 0)
         if self._config.scaling.num_workers == 0:  # Ray Train deletes old ones itself, but not in its local mode
