@@ -1,4 +1,4 @@
-"""Imports go one way: the rules of the layers of README.md's "Layers", read from the code by AST.
+"""Imports go one way: which layer may import what, read from the code by AST.
 
 Imports inside functions, relative ones and `importlib.import_module("literal")` count like any other.
 """
