@@ -140,7 +140,7 @@ def open_folder(config: Config, source: SampleSource, resources: Resources) -> I
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(_sole_use(folder))
             (folder / "checkpoints").mkdir(exist_ok=True)
-            (folder / "metrics.jsonl").touch()
+            (folder / "metrics.jsonl").open("a").close()
             partial = stored.with_suffix(".partial")  # a full disk or a kill must not leave half a config behind
             partial.write_text(config.to_yaml())
             partial.replace(stored)

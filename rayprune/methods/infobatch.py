@@ -102,6 +102,8 @@ class InfoBatch(Method):
                 f"infobatch never prunes in {context.num_epochs} epochs: epoch 0 is full, and from epoch {end} on "
                 f"(anneal_start {self.anneal_start:g}) all data is used; raise train.epochs or anneal_start"
             )
+        if not 0 < context.epoch < end:
+            return Selection.full(context.num_samples)
         loss = table["loss"]
         total, count, highest = 0.0, 0, -np.inf
         for rows in chunks(loss.size):
@@ -109,7 +111,7 @@ class InfoBatch(Method):
             if seen.size:
                 total, count = total + float(seen.sum(dtype=np.float64)), count + seen.size
                 highest = max(highest, float(seen.max()))
-        if not 0 < context.epoch < end or not count:
+        if not count:
             return Selection.full(context.num_samples)
         # The float64 mean of equal numbers can round above them; nothing lies below the mean then.
         mean = min(total / count, highest)

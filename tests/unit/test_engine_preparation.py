@@ -68,6 +68,12 @@ def test_a_file_where_a_folder_belongs_is_named(tmp_path: Path) -> None:
         train(run_config(tmp_path))
 
 
+def test_a_folder_where_a_file_belongs_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"can't be written \(.*metrics\.jsonl: Is a directory\)"):
+        train(run_config(tmp_path))
+
+
 HOLD = """
 import fcntl, sys
 lock = open(sys.argv[1], "w")
