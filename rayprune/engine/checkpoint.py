@@ -8,11 +8,13 @@
         position.json  epoch, step, counts, the last metrics line, what the run is (config digest, fingerprint)
         manifest.json  name → SHA-256; a folder without it was never finished
 
-Nothing in it needs pickle to load: torch loads with weights_only, NumPy without allow_pickle.
+The manifest is written last and nothing is renamed: that holds on storage without atomic renames too, such as a
+mounted object store. Nothing in it needs pickle to load: torch loads with weights_only, NumPy without allow_pickle.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -28,7 +30,7 @@ from numpy.typing import NDArray
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
-_FOLDER = "checkpoints"
+_FOLDER, _MANIFEST = "checkpoints", "manifest.json"
 
 
 def checkpoint_path(run_folder: Path, epoch: int, step: int = 0) -> Path:
@@ -46,21 +48,43 @@ def write_checkpoint(
     selector: Mapping[str, NDArray[Any]],
     position: Mapping[str, Any],
 ) -> Path:
-    """Write the state before a step under a temporary name, then rename it: a reader sees all of it or nothing."""
-    final = checkpoint_path(run_folder, epoch, step)
-    partial = final.with_name(f".partial-{final.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(exist_ok=True)  # never the run folder: where its storage is away, nothing may take its place
-    partial.mkdir()
-    torch.save(dict(model), partial / "model.pt")
-    torch.save(dict(trainer), partial / "trainer.pt")
-    np.savez(partial / "selector.npz", **dict[str, Any](selector))
-    (partial / "position.json").write_text(json.dumps({"schema": SCHEMA, "epoch": epoch, "step": step, **position}))
-    sums = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
-    (partial / "manifest.json").write_text(json.dumps(sums, indent=1))
-    shutil.rmtree(final, ignore_errors=True)  # an earlier attempt's state of the same epoch
-    partial.rename(final)
-    return final
+    """Write the state before a step; until its manifest is there, no reader takes it for one.
+
+    Raises:
+        OSError: it could not be written; what was written of it is gone again.
+    """
+    folder = checkpoint_path(run_folder, epoch, step)
+    folder.parent.mkdir(exist_ok=True)  # never the run folder: where its storage is away, nothing may take its place
+    remove_checkpoint(folder)  # an earlier attempt's state of the same step
+    try:
+        folder.mkdir()
+        torch.save(dict(model), folder / "model.pt")
+        torch.save(dict(trainer), folder / "trainer.pt")
+        np.savez(folder / "selector.npz", **dict[str, Any](selector))
+        (folder / "position.json").write_text(json.dumps({"schema": SCHEMA, "epoch": epoch, "step": step, **position}))
+        sums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+        (folder / _MANIFEST).write_text(json.dumps(sums, indent=1))
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        remove_checkpoint(folder)
+        raise OSError(f"checkpoint {folder} could not be written: {error}") from error
+    return folder
+
+
+def copy_checkpoint(origin: Path, run_folder: Path) -> Path:
+    """Copy a sound checkpoint into another run folder, its manifest last."""
+    position = read_position(origin)
+    folder = checkpoint_path(run_folder, position["epoch"], position["step"])
+    remove_checkpoint(folder)
+    shutil.copytree(origin, folder, ignore=shutil.ignore_patterns(_MANIFEST))
+    shutil.copy2(origin / _MANIFEST, folder / _MANIFEST)
+    return folder
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint as far as it is there, its manifest first: half a checkpoint must not look whole."""
+    with contextlib.suppress(OSError):
+        (folder / _MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
@@ -70,7 +94,7 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
         found = damage(folder)
         if found is None:
             return folder
-        logger.warning("checkpoint %s is damaged (%s): the one before it is used", folder, found)
+        logger.warning("checkpoint %s can't be used (%s): the one before it is", folder, found)
     return None
 
 
@@ -126,14 +150,14 @@ def remove_old_steps(run_folder: Path, epoch: int, keep: int, base_step: int) ->
     needed = {*running[:keep], checkpoint_path(run_folder, epoch, base_step)}
     for folder in inside:
         if folder not in needed:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_checkpoint(folder)
 
 
 def remove_old_checkpoints(run_folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints of epoch starts."""
     starts = [folder for folder in (run_folder / _FOLDER).glob("epoch-*") if "-step-" not in folder.name]
     for folder in sorted(starts, reverse=True)[keep:]:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_checkpoint(folder)
 
 
 def forget_ray_records(run_folder: Path) -> None:
@@ -144,9 +168,11 @@ def forget_ray_records(run_folder: Path) -> None:
 def damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint's files, or None when they match their manifest."""
     try:
-        sums = json.loads((folder / "manifest.json").read_text())
+        sums = json.loads((folder / _MANIFEST).read_text())
+    except FileNotFoundError:
+        return "it was never finished"
     except (OSError, ValueError) as error:
-        return f"manifest.json: {error}"
+        return f"{_MANIFEST}: {error}"
     for name, expected in sums.items():
         file = folder / name
         if not file.is_file():

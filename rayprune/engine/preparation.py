@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from rayprune.config import Config, make_config
 from rayprune.core.objects import closest
 from rayprune.core.selector import Selector
-from rayprune.engine.checkpoint import checkpoint_path, damage, newest_checkpoint, read_position
+from rayprune.engine.checkpoint import copy_checkpoint, damage, newest_checkpoint, read_position
 from rayprune.engine.resources import Resources
 from rayprune.engine.run_folder import append_metrics, mend_metrics, read_metrics, write_environment
 from rayprune.engine.setup import InputSpec, build_step, rate_at
@@ -215,12 +214,7 @@ def _sound_origin(path: Path, config: Config, fingerprint: str) -> Path:
 
 def _adopt(folder: Path, origin: Path) -> None:
     """Copy a checkpoint, and the metrics of the epochs before it, into a run folder of its own."""
-    position = read_position(origin)
-    copy = checkpoint_path(folder, position["epoch"], position["step"])
-    partial = copy.with_name(f".partial-{copy.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(origin, partial)
-    partial.rename(copy)
+    position = read_position(copy_checkpoint(origin, folder))
     for record in read_metrics(origin.parents[1]):
         if record["epoch"] < position["epoch"]:
             append_metrics(folder, record)

@@ -67,7 +67,7 @@ class Recorder:
             return
         if not real.all():
             ids = ids[real]
-            mask = torch.from_numpy(real).to(signals[self._signals[0]].device)
+            mask = torch.tensor(real).to(signals[self._signals[0]].device)
             signals = {name: signals[name][mask] for name in self._signals}
         if not self._buffers:
             self._allocate(real.size, signals)

@@ -28,11 +28,20 @@ class Resources:
     why: str
 
 
-def start_ray(debug: bool = False) -> None:
-    """Connect to the cluster that RAY_ADDRESS names, or start a local one on the loopback interface."""
+def start_ray(debug: bool = False, *, elastic: bool = False) -> None:
+    """Connect to the cluster that RAY_ADDRESS names, or start a local one on the loopback interface.
+
+    Args:
+        debug: show Ray's own logs.
+        elastic: the number of workers may change while the run trains.
+    """
     # The controller looks for reports every 2 s by default: that would cost a second an epoch. Ray Train hands the
     # driver's setting on to it, also on a cluster that is there already.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    if elastic:
+        # When a machine is lost, Ray counts on it for up to 20 s more and waits for workers there: a minute by default,
+        # before it makes do with what is left.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"log_to_driver": debug, "logging_level": "INFO" if debug else "ERROR"}

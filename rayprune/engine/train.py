@@ -93,7 +93,7 @@ def train(
         logging.getLogger("ray.train").setLevel(logging.WARNING)
         logging.getLogger("ray.data").setLevel(logging.WARNING)
     if config.scaling.num_workers != 0:
-        start_ray(debug)
+        start_ray(debug, elastic=isinstance(config.scaling.num_workers, tuple))
     resources = resolve_resources(config, splits.train)
     with open_folder(config, splits.train, resources) as (folder, start_epoch):
         for split in (splits.train, splits.validation):

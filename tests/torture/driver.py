@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ _GONE_S = 30.0
 _LEFT_BY_RAY = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
-def configuration(epochs: int, stream: str) -> dict[str, Any]:
-    """Return the run that is tortured, but for its folder: digits on two workers."""
+def configuration(epochs: int, stream: str = "ray") -> dict[str, Any]:
+    """Return the run that is tortured: digits on two workers; the result is both streams', local starts sooner."""
     return {
         "data": {"source": "digits", "limit": 500, "augment": {"crop": 1}},
         "model": {"name": f"{_MODEL}:watched"},
@@ -31,7 +31,7 @@ def configuration(epochs: int, stream: str) -> dict[str, Any]:
         "train": {"epochs": epochs, "batch_size": 32},
         "optim": {"name": "sgd", "lr": 0.02, "momentum": 0.9},
         "scaling": {"num_workers": 2, "stream": stream, "threads": 1, "use_gpu": False},
-        "run": {"name": "run", "checkpoint_steps": 3, "keep_checkpoints": 2, "max_failures": -1},
+        "run": {"checkpoint_steps": 3, "keep_checkpoints": 2, "max_failures": -1},
     }
 
 
@@ -40,11 +40,11 @@ class Driver:
 
     Args:
         home: for the watched steps, the config and the output.
+        config: the run, but for its storage path and name.
         storage: the run's storage path, by default in `home`.
-        stream: how rows come to the workers; the result is the same, `local` starts sooner.
     """
 
-    def __init__(self, home: Path, epochs: int, storage: Path | None = None, stream: str = "ray") -> None:
+    def __init__(self, home: Path, config: Mapping[str, Any], storage: Path | None = None) -> None:
         self.home, self.storage = home, storage or home / "storage"
         self.home.mkdir(parents=True)
         self.storage.mkdir(parents=True)
@@ -53,9 +53,8 @@ class Driver:
         self.log = StepLog(home)
         self.starts = 0
         self._process: subprocess.Popen[bytes] | None = None
-        config = configuration(epochs, stream)
-        config["run"]["storage_path"] = str(self.storage)
-        (home / "config.yaml").write_text(yaml.safe_dump(config))
+        run = {**config.get("run", {}), "storage_path": str(self.storage), "name": "run"}
+        (home / "config.yaml").write_text(yaml.safe_dump({**config, "run": run}))
 
     def start(self) -> None:
         """Give the command: the first time, and again after the driver ended."""

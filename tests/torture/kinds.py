@@ -97,10 +97,13 @@ def _while_writing(driver: Driver, rng: random.Random) -> str:
 def _partial(folder: Path) -> str:
     """Return the unfinished checkpoint and how many files it has."""
     try:
-        names = [name for name in os.listdir(folder / "checkpoints") if name.startswith(".partial-")]  # noqa: PTH208
-        return f"{names[0]} ({len(os.listdir(folder / 'checkpoints' / names[0]))} files)" if names else ""  # noqa: PTH208
+        for name in os.listdir(folder / "checkpoints"):  # noqa: PTH208
+            files = os.listdir(folder / "checkpoints" / name) if name.startswith("epoch-") else []  # noqa: PTH208
+            if files and "manifest.json" not in files:
+                return f"{name} ({len(files)} files)"
     except OSError:
-        return ""
+        pass
+    return ""
 
 
 def _full_disk(driver: Driver, rng: random.Random) -> str:

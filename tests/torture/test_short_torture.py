@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 from .campaign import Campaign, Outcome, undisturbed_run
-from .driver import Driver
+from .driver import Driver, configuration
 from .kinds import KINDS
 from .report import line, table
 from .schedule import draw_run
@@ -16,8 +16,8 @@ SHORT = ("score_actor", "worker", "driver")
 
 
 def test_killed_worker_score_actor_and_driver_change_nothing(tmp_path: Path) -> None:
-    whole = Driver(tmp_path / "undisturbed", EPOCHS, stream="local")
-    driver = Driver(tmp_path / "disturbed", EPOCHS)
+    whole = Driver(tmp_path / "undisturbed", configuration(EPOCHS, "local"))
+    driver = Driver(tmp_path / "disturbed", configuration(EPOCHS))
     steps = undisturbed_run(whole)
     rng = random.Random(SEED)
     outcomes: list[Outcome] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -14,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from engine_runs import assert_same_run, run_config, user
 
 from rayprune.config import Config
-from rayprune.engine.checkpoint import checkpoint_path, newest_checkpoint
+from rayprune.engine.checkpoint import SCHEMA, checkpoint_path, newest_checkpoint, write_checkpoint
 from rayprune.engine.run_folder import read_metrics
 from rayprune.engine.train import RunResult, train
 
@@ -110,7 +112,8 @@ def flip_a_byte(file: Path) -> None:
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "model.pt was altered": lambda folder: flip_a_byte(folder / "model.pt"),
     "selector.npz is missing": lambda folder: (folder / "selector.npz").unlink(),
-    "manifest.json": lambda folder: (folder / "manifest.json").unlink(),
+    "it was never finished": lambda folder: (folder / "manifest.json").unlink(),
+    "manifest.json: ": lambda folder: (folder / "manifest.json").write_text("{"),
 }
 
 
@@ -124,17 +127,52 @@ def test_a_damaged_checkpoint_is_passed_over(
     starts: list[int] = []
     again = train(config, on_start=lambda resources, folder, epoch: starts.append(epoch))
     assert starts == [EPOCHS - 1]
-    warning = next(record.getMessage() for record in caplog.records if "is damaged" in record.getMessage())
+    warning = next(record.getMessage() for record in caplog.records if "can't be used" in record.getMessage())
     assert str(newest) in warning
     assert damage in warning
     assert_same_run(again, undisturbed)
 
 
-def test_a_half_written_checkpoint_is_not_seen(finished: tuple[Config, RunResult], undisturbed: RunResult) -> None:
+@pytest.mark.parametrize("files", range(4))
+def test_a_half_written_checkpoint_is_not_seen(
+    files: int, finished: tuple[Config, RunResult], undisturbed: RunResult
+) -> None:
+    """Files are written one by one under their final names, the manifest last: a kill leaves the first few."""
     config, result = finished
     newest = checkpoint_path(result.folder, EPOCHS)
-    newest.rename(newest.with_name(f".partial-{newest.name}"))
+    for name in ["manifest.json", "position.json", "selector.npz", "trainer.pt"][: files + 1]:
+        (newest / name).unlink()
     assert_same_run(train(config), undisturbed)
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused_and_kept(finished: tuple[Config, RunResult]) -> None:
+    config, result = finished
+    newest = checkpoint_path(result.folder, EPOCHS)
+    position = json.loads((newest / "position.json").read_text())
+    (newest / "position.json").write_text(json.dumps({**position, "schema": SCHEMA + 1}))
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["position.json"] = hashlib.sha256((newest / "position.json").read_bytes()).hexdigest()
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    before = {file: file.read_bytes() for file in newest.iterdir()}
+    with pytest.raises(ValueError, match=rf"{newest} has schema {SCHEMA + 1}, this version reads {SCHEMA}: upgrade"):
+        train(config)
+    assert {file: file.read_bytes() for file in newest.iterdir()} == before
+
+
+def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    file = Path("/dev/full")
+    if not file.exists():
+        pytest.skip("needs /dev/full")
+    state = {"model": {"weight": torch.zeros(3)}, "trainer": {"step": 1}, "selector": {"loss": np.zeros(3)}}
+    assert write_checkpoint(tmp_path, 0, 1, **state, position={}) == newest_checkpoint(tmp_path)
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda value, path: save(value, file if path.name == "trainer.pt" else path))
+    with pytest.raises(OSError, match="could not be written"):
+        write_checkpoint(tmp_path, 0, 2, **state, position={})
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["epoch-000000-step-00000001"]
 
 
 def test_random_layers_draw_the_same_after_a_resume(tmp_path: Path) -> None:
