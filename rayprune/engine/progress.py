@@ -89,4 +89,7 @@ class Watcher:
         whole = new[: new.rfind(b"\n") + 1]
         self._read += len(whole)
         for line in whole.splitlines():
-            self._on_epoch(json.loads(line))
+            try:
+                self._on_epoch(json.loads(line))
+            except Exception:  # a listener's mistake must not end what also watches for stalls and SIGTERM
+                logger.exception("on_epoch failed; the run goes on")

@@ -39,9 +39,9 @@ def start_ray(debug: bool = False, *, elastic: bool = False) -> None:
     # driver's setting on to it, also on a cluster that is there already.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     if elastic:
-        # When a machine is lost, Ray counts on it for up to 20 s more and waits for workers there: a minute by default,
-        # before it makes do with what is left.
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
+        # When a machine is lost, Ray counts on it for up to 20 s more and waits for workers there, by default for a
+        # minute before it looks again what is left.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"log_to_driver": debug, "logging_level": "INFO" if debug else "ERROR"}

@@ -193,9 +193,18 @@ class _Read:
         return [BlockAccessor.batch_to_block(columns)]
 
 
-def plan_dataset(scores: RemoteScores, sources: Mapping[str, SampleSource]) -> Any:
-    """Return the one Dataset of a run; set the order-keeping option that TorchTrainer's DataConfig picks up."""
+def plan_dataset(scores: RemoteScores, sources: Mapping[str, SampleSource], *, elastic: bool = False) -> Any:
+    """Return the one Dataset of a run; set the order-keeping option that TorchTrainer's DataConfig picks up.
+
+    Args:
+        scores: whose plan is read.
+        sources: "train" and, where there is one, "validation".
+        elastic: the number of workers may change. Ray Train then fills every CPU with workers, so that reading must do
+            without a reserved one: it would wait for ever.
+    """
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    return ray.data.read_datasource(PlanDatasource(scores, sources), override_num_blocks=1)
+    return ray.data.read_datasource(
+        PlanDatasource(scores, sources), override_num_blocks=1, num_cpus=0.0 if elastic else None
+    )

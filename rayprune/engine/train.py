@@ -190,7 +190,9 @@ class _Run:
         datasets = {}
         if resources.stream == "ray":
             assert isinstance(self.scores, RemoteScores)
-            datasets["train"] = plan_dataset(self.scores, self._sources)
+            datasets["train"] = plan_dataset(
+                self.scores, self._sources, elastic=isinstance(resources.num_workers, tuple)
+            )
             # The sources stay behind: rows reach these workers through Ray Data only.
             loop = functools.partial(_ray_loop, self._worker_spec)
         else:

@@ -43,7 +43,7 @@ def test_machines_come_and_go_inside_epochs(tmp_path: Path, cluster: Cluster) ->
     sections: dict[str, dict[str, Any]] = {
         "train": {"epochs": EPOCHS, "batch_size": BATCH},
         "method": {"name": "infobatch", "ema": 0.5, "anneal_start": 1.0},
-        "scaling": {"num_workers": [1, 2], "cpus_per_worker": 1, "threads": 1, "stream": "local"},
+        "scaling": {"num_workers": [1, 2], "cpus_per_worker": 1, "threads": 1, "stream": "ray"},
         "run": {"checkpoint_steps": 2, "keep_selections": EPOCHS},
     }
     config = run_config(

@@ -15,21 +15,30 @@ from rayprune.engine.run_folder import read_metrics
 from .campaign import Stalled, undisturbed_run
 from .driver import Driver, running
 from .oracle import differences
+from .processes import descendants, kill
 
 _POLL_S, _STALL_S = 0.02, 300.0
+_CHECKPOINT_STEPS = 3
 
 
 def kill_command(config_file: Path, kills: int, seed: int, folder: Path, say: Callable[[str], None]) -> int:
-    """Train once undisturbed and once killed `kills` times and started again; return the exit code: 0 when equal."""
+    """Train once undisturbed and once killed `kills` times and started again; return the exit code: 0 when equal.
+
+    The killed run saves every few steps, so that it goes on inside an epoch; how often it saves decides nothing else.
+    """
     config, rng = yaml.safe_load(config_file.read_text()), random.Random(seed)
-    whole, driver = Driver(folder / "undisturbed", config), Driver(folder / "killed", config)
+    often = {**config, "run": {**config.get("run", {}), "checkpoint_steps": _CHECKPOINT_STEPS}}
+    whole, driver = Driver(folder / "undisturbed", config), Driver(folder / "killed", often)
     undisturbed_run(whole)
     epochs = len(read_metrics(whole.folder))
     with running(driver):
         # Never in the first epoch, whose length is not known, nor in the last, which a slow look may miss.
         for epoch in sorted(rng.sample(range(1, epochs - 1), kills)):
             _wait_for_epoch(driver, epoch)
-            time.sleep(rng.uniform(0.1, 0.8) * read_metrics(driver.folder)[-1]["seconds"]["epoch"])
+            # The shortest so far: an epoch after a start waits for the stream.
+            epoch_s = min(line["seconds"]["epoch"] for line in read_metrics(driver.folder))
+            time.sleep(rng.uniform(0.1, 0.8) * epoch_s)
+            kill(driver.pid, *descendants(driver.pid))  # all at once, as when the machine is lost
             driver.kill()
             position = newest_position(driver.folder)
             say(f"killed in epoch {epoch}; goes on before step {position[1]} of epoch {position[0]}")

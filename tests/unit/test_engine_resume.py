@@ -99,6 +99,18 @@ def test_progress_is_told_from_where_the_run_stands(tmp_path: Path, finished: tu
     assert heard == [EPOCHS - 1]
 
 
+def test_a_listener_that_fails_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[int] = []
+
+    def listen(line: dict[str, Any]) -> None:
+        heard.append(line["epoch"])
+        raise RuntimeError("a listener's own mistake")
+
+    train(run_config(tmp_path, **SECTIONS), on_epoch=listen)
+    assert heard == list(range(EPOCHS))
+    assert "a listener's own mistake" in caplog.text
+
+
 def damage_newest(folder: Path) -> None:
     flip_a_byte(checkpoint_path(folder, EPOCHS) / "model.pt")
 
