@@ -1,7 +1,6 @@
 """A run's configuration: strict YAML, dotted overrides, one line for every mistake.
 
-Six sections: data, model, method, train, optim, scaling, and run for the folder. Keys that belong to a data source or a
-model pass through to it; every other unknown key is refused with the closest match.
+Keys of a data source or a model pass through to it; every other unknown key is refused with the closest match.
 """
 
 from __future__ import annotations
@@ -64,6 +63,7 @@ class DataSection(_Section, extra="allow"):
 
     source: Reference = Field("digits", description="a named data set, or module:function")
     limit: int | None = Field(None, ge=1, description="train on the first n samples only")
+    cache: Literal["auto", "memory", "disk", "none"] = Field("auto", description="where decoded samples are kept")
     augment: Auto | dict[str, Any] = Field("auto", description="crop (pixels), flip; auto: the data set's usual")
 
     @field_validator("augment")
@@ -77,7 +77,7 @@ class DataSection(_Section, extra="allow"):
 
     @property
     def source_keys(self) -> dict[str, Any]:
-        """Return the keys that belong to the source."""
+        """The keys that belong to the source."""
         return dict(self.model_extra or {})
 
 
@@ -232,7 +232,7 @@ class Config(_Strict):
 
         Where files lie on this machine decides nothing: what they hold does, and runs compare the data's fingerprint.
         """
-        left_out: Any = {"scaling": True, "run": True, "data": {"path", "cache_dir"}}
+        left_out: Any = {"scaling": True, "run": True, "data": {"path", "cache", "cache_dir"}}
         content = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True)
         content = re.sub(r'"[^"]*/([^"/]+\.py:[^"]+)"', r'"\1"', content)
         return hashlib.sha256(content.encode()).hexdigest()[:8]

@@ -83,7 +83,7 @@ def train(
         TrainingPaused: SIGTERM came; the run has saved and left.
         TrainingFailed: anything else that ended training.
     """
-    splits = open_data(config.data.source, limit=config.data.limit, **config.data.source_keys)
+    splits = open_data(config.data.source, limit=config.data.limit, cache=config.data.cache, **config.data.source_keys)
     _ship_user_modules()
     spec = input_spec(config, splits.train)
     check_sizes(config, len(splits.train))

@@ -1,18 +1,11 @@
 """Data sources: labelled samples read by id, from memory, arrays, Parquet or the user's own function."""
 
 from rayprune.sources import arrays, digits, parquet  # noqa: F401  # registers the sources
-from rayprune.sources.base import (
-    Column,
-    Limited,
-    SampleSource,
-    Schema,
-    Splits,
-    Subset,
-    holdout,
-    input_statistics,
-)
+from rayprune.sources.base import Column, SampleSource, Schema, Splits
 from rayprune.sources.cache import cached_arrays
 from rayprune.sources.registry import SOURCES, default_augment, open_data, register_source
+from rayprune.sources.statistics import input_statistics
+from rayprune.sources.views import Limited, Subset, holdout
 
 __all__ = [
     "SOURCES",

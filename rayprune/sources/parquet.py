@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from rayprune.core.objects import closest
-from rayprune.sources.base import Column, SampleSource, Schema, Splits, Subset, holdout
+from rayprune.sources.base import Column, SampleSource, Schema, Splits
 from rayprune.sources.cache import cache_root, cached_arrays
 from rayprune.sources.classes import count_classes
 from rayprune.sources.fingerprint import digest, file_digest
@@ -39,6 +39,7 @@ from rayprune.sources.parquet_rows import (
 )
 from rayprune.sources.registry import register_source
 from rayprune.sources.rows import RowSource
+from rayprune.sources.views import Subset, holdout
 
 logger = logging.getLogger(__name__)
 

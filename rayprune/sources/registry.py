@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
@@ -11,7 +12,8 @@ import numpy as np
 from rayprune.core.fields import check_keys
 from rayprune.core.objects import closest, is_reference, load_object
 from rayprune.core.plain import plain
-from rayprune.sources.base import Limited, SampleSource, Splits
+from rayprune.sources.base import SampleSource, Splits
+from rayprune.sources.views import Limited
 
 SOURCES: dict[str, type[Any]] = {}
 
@@ -24,6 +26,11 @@ class SourceKeys(Protocol):
     def open(self) -> Splits:
         """Open the source."""
         ...
+
+
+@dataclass(frozen=True)
+class _NoKeys:
+    """A source that is not registered: its function has the keys."""
 
 
 Keys = TypeVar("Keys", bound=SourceKeys)
@@ -39,19 +46,22 @@ def register_source(name: str) -> Callable[[type[Keys]], type[Keys]]:
     return register
 
 
-def open_data(source: str, limit: int | None = None, **keys: Any) -> Splits:
+def open_data(source: str, limit: int | None = None, cache: str | None = None, **keys: Any) -> Splits:
     """Open a source and check its labels.
 
     Args:
         source: a registered name, or `module:function` or `path.py:function`; the function is called with the keys
             and returns Splits, a SampleSource, or a pair (train, validation or None).
         limit: keep the first samples of the training part only.
+        cache: `auto`, `memory`, `disk` or `none`, for sources that decode; the others have nothing to keep.
         **keys: the source's own keys.
 
     Raises:
         ValueError: an unknown source or key, a missing key, a value of another type, an empty part, labels outside
             0..num_classes-1, or what the source itself refuses.
     """
+    if cache is not None and "cache" in {field.name for field in fields(SOURCES.get(source, _NoKeys))}:
+        keys = {"cache": cache, **keys}
     splits = _call_function(source, keys) if is_reference(source) else _open_registered(source, keys)
     _check_part("training", splits.train)
     if splits.validation is not None:
@@ -98,7 +108,13 @@ def _call_function(reference: str, keys: dict[str, Any]) -> Splits:
 def _check_part(part: str, source: SampleSource) -> None:
     if len(source) == 0:
         raise ValueError(f"the {part} part of the data is empty: check data.path and the other keys of data")
-    labels, num_classes = source.labels, source.schema.num_classes
+    num_classes = source.schema.num_classes
+    if num_classes is None:
+        raise ValueError(
+            f"the {part} samples have no class label: `rayprune train` classifies; for other tasks write "
+            "your own loop with rayprune.prune or rayprune.local_loader"
+        )
+    labels = source.labels
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (len(source),):
         raise ValueError(
             f"the {part} labels are {labels.dtype} of shape {labels.shape}: give integers of shape ({len(source)},)"

@@ -175,13 +175,16 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_nothing_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "checkpoints").mkdir()
-    file = Path("/dev/full")
-    if not file.exists():
-        pytest.skip("needs /dev/full")
     state = {"model": {"weight": torch.zeros(3)}, "trainer": {"step": 1}, "selector": {"loss": np.zeros(3)}}
     assert write_checkpoint(tmp_path, 0, 1, **state, position={}) == newest_checkpoint(tmp_path)
     save = torch.save
-    monkeypatch.setattr(torch, "save", lambda value, path: save(value, file if path.name == "trainer.pt" else path))
+
+    def full(value: Any, path: Path) -> None:
+        if path.name == "trainer.pt":
+            raise RuntimeError("PytorchStreamWriter failed writing file: file write failed")  # as torch says it
+        save(value, path)
+
+    monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="could not be written"):
         write_checkpoint(tmp_path, 0, 2, **state, position={})
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["epoch-000000-step-00000001"]

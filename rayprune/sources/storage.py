@@ -1,0 +1,164 @@
+"""Files on a local path or on any file system that pyarrow or fsspec knows: `s3://`, `gs://`, `memory://`, `file://`.
+
+Credentials and endpoints come from the environment, as each file system documents them (for S3: AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL).
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file below a Storage: its path relative to the root (with `/`), and its size in bytes."""
+
+    name: str
+    num_bytes: int
+
+
+class Storage:
+    """A folder, or a single file, that every process opens for itself; pickles into its path.
+
+    Args:
+        path: a local path (`~` is expanded) or a URI.
+
+    Raises:
+        ValueError: no file system serves the URI's scheme, or it can't be reached.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path if "://" in path else str(Path(path).expanduser().absolute())
+        self._forget()
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._opened: tuple[pafs.FileSystem, str] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.path = state["path"]
+        self._forget()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether plain file calls reach it."""
+        return "://" not in self.path or self.path.startswith("file://")
+
+    @property
+    def local_path(self) -> Path:
+        """The path of a local Storage."""
+        return Path(self._open()[1])
+
+    def _open(self) -> tuple[pafs.FileSystem, str]:
+        with self._lock:
+            if self._opened is None:
+                self._opened = _resolve(self.path)
+            return self._opened
+
+    @property
+    def filesystem(self) -> pafs.FileSystem:
+        """The pyarrow file system, for calls that take one, such as `pyarrow.parquet.ParquetFile`."""
+        return self._open()[0]
+
+    def full(self, name: str) -> str:
+        """Return a file's path within `filesystem`; the empty name is the root itself."""
+        root = self._open()[1]
+        return f"{root.rstrip('/')}/{name}" if name else root
+
+    def is_file(self) -> bool:
+        """Whether the path names a file."""
+        return bool(self._info("").type == pafs.FileType.File)
+
+    def is_folder(self) -> bool:
+        """Whether the path names a folder."""
+        return bool(self._info("").type == pafs.FileType.Directory)
+
+    def _info(self, name: str) -> pafs.FileInfo:
+        try:
+            return self.filesystem.get_file_info(self.full(name))
+        except (OSError, pa.ArrowException) as error:
+            raise _unreachable(self.path, error) from None
+
+    def files(self) -> list[StoredFile]:
+        """Return all files below a folder, in the order of their names (as strings of code points).
+
+        Raises:
+            ValueError: the folder can't be listed.
+        """
+        root = self.full("").rstrip("/")
+        try:
+            found = self.filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+        except (OSError, pa.ArrowException) as error:
+            raise _unreachable(self.path, error) from None
+        files = [info for info in found if info.type == pafs.FileType.File]
+        # Some file systems name their files without the leading slash that the root was given with.
+        start = len(root.lstrip("/")) + 1
+        names = sorted((info.path.lstrip("/")[start:], info.size) for info in files)
+        return [StoredFile(name, num_bytes or 0) for name, num_bytes in names]
+
+    def read(self, name: str = "") -> bytes:
+        """Return a file's content.
+
+        Raises:
+            OSError: it can't be read.
+        """
+        if self.is_local:
+            return Path(self.full(name)).read_bytes()
+        with self.filesystem.open_input_stream(self.full(name)) as stream:
+            return bytes(stream.read())
+
+    def read_range(self, name: str, offset: int, num_bytes: int) -> bytes:
+        """Return part of a file.
+
+        Raises:
+            OSError: it can't be read, or ends before.
+        """
+        with self.open(name) as file:
+            content = bytes(file.read_at(num_bytes, offset))
+        if len(content) != num_bytes:
+            raise OSError(f"{self.full(name)} ends before byte {offset + num_bytes}")
+        return content
+
+    def open(self, name: str = "") -> pa.NativeFile:
+        """Open a file for random access; `read_at(num_bytes, offset)` may be called by several threads.
+
+        Raises:
+            OSError: it can't be opened.
+        """
+        return self.filesystem.open_input_file(self.full(name))
+
+
+def _resolve(path: str) -> tuple[pafs.FileSystem, str]:
+    if "://" not in path:
+        return pafs.LocalFileSystem(), path
+    try:
+        filesystem, root = pafs.FileSystem.from_uri(path)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return _by_fsspec(path)
+    except OSError as error:
+        raise _unreachable(path, error) from None
+    return filesystem, root
+
+
+def _by_fsspec(path: str) -> tuple[pafs.FileSystem, str]:
+    import fsspec
+
+    try:
+        filesystem, root = fsspec.core.url_to_fs(path)
+    except (ValueError, ImportError, OSError) as error:
+        raise _unreachable(path, error) from None
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), root
+
+
+def _unreachable(path: str, error: Exception) -> ValueError:
+    line = " ".join(str(error).split())[:160]
+    return ValueError(f"{path} can't be reached ({line}): correct data.path, or the file system's settings")
