@@ -19,6 +19,9 @@ _WHERE = {
     "EpochContext": "rayprune.core.context",
     "Method": "rayprune.methods.base",
     "build_method": "rayprune.methods.registry",
+    "get_dataset_shard": "rayprune.engine.prune",
+    "local_loader": "rayprune.engine.prune",
+    "prune": "rayprune.engine.prune",
 }
 
 

@@ -29,8 +29,8 @@ class ScoreClient(Protocol):
 class LocalScores:
     """A ScoreActor in this process (num_workers 0)."""
 
-    def __init__(self, spec: ScoreSpec) -> None:
-        self._actor = ScoreActor(spec)
+    def __init__(self, spec: ScoreSpec, actor_class: type[ScoreActor] = ScoreActor) -> None:
+        self._actor = actor_class(spec)
 
     def call(self, method: str, *args: Any) -> Any:
         """Call directly."""
@@ -56,11 +56,11 @@ class RemoteScores:
     namespace: str
 
     @staticmethod
-    def create(spec: ScoreSpec, name: str) -> tuple[RemoteScores, Any]:
+    def create(spec: ScoreSpec, name: str, actor_class: type[ScoreActor] = ScoreActor) -> tuple[RemoteScores, Any]:
         """Start the actor; return the client and the handle that keeps it alive."""
         # No CPU of its own: selection is short, and a reserved core would be lost to training.
         options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
-        handle = ray.remote(ScoreActor).options(name=name, **options).remote(spec)
+        handle = ray.remote(actor_class).options(name=name, **options).remote(spec)
         return RemoteScores(name, ray.get_runtime_context().namespace), handle
 
     @property

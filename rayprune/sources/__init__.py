@@ -3,6 +3,8 @@
 from rayprune.sources import arrays, digits, parquet  # noqa: F401  # registers the sources
 from rayprune.sources.base import Column, SampleSource, Schema, Splits
 from rayprune.sources.cache import cached_arrays
+from rayprune.sources.coerce import as_source
+from rayprune.sources.memory import MemorySource
 from rayprune.sources.registry import SOURCES, default_augment, open_data, register_source
 from rayprune.sources.statistics import input_statistics
 from rayprune.sources.views import Limited, Subset, holdout
@@ -11,10 +13,12 @@ __all__ = [
     "SOURCES",
     "Column",
     "Limited",
+    "MemorySource",
     "SampleSource",
     "Schema",
     "Splits",
     "Subset",
+    "as_source",
     "cached_arrays",
     "default_augment",
     "holdout",

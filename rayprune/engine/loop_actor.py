@@ -1,0 +1,141 @@
+"""The ScoreActor of a training loop that is the user's own: its state travels in the user's checkpoints.
+
+There is no run folder. A restarted actor begins epoch 0 again, and the workers push what it misses; in a later epoch
+what it held is lost, the attempt ends, and the loop goes back to its own last checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayprune.core.selector import Selector
+from rayprune.engine.actor import ScoreActor
+from rayprune.engine.protocol import ClosedEpoch, ObservationsLost
+from rayprune.methods import build_method
+from rayprune.sources import SampleSource
+
+Moment = Literal["snapshot", "close"]
+Arrival = Literal["wait", "again", "done"]
+
+
+@dataclass(frozen=True)
+class LoopTerms:
+    """What every rank must know of a pruned data set.
+
+    Attributes:
+        signals: what the method needs to see of a sample.
+        source: read by the workers themselves, or None where rows come through Ray Data.
+        about: what a state must share to be loaded: fingerprint, samples, batch size, epochs, seed.
+    """
+
+    signals: tuple[str, ...]
+    num_epochs: int
+    batch_size: int
+    source: SampleSource | None
+    about: dict[str, Any]
+
+
+class LoopActor(ScoreActor):
+    """A ScoreActor that hands its state out and takes it back, and knows when all ranks have come."""
+
+    _arrived: dict[int, int]
+    _awaited: tuple[Any, ...] | None = None
+    _passed: tuple[Any, ...] | None = None
+    _answer: ClosedEpoch | None = None
+
+    def terms(self, reads_itself: bool) -> LoopTerms:
+        """Return what the ranks must know."""
+        spec = self._spec
+        about = {
+            "fingerprint": spec.source.fingerprint,
+            "num_samples": len(spec.source),
+            "num_epochs": spec.num_epochs,
+            "batch_size": spec.batch_size,
+            "last_batch": spec.last_batch,
+            "seed": spec.seed,
+        }
+        signals = build_method(spec.method).signals
+        return LoopTerms(signals, spec.num_epochs, spec.batch_size, spec.source if reads_itself else None, about)
+
+    def restore(self, generation: int, epoch: int, state: Mapping[str, NDArray[Any]] | None) -> None:
+        """Begin `generation` at `epoch`, with the state that a checkpoint holds, or anew at epoch 0.
+
+        Raises:
+            ValueError: the state is of another method or data set.
+        """
+        selector = self._spec.selector()
+        if state is not None:
+            selector.load_state_dict({name: np.array(array) for name, array in state.items()})
+        selector.begin_epoch(epoch)
+        self._selector, self._generation = selector, generation
+        self._awaited = self._passed = self._answer = None
+        self._start_epoch()
+
+    def _enter(self, generation: int, epoch: int, base_step: int) -> Selector:
+        if (self._selector is None or generation > self._generation) and (epoch, base_step) > (0, 0):
+            raise ObservationsLost(
+                "the ScoreActor was lost with its scores: the loop goes back to its last checkpoint "
+                "(save shard.state_dict(), and give FailureConfig(max_failures=…))"
+            )
+        return super()._enter(generation, epoch, base_step)
+
+    def arrive(
+        self, generation: int, turn: tuple[int, int], rank: int, count: int, world_size: int, moment: Moment, step: int
+    ) -> Arrival:
+        """Note that a rank has flushed its pushes and waits for the others; asked again until it is "done".
+
+        Args:
+            turn: (epoch, base_step).
+            rank, count: who, and how many pushes it made in this epoch.
+            world_size: how many ranks must come.
+            moment: what they come for: the state inside the epoch, or its end.
+            step: the step before which they come; ranks must agree.
+
+        Returns:
+            "again" where pushes of this rank are missing (the actor was restarted): flush and come again.
+
+        Raises:
+            ValueError: ranks came for different moments.
+        """
+        key = (generation, *turn, moment, step)
+        if key == self._passed:
+            return "done"
+        epoch, base_step = turn
+        if self.missing(generation, epoch, rank, count, base_step):
+            return "again"
+        if self._awaited != key:
+            if self._awaited is not None and self._awaited[0] == generation:
+                raise ValueError(
+                    f"rank {rank} is at {key[2:]} while others are at {self._awaited[2:]} (base step, moment, step): "
+                    "all ranks must take the same batches and call state_dict() at the same step"
+                )
+            self._awaited, self._arrived = key, {}
+        self._arrived[rank] = count
+        if len(self._arrived) < world_size:
+            return "wait"
+        counts = [self._arrived[one] for one in range(world_size)]
+        call = self.snapshot if moment == "snapshot" else self.close_epoch
+        self._answer = call(generation, epoch, counts, base_step)
+        assert self._answer is not None, "every rank's pushes are in"
+        self._passed, self._awaited = key, None
+        return "done"
+
+    def answer(self) -> ClosedEpoch:
+        """Return the state that the ranks came for last; rank 0 asks."""
+        assert self._answer is not None
+        return self._answer
+
+    def waiting(self) -> list[int]:
+        """Return the ranks that have come and wait."""
+        return sorted(self._arrived) if self._awaited is not None else []
+
+    def scores(self) -> dict[str, NDArray[Any]]:
+        """Return the method's scores and what the table counts, name → (N,)."""
+        selector = self._selector if self._selector is not None else self._spec.selector()
+        counted = {"last_visit": selector.table.last_visit, "times_pruned": selector.table.times_pruned}
+        return {**selector.scores(), **{name: np.array(column) for name, column in counted.items()}}

@@ -1,0 +1,217 @@
+"""`rayprune.prune` and its kin: pruned data for a training loop of the user's own, with Ray Train or without."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+import uuid
+from typing import Any, Literal
+
+import ray
+import ray.data
+import ray.train
+import torch
+from numpy.typing import NDArray
+from ray.train.collective import broadcast_from_rank_zero
+
+from rayprune.core.plan import LastBatch
+from rayprune.core.selector import Selector
+from rayprune.engine.actor import ScoreSpec
+from rayprune.engine.client import LocalScores, RemoteScores
+from rayprune.engine.loop_actor import LoopActor, LoopTerms
+from rayprune.engine.resources import start_ray
+from rayprune.engine.shard import Shard
+from rayprune.engine.stored import stored
+from rayprune.engine.stream import LocalStream, RayStream, plan_dataset, row_bytes
+from rayprune.methods import Method
+from rayprune.sources import SampleSource, as_source
+
+logger = logging.getLogger(__name__)
+
+_KEY = "rayprune"
+# Actors end with the process that made them, or with `close`: a data set alone must keep its own alive.
+_ALIVE: dict[str, Any] = {}
+_generations = itertools.count(1)
+
+
+class PrunedData:
+    """A data set whose every epoch is chosen anew.
+
+    Attributes:
+        dataset: give it to a trainer, `TorchTrainer(..., datasets={"train": pruned.dataset})`; it may be mapped over
+            where rows, their order and the columns `id` and `weight` survive: `map_batches(f, batch_size=None)`.
+        num_samples: N.
+    """
+
+    def __init__(self, dataset: Any, scores: RemoteScores, num_samples: int, guarantees: str) -> None:
+        self.dataset, self.num_samples = dataset, num_samples
+        self._scores, self._guarantees = scores, guarantees
+
+    def __repr__(self) -> str:
+        return f"PrunedData({self.num_samples} samples; {self._guarantees})"
+
+    def scores(self) -> dict[str, NDArray[Any]]:
+        """Return the method's scores, `last_visit` and `times_pruned`, name → (N,); NaN where never visited."""
+        found: dict[str, NDArray[Any]] = self._scores.call("scores")
+        return found
+
+    def close(self) -> None:
+        """End the ScoreActor; otherwise it ends with this process."""
+        handle = _ALIVE.pop(self._scores.name, None)
+        if handle is not None:
+            ray.kill(handle)
+
+
+def prune(
+    source: Any,
+    method: Method,
+    num_epochs: int,
+    batch_size: int,
+    seed: int = 0,
+    *,
+    last_batch: LastBatch = "pad",
+    stream: Literal["ray", "local"] = "ray",
+) -> PrunedData:
+    """Prune a data set for a Ray Train loop.
+
+    Args:
+        source: a SampleSource, arrays by name, a map-style torch Dataset, or a Hugging Face Dataset.
+        method: such as `rayprune.InfoBatch(prune_ratio=0.5)`.
+        num_epochs: of the whole run; schedules and annealing are made for it.
+        batch_size: the global batch, all workers together; it must divide by their number.
+        seed: with the observations it fixes every selection and order.
+        last_batch: `pad` fills the last global batch with rows of weight 0, `drop` leaves it out.
+        stream: `ray` sends decoded rows through Ray Data, and workers never open the source; with `local` each worker
+            reads its own rows, which is faster for memory-mapped ones, and `dataset` is a token that can't be mapped.
+
+    Raises:
+        ValueError: what the source, the method or the sizes do not allow; one line with the cure.
+    """
+    samples = as_source(source)
+    _check(samples, method, num_epochs, batch_size, seed, stream)
+    start_ray()
+    samples = stored(samples)
+    spec = _spec(samples, method, num_epochs, batch_size, seed, last_batch)
+    name = f"rayprune-loop-{uuid.uuid4().hex[:8]}"
+    scores, _ALIVE[name] = RemoteScores.create(spec, name, LoopActor)
+    context = ray.data.DataContext.get_current()
+    # The data set's copy of the context tells the workers which actor is theirs.
+    context.set_config(_KEY, {"name": name, "namespace": scores.namespace, "stream": stream})
+    try:
+        dataset = plan_dataset(scores, {"train": samples})
+    finally:
+        context.remove_config(_KEY)
+    exact = "plans, order and resume inside epochs are exact, bit for bit"
+    return PrunedData(dataset, scores, len(samples), f"stream {stream}; {exact}")
+
+
+def _check(samples: SampleSource, method: Method, num_epochs: int, batch_size: int, seed: int, stream: str) -> None:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size {batch_size!r} must be an integer of at least 1: it is the global batch")
+    if stream not in {"ray", "local"}:
+        raise ValueError(f"stream {stream!r} must be 'ray' or 'local'")
+    few = min(len(samples), 1_000)
+    labels = samples.labels[:few] if getattr(method, "class_floor", 0) > 0 else None
+    Selector(method, few, num_epochs, seed, labels=labels)  # refuses what does not fit before anything starts
+
+
+def _spec(
+    samples: SampleSource, method: Method, num_epochs: int, batch_size: int, seed: int, last_batch: LastBatch
+) -> ScoreSpec:
+    if last_batch not in ("pad", "drop"):
+        raise ValueError(f"last_batch {last_batch!r} must be 'pad' or 'drop'")
+    if last_batch == "drop" and batch_size > len(samples):
+        raise ValueError(f"batch_size {batch_size} is more than the {len(samples)} samples: use last_batch='pad'")
+    return ScoreSpec(
+        method=method.to_config(),
+        source=samples,
+        num_validation=0,
+        num_epochs=num_epochs,
+        seed=seed,
+        batch_size=batch_size,
+        last_batch=last_batch,
+        row_bytes=row_bytes(samples.schema),
+        run_folder=None,
+        keep_selections=0,
+    )
+
+
+def get_dataset_shard(name: str = "train") -> Shard:
+    """Return this worker's Shard of a pruned data set, inside a Ray Train loop.
+
+    Args:
+        name: its key in `TorchTrainer(datasets={...})`.
+
+    Raises:
+        ValueError: the data set was not made by `prune`, or the trainer's DataConfig does not keep its order.
+    """
+    iterator = ray.train.get_dataset_shard(name)
+    data_context = iterator.get_context() if hasattr(iterator, "get_context") else iterator.context
+    told = data_context.get_config(_KEY, None)
+    if told is None:
+        raise ValueError(
+            f"the data set {name!r} was not made by rayprune.prune: give the trainer datasets={{{name!r}: "
+            "pruned.dataset}, or use ray.train.get_dataset_shard for it"
+        )
+    if not data_context.execution_options.preserve_order:
+        raise ValueError(
+            "the trainer's DataConfig does not keep the order of rows: leave dataset_config out, or set "
+            "preserve_order=True in its execution_options"
+        )
+    scores = RemoteScores(told["name"], told["namespace"])
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    terms: LoopTerms = scores.call("terms", told["stream"] == "local")
+    transport = RayStream(iterator) if terms.source is None else LocalStream({"train": terms.source})
+    generation = max(scores.call("generation") + 1, time.time_ns()) if rank == 0 else 0
+    generation = broadcast_from_rank_zero(generation)
+    return Shard(scores, transport, terms, rank, context.get_world_size(), generation, _worker_device())
+
+
+def _worker_device() -> torch.device | None:
+    import ray.train.torch
+
+    device: torch.device = ray.train.torch.get_device()
+    return None if device.type == "cpu" else device
+
+
+def local_loader(
+    source: Any,
+    method: Method,
+    num_epochs: int,
+    batch_size: int,
+    seed: int = 0,
+    *,
+    last_batch: LastBatch = "pad",
+    device: torch.device | str | None = None,
+) -> Shard:
+    """Prune a data set for a plain PyTorch loop in this process, without a Ray cluster.
+
+    The epochs, batches, weights and scores are those that `prune` gives to one worker.
+
+    Args:
+        source, method, num_epochs, batch_size, seed, last_batch: as for `prune`.
+        device: where batches go; None leaves them on the host.
+
+    Returns:
+        The Shard, whose `epochs()` the loop iterates.
+
+    Raises:
+        ValueError: as `prune`.
+
+    >>> import numpy as np, torch, rayprune
+    >>> data = {"x": np.arange(8, dtype=np.float32)}
+    >>> shard = rayprune.local_loader(data, rayprune.InfoBatch(), num_epochs=2, batch_size=4)
+    >>> for epoch in shard.epochs():
+    ...     for batch in epoch.iter_torch_batches():
+    ...         loss = epoch.weigh(batch, batch["x"] ** 2)
+    >>> sorted(shard.scores())
+    ['last_visit', 'loss', 'times_pruned']
+    """
+    samples = as_source(source)
+    _check(samples, method, num_epochs, batch_size, seed, "local")
+    scores = LocalScores(_spec(samples, method, num_epochs, batch_size, seed, last_batch), LoopActor)
+    where = None if device is None else torch.device(device)
+    terms: LoopTerms = scores.call("terms", True)
+    return Shard(scores, LocalStream({"train": samples}), terms, 0, 1, next(_generations), where)

@@ -1,0 +1,58 @@
+"""Samples that live in this process's memory, put into Ray's object store once instead of into every message."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import ray
+
+from rayprune.sources import MemorySource, SampleSource, Schema
+
+
+class StoredSource(SampleSource):
+    """A source in the object store; each process maps it when it first reads.
+
+    Args:
+        source: whose rows are in memory.
+    """
+
+    def __init__(self, source: SampleSource) -> None:
+        self._length, self._schema, self._fingerprint = len(source), source.schema, source.fingerprint
+        self._reference = ray.put(source)
+        self._source: SampleSource | None = source
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_source": None}
+
+    def _opened(self) -> SampleSource:
+        if self._source is None:
+            self._source = ray.get(self._reference)
+        return self._source
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def schema(self) -> Schema:
+        return self._schema
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self._opened().labels
+
+    def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        return self._opened().take(ids)
+
+    @property
+    def row_cost(self) -> Literal["cheap", "expensive"]:
+        return "cheap"
+
+
+def stored(source: SampleSource) -> SampleSource:
+    """Return the source, through the object store where it would travel with all its rows."""
+    return StoredSource(source) if isinstance(source, MemorySource) else source

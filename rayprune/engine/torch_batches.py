@@ -1,0 +1,94 @@
+"""A plan's batches as a training loop wants them: tensors on its device, or what its collate function makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rayprune.engine.stream import Batch
+
+Collate = Callable[[dict[str, NDArray[Any]]], Any]
+_OWN = ("id", "weight")
+
+
+@dataclass(frozen=True)
+class BatchForm:
+    """How batches come.
+
+    Attributes:
+        device: where tensors go; None leaves them on the host.
+        dtypes: of all columns of the data, or by name; id (int64) and weight (float32) keep theirs.
+        collate_fn: called with the columns as NumPy arrays, id and weight among them, instead of making tensors.
+    """
+
+    device: torch.device | None = None
+    dtypes: torch.dtype | Mapping[str, torch.dtype] | None = None
+    collate_fn: Collate | None = None
+
+    def __post_init__(self) -> None:
+        if self.collate_fn is not None and self.dtypes is not None:
+            raise ValueError("give iter_torch_batches either dtypes or collate_fn: a collate_fn chooses its own dtypes")
+
+    def __call__(self, batch: Batch) -> Any:
+        """Return the loop's batch."""
+        columns = {**batch.columns, "id": batch.ids, "weight": batch.weights}
+        if self.collate_fn is not None:
+            # Arrays out of the object store are read-only, which torch warns about and in-place code trips over.
+            return _moved(self.collate_fn({name: _writable(array) for name, array in columns.items()}), self.device)
+        return {name: self._tensor(name, array) for name, array in columns.items()}
+
+    def _tensor(self, name: str, array: NDArray[Any]) -> Any:
+        if array.dtype.kind not in "biufc":
+            return array  # text and objects stay what they are; tensors cannot hold them
+        tensor = torch.from_numpy(_writable(array))
+        dtype = self.dtypes.get(name) if isinstance(self.dtypes, Mapping) else self.dtypes
+        if dtype is not None and name not in _OWN:
+            tensor = tensor.to(dtype)
+        return _moved(tensor, self.device)
+
+
+def _writable(array: NDArray[Any]) -> NDArray[Any]:
+    return array if array.flags.writeable else np.array(array)
+
+
+def _moved(value: Any, device: torch.device | None) -> Any:
+    if device is None:
+        return value
+    if isinstance(value, torch.Tensor):
+        if device.type == "cuda" and value.device.type == "cpu":
+            return value.pin_memory().to(device, non_blocking=True)
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(inner, device) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        moved = [_moved(inner, device) for inner in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
+    return value
+
+
+def formed(batches: Iterator[Batch], form: BatchForm, ahead: int) -> Iterator[tuple[Batch, Any]]:
+    """Yield each batch with its form, made in a thread up to `ahead` batches before it is asked for."""
+    if ahead < 1:
+        for batch in batches:
+            yield batch, form(batch)
+        return
+
+    def make() -> tuple[Batch, Any] | None:
+        batch = next(batches, None)
+        return None if batch is None else (batch, form(batch))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="rayprune-batch") as maker:
+        waiting: list[Future[tuple[Batch, Any] | None]] = [maker.submit(make) for _ in range(ahead)]
+        try:
+            while (pair := waiting.pop(0).result()) is not None:
+                waiting.append(maker.submit(make))
+                yield pair
+        finally:
+            for future in waiting:
+                future.cancel()
