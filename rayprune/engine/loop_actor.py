@@ -17,7 +17,6 @@ from rayprune.core.selector import Selector
 from rayprune.engine.actor import ScoreActor
 from rayprune.engine.protocol import ClosedEpoch, ObservationsLost
 from rayprune.methods import build_method
-from rayprune.sources import SampleSource
 
 Moment = Literal["snapshot", "close"]
 Arrival = Literal["wait", "again", "done"]
@@ -29,14 +28,12 @@ class LoopTerms:
 
     Attributes:
         signals: what the method needs to see of a sample.
-        source: read by the workers themselves, or None where rows come through Ray Data.
         about: what a state must share to be loaded: fingerprint, samples, batch size, epochs, seed.
     """
 
     signals: tuple[str, ...]
     num_epochs: int
     batch_size: int
-    source: SampleSource | None
     about: dict[str, Any]
 
 
@@ -48,7 +45,7 @@ class LoopActor(ScoreActor):
     _passed: tuple[Any, ...] | None = None
     _answer: ClosedEpoch | None = None
 
-    def terms(self, reads_itself: bool) -> LoopTerms:
+    def terms(self) -> LoopTerms:
         """Return what the ranks must know."""
         spec = self._spec
         about = {
@@ -60,7 +57,7 @@ class LoopActor(ScoreActor):
             "seed": spec.seed,
         }
         signals = build_method(spec.method).signals
-        return LoopTerms(signals, spec.num_epochs, spec.batch_size, spec.source if reads_itself else None, about)
+        return LoopTerms(signals, spec.num_epochs, spec.batch_size, about)
 
     def restore(self, generation: int, epoch: int, state: Mapping[str, NDArray[Any]] | None) -> None:
         """Begin `generation` at `epoch`, with the state that a checkpoint holds, or anew at epoch 0.

@@ -6,6 +6,7 @@ import itertools
 import logging
 import time
 import uuid
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
@@ -20,9 +21,8 @@ from rayprune.core.selector import Selector
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.client import LocalScores, RemoteScores
 from rayprune.engine.loop_actor import LoopActor, LoopTerms
-from rayprune.engine.resources import start_ray
 from rayprune.engine.shard import Shard
-from rayprune.engine.stored import stored
+from rayprune.engine.stored import Facts, stored
 from rayprune.engine.stream import LocalStream, RayStream, plan_dataset, row_bytes
 from rayprune.methods import Method
 from rayprune.sources import SampleSource, as_source
@@ -33,6 +33,14 @@ _KEY = "rayprune"
 # Actors end with the process that made them, or with `close`: a data set alone must keep its own alive.
 _ALIVE: dict[str, Any] = {}
 _generations = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a pruned data set tells the workers: where its scores are, and what they read themselves."""
+
+    scores: RemoteScores
+    source: SampleSource | None
 
 
 class PrunedData:
@@ -90,14 +98,15 @@ def prune(
     """
     samples = as_source(source)
     _check(samples, method, num_epochs, batch_size, seed, stream)
-    start_ray()
+    if not ray.is_initialized():
+        ray.init()  # as a trainer would: the loop's own prints are to be seen
     samples = stored(samples)
     spec = _spec(samples, method, num_epochs, batch_size, seed, last_batch)
     name = f"rayprune-loop-{uuid.uuid4().hex[:8]}"
     scores, _ALIVE[name] = RemoteScores.create(spec, name, LoopActor)
     context = ray.data.DataContext.get_current()
     # The data set's copy of the context tells the workers which actor is theirs.
-    context.set_config(_KEY, {"name": name, "namespace": scores.namespace, "stream": stream})
+    context.set_config(_KEY, _Told(scores, samples if stream == "local" else None))
     try:
         dataset = plan_dataset(scores, {"train": samples})
     finally:
@@ -125,7 +134,7 @@ def _spec(
         raise ValueError(f"batch_size {batch_size} is more than the {len(samples)} samples: use last_batch='pad'")
     return ScoreSpec(
         method=method.to_config(),
-        source=samples,
+        source=Facts(samples, labelled=method.class_floor > 0),
         num_validation=0,
         num_epochs=num_epochs,
         seed=seed,
@@ -159,11 +168,11 @@ def get_dataset_shard(name: str = "train") -> Shard:
             "the trainer's DataConfig does not keep the order of rows: leave dataset_config out, or set "
             "preserve_order=True in its execution_options"
         )
-    scores = RemoteScores(told["name"], told["namespace"])
+    scores = told.scores
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    terms: LoopTerms = scores.call("terms", told["stream"] == "local")
-    transport = RayStream(iterator) if terms.source is None else LocalStream({"train": terms.source})
+    terms: LoopTerms = scores.call("terms")
+    transport = RayStream(iterator) if told.source is None else LocalStream({"train": told.source})
     generation = max(scores.call("generation") + 1, time.time_ns()) if rank == 0 else 0
     generation = broadcast_from_rank_zero(generation)
     return Shard(scores, transport, terms, rank, context.get_world_size(), generation, _worker_device())
@@ -213,5 +222,5 @@ def local_loader(
     _check(samples, method, num_epochs, batch_size, seed, "local")
     scores = LocalScores(_spec(samples, method, num_epochs, batch_size, seed, last_batch), LoopActor)
     where = None if device is None else torch.device(device)
-    terms: LoopTerms = scores.call("terms", True)
+    terms: LoopTerms = scores.call("terms")
     return Shard(scores, LocalStream({"train": samples}), terms, 0, 1, next(_generations), where)

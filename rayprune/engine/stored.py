@@ -1,4 +1,4 @@
-"""Samples that live in this process's memory, put into Ray's object store once instead of into every message."""
+"""Sources for other processes: rows in memory go into Ray's object store once, the ScoreActor gets facts only."""
 
 from __future__ import annotations
 
@@ -56,3 +56,35 @@ class StoredSource(SampleSource):
 def stored(source: SampleSource) -> SampleSource:
     """Return the source, through the object store where it would travel with all its rows."""
     return StoredSource(source) if isinstance(source, MemorySource) else source
+
+
+class Facts(SampleSource):
+    """What the ScoreActor must know of a source; without rows, so that a restart of the actor needs nothing else.
+
+    Args:
+        source: any source.
+        labelled: whether classes are counted.
+    """
+
+    def __init__(self, source: SampleSource, labelled: bool) -> None:
+        self._length, self._schema, self._fingerprint = len(source), source.schema, source.fingerprint
+        self._labels = source.labels if labelled else None
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def schema(self) -> Schema:
+        return self._schema
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @property
+    def labels(self) -> np.ndarray:
+        assert self._labels is not None
+        return self._labels
+
+    def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        raise NotImplementedError("the ScoreActor reads no rows")

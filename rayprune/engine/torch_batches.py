@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +89,9 @@ def formed(batches: Iterator[Batch], form: BatchForm, ahead: int) -> Iterator[tu
             while (pair := waiting.pop(0).result()) is not None:
                 waiting.append(maker.submit(make))
                 yield pair
-        finally:
+        finally:  # also where the loop stops early: the readers behind the batches end with it
             for future in waiting:
                 future.cancel()
+            maker.shutdown()
+            if isinstance(batches, Generator):
+                batches.close()
