@@ -142,7 +142,7 @@ class Epoch:
         self._batch = self._given = None
         self._num_weighed += 1
         weights_B = torch.from_numpy(current.weights.copy()).to(losses_B.device, non_blocking=True)
-        return weighted_mean(losses_B, weights_B)
+        return weighted_mean(losses_B, weights_B, self._shard.batch_rows)
 
     def _needed(self, batch: Any, logits: Any, targets: Any, embeddings: Any) -> dict[str, Any]:
         if targets is None and isinstance(batch, Mapping) and isinstance(batch.get("label"), Tensor):

@@ -122,6 +122,30 @@ class LoopActor(ScoreActor):
         self._passed, self._awaited = key, None
         return "done"
 
+    def wanted(
+        self, known: tuple[Any, ...] | None
+    ) -> tuple[tuple[Any, ...], NDArray[np.uint8], NDArray[np.float32]] | None:
+        """Return what the running turn asks for, for streams that are filtered.
+
+        Args:
+            known: the key of what the asker has; where it is still that, the answer is None.
+
+        Returns:
+            A key, codes (N,) uint8 (0 = not wanted), and the weight of each code from 1 on.
+        """
+        # Before the first turn Ray Data may look at a data set's schema: it sees all of it.
+        if self._turn is None or self._selector is None:
+            return (0,), np.ones(len(self._spec.source), dtype=np.uint8), np.ones(1, dtype=np.float32)
+        key = (self._generation, self._turn.epoch, self._turn.phase)
+        if key == known:
+            return None
+        selection = self._selector.begin_epoch(self._turn.epoch)
+        if self._turn.phase == "train":
+            return key, selection.codes, selection.weight_values
+        codes = np.zeros(selection.num_samples, dtype=np.uint8)
+        codes[selection.forward_only_ids] = 1
+        return key, codes, np.ones(1, dtype=np.float32)
+
     def answer(self) -> ClosedEpoch:
         """Return the state that the ranks came for last; rank 0 asks."""
         assert self._answer is not None

@@ -20,10 +20,11 @@ from rayprune.core.plan import LastBatch
 from rayprune.core.selector import Selector
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.client import LocalScores, RemoteScores
+from rayprune.engine.filtered import GUARANTEES, FilteredStream, IdColumn, Pick
 from rayprune.engine.loop_actor import LoopActor, LoopTerms
 from rayprune.engine.shard import Shard
 from rayprune.engine.stored import Facts, stored
-from rayprune.engine.stream import LocalStream, RayStream, plan_dataset, row_bytes
+from rayprune.engine.stream import LocalStream, RayStream, Transport, plan_dataset, row_bytes
 from rayprune.methods import Method
 from rayprune.sources import SampleSource, as_source
 
@@ -37,10 +38,11 @@ _generations = itertools.count(1)
 
 @dataclass(frozen=True)
 class _Told:
-    """What a pruned data set tells the workers: where its scores are, and what they read themselves."""
+    """What a pruned data set tells the workers: where its scores are, and how rows come."""
 
     scores: RemoteScores
-    source: SampleSource | None
+    stream: Literal["ray", "local", "filtered"]
+    source: SampleSource | None = None
 
 
 class PrunedData:
@@ -80,11 +82,13 @@ def prune(
     *,
     last_batch: LastBatch = "pad",
     stream: Literal["ray", "local"] = "ray",
+    id_column: str = "id",
 ) -> PrunedData:
     """Prune a data set for a Ray Train loop.
 
     Args:
-        source: a SampleSource, arrays by name, a map-style torch Dataset, or a Hugging Face Dataset.
+        source: a SampleSource, arrays by name, a map-style torch Dataset, a Hugging Face Dataset; or any
+            `ray.data.Dataset` with an id column, for which less is promised (`rayprune.engine.filtered`).
         method: such as `rayprune.InfoBatch(prune_ratio=0.5)`.
         num_epochs: of the whole run; schedules and annealing are made for it.
         batch_size: the global batch, all workers together; it must divide by their number.
@@ -92,27 +96,46 @@ def prune(
         last_batch: `pad` fills the last global batch with rows of weight 0, `drop` leaves it out.
         stream: `ray` sends decoded rows through Ray Data, and workers never open the source; with `local` each worker
             reads its own rows, which is faster for memory-mapped ones, and `dataset` is a token that can't be mapped.
+        id_column: of a `ray.data.Dataset`: each of 0..N−1 once, in any order.
 
     Raises:
         ValueError: what the source, the method or the sizes do not allow; one line with the cure.
     """
-    samples = as_source(source)
-    _check(samples, method, num_epochs, batch_size, seed, stream)
+    filtered = isinstance(source, ray.data.Dataset)
     if not ray.is_initialized():
         ray.init()  # as a trainer would: the loop's own prints are to be seen
+    if filtered:
+        samples: SampleSource = IdColumn(source, id_column, "label" if _counts_classes(method) else None)
+    else:
+        samples = as_source(source)
+    _check(samples, method, num_epochs, batch_size, seed, stream)
     samples = stored(samples)
     spec = _spec(samples, method, num_epochs, batch_size, seed, last_batch)
     name = f"rayprune-loop-{uuid.uuid4().hex[:8]}"
     scores, _ALIVE[name] = RemoteScores.create(spec, name, LoopActor)
-    context = ray.data.DataContext.get_current()
+    if filtered:
+        told, guarantees = _Told(scores, "filtered"), GUARANTEES
+    else:
+        told = _Told(scores, stream, samples if stream == "local" else None)
+        guarantees = f"stream {stream}; plans, order and resume inside epochs are exact, bit for bit"
+    context = source.context if filtered else ray.data.DataContext.get_current()
     # The data set's copy of the context tells the workers which actor is theirs.
-    context.set_config(_KEY, _Told(scores, samples if stream == "local" else None))
+    context.set_config(_KEY, told)
     try:
-        dataset = plan_dataset(scores, {"train": samples})
+        if filtered:
+            pick = Pick(scores, id_column)
+            dataset = source.map_batches(pick, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
+        else:
+            dataset = plan_dataset(scores, {"train": samples})
     finally:
-        context.remove_config(_KEY)
-    exact = "plans, order and resume inside epochs are exact, bit for bit"
-    return PrunedData(dataset, scores, len(samples), f"stream {stream}; {exact}")
+        if not filtered:
+            context.remove_config(_KEY)
+    logger.info("%d samples: %s", len(samples), guarantees)
+    return PrunedData(dataset, scores, len(samples), guarantees)
+
+
+def _counts_classes(method: Any) -> bool:
+    return bool(getattr(method, "class_floor", 0) > 0)
 
 
 def _check(samples: SampleSource, method: Method, num_epochs: int, batch_size: int, seed: int, stream: str) -> None:
@@ -121,7 +144,7 @@ def _check(samples: SampleSource, method: Method, num_epochs: int, batch_size: i
     if stream not in {"ray", "local"}:
         raise ValueError(f"stream {stream!r} must be 'ray' or 'local'")
     few = min(len(samples), 1_000)
-    labels = samples.labels[:few] if getattr(method, "class_floor", 0) > 0 else None
+    labels = samples.labels[:few] if _counts_classes(method) else None
     Selector(method, few, num_epochs, seed, labels=labels)  # refuses what does not fit before anything starts
 
 
@@ -134,7 +157,7 @@ def _spec(
         raise ValueError(f"batch_size {batch_size} is more than the {len(samples)} samples: use last_batch='pad'")
     return ScoreSpec(
         method=method.to_config(),
-        source=Facts(samples, labelled=method.class_floor > 0),
+        source=Facts(samples, labelled=_counts_classes(method)),
         num_validation=0,
         num_epochs=num_epochs,
         seed=seed,
@@ -163,7 +186,7 @@ def get_dataset_shard(name: str = "train") -> Shard:
             f"the data set {name!r} was not made by rayprune.prune: give the trainer datasets={{{name!r}: "
             "pruned.dataset}, or use ray.train.get_dataset_shard for it"
         )
-    if not data_context.execution_options.preserve_order:
+    if told.stream == "ray" and not data_context.execution_options.preserve_order:
         raise ValueError(
             "the trainer's DataConfig does not keep the order of rows: leave dataset_config out, or set "
             "preserve_order=True in its execution_options"
@@ -172,7 +195,11 @@ def get_dataset_shard(name: str = "train") -> Shard:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     terms: LoopTerms = scores.call("terms")
-    transport = RayStream(iterator) if told.source is None else LocalStream({"train": told.source})
+    transport: Transport
+    if told.stream == "local":
+        transport = LocalStream({"train": told.source})
+    else:
+        transport = FilteredStream(iterator) if told.stream == "filtered" else RayStream(iterator)
     generation = max(scores.call("generation") + 1, time.time_ns()) if rank == 0 else 0
     generation = broadcast_from_rank_zero(generation)
     return Shard(scores, transport, terms, rank, context.get_world_size(), generation, _worker_device())

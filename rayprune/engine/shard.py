@@ -72,6 +72,11 @@ class Shard:
         """The epochs of the whole run."""
         return self.terms.num_epochs
 
+    @property
+    def batch_rows(self) -> int:
+        """This rank's share of a global batch."""
+        return self.terms.batch_size // self.world_size
+
     def epochs(self) -> Iterator[Epoch]:
         """Yield the epochs that are left; each is closed, and the next one's samples chosen, when its body ends.
 
@@ -143,6 +148,10 @@ class Shard:
             self._close()
             epoch = None
         elif epoch is not None:
+            if not self.transport.resumes_inside:
+                raise RuntimeError(
+                    "a filtered ray.data.Dataset resumes at epoch ends: call state_dict() after the epoch's batches"
+                )
             self._meet("snapshot", epoch.step)
         selector: dict[str, Tensor] = {}
         if self.rank == 0:

@@ -31,6 +31,9 @@ SPAN_ROWS = 65_536
 LOCAL_READ_ROWS = 2_048
 _LOCAL_READ_BYTES = 16 * 1024 * 1024
 _AHEAD = 2
+_CURE = (
+    "a data set that is mapped over must keep rows and order: map_batches(…, batch_size=None), no filter, no shuffle"
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,13 @@ class Batch:
 
 
 class Transport(Protocol):
-    """Deliver the rows of this rank's shares, batch after batch."""
+    """Deliver the rows of this rank's shares, batch after batch.
+
+    Attributes:
+        resumes_inside: whether a pass may begin at any step of a plan.
+    """
+
+    resumes_inside: bool
 
     def batches(self, turn: Turn, shares: Iterator[Share], batch_rows: int) -> Iterator[Batch]:
         """Yield one Batch for each `batch_rows` rows of the shares, in order.
@@ -93,6 +102,8 @@ def plan_batches(
 class LocalStream:
     """Read rows in this process, a thread ahead of training."""
 
+    resumes_inside = True
+
     def __init__(self, sources: Mapping[str, SampleSource]) -> None:
         self._sources = sources
 
@@ -124,6 +135,8 @@ def _cut(read: Future[dict[str, NDArray[Any]]], share: Share, batch_rows: int) -
 class RayStream:
     """Take rows from this rank's split of the Ray Data stream and check them against the plan."""
 
+    resumes_inside = True
+
     def __init__(self, shard: Any) -> None:
         self._shard = shard
 
@@ -138,7 +151,9 @@ class RayStream:
                 columns = next(cut, None)
                 if columns is None or not np.array_equal(columns["id"], ids[part]):
                     got = "the stream ended" if columns is None else f"ids {columns['id'][:3].tolist()}… came"
-                    raise PlanMismatch(f"epoch {turn.epoch}, {turn.phase}: {got}, not {ids[part][:3].tolist()}…")
+                    raise PlanMismatch(
+                        f"epoch {turn.epoch}, {turn.phase}: {got}, not {ids[part][:3].tolist()}…; {_CURE}"
+                    )
                 yield Batch(columns, ids[part], weights[part], real[part])
         if next(cut, None) is not None:
             raise PlanMismatch(f"epoch {turn.epoch}, {turn.phase}: the stream holds more rows than the plan")
@@ -147,6 +162,8 @@ class RayStream:
 def _cut_blocks(blocks: Iterator[Columns], batch_rows: int) -> Iterator[Columns]:
     """Cut blocks, which are whole steps, into batches."""
     for block in blocks:
+        if "id" not in block:
+            raise PlanMismatch("the batches have lost their column 'id': keep id and weight in map_batches")
         for start in range(0, len(block["id"]), batch_rows):
             yield {name: column[start : start + batch_rows] for name, column in block.items()}
 

@@ -52,11 +52,15 @@ def losses_per_sample(losses: Tensor, num_rows: int, mask: Tensor | None = None)
     return losses if losses.ndim == 1 else losses.flatten(1).mean(1)
 
 
-def weighted_mean(losses_B: Tensor, weights_B: Tensor) -> Tensor:
-    """Return Σ(w·l)/B, a scalar: the divisor is constant, so that DDP's mean over ranks is the global weighted mean."""
+def weighted_mean(losses_B: Tensor, weights_B: Tensor, batch_rows: int) -> Tensor:
+    """Return Σ(w·l) ÷ batch_rows, a scalar.
+
+    The divisor is a worker's share of every global batch, never Σw and never a short batch's length: DDP's mean over
+    the ranks is then the weighted mean over the global batch, and every sample of an epoch counts by its weight alone.
+    """
     # Where the weight is 0, a NaN loss of a padding row must not reach the gradient.
     weighted = torch.where(weights_B > 0, losses_B * weights_B.to(losses_B.dtype), torch.zeros_like(losses_B))
-    return weighted.sum() / losses_B.shape[0]
+    return weighted.sum() / batch_rows
 
 
 @torch.no_grad()

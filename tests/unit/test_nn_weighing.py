@@ -1,0 +1,116 @@
+"""Losses and targets of any task become one loss and one set of signals a sample."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from rayprune.nn.signals import SIGNALS, compute_signals
+from rayprune.nn.weighing import losses_per_sample, signals_per_sample, weighted_mean
+
+GENERATOR = np.random.default_rng(3)
+
+
+def logits(*shape: int) -> torch.Tensor:
+    return torch.from_numpy(GENERATOR.normal(size=shape).astype(np.float32))
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 7), (4, 1, 1, 1), (4, 3, 5)])
+def test_losses_of_any_shape_are_means_over_all_but_the_first_axis(shape: tuple[int, ...]) -> None:
+    losses = logits(*shape).abs()
+    assert torch.allclose(losses_per_sample(losses, 4), torch.stack([one.mean() for one in losses]))
+
+
+def test_a_mask_leaves_positions_out_and_an_empty_one_gives_zero() -> None:
+    losses = torch.tensor([[1.0, 2.0, 9.0], [4.0, 9.0, 9.0], [9.0, 9.0, 9.0]], requires_grad=True)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
+    reduced = losses_per_sample(losses, 3, mask)
+    assert reduced.tolist() == [1.5, 4.0, 0.0]
+    reduced.sum().backward()
+    assert losses.grad is not None
+    assert losses.grad.tolist() == [[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("losses", "mask", "words"),
+    [
+        (torch.tensor(1.0), None, r"one loss a sample and got a scalar.*reduction='none'"),
+        (torch.zeros(3), None, r"shape \(3,\) for a batch of 4"),
+        (torch.zeros(4, 2), torch.ones(4), "must have one shape"),
+    ],
+)
+def test_what_cannot_be_weighed_is_explained(losses: torch.Tensor, mask: torch.Tensor | None, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        losses_per_sample(losses, 4, mask)
+
+
+@given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=1, max_size=9), st.integers(1, 16))
+@settings(max_examples=50, deadline=None)
+def test_the_divisor_is_the_share_of_the_batch_whatever_the_weights(weights: list[float], rows: int) -> None:
+    losses = torch.arange(1.0, len(weights) + 1)
+    expected = sum(weight * loss for weight, loss in zip(weights, losses.tolist(), strict=True)) / rows
+    assert weighted_mean(losses, torch.tensor(weights), rows).item() == pytest.approx(expected)
+
+
+def test_a_nan_loss_of_padding_does_not_reach_the_mean() -> None:
+    losses = torch.tensor([1.0, float("nan")])
+    assert weighted_mean(losses, torch.tensor([2.0, 0.0]), 2).item() == 1.0
+
+
+def test_class_targets_give_the_engines_own_signals() -> None:
+    scores, targets = logits(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
+    losses = functional.cross_entropy(scores, targets, reduction="none")
+    ours = signals_per_sample(SIGNALS, losses, scores, targets)
+    theirs = compute_signals(SIGNALS, scores, targets, losses)
+    assert all(torch.equal(ours[name], theirs[name]) for name in SIGNALS)
+
+
+def test_dense_targets_are_means_over_the_positions() -> None:
+    scores, targets = logits(2, 3, 4, 5), torch.from_numpy(GENERATOR.integers(0, 3, (2, 4, 5)))
+    losses = losses_per_sample(functional.cross_entropy(scores, targets, reduction="none"), 2)
+    names = ("correct", "entropy", "el2n", "margin", "prob_label", "probs")
+    found = signals_per_sample(names, losses, scores, targets)
+    for row in range(2):
+        flat = scores[row].flatten(1).T
+        one = compute_signals(names, flat, targets[row].flatten(), torch.zeros(20))
+        for name in names:
+            assert torch.allclose(found[name][row], one[name].mean(0), atol=1e-6), name
+
+
+def test_several_labels_a_sample_are_a_decision_each() -> None:
+    scores, targets = logits(3, 4), torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]])
+    found = signals_per_sample(("correct", "prob_label", "entropy", "probs"), torch.zeros(3), scores, targets)
+    p = scores.sigmoid()
+    of_label = torch.where(targets > 0, p, 1 - p)
+    assert torch.allclose(found["prob_label"], of_label.mean(1), atol=1e-6)
+    assert torch.equal(found["correct"], (of_label > 0.5).float().mean(1))
+    assert torch.allclose(found["entropy"], -(p * p.log() + (1 - p) * (1 - p).log()).mean(1), atol=1e-5)
+    assert torch.allclose(found["probs"], p)
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "words"),
+    [
+        (("el2n",), {}, r"needs el2n: give weigh\(logits=\)"),
+        (("el2n",), {"logits": logits(3, 2)}, r"needs the targets too"),
+        (("el2n",), {"logits": logits(3, 2), "targets": torch.zeros(2, dtype=torch.int64)}, "do not fit logits"),
+        (("el2n",), {"logits": logits(3, 2), "targets": torch.zeros(3, 5)}, "several labels"),
+        (("el2n",), {"logits": logits(4, 2), "targets": torch.zeros(4, dtype=torch.int64)}, r"must be \(3, classes"),
+        (("embedding",), {}, r"give weigh\(embeddings=\)"),
+        (("embeding",), {}, "unknown signal 'embeding'.*embedding"),
+    ],
+)
+def test_what_a_method_needs_is_asked_for(names: tuple[str, ...], given: dict[str, torch.Tensor], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        signals_per_sample(names, torch.zeros(3), **given)
+
+
+def test_embeddings_pass_through() -> None:
+    values = logits(3, 7).requires_grad_()
+    found = signals_per_sample(("embedding", "loss"), torch.ones(3), embeddings=values)
+    assert torch.equal(found["embedding"], values)
+    assert not found["embedding"].requires_grad
