@@ -1,0 +1,241 @@
+"""A Ray Train loop of the user's own on pruned data: both transports, failures, any ray.data.Dataset, FSDP2."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import own_loops
+import pytest
+import ray
+import ray.data
+import torch
+from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+import rayprune
+from rayprune.engine.prune import PrunedData
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shipped() -> None:
+    """Workers do not see the tests' folder: the loops travel with the trainer."""
+    ray.cloudpickle.register_pickle_by_value(own_loops)
+
+
+def prune(source: Any = own_loops.DATA, **changes: Any) -> PrunedData:
+    settings = {"method": own_loops.METHOD, "num_epochs": own_loops.EPOCHS, "batch_size": own_loops.BATCH}
+    return rayprune.prune(source, **{**settings, **changes})
+
+
+def fit(data: Any, folder: Path, workers: int, failures: int = 0, **config: Any) -> None:
+    folder.mkdir(exist_ok=True)
+    each = {"resources_per_worker": {"CPU": 0.5}} if workers else {}
+    TorchTrainer(
+        own_loops.train_loop,
+        train_loop_config={"folder": str(folder), **{key: config[key] for key in config if key != "data_config"}},
+        datasets={"train": data},
+        dataset_config=config.get("data_config"),
+        scaling_config=ScalingConfig(num_workers=workers, **each),
+        run_config=RunConfig(
+            name="loop",
+            storage_path=str(folder),
+            failure_config=FailureConfig(max_failures=failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    ).fit()
+
+
+def seen(folder: Path, ranks: int) -> dict[tuple[int, int], list[Any]]:
+    """Return (epoch, step) → [plan hash, ids, weights] of each rank in turn; the last time where a step was redone."""
+    found: dict[tuple[int, int], list[Any]] = {}
+    for rank in range(ranks):
+        for line in (folder / f"rank-{rank}.jsonl").read_text().splitlines():
+            epoch, step, _, plan_hash, ids, weights = json.loads(line)
+            found.setdefault((epoch, step), [None] * ranks)[rank] = [plan_hash, ids, weights]
+    return dict(sorted(found.items()))
+
+
+def joined(steps: dict[tuple[int, int], list[Any]]) -> list[tuple[Any, ...]]:
+    """Return each step's global batch, whatever the number of ranks."""
+    return [
+        (position, ranks[0][0], sum((rank[1] for rank in ranks), []), sum((rank[2] for rank in ranks), []))  # noqa: RUF017
+        for position, ranks in steps.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The loop in Ray Train's local mode."""
+    folder = tmp_path_factory.mktemp("alone")
+    data = prune()
+    fit(data.dataset, folder, 0)
+    data.close()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, np.ndarray]]]:
+    """Two workers whose rows come through Ray Data and a map of the user's own."""
+    folder = tmp_path_factory.mktemp("together")
+    data = prune()
+    fit(data.dataset.map_batches(lambda batch: {**batch, "x": batch["x"] * 1}, batch_size=None), folder, 2)
+    yield folder, data.scores()
+    data.close()
+
+
+def test_batches_do_not_depend_on_workers(alone: Path, together: tuple[Path, dict[str, np.ndarray]]) -> None:
+    ours, theirs = joined(seen(together[0], 2)), joined(seen(alone, 1))
+    first = [batch for batch in ours if batch[0][0] < 2]  # later plans depend on losses that two ranks round apart
+    assert first == theirs[: len(first)]
+    loader = rayprune.local_loader(own_loops.DATA, own_loops.METHOD, own_loops.EPOCHS, own_loops.BATCH)
+    epoch = next(loader.epochs())
+    assert [batch["id"].tolist() for batch in epoch.iter_torch_batches()] == [
+        batch[2] for batch in theirs if batch[0][0] == 0
+    ]
+    assert epoch.plan_hash == theirs[0][1]
+
+
+def test_a_killed_worker_goes_back_to_the_loops_own_checkpoint(
+    tmp_path: Path, together: tuple[Path, dict[str, np.ndarray]]
+) -> None:
+    """The second rank dies in mid-epoch 1; rows are read by the workers themselves."""
+    data = prune(stream="local")
+    fit(data.dataset, tmp_path, 2, failures=1, every=5, die=(1, 8))
+    assert (tmp_path / "died").exists()
+    whole, scores = together
+    assert seen(tmp_path, 2) == seen(whole, 2)
+    ours, theirs = (torch.load(folder / "final.pt", weights_only=True) for folder in (tmp_path, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    mine = data.scores()
+    assert all(np.array_equal(mine[name], scores[name], equal_nan=True) for name in scores)
+    data.close()
+
+
+def test_a_killed_score_actor_goes_back_to_the_loops_own_checkpoint(
+    tmp_path: Path, together: tuple[Path, dict[str, np.ndarray]]
+) -> None:
+    data = prune(stream="local")
+    log, killed = tmp_path / "rank-0.jsonl", threading.Event()
+
+    def kill() -> None:
+        while not log.exists() or not any(json.loads(line)[0] == 2 for line in log.read_text().splitlines()[-1:]):
+            time.sleep(0.005)
+        ray.kill(ray.get_actor(data._scores.name), no_restart=False)
+        killed.set()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    fit(data.dataset, tmp_path, 2, failures=2, every=5, pause_s=0.02)
+    assert killed.is_set()
+    assert seen(tmp_path, 2) == seen(together[0], 2)
+    data.close()
+
+
+def test_fsdp2_shards_the_parameters_and_changes_no_plan_of_the_first_epochs(
+    tmp_path: Path, together: tuple[Path, dict[str, np.ndarray]]
+) -> None:
+    data = prune(stream="local", num_epochs=2)
+    fit(data.dataset, tmp_path, 2, fsdp=True)
+    ours = [batch for batch in joined(seen(tmp_path, 2)) if batch[0][0] == 0]
+    assert ours == [batch for batch in joined(seen(together[0], 2)) if batch[0][0] == 0]
+    assert torch.load(tmp_path / "final.pt", weights_only=True)["0.weight"].shape == (8, 5)
+    data.close()
+
+
+def rows(num: int = own_loops.N) -> list[dict[str, Any]]:
+    order = np.random.default_rng(5).permutation(num)
+    return [{"id": int(i), "x": own_loops.X[i], "label": int(own_loops.DATA["label"][i])} for i in order]
+
+
+def test_any_dataset_with_an_id_column_is_filtered(tmp_path: Path) -> None:
+    data = prune(ray.data.from_items(rows(), override_num_blocks=5))
+    assert "resume is at epoch ends" in repr(data)
+    fit(data.dataset.map_batches(lambda batch: batch), tmp_path, 2)
+    by_epoch: dict[int, dict[int, float]] = {epoch: {} for epoch in range(own_loops.EPOCHS)}
+    for (epoch, _), ranks in seen(tmp_path, 2).items():
+        for _, ids, weights in filter(None, ranks):
+            assert not by_epoch[epoch].keys() & set(ids), "an id came twice in an epoch"
+            by_epoch[epoch] |= dict(zip(ids, weights, strict=True))
+    assert own_loops.N - 1 <= len(by_epoch[0]) <= own_loops.N  # two ranks leave at most one row out
+    assert all(weight == 1.0 for weight in by_epoch[0].values())
+    for epoch in range(1, own_loops.EPOCHS):
+        assert len(by_epoch[epoch]) < 0.9 * own_loops.N
+        assert set(by_epoch[epoch].values()) == {1.0, 2.0}
+    assert 0 < (data.scores()["times_pruned"] > 0).mean() < 1
+    data.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda row: {**row, "id": min(row["id"], 699)}, "holds 699 twice"),
+        (lambda row: {**row, "id": row["id"] + (row["id"] == 700)}, r"holds 701: ids of 701 rows must be 0..700"),
+        (lambda row: {**row, "id": float(row["id"])}, "is float64: ids are integers"),
+        (lambda row: {"x": row["x"]}, "no column 'id'"),
+    ],
+)
+def test_ids_that_do_not_number_the_rows_are_refused(change: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        prune(ray.data.from_items([change(row) for row in rows()]))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: data.drop_columns(["id"]), "lost their column 'id'"),
+        (lambda data: data.filter(lambda row: row["id"] % 2 == 0), "must keep rows and order"),
+        (lambda data: data.random_shuffle(), "must keep rows and order"),
+    ],
+)
+def test_maps_that_lose_rows_order_or_ids_are_refused(change: Any, words: str, tmp_path: Path) -> None:
+    data = prune()
+    with pytest.raises(Exception, match=words):
+        fit(change(data.dataset), tmp_path, 0)
+    data.close()
+
+
+def test_a_data_config_that_does_not_keep_the_order_is_refused(tmp_path: Path) -> None:
+    data = prune()
+    careless = DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=False))
+    with pytest.raises(Exception, match="does not keep the order of rows"):
+        fit(data.dataset, tmp_path, 1, data_config=careless)
+    data.close()
+
+
+def test_a_dataset_of_another_make_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="was not made by rayprune"):
+        fit(ray.data.range(10), tmp_path, 0)
+
+
+def test_the_examples_run_and_differ_as_the_readme_says(tmp_path: Path) -> None:
+    printed = {}
+    for name in ("plain", "pruned"):
+        command = [sys.executable, str(EXAMPLES / f"{name}_loop.py")]
+        environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr[-2000:]
+        printed[name] = int(re.findall(r"epoch 9: loss [\d.]+, (\d+) samples trained", done.stdout)[-1])
+    assert printed["plain"] == 10 * 1797
+    assert printed["pruned"] < 0.85 * printed["plain"]
+    plain, pruned = ((EXAMPLES / f"{name}_loop.py").read_text().splitlines() for name in ("plain", "pruned"))
+    loop = [line for line in difflib.ndiff(plain, pruned) if line[:2] in {"- ", "+ "}]
+    told = re.search(r"```diff\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), re.DOTALL)
+    assert told is not None
+    shown = [line for line in told[1].splitlines() if line[:1] in {"-", "+"}]
+    assert shown
+    assert all(line in {f"{one[0]}{one[1:]}" for one in loop} for line in shown), (
+        "the README's diff is not the real one"
+    )
