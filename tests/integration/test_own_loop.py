@@ -108,39 +108,29 @@ def test_batches_do_not_depend_on_workers(alone: Path, together: tuple[Path, dic
     assert epoch.plan_hash == theirs[0][1]
 
 
-def test_a_killed_worker_goes_back_to_the_loops_own_checkpoint(
+def test_a_killed_worker_and_a_killed_score_actor_take_the_loop_back_to_its_own_checkpoint(
     tmp_path: Path, together: tuple[Path, dict[str, np.ndarray]]
 ) -> None:
-    """The second rank dies in mid-epoch 1; rows are read by the workers themselves."""
+    """The second rank dies in mid-epoch 1, the actor in epoch 2; rows are read by the workers themselves."""
     data = prune(stream="local")
-    fit(data.dataset, tmp_path, 2, failures=1, every=5, die=(1, 8))
+    log, killed = tmp_path / "rank-0.jsonl", threading.Event()
+
+    def kill_actor() -> None:
+        while not log.exists() or not any(json.loads(line)[0] == 2 for line in log.read_text().splitlines()[-1:]):
+            time.sleep(0.005)
+        ray.kill(ray.get_actor(data._scores.name), no_restart=False)
+        killed.set()
+
+    threading.Thread(target=kill_actor, daemon=True).start()
+    fit(data.dataset, tmp_path, 2, failures=3, every=5, die=(1, 8), pause_s=0.02)
     assert (tmp_path / "died").exists()
+    assert killed.is_set()
     whole, scores = together
     assert seen(tmp_path, 2) == seen(whole, 2)
     ours, theirs = (torch.load(folder / "final.pt", weights_only=True) for folder in (tmp_path, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     mine = data.scores()
     assert all(np.array_equal(mine[name], scores[name], equal_nan=True) for name in scores)
-    data.close()
-
-
-def test_a_killed_score_actor_goes_back_to_the_loops_own_checkpoint(
-    tmp_path: Path, together: tuple[Path, dict[str, np.ndarray]]
-) -> None:
-    data = prune(stream="local")
-    log, killed = tmp_path / "rank-0.jsonl", threading.Event()
-
-    def kill() -> None:
-        while not log.exists() or not any(json.loads(line)[0] == 2 for line in log.read_text().splitlines()[-1:]):
-            time.sleep(0.005)
-        ray.kill(ray.get_actor(data._scores.name), no_restart=False)
-        killed.set()
-
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    fit(data.dataset, tmp_path, 2, failures=2, every=5, pause_s=0.02)
-    assert killed.is_set()
-    assert seen(tmp_path, 2) == seen(together[0], 2)
     data.close()
 
 
@@ -220,22 +210,23 @@ def test_a_dataset_of_another_make_is_named(tmp_path: Path) -> None:
         fit(ray.data.range(10), tmp_path, 0)
 
 
-def test_the_examples_run_and_differ_as_the_readme_says(tmp_path: Path) -> None:
-    printed = {}
-    for name in ("plain", "pruned"):
-        command = [sys.executable, str(EXAMPLES / f"{name}_loop.py")]
-        environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
-        assert done.returncode == 0, done.stderr[-2000:]
-        printed[name] = int(re.findall(r"epoch 9: loss [\d.]+, (\d+) samples trained", done.stdout)[-1])
-    assert printed["plain"] == 10 * 1797
-    assert printed["pruned"] < 0.85 * printed["plain"]
+def test_both_examples_run(tmp_path: Path) -> None:
+    program = "import plain_loop, pruned_loop; plain_loop.main(); pruned_loop.main()"
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": str(EXAMPLES)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    # Ray's log of a worker may say a line twice.
+    plain, pruned = sorted(map(int, set(re.findall(r"epoch 9: loss [\d.]+, (\d+) samples trained", done.stdout))))[::-1]
+    assert plain == 10 * 1797
+    assert pruned < 0.85 * plain
+
+
+def test_the_readmes_diff_is_the_examples_own() -> None:
     plain, pruned = ((EXAMPLES / f"{name}_loop.py").read_text().splitlines() for name in ("plain", "pruned"))
-    loop = [line for line in difflib.ndiff(plain, pruned) if line[:2] in {"- ", "+ "}]
+    real = {line[0] + line[2:] for line in difflib.ndiff(plain, pruned) if line[:2] in {"- ", "+ "}}
     told = re.search(r"```diff\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), re.DOTALL)
     assert told is not None
-    shown = [line for line in told[1].splitlines() if line[:1] in {"-", "+"}]
-    assert shown
-    assert all(line in {f"{one[0]}{one[1:]}" for one in loop} for line in shown), (
-        "the README's diff is not the real one"
-    )
+    shown = {line for line in told[1].splitlines() if line[:1] in {"-", "+"}}
+    assert len(shown) > 6
+    assert shown <= real
