@@ -211,9 +211,10 @@ def test_a_dataset_of_another_make_is_named(tmp_path: Path) -> None:
 
 
 def test_both_examples_run(tmp_path: Path) -> None:
-    program = "import plain_loop, pruned_loop; plain_loop.main(); pruned_loop.main()"
-    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": str(EXAMPLES)}
-    command = [sys.executable, "-c", program]
+    program = "import runpy, sys; [runpy.run_path(file, run_name='__main__') for file in sys.argv[1:]]"
+    files = [str(EXAMPLES / f"{name}_loop.py") for name in ("plain", "pruned")]
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    command = [sys.executable, "-c", program, *files]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     # Ray's log of a worker may say a line twice.
