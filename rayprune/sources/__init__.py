@@ -1,8 +1,9 @@
 """Data sources: labelled samples read by id, from memory, arrays, Parquet or the user's own function."""
 
-from rayprune.sources import arrays, digits, parquet  # noqa: F401  # registers the sources
+from rayprune.sources import arrays, digits, huggingface, parquet  # noqa: F401  # registers the sources
 from rayprune.sources.base import Column, SampleSource, Schema, Splits
 from rayprune.sources.cache import cached_arrays
+from rayprune.sources.huggingface import from_huggingface
 from rayprune.sources.registry import SOURCES, default_augment, open_data, register_source
 from rayprune.sources.statistics import input_statistics
 from rayprune.sources.views import Limited, Subset, holdout
@@ -17,6 +18,7 @@ __all__ = [
     "Subset",
     "cached_arrays",
     "default_augment",
+    "from_huggingface",
     "holdout",
     "input_statistics",
     "open_data",
