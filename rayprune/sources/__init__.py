@@ -1,6 +1,6 @@
 """Data sources: labelled samples read by id, from memory, arrays, Parquet or the user's own function."""
 
-from rayprune.sources import arrays, digits, huggingface, parquet  # noqa: F401  # registers the sources
+from rayprune.sources import arrays, digits, huggingface, parquet, webdataset  # noqa: F401  # registers the sources
 from rayprune.sources.base import Column, SampleSource, Schema, Splits
 from rayprune.sources.cache import cached_arrays
 from rayprune.sources.huggingface import from_huggingface

@@ -107,19 +107,19 @@ def decode_rows(encoded: Sequence[bytes | None], images: ImageShape, named: Call
     return rows
 
 
-def readable_rows(encoded: Sequence[bytes | None], images: ImageShape) -> np.ndarray:
-    """Return which images of a batch can be decoded, (B,) bool.
+def is_readable(encoded: bytes | None, images: ImageShape, named: str) -> bool:
+    """Return whether an image can be decoded.
 
     Raises:
-        ValueError: an image is of another shape.
+        ValueError: it is readable, and of another shape; `named` says which it is.
     """
-    readable = np.ones(len(encoded), dtype=bool)
-    for position, content in enumerate(encoded):
-        try:
-            images.decode(content)
-        except UnreadableImage:
-            readable[position] = False
-    return readable
+    try:
+        images.decode(encoded)
+    except UnreadableImage:
+        return False
+    except ValueError as error:
+        raise ValueError(f"{named} {error}") from None
+    return True
 
 
 def _unreadable(named: str, error: UnreadableImage) -> ValueError:
