@@ -11,9 +11,13 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+
+# What pyarrow's parser takes as it is; it refuses blanks and letters outside ASCII unless they are escaped.
+_URI_CHARACTERS = "%/:?#[]@!$&'()*+,;="
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,7 @@ def _resolve(path: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in path:
         return pafs.LocalFileSystem(), path
     try:
-        filesystem, root = pafs.FileSystem.from_uri(path)
+        filesystem, root = pafs.FileSystem.from_uri(quote(path, safe=_URI_CHARACTERS))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return _by_fsspec(path)
     except OSError as error:
