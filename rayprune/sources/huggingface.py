@@ -125,8 +125,11 @@ def from_huggingface(
         ValueError: it is no Dataset, or a column is missing or unsuitable.
     """
     check_size(image_size)
-    if not hasattr(dataset, "with_format") or not hasattr(dataset, "features") or hasattr(dataset, "keys"):
-        raise ValueError(f"{type(dataset).__name__} is no datasets.Dataset: choose a split, as in dataset['train']")
+    if not all(hasattr(dataset, name) for name in ("with_format", "features", "__len__")) or hasattr(dataset, "keys"):
+        raise ValueError(
+            f"{type(dataset).__name__} is no datasets.Dataset: choose a split, as in dataset['train'], "
+            "and do not stream it"
+        )
     columns = Columns(image_column, label_column, feature_columns, image_size)
     return decoded(open_rows(DatasetRows(None, None, dataset), columns, num_classes), cache, cache_dir)
 

@@ -104,12 +104,23 @@ def image_bytes(value: dict[str, Any] | None) -> bytes | None:
 
 
 def encoded_lengths(dataset: Any, column: str) -> np.ndarray:
-    """Return the encoded images' bytes, (N,) int64, 0 where they lie elsewhere; reads no image."""
+    """Return the encoded images' bytes, (N,) int64; reads no image."""
     values = dataset.data.column(column)
-    values = pc.struct_field(values, "bytes") if pa.types.is_struct(values.type) else values
-    lengths = np.asarray(pc.binary_length(values).fill_null(0), dtype=np.int64)
+    encoded = pc.struct_field(values, "bytes") if pa.types.is_struct(values.type) else values
+    lengths = np.array(pc.binary_length(encoded).fill_null(0), dtype=np.int64)
+    if pa.types.is_struct(values.type) and values.type.get_field_index("path") >= 0:
+        outside = np.flatnonzero(np.asarray(encoded.is_null()))
+        paths = pc.struct_field(values, "path").take(pa.array(outside)).to_pylist()
+        lengths[outside] = [_file_bytes(path) for path in paths]
     chosen = getattr(dataset, "_indices", None)  # rows that `select` or `shuffle` left, without copying them
     return lengths if chosen is None else lengths[np.asarray(chosen.column(0), dtype=np.int64)]
+
+
+def _file_bytes(path: str | None) -> int:
+    try:
+        return Path(path).stat().st_size if path else 0
+    except OSError:
+        return 0
 
 
 def matrix(values: pa.ChunkedArray, name: str, named: Callable[[int], str], ids: np.ndarray) -> np.ndarray:

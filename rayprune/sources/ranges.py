@@ -18,7 +18,7 @@ from rayprune.sources.storage import Storage
 # Requests that wait for a network rather than for this machine.
 REMOTE_THREADS = 16
 # Reading on is cheaper than another request: headers and a small label lie between two images.
-GAP_BYTES = 1 << 14
+LOCAL_GAP_BYTES, REMOTE_GAP_BYTES = 1 << 12, 1 << 14
 RANGE_BYTES = 1 << 23
 OPEN_FILES = 64
 
@@ -49,7 +49,7 @@ class RangeReader:
             ValueError: a file can't be read, or has become shorter.
         """
         pieces = [b""] * len(file)
-        ranges = plan_ranges(file, offset, num_bytes)
+        ranges = plan_ranges(file, offset, num_bytes, LOCAL_GAP_BYTES if self._storage.is_local else REMOTE_GAP_BYTES)
         if self._storage.is_local or len(ranges) <= 1:
             contents = [self._fetch(part) for part in ranges]
         else:
@@ -92,16 +92,17 @@ class Range:
     positions: tuple[int, ...]
 
 
-def plan_ranges(file: np.ndarray, offset: np.ndarray, num_bytes: np.ndarray) -> list[Range]:
+def plan_ranges(file: np.ndarray, offset: np.ndarray, num_bytes: np.ndarray, gap_bytes: int) -> list[Range]:
     """Merge pieces of files into ranges of bytes, where little lies between them.
 
     Args:
         file, offset, num_bytes: of each piece, (B,) integers.
+        gap_bytes: what may lie between two pieces of one range.
 
     Returns:
         Ranges in the order of the files and offsets; every position is in one.
 
-    >>> plan_ranges(np.array([0, 1, 0]), np.array([900, 0, 512]), np.array([100, 8, 300]))
+    >>> plan_ranges(np.array([0, 1, 0]), np.array([900, 0, 512]), np.array([100, 8, 300]), 200)
     [Range(file=0, start=512, stop=1000, positions=(2, 0)), Range(file=1, start=0, stop=8, positions=(1,))]
     """
     ranges: list[Range] = []
@@ -109,7 +110,7 @@ def plan_ranges(file: np.ndarray, offset: np.ndarray, num_bytes: np.ndarray) -> 
         number, start = int(file[position]), int(offset[position])
         stop = start + int(num_bytes[position])
         last = ranges[-1] if ranges else None
-        if last and last.file == number and start - last.stop <= GAP_BYTES and stop - last.start <= RANGE_BYTES:
+        if last and last.file == number and start - last.stop <= gap_bytes and stop - last.start <= RANGE_BYTES:
             ranges[-1] = Range(number, last.start, max(stop, last.stop), (*last.positions, position))
         else:
             ranges.append(Range(number, start, stop, (position,)))

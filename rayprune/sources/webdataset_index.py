@@ -33,7 +33,8 @@ DEFAULT_LABEL_KEYS = ("cls", "json:label")
 # As in WebDataset: directories and the base name up to its first dot, then what the member is.
 MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 META_NAME = re.compile(r"__[^/]*__($|/)")
-MAX_LABEL_BYTES = 1 << 16
+# Longer texts are no labels; all records of a shard are as wide as its longest.
+MAX_LABEL_BYTES = 1 << 10
 MAX_TEXT_BYTES = 200
 # One request brings the headers of many small members; on a disk seeking is cheaper than reading on.
 LOCAL_WINDOW_BYTES, REMOTE_WINDOW_BYTES = 1 << 16, 1 << 23
@@ -73,10 +74,11 @@ class _Sample:
     image: tuple[int, int, int] | None = None
     label: bytes | None = None
     label_rank: int = 99
+    label_fault: str = ""
     fault: str = ""
 
     def record(self) -> tuple[bytes, int, int, int, bytes, bytes]:
-        fault = self.fault
+        fault = self.fault or self.label_fault
         if self.image is None:
             fault = fault or f"has no image (its members: {', '.join(self.suffixes)})"
         elif self.image[1] == 0:
@@ -196,26 +198,27 @@ def _add_member(samples: list[_Sample], reader: _Windows, member: tarfile.TarInf
         head = zlib.crc32(reader.read_at(member.offset_data, min(member.size, HEAD_BYTES)))
         sample.image = (member.offset_data, member.size, head)
     elif (found := keys.label_rank(suffix)) is not None and found[0] < sample.label_rank:
-        if member.size > MAX_LABEL_BYTES and found[1] is None:
-            sample.fault = f"has a label of {member.size} bytes"
-            return
         try:
             label = _label_text(reader.read_at(member.offset_data, member.size), found[1])
         except ValueError as error:
-            sample.fault = f"has an unsuitable label in .{suffix} ({' '.join(str(error).split())[:100]})"
+            sample.label_fault = f"has an unsuitable label in .{suffix} ({' '.join(str(error).split())[:100]})"
             return
         if label is not None:
-            sample.label, sample.label_rank = label, found[0]
+            sample.label, sample.label_rank, sample.label_fault = label, found[0], ""
 
 
 def _label_text(content: bytes, name: str | None) -> bytes | None:
     """Return a label's text; None where a JSON member lacks the field."""
     if name is None:
-        return content.decode("utf-8").strip().encode()
-    fields: Any = json.loads(content)
-    if not isinstance(fields, dict) or fields.get(name) is None:
-        return None
-    value = fields[name]
+        value: Any = content.decode("utf-8")
+    else:
+        fields = json.loads(content)
+        if not isinstance(fields, dict) or fields.get(name) is None:
+            return None
+        value = fields[name]
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ValueError(f"{name} is {str(value)[:40]}: labels must be whole numbers or text")
-    return str(value).strip().encode()
+    label = str(value).strip().encode()
+    if len(label) > MAX_LABEL_BYTES:
+        raise ValueError(f"{len(label)} bytes are no label")
+    return label

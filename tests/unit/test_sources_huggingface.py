@@ -137,7 +137,13 @@ def test_images_in_files_of_their_own(tmp_path):
         Image.fromarray(image).save(path)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     named = datasets.Dataset.from_dict({"image": paths, "label": [0, 1, 0]}, features=features)
-    np.testing.assert_array_equal(all_rows(from_huggingface(named))["image"], pixels(3))
+    source = from_huggingface(named)
+    np.testing.assert_array_equal(all_rows(source)["image"], pixels(3))
+    Image.fromarray(pixels(6)[5]).save(paths[1])
+    assert from_huggingface(named).fingerprint != source.fingerprint
+    (tmp_path / "bild ü 2.png").unlink()
+    with pytest.raises(ValueError, match="row 2 is no readable image"):
+        source.take(np.array([2]))
 
 
 def test_numbers_and_lists_of_numbers(tmp_path, opened):
@@ -224,7 +230,7 @@ def test_unsuitable_columns(rows, keys, message):
 
 
 def test_no_dataset():
-    for other in (datasets.DatasetDict(train=image_set()), [1, 2]):
+    for other in (datasets.DatasetDict(train=image_set()), image_set().to_iterable_dataset(), [1, 2]):
         with pytest.raises(ValueError, match=r"is no datasets\.Dataset: choose a split"):
             from_huggingface(other)
 

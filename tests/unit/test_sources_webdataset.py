@@ -173,6 +173,8 @@ def test_label_keys(tmp_path, opened):
 def test_a_label_file_goes_before_json(tmp_path, opened):
     members = [("0.json", b'{"label": 7}'), ("0.png", encode(pixels(1)[0])), ("0.cls", b"1")]
     assert opened(write(tmp_path / "a.tar", members)).train.labels.tolist() == [1]
+    members[0] = ("0.json", b"no json")
+    assert opened(write(tmp_path / "b.tar", members)).train.labels.tolist() == [1]
 
 
 def test_validation_labels_are_those_of_training(tmp_path, opened):
@@ -224,6 +226,7 @@ FAULTS = {
     r"has two members \.png": [("3.png", encode(pixels(1)[0])), ("3.png", b"x"), ("3.cls", b"1")],
     r"has an unsuitable label in \.json": [("3.png", encode(pixels(1)[0])), ("3.json", b'{"label": 1.5}')],
     r"has an unsuitable label in \.json \(Exp": [("3.png", encode(pixels(1)[0])), ("3.json", b"{")],
+    r"has an unsuitable label in \.cls \(3000": [("3.png", encode(pixels(1)[0])), ("3.cls", b"x" * 3000)],
     r"has an unsuitable label in \.cls": [("3.png", encode(pixels(1)[0])), ("3.cls", b"\xff\xfe")],
 }
 
