@@ -6,21 +6,33 @@ AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL).
 
 from __future__ import annotations
 
+import re
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+# What pyarrow's parser takes as it is; it refuses blanks and letters outside ASCII unless they are escaped.
+_URI_CHARACTERS = "%/:?#[]@!$&'()*+,;="
+
 
 @dataclass(frozen=True)
 class StoredFile:
-    """One file below a Storage: its path relative to the root (with `/`), and its size in bytes."""
+    """One file below a Storage.
+
+    Attributes:
+        name: its path relative to the root (with `/`).
+        num_bytes: its size.
+        mtime_ns: when it was last written, as far as the file system tells; says nothing about the content.
+    """
 
     name: str
     num_bytes: int
+    mtime_ns: int | None = field(default=None, compare=False)
 
 
 class Storage:
@@ -94,16 +106,27 @@ class Storage:
         Raises:
             ValueError: the folder can't be listed.
         """
-        root = self.full("").rstrip("/")
+        root = self.full("").rstrip("/") or "/"
         try:
             found = self.filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
         except (OSError, pa.ArrowException) as error:
             raise _unreachable(self.path, error) from None
         files = [info for info in found if info.type == pafs.FileType.File]
         # Some file systems name their files without the leading slash that the root was given with.
-        start = len(root.lstrip("/")) + 1
-        names = sorted((info.path.lstrip("/")[start:], info.size) for info in files)
-        return [StoredFile(name, num_bytes or 0) for name, num_bytes in names]
+        start = len(root.strip("/")) + 1 if root.strip("/") else 0
+        named = [StoredFile(info.path.lstrip("/")[start:], info.size or 0, info.mtime_ns) for info in files]
+        return sorted(named, key=lambda file: file.name)
+
+    def file(self, name: str = "") -> StoredFile:
+        """Return one file's size and time, by default those of the root.
+
+        Raises:
+            ValueError: it is no file, or can't be reached.
+        """
+        info = self._info(name)
+        if info.type != pafs.FileType.File:
+            raise ValueError(f"{public(self.path)}{'/' if name else ''}{name} is no file: correct data.path")
+        return StoredFile(name, info.size or 0, info.mtime_ns)
 
     def read(self, name: str = "") -> bytes:
         """Return a file's content.
@@ -137,11 +160,20 @@ class Storage:
         return self.filesystem.open_input_file(self.full(name))
 
 
+def public(path: str) -> str:
+    """Return a path for messages: without the key and secret, and the settings, that a URI may carry.
+
+    >>> public("s3://key:secret@bucket/a?region=us-east-1"), public("a/b?c")
+    ('s3://bucket/a', 'a/b?c')
+    """
+    return re.sub(r"^([\w+.-]+://)(?:[^/@]*@)?([^?]*).*$", r"\1\2", path)
+
+
 def _resolve(path: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in path:
         return pafs.LocalFileSystem(), path
     try:
-        filesystem, root = pafs.FileSystem.from_uri(path)
+        filesystem, root = pafs.FileSystem.from_uri(quote(path, safe=_URI_CHARACTERS))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return _by_fsspec(path)
     except OSError as error:
@@ -161,4 +193,4 @@ def _by_fsspec(path: str) -> tuple[pafs.FileSystem, str]:
 
 def _unreachable(path: str, error: Exception) -> ValueError:
     line = " ".join(str(error).split())[:160]
-    return ValueError(f"{path} can't be reached ({line}): correct data.path, or the file system's settings")
+    return ValueError(f"{public(path)} can't be reached ({line}): correct data.path, or the file system's settings")

@@ -1,0 +1,224 @@
+"""Where the samples of tar shards lie: the headers are walked once, and what they say is kept in the decoded cache.
+
+As in WebDataset, a sample is a run of members whose names agree up to the first dot of the base name, and what follows
+that dot says what a member is. Directories, links and names between double underscores are passed over.
+
+An entry of the cache goes by the shard's address, size and time, as nothing else is known without reading it all.
+
+Shapes: M samples of a shard.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import tarfile
+import zlib
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rayprune.sources.cache import cache_root, cached_arrays
+from rayprune.sources.fingerprint import digest
+from rayprune.sources.storage import Storage, StoredFile
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"}
+DEFAULT_LABEL_KEYS = ("cls", "json:label")
+# As in WebDataset: directories and the base name up to its first dot, then what the member is.
+MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+META_NAME = re.compile(r"__[^/]*__($|/)")
+# Longer texts are no labels; all records of a shard are as wide as its longest.
+MAX_LABEL_BYTES = 1 << 10
+MAX_TEXT_BYTES = 200
+# One request brings the headers of many small members; on a disk seeking is cheaper than reading on.
+LOCAL_WINDOW_BYTES, REMOTE_WINDOW_BYTES = 1 << 16, 1 << 23
+HEAD_BYTES = 1 << 12
+BLOCK_BYTES = 512
+
+
+@dataclass(frozen=True)
+class SampleKeys:
+    """Which members of a sample are read.
+
+    Attributes:
+        image: the suffix of the image; None for the first with a usual one.
+        label: the suffix of a member that holds the label as text, or `json:field`; None for `cls`, else `json:label`.
+    """
+
+    image: str | None
+    label: str | None
+
+    def is_image(self, suffix: str) -> bool:
+        """Whether a member is the image."""
+        return suffix in IMAGE_SUFFIXES if self.image is None else suffix == self.image.lower()
+
+    def label_rank(self, suffix: str) -> tuple[int, str | None] | None:
+        """Return how far down the list of choices a member stands, and the field to read; None for no label."""
+        for rank, choice in enumerate(DEFAULT_LABEL_KEYS if self.label is None else (self.label,)):
+            member, _, name = choice.partition(":")
+            if suffix == member.lower():
+                return rank, name or None
+        return None
+
+
+@dataclass
+class _Sample:
+    name: str
+    suffixes: list[str] = field(default_factory=list)
+    image: tuple[int, int, int] | None = None
+    label: bytes | None = None
+    label_rank: int = 99
+    label_fault: str = ""
+    fault: str = ""
+
+    def record(self) -> tuple[bytes, int, int, int, bytes, bytes]:
+        fault = self.fault or self.label_fault
+        if self.image is None:
+            fault = fault or f"has no image (its members: {', '.join(self.suffixes)})"
+        elif self.image[1] == 0:
+            fault = fault or "has an image of 0 bytes"
+        if not self.label:
+            fault = fault or f"has {'no' if self.label is None else 'an empty'} label ({', '.join(self.suffixes)})"
+        name, text = (value.encode(errors="replace")[:MAX_TEXT_BYTES] for value in (self.name, fault))
+        return name, *(self.image or (0, 0, 0)), self.label or b"", text
+
+
+def shard_samples(storage: Storage, file: StoredFile, keys: SampleKeys, cache_dir: str | None) -> np.ndarray:
+    """Return a shard's samples, (M,) records.
+
+    Fields are `name`, `offset` and `num_bytes` of the image, `head` (a checksum of its beginning), `label` (its text),
+    and `fault`, empty where nothing is wrong. A shard that is damaged ends with a record of that, without a name.
+
+    Raises:
+        ValueError: the shard can't be read, or the cache can't be written.
+    """
+    if file.mtime_ns is None:  # nothing would tell an old entry from a new shard
+        return _scan(storage, file, keys)
+    address = digest(storage.path, file.name, file.num_bytes, file.mtime_ns)
+    key = f"webdataset-index-{digest(address, str(keys.image), str(keys.label))}"
+    build = partial(_build, storage, file, keys)
+    return cached_arrays(key, cache_root(cache_dir), build, num_bytes=file.num_bytes // 100)["samples"]
+
+
+def _build(storage: Storage, file: StoredFile, keys: SampleKeys, folder: Path) -> None:
+    np.save(folder / "samples.npy", _scan(storage, file, keys))
+
+
+def _scan(storage: Storage, file: StoredFile, keys: SampleKeys) -> np.ndarray:
+    try:
+        reader = _Windows(storage, file)
+        samples = _walk(reader, keys)
+    except OSError as error:
+        line = " ".join(str(error).split())[:160]
+        raise ValueError(f"{shard_name(storage, file)} can't be read ({line}): restore it, or try again") from None
+    if not reader.ended:
+        logger.warning("%s has no end mark: it may have been cut off", shard_name(storage, file))
+    records = [sample.record() for sample in samples]
+    widths = [max((len(record[column]) for record in records), default=0) or 1 for column in (0, 4, 5)]  # type: ignore[arg-type]
+    fields = [("name", f"S{widths[0]}"), ("offset", "<i8"), ("num_bytes", "<i8"), ("head", "<u4")]
+    return np.array(records, dtype=[*fields, ("label", f"S{widths[1]}"), ("fault", f"S{widths[2]}")])
+
+
+def shard_name(storage: Storage, file: StoredFile) -> str:
+    """Return what messages call a shard."""
+    return file.name or storage.full("").rpartition("/")[2]
+
+
+class _Windows:
+    """A stored file as tarfile reads one: in windows, so that many headers cost one request."""
+
+    def __init__(self, storage: Storage, file: StoredFile) -> None:
+        self._file = storage.open(file.name)
+        self.num_bytes = file.num_bytes
+        self._window_bytes = LOCAL_WINDOW_BYTES if storage.is_local else REMOTE_WINDOW_BYTES
+        self._start, self._window = 0, b""
+        self._position = 0
+        self.ended = True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int) -> int:
+        self._position = position
+        return position
+
+    def read(self, num_bytes: int) -> bytes:
+        content = self.read_at(self._position, num_bytes)
+        self._position += len(content)
+        return content
+
+    def read_at(self, offset: int, num_bytes: int) -> bytes:
+        num_bytes = min(num_bytes, self.num_bytes - offset)
+        if num_bytes <= 0:
+            return b""
+        if offset < self._start or offset + num_bytes > self._start + len(self._window):
+            wanted = min(max(num_bytes, self._window_bytes), self.num_bytes - offset)
+            self._start, self._window = offset, bytes(self._file.read_at(wanted, offset))
+        return self._window[offset - self._start :][:num_bytes]
+
+
+def _walk(reader: _Windows, keys: SampleKeys) -> list[_Sample]:
+    samples: list[_Sample] = []
+    try:
+        with tarfile.open(fileobj=reader, mode="r:") as archive:  # type: ignore[call-overload]
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # tarfile would keep every header
+                if member.isreg() and not META_NAME.match(member.name):
+                    _add_member(samples, reader, member, keys)
+            end = archive.offset
+            if any(reader.read_at(end, BLOCK_BYTES)):
+                raise tarfile.ReadError(f"no header at byte {end}")
+            reader.ended = end < reader.num_bytes
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        line = " ".join(str(error).split())[:80]
+        samples.append(_Sample("", fault=f"is no tar archive, or cut off ({line})"))
+    return samples
+
+
+def _add_member(samples: list[_Sample], reader: _Windows, member: tarfile.TarInfo, keys: SampleKeys) -> None:
+    parts = MEMBER_NAME.fullmatch(member.name)
+    if parts is None:
+        return
+    name, suffix = parts[1], parts[2].lower()
+    if not samples or samples[-1].name != name:
+        samples.append(_Sample(name))
+    sample = samples[-1]
+    if suffix in sample.suffixes:
+        sample.fault = f"has two members .{suffix}: give every sample a name of its own"
+    sample.suffixes.append(suffix)
+    if member.sparse is not None or member.offset_data + member.size > reader.num_bytes:
+        sample.fault = f"has a member .{suffix} that is {'sparse' if member.sparse is not None else 'cut off'}"
+    elif keys.is_image(suffix) and sample.image is None:
+        head = zlib.crc32(reader.read_at(member.offset_data, min(member.size, HEAD_BYTES)))
+        sample.image = (member.offset_data, member.size, head)
+    elif (found := keys.label_rank(suffix)) is not None and found[0] < sample.label_rank:
+        try:
+            label = _label_text(reader.read_at(member.offset_data, member.size), found[1])
+        except ValueError as error:
+            sample.label_fault = f"has an unsuitable label in .{suffix} ({' '.join(str(error).split())[:100]})"
+            return
+        if label is not None:
+            sample.label, sample.label_rank, sample.label_fault = label, found[0], ""
+
+
+def _label_text(content: bytes, name: str | None) -> bytes | None:
+    """Return a label's text; None where a JSON member lacks the field."""
+    if name is None:
+        value: Any = content.decode("utf-8")
+    else:
+        fields = json.loads(content)
+        if not isinstance(fields, dict) or fields.get(name) is None:
+            return None
+        value = fields[name]
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"{name} is {str(value)[:40]}: labels must be whole numbers or text")
+    label = str(value).strip().encode()
+    if len(label) > MAX_LABEL_BYTES:
+        raise ValueError(f"{len(label)} bytes are no label")
+    return label

@@ -1,0 +1,226 @@
+"""Files on every kind of file system: a local path, file://, memory:// and an S3 server on this machine."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow.fs as pafs
+import pytest
+from PIL import Image
+
+from rayprune.sources import open_data
+from rayprune.sources.storage import Storage, StoredFile, public
+
+FILES = {"a.bin": bytes(range(200)), "b/größe é.bin": b"two words", "b/c/empty.bin": b"", "b.bin": b"x" * 70_000}
+SCHEMES = ["path", "file", "memory", "s3"]
+
+
+@pytest.fixture(scope="module")
+def s3_endpoint():
+    """Start an S3 server with the bucket `bucket`; return its address."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.delenv("AWS_ENDPOINT_URL", raising=False)
+        options = {"allow_bucket_creation": True, "endpoint_override": f"{host}:{port}", "scheme": "http"}
+        pafs.S3FileSystem(**options).create_dir("bucket")
+        yield f"{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def root(request, tmp_path):
+    """Return a function: scheme → the URI of an empty folder, and one that writes a file below it."""
+
+    def make(scheme):
+        if scheme in {"path", "file"}:
+            return (str(tmp_path) if scheme == "path" else tmp_path.as_uri()), write_local(tmp_path)
+        if scheme == "memory":
+            folder = f"memory://{tmp_path.name}"
+            return folder, lambda name, content: fsspec.filesystem("memory").pipe(f"{folder}/{name}", content)
+        endpoint = request.getfixturevalue("s3_endpoint")
+        uri = f"s3://bucket/{tmp_path.name}/in?endpoint_override={endpoint}&scheme=http"
+        return uri, write_s3(endpoint, f"bucket/{tmp_path.name}/in")
+
+    return make
+
+
+def write_local(folder: Path):
+    def write(name, content):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+    return write
+
+
+def write_s3(endpoint, folder):
+    filesystem = pafs.S3FileSystem(endpoint_override=endpoint, scheme="http")
+
+    def write(name, content):
+        with filesystem.open_output_stream(f"{folder}/{name}") as stream:
+            stream.write(content)
+
+    return write
+
+
+def below(uri, name):
+    """Return the URI of a file in a folder, before the settings."""
+    path, mark, settings = uri.partition("?")
+    return f"{path}/{name}{mark}{settings}"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_folder(root, scheme):
+    uri, write = root(scheme)
+    for name, content in FILES.items():
+        write(name, content)
+    storage = pickle.loads(pickle.dumps(Storage(uri)))
+    assert (storage.is_folder(), storage.is_file()) == (True, False)
+    assert storage.files() == [StoredFile(name, len(content)) for name, content in sorted(FILES.items())]
+    for name, content in FILES.items():
+        assert storage.read(name) == content
+        assert storage.file(name) == StoredFile(name, len(content))
+    assert storage.read_range("a.bin", 17, 5) == bytes(range(17, 22))
+    assert storage.is_local == (scheme in {"path", "file"})
+    with pytest.raises(ValueError, match=r"nothing\.bin is no file: correct data\.path"):
+        storage.file("nothing.bin")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_single_file(root, scheme):
+    uri, write = root(scheme)
+    write("b/größe é.bin", FILES["a.bin"])
+    storage = Storage(below(uri, "b/größe é.bin"))
+    assert (storage.is_folder(), storage.is_file()) == (False, True)
+    assert storage.read() == FILES["a.bin"]
+    assert storage.read_range("", 199, 1) == b"\xc7"
+    assert storage.file() == StoredFile("", 200)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_slash_at_the_end(root, scheme):
+    uri, write = root(scheme)
+    write("a.bin", b"one")
+    storage = Storage(below(uri, ""))
+    assert [file.name for file in storage.files()] == ["a.bin"]
+    assert storage.read("a.bin") == b"one"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_is_not_there(root, scheme):
+    uri, write = root(scheme)
+    write("a.bin", b"12345")
+    storage = Storage(uri)
+    with pytest.raises(OSError, match=r"nothing\.bin"):
+        storage.read("nothing.bin")
+    with pytest.raises(OSError, match=r"."):
+        storage.read_range("a.bin", 3, 4)
+    with pytest.raises(OSError, match=r"."):
+        storage.read_range("a.bin", 30, 4)
+    gone = Storage(below(uri, "gone"))
+    assert (gone.is_folder(), gone.is_file()) == (False, False)
+    with pytest.raises(ValueError, match="gone can't be reached") as caught:
+        gone.files()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_one_open_file_serves_many_threads(root, scheme):
+    uri, write = root(scheme)
+    content = np.random.default_rng(0).bytes(100_000)
+    write("a.bin", content)
+    file = Storage(uri).open("a.bin")
+    starts = np.random.default_rng(1).integers(0, 99_000, 60).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        parts = list(pool.map(lambda start: file.read_at(1000, start), starts))
+    assert parts == [content[start : start + 1000] for start in starts]
+
+
+def test_the_endpoint_may_come_from_the_environment(root, s3_endpoint, monkeypatch):
+    uri, write = root("s3")
+    write("a.bin", b"one")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{s3_endpoint}")
+    assert Storage(uri.partition("?")[0]).read("a.bin") == b"one"
+
+
+def test_names_with_blanks_and_percent_signs(tmp_path):
+    folder = tmp_path / "a b%20c"
+    write_local(folder)("x y%.bin", b"one")
+    for path in (str(folder), folder.as_uri()):
+        assert Storage(path).local_path == folder
+        assert [file.name for file in Storage(path).files()] == ["x y%.bin"]
+        assert Storage(path).read("x y%.bin") == b"one"
+
+
+def test_the_home_folder_and_relative_paths(tmp_path, monkeypatch):
+    write_local(tmp_path / "home")("a.bin", b"one")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert Storage("~").read("a.bin") == Storage("home").read("a.bin") == b"one"
+    assert Storage("home").path == str(tmp_path / "home")
+
+
+@pytest.mark.parametrize("uri", ["nosuch://host/path", "s3://no-such-bucket-here/a?scheme=http"])
+def test_unreachable(uri, s3_endpoint, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{s3_endpoint}")
+    with pytest.raises(ValueError, match=r"can't be reached .*: correct data\.path, or the file system's") as caught:
+        Storage(uri).files()
+    assert "\n" not in str(caught.value)
+
+
+def test_no_secret_is_in_a_message():
+    uri = "s3://key:secret%2Fpart@bucket/folder?region=eu"
+    assert "secret" not in public(uri)
+    assert public("s3://key:secret@bucket/a@b?x=1") == "s3://bucket/a@b"
+    assert public("/local/a?b@c") == "/local/a?b@c"
+
+
+def tar_of(images):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for row, image in enumerate(images):
+            for name, content in ((f"{row:03}.png", image), (f"{row:03}.cls", b"%d" % (row % 3))):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def encode(array):
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_shards_are_read_by_ranges(root, scheme, tmp_path):
+    uri, write = root(scheme)
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 90, 100, 3)).astype(np.uint8)
+    images = [encode(image) for image in pixels]
+    write("train-0.tar", tar_of(images[:6]))
+    write("train-1.tar", tar_of(images[6:9]))
+    write("val-0.tar", tar_of(images[9:]))
+    keys = {"path": uri, "cache_dir": str(tmp_path / "cache")}
+    splits = open_data("webdataset", cache="none", **keys)
+    assert (len(splits.train), len(splits.validation)) == (9, 3)
+    source = pickle.loads(pickle.dumps(splits.train))
+    columns, num_bytes = source.read(np.array([8, 1, 4]))
+    np.testing.assert_array_equal(columns["image"], pixels[[8, 1, 4]])
+    assert columns["label"].tolist() == [2, 1, 1]
+    assert num_bytes == len(images[8]) + len(images[1]) + len(images[4])
+    decoded = open_data("webdataset", cache="disk", **keys).train
+    assert decoded.fingerprint == source.fingerprint
+    np.testing.assert_array_equal(decoded.take(np.arange(9))["image"], pixels[:9])
+    single = open_data("webdataset", **{**keys, "path": below(uri, "train-1.tar")}, validation_fraction=0).train
+    np.testing.assert_array_equal(single.take(np.arange(3))["image"], pixels[6:9])

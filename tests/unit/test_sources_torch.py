@@ -1,0 +1,327 @@
+"""Map-style torch Datasets as sources, and what users have turned into a source."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torchvision import transforms
+from torchvision.datasets import FakeData, ImageFolder
+
+from rayprune.sources import Splits, as_source, from_torch, open_data
+
+
+def pixels(count, size=(6, 5), channels=3):
+    shape = (count, size[1], size[0], *([channels] if channels > 1 else []))
+    return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+
+
+class Items(Dataset):
+    """Items of a list, whatever they are."""
+
+    def __init__(self, items, **attributes):
+        self.items = items
+        vars(self).update(attributes)
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, position):
+        return self.items[position]
+
+
+class Counted(Items):
+    """Counts what is read."""
+
+    num_read = 0
+
+    def __getitem__(self, position):
+        self.num_read += 1
+        return self.items[position]
+
+
+class Flipped(Items):
+    """Flips each image with even odds."""
+
+    def __getitem__(self, position):
+        image, label = self.items[position]
+        return (image[:, ::-1] if torch.rand(()) < 0.5 else image).copy(), label
+
+
+def all_rows(source):
+    return source.take(np.arange(len(source)))
+
+
+def image_items(count=6):
+    return [(image, row % 3) for row, image in enumerate(pixels(count))]
+
+
+def test_a_folder_of_images(tmp_path):
+    for row, (image, label) in enumerate(image_items()):
+        folder = tmp_path / ["cat", "größe", "owl"][label]
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder / f"{row}.png")
+    dataset = ImageFolder(tmp_path)
+    source = pickle.loads(pickle.dumps(from_torch(dataset)))
+    schema = source.schema
+    assert (schema.input, schema.num_classes, schema.class_names) == ("image", 3, ("cat", "größe", "owl"))
+    assert source.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    taken = source.take(np.array([5, 0, 5]))
+    np.testing.assert_array_equal(taken["image"], pixels(6)[[5, 0, 5]])
+    assert taken["image"].flags.c_contiguous
+    assert taken["label"].tolist() == [2, 0, 2]
+    assert source.take(np.array([], np.int64))["image"].shape == (0, 5, 6, 3)
+    with pytest.raises(ValueError, match="first 6"):
+        source.take(np.array([6]))
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert from_torch(ImageFolder(moved)).fingerprint == source.fingerprint
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda image: image,
+        Image.fromarray,
+        lambda image: torch.from_numpy(image).permute(2, 0, 1),
+        lambda image: image.transpose(2, 0, 1),
+    ],
+)
+def test_images_of_any_kind_are_height_width_channels(convert):
+    source = from_torch(Items([(convert(image), label) for image, label in image_items()]))
+    assert source.schema.input == "image"
+    np.testing.assert_array_equal(all_rows(source)["image"], pixels(6))
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("P", 3), ("RGBA", 3), ("1", 1)])
+def test_modes(mode, channels):
+    image = Image.fromarray(pixels(1)[0]).convert(mode)
+    assert from_torch(Items([(image, 0)])).schema.columns["image"].shape == (5, 6, channels)
+
+
+def test_a_tensor_of_three_rows_has_its_channels_first():
+    source = from_torch(Items([(torch.zeros(3, 8, 3, dtype=torch.uint8), 0)]))
+    assert source.schema.columns["image"].shape == (8, 3, 3)
+
+
+def test_tensors():
+    features, labels = torch.rand(10, 4, dtype=torch.float64), torch.arange(10) % 2
+    source = from_torch(TensorDataset(features, labels))
+    assert (source.schema.input, source.schema.columns["features"].dtype) == ("features", "float32")
+    np.testing.assert_array_equal(all_rows(source)["features"], features.numpy().astype(np.float32))
+    assert source.labels.tolist() == labels.tolist()
+
+
+def test_own_columns():
+    items = [{"image": torch.rand(3, 4, 4), "mask": np.ones((4, 4), bool), "label": 0.5, "name": "a"} for _ in range(3)]
+    with pytest.raises(ValueError, match="Items item 0 column 'name' is text: return numbers, or leave it out"):
+        from_torch(Items(items))
+    source = from_torch(Items(items), columns=("image", "mask", "label"))
+    kinds = {name: (column.shape, column.dtype) for name, column in source.schema.columns.items()}
+    assert kinds == {"image": ((3, 4, 4), "float32"), "mask": ((4, 4), "bool"), "label": ((), "float64")}
+    assert (source.schema.input, source.schema.num_classes) == ("", None)
+    with pytest.raises(ValueError, match="have no whole number called 'label'"):
+        source.labels  # noqa: B018
+    triple = from_torch(Items([(np.zeros(2), np.ones(3), 1)]), columns=("left", "right", "label"))
+    assert set(all_rows(triple)) == {"left", "right", "label"}
+    assert len(from_torch(Items([torch.zeros(3)])).schema.columns) == 1
+
+
+def test_labels_come_from_the_attribute_where_it_fits(caplog):
+    items = image_items(400)
+    labels = [label for _, label in items]
+    stored = Counted(items, targets=torch.tensor(labels))
+    assert from_torch(stored).labels.tolist() == labels
+    assert stored.num_read < 400
+    with caplog.at_level(logging.INFO):
+        others = Counted(items, targets=[2 - label for label in labels])
+        assert from_torch(others).labels.tolist() == labels
+    assert "reading all 400 items of Counted for their labels" in caplog.text
+    chosen = Subset(Counted(items, labels=labels), [5, 1, 1])
+    source = from_torch(chosen)
+    assert source.labels.tolist() == [2, 1, 1]
+    np.testing.assert_array_equal(all_rows(source)["image"], pixels(400)[[5, 1, 1]])
+
+
+def test_batches_are_asked_for_where_the_dataset_gives_them():
+    class Batched(Items):
+        def __getitem__(self, position):
+            raise AssertionError("one item was read")
+
+        def __getitems__(self, positions):
+            return [self.items[position] for position in positions]
+
+    np.testing.assert_array_equal(all_rows(from_torch(Batched(image_items())))["image"], pixels(6))
+
+
+def test_the_fingerprint_is_the_content():
+    items = image_items()
+    fingerprint = from_torch(Items(items)).fingerprint
+    assert from_torch(Items(list(items))).fingerprint == fingerprint
+    assert from_torch(Items(items[1:] + items[:1])).fingerprint != fingerprint
+    assert from_torch(Items(items[:5])).fingerprint != fingerprint
+    changed = [(image.copy(), label) for image, label in items]
+    changed[3][0][0, 0, 0] ^= 1
+    assert from_torch(Items(changed)).fingerprint != fingerprint
+
+
+def test_random_items_are_told(caplog, tmp_path):
+    with caplog.at_level(logging.WARNING):
+        source = from_torch(Flipped(image_items(40)), cache="auto", cache_dir=str(tmp_path))
+    assert "items of Flipped differ at each visit" in caplog.text
+    assert source.fingerprint == from_torch(Flipped(image_items(40))).fingerprint
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="Flipped can't be kept, its items differ at each visit: set it to none"):
+        from_torch(Flipped(image_items(40)), cache="disk")
+
+
+def test_items_are_kept_once_decoded(tmp_path):
+    dataset = Counted(image_items(40), targets=[row % 3 for row in range(40)])
+    source = from_torch(dataset, cache="disk", cache_dir=str(tmp_path))
+    source.prepare()
+    read = dataset.num_read
+    np.testing.assert_array_equal(all_rows(source)["image"], pixels(40))
+    assert dataset.num_read == read
+    assert source.fingerprint == from_torch(dataset).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([], "Items is empty"),
+        (
+            [(pixels(1)[0], 0), (pixels(1, (9, 4))[0], 1)],
+            r"item 1 column 'image' is \(4, 9, 3\) and .* item 0 \(5, 6, 3\)",
+        ),
+        ([(np.zeros(2), 0), (np.zeros(2), 1.5)], "item 1 column 'label' is float64 and that of item 0 int64"),
+        ([{"x": 1, "label": 0}, {"y": 1, "label": 0}], r"item 1 has columns \['label', 'y'\]"),
+        ([(np.zeros(2), "cat")], "item 0 column 'label' is text"),
+        ([(np.zeros(2), [[1], [1, 2]])], "item 0 column 'label' is no array"),
+        ([(np.zeros(2), None)], "item 0 column 'label' is NoneType"),
+        ([(1, 2, 3)], "item 0 has 3 entries: name them with columns"),
+        ([{"id": 1, "label": 0}], "item 0 has a column 'id', the engine's own name"),
+        ([(torch.zeros(2, dtype=torch.bfloat16), 0)], "item 0 column 'features' is no array"),
+        ([(Image.fromarray(np.zeros((4, 4), np.uint16)), 0)], "item 0 column 'image' is an image of mode I;16"),
+        ([(np.zeros(2), -1)], "labels must be at least 0"),
+        ([(np.zeros(2), 2**40)], r"labels must be below 2\*\*31"),
+    ],
+)
+def test_unsuitable_items(items, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        from_torch(Items(items))
+    assert "\n" not in str(caught.value)
+
+
+def test_columns_that_do_not_fit():
+    with pytest.raises(ValueError, match="item 0 has 2 entries and columns are"):
+        from_torch(Items(image_items()), columns=("image",))
+    with pytest.raises(ValueError, match="item 0 has no column 'imgae': did you mean 'image'"):
+        from_torch(Items([{"image": 1}]), columns=("imgae",))
+
+
+MODULE = """
+import numpy as np, torch
+from torch.utils.data import TensorDataset
+from torchvision.datasets import FakeData
+from torchvision.transforms import ToTensor
+
+def vectors(count=20, validation=None):
+    train = TensorDataset(torch.rand(count, 3, generator=torch.Generator().manual_seed(0)), torch.arange(count) % 2)
+    held = TensorDataset(torch.rand(validation or 1, 3), torch.zeros(validation or 1, dtype=torch.int64))
+    return (train, held) if validation else train
+
+def floats():
+    return FakeData(4, (3, 8, 8), 2, ToTensor())
+"""
+
+
+def test_a_function_in_the_config(tmp_path):
+    (tmp_path / "mine.py").write_text(MODULE)
+    keys = {"cache_dir": str(tmp_path / "cache"), "dataset": f"{tmp_path / 'mine.py'}:vectors"}
+    splits = open_data("torch_dataset", validation_fraction=0.2, **keys)
+    assert (len(splits.train), len(splits.validation)) == (16, 4)
+    splits = open_data("torch_dataset", options={"count": 6, "validation": 3}, limit=5, **keys)
+    assert (len(splits.train), len(splits.validation)) == (5, 3)
+    with pytest.raises(
+        ValueError, match=r"can't be called with data\.options: got an unexpected keyword argument 'cuont'"
+    ):
+        open_data("torch_dataset", options={"cuont": 6}, **keys)
+    with pytest.raises(ValueError, match=r"gives .*'image': .*return uint8 images \(PIL or PILToTensor rather than"):
+        open_data("torch_dataset", dataset=f"{tmp_path / 'mine.py'}:floats", cache="none")
+    with pytest.raises(ValueError, match=r"data\.dataset 'vectors' is no reference"):
+        open_data("torch_dataset", dataset="vectors")
+
+
+def test_torchvision_with_a_transform():
+    source = from_torch(FakeData(8, (3, 12, 10), 3, transforms.PILToTensor()))
+    assert source.schema.columns["image"].shape == (12, 10, 3)
+    assert len(source.labels) == 8
+
+
+def test_what_users_have():
+    items = Items(image_items())
+    source = from_torch(items)
+    assert as_source(source) is source
+    assert as_source(Splits(source, None)) is source
+    assert as_source(items).fingerprint == source.fingerprint
+    columns = {"x": np.zeros((3, 2)), "label": np.arange(3)}
+    assert as_source(columns).take(np.array([1]))["label"].tolist() == [1]
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"x": [1.0, 2.0], "label": [0, 1]})
+    assert as_source(table).schema.input == "features"
+    with pytest.raises(ValueError, match="DatasetDict is no source of samples: choose a split"):
+        as_source(datasets.DatasetDict(train=table))
+
+
+class Stream(IterableDataset):
+    """A dataset without positions."""
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        return iter(range(3))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (Stream(), "Stream is no source of samples: it can't be read by id"),
+        (DataLoader(Items([1])), "DataLoader is no source of samples: give its dataset, loader.dataset"),
+        ([1, 2], "list is no source of samples: give named columns"),
+        (np.zeros(3), "ndarray is no source of samples: give named columns"),
+        (torch.zeros(3), "Tensor is no source of samples: give named columns"),
+        (pd.DataFrame({"x": [1]}), "DataFrame is no source of samples: give its columns"),
+        ("folder", "str is no source of samples: open it"),
+        (7, "int is no source of samples: give a SampleSource"),
+    ],
+)
+def test_what_is_no_source(data, message):
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")) as caught:
+        as_source(data)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stream_is_no_map_style_dataset():
+    with pytest.raises(ValueError, match="Stream is no map-style Dataset: give one with __len__ and __getitem__"):
+        from_torch(Stream())
+
+
+def test_no_import_of_torch():
+    code = (
+        "import sys, numpy as np\n"
+        "from rayprune.sources import as_source\n"
+        "class Mine:\n"
+        "    def __len__(self): return 3\n"
+        "    def __getitem__(self, row): return np.full(2, row), row\n"
+        "print(as_source(Mine()).labels.tolist(), {'torch', 'ray', 'datasets'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[0, 1, 2] set()"
