@@ -1,6 +1,11 @@
-"""Data sources: labelled samples read by id, from memory, arrays, Parquet or the user's own function."""
+"""Data sources: labelled samples read by id, from memory, arrays, Parquet, image files or the user's own function."""
 
-from rayprune.sources import arrays, digits, parquet  # noqa: F401  # registers the sources
+from rayprune.sources import (  # noqa: F401  # registers the sources
+    arrays,
+    digits,
+    image_folder,
+    parquet,
+)
 from rayprune.sources.base import Column, SampleSource, Schema, Splits
 from rayprune.sources.cache import cached_arrays
 from rayprune.sources.registry import SOURCES, default_augment, open_data, register_source

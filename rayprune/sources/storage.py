@@ -6,6 +6,7 @@ AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL).
 
 from __future__ import annotations
 
+import io
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,15 +96,26 @@ class Storage:
             ValueError: the folder can't be listed.
         """
         root = self.full("").rstrip("/")
-        try:
-            found = self.filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
-        except (OSError, pa.ArrowException) as error:
-            raise _unreachable(self.path, error) from None
-        files = [info for info in found if info.type == pafs.FileType.File]
+        files = [info for info in self._list(root, recursive=True) if info.type == pafs.FileType.File]
         # Some file systems name their files without the leading slash that the root was given with.
         start = len(root.lstrip("/")) + 1
-        names = sorted((info.path.lstrip("/")[start:], info.size) for info in files)
+        names = sorted((_path(info).lstrip("/")[start:], info.size) for info in files)
         return [StoredFile(name, num_bytes or 0) for name, num_bytes in names]
+
+    def folders(self, name: str = "") -> list[str]:
+        """Return the names of the folders directly below one, sorted; empty ones are found where folders exist at all.
+
+        Raises:
+            ValueError: the folder can't be listed.
+        """
+        found = self._list(self.full(name).rstrip("/"), recursive=False)
+        return sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
+
+    def _list(self, folder: str, recursive: bool) -> list[pafs.FileInfo]:
+        try:
+            return list(self.filesystem.get_file_info(pafs.FileSelector(folder, recursive=recursive)))
+        except (OSError, pa.ArrowException) as error:
+            raise _unreachable(self.path, error) from None
 
     def read(self, name: str = "") -> bytes:
         """Return a file's content.
@@ -112,7 +124,8 @@ class Storage:
             OSError: it can't be read.
         """
         if self.is_local:
-            return Path(self.full(name)).read_bytes()
+            with io.FileIO(self.full(name)) as file:  # a third of the time of a buffered file, which counts for images
+                return file.readall()
         with self.filesystem.open_input_stream(self.full(name)) as stream:
             return bytes(stream.read())
 
@@ -135,6 +148,13 @@ class Storage:
             OSError: it can't be opened.
         """
         return self.filesystem.open_input_file(self.full(name))
+
+
+def _path(info: pafs.FileInfo) -> str:
+    try:
+        return str(info.path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the file name {bytes(error.object)!r} is not UTF-8: rename it") from None
 
 
 def _resolve(path: str) -> tuple[pafs.FileSystem, str]:
