@@ -2,8 +2,11 @@
 
 from rayprune.sources import (  # noqa: F401  # registers the sources
     arrays,
+    cifar,
     digits,
+    fashion_mnist,
     image_folder,
+    imagenet,
     parquet,
 )
 from rayprune.sources.base import Column, SampleSource, Schema, Splits

@@ -158,7 +158,8 @@ def test_formats_are_decoded_as_by_pillow(tmp_path, opened, kind):
 
 
 @pytest.mark.parametrize(
-    ("first", "expected"), [("L", (5, 6, 1)), ("1", (5, 6, 1)), ("P", (5, 6, 3)), ("RGBA", (5, 6, 3)), ("LA", (5, 6, 1))]
+    ("first", "expected"),
+    [("L", (5, 6, 1)), ("1", (5, 6, 1)), ("P", (5, 6, 3)), ("RGBA", (5, 6, 3)), ("LA", (5, 6, 1))],
 )
 def test_modes(tmp_path, opened, first, expected):
     modes = [first, "L", "P", "RGBA", "RGB"]
