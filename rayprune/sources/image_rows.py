@@ -78,14 +78,16 @@ class ImageRows(SampleSource):
         images = np.empty((len(ids), *self._shape), dtype=np.uint8)
 
         def fill(start: int) -> int:
-            num_bytes = 0
-            for row, sample in enumerate(ids[start : start + ROWS_PER_TASK].tolist(), start):
-                try:
-                    images[row], size = self._decode(sample)
-                except UnreadableImage as error:
-                    raise unreadable(self._files, sample, error) from None
-                num_bytes += size
-            return num_bytes
+            samples, encoded = ids[start : start + ROWS_PER_TASK].tolist(), []
+            try:
+                # All reads before all decodes: mixed, threads hand Python's lock to and fro at every system call.
+                for sample in samples:
+                    encoded.append(read_file(self._files, sample))
+                for row, sample in enumerate(samples):
+                    images[start + row] = self._decode(sample, encoded[row])
+            except UnreadableImage as error:
+                raise unreadable(self._files, sample, error) from None
+            return sum(map(len, encoded))
 
         num_bytes = sum(in_threads(fill, range(0, len(ids), ROWS_PER_TASK), num_threads(self._files)))
         return {"image": images, "label": self._files.labels_of(ids)}, num_bytes
@@ -99,7 +101,7 @@ class ImageRows(SampleSource):
 
         def can_decode(sample: int) -> bool:
             try:
-                self._decode(sample)
+                self._decode(sample, read_file(self._files, sample))
             except UnreadableImage:
                 return False
             return True
@@ -110,8 +112,7 @@ class ImageRows(SampleSource):
         parts = in_threads(check, range(0, len(ids), ROWS_PER_TASK), num_threads(self._files))
         return np.array([readable for part in parts for readable in part], dtype=bool)
 
-    def _decode(self, sample: int) -> tuple[np.ndarray, int]:
-        encoded = read_file(self._files, sample)
+    def _decode(self, sample: int, encoded: bytes) -> np.ndarray:
         pixels = decode_jpeg(encoded, self._shape[2], self._size)
         if pixels is None:
             pixels = decode_named(self._files, sample, encoded, self._shape[2], self._size)
@@ -121,7 +122,7 @@ class ImageRows(SampleSource):
                 f"{self._files.named(sample)} is an image of {width}×{height} pixels and the first one has "
                 f"{first_width}×{first_height}: set data.image_size={min(self._shape[:2])}, or another size for all"
             )
-        return pixels, len(encoded)
+        return pixels
 
 
 def read_file(files: ImageFiles, sample: int) -> bytes:

@@ -6,7 +6,7 @@ AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL).
 
 from __future__ import annotations
 
-import io
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,8 +124,7 @@ class Storage:
             OSError: it can't be read.
         """
         if self.is_local:
-            with io.FileIO(self.full(name)) as file:  # a third of the time of a buffered file, which counts for images
-                return file.readall()
+            return _read_local(self.full(name))
         with self.filesystem.open_input_stream(self.full(name)) as stream:
             return bytes(stream.read())
 
@@ -148,6 +147,19 @@ class Storage:
             OSError: it can't be opened.
         """
         return self.filesystem.open_input_file(self.full(name))
+
+
+def _read_local(path: str) -> bytes:
+    # Plain system calls take a third of the time of a Python file, which counts where a file is one small image.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:
+        num_bytes = os.fstat(handle).st_size
+        content = os.read(handle, num_bytes)
+        while len(content) < num_bytes and (more := os.read(handle, num_bytes - len(content))):
+            content += more
+        return content
+    finally:
+        os.close(handle)
 
 
 def _path(info: pafs.FileInfo) -> str:

@@ -67,7 +67,9 @@ def count_decodings(monkeypatch):
     from rayprune.sources.image_rows import ImageRows
 
     decode, seen = ImageRows._decode, []
-    monkeypatch.setattr(ImageRows, "_decode", lambda self, sample: (seen.append(sample), decode(self, sample))[1])
+    monkeypatch.setattr(
+        ImageRows, "_decode", lambda self, sample, *args: (seen.append(sample), decode(self, sample, *args))[1]
+    )
     return seen
 
 
