@@ -16,7 +16,7 @@ from rayprune.sources.base import Column, SampleSource, Schema, check_ids
 from rayprune.sources.fingerprint import digest
 from rayprune.sources.image_files import ImageFiles
 from rayprune.sources.images import UnreadableImage, decode_image
-from rayprune.sources.jpeg import decode_jpeg
+from rayprune.sources.unlocked import decode_unlocked
 
 ROWS_PER_TASK = 32
 # A remote file system answers late rather than slowly.
@@ -113,7 +113,7 @@ class ImageRows(SampleSource):
         return np.array([readable for part in parts for readable in part], dtype=bool)
 
     def _decode(self, sample: int, encoded: bytes) -> np.ndarray:
-        pixels = decode_jpeg(encoded, self._shape[2], self._size)
+        pixels = decode_unlocked(encoded, self._shape[2], self._size)
         if pixels is None:
             pixels = decode_named(self._files, sample, encoded, self._shape[2], self._size)
         if pixels.shape != self._shape:

@@ -38,7 +38,7 @@ def opened(tmp_path):
 def data(tmp_path):
     """Write forty images in two classes."""
     for number in range(40):
-        write(tmp_path / "data" / "ab"[number % 2] / f"{number:02}.png", number)
+        write(tmp_path / "data" / "ab"[number % 2] / f"{number:02}.bmp", number)
     return tmp_path / "data"
 
 
@@ -170,7 +170,7 @@ def test_half_written_entries_are_built_again(tmp_path, data, opened, damage):
 
 def test_changed_data_get_an_entry_of_their_own(tmp_path, data, opened):
     opened("disk").prepare()
-    changed = Path(data / "a" / "00.png")
+    changed = Path(data / "a" / "00.bmp")
     write(changed, 1000)
     assert_same(opened("disk"), opened("none"))
     assert len(entries(tmp_path)) == 2
@@ -180,8 +180,8 @@ def test_changed_data_get_an_entry_of_their_own(tmp_path, data, opened):
 
 
 def test_a_damaged_image_leaves_no_entry(tmp_path, data, opened):
-    (data / "b" / "05.png").write_bytes((data / "b" / "05.png").read_bytes()[:60])
-    with pytest.raises(ValueError, match=r"b/05\.png is no readable image"):
+    (data / "b" / "05.bmp").write_bytes((data / "b" / "05.bmp").read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"b/05\.bmp is no readable image"):
         opened("disk").prepare()
     assert entries(tmp_path) == []
 

@@ -14,7 +14,9 @@ from PIL import Image
 from rayprune.sources import open_data
 from rayprune.sources.image_files import FileNames
 from rayprune.sources.images import decode_image
-from rayprune.sources.jpeg import decode_jpeg, jpeg_frame
+from rayprune.sources.unlocked import decode_unlocked, jpeg_frame, png_frame
+
+PNG_WITHOUT_HEADER = b"\x89PNG\r\n\x1a\n" + bytes(40)
 
 
 @pytest.fixture
@@ -320,7 +322,7 @@ def test_keys_are_checked(tmp_path, opened, key, value, message):
 def test_jpeg_decoder_agrees_with_pillow(options, size):
     for channels in (1, 3):
         data = encode(pixels(7, (61, 47), channels), "JPEG", **({} if channels == 1 else options))
-        decoded, expected = decode_jpeg(data, channels, size), decode_image(data, channels, size)
+        decoded, expected = decode_unlocked(data, channels, size), decode_image(data, channels, size)
         if size == 16:
             assert decoded is None  # Pillow's decoder scales by halves
             continue
@@ -328,10 +330,26 @@ def test_jpeg_decoder_agrees_with_pillow(options, size):
         assert np.abs(decoded.astype(int) - expected).max() <= 2
 
 
-def test_what_the_jpeg_decoder_leaves_to_pillow():
+@pytest.mark.parametrize("size", [None, 4, 33])
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 3), ("L", 1)])
+def test_png_decoder_agrees_with_pillow(mode, channels, size):
+    data = encode(pixels(7, (61, 47)), mode=mode)
+    assert png_frame(data) == (61, 47, len(mode))
+    decoded, expected = decode_unlocked(data, channels, size), decode_image(data, channels, size)
+    assert decoded.shape == expected.shape
+    np.testing.assert_array_equal(decoded, expected)
+
+
+def test_what_the_unlocked_decoders_leave_to_pillow():
     whole = encode(pixels(7, (61, 47)), "JPEG")
     cmyk = encode(pixels(7, (61, 47)), "JPEG", "CMYK")
     assert jpeg_frame(whole) == (61, 47, 3)
     assert jpeg_frame(cmyk) == (61, 47, 4)
-    for data, channels in ((cmyk, 3), (whole, 1), (whole[:300], 3), (whole[:5], 3), (b"", 3), (encode(pixels()), 3)):
-        assert decode_jpeg(data, channels) is None
+    for data, channels in ((cmyk, 3), (whole, 1), (whole[:300], 3), (whole[:5], 3), (b"", 3)):
+        assert decode_unlocked(data, channels) is None
+    deep = encode(Image.fromarray(np.arange(30, dtype=np.uint16).reshape(5, 6)))
+    whole = encode(pixels())
+    others = [encode(pixels(), mode=mode) for mode in ("P", "RGBA", "LA", "1")]
+    for data in (*others, deep, whole[:-40], whole[:20], PNG_WITHOUT_HEADER):
+        assert decode_unlocked(data, 3) is None
+    assert decode_unlocked(whole, 1) is None
