@@ -1,6 +1,17 @@
-"""Data sources: labelled samples read by id, from memory, arrays, Parquet or the user's own function."""
+"""Data sources: labelled samples read by id, from memory, arrays, Parquet, image files or the user's own function."""
 
-from rayprune.sources import arrays, digits, huggingface, parquet, torch_dataset, webdataset  # noqa: F401  # register
+from rayprune.sources import (  # noqa: F401  # registers the sources
+    arrays,
+    cifar,
+    digits,
+    fashion_mnist,
+    huggingface,
+    image_folder,
+    imagenet,
+    parquet,
+    torch_dataset,
+    webdataset,
+)
 from rayprune.sources.base import Column, SampleSource, Schema, Splits
 from rayprune.sources.cache import cached_arrays
 from rayprune.sources.coerce import as_source

@@ -57,6 +57,11 @@ def cached_arrays(
     return arrays
 
 
+def has_entry(key: str, cache_dir: str | Path | None) -> bool:
+    """Tell whether an entry is there, whole."""
+    return _is_complete(cache_root(cache_dir) / key)
+
+
 def new_array(folder: Path, name: str, dtype: str, shape: tuple[int, ...]) -> np.memmap:
     """Create `<name>.npy` in a folder for writing piece by piece, with its disk space reserved.
 

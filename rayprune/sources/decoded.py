@@ -12,7 +12,7 @@ import numpy as np
 
 from rayprune.core.objects import closest
 from rayprune.sources.base import SampleSource
-from rayprune.sources.cache import cache_root, cached_arrays, new_array
+from rayprune.sources.cache import cache_root, cached_arrays, has_entry, new_array
 from rayprune.sources.rows import RowSource
 
 logger = logging.getLogger(__name__)
@@ -48,9 +48,12 @@ def decoded(source: SampleSource, mode: str = "auto", cache_dir: str | None = No
     check_mode(mode)
     if mode == "none" or (mode == "auto" and source.row_cost == "cheap"):
         return source
+    if mode == "memory":
+        return RowSource(partial(_in_memory, source), source.schema, source.fingerprint, source.labels)
     num_bytes = len(source) * row_bytes(source)
-    root = cache_root(cache_dir)
-    if mode == "auto" and num_bytes > _SHARE_OF_FREE * _free_bytes(root):
+    root, key = cache_root(cache_dir), f"decoded-{source.fingerprint}"
+    # An entry that is there already takes no more room.
+    if mode == "auto" and num_bytes > _SHARE_OF_FREE * _free_bytes(root) and not has_entry(key, root):
         logger.warning(
             "decoded, the samples take %.1f GB, more than half of what is free at %s: they are decoded at every visit; "
             "set data.cache=disk, or data.cache_dir to a larger disk",
@@ -58,9 +61,6 @@ def decoded(source: SampleSource, mode: str = "auto", cache_dir: str | None = No
             root,
         )
         return source
-    if mode == "memory":
-        return RowSource(partial(_in_memory, source), source.schema, source.fingerprint, source.labels)
-    key = f"decoded-{source.fingerprint}"
     open_arrays = partial(cached_arrays, key, root, partial(_build, source), num_bytes)
     return RowSource(open_arrays, source.schema, source.fingerprint, source.labels)
 

@@ -50,11 +50,12 @@ def decode_image(encoded: bytes | None, num_channels: int | None = None, size: i
         raise ValueError(f"image mode {image.mode} has more than 8 bits a channel: convert the images to 8 bits")
     mode = "L" if num_channels == 1 or (num_channels is None and image.mode in GREY_MODES) else "RGB"
     image = image if image.mode == mode else image.convert(mode)
-    pixels = np.asarray(image if size is None else _square(image, size))
+    pixels = np.asarray(image if size is None else square(image, size))
     return pixels[:, :, None] if mode == "L" else pixels
 
 
-def _square(image: Image.Image, size: int) -> Image.Image:
+def square(image: Image.Image, size: int) -> Image.Image:
+    """Scale the shorter side to `size` pixels and cut out the middle square."""
     width, height = image.size
     if (width, height) == (size, size):
         return image

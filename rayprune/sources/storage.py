@@ -6,6 +6,7 @@ AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL).
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from dataclasses import dataclass, field
@@ -107,14 +108,10 @@ class Storage:
             ValueError: the folder can't be listed.
         """
         root = self.full("").rstrip("/") or "/"
-        try:
-            found = self.filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
-        except (OSError, pa.ArrowException) as error:
-            raise _unreachable(self.path, error) from None
-        files = [info for info in found if info.type == pafs.FileType.File]
+        files = [info for info in self._list(root, recursive=True) if info.type == pafs.FileType.File]
         # Some file systems name their files without the leading slash that the root was given with.
         start = len(root.strip("/")) + 1 if root.strip("/") else 0
-        named = [StoredFile(info.path.lstrip("/")[start:], info.size or 0, info.mtime_ns) for info in files]
+        named = [StoredFile(_path(info).lstrip("/")[start:], info.size or 0, info.mtime_ns) for info in files]
         return sorted(named, key=lambda file: file.name)
 
     def file(self, name: str = "") -> StoredFile:
@@ -128,6 +125,21 @@ class Storage:
             raise ValueError(f"{public(self.path)}{'/' if name else ''}{name} is no file: correct data.path")
         return StoredFile(name, info.size or 0, info.mtime_ns)
 
+    def folders(self, name: str = "") -> list[str]:
+        """Return the names of the folders directly below one, sorted; empty ones are found where folders exist at all.
+
+        Raises:
+            ValueError: the folder can't be listed.
+        """
+        found = self._list(self.full(name).rstrip("/"), recursive=False)
+        return sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
+
+    def _list(self, folder: str, recursive: bool) -> list[pafs.FileInfo]:
+        try:
+            return list(self.filesystem.get_file_info(pafs.FileSelector(folder, recursive=recursive)))
+        except (OSError, pa.ArrowException) as error:
+            raise _unreachable(self.path, error) from None
+
     def read(self, name: str = "") -> bytes:
         """Return a file's content.
 
@@ -135,7 +147,7 @@ class Storage:
             OSError: it can't be read.
         """
         if self.is_local:
-            return Path(self.full(name)).read_bytes()
+            return _read_local(self.full(name))
         with self.filesystem.open_input_stream(self.full(name)) as stream:
             return bytes(stream.read())
 
@@ -167,6 +179,26 @@ def public(path: str) -> str:
     ('s3://bucket/a', 'a/b?c')
     """
     return re.sub(r"^([\w+.-]+://)(?:[^/@]*@)?([^?]*).*$", r"\1\2", path)
+
+
+def _read_local(path: str) -> bytes:
+    # Plain system calls take a third of the time of a Python file, which counts where a file is one small image.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:
+        num_bytes = os.fstat(handle).st_size
+        content = os.read(handle, num_bytes)
+        while len(content) < num_bytes and (more := os.read(handle, num_bytes - len(content))):
+            content += more
+        return content
+    finally:
+        os.close(handle)
+
+
+def _path(info: pafs.FileInfo) -> str:
+    try:
+        return str(info.path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the file name {bytes(error.object)!r} is not UTF-8: rename it") from None
 
 
 def _resolve(path: str) -> tuple[pafs.FileSystem, str]:

@@ -1,0 +1,355 @@
+"""Image files in class folders: layouts, formats, damaged files, remote paths."""
+
+from __future__ import annotations
+
+import io
+import logging
+import pickle
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from rayprune.sources import open_data
+from rayprune.sources.image_files import FileNames
+from rayprune.sources.images import decode_image
+from rayprune.sources.unlocked import decode_unlocked, jpeg_frame, png_frame
+
+PNG_WITHOUT_HEADER = b"\x89PNG\r\n\x1a\n" + bytes(40)
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Open a path without holdout and without cache, with a cache folder of the test's own where one is wanted."""
+
+    def call(path, **keys):
+        defaults = {"path": str(path), "cache": "none", "cache_dir": str(tmp_path / "cache"), "validation_fraction": 0}
+        return open_data("image_folder", **defaults | keys)
+
+    return call
+
+
+def pixels(seed=0, size=(6, 5), channels=3):
+    """Smooth noise, as JPEG likes it; (H, W, C) or (H, W)."""
+    shape = (3, 3, channels) if channels > 1 else (3, 3)
+    coarse = np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC))
+
+
+def encode(array, kind="PNG", mode=None, **options):
+    stream = io.BytesIO()
+    image = array if isinstance(array, Image.Image) else Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def write(file, content):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+    return file
+
+
+def write_tree(root, counts, first_seed=0, **keys):
+    """Write PNG files `<class>/<number>.png` and return their pixels in the order of the ids."""
+    images = []
+    for name, count in sorted(counts.items()):
+        for number in range(count):
+            images.append(pixels(first_seed + len(images), **keys))
+            write(root / name / f"{number:03}.png", encode(images[-1]))
+    return np.stack(images)
+
+
+def all_rows(source):
+    return source.take(np.arange(len(source)))
+
+
+@pytest.mark.parametrize("validation", ["val", "valid", "validation", "test"])
+def test_training_and_validation_folders(tmp_path, opened, validation):
+    images = write_tree(tmp_path / "data" / "train", {"owl": 3, "cat": 2, "dog": 40})
+    others = write_tree(tmp_path / "data" / validation, {"owl": 2, "cat": 1}, 100)
+    splits = opened(tmp_path / "data")
+    assert splits.train.schema.class_names == splits.validation.schema.class_names == ("cat", "dog", "owl")
+    np.testing.assert_array_equal(splits.train.labels, [0] * 2 + [1] * 40 + [2] * 3)
+    np.testing.assert_array_equal(splits.validation.labels, [0, 2, 2])
+    np.testing.assert_array_equal(all_rows(splits.train)["image"], images)
+    np.testing.assert_array_equal(all_rows(splits.validation)["image"], others)
+    assert splits.train.fingerprint != splits.validation.fingerprint
+    ids = np.array([44, 0, 44, 7])
+    taken, num_bytes = splits.train.read(ids)
+    np.testing.assert_array_equal(taken["image"], images[ids])
+    np.testing.assert_array_equal(taken["label"], [2, 0, 2, 1])
+    assert taken["image"].flags.c_contiguous
+    sizes = [path.stat().st_size for path in sorted((tmp_path / "data" / "train").rglob("*.png"))]
+    assert num_bytes == sum(sizes[sample] for sample in ids)
+    assert splits.train.row_cost == "expensive"
+    with pytest.raises(ValueError, match="first 45"):
+        splits.train.take(np.array([45]))
+
+
+def test_classes_directly_below_the_path_are_held_out(tmp_path, opened):
+    write_tree(tmp_path, {"a": 30, "b": 20})
+    splits = opened(tmp_path, validation_fraction=0.1)
+    assert (len(splits.train), len(splits.validation)) == (45, 5)
+    assert np.bincount(splits.validation.labels).tolist() == [3, 2]
+    again = opened(tmp_path, validation_fraction=0.1)
+    assert again.validation.fingerprint == splits.validation.fingerprint
+
+
+def test_folders_of_other_names(tmp_path, opened):
+    write_tree(tmp_path / "learn" / "now", {"a": 2, "b": 2})
+    write_tree(tmp_path / "check", {"a": 1, "b": 1}, 50)
+    splits = opened(tmp_path, train="learn/now", validation="check/")
+    assert (len(splits.train), len(splits.validation)) == (4, 2)
+    write_tree(tmp_path / "learn" / "val", {"a": 1})
+    assert opened(tmp_path / "learn", train="now", validation="").validation is None
+    with pytest.raises(ValueError, match=r"exam holds no images in class folders .*correct data\.path"):
+        opened(tmp_path, train="check", validation="exam")
+
+
+def test_validation_folder_alone_is_refused(tmp_path, opened):
+    write_tree(tmp_path / "val", {"a": 2, "b": 2})
+    with pytest.raises(ValueError, match=r"holds images in val only: set data\.train"):
+        opened(tmp_path)
+    assert len(opened(tmp_path, train="val").train) == 4
+
+
+def test_only_image_files_count_at_any_depth_below_the_class(tmp_path, opened):
+    data = encode(pixels())
+    for name in ("a/1.PNG", "a/deep/er/2.png", "b c/ü 3.Png", "b c/deep/.hidden.png", "b c/.cache/4.png", ".git/5.png"):
+        write(tmp_path / name, data)
+    for name in ("a/notes.txt", "top.png", "b c/png"):
+        write(tmp_path / name, b"text")
+    train = opened(tmp_path).train
+    assert train.schema.class_names == ("a", "b c")
+    np.testing.assert_array_equal(train.labels, [0, 0, 1])
+    np.testing.assert_array_equal(all_rows(train)["image"], [pixels()] * 3)
+
+
+def test_unicode_and_spaces_in_the_path_a_class_of_one_and_an_empty_folder(tmp_path, opened, caplog):
+    root = tmp_path / "Ü ber % 20#é"
+    write_tree(root / "train", {"a": 3, "naïve klass": 1, "b?": 2})
+    write_tree(root / "val", {"a": 1}, 30)
+    (root / "train" / "empty").mkdir()
+    with caplog.at_level(logging.WARNING):
+        splits = opened(root)
+    assert splits.train.schema.class_names == ("a", "b?", "naïve klass")
+    assert len(all_rows(splits.train)["image"]) == 6
+    assert "1 folders in" in caplog.text
+    assert "first empty" in caplog.text
+    assert len(opened(root / "train", validation_fraction=0.3).validation) == 2
+
+
+def test_class_without_training_image_is_refused(tmp_path, opened):
+    write_tree(tmp_path / "train", {"a": 1, "b": 1})
+    write_tree(tmp_path / "val", {"a": 1, "c": 1})
+    with pytest.raises(ValueError, match=r"val/c is a class without a training image \(000\.png\)"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM"])
+def test_formats_are_decoded_as_by_pillow(tmp_path, opened, kind):
+    suffix = {"JPEG": "jpeg", "TIFF": "tif"}.get(kind, kind.lower())
+    data = [encode(pixels(seed, (17, 9)), kind) for seed in range(70)]
+    for number, content in enumerate(data):
+        write(tmp_path / "a" / f"{number:02}.{suffix}", content)
+    images = all_rows(opened(tmp_path).train)["image"].astype(int)
+    expected = np.stack([decode_image(content, 3) for content in data])
+    # Two builds of libjpeg-turbo may round differently.
+    assert np.abs(images - expected).max() <= (2 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize(
+    ("first", "expected"),
+    [("L", (5, 6, 1)), ("1", (5, 6, 1)), ("P", (5, 6, 3)), ("RGBA", (5, 6, 3)), ("LA", (5, 6, 1))],
+)
+def test_modes(tmp_path, opened, first, expected):
+    modes = [first, "L", "P", "RGBA", "RGB"]
+    data = [encode(pixels(seed), mode=mode) for seed, mode in enumerate(modes)]
+    for number, content in enumerate(data):
+        write(tmp_path / "a" / f"{number}.png", content)
+    train = opened(tmp_path).train
+    assert train.schema.columns["image"].shape == expected
+    decoded = np.stack([decode_image(content, expected[2]) for content in data])
+    np.testing.assert_array_equal(all_rows(train)["image"], decoded)
+    assert opened(tmp_path, num_channels=4 - expected[2]).train.schema.columns["image"].shape == (5, 6, 4 - expected[2])
+
+
+def test_sixteen_bits_are_refused_by_name(tmp_path, opened):
+    deep = encode(Image.fromarray(np.arange(30, dtype=np.uint16).reshape(5, 6) * 2000))
+    write(tmp_path / "a" / "1.png", encode(pixels(channels=1)))
+    write(tmp_path / "a" / "2.png", deep)
+    with pytest.raises(ValueError, match=r"a/2\.png: image mode I.* 8 bits a channel: convert"):
+        all_rows(opened(tmp_path).train)
+    with pytest.raises(ValueError, match=r"a/2\.png: image mode I"):
+        opened(tmp_path, on_error="skip")
+    write(tmp_path / "a" / "0.png", deep)
+    with pytest.raises(ValueError, match=r"a/0\.png: image mode I"):
+        opened(tmp_path)
+
+
+def test_mixed_sizes_need_image_size(tmp_path, opened):
+    write(tmp_path / "a" / "1.png", encode(pixels(1, (8, 6))))
+    write(tmp_path / "a" / "2.jpg", encode(pixels(2, (40, 30)), "JPEG"))
+    write(tmp_path / "b" / "3.jpg", encode(pixels(3, (9, 12)), "JPEG"))
+    with pytest.raises(ValueError, match=r"a/2\.jpg is an image of 40×30 pixels .* 8×6: set data\.image_size=6"):
+        all_rows(opened(tmp_path).train)
+    train = opened(tmp_path, image_size=7).train
+    assert train.schema.columns["image"].shape == (7, 7, 3)
+    files = sorted(tmp_path.rglob("*.*g"), key=lambda file: file.name)
+    expected = np.stack([decode_image(file.read_bytes(), 3, 7) for file in files])
+    assert np.abs(all_rows(train)["image"].astype(int) - expected).max() <= 2
+    assert train.fingerprint != opened(tmp_path, image_size=6).train.fingerprint
+
+
+def test_damaged_files_are_named(tmp_path, opened):
+    write_tree(tmp_path, {"a": 3})
+    whole = encode(pixels(size=(64, 64)), "JPEG")
+    for content, reason in ((b"GIF", "no known image format"), (whole[:-100], "truncated")):
+        write(tmp_path / "b" / "bad.jpg", content)
+        with pytest.raises(ValueError, match=rf"(?i)b/bad\.jpg is no readable image \(.*{reason}.*on_error=skip"):
+            all_rows(opened(tmp_path).train)
+    write(tmp_path / "b" / "bad.jpg", b"")
+    with pytest.raises(ValueError, match=r"b/bad\.jpg is empty: restore it, or leave it out with data\.on_error=skip"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("cache", ["none", "auto"])
+def test_damaged_files_are_left_out(tmp_path, opened, caplog, cache):
+    images = write_tree(tmp_path / "data", {"a": 3, "b": 40})
+    whole = encode(pixels(size=(6, 5)))
+    write(tmp_path / "data" / "a" / "!first.png", b"")
+    truncated = write(tmp_path / "data" / "b" / "020x.png", whole[:60])
+    with caplog.at_level(logging.WARNING):
+        train = opened(tmp_path / "data", on_error="skip", cache=cache).train
+    assert "left out 2 of 45 images that can't be read, first: a/!first.png, b/020x.png" in caplog.text
+    np.testing.assert_array_equal(all_rows(train)["image"], images)
+    np.testing.assert_array_equal(train.labels, [0] * 3 + [1] * 40)
+    assert opened(tmp_path / "data", on_error="skip", cache=cache).train.fingerprint == train.fingerprint
+    truncated.write_bytes(whole)
+    assert len(opened(tmp_path / "data", on_error="skip", cache=cache).train) == 44
+
+
+def test_nothing_readable_is_refused(tmp_path, opened):
+    write(tmp_path / "a" / "1.png", b"text")
+    with pytest.raises(ValueError, match="holds no readable image"):
+        opened(tmp_path, on_error="skip")
+    with pytest.raises(ValueError, match=r"a/1\.png is no readable image"):
+        opened(tmp_path)
+
+
+def test_missing_files(tmp_path, opened):
+    with pytest.raises(ValueError, match=r"nowhere' is no folder"):
+        opened(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"holds no images in class folders \(<class>/<image>, of bmp"):
+        opened(tmp_path)
+    write_tree(tmp_path, {"a": 2})
+    train = opened(tmp_path).train
+    (tmp_path / "a" / "001.png").unlink()
+    with pytest.raises(ValueError, match=r"a/001\.png is no readable image \(No such file or directory\)"):
+        all_rows(train)
+
+
+def test_a_path_on_another_file_system(opened):
+    memory = fsspec.filesystem("memory")
+    data = [encode(pixels(seed)) for seed in range(40)]
+    for number, content in enumerate(data):
+        memory.pipe(f"/ü bucket/set/train/{'ab'[number % 2]}/{number:02}.png", content)
+    memory.pipe("/ü bucket/set/val/b/1.png", data[0])
+    splits = opened("memory://ü bucket/set")
+    order = [*range(0, 40, 2), *range(1, 40, 2)]
+    taken, num_bytes = splits.train.read(np.arange(40))
+    np.testing.assert_array_equal(taken["image"], [pixels(seed) for seed in order])
+    assert num_bytes == sum(map(len, data))
+    assert splits.validation.labels.tolist() == [1]
+    assert all_rows(pickle.loads(pickle.dumps(splits.train)))["label"].tolist() == [0] * 20 + [1] * 20
+
+
+def test_fingerprint_follows_content_not_place(tmp_path, opened):
+    for place in ("one", "two"):
+        write_tree(tmp_path / place, {"a": 400, "b": 200})
+    train = opened(tmp_path / "one").train
+    assert opened(tmp_path / "two").train.fingerprint == train.fingerprint
+    seen = {train.fingerprint}
+    file = tmp_path / "two" / "a" / "123.png"
+    file.write_bytes(file.read_bytes() + b"\0")  # another size
+    seen.add(opened(tmp_path / "two").train.fingerprint)
+    file.rename(tmp_path / "two" / "b" / "123x.png")  # another label
+    seen.add(opened(tmp_path / "two").train.fingerprint)
+    (tmp_path / "two" / "b").rename(tmp_path / "two" / "B")  # another order
+    seen.add(opened(tmp_path / "two").train.fingerprint)
+    first = tmp_path / "one" / "a" / "000.png"
+    first.write_bytes(first.read_bytes()[:-1] + b"\1")  # content of the same size, in a file that is sampled
+    seen.add(opened(tmp_path / "one").train.fingerprint)
+    assert len(seen) == 5
+
+
+def test_pickle_is_small_and_reads_the_same(tmp_path, opened):
+    write_tree(tmp_path, {"class one": 600, "class two": 600})
+    train = opened(tmp_path).train
+    pickled = pickle.dumps(train)
+    assert len(pickled) < 8_000
+    again = pickle.loads(pickled)
+    ids = np.array([1199, 0, 600])
+    np.testing.assert_array_equal(again.take(ids)["image"], train.take(ids)["image"])
+    np.testing.assert_array_equal(again.labels, train.labels)
+    assert again.fingerprint == train.fingerprint
+
+
+def test_file_names_pack():
+    names = ["", "a/ü 1.png", "line\nbreak", "𝛼/x"]
+    packed = pickle.loads(pickle.dumps(FileNames(names)))
+    assert [packed[position] for position in range(len(packed))] == names
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("cache", "dsk", r"data\.cache is 'dsk': did you mean 'disk'"),
+        ("on_error", "skp", r"data\.on_error is 'skp': did you mean 'skip'"),
+        ("image_size", 0, r"data\.image_size is 0"),
+        ("num_channels", 2, r"data\.num_channels is 2: it must be 1 or 3"),
+        ("imagesize", 2, r"unknown key 'data\.imagesize'.*did you mean 'image_size'"),
+    ],
+)
+def test_keys_are_checked(tmp_path, opened, key, value, message):
+    with pytest.raises(ValueError, match=message):
+        opened(tmp_path, **{key: value})
+
+
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"subsampling": 2}, {"progressive": True}])
+@pytest.mark.parametrize("size", [None, 16, 33])
+def test_jpeg_decoder_agrees_with_pillow(options, size):
+    for channels in (1, 3):
+        data = encode(pixels(7, (61, 47), channels), "JPEG", **({} if channels == 1 else options))
+        decoded, expected = decode_unlocked(data, channels, size), decode_image(data, channels, size)
+        if size == 16:
+            assert decoded is None  # Pillow's decoder scales by halves
+            continue
+        assert decoded.shape == expected.shape
+        assert np.abs(decoded.astype(int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("size", [None, 4, 33])
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 3), ("L", 1)])
+def test_png_decoder_agrees_with_pillow(mode, channels, size):
+    data = encode(pixels(7, (61, 47)), mode=mode)
+    assert png_frame(data) == (61, 47, len(mode))
+    decoded, expected = decode_unlocked(data, channels, size), decode_image(data, channels, size)
+    assert decoded.shape == expected.shape
+    np.testing.assert_array_equal(decoded, expected)
+
+
+def test_what_the_unlocked_decoders_leave_to_pillow():
+    whole = encode(pixels(7, (61, 47)), "JPEG")
+    cmyk = encode(pixels(7, (61, 47)), "JPEG", "CMYK")
+    assert jpeg_frame(whole) == (61, 47, 3)
+    assert jpeg_frame(cmyk) == (61, 47, 4)
+    for data, channels in ((cmyk, 3), (whole, 1), (whole[:300], 3), (whole[:5], 3), (b"", 3)):
+        assert decode_unlocked(data, channels) is None
+    deep = encode(Image.fromarray(np.arange(30, dtype=np.uint16).reshape(5, 6)))
+    whole = encode(pixels())
+    others = [encode(pixels(), mode=mode) for mode in ("P", "RGBA", "LA", "1")]
+    for data in (*others, deep, whole[:-40], whole[:20], PNG_WITHOUT_HEADER):
+        assert decode_unlocked(data, 3) is None
+    assert decode_unlocked(whole, 1) is None
