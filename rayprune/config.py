@@ -19,7 +19,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from rayprune.core.fields import check_keys, shown, wrong_type
-from rayprune.core.objects import closest
+from rayprune.core.objects import absolute_reference, closest
 from rayprune.methods import Method, build_method
 from rayprune.overrides import merge, parse_overrides, read_yaml
 
@@ -27,13 +27,7 @@ Auto = Literal["auto"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-def _absolute(reference: str) -> str:
-    """Make `path/to/file.py:name` absolute: workers and actors run in other folders."""
-    file, colon, name = reference.rpartition(":")
-    return f"{Path(file).expanduser().absolute()}{colon}{name}" if file.endswith(".py") else reference
-
-
-Reference = Annotated[str, AfterValidator(_absolute)]
+Reference = Annotated[str, AfterValidator(absolute_reference)]
 
 
 class _Strict(BaseModel, extra="forbid", frozen=True, validate_default=True):
@@ -65,6 +59,11 @@ class DataSection(_Section, extra="allow"):
     limit: int | None = Field(None, ge=1, description="train on the first n samples only")
     cache: Literal["auto", "memory", "disk", "none"] = Field("auto", description="where decoded samples are kept")
     augment: Auto | dict[str, Any] = Field("auto", description="crop (pixels), flip; auto: the data set's usual")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _references(cls, values: Any) -> Any:
+        return {k: absolute_reference(v) for k, v in values.items()} if isinstance(values, Mapping) else values
 
     @field_validator("augment")
     @classmethod
@@ -206,7 +205,7 @@ class Config(_Strict):
     def _known_method(cls, value: Any) -> dict[str, Any]:
         named = {"name": value} if isinstance(value, str) else value
         if isinstance(named, Mapping) and isinstance(named.get("name"), str):
-            named = {**named, "name": _absolute(named["name"])}
+            named = {**named, "name": absolute_reference(named["name"])}
         return build_method(named).to_config()
 
     @model_validator(mode="after")

@@ -85,3 +85,15 @@ def _load_file(path: str) -> Any:
         del sys.modules[name]
         raise
     return module
+
+
+def absolute_reference(reference: Any) -> Any:
+    """Make `path/to/file.py:name` absolute, as workers and actors run in other folders; leave any other value alone.
+
+    >>> absolute_reference("package.module:name")
+    'package.module:name'
+    """
+    if not isinstance(reference, str):
+        return reference
+    file, colon, name = reference.rpartition(":")
+    return f"{Path(file).expanduser().absolute()}{colon}{name}" if file.endswith(".py") else reference

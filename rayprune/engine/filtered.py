@@ -77,7 +77,7 @@ class IdColumn(SampleSource):
         return self._labels
 
     def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        raise NotImplementedError("rows of a ray.data.Dataset come by its stream")
+        raise RuntimeError("rows of a ray.data.Dataset come by its stream")
 
 
 def _checked(ids: NDArray[Any], name: str) -> NDArray[np.int64]:

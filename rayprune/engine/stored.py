@@ -87,4 +87,4 @@ class Facts(SampleSource):
         return self._labels
 
     def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        raise NotImplementedError("the ScoreActor reads no rows")
+        raise RuntimeError("the ScoreActor reads no rows")

@@ -187,3 +187,9 @@ def test_the_json_schema_knows_every_section() -> None:
     assert set(Config.model_json_schema()["properties"]) == {
         "data", "model", "method", "train", "optim", "scaling", "run",
     }  # fmt: skip
+
+
+def test_a_data_sets_function_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = make_config({"data": {"source": "torch_dataset", "dataset": "mine.py:make", "path": "images"}})
+    assert config.data.source_keys == {"dataset": f"{tmp_path}/mine.py:make", "path": "images"}
