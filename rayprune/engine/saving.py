@@ -32,7 +32,7 @@ from rayprune.engine.run_folder import append_metrics, mend_metrics
 
 logger = logging.getLogger(__name__)
 
-_COUNTS = ("samples_trained", "samples_forwarded", "samples_padded")
+_COUNTS = ("samples_trained", "samples_forwarded", "samples_padded", "bytes_read")
 
 
 class Saver:
@@ -63,17 +63,18 @@ class Saver:
                 raise ValueError(f"checkpoint {folder} is of another run: {name} {position[name]}, here {own}")
         network.load_state_dict(load_tensors(folder / "model.pt", device))
         optimizer.load_state_dict(load_tensors(folder / "trainer.pt", device)["optimizer"])
-        self._counts = {name: int(position["counts"][name]) for name in _COUNTS}
+        # A checkpoint of a version that did not count the bytes has 0 of them.
+        self._counts = {name: int(position["counts"].get(name, 0)) for name in _COUNTS}
         self._wall_before = float(position["wall_time"])
         self._last_line = position["metrics"]
         if self._rank == 0:
             mend_metrics(self._folder, self._last_line)
         return [float(value) for value in position["sums"]]
 
-    def count(self, trained: int, forwarded: int, padded: int) -> dict[str, int]:
-        """Add an epoch's rows and return the cumulative counts."""
-        for name, rows in zip(_COUNTS, (trained, forwarded, padded), strict=True):
-            self._counts[name] += rows
+    def count(self, trained: int, forwarded: int, padded: int, num_bytes: int) -> dict[str, int]:
+        """Add an epoch's rows and bytes and return the cumulative counts."""
+        for name, more in zip(_COUNTS, (trained, forwarded, padded, num_bytes), strict=True):
+            self._counts[name] += more
         return dict(self._counts)
 
     def save(

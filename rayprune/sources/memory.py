@@ -14,8 +14,8 @@ class MemorySource(SampleSource):
     """Rows of arrays that are there already; pickles with them.
 
     Args:
-        columns: name → (N, …) array of numbers; `id` and `weight` are names of the engine. An integer column `label`
-            of shape (N,) gives the classes that a class floor counts.
+        columns: name → (N, …) array of numbers; `id`, `weight` and `bytes_read` are names of the engine. An
+            integer column `label` of shape (N,) gives the classes that a class floor counts.
 
     Raises:
         ValueError: no columns, columns of several lengths, of Python objects, or with a name that is taken.
@@ -27,7 +27,7 @@ class MemorySource(SampleSource):
         if len(set(lengths.values())) != 1:
             raise ValueError(f"columns must be arrays of one length, got {lengths}")
         for name, values in self._columns.items():
-            if name in {"id", "weight"}:
+            if name in {"id", "weight", "bytes_read"}:
                 raise ValueError(f"column {name!r} is the engine's own name: call it something else")
             if values.dtype.kind not in "biuf":
                 raise ValueError(f"column {name!r} is {values.dtype}: give numbers (encode text and categories first)")
