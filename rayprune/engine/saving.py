@@ -38,8 +38,9 @@ _COUNTS = ("samples_trained", "samples_forwarded", "samples_padded", "bytes_read
 class Saver:
     """Keep a run's counts and files; restore them from a checkpoint."""
 
-    def __init__(self, run_folder: Path, config: Config, fingerprint: str, rank: int) -> None:
-        self._folder, self._config, self._fingerprint, self._rank = run_folder, config, fingerprint, rank
+    def __init__(self, run_folder: Path, config: Config, fingerprint: str, shuffle: str, rank: int) -> None:
+        self._folder, self._config, self._rank = run_folder, config, rank
+        self._fingerprint, self._shuffle = fingerprint, shuffle
         self._counts = dict.fromkeys(_COUNTS, 0)
         self._wall_before = 0.0
         self._started = time.perf_counter()
@@ -129,6 +130,7 @@ class Saver:
         return {
             "fingerprint": self._fingerprint,
             "digest": self._config.digest(),
+            "shuffle": self._shuffle,
             "counts": dict(self._counts),
             "wall_time": self._wall_time(),
             "metrics": self._last_line,

@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockAccessor, BlockMetadata
 
+from rayprune.core.plan import block_rows
 from rayprune.engine.client import RemoteScores, ScoreClient
 from rayprune.engine.protocol import PlanHeader, PlanMismatch, Turn
 from rayprune.sources import SampleSource, Schema
+from rayprune.sources.fingerprint import digest
 
 Columns = Mapping[str, NDArray[Any]]
 Share = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]
@@ -67,6 +69,12 @@ class Transport(Protocol):
 def row_bytes(schema: Schema) -> int:
     """Return the bytes of one decoded row."""
     return sum(int(np.prod(column.shape)) * np.dtype(column.dtype).itemsize for column in schema.columns.values())
+
+
+def shuffle_name(source: SampleSource) -> str:
+    """Return what the order of a plan depends on besides ids and seed: "" or a digest of the source's windows."""
+    groups = source.groups
+    return "" if groups is None else digest("windows", groups, block_rows(row_bytes(source.schema)))
 
 
 def plan_batches(

@@ -51,6 +51,12 @@ class GroupBuffer:
         self._held: OrderedDict[int, EncodedGroup] = OrderedDict()
         self._held_bytes = 0
 
+    def clear(self) -> None:
+        """Keep nothing of what was read."""
+        with self._lock:
+            self._held.clear()
+            self._held_bytes = 0
+
     def held_first(self, groups: Iterable[int]) -> list[int]:
         """Return the groups, those that are held first: reading the others might push them out."""
         with self._lock:

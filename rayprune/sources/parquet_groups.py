@@ -128,6 +128,10 @@ class ParquetGroups(SampleSource):
                 columns[name][places[group]] = values
         return columns, num_bytes
 
+    def prepare(self) -> None:
+        """Empty this process's buffer: the bytes that a run counts must not depend on what was read before it."""
+        self._buffer().clear()
+
     def readable(self) -> np.ndarray:
         """Decode everything once; return which rows can be, (N,) bool."""
         readable = np.zeros(len(self), dtype=bool)

@@ -166,7 +166,7 @@ def undisturbed_model(undisturbed: tuple[RunResult, list[int]]) -> dict[str, Any
 
 def test_a_checkpoint_holds_the_counts_of_its_moment_however_late_it_is_written(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    saver = Saver(tmp_path, run_config(tmp_path), "fingerprint", rank=0)
+    saver = Saver(tmp_path, run_config(tmp_path), "fingerprint", "", rank=0)
     network = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     late = threading.Event()

@@ -115,6 +115,8 @@ def test_bytes_are_those_of_the_column_chunks_and_nothing_is_read_twice(folder: 
     assert again.read(np.array([13]))[1] == 0, "copies of a source share a process's buffer: a block is read by a copy"
     everything = np.random.default_rng(0).permutation(91)
     assert source.read(everything)[1] == sum(stored) - stored[1] - stored[4] - stored[9]
+    source.prepare()
+    assert source.read(everything)[1] == sum(stored), "a run counts from its own beginning"
 
 
 def test_the_buffer_is_bounded_and_what_it_holds_is_used_first(folder: Path) -> None:
