@@ -229,9 +229,9 @@ class Config(_Strict):
     def digest(self) -> str:
         """Return 8 hexadecimal digits over what decides the result: all sections but scaling and run.
 
-        Where files lie on this machine decides nothing: what they hold does, and runs compare the data's fingerprint.
+        Where files lie on this machine decides nothing: runs compare the data's fingerprint and how it is shuffled.
         """
-        left_out: Any = {"scaling": True, "run": True, "data": {"path", "cache", "cache_dir"}}
+        left_out: Any = {"scaling": True, "run": True, "data": {"path", "cache", "cache_dir", "buffer_bytes"}}
         content = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True)
         content = re.sub(r'"[^"]*/([^"/]+\.py:[^"]+)"', r'"\1"', content)
         return hashlib.sha256(content.encode()).hexdigest()[:8]

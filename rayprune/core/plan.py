@@ -8,7 +8,7 @@ global batches ("step-interleaved"), so a resume at step s, with any W that divi
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -17,12 +17,15 @@ from numpy.typing import NDArray
 
 from rayprune.core.selection import Selection
 from rayprune.core.table import chunks
+from rayprune.core.windows import rows_of_groups, windowed
 
 LastBatch = Literal["pad", "drop"]
 
 # Ray splits blocks above its 128 MiB target and the interleaving would silently be lost: stay well below.
 BLOCK_ROWS = 32_768
 BLOCK_BYTES = 64 * 1024 * 1024
+
+_NO_WINDOWS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -43,18 +46,27 @@ class Plan:
         batch_size: GB, the global batch.
         num_rows: rows that are trained on; rows behind them are padding at weight 0.
         selection: where the weights come from; None = all 1.
+        window_stops: (V,) rows before which the windows of groups end, ascending; empty for a uniform shuffle.
     """
 
     order: NDArray[Any]
     batch_size: int
     num_rows: int
     selection: Selection | None = None
+    window_stops: NDArray[np.int64] = field(default_factory=lambda: _NO_WINDOWS)
 
     @classmethod
     def of_selection(
-        cls, selection: Selection, batch_size: int, seed: int, epoch: int, last_batch: LastBatch = "pad"
+        cls,
+        selection: Selection,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        last_batch: LastBatch = "pad",
+        groups: NDArray[np.int64] | None = None,
+        window_rows: int = BLOCK_ROWS,
     ) -> Plan:
-        """Shuffle a selection uniformly and complete its last global batch.
+        """Shuffle a selection, uniformly or by windows of groups, and complete its last global batch.
 
         Args:
             selection: the epoch's samples.
@@ -62,6 +74,9 @@ class Plan:
             seed, epoch: fix the order; its generator is independent of the one that the method draws from.
             last_batch: "pad" completes the last batch with distinct other ids at weight 0 as far as N suffices;
                 "drop" leaves the incomplete batch out (no step at all where less than a batch is kept).
+            groups: (G+1,) boundaries, from 0 to N, of rows that are read together; padding then comes from the groups
+                of the last window, where they have enough other rows.
+            window_rows: rows in storage that a window of groups has at most, but at least 8 groups.
 
         Raises:
             ValueError: batch_size is below 1.
@@ -78,14 +93,22 @@ class Plan:
             ids = np.flatnonzero(selection.codes[chunk])
             order[filled : filled + ids.size] = ids + chunk.start
             filled += ids.size
-        rng.shuffle(order[:rows])
+        stops = _NO_WINDOWS
+        if groups is None:
+            rng.shuffle(order[:rows])
+        else:
+            stops = windowed(order[:rows], groups, batch_size, window_rows, rng)
         if padding:
             tail = order[rows - rows % batch_size : rows]
-            order[rows:] = _padding(selection.num_samples, tail, padding, rng)
+            near = _NO_WINDOWS if groups is None else _others_in_groups(order[:rows], stops, tail, groups)
+            if near.size >= padding:
+                order[rows:] = rng.choice(near, size=padding, replace=False)
+            else:
+                order[rows:] = _padding(selection.num_samples, tail, padding, rng)
         if last_batch == "drop":
             rows -= rows % batch_size
             order = order[:rows]
-        return cls(order, batch_size, rows, selection)
+        return cls(order, batch_size, rows, selection, stops)
 
     @classmethod
     def in_order(cls, num_samples: int, batch_size: int, ids: NDArray[np.int64] | None = None) -> Plan:
@@ -138,21 +161,32 @@ class Plan:
     def blocks(self, world_size: int, row_bytes: int, start_step: int = 0) -> list[Block]:
         """Cut the steps from start_step on into blocks of at most BLOCK_ROWS rows and BLOCK_BYTES bytes.
 
-        The blocks of a span of steps stand in order of ranks, all of one size: a round-robin hands rank r its own.
+        A block ends with the last window of groups that it can hold whole. The blocks of a span of steps stand in order
+        of ranks, all of one size: a round-robin hands rank r its own.
         """
         size = self._rows_of_rank(world_size)
-        rows = max(size, min(BLOCK_ROWS, BLOCK_BYTES // max(row_bytes, 1)))
-        steps = max(1, rows // size)
-        return [
-            Block(rank, first, min(first + steps, self.num_steps))
-            for first in range(start_step, self.num_steps, steps)
-            for rank in range(world_size)
-        ]
+        steps = max(1, block_rows(row_bytes) // size)
+        window_stops = self.window_stops // self.batch_size
+        blocks: list[Block] = []
+        first = start_step
+        while first < self.num_steps:
+            last = min(first + steps, self.num_steps)
+            whole = np.searchsorted(window_stops, last, side="right") - 1
+            if last < self.num_steps and whole >= 0 and window_stops[whole] > first:
+                last = int(window_stops[whole])
+            blocks += [Block(rank, first, last) for rank in range(world_size)]
+            first = last
+        return blocks
 
     def _rows_of_rank(self, world_size: int) -> int:
         if self.batch_size % world_size:
             raise ValueError(f"batch_size {self.batch_size} does not divide by the world size {world_size}")
         return self.batch_size // world_size
+
+
+def block_rows(row_bytes: int) -> int:
+    """Return how many rows of this size a block has at most; 1 at least."""
+    return max(1, min(BLOCK_ROWS, BLOCK_BYTES // max(row_bytes, 1)))
 
 
 def _id_dtype(num_samples: int) -> type[np.unsignedinteger[Any]]:
@@ -168,3 +202,11 @@ def _padding(num_samples: int, tail: NDArray[Any], count: int, rng: np.random.Ge
         return drawn[~np.isin(drawn, tail)][:count]
     others = rng.permutation(np.setdiff1d(np.arange(num_samples), tail))
     return np.resize(np.concatenate([others, rng.permutation(num_samples)]), count)
+
+
+def _others_in_groups(
+    order: NDArray[Any], stops: NDArray[np.int64], tail: NDArray[Any], groups: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return the rows outside the last batch in the groups of the last window, which are read anyway."""
+    window = order[stops[-2] if stops.size > 1 else 0 :]
+    return np.setdiff1d(rows_of_groups(window, groups), tail) if window.size else _NO_WINDOWS

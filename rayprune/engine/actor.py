@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.plan import LastBatch, Plan
+from rayprune.core.plan import LastBatch, Plan, block_rows
 from rayprune.core.selector import Selector
 from rayprune.engine.checkpoint import load_selector_state
 from rayprune.engine.protocol import ClosedEpoch, Layout, PlanHeader, Pulse, StaleGeneration, Turn, unpack
@@ -37,7 +37,8 @@ class ScoreSpec:
 
     Attributes:
         method: the method's config.
-        source: the training source; opened for its labels only when a class floor needs them.
+        source: the training source; its groups decide the shuffle, and it is opened for its labels only when a class
+            floor needs them.
         num_validation: rows of the validation split, 0 without one.
         batch_size: global batch.
         row_bytes: bytes of one training row in the stream.
@@ -126,7 +127,10 @@ class ScoreActor:
         selection = selector.begin_epoch(turn.epoch)
         if turn.phase == "forward":
             return Plan.in_order(selection.num_samples, spec.batch_size, selection.forward_only_ids)
-        return Plan.of_selection(selection, spec.batch_size, spec.seed, turn.epoch, spec.last_batch)
+        groups, window_rows = spec.source.groups, block_rows(spec.row_bytes)
+        return Plan.of_selection(
+            selection, spec.batch_size, spec.seed, turn.epoch, spec.last_batch, groups, window_rows
+        )
 
     def share(
         self, generation: int, turn: Turn, rank: int, start_step: int, stop_step: int

@@ -17,6 +17,7 @@ from rayprune.engine.checkpoint import copy_checkpoint, damage, newest_checkpoin
 from rayprune.engine.resources import Resources
 from rayprune.engine.run_folder import append_metrics, mend_metrics, read_metrics, write_environment
 from rayprune.engine.setup import InputSpec, build_step, rate_at
+from rayprune.engine.stream import shuffle_name
 from rayprune.nn.augment import Augment
 from rayprune.nn.models import build_model
 from rayprune.nn.signals import check_signals, signal_floats
@@ -133,8 +134,8 @@ def open_folder(config: Config, source: SampleSource, resources: Resources) -> I
         _check_same(config, _read_config(stored), folder)
     origin = None
     if config.run.resume not in {"auto", "never"} and newest_checkpoint(folder) is None:
-        origin = _sound_origin(Path(config.run.resume).expanduser().resolve(), config, source.fingerprint)
-    _sound_position(folder, config, source.fingerprint)
+        origin = _sound_origin(Path(config.run.resume).expanduser().resolve(), config, source)
+    _sound_position(folder, config, source)
     with contextlib.ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +147,7 @@ def open_folder(config: Config, source: SampleSource, resources: Resources) -> I
             partial.replace(stored)
             if origin is not None:
                 _adopt(folder, origin)
-            position = _sound_position(folder, config, source.fingerprint)
+            position = _sound_position(folder, config, source)
             if position is not None:
                 mend_metrics(folder, position["metrics"])
             _describe(folder, config, source, resources)
@@ -191,7 +192,7 @@ def _read_config(stored: Path) -> Config:
         raise ValueError(f"{stored} can't be read ({line}): restore it or choose another run.name") from None
 
 
-def _sound_origin(path: Path, config: Config, fingerprint: str) -> Path:
+def _sound_origin(path: Path, config: Config, source: SampleSource) -> Path:
     """Return the checkpoint that `run.resume=PATH` means: the folder itself, or the newest of a run folder.
 
     Raises:
@@ -207,9 +208,10 @@ def _sound_origin(path: Path, config: Config, fingerprint: str) -> Path:
     run_config = origin.parents[1] / "config.yaml"
     if position["digest"] != config.digest() and run_config.exists():
         _check_same(config, _read_config(run_config), origin.parents[1])
-    for name, own in (("digest", config.digest()), ("fingerprint", fingerprint)):
+    for name, own in (("digest", config.digest()), ("fingerprint", source.fingerprint)):
         if position[name] != own:
             raise ValueError(f"run.resume {origin} is of another run: {name} {position[name]}, here {own}")
+    _check_shuffle(origin, position, source)
     return origin
 
 
@@ -238,12 +240,13 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _sound_position(folder: Path, config: Config, fingerprint: str) -> dict[str, Any] | None:
+def _sound_position(folder: Path, config: Config, source: SampleSource) -> dict[str, Any] | None:
     """Return the newest sound checkpoint's position, None without one; refuse another run's."""
     newest = newest_checkpoint(folder)
     if newest is None:
         return None
     position = read_position(newest)
+    fingerprint = source.fingerprint
     if position["fingerprint"] != fingerprint:
         raise ValueError(
             f"{folder} was trained on other data (fingerprint {position['fingerprint'][:12]}, "
@@ -254,4 +257,17 @@ def _sound_position(folder: Path, config: Config, fingerprint: str) -> dict[str,
             f"{folder} holds another run (its checkpoints are of config {position['digest']}, this is "
             f"{config.digest()}): choose another run.name"
         )
+    _check_shuffle(newest, position, source)
     return position
+
+
+def _check_shuffle(checkpoint: Path, position: Mapping[str, Any], source: SampleSource) -> None:
+    """Refuse to go on in another order: inside an epoch, samples would be visited twice and others never."""
+    before, now = position.get("shuffle", ""), shuffle_name(source)  # older versions shuffled uniformly
+    if before != now:
+        ways = ["in windows of row groups" if name else "uniformly" for name in (before, now)]
+        cure = "set data.cache=none" if before and not now else "set data.cache=disk" if now and not before else ""
+        raise ValueError(
+            f"checkpoint {checkpoint} is of a run shuffled {ways[0]}, this one would be {ways[1]}"
+            + (f": {cure}" if cure else ", of other groups: choose another run.name")
+        )

@@ -32,14 +32,15 @@ from rayprune.engine.run_folder import append_metrics, mend_metrics
 
 logger = logging.getLogger(__name__)
 
-_COUNTS = ("samples_trained", "samples_forwarded", "samples_padded")
+_COUNTS = ("samples_trained", "samples_forwarded", "samples_padded", "bytes_read")
 
 
 class Saver:
     """Keep a run's counts and files; restore them from a checkpoint."""
 
-    def __init__(self, run_folder: Path, config: Config, fingerprint: str, rank: int) -> None:
-        self._folder, self._config, self._fingerprint, self._rank = run_folder, config, fingerprint, rank
+    def __init__(self, run_folder: Path, config: Config, fingerprint: str, shuffle: str, rank: int) -> None:
+        self._folder, self._config, self._rank = run_folder, config, rank
+        self._fingerprint, self._shuffle = fingerprint, shuffle
         self._counts = dict.fromkeys(_COUNTS, 0)
         self._wall_before = 0.0
         self._started = time.perf_counter()
@@ -63,17 +64,18 @@ class Saver:
                 raise ValueError(f"checkpoint {folder} is of another run: {name} {position[name]}, here {own}")
         network.load_state_dict(load_tensors(folder / "model.pt", device))
         optimizer.load_state_dict(load_tensors(folder / "trainer.pt", device)["optimizer"])
-        self._counts = {name: int(position["counts"][name]) for name in _COUNTS}
+        # A checkpoint of a version that did not count the bytes has 0 of them.
+        self._counts = {name: int(position["counts"].get(name, 0)) for name in _COUNTS}
         self._wall_before = float(position["wall_time"])
         self._last_line = position["metrics"]
         if self._rank == 0:
             mend_metrics(self._folder, self._last_line)
         return [float(value) for value in position["sums"]]
 
-    def count(self, trained: int, forwarded: int, padded: int) -> dict[str, int]:
-        """Add an epoch's rows and return the cumulative counts."""
-        for name, rows in zip(_COUNTS, (trained, forwarded, padded), strict=True):
-            self._counts[name] += rows
+    def count(self, trained: int, forwarded: int, padded: int, num_bytes: int) -> dict[str, int]:
+        """Add an epoch's rows and bytes and return the cumulative counts."""
+        for name, more in zip(_COUNTS, (trained, forwarded, padded, num_bytes), strict=True):
+            self._counts[name] += more
         return dict(self._counts)
 
     def save(
@@ -128,6 +130,7 @@ class Saver:
         return {
             "fingerprint": self._fingerprint,
             "digest": self._config.digest(),
+            "shuffle": self._shuffle,
             "counts": dict(self._counts),
             "wall_time": self._wall_time(),
             "metrics": self._last_line,

@@ -44,6 +44,7 @@ class WorkerSpec:
     input: InputSpec
     signals: tuple[str, ...]
     fingerprint: str
+    shuffle: str
     run_folder: str
     use_gpu: bool
     threads: int

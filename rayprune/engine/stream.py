@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockAccessor, BlockMetadata
 
+from rayprune.core.plan import block_rows
 from rayprune.engine.client import RemoteScores, ScoreClient
 from rayprune.engine.protocol import PlanHeader, PlanMismatch, Turn
 from rayprune.sources import SampleSource, Schema
+from rayprune.sources.fingerprint import digest
 
 Columns = Mapping[str, NDArray[Any]]
 Share = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]
@@ -34,6 +36,8 @@ _AHEAD = 2
 _CURE = (
     "a data set that is mapped over must keep rows and order: map_batches(…, batch_size=None), no filter, no shuffle"
 )
+# A user's map may see it and must not mistake it for a column of the data.
+_BYTES_READ = "__bytes_read"
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,14 @@ class Batch:
         ids: (B,) int64.
         weights: (B,) float32, 0 for padding.
         real: (B,) False for padding.
+        num_bytes: what was read from storage since the batch before; the first batch of what is read at once has all.
     """
 
     columns: Columns
     ids: NDArray[np.int64]
     weights: NDArray[np.float32]
     real: NDArray[np.bool_]
+    num_bytes: int = 0
 
 
 class Transport(Protocol):
@@ -73,6 +79,12 @@ class Transport(Protocol):
 def row_bytes(schema: Schema) -> int:
     """Return the bytes of one decoded row."""
     return sum(int(np.prod(column.shape)) * np.dtype(column.dtype).itemsize for column in schema.columns.values())
+
+
+def shuffle_name(source: SampleSource) -> str:
+    """Return what the order of a plan depends on besides ids and seed: "" or a digest of the source's windows."""
+    groups = source.groups
+    return "" if groups is None else digest("windows", groups, block_rows(row_bytes(source.schema)))
 
 
 def plan_batches(
@@ -113,23 +125,23 @@ class LocalStream:
         budget = max(1, _LOCAL_READ_BYTES // max(1, row_bytes(source.schema)))
         read_rows = max(1, min(LOCAL_READ_ROWS, budget) // batch_rows) * batch_rows
         with ThreadPoolExecutor(1, thread_name_prefix="rayprune-read") as reader:
-            waiting: list[tuple[Future[dict[str, NDArray[Any]]], Share]] = []
+            waiting: list[tuple[Future[tuple[dict[str, NDArray[Any]], int]], Share]] = []
             for ids, weights, real in shares:
                 for start in range(0, ids.size, read_rows):
                     part = slice(start, start + read_rows)
-                    waiting.append((reader.submit(source.take, ids[part]), (ids[part], weights[part], real[part])))
+                    waiting.append((reader.submit(source.read, ids[part]), (ids[part], weights[part], real[part])))
                     if len(waiting) > _AHEAD:
                         yield from _cut(*waiting.pop(0), batch_rows)
             for read in waiting:
                 yield from _cut(*read, batch_rows)
 
 
-def _cut(read: Future[dict[str, NDArray[Any]]], share: Share, batch_rows: int) -> Iterator[Batch]:
-    columns, (ids, weights, real) = read.result(), share
+def _cut(read: Future[tuple[dict[str, NDArray[Any]], int]], share: Share, batch_rows: int) -> Iterator[Batch]:
+    (columns, num_bytes), (ids, weights, real) = read.result(), share
     for start in range(0, ids.size, batch_rows):
         part = slice(start, start + batch_rows)
         cut = {name: column[part] for name, column in columns.items()}
-        yield Batch(cut, ids[part], weights[part], real[part])
+        yield Batch(cut, ids[part], weights[part], real[part], 0 if start else num_bytes)
 
 
 class RayStream:
@@ -148,24 +160,27 @@ class RayStream:
         for ids, weights, real in shares:
             for start in range(0, ids.size, batch_rows):
                 part = slice(start, start + batch_rows)
-                columns = next(cut, None)
+                columns, num_bytes = next(cut, (None, 0))
                 if columns is None or not np.array_equal(columns["id"], ids[part]):
                     got = "the stream ended" if columns is None else f"ids {columns['id'][:3].tolist()}… came"
                     raise PlanMismatch(
                         f"epoch {turn.epoch}, {turn.phase}: {got}, not {ids[part][:3].tolist()}…; {_CURE}"
                     )
-                yield Batch(columns, ids[part], weights[part], real[part])
+                yield Batch(columns, ids[part], weights[part], real[part], num_bytes)
         if next(cut, None) is not None:
             raise PlanMismatch(f"epoch {turn.epoch}, {turn.phase}: the stream holds more rows than the plan")
 
 
-def _cut_blocks(blocks: Iterator[Columns], batch_rows: int) -> Iterator[Columns]:
-    """Cut blocks, which are whole steps, into batches."""
+def _cut_blocks(blocks: Iterator[Columns], batch_rows: int) -> Iterator[tuple[Columns, int]]:
+    """Cut blocks, which are whole steps, into batches, each with the bytes that were read for it."""
     for block in blocks:
         if "id" not in block:
             raise PlanMismatch("the batches have lost their column 'id': keep id and weight in map_batches")
+        read = block.get(_BYTES_READ, np.zeros(0, np.int64))
+        columns = {name: column for name, column in block.items() if name != _BYTES_READ}
         for start in range(0, len(block["id"]), batch_rows):
-            yield {name: column[start : start + batch_rows] for name, column in block.items()}
+            part = slice(start, start + batch_rows)
+            yield {name: column[part] for name, column in columns.items()}, int(read[part].sum())
 
 
 class PlanDatasource(Datasource):
@@ -206,8 +221,11 @@ class _Read:
     weights: NDArray[np.float32]
 
     def __call__(self) -> list[Any]:
-        columns = {**self.source.take(self.ids), "id": self.ids, "weight": self.weights}
-        return [BlockAccessor.batch_to_block(columns)]
+        columns, num_bytes = self.source.read(self.ids)
+        # The count travels with the rows: all of it with the first one.
+        read = np.zeros(self.ids.size, dtype=np.int64)
+        read[:1] = num_bytes
+        return [BlockAccessor.batch_to_block({**columns, "id": self.ids, "weight": self.weights, _BYTES_READ: read})]
 
 
 def plan_dataset(scores: RemoteScores, sources: Mapping[str, SampleSource], *, elastic: bool = False) -> Any:

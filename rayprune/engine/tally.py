@@ -8,24 +8,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Places in the sums: loss, correct, rows with a finite loss, real rows, padding rows.
-LOSS, CORRECT, FINITE, REAL, PADDED = range(5)
+# Places in the sums: loss, correct, rows with a finite loss, real rows, padding rows, bytes read (exact up to 2^53).
+LOSS, CORRECT, FINITE, REAL, PADDED, BYTES = range(6)
 
 
 def new_sums(device: torch.device) -> Tensor:
-    """Return (5,) float64 zeros."""
-    return torch.zeros(5, dtype=torch.float64, device=device)
+    """Return (6,) float64 zeros."""
+    return torch.zeros(6, dtype=torch.float64, device=device)
 
 
-def add_batch(sums: Tensor, signals: dict[str, Tensor], real_B: Tensor) -> None:
-    """Add a batch to the sums on the device, without waiting for it; `real_B` is False for padding."""
+def resumed_sums(stored: list[float], device: torch.device) -> Tensor:
+    """Return the sums of a checkpoint inside an epoch; places that an older one does not have are 0."""
+    sums = new_sums(device)
+    sums[: len(stored)] = torch.tensor(stored, dtype=sums.dtype, device=device)
+    return sums
+
+
+def add_batch(sums: Tensor, signals: dict[str, Tensor], real_B: Tensor, num_bytes: int) -> None:
+    """Add a batch to the sums on the device, without waiting for it.
+
+    Args:
+        sums: changed in place.
+        signals: per sample; `loss` and `correct` are counted.
+        real_B: False for padding.
+        num_bytes: read from storage for the batch.
+    """
     real = real_B.to(torch.float64)
     count = real.sum()
     # Left out by selection, not by a product (0 · NaN is NaN): padding, and the few NaN losses that a run tolerates.
     counted_B = real_B & signals["loss"].isfinite()
     loss = torch.where(counted_B, signals["loss"].double(), 0.0).sum()
     correct = (signals["correct"].double() * real).sum()
-    sums += torch.stack([loss, correct, counted_B.sum().double(), count, real_B.numel() - count])
+    read = torch.full_like(count, num_bytes)
+    sums += torch.stack([loss, correct, counted_B.sum().double(), count, real_B.numel() - count, read])
 
 
 def means(sums: Tensor) -> tuple[float, float]:

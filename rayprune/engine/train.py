@@ -31,7 +31,7 @@ from rayprune.engine.protocol import TrainingPaused, TrainingStopped
 from rayprune.engine.resources import Resources, resolve_resources, start_ray
 from rayprune.engine.run_folder import read_metrics, write_scores
 from rayprune.engine.setup import InputSpec, WorkerSpec
-from rayprune.engine.stream import LocalStream, RayStream, plan_dataset, row_bytes
+from rayprune.engine.stream import LocalStream, RayStream, plan_dataset, row_bytes, shuffle_name
 from rayprune.engine.worker import Worker
 from rayprune.sources import SampleSource, Splits, open_data
 
@@ -147,6 +147,7 @@ class _Run:
             input=spec,
             signals=method.signals,
             fingerprint=splits.train.fingerprint,
+            shuffle=shuffle_name(splits.train),
             run_folder=str(folder),
             use_gpu=resources.use_gpu,
             threads=resources.threads,

@@ -33,7 +33,7 @@ from rayprune.engine.setup import (
 )
 from rayprune.engine.stall import Pulsing
 from rayprune.engine.stream import Batch, Transport, plan_batches
-from rayprune.engine.tally import PADDED, REAL, add_batch, means, new_sums
+from rayprune.engine.tally import BYTES, PADDED, REAL, add_batch, means, new_sums, resumed_sums
 from rayprune.nn.augment import step_seed
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Worker:
         torch.set_num_threads(spec.threads)
         self._device = pick_device(spec.use_gpu)
         network = build_network(self._config, spec.input, self._device)
-        self._saver = Saver(Path(spec.run_folder), self._config, spec.fingerprint, self.rank)
+        self._saver = Saver(Path(spec.run_folder), self._config, spec.fingerprint, spec.shuffle, self.rank)
         # Rank 0 decides for all: another rank might see a checkpoint that is just being written.
         start = broadcast_from_rank_zero(self._next_start() if self.rank == 0 else None)
         self._generation, (self._epoch, self._base_step) = start
@@ -112,11 +112,11 @@ class Worker:
         self._seconds["select"] += header.select_s
         with self._timed("train"):
             sums, lr = self._train(epoch, header)
-        forwarded = 0
+        forwarded: Tensor | None = None
         if header.num_forward_only:
             with self._timed("forward_only"):
                 self._share_buffers()
-                forwarded = int(self._forward(epoch, "forward", record=True)[REAL])
+                forwarded = self._forward(epoch, "forward", record=True)
         last = epoch + 1 == self._config.train.epochs
         validation: Tensor | None = None
         if self._spec.has_validation and (last or (epoch + 1) % self._config.train.validate_every == 0):
@@ -155,7 +155,7 @@ class Worker:
             )
         seed, sums, lr = self._config.train.seed, new_sums(self._device), 0.0
         if self._resumed_sums and self._base_step:
-            sums += torch.tensor(self._resumed_sums, dtype=sums.dtype, device=self._device)
+            sums += resumed_sums(self._resumed_sums, self._device)
         for step, batch in enumerate(self._batches(header), start=self._base_step):
             if step > self._base_step:
                 self._save_if_due(epoch, step, sums)
@@ -167,7 +167,7 @@ class Worker:
             inputs = self._spec.input.augment.train(on_device.inputs, on_device.ids, seed=seed, epoch=epoch)
             signals = self._step(inputs, on_device.targets, on_device.weights)
             self._record(batch, signals)
-            add_batch(sums, signals, on_device.real)
+            add_batch(sums, signals, on_device.real, batch.num_bytes)
         return self._over_ranks(sums), lr
 
     def _save_if_due(self, epoch: int, step: int, sums: Tensor) -> None:
@@ -192,7 +192,7 @@ class Worker:
             signals = self._step.evaluate(inputs, on_device.targets, smoothed=record)
             if record:
                 self._record(batch, signals)
-            add_batch(sums, signals, on_device.real)
+            add_batch(sums, signals, on_device.real, batch.num_bytes)
         return self._over_ranks(sums)
 
     def _record(self, batch: Batch, signals: dict[str, Tensor]) -> None:
@@ -227,9 +227,18 @@ class Worker:
         )
 
     def _metrics(
-        self, epoch: int, header: PlanHeader, sums: Tensor, forwarded: int, validation: Tensor | None, lr: float
+        self,
+        epoch: int,
+        header: PlanHeader,
+        sums: Tensor,
+        forwarded: Tensor | None,
+        validation: Tensor | None,
+        lr: float,
     ) -> dict[str, Any]:
+        """Return the epoch's line; its bytes_read are those of all phases: training, forward-only and validation."""
         loss, accuracy = means(sums)
+        num_forwarded = int(forwarded[REAL]) if forwarded is not None else 0
+        num_bytes = sum(int(part[BYTES]) for part in (sums, forwarded, validation) if part is not None)
         val_loss, val_accuracy = means(validation) if validation is not None else (None, None)
         return {
             "epoch": epoch,
@@ -237,7 +246,7 @@ class Worker:
             "pruned_fraction": header.realised,
             "kept": header.num_kept,
             "num_samples": header.num_samples,
-            **self._saver.count(int(sums[REAL]), forwarded, int(sums[PADDED])),
+            **self._saver.count(int(sums[REAL]), num_forwarded, int(sums[PADDED]), num_bytes),
             "train_loss": loss,
             "train_accuracy": accuracy,
             "val_loss": val_loss,

@@ -14,8 +14,8 @@ class MemorySource(SampleSource):
     """Rows of arrays that are there already; pickles with them.
 
     Args:
-        columns: name → (N, …) array of numbers; `id` and `weight` are names of the engine. An integer column `label`
-            of shape (N,) gives the classes that a class floor counts.
+        columns: name → (N, …) array of numbers; `id` and `weight` are names of the engine. An
+            integer column `label` of shape (N,) gives the classes that a class floor counts.
 
     Raises:
         ValueError: no columns, columns of several lengths, of Python objects, or with a name that is taken.

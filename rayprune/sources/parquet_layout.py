@@ -9,18 +9,23 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rayprune.core.objects import closest
-from rayprune.sources.parquet_rows import read_column
+from rayprune.sources.parquet_files import ShardFile
+from rayprune.sources.storage import Storage
 
 DEFAULT_VALIDATION_FILES = "*test*"
 OTHER_VALIDATION_FILES = "*val*"
 IMAGE_NAMES = ("image", "img", "images", "picture", "png", "jpg", "jpeg", "bytes")
 LABEL_NAMES = ("label", "labels", "y", "target", "targets", "fine_label", "class", "cls")
 
+# What messages call the data: a file of it, or a folder.
+Named = ShardFile | Path
 
-def split_files(path: Path, train_files: str, validation_files: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+
+def split_files(
+    path: str, train_files: str, validation_files: str
+) -> tuple[tuple[ShardFile, ...], tuple[ShardFile, ...]]:
     """Sort the files of a folder into training and validation by patterns of their stems.
 
     A file that matches both patterns is for training. A single file is for training.
@@ -28,11 +33,13 @@ def split_files(path: Path, train_files: str, validation_files: str) -> tuple[tu
     Raises:
         ValueError: no file is there, or a validation pattern other than the default matches none.
     """
-    if path.is_file():
-        return (path,), ()
-    files = sorted(path.glob("*.parquet"), key=lambda file: file.name)
+    storage = Storage(path)
+    if storage.is_file():
+        return (ShardFile(storage),), ()
+    names = [file.name for file in storage.files()] if storage.is_folder() else []
+    files = [ShardFile(storage, name) for name in names if name.endswith(".parquet") and "/" not in name]
     if not files:
-        raise ValueError(f"data.path {str(path)!r} is neither a Parquet file nor a folder of *.parquet: correct it")
+        raise ValueError(f"data.path {storage.path!r} is neither a Parquet file nor a folder of *.parquet: correct it")
     train = [file for file in files if fnmatchcase(file.stem, train_files)]
     others = [file for file in files if file not in train]
     validation = [file for file in others if fnmatchcase(file.stem, validation_files)]
@@ -45,7 +52,7 @@ def split_files(path: Path, train_files: str, validation_files: str) -> tuple[tu
 
 
 def find_columns(
-    file: Path,
+    file: Named,
     schema: pa.Schema,
     image_column: str | None,
     label_column: str | None,
@@ -73,13 +80,13 @@ def find_columns(
     return image, label, () if image is not None else _features(file, schema, label, feature_columns)
 
 
-def check_columns(file: Path, first: pa.Schema, image: str | None, label: str, features: Sequence[str]) -> None:
+def check_columns(file: ShardFile, first: pa.Schema, image: str | None, label: str, features: Sequence[str]) -> None:
     """Refuse a file that lacks one of the columns, or has another type there than the first file.
 
     Raises:
         ValueError: names the file and the column.
     """
-    schema = pq.read_schema(file)
+    schema = file.schema()
     names = [label, *features, *([] if image is None else [image])]
     _check_names(file, names, schema.names)
     for name in names:
@@ -89,11 +96,11 @@ def check_columns(file: Path, first: pa.Schema, image: str | None, label: str, f
             raise ValueError(f"{file} column {name!r} is {kind}, and {usual} in the first file")
 
 
-def string_labels(files: Sequence[Path], column: str) -> tuple[str, ...]:
+def string_labels(files: Sequence[ShardFile], column: str) -> tuple[str, ...]:
     """Return the sorted unique strings of a label column over all files; empty where it holds no strings."""
     names: set[str] = set()
     for file in files:
-        values = read_column(file, column)
+        values = file.column(column)
         if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
             names.update(value for value in values.unique().to_pylist() if value is not None)
     return tuple(sorted(names))
@@ -108,7 +115,7 @@ def hub_class_names(schema: pa.Schema, label: str) -> tuple[str, ...]:
         return ()
 
 
-def _check_names(file: Path, wanted: Sequence[str], names: Sequence[str]) -> None:
+def _check_names(file: Named, wanted: Sequence[str], names: Sequence[str]) -> None:
     for name in wanted:
         if name not in names:
             raise ValueError(f"{file} has no column {name!r}: {closest(name, names)}")
@@ -146,7 +153,7 @@ def _find_image(schema: pa.Schema) -> str | None:
     return next((field.name for field in usual_first if _is_image(field.type)), None)
 
 
-def _find_label(file: Path, schema: pa.Schema) -> str:
+def _find_label(file: Named, schema: pa.Schema) -> str:
     index = _index_columns(schema)
     usual = [name for name in LABEL_NAMES if name in schema.names and name not in index]
     integers: list[str] = [
@@ -157,7 +164,7 @@ def _find_label(file: Path, schema: pa.Schema) -> str:
     raise ValueError(f"{file} has no column with a usual label name: set data.label_column to one of {schema.names}")
 
 
-def _features(file: Path, schema: pa.Schema, label: str, given: Sequence[str] | None) -> tuple[str, ...]:
+def _features(file: Named, schema: pa.Schema, label: str, given: Sequence[str] | None) -> tuple[str, ...]:
     numeric = [field.name for field in schema if field.name != label and _is_number(field.type)]
     for name in given or ():
         if name not in numeric:

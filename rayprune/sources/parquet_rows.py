@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from rayprune.sources.cache import new_array
 from rayprune.sources.images import UnreadableImage, decode_image
+from rayprune.sources.parquet_files import LEFT_OUT, ShardFile, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,6 @@ ROWS_PER_TASK = 64
 TASKS_PER_THREAD = 16
 # Smaller images spend their time in Python, where two threads were measured to be slower than one.
 THREADED_PIXELS = 1 << 15
-LEFT_OUT = "or leave it out with data.on_error=skip"
 # A row that can't be used: its number in the file, and why.
 BadRow = tuple[int, str]
 
@@ -47,42 +46,17 @@ class ParquetRows:
         feature_columns: the numeric columns; empty for images.
         shape: of one row, (H, W, C) or (F,).
         skip_errors: mark rows that can't be read instead of refusing them.
+        image_size: pixels that every image is scaled and cut to; None keeps its own size.
     """
 
-    files: tuple[Path, ...]
+    files: tuple[ShardFile, ...]
     label_column: str
     label_names: tuple[str, ...]
     image_column: str | None
     feature_columns: tuple[str, ...]
     shape: tuple[int, ...]
     skip_errors: bool
-
-
-def usable_files(files: tuple[Path, ...], check: Callable[[Path], object], skip_errors: bool) -> tuple[Path, ...]:
-    """Return the files that `check` can read and finds no fault with.
-
-    Raises:
-        ValueError: a file is damaged or at fault, and skip_errors is off.
-    """
-    usable = []
-    for file in files:
-        try:
-            check(file)
-        except (ValueError, OSError) as error:  # pyarrow's own error is a ValueError too
-            damaged = isinstance(error, pa.ArrowInvalid | OSError)
-            fault = f"{file} is not a readable Parquet file ({_line(error)})" if damaged else str(error)
-            if not skip_errors:
-                raise ValueError(f"{fault}: {'restore' if damaged else 'correct'} it, {LEFT_OUT}") from None
-            logger.warning("left out: %s", fault)
-        else:
-            usable.append(file)
-    return tuple(usable)
-
-
-def read_column(file: Path, name: str) -> pa.ChunkedArray:
-    """Read one column whole; dictionary-encoded values come as plain ones."""
-    values = pq.read_table(file, columns=[name], partitioning=None).column(name)
-    return values.cast(values.type.value_type) if pa.types.is_dictionary(values.type) else values
+    image_size: int | None = None
 
 
 def read_labels(rows: ParquetRows) -> tuple[np.ndarray, np.ndarray]:
@@ -99,11 +73,15 @@ def read_labels(rows: ParquetRows) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([labels for labels, _ in parts]), np.concatenate([present for _, present in parts])
 
 
-def _file_labels(rows: ParquetRows, file: Path) -> tuple[np.ndarray, np.ndarray]:
-    values = read_column(file, rows.label_column)
+def _file_labels(rows: ParquetRows, file: ShardFile) -> tuple[np.ndarray, np.ndarray]:
+    return as_labels(rows, file, file.column(rows.label_column))
+
+
+def as_labels(rows: ParquetRows, file: ShardFile, values: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a label column as int64, and which rows have one; see `read_labels`."""
     present = np.asarray(values.is_valid())
     if not present.all() and not rows.skip_errors:
-        raise _bad_row(file, (int(np.argmin(present)), f"has no {rows.label_column}"))
+        raise bad_row(file, (int(np.argmin(present)), f"has no {rows.label_column}"))
     if rows.label_names:
         labels = pc.index_in(values.cast(pa.string()), value_set=pa.array(rows.label_names, pa.string()))
         unknown = np.flatnonzero(present & np.asarray(labels.is_null()))
@@ -117,7 +95,7 @@ def _file_labels(rows: ParquetRows, file: Path) -> tuple[np.ndarray, np.ndarray]
     try:
         return np.asarray(labels.cast(pa.int64()).fill_null(0)), present
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{file} column {rows.label_column!r} holds no class numbers ({_line(error)})") from None
+        raise ValueError(f"{file} column {rows.label_column!r} holds no class numbers ({one_line(error)})") from None
 
 
 def first_image_shape(rows: ParquetRows) -> tuple[int, ...]:
@@ -130,13 +108,15 @@ def first_image_shape(rows: ParquetRows) -> tuple[int, ...]:
         for start, encoded in _encoded_images(file, str(rows.image_column)):
             for offset, content in enumerate(encoded):
                 try:
-                    return decode_image(content).shape
+                    return decode_image(content, size=rows.image_size).shape
                 except UnreadableImage as error:
                     if not rows.skip_errors:
-                        raise _bad_row(file, (start + offset, f"is no readable image ({error})")) from None
+                        raise bad_row(file, (start + offset, f"is no readable image ({error})")) from None
                 except ValueError as error:
                     raise ValueError(f"{file} row {start + offset}: {error}") from None
-    raise ValueError(f"{rows.files[0].parent} holds no readable image in column {rows.image_column!r}: correct it")
+    raise ValueError(
+        f"{rows.files[0].storage.path} holds no readable image in column {rows.image_column!r}: correct it"
+    )
 
 
 def build_rows(rows: ParquetRows, folder: Path) -> None:
@@ -153,10 +133,10 @@ def build_rows(rows: ParquetRows, folder: Path) -> None:
     fill = _fill_images if name == "image" else _fill_features
     first = 0
     for file in rows.files:
-        num_rows = pq.read_metadata(file).num_rows
+        num_rows = file.metadata().num_rows
         for row, reason in fill(rows, file, target[first : first + num_rows]):
             if not rows.skip_errors:
-                raise _bad_row(file, (row, reason))
+                raise bad_row(file, (row, reason))
             readable[first + row] = False
         first += num_rows
     target.flush()
@@ -164,9 +144,9 @@ def build_rows(rows: ParquetRows, folder: Path) -> None:
     np.save(folder / "readable.npy", readable)
 
 
-def _batches(file: Path, columns: list[str]) -> Iterator[tuple[int, int, pa.RecordBatch | None]]:
+def _batches(file: ShardFile, columns: list[str]) -> Iterator[tuple[int, int, pa.RecordBatch | None]]:
     """Yield the first row, the number of rows and the values of each batch; None for what a damaged row group lacks."""
-    with pq.ParquetFile(file) as parquet:
+    with file.open() as parquet:
         end = 0
         for group in range(parquet.num_row_groups):
             start, end = end, end + parquet.metadata.row_group(group).num_rows
@@ -175,30 +155,35 @@ def _batches(file: Path, columns: list[str]) -> Iterator[tuple[int, int, pa.Reco
                     yield start, batch.num_rows, batch
                     start += batch.num_rows
             except (pa.ArrowInvalid, OSError) as error:
-                logger.warning("%s is damaged in rows %d to %d: %s", file, start, end - 1, _line(error))
+                logger.warning("%s is damaged in rows %d to %d: %s", file, start, end - 1, one_line(error))
             if start < end:
                 yield start, end - start, None
 
 
-def _encoded_images(file: Path, column: str) -> Iterator[tuple[int, list[bytes | None]]]:
-    kind = pq.read_schema(file).field(column).type
-    leaf = f"{column}.bytes" if pa.types.is_struct(kind) else column
+def _encoded_images(file: ShardFile, column: str) -> Iterator[tuple[int, list[bytes | None]]]:
+    leaf = image_leaf(file.schema(), column)
     for start, num_rows, batch in _batches(file, [leaf]):
-        if batch is None:
-            yield start, [None] * num_rows
-        else:
-            values = batch.column(0)
-            yield start, (pc.struct_field(values, "bytes") if pa.types.is_struct(kind) else values).to_pylist()
+        yield start, [None] * num_rows if batch is None else encoded_values(batch.column(0)).to_pylist()
 
 
-def _fill_images(rows: ParquetRows, file: Path, target: np.ndarray) -> Iterator[BadRow]:
+def image_leaf(schema: pa.Schema, column: str) -> str:
+    """Return what is to be read of an image column: of the hub's structs the `bytes` alone."""
+    return f"{column}.bytes" if pa.types.is_struct(schema.field(column).type) else column
+
+
+def encoded_values(values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Return the encoded images of an image column."""
+    return pc.struct_field(values, "bytes") if pa.types.is_struct(values.type) else values
+
+
+def _fill_images(rows: ParquetRows, file: ShardFile, target: np.ndarray) -> Iterator[BadRow]:
     num_threads = (os.cpu_count() or 1) if target.shape[1] * target.shape[2] >= THREADED_PIXELS else 1
     pending: deque[Future[list[BadRow]]] = deque()
     with ThreadPoolExecutor(num_threads) as pool:
         for start, encoded in _encoded_images(file, str(rows.image_column)):
             for offset in range(0, len(encoded), ROWS_PER_TASK):
                 task = encoded[offset : offset + ROWS_PER_TASK]
-                pending.append(pool.submit(_decode_into, target, file, start + offset, task))
+                pending.append(pool.submit(_decode_into, target, rows, file, start + offset, task))
             # Row groups may be smaller than what keeps all threads busy, files larger than memory.
             while len(pending) > TASKS_PER_THREAD * num_threads:
                 yield from pending.popleft().result()
@@ -206,44 +191,67 @@ def _fill_images(rows: ParquetRows, file: Path, target: np.ndarray) -> Iterator[
             yield from rest.result()
 
 
-def _decode_into(target: np.ndarray, file: Path, start: int, encoded: list[bytes | None]) -> list[BadRow]:
+def _decode_into(
+    target: np.ndarray, rows: ParquetRows, file: ShardFile, start: int, encoded: list[bytes | None]
+) -> list[BadRow]:
     bad = []
     for row, content in enumerate(encoded, start):
         try:
-            pixels = decode_image(content, target.shape[3])
+            target[row] = decode_row(rows, file, row, content)
         except UnreadableImage as error:
             bad.append((row, f"is no readable image ({error})"))
-            continue
-        except ValueError as error:
-            raise ValueError(f"{file} row {row}: {error}") from None
-        if pixels.shape != target.shape[1:]:
-            (height, width), (first_height, first_width) = pixels.shape[:2], target.shape[1:3]
-            raise ValueError(
-                f"{file} row {row} is an image of {width}×{height} pixels and the first one has "
-                f"{first_width}×{first_height}: resize them all to one size before storing them"
-            )
-        target[row] = pixels
     return bad
 
 
-def _fill_features(rows: ParquetRows, file: Path, target: np.ndarray) -> Iterator[BadRow]:
-    names = rows.feature_columns
-    for start, num_rows, batch in _batches(file, list(names)):
+def decode_row(rows: ParquetRows, file: ShardFile, row: int, content: bytes | None) -> np.ndarray:
+    """Decode the image of a row into the shape of all.
+
+    Raises:
+        UnreadableImage: as `decode_image`.
+        ValueError: the image is deeper than 8 bits, or of another size than the first one.
+    """
+    try:
+        pixels = decode_image(content, rows.shape[2], rows.image_size)
+    except UnreadableImage:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{file} row {row}: {error}") from None
+    if pixels.shape != rows.shape:
+        (height, width), (first_height, first_width) = pixels.shape[:2], rows.shape[:2]
+        raise ValueError(
+            f"{file} row {row} is an image of {width}×{height} pixels and the first one has "
+            f"{first_width}×{first_height}: resize them all to one size before storing them, or set data.image_size"
+        )
+    return pixels
+
+
+def _fill_features(rows: ParquetRows, file: ShardFile, target: np.ndarray) -> Iterator[BadRow]:
+    for start, num_rows, batch in _batches(file, list(rows.feature_columns)):
         if batch is None:
             yield from ((row, "lies in a damaged part of the file") for row in range(start, start + num_rows))
             continue
-        values = target[start : start + num_rows]
-        for position, name in enumerate(names):
-            column = batch.column(batch.schema.get_field_index(name))
-            with np.errstate(over="ignore"):
-                values[:, position] = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-        for row, position in np.argwhere(~np.isfinite(values)):
-            yield start + int(row), f"is null, NaN or infinite in column {names[position]!r}"
+        values = feature_values(rows, batch)
+        target[start : start + num_rows] = values
+        yield from ((start + row, reason) for row, reason in not_finite(rows, values))
 
 
-def _bad_row(file: Path, bad: BadRow) -> ValueError:
+def feature_values(rows: ParquetRows, batch: pa.RecordBatch | pa.Table) -> np.ndarray:
+    """Return the numeric columns as (rows, F) float32."""
+    values = np.empty((batch.num_rows, len(rows.feature_columns)), dtype=np.float32)
+    for position, name in enumerate(rows.feature_columns):
+        with np.errstate(over="ignore"):
+            values[:, position] = batch.column(name).cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    return values
+
+
+def not_finite(rows: ParquetRows, values: np.ndarray) -> list[BadRow]:
+    """Return which rows of numeric values have one that is none."""
+    return [
+        (int(row), f"is null, NaN or infinite in column {rows.feature_columns[position]!r}")
+        for row, position in np.argwhere(~np.isfinite(values))
+    ]
+
+
+def bad_row(file: ShardFile, bad: BadRow) -> ValueError:
+    """Return the error that names a row."""
     return ValueError(f"{file} row {bad[0]} {bad[1]}: correct it, {LEFT_OUT}")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]

@@ -98,6 +98,9 @@ def test_one_stream_serves_every_epoch_and_rank(
             by_rank = stream_turn(scores, shards, epoch, "train", batch_size)
             for rank, batches in enumerate(by_rank):
                 assert_is_share(batches, plan, rank, ranks, sources["train"])
+            batches = [batch for of_rank in by_rank for batch in of_rank]
+            assert sum(batch.num_bytes for batch in batches) == plan.order.size * 72, "every row's bytes are counted"
+            assert "__bytes_read" not in batches[0].columns
             assert real_ids(by_rank) == plan.selection.ids.tolist(), "the union of ranks is the selection, each id once"
             assert real_ids(stream_turn(scores, shards, epoch, "validate", batch_size)) == list(range(7))
             assert scores.call("close_epoch", 1, epoch, [0] * ranks) is not None

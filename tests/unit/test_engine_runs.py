@@ -247,7 +247,8 @@ def test_environment_names_versions_and_data(infobatch: RunResult) -> None:
     assert environment["seed"] == 0
 
 
-COUNTS = {"samples_trained", "samples_forwarded", "samples_padded", "kept", "num_samples", "world_size", "epoch"}
+COUNTS = {"samples_trained", "samples_forwarded", "samples_padded", "bytes_read", "kept", "num_samples"}
+COUNTS |= {"world_size", "epoch"}
 SHARES = {"requested_prune_ratio", "pruned_fraction", "train_accuracy", "val_accuracy"}
 POSITIVE = {"train_loss", "val_loss", "lr", "wall_time"}
 SECONDS = {"epoch", "train", "data_wait", "select", "record", "forward_only", "validate", "checkpoint"}
