@@ -74,7 +74,7 @@ class Epoch:
 
         Args:
             device: "auto" is this worker's device; None leaves tensors on the host.
-            dtypes: of the data's columns, or by name.
+            dtypes: of the data's floating columns, or of any by name.
             collate_fn: called with NumPy columns (`id` and `weight` among them) instead of making tensors.
             prefetch_batches: made ahead in a thread.
 

@@ -23,7 +23,7 @@ class BatchForm:
 
     Attributes:
         device: where tensors go; None leaves them on the host.
-        dtypes: of all columns of the data, or by name; id (int64) and weight (float32) keep theirs.
+        dtypes: of all floating columns of the data, or of any by name; id (int64) and weight (float32) keep theirs.
         collate_fn: called with the columns as NumPy arrays, id and weight among them, instead of making tensors.
     """
 
@@ -47,7 +47,10 @@ class BatchForm:
         if array.dtype.kind not in "biufc":
             return array  # text and objects stay what they are; tensors cannot hold them
         tensor = torch.from_numpy(_writable(array))
-        dtype = self.dtypes.get(name) if isinstance(self.dtypes, Mapping) else self.dtypes
+        if isinstance(self.dtypes, Mapping):
+            dtype = self.dtypes.get(name)
+        else:  # labels and tokens stay integers
+            dtype = self.dtypes if tensor.is_floating_point() else None
         if dtype is not None and name not in _OWN:
             tensor = tensor.to(dtype)
         return _moved(tensor, self.device)

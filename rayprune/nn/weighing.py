@@ -23,7 +23,8 @@ def losses_per_sample(losses: Tensor, num_rows: int, mask: Tensor | None = None)
     Args:
         losses: (B,), (B, T), (B, 1, …) or (B, H, W), differentiable.
         num_rows: B of the batch.
-        mask: of the losses' shape, 0 where a position does not count (padding tokens); None counts all.
+        mask: of the losses' shape, 0 where a position does not count (padding tokens), else its weight, such as 1;
+            None counts all alike.
 
     Returns:
         (B,) of the losses' dtype; a sample whose mask is all 0 has loss 0.
@@ -48,7 +49,8 @@ def losses_per_sample(losses: Tensor, num_rows: int, mask: Tensor | None = None)
         if mask.shape != losses.shape:
             raise ValueError(f"mask {tuple(mask.shape)} and losses {tuple(losses.shape)} must have one shape")
         counted = mask.to(losses.dtype).flatten(1) if losses.ndim > 1 else mask.to(losses.dtype)[:, None]
-        return (losses.reshape(num_rows, -1) * counted).sum(1) / counted.sum(1).clamp(min=1)
+        total_B = counted.sum(1)
+        return (losses.reshape(num_rows, -1) * counted).sum(1) / total_B.where(total_B > 0, torch.ones_like(total_B))
     return losses if losses.ndim == 1 else losses.flatten(1).mean(1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,9 @@ class MemorySource(SampleSource):
     """
 
     def __init__(self, columns: Mapping[str, np.ndarray]) -> None:
-        self._columns = {name: np.asarray(values) for name, values in columns.items()}
+        if not columns:
+            raise ValueError("no columns: give arrays by name, such as {'image': images, 'label': labels}")
+        self._columns = {name: _array(name, values) for name, values in columns.items()}
         lengths = {name: len(values) if values.ndim else 0 for name, values in self._columns.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"columns must be arrays of one length, got {lengths}")
@@ -32,6 +35,8 @@ class MemorySource(SampleSource):
             if values.dtype.kind not in "biuf":
                 raise ValueError(f"column {name!r} is {values.dtype}: give numbers (encode text and categories first)")
         self._length = next(iter(lengths.values()))
+        if self._length == 0:
+            raise ValueError(f"columns {', '.join(self._columns)} have no rows: give at least one sample")
         columns_of = {name: Column(values.shape[1:], values.dtype.name) for name, values in self._columns.items()}
         self._schema = Schema(columns_of)
         parts = [part for name, values in self._columns.items() for part in (name, array_digest(values))]
@@ -58,3 +63,15 @@ class MemorySource(SampleSource):
     def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         check_ids(ids, self._length)
         return {name: np.ascontiguousarray(values[ids]) for name, values in self._columns.items()}
+
+
+def _array(name: str, values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+    ) as error:  # ragged lists; tensors on a GPU, with gradients, in bfloat16
+        line = " ".join(str(error).split())[:120]
+        raise ValueError(f"column {name!r} makes no array ({line}): give a NumPy array of numbers") from None

@@ -164,6 +164,7 @@ def test_forms_of_batches() -> None:
     ):
         batch = next(next(make().epochs()).iter_torch_batches(device=device, dtypes=dtypes))
         assert batch["x"].dtype == expected
+        assert batch["label"].dtype == torch.int64
         assert (batch["id"].dtype, batch["weight"].dtype) == (torch.int64, torch.float32)
         assert batch["x"].shape == (BATCH, 5)
 
@@ -249,6 +250,10 @@ def test_misuse_is_explained(kind: str) -> None:
         ({"source": {"x": X, "y": X[:3]}}, "one length"),
         ({"source": {"x": X, "id": np.arange(N)}}, "engine's own name"),
         ({"source": {"x": np.array(["a"] * N)}}, "give numbers"),
+        ({"source": {"x": [[1], [1, 2]]}}, "column 'x' makes no array"),
+        ({"source": {"x": torch.zeros(3, dtype=torch.bfloat16)}}, "column 'x' makes no array"),
+        ({"source": {}}, "no columns"),
+        ({"source": {"x": X[:0]}}, "no rows"),
     ],
 )
 def test_bad_arguments_are_one_line(changes: dict[str, Any], words: str) -> None:

@@ -35,6 +35,10 @@ def test_a_mask_leaves_positions_out_and_an_empty_one_gives_zero() -> None:
     assert losses.grad.tolist() == [[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
 
 
+def test_a_mask_may_weigh_positions() -> None:
+    assert losses_per_sample(torch.tensor([[1.0, 3.0]]), 1, torch.tensor([[0.1, 0.3]])).tolist() == pytest.approx([2.5])
+
+
 @pytest.mark.parametrize(
     ("losses", "mask", "words"),
     [
