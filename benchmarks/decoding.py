@@ -1,12 +1,14 @@
 """Rows a second of images decoded from files, against a PyTorch DataLoader, and what the decoded cache saves.
 
 4,000 JPEGs of 64×64 pixels in ten class folders, smooth noise with some grain; batches of 128 in a new random order
-each time. The source is read as the local stream does, in spans of 2,048 ids a thread ahead of the batches; the
-DataLoader decodes the same files with Pillow, in this process and in two workers that live on between epochs. In turns.
+each time. The source is read as the local stream does, in spans of 2,048 ids a thread ahead of the batches. The
+DataLoader decodes the same files in this process and in two workers that live on between epochs, once with the source's
+own decoder, once with Pillow as loops usually do. All in turns.
 """
 
 from __future__ import annotations
 
+import io
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.harness import Figure, seconds
 from rayprune.sources import SampleSource, open_data
+from rayprune.sources.unlocked import decode_unlocked
 
 ROWS, PIXELS, CLASSES = 4_000, 64, 10
 BATCH, SPAN, EPOCHS = 128, 2_048, 9
@@ -49,40 +52,62 @@ def write_images(root: Path) -> None:
 
 
 class _Files(Dataset[tuple[np.ndarray, int]]):
-    """The data set one would write: a list of files, opened and decoded by Pillow."""
+    """The data set one would write: a list of files, opened and decoded one by one."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, decode: Callable[[bytes], np.ndarray]) -> None:
         self._files = sorted((str(file), int(file.parent.name)) for file in root.rglob("*.jpg"))
+        self._decode = decode
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
         file, label = self._files[position]
-        with Image.open(file) as image:
-            return np.asarray(image.convert("RGB")), label
+        return self._decode(Path(file).read_bytes()), label
+
+
+def by_pillow(encoded: bytes) -> np.ndarray:
+    """Decode as a loop usually does."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        return np.array(image.convert("RGB"))
+
+
+def by_the_source(encoded: bytes) -> np.ndarray:
+    """Decode as the source does."""
+    pixels = decode_unlocked(encoded, 3)
+    assert pixels is not None
+    return pixels
+
+
+DECODERS = {"same decoder": by_the_source, "Pillow": by_pillow}
 
 
 def _against_the_loader(images: Path) -> Iterator[Figure]:
     source = _open(images, "none")
     loaders = {
-        workers: DataLoader(_Files(images), BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+        (name, workers): DataLoader(
+            _Files(images, decode), BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+        )
+        for name, decode in DECODERS.items()
         for workers in WORKERS
     }
-    seen: dict[str, list[float]] = {}
+    ours: list[float] = []
+    seen: dict[tuple[str, int], list[float]] = {key: [] for key in loaders}
     for epoch in range(EPOCHS + 1):
-        rates = {"source": _rate(lambda epoch=epoch: read_epoch(source, epoch))}
-        for workers, loader in loaders.items():
-            rates[f"DataLoader, {workers} workers"] = _rate(lambda loader=loader: _load_epoch(loader))
+        mine = _rate(lambda epoch=epoch: read_epoch(source, epoch))
+        theirs = {key: _rate(lambda loader=loader: _load_epoch(loader)) for key, loader in loaders.items()}
         if epoch:  # the first one is warm-up
-            for name, rate in rates.items():
-                seen.setdefault(name, []).append(rate)
-    ours = seen.pop("source")
+            ours.append(mine)
+            for key, rate in theirs.items():
+                seen[key].append(rate)
     yield Figure("image_folder, decoding at every visit, rows/s", ours)
-    for name, values in seen.items():
-        yield Figure(f"{name}, rows/s", values)
-    best = [max(rates) for rates in zip(*seen.values(), strict=True)]
-    yield Figure("image_folder ÷ best DataLoader", [a / b for a, b in zip(ours, best, strict=True)], "≥ 1.3")
+    for (name, workers), values in seen.items():
+        yield Figure(f"DataLoader, {name}, {workers} workers, rows/s", values)
+    for name in DECODERS:
+        best = [max(rates) for rates in zip(*(seen[name, workers] for workers in WORKERS), strict=True)]
+        yield Figure(
+            f"image_folder ÷ best DataLoader, {name}", [a / b for a, b in zip(ours, best, strict=True)], "≥ 1.3"
+        )
 
 
 def _first_and_cached(root: Path) -> Iterator[Figure]:
