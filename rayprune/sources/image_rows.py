@@ -16,7 +16,7 @@ from rayprune.sources.base import Column, SampleSource, Schema, check_ids
 from rayprune.sources.fingerprint import digest
 from rayprune.sources.image_files import ImageFiles
 from rayprune.sources.images import UnreadableImage, decode_image
-from rayprune.sources.unlocked import decode_unlocked
+from rayprune.sources.unlocked import decode_all
 
 ROWS_PER_TASK = 32
 # A remote file system answers late rather than slowly.
@@ -83,8 +83,9 @@ class ImageRows(SampleSource):
                 # All reads before all decodes: mixed, threads hand Python's lock to and fro at every system call.
                 for sample in samples:
                     encoded.append(read_file(self._files, sample))
+                decoded = decode_all(encoded, self._shape[2], self._size)
                 for row, sample in enumerate(samples):
-                    images[start + row] = self._decode(sample, encoded[row])
+                    images[start + row] = self._pixels(sample, encoded[row], decoded[row])
             except UnreadableImage as error:
                 raise unreadable(self._files, sample, error) from None
             return sum(map(len, encoded))
@@ -101,7 +102,8 @@ class ImageRows(SampleSource):
 
         def can_decode(sample: int) -> bool:
             try:
-                self._decode(sample, read_file(self._files, sample))
+                encoded = read_file(self._files, sample)
+                self._pixels(sample, encoded, decode_all([encoded], self._shape[2], self._size)[0])
             except UnreadableImage:
                 return False
             return True
@@ -112,8 +114,7 @@ class ImageRows(SampleSource):
         parts = in_threads(check, range(0, len(ids), ROWS_PER_TASK), num_threads(self._files))
         return np.array([readable for part in parts for readable in part], dtype=bool)
 
-    def _decode(self, sample: int, encoded: bytes) -> np.ndarray:
-        pixels = decode_unlocked(encoded, self._shape[2], self._size)
+    def _pixels(self, sample: int, encoded: bytes, pixels: np.ndarray | None) -> np.ndarray:
         if pixels is None:
             pixels = decode_named(self._files, sample, encoded, self._shape[2], self._size)
         if pixels.shape != self._shape:

@@ -7,7 +7,8 @@ free), and for files that torchvision refuses.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -39,6 +40,25 @@ def decode_unlocked(encoded: bytes, num_channels: int, size: int | None = None) 
     Returns:
         (H, W, C) uint8, (S, S, C) with a size; None for what is left to Pillow.
     """
+    return decode_all([encoded], num_channels, size)[0]
+
+
+def decode_all(encoded: Sequence[bytes], num_channels: int, size: int | None = None) -> list[np.ndarray | None]:
+    """Decode as `decode_unlocked` does, all of them under one release of Python's lock.
+
+    Taking the lock back after each small image costs about as long as decoding it, once several threads want it.
+    """
+    found: list[np.ndarray | None] = [None] * len(encoded)
+    mode = _GREY if num_channels == 1 else _RGB
+    for kind in ("jpeg", "png"):
+        rows = [row for row, content in enumerate(encoded) if _kind(content, num_channels, size) == kind]
+        for row, pixels in zip(rows, _decode([encoded[row] for row in rows], kind, mode), strict=True):
+            found[row] = pixels if pixels is None or size is None else _scaled(pixels, size)
+    return found
+
+
+def _kind(encoded: bytes, num_channels: int, size: int | None) -> str | None:
+    """Return which decoder takes an image; None for what is left to Pillow."""
     is_jpeg = encoded.startswith(JPEG)
     frame = jpeg_frame(encoded) if is_jpeg else png_frame(encoded)
     if frame is None:
@@ -47,11 +67,15 @@ def decode_unlocked(encoded: bytes, num_channels: int, size: int | None = None) 
     halved = is_jpeg and size is not None and min(width, height) >= 2 * size
     if components not in {1, num_channels} or halved:
         return None
-    pixels = _decode(encoded, "decode_jpeg" if is_jpeg else "decode_png", _GREY if num_channels == 1 else _RGB)
-    if pixels is None or size is None or (width, height) == (size, size):
+    return "jpeg" if is_jpeg else "png"
+
+
+def _scaled(pixels: np.ndarray, size: int) -> np.ndarray:
+    if pixels.shape[:2] == (size, size):
         return pixels
-    scaled = np.asarray(square(Image.fromarray(pixels[:, :, 0] if num_channels == 1 else pixels), size))
-    return scaled[:, :, None] if num_channels == 1 else scaled
+    grey = pixels.shape[2] == 1
+    scaled = np.asarray(square(Image.fromarray(pixels[:, :, 0] if grey else pixels), size))
+    return scaled[:, :, None] if grey else scaled
 
 
 def jpeg_frame(encoded: bytes) -> Frame | None:
@@ -89,28 +113,49 @@ def png_frame(encoded: bytes) -> Frame | None:
     return None if components is None else (width, height, components)
 
 
-def _decode(encoded: bytes, name: str, mode: int) -> np.ndarray | None:
-    decode = _decoder(name)
-    return None if decode is None else decode(encoded, mode)
+def _decode(encoded: Sequence[bytes], kind: str, mode: int) -> list[np.ndarray | None]:
+    loops = _loops()
+    if not encoded or loops is None:
+        return [None] * len(encoded)
+    import torch
+
+    tensors = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in encoded]
+    try:
+        return [np.asarray(pixels.permute(1, 2, 0).numpy()) for pixels in loops[kind](tensors, mode)]
+    except RuntimeError:  # one is damaged: Pillow says what is wrong, or reads it all the same
+        if len(encoded) == 1:
+            return [None]
+        return [pixels for content in encoded for pixels in _decode([content], kind, mode)]
 
 
 @cache
-def _decoder(name: str) -> Callable[[bytes, int], np.ndarray | None] | None:
-    """Return a decoder of torchvision's; None where torchvision was built without it."""
+def _loops() -> dict[str, Any] | None:
+    """Return torchvision's decoders for lists of images; None where torchvision was built without them."""
     import torch
+
+    def jpegs(encoded: list[torch.Tensor], mode: int) -> list[torch.Tensor]:
+        decoded: list[torch.Tensor] = []
+        for content in encoded:
+            decoded.append(torch.ops.image.decode_jpeg(content, mode, False))
+        return decoded
+
+    def pngs(encoded: list[torch.Tensor], mode: int) -> list[torch.Tensor]:
+        decoded: list[torch.Tensor] = []
+        for content in encoded:
+            decoded.append(torch.ops.image.decode_png(content, mode, False))
+        return decoded
 
     try:
         import torchvision.io  # noqa: F401  # registers the operators
 
-        operator: Any = getattr(torch.ops.image, name).default
+        _ = torch.ops.image.decode_jpeg, torch.ops.image.decode_png
     except (ImportError, AttributeError, RuntimeError):
         return None
-
-    def decode(encoded: bytes, mode: int) -> np.ndarray | None:
-        try:
-            pixels = operator(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), mode)
-        except RuntimeError:  # damaged: Pillow says what is wrong, or reads it all the same
-            return None
-        return np.asarray(pixels.permute(1, 2, 0).numpy())
-
-    return decode
+    plain = {"jpeg": jpegs, "png": pngs}
+    try:
+        with warnings.catch_warnings():
+            # Deprecated in torch, and without a successor that runs a loop outside of Python's lock.
+            warnings.simplefilter("ignore")
+            return {kind: torch.jit.script(loop) for kind, loop in plain.items()}
+    except Exception:  # a torch that has lost TorchScript: slower by threads, the same pixels
+        return plain
