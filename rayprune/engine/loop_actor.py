@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rayprune.core.selector import Selector
 from rayprune.engine.actor import ScoreActor
 from rayprune.engine.protocol import ClosedEpoch, ObservationsLost
+from rayprune.engine.stream import shuffle_name
 from rayprune.methods import build_method
 
 Moment = Literal["snapshot", "close"]
@@ -51,6 +52,7 @@ class LoopActor(ScoreActor):
         about = {
             "fingerprint": spec.source.fingerprint,
             "num_samples": len(spec.source),
+            "shuffle": shuffle_name(spec.source),
             "num_epochs": spec.num_epochs,
             "batch_size": spec.batch_size,
             "last_batch": spec.last_batch,

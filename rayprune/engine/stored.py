@@ -69,6 +69,7 @@ class Facts(SampleSource):
     def __init__(self, source: SampleSource, labelled: bool) -> None:
         self._length, self._schema, self._fingerprint = len(source), source.schema, source.fingerprint
         self._labels = source.labels if labelled else None
+        self._groups = source.groups
 
     def __len__(self) -> int:
         return self._length
@@ -88,3 +89,7 @@ class Facts(SampleSource):
 
     def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         raise RuntimeError("the ScoreActor reads no rows")
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        return self._groups

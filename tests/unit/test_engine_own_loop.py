@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 import rayprune
 from rayprune.core import Plan, Selector
+from rayprune.core.plan import block_rows
 from rayprune.engine.shard import Shard
+from rayprune.engine.stream import row_bytes
+from rayprune.sources import open_data
 
 N, EPOCHS, BATCH = 301, 5, 32
 X = np.random.default_rng(0).normal(size=(N, 5)).astype(np.float32)
@@ -294,3 +298,29 @@ def test_accumulation_autocast_and_compile_change_nothing_of_what_is_recorded() 
     plain = losses("plain")
     assert np.array_equal(losses("compile")["loss"], plain["loss"])
     assert np.allclose(losses("autocast")["loss"], plain["loss"], atol=0.05)
+
+
+def test_rows_that_are_read_in_groups_mix_in_windows_as_in_an_engines_run(tmp_path: Path) -> None:
+    rows = pd.DataFrame({"a": X[:, 0], "b": X[:, 1], "label": DATA["label"]})
+    rows.to_parquet(tmp_path / "train.parquet", row_group_size=5)
+    source = open_data("parquet", path=str(tmp_path), cache="none", validation_fraction=0.0).train
+    assert source.groups is not None
+    shard = make(source=source, num_epochs=2)
+    epoch = next(shard.epochs())
+    plan = Plan.of_selection(
+        Selector(METHOD, N, 2, seed=0).begin_epoch(0),
+        BATCH,
+        0,
+        0,
+        "pad",
+        source.groups,
+        block_rows(row_bytes(source.schema)),
+    )
+    assert epoch.plan_hash == plan.hash
+    for batch in epoch.iter_torch_batches():
+        ids = batch["id"].numpy()
+        assert np.array_equal(batch["features"].numpy(), X[ids, :2])
+    cached = open_data("parquet", path=str(tmp_path), cache="memory", validation_fraction=0.0).train
+    other = make(source=cached, num_epochs=2)
+    with pytest.raises(ValueError, match="shuffle"):
+        other.load_state_dict(shard.state_dict())
