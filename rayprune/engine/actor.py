@@ -25,7 +25,7 @@ from rayprune.core.selector import Selector
 from rayprune.engine.checkpoint import load_selector_state
 from rayprune.engine.protocol import ClosedEpoch, Layout, PlanHeader, Pulse, StaleGeneration, Turn, unpack
 from rayprune.engine.run_folder import write_selection
-from rayprune.methods import build_method
+from rayprune.methods import Method, build_method
 from rayprune.sources import SampleSource
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class ScoreSpec:
     """What a ScoreActor is made of; small, so that a restart sends little.
 
     Attributes:
-        method: the method's config.
+        method: the method's config, or the method itself where it has no name.
         source: the training source; its groups decide the shuffle, and it is opened for its labels only when a class
             floor needs them.
         num_validation: rows of the validation split, 0 without one.
@@ -46,7 +46,7 @@ class ScoreSpec:
         keep_selections: how many epochs' selections stay on disk.
     """
 
-    method: dict[str, Any]
+    method: dict[str, Any] | Method
     source: SampleSource
     num_validation: int
     num_epochs: int

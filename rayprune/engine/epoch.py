@@ -47,7 +47,18 @@ class Epoch:
         self.step, self._num_weighed = start_step, 0
         self._batch: Batch | None = None
         self._given: Any = None
-        self._iterated = self.finished = False
+        self._iterated = self._exhausted = self._swept = False
+        if header.num_steps == 0:
+            logger.warning(
+                "epoch %d keeps %d samples, less than a batch, and last_batch is 'drop': nothing is trained",
+                index,
+                header.num_kept,
+            )
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do: all batches were taken, and the sweep made where the method asks for one."""
+        return self._exhausted and (self._swept or self._header.num_forward_only == 0)
 
     def _announce(self, turn: Turn) -> PlanHeader:
         shard = self._shard
@@ -87,14 +98,13 @@ class Epoch:
         """
         if self._iterated:
             raise RuntimeError(f"epoch {self.index} was iterated already: its samples are to be trained on once")
-        self._iterated = True
         form = BatchForm(self._device(device), dtypes, collate_fn)
+        self._iterated = True
         for batch, given in formed(self._batches(self._turn, self._header), form, prefetch_batches):
             self._batch, self._given = batch, given
             self.step += 1
-            self.finished = self.step == self.num_steps
             yield given
-        self.finished = True
+        self._exhausted = True
 
     def _device(self, device: torch.device | str | None) -> torch.device | None:
         if device == "auto":
@@ -158,6 +168,9 @@ class Epoch:
     def sweep(self, score: Callable[[Any], Any], **form: Any) -> int:
         if self._header.num_forward_only == 0:
             return 0
+        if self._swept:
+            raise RuntimeError(f"epoch {self.index} was swept already: its samples are to be scored once")
+        self._swept = True
         turn = Turn(self.index, "forward", self._shard.world_size, 0, self.start_step)
         device = self._device(form.pop("device", "auto"))
         ahead = form.pop("prefetch_batches", 1)
@@ -171,6 +184,11 @@ class Epoch:
                 self._record(batch, losses_B, needed)
                 scored += int(batch.real.sum())
         return scored
+
+    def check_recorded(self) -> None:
+        """Refuse a state that would lack the losses of the batch that was given last."""
+        if self._batch is not None and self._shard.terms.signals:
+            raise RuntimeError("state_dict() comes after weigh: the state would lack the batch that was given last")
 
     def check_weighed(self) -> None:
         """Say so where a loop did not weigh what it was given: its scores are then those of an earlier epoch."""

@@ -43,6 +43,9 @@ class IdColumn(SampleSource):
         for name in (id_column, *([label_column] if label_column else [])):
             if name not in names:
                 raise ValueError(f"the Dataset has no column {name!r} (it has {', '.join(names) or 'none'}): add it")
+        for name in ("id", "weight"):
+            if name in names and name != id_column:
+                raise ValueError(f"column {name!r} of the Dataset is the engine's own name: rename it")
         columns = [id_column] + ([label_column] if label_column else [])
         parts: dict[str, list[NDArray[Any]]] = {name: [] for name in columns}
         for batch in dataset.select_columns(columns).iter_batches(batch_size=None, batch_format="numpy"):
@@ -52,8 +55,11 @@ class IdColumn(SampleSource):
         self._length = len(ids)
         self._labels: NDArray[np.int64] | None = None
         if label_column:
+            labels = np.concatenate(parts[label_column])
+            if labels.dtype.kind not in "iu":
+                raise ValueError(f"column {label_column!r} is {labels.dtype}: class_floor needs integers, none missing")
             self._labels = np.empty(len(ids), dtype=np.int64)
-            self._labels[ids] = np.concatenate(parts[label_column])
+            self._labels[ids] = labels
         described = [str(part) for part in zip(names, schema.types, strict=True)]
         self._fingerprint = digest(
             "dataset", self._length, *described, *([] if self._labels is None else [self._labels])

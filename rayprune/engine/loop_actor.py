@@ -7,7 +7,7 @@ what it held is lost, the attempt ends, and the loop goes back to its own last c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -72,8 +72,9 @@ class LoopActor(ScoreActor):
             selector.load_state_dict({name: np.array(array) for name, array in state.items()})
         selector.begin_epoch(epoch)
         self._selector, self._generation = selector, generation
-        self._awaited = self._passed = self._answer = None
+        self._awaited = self._passed = None
         self._start_epoch()
+        self._answer = self._kept(self._closed(0.0))
 
     def _enter(self, generation: int, epoch: int, base_step: int) -> Selector:
         if (self._selector is None or generation > self._generation) and (epoch, base_step) > (0, 0):
@@ -119,10 +120,16 @@ class LoopActor(ScoreActor):
             return "wait"
         counts = [self._arrived[one] for one in range(world_size)]
         call = self.snapshot if moment == "snapshot" else self.close_epoch
-        self._answer = call(generation, epoch, counts, base_step)
-        assert self._answer is not None, "every rank's pushes are in"
+        answer = call(generation, epoch, counts, base_step)
+        assert answer is not None, "every rank's pushes are in"
+        self._answer = self._kept(answer)
         self._passed, self._awaited = key, None
         return "done"
+
+    @staticmethod
+    def _kept(answer: ClosedEpoch) -> ClosedEpoch:
+        """Copy a state: ranks that go on at once push before rank 0 has fetched it."""
+        return replace(answer, state={name: np.array(array) for name, array in answer.state.items()})
 
     def wanted(
         self, known: tuple[Any, ...] | None

@@ -9,6 +9,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import ray
 import ray.data
 import ray.train
@@ -105,6 +106,10 @@ def prune(
     if not ray.is_initialized():
         ray.init()  # as a trainer would: the loop's own prints are to be seen
     if filtered:
+        if last_batch == "drop":
+            raise ValueError("last_batch='drop' needs a plan, which a ray.data.Dataset is filtered without: use 'pad'")
+        # A copy with a context of its own: two prunes of one Dataset must not share the token in it.
+        source = ray.data.Dataset.copy(source, _deep_copy=True)
         samples: SampleSource = IdColumn(source, id_column, "label" if _counts_classes(method) else None)
     else:
         samples = as_source(source)
@@ -139,7 +144,7 @@ def _counts_classes(method: Any) -> bool:
 
 
 def _check(samples: SampleSource, method: Method, num_epochs: int, batch_size: int, seed: int, stream: str) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise ValueError(f"batch_size {batch_size!r} must be an integer of at least 1: it is the global batch")
     if stream not in {"ray", "local"}:
         raise ValueError(f"stream {stream!r} must be 'ray' or 'local'")
@@ -156,12 +161,13 @@ def _spec(
     if last_batch == "drop" and batch_size > len(samples):
         raise ValueError(f"batch_size {batch_size} is more than the {len(samples)} samples: use last_batch='pad'")
     return ScoreSpec(
-        method=method.to_config(),
+        method=method,
         source=Facts(samples, labelled=_counts_classes(method)),
         num_validation=0,
-        num_epochs=num_epochs,
-        seed=seed,
-        batch_size=batch_size,
+        # States hold plain numbers only, so that they load with weights_only.
+        num_epochs=int(num_epochs),
+        seed=int(seed),
+        batch_size=int(batch_size),
         last_batch=last_batch,
         row_bytes=row_bytes(samples.schema),
         run_folder=None,

@@ -93,11 +93,12 @@ class Shard:
 
     def _open(self) -> None:
         self._opened = True
-        if self.rank == 0 and self._epoch < self.num_epochs:
-            state = None if self._state is None else {name: tensor.numpy() for name, tensor in self._state.items()}
-            self.scores_client.call("restore", self.generation, self._epoch, state)
+        if self.rank == 0:
+            state = None if self._state is None else {n: tensor.cpu().numpy() for n, tensor in self._state.items()}
+            # A finished run is restored too: its scores are asked for.
+            self.scores_client.call("restore", self.generation, min(self._epoch, self.num_epochs - 1), state)
         self._state = None
-        while self.scores_client.call("generation") < self.generation and self._epoch < self.num_epochs:
+        while self.scores_client.call("generation") < self.generation:
             time.sleep(_POLL_S)  # rank 0 restores first
         self.recorder.start_epoch(self._epoch, self._base_step)
 
@@ -113,7 +114,10 @@ class Shard:
         self.recorder.start_epoch(self._epoch)
 
     def scores(self) -> dict[str, Any]:
-        """Return the method's scores, `last_visit` and `times_pruned`, name → (N,); NaN where never visited."""
+        """Return the method's scores, `last_visit` and `times_pruned`, name → (N,); NaN where never visited.
+
+        Inside an epoch's body the newest observations may still be under way; between epochs all are in.
+        """
         found: dict[str, Any] = self.scores_client.call("scores")
         return found
 
@@ -137,13 +141,16 @@ class Shard:
     def state_dict(self) -> dict[str, Any]:
         """Return position, scores and current selection, to be saved with the model.
 
-        Collective: every rank calls it at the same step (as `ray.train.report`). Inside an epoch it is the state
-        before the next batch; after the last batch it closes the epoch. Rank 0's holds the scores, the others' the
-        position: save rank 0's. It holds tensors, numbers and text only, so `torch.load(weights_only=True)` reads it.
+        Collective: every rank calls it at the same step (as `ray.train.report`), after weigh. Inside an epoch it is the
+        state before the next batch; after the batches (and the sweep, where there is one to make) it closes the epoch.
+        Rank 0's holds the scores, the others' the position: save rank 0's. It holds tensors, numbers and text only, so
+        that `torch.load(weights_only=True)` reads it.
         """
         if not self._opened:
             raise RuntimeError("state_dict() has something to say once `for epoch in shard.epochs()` has begun")
         epoch = self._current
+        if epoch is not None:
+            epoch.check_recorded()
         if epoch is not None and epoch.finished:
             self._close()
             epoch = None
@@ -176,6 +183,8 @@ class Shard:
         """
         if self._opened:
             raise RuntimeError("load_state_dict() comes before `for epoch in shard.epochs()`")
+        if "about" not in state or "selector" not in state:
+            raise ValueError("this is no state of a shard: give load_state_dict what state_dict() returned")
         if state.get("schema", 0) > STATE_SCHEMA:
             raise ValueError(f"state of schema {state['schema']}, this version reads up to {STATE_SCHEMA}: upgrade")
         theirs = dict(state["about"])

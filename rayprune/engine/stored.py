@@ -8,6 +8,7 @@ import numpy as np
 import ray
 
 from rayprune.sources import MemorySource, SampleSource, Schema
+from rayprune.sources.torch_dataset import ItemSource
 
 
 class StoredSource(SampleSource):
@@ -55,7 +56,7 @@ class StoredSource(SampleSource):
 
 def stored(source: SampleSource) -> SampleSource:
     """Return the source, through the object store where it would travel with all its rows."""
-    return StoredSource(source) if isinstance(source, MemorySource) else source
+    return StoredSource(source) if isinstance(source, MemorySource | ItemSource) else source
 
 
 class Facts(SampleSource):

@@ -37,7 +37,10 @@ class BatchForm:
 
     def __call__(self, batch: Batch) -> Any:
         """Return the loop's batch."""
-        columns = {**batch.columns, "id": batch.ids, "weight": batch.weights}
+        # Copies: what a loop does to its batch in place must not reach the plan's ids and weights.
+        columns = {**batch.columns, "id": np.array(batch.ids), "weight": np.array(batch.weights)}
+        if isinstance(self.dtypes, Mapping) and (unknown := self.dtypes.keys() - columns.keys()):
+            raise ValueError(f"dtypes names {sorted(unknown)}, the columns are {sorted(columns)}")
         if self.collate_fn is not None:
             # Arrays out of the object store are read-only, which torch warns about and in-place code trips over.
             return _moved(self.collate_fn({name: _writable(array) for name, array in columns.items()}), self.device)

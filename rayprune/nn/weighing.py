@@ -48,9 +48,11 @@ def losses_per_sample(losses: Tensor, num_rows: int, mask: Tensor | None = None)
     if mask is not None:
         if mask.shape != losses.shape:
             raise ValueError(f"mask {tuple(mask.shape)} and losses {tuple(losses.shape)} must have one shape")
-        counted = mask.to(losses.dtype).flatten(1) if losses.ndim > 1 else mask.to(losses.dtype)[:, None]
+        counted = mask.to(losses.dtype).reshape(num_rows, -1)
         total_B = counted.sum(1)
-        return (losses.reshape(num_rows, -1) * counted).sum(1) / total_B.where(total_B > 0, torch.ones_like(total_B))
+        flat = losses.reshape(num_rows, -1)
+        summed_B = (flat.where(counted != 0, torch.zeros_like(flat)) * counted).sum(1)
+        return summed_B / total_B.where(total_B > 0, torch.ones_like(total_B))
     return losses if losses.ndim == 1 else losses.flatten(1).mean(1)
 
 
@@ -60,8 +62,9 @@ def weighted_mean(losses_B: Tensor, weights_B: Tensor, batch_rows: int) -> Tenso
     The divisor is a worker's share of every global batch, never Σw and never a short batch's length: DDP's mean over
     the ranks is then the weighted mean over the global batch, and every sample of an epoch counts by its weight alone.
     """
-    # Where the weight is 0, a NaN loss of a padding row must not reach the gradient.
-    weighted = torch.where(weights_B > 0, losses_B * weights_B.to(losses_B.dtype), torch.zeros_like(losses_B))
+    losses_B = losses_B.float()  # a sum of many float16 losses overflows before it is divided
+    # A NaN loss of a padding row stays out of the mean (its gradient, where logits are NaN, cannot be kept out).
+    weighted = torch.where(weights_B > 0, losses_B * weights_B, torch.zeros_like(losses_B))
     return weighted.sum() / batch_rows
 
 

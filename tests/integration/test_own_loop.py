@@ -168,9 +168,26 @@ def test_any_dataset_with_an_id_column_is_filtered(tmp_path: Path) -> None:
     data.close()
 
 
+def test_two_prunes_of_one_dataset_do_not_meet(tmp_path: Path) -> None:
+    """Each data set belongs to its own actor, and the one they were made of to none."""
+    whole = ray.data.from_items(rows(), override_num_blocks=5)
+    first = prune(whole, method=rayprune.Random(prune_ratio=0.5), num_epochs=2)
+    second = prune(whole, method=rayprune.Full(), num_epochs=2)
+    fit(first.dataset, tmp_path / "first", 0)
+    fit(second.dataset, tmp_path / "second", 0)
+    for folder, expected in (("first", 351), ("second", 701)):
+        trained = sum(len(ranks[0][1]) for (epoch, _), ranks in seen(tmp_path / folder, 1).items() if epoch == 1)
+        assert trained == expected
+    with pytest.raises(Exception, match="was not made by rayprune"):
+        fit(whole, tmp_path / "plain", 0)
+    first.close()
+    second.close()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (lambda row: {**row, "weight": 1.0}, "engine's own name"),
         (lambda row: {**row, "id": min(row["id"], 699)}, "holds 699 twice"),
         (lambda row: {**row, "id": row["id"] + (row["id"] == 700)}, r"holds 701: ids of 701 rows must be 0..700"),
         (lambda row: {**row, "id": float(row["id"])}, "is float64: ids are integers"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -320,7 +321,79 @@ def test_rows_that_are_read_in_groups_mix_in_windows_as_in_an_engines_run(tmp_pa
     for batch in epoch.iter_torch_batches():
         ids = batch["id"].numpy()
         assert np.array_equal(batch["features"].numpy(), X[ids, :2])
+        epoch.weigh(batch, batch["features"].sum(1))
     cached = open_data("parquet", path=str(tmp_path), cache="memory", validation_fraction=0.0).train
     other = make(source=cached, num_epochs=2)
     with pytest.raises(ValueError, match="shuffle"):
         other.load_state_dict(shard.state_dict())
+
+
+def test_a_state_before_weigh_is_refused() -> None:
+    shard = make()
+    epoch = next(shard.epochs())
+    next(epoch.iter_torch_batches())
+    with pytest.raises(RuntimeError, match="comes after weigh"):
+        shard.state_dict()
+
+
+def test_a_finished_run_is_restored_with_its_scores(whole: Loop) -> None:
+    state = {"data": whole.shard.state_dict()}
+    again = make()
+    again.load_state_dict(state["data"])
+    assert list(again.epochs()) == []
+    ours, theirs = again.scores(), whole.shard.scores()
+    assert all(np.array_equal(ours[name], theirs[name], equal_nan=True) for name in theirs)
+    once_more = again.state_dict()
+    assert (once_more["epoch"], once_more["step"]) == (EPOCHS, 0)
+    assert all(torch.equal(once_more["selector"][name], value) for name, value in state["data"]["selector"].items())
+
+
+def test_numpy_numbers_make_states_that_load(tmp_path: Path) -> None:
+    shard = make(seed=np.int64(3), num_epochs=np.int64(2), batch_size=np.int64(32))
+    loop = Loop(shard)
+    loop.run((0, 2), lambda: torch.save(shard.state_dict(), tmp_path / "state.pt"))
+    make(seed=3, num_epochs=2).load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+
+
+def test_a_method_of_ones_own_needs_no_name() -> None:
+    @dataclass(frozen=True)
+    class Half(rayprune.Method):
+        signals = ()
+
+        def select(self, table: Any, context: Any) -> Any:
+            return rayprune.Selection.of_ids(np.arange(0, context.num_samples, 2), context.num_samples)
+
+    shard = make(method=Half(), num_epochs=2)
+    for epoch in shard.epochs():
+        assert epoch.num_kept == 151
+        for batch in epoch.iter_torch_batches():
+            epoch.weigh(batch, batch["x"].sum(1))
+
+
+def test_a_sweep_after_a_state_at_the_last_step_is_made() -> None:
+    reference = f"{Path(__file__).parents[1] / 'engine_user_code.py'}:LowerHalf"
+    shard = make(method=rayprune.build_method({"name": reference, "looks": 7}), num_epochs=3)
+    for epoch in shard.epochs():
+        for batch in epoch.iter_torch_batches():
+            epoch.weigh(batch, batch["x"].sum(1))
+            state = shard.state_dict()
+        assert (state["epoch"], state["step"]) == (epoch.index, epoch.num_steps)
+        assert shard.sweep(lambda batch: batch["x"].sum(1)) == (7 if epoch.index == 1 else 0)
+        assert shard.state_dict()["epoch"] == epoch.index + 1
+
+
+def test_what_a_loop_does_to_its_batch_does_not_reach_the_plan() -> None:
+    epoch = next(make().epochs())
+    for batch in epoch.iter_torch_batches():
+        ids = batch["id"].clone()
+        batch["weight"].mul_(0)
+        batch["id"].zero_()
+        assert epoch.weigh(batch, torch.ones(BATCH)) > 0
+        assert len(set(ids.tolist())) == BATCH
+
+
+@pytest.mark.parametrize("form", [{"dtypes": {"nope": torch.float32}}, {"dtypes": torch.float16, "collate_fn": dict}])
+def test_a_wrong_form_can_be_corrected(form: dict[str, Any]) -> None:
+    epoch = next(make().epochs())
+    with pytest.raises(ValueError, match="dtypes"):
+        next(epoch.iter_torch_batches(**form))

@@ -118,3 +118,9 @@ def test_embeddings_pass_through() -> None:
     found = signals_per_sample(("embedding", "loss"), torch.ones(3), embeddings=values)
     assert torch.equal(found["embedding"], values)
     assert not found["embedding"].requires_grad
+
+
+def test_half_precision_losses_do_not_overflow_and_masked_nan_stays_out() -> None:
+    assert weighted_mean(torch.full((8192,), 20.0, dtype=torch.float16), torch.ones(8192), 8192).item() == 20.0
+    losses = torch.tensor([[1.0, float("nan")]])
+    assert losses_per_sample(losses, 1, torch.tensor([[1, 0]])).tolist() == [1.0]
