@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rayprune.sources import open_data
+from rayprune.sources import image_rows, open_data
 from rayprune.sources.image_files import FileNames
 from rayprune.sources.images import decode_image
 from rayprune.sources.unlocked import decode_unlocked, jpeg_frame
@@ -374,3 +374,23 @@ def test_damaged_png_is_named_or_left_out(tmp_path, opened, damage):
     source = opened(tmp_path / "set", on_error="skip").train
     assert len(source) == 5
     assert source.take(np.arange(5))["label"].tolist() == [0, 0, 1, 1, 1]
+
+
+def test_the_fingerprint_counts_every_file(tmp_path, opened, monkeypatch):
+    for number in range(300):
+        write(tmp_path / "set" / "a" / f"{number:03}.bmp", encode(np.zeros((2, 2, 3), np.uint8), "BMP"))
+    fingerprint = opened(tmp_path / "set").train.fingerprint
+    changed = encode(np.ones((2, 2, 3), np.uint8), "BMP")
+    found = set()
+    for number in (1, 6, 7, 13, 298):
+        kept = (tmp_path / "set" / "a" / f"{number:03}.bmp").read_bytes()
+        write(tmp_path / "set" / "a" / f"{number:03}.bmp", changed)
+        found.add(opened(tmp_path / "set").train.fingerprint)
+        write(tmp_path / "set" / "a" / f"{number:03}.bmp", kept)
+    assert len(found) == 5
+    assert fingerprint not in found
+    monkeypatch.setattr(image_rows, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(image_rows, "SAMPLED_FILES", 2)
+    fingerprint = opened(tmp_path / "set").train.fingerprint
+    write(tmp_path / "set" / "a" / "007.bmp", changed)
+    assert opened(tmp_path / "set").train.fingerprint == fingerprint
