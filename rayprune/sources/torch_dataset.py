@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -21,7 +21,7 @@ from rayprune.sources.classes import count_classes
 from rayprune.sources.decoded import check_mode, decoded
 from rayprune.sources.fingerprint import array_digest, digest
 from rayprune.sources.registry import register_source
-from rayprune.sources.torch_items import input_name, item_values, stack_items
+from rayprune.sources.torch_items import class_names, input_name, item_values, stack_items, stored_labels
 from rayprune.sources.views import holdout
 
 logger = logging.getLogger(__name__)
@@ -158,13 +158,14 @@ class ItemSource(SampleSource):
         if self._num_samples == 0:
             raise ValueError(f"{type(dataset).__name__} is empty: give a dataset of at least one item")
         self._forget()
+        self._has_stored = False
         first = self._items(np.zeros(1, np.int64))[0]
         self._columns = {name: Column(value.shape, value.dtype.name) for name, value in first.items()}
         self._schema = Schema(self._columns, input_name(self._columns))
         self.random = self._differs()
         if self._columns.get("label") == Column((), "int64"):
             self._labels: np.ndarray | None = self._read_labels()
-            names = _class_names(dataset)
+            names = class_names(dataset)
             given = (len(names) or None) if num_classes is None else num_classes
             num_classes = count_classes(self._labels, f"the labels of {type(dataset).__name__}", given)
             names = names if len(names) == num_classes else ()
@@ -210,7 +211,25 @@ class ItemSource(SampleSource):
     def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         check_ids(ids, self._num_samples)
         items = self._items(ids)
-        return stack_items(items, self._columns, lambda position: f"item {ids[position]}", "item 0")
+        rows = stack_items(items, self._columns, lambda position: f"item {ids[position]}", "item 0")
+        self._check_labels(ids, rows)
+        return rows
+
+    def _check_labels(self, ids: np.ndarray, rows: dict[str, np.ndarray]) -> None:
+        if self._labels is None and self._has_stored:
+            self._labels = stored_labels(self._dataset)
+        known = self._labels
+        if known is None:
+            return
+        differs = np.flatnonzero(rows["label"] != known[ids])
+        if len(differs):
+            row = int(ids[differs[0]])
+            before = "its targets say" if self._has_stored else "had before"
+            cure = "correct them, or remove the attribute" if self._has_stored else "give each item one label"
+            raise ValueError(
+                f"{type(self._dataset).__name__} item {row} has label {rows['label'][differs[0]]} and {before} "
+                f"{known[row]}: {cure}"
+            )
 
     def _items(self, ids: np.ndarray) -> list[dict[str, np.ndarray]]:
         positions = np.asarray(ids).tolist()
@@ -251,10 +270,13 @@ class ItemSource(SampleSource):
         return digest("torch", self._num_samples, *columns, *labels, *content)
 
     def _read_labels(self) -> np.ndarray:
-        stored = _stored_labels(self._dataset)
+        stored = stored_labels(self._dataset)
+        if stored is not None and self._has_stored:
+            return stored
         if stored is not None and len(stored) == self._num_samples:
             ids = self._spaced(CHECKED_LABELS)
             if np.array_equal(self.take(ids)["label"], stored[ids]):
+                self._has_stored = True
                 return stored
         logger.info(
             "reading all %d items of %s for their labels: its `targets` or `labels` would save that",
@@ -264,31 +286,3 @@ class ItemSource(SampleSource):
         starts = range(0, self._num_samples, CHUNK_ITEMS)
         chunks = (np.arange(start, min(start + CHUNK_ITEMS, self._num_samples)) for start in starts)
         return np.concatenate([self.take(chunk)["label"] for chunk in chunks])
-
-
-def _stored_labels(dataset: Any) -> np.ndarray | None:
-    """Return the labels that a Dataset keeps in an attribute, (N,) int64, or those of the one it is a Subset of."""
-    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
-        whole, chosen = _stored_labels(dataset.dataset), np.asarray(dataset.indices, dtype=np.int64)
-        return None if whole is None or (len(chosen) and chosen.max() >= len(whole)) else whole[chosen]
-    for name in ("targets", "labels", "tensors"):
-        values = getattr(dataset, name, None)
-        if name == "tensors" and values is not None:
-            values = values[-1]
-        if values is None or isinstance(values, Mapping | str):
-            continue
-        try:
-            found = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
-        except (TypeError, ValueError):
-            continue
-        if found.dtype.kind in "biu" and found.ndim == 1:
-            return found.astype(np.int64)
-    return None
-
-
-def _class_names(dataset: Any) -> tuple[str, ...]:
-    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
-        return _class_names(dataset.dataset)
-    names = getattr(dataset, "classes", None)
-    plain = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-    return tuple(names) if plain and names else ()

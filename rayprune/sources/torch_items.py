@@ -141,3 +141,32 @@ def stack_items(
                 )
             rows[name][position] = value
     return rows
+
+
+def stored_labels(dataset: Any) -> np.ndarray | None:
+    """Return the labels that a Dataset keeps in an attribute, (N,) int64, or those of the one it is a Subset of."""
+    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
+        whole, chosen = stored_labels(dataset.dataset), np.asarray(dataset.indices, dtype=np.int64)
+        return None if whole is None or (len(chosen) and chosen.max() >= len(whole)) else whole[chosen]
+    for name in ("targets", "labels", "tensors"):
+        values = getattr(dataset, name, None)
+        if name == "tensors" and values is not None:
+            values = values[-1]
+        if values is None or isinstance(values, Mapping | str):
+            continue
+        try:
+            found = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+        except (TypeError, ValueError):
+            continue
+        if found.dtype.kind in "biu" and found.ndim == 1:
+            return found.astype(np.int64)
+    return None
+
+
+def class_names(dataset: Any) -> tuple[str, ...]:
+    """Return the `classes` of a Dataset, or of the one it is a Subset of; empty where it has none."""
+    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
+        return class_names(dataset.dataset)
+    names = getattr(dataset, "classes", None)
+    plain = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    return tuple(names) if plain and names else ()

@@ -325,3 +325,19 @@ def test_no_import_of_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[0, 1, 2] set()"
+
+
+def test_items_whose_label_is_not_the_known_one():
+    items = image_items(400)
+    labels = [label for _, label in items]
+    items[102] = (items[102][0], 9)  # not among the 256 of the fingerprint
+    source = from_torch(Items(items, targets=labels))
+    for known in (source, pickle.loads(pickle.dumps(source))):
+        with pytest.raises(ValueError, match="Items item 102 has label 9 and its targets say 0: correct them, or"):
+            known.take(np.array([3, 102, 102]))
+        known.take(np.array([3, 101]))
+    changing = Items(image_items(40))
+    source = from_torch(changing)
+    changing.items[5] = (changing.items[5][0], 1)
+    with pytest.raises(ValueError, match="Items item 5 has label 1 and had before 2: give each item one label"):
+        all_rows(source)
