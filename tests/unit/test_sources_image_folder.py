@@ -343,13 +343,13 @@ def test_what_the_unlocked_decoders_leave_to_pillow():
         assert decode_unlocked(data, 3) is None
 
 
-def png_of(lines):
-    """Return a PNG of colour, 8 bits, whose lines are given with their filter bytes."""
+def png_of(lines, width, bits=8, colour=2):
+    """Return a PNG of lines that are given with their filter bytes."""
 
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    header = struct.pack(">IIBBBBB", (len(lines[0]) - 1) // 3, len(lines), 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, len(lines), bits, colour, 0, 0, 0)
     stream = zlib.compress(b"".join(lines))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", stream) + chunk(b"IEND", b"")
 
@@ -366,7 +366,7 @@ def test_damaged_png_is_named_or_left_out(tmp_path, opened, damage):
         lines = [
             bytes([9 if damage == "wrong filter" and row == 20 else 0]) + noise[row].tobytes() for row in range(48)
         ]
-        content = png_of(lines)
+        content = png_of(lines, 48)
     write(tmp_path / "set" / "a" / "001.png", content)
     whole = opened(tmp_path / "set").train
     with pytest.raises(ValueError, match=r"a/001\.png is no readable image"):
@@ -394,3 +394,10 @@ def test_the_fingerprint_counts_every_file(tmp_path, opened, monkeypatch):
     fingerprint = opened(tmp_path / "set").train.fingerprint
     write(tmp_path / "set" / "a" / "007.bmp", changed)
     assert opened(tmp_path / "set").train.fingerprint == fingerprint
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_pngs_of_16_bits_are_refused_in_colour_too(tmp_path, opened, colour, channels):
+    write(tmp_path / "set" / "a" / "0.png", png_of([bytes(1 + 5 * 2 * channels)] * 4, 5, 16, colour))
+    with pytest.raises(ValueError, match=r"a/0\.png: image mode .*16.* has more than 8 bits a channel: convert"):
+        opened(tmp_path / "set")
