@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from rayprune.sources.storage import Storage, StoredFile
+from rayprune.sources.storage import Storage, StoredFile, public
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class ImageFiles:
 
     def named(self, sample: int) -> str:
         """Return a sample's file for messages."""
-        return f"{self.storage.path.rstrip('/')}/{self.name(sample)}"
+        return f"{public(self.storage.path).rstrip('/')}/{self.name(sample)}"
 
     def read(self, sample: int) -> bytes:
         """Return a sample's encoded image.
@@ -102,7 +102,9 @@ def find_images(storage: Storage) -> list[StoredFile]:
         ValueError: the path is no folder, or can't be reached.
     """
     if not storage.is_folder():
-        raise ValueError(f"data.path {storage.path!r} is no folder: set it to the one that holds the class folders")
+        raise ValueError(
+            f"data.path {public(storage.path)!r} is no folder: set it to the one that holds the class folders"
+        )
     return [file for file in storage.files() if _is_image(file.name)]
 
 
@@ -155,7 +157,7 @@ def class_images(storage: Storage, found: list[StoredFile], folder: str) -> list
         if file.name.startswith(prefix) and file.name.find("/", start) > 0
     ]
     if not inside:
-        where = f"{storage.path.rstrip('/')}/{folder}".rstrip("/")
+        where = f"{public(storage.path).rstrip('/')}/{folder}".rstrip("/")
         raise ValueError(
             f"{where} holds no images in class folders (<class>/<image>, of {', '.join(sorted(SUFFIXES))}): "
             "correct data.path, data.train or data.validation"
@@ -169,7 +171,11 @@ def class_names_of(storage: Storage, folder: str, images: list[StoredFile]) -> t
     empty = [name for name in storage.folders(folder) if not name.startswith(".") and name not in set(names)]
     if empty:
         logger.warning(
-            "%d folders in %s/%s hold no image and are no class, first %s", len(empty), storage.path, folder, empty[0]
+            "%d folders in %s/%s hold no image and are no class, first %s",
+            len(empty),
+            public(storage.path),
+            folder,
+            empty[0],
         )
     return tuple(names)
 
@@ -190,7 +196,7 @@ def arrange(
     ordered = sorted((name, rest, size) for (name, _, rest), size in parts)
     for name, rest, _ in ordered:
         if name not in labels:
-            where = f"{storage.path.rstrip('/')}/{folder}/{name}"
+            where = f"{public(storage.path).rstrip('/')}/{folder}/{name}"
             raise ValueError(f"{where} is a class without a training image ({rest}): add some, or move the folder away")
     counts = np.bincount([labels[name] for name, _, _ in ordered], minlength=len(class_names))
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

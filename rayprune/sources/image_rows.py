@@ -16,6 +16,7 @@ from rayprune.sources.base import Column, SampleSource, Schema, check_ids
 from rayprune.sources.fingerprint import WHOLE_BYTES, digest
 from rayprune.sources.image_files import ImageFiles
 from rayprune.sources.images import UnreadableImage, decode_image
+from rayprune.sources.storage import one_line
 from rayprune.sources.unlocked import decode_all
 
 ROWS_PER_TASK = 32
@@ -135,7 +136,7 @@ def read_file(files: ImageFiles, sample: int) -> bytes:
     try:
         return files.read(sample)
     except OSError as error:
-        raise UnreadableImage(error.strerror or " ".join(str(error).split())[:120]) from None
+        raise UnreadableImage(error.strerror or one_line(error, 120)) from None
 
 
 def decode_named(

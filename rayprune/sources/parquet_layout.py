@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from rayprune.core.objects import closest
 from rayprune.sources.parquet_files import ShardFile
-from rayprune.sources.storage import Storage
+from rayprune.sources.storage import Storage, public
 
 DEFAULT_VALIDATION_FILES = "*test*"
 OTHER_VALIDATION_FILES = "*val*"
@@ -39,7 +39,9 @@ def split_files(
     names = [file.name for file in storage.files()] if storage.is_folder() else []
     files = [ShardFile(storage, name) for name in names if name.endswith(".parquet") and "/" not in name]
     if not files:
-        raise ValueError(f"data.path {storage.path!r} is neither a Parquet file nor a folder of *.parquet: correct it")
+        raise ValueError(
+            f"data.path {public(storage.path)!r} is neither a Parquet file nor a folder of *.parquet: correct it"
+        )
     train = [file for file in files if fnmatchcase(file.stem, train_files)]
     others = [file for file in files if file not in train]
     validation = [file for file in others if fnmatchcase(file.stem, validation_files)]

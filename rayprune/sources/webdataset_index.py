@@ -24,7 +24,7 @@ import numpy as np
 
 from rayprune.sources.cache import cache_root, cached_arrays
 from rayprune.sources.fingerprint import digest
-from rayprune.sources.storage import Storage, StoredFile
+from rayprune.sources.storage import Storage, StoredFile, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +120,7 @@ def _changed_ns(storage: Storage, file: StoredFile) -> int:
 
 
 def _unreadable(storage: Storage, file: StoredFile, error: OSError) -> ValueError:
-    line = " ".join(str(error).split())[:160]
-    return ValueError(f"{shard_name(storage, file)} can't be read ({line}): restore it, or try again")
+    return ValueError(f"{shard_name(storage, file)} can't be read ({one_line(error)}): restore it, or try again")
 
 
 def _build(storage: Storage, file: StoredFile, keys: SampleKeys, whole: bool, folder: Path) -> None:
