@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 SUFFIXES = frozenset({"jpg", "jpeg", "png", "bmp", "gif", "webp", "tif", "tiff", "ppm", "pgm"})
 TRAIN_FOLDER = "train"
 VALIDATION_FOLDERS = ("val", "valid", "validation", "test")
+# What splits are called elsewhere, in any case: taken for classes, they would be what a model learns to tell apart.
+_TRAIN_NAMES = {"train", "training"}
+_SPLIT_NAMES = _TRAIN_NAMES | {"val", "valid", "validation", "test", "testing", "dev"}
 
 
 class FileNames:
@@ -126,7 +129,7 @@ def split_folders(
         Training folder, "" for the path itself, and validation folder or None.
 
     Raises:
-        ValueError: the path holds a validation folder only.
+        ValueError: the path holds a validation folder only, or splits by names that are not looked for.
     """
     with_classes = {file.name.split("/", 1)[0] for file in found if file.name.count("/") > 1}
     if train is None:
@@ -135,6 +138,12 @@ def split_folders(
         if not train and with_classes and tops <= set(VALIDATION_FOLDERS):
             raise ValueError(
                 f"{path} holds images in {', '.join(sorted(tops))} only: set data.train to the folder to train on"
+            )
+        names = {top.casefold() for top in tops}
+        if not train and with_classes and names <= _SPLIT_NAMES and (len(names) > 1 or names & _TRAIN_NAMES):
+            raise ValueError(
+                f"{path} holds {', '.join(sorted(tops))}, which are splits rather than classes: set data.train and "
+                'data.validation to two of them (data.train="" takes them for classes)'
             )
     train = train.strip("/")
     if validation is None and train:

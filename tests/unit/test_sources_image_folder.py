@@ -401,3 +401,25 @@ def test_pngs_of_16_bits_are_refused_in_colour_too(tmp_path, opened, colour, cha
     write(tmp_path / "set" / "a" / "0.png", png_of([bytes(1 + 5 * 2 * channels)] * 4, 5, 16, colour))
     with pytest.raises(ValueError, match=r"a/0\.png: image mode .*16.* has more than 8 bits a channel: convert"):
         opened(tmp_path / "set")
+
+
+@pytest.mark.parametrize("tops", [("Train", "Test"), ("training", "testing"), ("TRAIN",), ("training", "dev")])
+def test_splits_of_another_spelling_are_no_classes(tmp_path, opened, tops):
+    for top in tops:
+        write_tree(tmp_path / "set" / top, {"cat": 1, "dog": 2})
+    with pytest.raises(
+        ValueError, match=r"are splits rather than classes: set data\.train and data\.validation"
+    ) as caught:
+        opened(tmp_path / "set")
+    assert all(top in str(caught.value) for top in tops)
+    splits = opened(tmp_path / "set", train=tops[0], validation=tops[1] if len(tops) > 1 else "")
+    assert splits.train.schema.class_names == ("cat", "dog")
+    assert opened(tmp_path / "set", train="").train.schema.class_names == tuple(sorted(tops))
+
+
+def test_classes_called_like_splits_are_classes_without_folders_below(tmp_path, opened):
+    write_tree(tmp_path / "flat", {"Train": 1, "Test": 2})
+    assert opened(tmp_path / "flat").train.schema.class_names == ("Test", "Train")
+    for top in ("training", "bus"):
+        write_tree(tmp_path / "deep" / top, {"near": 1, "far": 1})
+    assert opened(tmp_path / "deep").train.schema.class_names == ("bus", "training")
