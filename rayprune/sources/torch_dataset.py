@@ -86,7 +86,8 @@ class TorchDataset:
         return holdout(train, self.validation_fraction, HOLDOUT_SEED)
 
     def _part(self, dataset: Any, num_classes: int | None) -> SampleSource:
-        source = from_torch(dataset, self.columns, num_classes=num_classes, cache=self.cache, cache_dir=self.cache_dir)
+        # The command's models take float32; loops of the user's own get the numbers as they are.
+        source = _open_items(dataset, self.columns, num_classes, self.cache, self.cache_dir, floats=True)
         if not source.schema.input:
             described = {name: f"{column.dtype} {column.shape}" for name, column in source.schema.columns.items()}
             raise ValueError(
@@ -110,7 +111,7 @@ def from_torch(
         dataset: has `__len__` and `__getitem__`, or `__getitems__`; its items are tuples, mappings or single values of
             tensors, arrays, Pillow images and numbers, each of one shape throughout. uint8 images come as (H, W, C).
         columns: names of a tuple's entries, or the entries of a mapping to keep; default: `image` or `features`, and
-            `label`, or all of a mapping. Whole numbers called `label` are classes.
+            `label`, or all of a mapping. Whole numbers called `label` are classes; floating `features` become float32.
         num_classes: default: the number of the dataset's `classes`, else the largest label + 1.
         cache, cache_dir: see `decoded.decoded`; items that differ at each visit are never kept.
 
@@ -120,10 +121,21 @@ def from_torch(
     Raises:
         ValueError: it is no map-style Dataset or empty, or an item is unsuitable.
     """
+    return _open_items(dataset, columns, num_classes, cache, cache_dir, floats=False)
+
+
+def _open_items(
+    dataset: Any,
+    columns: Sequence[str] | None,
+    num_classes: int | None,
+    cache: str,
+    cache_dir: str | None,
+    floats: bool,
+) -> SampleSource:
     check_mode(cache)
     if not is_map_style(dataset):
         raise ValueError(f"{type(dataset).__name__} is no map-style Dataset: give one with __len__ and __getitem__")
-    source = ItemSource(dataset, None if columns is None else tuple(columns), num_classes)
+    source = ItemSource(dataset, None if columns is None else tuple(columns), num_classes, floats)
     if source.random or source.schema.num_classes is None:
         if cache in {"memory", "disk"}:
             why = "its items differ at each visit" if source.random else "its samples have no class label"
@@ -147,13 +159,16 @@ class ItemSource(SampleSource):
 
     Args:
         dataset, columns, num_classes: see from_torch.
+        float_features: see `torch_items.item_values`.
 
     Raises:
         ValueError: the dataset is empty, or an item is unsuitable.
     """
 
-    def __init__(self, dataset: Any, columns: tuple[str, ...] | None, num_classes: int | None) -> None:
-        self._dataset, self._names = dataset, columns
+    def __init__(
+        self, dataset: Any, columns: tuple[str, ...] | None, num_classes: int | None, float_features: bool = False
+    ) -> None:
+        self._dataset, self._names, self._float_features = dataset, columns, float_features
         self._num_samples = len(dataset)
         if self._num_samples == 0:
             raise ValueError(f"{type(dataset).__name__} is empty: give a dataset of at least one item")
@@ -241,7 +256,7 @@ class ItemSource(SampleSource):
         found = []
         for position, item in zip(positions, items, strict=True):
             try:
-                found.append(item_values(item, self._names))
+                found.append(item_values(item, self._names, self._float_features))
             except ValueError as error:
                 raise ValueError(f"{type(self._dataset).__name__} item {position} {error}") from None
         return found

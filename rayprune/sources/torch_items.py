@@ -18,13 +18,14 @@ IMAGE_CHANNELS = (1, 3)
 RESERVED = {"id", "weight"}
 
 
-def item_values(item: Any, names: tuple[str, ...] | None) -> dict[str, np.ndarray]:
+def item_values(item: Any, names: tuple[str, ...] | None, float_features: bool = False) -> dict[str, np.ndarray]:
     """Return one item's columns.
 
     Args:
         item: a mapping, a tuple or list, or a single value, of tensors, arrays, Pillow images and numbers.
         names: of a tuple's entries, or those to keep of a mapping; None for `image` or `features` and `label`, or for
             all of a mapping.
+        float_features: turn whole numbers called `features` into float32 too, which holds them exactly up to 2**24.
 
     Raises:
         ValueError: the names do not fit, or a value is no number or array of numbers.
@@ -43,7 +44,7 @@ def item_values(item: Any, names: tuple[str, ...] | None) -> dict[str, np.ndarra
     for name in values:
         if name in RESERVED:
             raise ValueError(f"has a column {name!r}, the engine's own name: set columns to other names")
-    return {name: _column(name, value) for name, value in values.items()}
+    return {name: _column(name, value, float_features) for name, value in values.items()}
 
 
 def _default_names(entries: Sequence[Any]) -> tuple[str, ...]:
@@ -60,13 +61,13 @@ def _is_image(value: Any) -> bool:
     return channels or (array.dtype == np.uint8 and array.ndim == 2)
 
 
-def _column(name: str, value: Any) -> np.ndarray:
+def _column(name: str, value: Any, float_features: bool) -> np.ndarray:
     array = _array(name, value)
     if name == "label" and array.shape == (1,):
         array = array.reshape(())
     if name == "label" and array.dtype.kind in "biu" and array.ndim == 0:
         return array.astype(np.int64)
-    if name == "features" and array.ndim == 1:
+    if name == "features" and array.ndim == 1 and (float_features or array.dtype.kind == "f"):
         return array.astype(np.float32)
     if name == "image" and array.dtype == np.uint8:
         return _channels_last(array, first=hasattr(value, "detach"))
