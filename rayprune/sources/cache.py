@@ -12,6 +12,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -26,6 +27,7 @@ MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
 # Nothing builds this long without writing: an older unfinished folder was left by a killed process.
 ABANDONED_S = 24 * 3600
+_TEMPORARY = re.compile(r"\.[a-z][a-z0-9_-]*-[0-9a-f]{32}-[a-z0-9_]{8}")  # `.<kind>-<fingerprint>-` and mkdtemp's end
 
 
 def cache_root(cache_dir: str | Path | None) -> Path:
@@ -168,7 +170,11 @@ def _publish(temporary: Path, folder: Path) -> None:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    for other in folder.parent.glob(f".{folder.name}-*"):
+    """Remove what killed processes left of this entry and of all others, whose data may never be opened again."""
+    for other in folder.parent.glob(".*-*"):
+        # The cache folder may be one of the user's, with other hidden folders.
+        if not (other.name.startswith(f".{folder.name}-") or _TEMPORARY.fullmatch(other.name)):
+            continue
         # The folder of a process at work may be renamed away meanwhile.
         with contextlib.suppress(FileNotFoundError):
             newest = max(entry.stat().st_mtime for entry in [other, *other.glob("*")])

@@ -30,7 +30,7 @@ from rayprune.sources.huggingface_columns import (
     label_names,
     matrix,
 )
-from rayprune.sources.parquet_layout import hub_class_names
+from rayprune.sources.parquet_layout import check_class_names, hub_class_names
 
 CHUNK_ROWS = 256
 
@@ -102,6 +102,7 @@ def open_rows(
     names = like.label_names if like else label_names(values)
     labels = class_numbers(values, names, f"{rows.named} column {label!r}")
     if like:
+        check_class_names(rows.named, hub_class_names(schema, label), like.schema.class_names, "the training split")
         num_classes, class_names = like.schema.num_classes, like.schema.class_names
     else:
         class_names = names or hub_class_names(schema, label)

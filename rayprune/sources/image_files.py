@@ -13,13 +13,16 @@ from functools import lru_cache
 
 import numpy as np
 
-from rayprune.sources.storage import Storage, StoredFile
+from rayprune.sources.storage import Storage, StoredFile, public
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = frozenset({"jpg", "jpeg", "png", "bmp", "gif", "webp", "tif", "tiff", "ppm", "pgm"})
 TRAIN_FOLDER = "train"
 VALIDATION_FOLDERS = ("val", "valid", "validation", "test")
+# What splits are called elsewhere, in any case: taken for classes, they would be what a model learns to tell apart.
+_TRAIN_NAMES = {"train", "training"}
+_SPLIT_NAMES = _TRAIN_NAMES | {"val", "valid", "validation", "test", "testing", "dev"}
 
 
 class FileNames:
@@ -84,7 +87,7 @@ class ImageFiles:
 
     def named(self, sample: int) -> str:
         """Return a sample's file for messages."""
-        return f"{self.storage.path.rstrip('/')}/{self.name(sample)}"
+        return f"{public(self.storage.path).rstrip('/')}/{self.name(sample)}"
 
     def read(self, sample: int) -> bytes:
         """Return a sample's encoded image.
@@ -102,7 +105,9 @@ def find_images(storage: Storage) -> list[StoredFile]:
         ValueError: the path is no folder, or can't be reached.
     """
     if not storage.is_folder():
-        raise ValueError(f"data.path {storage.path!r} is no folder: set it to the one that holds the class folders")
+        raise ValueError(
+            f"data.path {public(storage.path)!r} is no folder: set it to the one that holds the class folders"
+        )
     return [file for file in storage.files() if _is_image(file.name)]
 
 
@@ -124,7 +129,7 @@ def split_folders(
         Training folder, "" for the path itself, and validation folder or None.
 
     Raises:
-        ValueError: the path holds a validation folder only.
+        ValueError: the path holds a validation folder only, or splits by names that are not looked for.
     """
     with_classes = {file.name.split("/", 1)[0] for file in found if file.name.count("/") > 1}
     if train is None:
@@ -133,6 +138,12 @@ def split_folders(
         if not train and with_classes and tops <= set(VALIDATION_FOLDERS):
             raise ValueError(
                 f"{path} holds images in {', '.join(sorted(tops))} only: set data.train to the folder to train on"
+            )
+        names = {top.casefold() for top in tops}
+        if not train and with_classes and names <= _SPLIT_NAMES and (len(names) > 1 or names & _TRAIN_NAMES):
+            raise ValueError(
+                f"{path} holds {', '.join(sorted(tops))}, which are splits rather than classes: set data.train and "
+                'data.validation to two of them (data.train="" takes them for classes)'
             )
     train = train.strip("/")
     if validation is None and train:
@@ -155,7 +166,7 @@ def class_images(storage: Storage, found: list[StoredFile], folder: str) -> list
         if file.name.startswith(prefix) and file.name.find("/", start) > 0
     ]
     if not inside:
-        where = f"{storage.path.rstrip('/')}/{folder}".rstrip("/")
+        where = f"{public(storage.path).rstrip('/')}/{folder}".rstrip("/")
         raise ValueError(
             f"{where} holds no images in class folders (<class>/<image>, of {', '.join(sorted(SUFFIXES))}): "
             "correct data.path, data.train or data.validation"
@@ -169,7 +180,11 @@ def class_names_of(storage: Storage, folder: str, images: list[StoredFile]) -> t
     empty = [name for name in storage.folders(folder) if not name.startswith(".") and name not in set(names)]
     if empty:
         logger.warning(
-            "%d folders in %s/%s hold no image and are no class, first %s", len(empty), storage.path, folder, empty[0]
+            "%d folders in %s/%s hold no image and are no class, first %s",
+            len(empty),
+            public(storage.path),
+            folder,
+            empty[0],
         )
     return tuple(names)
 
@@ -190,7 +205,7 @@ def arrange(
     ordered = sorted((name, rest, size) for (name, _, rest), size in parts)
     for name, rest, _ in ordered:
         if name not in labels:
-            where = f"{storage.path.rstrip('/')}/{folder}/{name}"
+            where = f"{public(storage.path).rstrip('/')}/{folder}/{name}"
             raise ValueError(f"{where} is a class without a training image ({rest}): add some, or move the folder away")
     counts = np.bincount([labels[name] for name, _, _ in ordered], minlength=len(class_names))
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

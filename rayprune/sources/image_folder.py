@@ -19,7 +19,7 @@ from rayprune.sources.image_files import ImageFiles, arrange, class_images, clas
 from rayprune.sources.image_rows import LEFT_OUT, ImageRows, decode_named, read_file, sampled_digest, unreadable
 from rayprune.sources.images import UnreadableImage
 from rayprune.sources.registry import register_source
-from rayprune.sources.storage import Storage
+from rayprune.sources.storage import Storage, public
 from rayprune.sources.views import Subset, holdout
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class ImageFolder:
         """
         storage = Storage(self.path)
         found = find_images(storage)
-        train_folder, validation_folder = split_folders(storage.path, found, self.train, self.validation)
+        train_folder, validation_folder = split_folders(public(storage.path), found, self.train, self.validation)
         images = class_images(storage, found, train_folder)
         class_names = class_names_of(storage, train_folder, images)
         files, sizes = arrange(storage, train_folder, images, class_names)
@@ -95,7 +95,9 @@ class ImageFolder:
             except UnreadableImage as error:
                 if self.on_error == "fail":
                     raise unreadable(files, sample, error) from None
-        raise ValueError(f"{files.storage.path} holds no readable image: restore the files, or correct data.path")
+        raise ValueError(
+            f"{public(files.storage.path)} holds no readable image: restore the files, or correct data.path"
+        )
 
     def _open_files(self, files: ImageFiles, sizes: np.ndarray, shape: tuple[int, ...]) -> SampleSource:
         if self.on_error == "fail" and not sizes.all():
@@ -119,7 +121,7 @@ class ImageFolder:
         if len(left_out) == 0:
             return rows
         if len(left_out) == len(rows):
-            raise ValueError(f"{files.storage.path}/{files.folder} holds no readable image: restore the files")
+            raise ValueError(f"{public(files.storage.path)}/{files.folder} holds no readable image: restore the files")
         named = ", ".join(files.name(int(sample)) for sample in left_out[:5])
         logger.warning("left out %d of %d images that can't be read, first: %s", len(left_out), len(rows), named)
         return Subset(rows, np.flatnonzero(readable))

@@ -13,16 +13,17 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from rayprune.sources.base import Column, SampleSource, Schema, check_ids
-from rayprune.sources.fingerprint import digest
+from rayprune.sources.fingerprint import WHOLE_BYTES, digest
 from rayprune.sources.image_files import ImageFiles
 from rayprune.sources.images import UnreadableImage, decode_image
+from rayprune.sources.storage import one_line
 from rayprune.sources.unlocked import decode_all
 
 ROWS_PER_TASK = 32
 # A remote file system answers late rather than slowly.
 REMOTE_THREADS = 16
 LEFT_OUT = "or leave it out with data.on_error=skip"
-# How many files the fingerprint reads, so that a million are opened in seconds.
+# How many files the fingerprint reads of more than 1 GiB, so that a million are opened in seconds.
 SAMPLED_FILES = 256
 
 Item = TypeVar("Item")
@@ -135,7 +136,7 @@ def read_file(files: ImageFiles, sample: int) -> bytes:
     try:
         return files.read(sample)
     except OSError as error:
-        raise UnreadableImage(error.strerror or " ".join(str(error).split())[:120]) from None
+        raise UnreadableImage(error.strerror or one_line(error, 120)) from None
 
 
 def decode_named(
@@ -156,8 +157,9 @@ def unreadable(files: ImageFiles, sample: int, error: UnreadableImage) -> ValueE
 
 
 def sampled_digest(files: ImageFiles, sizes: np.ndarray) -> str:
-    """Hash all names and sizes and the content of evenly spaced files."""
-    samples = np.unique(np.linspace(0, len(files) - 1, SAMPLED_FILES).astype(np.int64))
+    """Hash all names and sizes and the content: of all files up to 1 GiB, above that of evenly spaced ones."""
+    count = len(files) if int(sizes.sum()) <= WHOLE_BYTES else SAMPLED_FILES
+    samples = np.unique(np.linspace(0, len(files) - 1, count).astype(np.int64))
 
     def content(sample: int) -> str:
         try:

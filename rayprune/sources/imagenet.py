@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from rayprune.sources.base import Splits
 from rayprune.sources.image_folder import ImageFolder
 from rayprune.sources.registry import register_source
-from rayprune.sources.storage import Storage
+from rayprune.sources.storage import Storage, public
 
 TRAIN, VALIDATION = "train", "val"
 NUM_CHANNELS = 3
@@ -43,7 +43,9 @@ class ImageNet:
         storage = Storage(self.path)
         missing = {TRAIN, VALIDATION} - set(storage.folders() if storage.is_folder() else [])
         if missing or self.download:
-            folder = f"{storage.path.rstrip('/')}/{min(missing)} is missing" if missing else "data.download is true"
+            folder = (
+                f"{public(storage.path).rstrip('/')}/{min(missing)} is missing" if missing else "data.download is true"
+            )
             raise ValueError(
                 f"{folder}: ImageNet can't be downloaded, get the archives from image-net.org and let "
                 "torchvision.datasets.ImageNet extract them"

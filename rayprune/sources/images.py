@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 GREY_MODES = {"1", "L", "LA", "La"}
 DEEP_MODES = ("I", "F")
+PNG, PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24  # its first bytes, and the place of its bits a channel
 
 
 class UnreadableImage(ValueError):
@@ -46,8 +47,11 @@ def decode_image(encoded: bytes | None, num_channels: int | None = None, size: i
     except Exception as error:  # on damaged bytes Pillow's format plugins raise whatever their parsing runs into
         reason = "no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UnreadableImage(reason) from None
-    if image.mode.startswith(DEEP_MODES):
-        raise ValueError(f"image mode {image.mode} has more than 8 bits a channel: convert the images to 8 bits")
+    # Pillow squeezes a PNG of 16 bits in colour, or with transparency, into 8 by itself, and its mode does not tell.
+    deep_png = encoded.startswith(PNG) and encoded[PNG_DEPTH] == 16
+    if deep_png or image.mode.startswith(DEEP_MODES):
+        kind = f"{image.mode};16" if deep_png and ";" not in image.mode else image.mode
+        raise ValueError(f"image mode {kind} has more than 8 bits a channel: convert the images to 8 bits")
     mode = "L" if num_channels == 1 or (num_channels is None and image.mode in GREY_MODES) else "RGB"
     image = image if image.mode == mode else image.convert(mode)
     pixels = np.asarray(image if size is None else square(image, size))

@@ -40,6 +40,7 @@ from rayprune.sources.parquet_rows import (
 )
 from rayprune.sources.registry import register_source
 from rayprune.sources.rows import RowSource
+from rayprune.sources.storage import public
 from rayprune.sources.views import Subset, holdout
 
 logger = logging.getLogger(__name__)
@@ -105,13 +106,15 @@ class Parquet:
         """
         train_rows, validation_rows, class_names = self._find_rows()
         if self.image_size is not None and train_rows.image_column is None:
-            raise ValueError(f"data.image_size is set and {self.path} has no image column: leave it out")
+            raise ValueError(f"data.image_size is set and {public(self.path)} has no image column: leave it out")
         labels, _ = read_labels(train_rows)
         if len(labels) == 0:
-            raise ValueError(f"the training files in {self.path!r} have no rows: correct data.path or data.train_files")
+            raise ValueError(
+                f"the training files in {public(self.path)!r} have no rows: correct data.path or data.train_files"
+            )
         if train_rows.image_column is not None:
             train_rows = replace(train_rows, shape=first_image_shape(train_rows))
-        named = f"column {train_rows.label_column!r} of {self.path}"
+        named = f"column {train_rows.label_column!r} of {public(self.path)}"
         given = (len(class_names) or None) if self.num_classes is None else self.num_classes
         num_classes = count_classes(labels, named, given)
         schema = _row_schema(train_rows, num_classes, class_names if len(class_names) == num_classes else ())
@@ -131,7 +134,9 @@ class Parquet:
             for files in split_files(self.path, self.train_files, self.validation_files)
         )
         if not train:
-            raise ValueError(f"data.path {self.path!r} holds no training file: correct data.path or data.train_files")
+            raise ValueError(
+                f"data.path {public(self.path)!r} holds no training file: correct data.path or data.train_files"
+            )
         file_schema = train[0].schema()
         image, label, features = find_columns(
             train[0], file_schema, self.image_column, self.label_column, self.feature_columns
@@ -140,7 +145,9 @@ class Parquet:
         for step in (check, partial(ShardFile.column, name=label)):
             train, validation = (usable_files(files, step, skip) for files in (train, validation))
         if not train:
-            raise ValueError(f"data.path {self.path!r} holds no training file whose labels can be read: restore one")
+            raise ValueError(
+                f"data.path {public(self.path)!r} holds no training file whose labels can be read: restore one"
+            )
         names = string_labels(train, label)
         rows = ParquetRows(train, label, names, image, features, (len(features),), skip, self.image_size)
         return rows, replace(rows, files=validation), names or hub_class_names(file_schema, label)

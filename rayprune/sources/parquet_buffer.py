@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayprune.sources.parquet_files import one_line, plain_values
+from rayprune.sources.parquet_files import plain_values
 from rayprune.sources.parquet_rows import LEFT_OUT, ParquetRows, encoded_values, image_leaf
+from rayprune.sources.storage import one_line
 
 _OPEN_FILES = 64
 _KEPT_BUFFERS = 4
@@ -90,7 +91,7 @@ class GroupBuffer:
             table = file.read_row_group(place, columns=columns, use_threads=False)
         except (pa.ArrowInvalid, OSError) as error:
             where = f"{rows.files[number]} row group {place}"
-            raise OSError(f"{where} can't be read ({one_line(error)}): restore it, {LEFT_OUT}") from None
+            raise OSError(f"{where} can't be read ({one_line(error, 120)}): restore it, {LEFT_OUT}") from None
         found = file.metadata.row_group(place)
         chunks = [found.column(position) for position in range(found.num_columns)]
         num_bytes = sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema in columns)

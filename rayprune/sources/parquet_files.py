@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayprune.sources.fingerprint import digest, file_digest
-from rayprune.sources.storage import Storage
+from rayprune.sources.storage import Storage, one_line, public
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,8 @@ class ShardFile:
     relative: str = ""
 
     def __str__(self) -> str:
-        return f"{self.storage.path.rstrip('/')}/{self.relative}" if self.relative else self.storage.path
+        place = public(self.storage.path)
+        return f"{place.rstrip('/')}/{self.relative}" if self.relative else place
 
     @property
     def name(self) -> str:
@@ -100,15 +101,10 @@ def usable_files(
             check(file)
         except (ValueError, OSError) as error:  # pyarrow's own error is a ValueError too
             damaged = isinstance(error, pa.ArrowInvalid | OSError)
-            fault = f"{file} is not a readable Parquet file ({one_line(error)})" if damaged else str(error)
+            fault = f"{file} is not a readable Parquet file ({one_line(error, 120)})" if damaged else str(error)
             if not skip_errors:
                 raise ValueError(f"{fault}: {'restore' if damaged else 'correct'} it, {LEFT_OUT}") from None
             logger.warning("left out: %s", fault)
         else:
             usable.append(file)
     return tuple(usable)
-
-
-def one_line(error: Exception) -> str:
-    """Return the start of an error's message without line breaks."""
-    return " ".join(str(error).split())[:120]

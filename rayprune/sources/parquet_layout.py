@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from rayprune.core.objects import closest
 from rayprune.sources.parquet_files import ShardFile
-from rayprune.sources.storage import Storage
+from rayprune.sources.storage import Storage, public
 
 DEFAULT_VALIDATION_FILES = "*test*"
 OTHER_VALIDATION_FILES = "*val*"
@@ -39,7 +39,9 @@ def split_files(
     names = [file.name for file in storage.files()] if storage.is_folder() else []
     files = [ShardFile(storage, name) for name in names if name.endswith(".parquet") and "/" not in name]
     if not files:
-        raise ValueError(f"data.path {storage.path!r} is neither a Parquet file nor a folder of *.parquet: correct it")
+        raise ValueError(
+            f"data.path {public(storage.path)!r} is neither a Parquet file nor a folder of *.parquet: correct it"
+        )
     train = [file for file in files if fnmatchcase(file.stem, train_files)]
     others = [file for file in files if file not in train]
     validation = [file for file in others if fnmatchcase(file.stem, validation_files)]
@@ -81,7 +83,7 @@ def find_columns(
 
 
 def check_columns(file: ShardFile, first: pa.Schema, image: str | None, label: str, features: Sequence[str]) -> None:
-    """Refuse a file that lacks one of the columns, or has another type there than the first file.
+    """Refuse a file that lacks a column, or has another type or other class names there than the first file.
 
     Raises:
         ValueError: names the file and the column.
@@ -94,6 +96,7 @@ def check_columns(file: ShardFile, first: pa.Schema, image: str | None, label: s
         sort = _sort_of_label if name == label else _is_image if name == image else _is_number
         if sort(kind) != sort(usual):
             raise ValueError(f"{file} column {name!r} is {kind}, and {usual} in the first file")
+    check_class_names(file, hub_class_names(schema, label), hub_class_names(first, label), "the first file")
 
 
 def string_labels(files: Sequence[ShardFile], column: str) -> tuple[str, ...]:
@@ -113,6 +116,20 @@ def hub_class_names(schema: pa.Schema, label: str) -> tuple[str, ...]:
         return tuple(stored["info"]["features"][label]["names"])
     except (KeyError, TypeError, ValueError):
         return ()
+
+
+def check_class_names(file: Named, found: Sequence[str], usual: Sequence[str], where: str) -> None:
+    """Refuse class names that are stored in two orders: one label would stand for two classes.
+
+    Raises:
+        ValueError: both have names, and they differ.
+    """
+    if not found or not usual or tuple(found) == tuple(usual):
+        return
+    pairs = list(zip(found, usual, strict=False))
+    start = next((label for label, (name, other) in enumerate(pairs) if name != other), len(pairs))
+    ours, theirs = (f"{len(names)} classes, from {start}: {list(names[start : start + 3])}" for names in (found, usual))
+    raise ValueError(f"{file} has {ours}, and {where} {theirs}: store them with one order of names")
 
 
 def _check_names(file: Named, wanted: Sequence[str], names: Sequence[str]) -> None:

@@ -21,7 +21,8 @@ import pyarrow.compute as pc
 
 from rayprune.sources.cache import new_array
 from rayprune.sources.images import UnreadableImage, decode_image
-from rayprune.sources.parquet_files import LEFT_OUT, ShardFile, one_line
+from rayprune.sources.parquet_files import LEFT_OUT, ShardFile
+from rayprune.sources.storage import one_line, public
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,9 @@ def as_labels(rows: ParquetRows, file: ShardFile, values: pa.ChunkedArray) -> tu
     try:
         return np.asarray(labels.cast(pa.int64()).fill_null(0)), present
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{file} column {rows.label_column!r} holds no class numbers ({one_line(error)})") from None
+        raise ValueError(
+            f"{file} column {rows.label_column!r} holds no class numbers ({one_line(error, 120)})"
+        ) from None
 
 
 def first_image_shape(rows: ParquetRows) -> tuple[int, ...]:
@@ -115,7 +118,7 @@ def first_image_shape(rows: ParquetRows) -> tuple[int, ...]:
                 except ValueError as error:
                     raise ValueError(f"{file} row {start + offset}: {error}") from None
     raise ValueError(
-        f"{rows.files[0].storage.path} holds no readable image in column {rows.image_column!r}: correct it"
+        f"{public(rows.files[0].storage.path)} holds no readable image in column {rows.image_column!r}: correct it"
     )
 
 
@@ -155,7 +158,7 @@ def _batches(file: ShardFile, columns: list[str]) -> Iterator[tuple[int, int, pa
                     yield start, batch.num_rows, batch
                     start += batch.num_rows
             except (pa.ArrowInvalid, OSError) as error:
-                logger.warning("%s is damaged in rows %d to %d: %s", file, start, end - 1, one_line(error))
+                logger.warning("%s is damaged in rows %d to %d: %s", file, start, end - 1, one_line(error, 120))
             if start < end:
                 yield start, end - start, None
 

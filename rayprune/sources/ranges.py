@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from rayprune.sources.storage import Storage
+from rayprune.sources.storage import Storage, one_line, redacted
 
 # Requests that wait for a network rather than for this machine.
 REMOTE_THREADS = 16
@@ -63,13 +63,13 @@ class RangeReader:
 
     def _fetch(self, part: Range) -> bytes:
         name = self._names[part.file]
+        place = redacted(self._storage.full(name))
         try:
             content = bytes(self._open(name).read_at(part.stop - part.start, part.start))
         except OSError as error:
-            line = " ".join(str(error).split())[:160]
-            raise ValueError(f"{self._storage.full(name)} can't be read ({line}): restore it") from None
+            raise ValueError(f"{place} can't be read ({one_line(error)}): restore it") from None
         if len(content) != part.stop - part.start:
-            raise ValueError(f"{self._storage.full(name)} is shorter than it was when it was opened: restore it")
+            raise ValueError(f"{place} is shorter than it was when it was opened: restore it")
         return content
 
     def _open(self, name: str) -> pa.NativeFile:

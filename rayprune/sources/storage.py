@@ -160,7 +160,7 @@ class Storage:
         with self.open(name) as file:
             content = bytes(file.read_at(num_bytes, offset))
         if len(content) != num_bytes:
-            raise OSError(f"{self.full(name)} ends before byte {offset + num_bytes}")
+            raise OSError(f"{redacted(self.full(name))} ends before byte {offset + num_bytes}")
         return content
 
     def open(self, name: str = "") -> pa.NativeFile:
@@ -179,6 +179,20 @@ def public(path: str) -> str:
     ('s3://bucket/a', 'a/b?c')
     """
     return re.sub(r"^([\w+.-]+://)(?:[^/@]*@)?([^?]*).*$", r"\1\2", path)
+
+
+def one_line(error: Exception, width: int = 160) -> str:
+    """Return the start of an error's message, without line breaks and secrets."""
+    return redacted(" ".join(str(error).split()))[:width]
+
+
+def redacted(text: str) -> str:
+    """Return a text, such as a path within a file system or another library's message, without `key:secret@`.
+
+    >>> redacted("No such file: '/key:secret@bucket/a'")
+    "No such file: '/bucket/a'"
+    """
+    return re.sub(r"[^\s/@:'\"]+:[^\s/@'\"]+@", "", text)
 
 
 def _read_local(path: str) -> bytes:
@@ -224,5 +238,6 @@ def _by_fsspec(path: str) -> tuple[pafs.FileSystem, str]:
 
 
 def _unreachable(path: str, error: Exception) -> ValueError:
-    line = " ".join(str(error).split())[:160]
-    return ValueError(f"{public(path)} can't be reached ({line}): correct data.path, or the file system's settings")
+    return ValueError(
+        f"{public(path)} can't be reached ({one_line(error)}): correct data.path, or the file system's settings"
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -21,7 +21,7 @@ from rayprune.sources.classes import count_classes
 from rayprune.sources.decoded import check_mode, decoded
 from rayprune.sources.fingerprint import array_digest, digest
 from rayprune.sources.registry import register_source
-from rayprune.sources.torch_items import input_name, item_values, stack_items
+from rayprune.sources.torch_items import class_names, input_name, item_values, stack_items, stored_labels
 from rayprune.sources.views import holdout
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,8 @@ class TorchDataset:
         return holdout(train, self.validation_fraction, HOLDOUT_SEED)
 
     def _part(self, dataset: Any, num_classes: int | None) -> SampleSource:
-        source = from_torch(dataset, self.columns, num_classes=num_classes, cache=self.cache, cache_dir=self.cache_dir)
+        # The command's models take float32; loops of the user's own get the numbers as they are.
+        source = _open_items(dataset, self.columns, num_classes, self.cache, self.cache_dir, floats=True)
         if not source.schema.input:
             described = {name: f"{column.dtype} {column.shape}" for name, column in source.schema.columns.items()}
             raise ValueError(
@@ -110,7 +111,7 @@ def from_torch(
         dataset: has `__len__` and `__getitem__`, or `__getitems__`; its items are tuples, mappings or single values of
             tensors, arrays, Pillow images and numbers, each of one shape throughout. uint8 images come as (H, W, C).
         columns: names of a tuple's entries, or the entries of a mapping to keep; default: `image` or `features`, and
-            `label`, or all of a mapping. Whole numbers called `label` are classes.
+            `label`, or all of a mapping. Whole numbers called `label` are classes; floating `features` become float32.
         num_classes: default: the number of the dataset's `classes`, else the largest label + 1.
         cache, cache_dir: see `decoded.decoded`; items that differ at each visit are never kept.
 
@@ -120,10 +121,21 @@ def from_torch(
     Raises:
         ValueError: it is no map-style Dataset or empty, or an item is unsuitable.
     """
+    return _open_items(dataset, columns, num_classes, cache, cache_dir, floats=False)
+
+
+def _open_items(
+    dataset: Any,
+    columns: Sequence[str] | None,
+    num_classes: int | None,
+    cache: str,
+    cache_dir: str | None,
+    floats: bool,
+) -> SampleSource:
     check_mode(cache)
     if not is_map_style(dataset):
         raise ValueError(f"{type(dataset).__name__} is no map-style Dataset: give one with __len__ and __getitem__")
-    source = ItemSource(dataset, None if columns is None else tuple(columns), num_classes)
+    source = ItemSource(dataset, None if columns is None else tuple(columns), num_classes, floats)
     if source.random or source.schema.num_classes is None:
         if cache in {"memory", "disk"}:
             why = "its items differ at each visit" if source.random else "its samples have no class label"
@@ -147,24 +159,28 @@ class ItemSource(SampleSource):
 
     Args:
         dataset, columns, num_classes: see from_torch.
+        float_features: see `torch_items.item_values`.
 
     Raises:
         ValueError: the dataset is empty, or an item is unsuitable.
     """
 
-    def __init__(self, dataset: Any, columns: tuple[str, ...] | None, num_classes: int | None) -> None:
-        self._dataset, self._names = dataset, columns
+    def __init__(
+        self, dataset: Any, columns: tuple[str, ...] | None, num_classes: int | None, float_features: bool = False
+    ) -> None:
+        self._dataset, self._names, self._float_features = dataset, columns, float_features
         self._num_samples = len(dataset)
         if self._num_samples == 0:
             raise ValueError(f"{type(dataset).__name__} is empty: give a dataset of at least one item")
         self._forget()
+        self._has_stored = False
         first = self._items(np.zeros(1, np.int64))[0]
         self._columns = {name: Column(value.shape, value.dtype.name) for name, value in first.items()}
         self._schema = Schema(self._columns, input_name(self._columns))
         self.random = self._differs()
         if self._columns.get("label") == Column((), "int64"):
             self._labels: np.ndarray | None = self._read_labels()
-            names = _class_names(dataset)
+            names = class_names(dataset)
             given = (len(names) or None) if num_classes is None else num_classes
             num_classes = count_classes(self._labels, f"the labels of {type(dataset).__name__}", given)
             names = names if len(names) == num_classes else ()
@@ -210,7 +226,25 @@ class ItemSource(SampleSource):
     def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         check_ids(ids, self._num_samples)
         items = self._items(ids)
-        return stack_items(items, self._columns, lambda position: f"item {ids[position]}", "item 0")
+        rows = stack_items(items, self._columns, lambda position: f"item {ids[position]}", "item 0")
+        self._check_labels(ids, rows)
+        return rows
+
+    def _check_labels(self, ids: np.ndarray, rows: dict[str, np.ndarray]) -> None:
+        if self._labels is None and self._has_stored:
+            self._labels = stored_labels(self._dataset)
+        known = self._labels
+        if known is None:
+            return
+        differs = np.flatnonzero(rows["label"] != known[ids])
+        if len(differs):
+            row = int(ids[differs[0]])
+            before = "its targets say" if self._has_stored else "had before"
+            cure = "correct them, or remove the attribute" if self._has_stored else "give each item one label"
+            raise ValueError(
+                f"{type(self._dataset).__name__} item {row} has label {rows['label'][differs[0]]} and {before} "
+                f"{known[row]}: {cure}"
+            )
 
     def _items(self, ids: np.ndarray) -> list[dict[str, np.ndarray]]:
         positions = np.asarray(ids).tolist()
@@ -222,7 +256,7 @@ class ItemSource(SampleSource):
         found = []
         for position, item in zip(positions, items, strict=True):
             try:
-                found.append(item_values(item, self._names))
+                found.append(item_values(item, self._names, self._float_features))
             except ValueError as error:
                 raise ValueError(f"{type(self._dataset).__name__} item {position} {error}") from None
         return found
@@ -251,10 +285,13 @@ class ItemSource(SampleSource):
         return digest("torch", self._num_samples, *columns, *labels, *content)
 
     def _read_labels(self) -> np.ndarray:
-        stored = _stored_labels(self._dataset)
+        stored = stored_labels(self._dataset)
+        if stored is not None and self._has_stored:
+            return stored
         if stored is not None and len(stored) == self._num_samples:
             ids = self._spaced(CHECKED_LABELS)
             if np.array_equal(self.take(ids)["label"], stored[ids]):
+                self._has_stored = True
                 return stored
         logger.info(
             "reading all %d items of %s for their labels: its `targets` or `labels` would save that",
@@ -264,31 +301,3 @@ class ItemSource(SampleSource):
         starts = range(0, self._num_samples, CHUNK_ITEMS)
         chunks = (np.arange(start, min(start + CHUNK_ITEMS, self._num_samples)) for start in starts)
         return np.concatenate([self.take(chunk)["label"] for chunk in chunks])
-
-
-def _stored_labels(dataset: Any) -> np.ndarray | None:
-    """Return the labels that a Dataset keeps in an attribute, (N,) int64, or those of the one it is a Subset of."""
-    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
-        whole, chosen = _stored_labels(dataset.dataset), np.asarray(dataset.indices, dtype=np.int64)
-        return None if whole is None or (len(chosen) and chosen.max() >= len(whole)) else whole[chosen]
-    for name in ("targets", "labels", "tensors"):
-        values = getattr(dataset, name, None)
-        if name == "tensors" and values is not None:
-            values = values[-1]
-        if values is None or isinstance(values, Mapping | str):
-            continue
-        try:
-            found = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
-        except (TypeError, ValueError):
-            continue
-        if found.dtype.kind in "biu" and found.ndim == 1:
-            return found.astype(np.int64)
-    return None
-
-
-def _class_names(dataset: Any) -> tuple[str, ...]:
-    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
-        return _class_names(dataset.dataset)
-    names = getattr(dataset, "classes", None)
-    plain = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-    return tuple(names) if plain and names else ()

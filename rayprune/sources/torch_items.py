@@ -18,13 +18,14 @@ IMAGE_CHANNELS = (1, 3)
 RESERVED = {"id", "weight"}
 
 
-def item_values(item: Any, names: tuple[str, ...] | None) -> dict[str, np.ndarray]:
+def item_values(item: Any, names: tuple[str, ...] | None, float_features: bool = False) -> dict[str, np.ndarray]:
     """Return one item's columns.
 
     Args:
         item: a mapping, a tuple or list, or a single value, of tensors, arrays, Pillow images and numbers.
         names: of a tuple's entries, or those to keep of a mapping; None for `image` or `features` and `label`, or for
             all of a mapping.
+        float_features: turn whole numbers called `features` into float32 too, which holds them exactly up to 2**24.
 
     Raises:
         ValueError: the names do not fit, or a value is no number or array of numbers.
@@ -43,7 +44,7 @@ def item_values(item: Any, names: tuple[str, ...] | None) -> dict[str, np.ndarra
     for name in values:
         if name in RESERVED:
             raise ValueError(f"has a column {name!r}, the engine's own name: set columns to other names")
-    return {name: _column(name, value) for name, value in values.items()}
+    return {name: _column(name, value, float_features) for name, value in values.items()}
 
 
 def _default_names(entries: Sequence[Any]) -> tuple[str, ...]:
@@ -60,13 +61,13 @@ def _is_image(value: Any) -> bool:
     return channels or (array.dtype == np.uint8 and array.ndim == 2)
 
 
-def _column(name: str, value: Any) -> np.ndarray:
+def _column(name: str, value: Any, float_features: bool) -> np.ndarray:
     array = _array(name, value)
     if name == "label" and array.shape == (1,):
         array = array.reshape(())
     if name == "label" and array.dtype.kind in "biu" and array.ndim == 0:
         return array.astype(np.int64)
-    if name == "features" and array.ndim == 1:
+    if name == "features" and array.ndim == 1 and (float_features or array.dtype.kind == "f"):
         return array.astype(np.float32)
     if name == "image" and array.dtype == np.uint8:
         return _channels_last(array, first=hasattr(value, "detach"))
@@ -141,3 +142,32 @@ def stack_items(
                 )
             rows[name][position] = value
     return rows
+
+
+def stored_labels(dataset: Any) -> np.ndarray | None:
+    """Return the labels that a Dataset keeps in an attribute, (N,) int64, or those of the one it is a Subset of."""
+    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
+        whole, chosen = stored_labels(dataset.dataset), np.asarray(dataset.indices, dtype=np.int64)
+        return None if whole is None or (len(chosen) and chosen.max() >= len(whole)) else whole[chosen]
+    for name in ("targets", "labels", "tensors"):
+        values = getattr(dataset, name, None)
+        if name == "tensors" and values is not None:
+            values = values[-1]
+        if values is None or isinstance(values, Mapping | str):
+            continue
+        try:
+            found = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+        except (TypeError, ValueError):
+            continue
+        if found.dtype.kind in "biu" and found.ndim == 1:
+            return found.astype(np.int64)
+    return None
+
+
+def class_names(dataset: Any) -> tuple[str, ...]:
+    """Return the `classes` of a Dataset, or of the one it is a Subset of; empty where it has none."""
+    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
+        return class_names(dataset.dataset)
+    names = getattr(dataset, "classes", None)
+    plain = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    return tuple(names) if plain and names else ()

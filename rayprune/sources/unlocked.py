@@ -1,8 +1,8 @@
-"""JPEG and PNG decoding through torchvision, which lets go of Python's lock, so that threads use all cores.
+"""JPEG decoding through torchvision, which lets go of Python's lock, so that threads use all cores.
 
-Pillow decodes with the lock held. It is still asked wherever the two could differ (palettes, transparency, CMYK, colour
-turned to grey, other than 8 bits), wherever it is faster (far larger JPEGs, which its decoder scales by halves for
-free), and for files that torchvision refuses.
+Pillow decodes with the lock held. It is still asked wherever the two could differ (CMYK, colour turned to grey, other
+than 8 bits), wherever it is faster (far larger JPEGs, which its decoder scales by halves for free), for files that
+torchvision refuses, and for all PNGs: torchvision's PNG decoder ends the process on damaged ones.
 """
 
 from __future__ import annotations
@@ -17,20 +17,17 @@ from PIL import Image
 
 from rayprune.sources.images import square
 
-JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+JPEG = b"\xff\xd8"
 # Start-of-frame markers: 0xC0 to 0xCF without the Huffman tables, the reserved one and the arithmetic conditioning.
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _STUFFING = 0xFF
-_PNG_COMPONENTS = {0: 1, 2: 3}  # by colour type; the others have a palette or transparency
 _GREY, _RGB = 1, 3  # torchvision's ImageReadMode
 
 Frame = tuple[int, int, int]
 
 
 def decode_unlocked(encoded: bytes, num_channels: int, size: int | None = None) -> np.ndarray | None:
-    """Decode a plain JPEG or PNG to what `images.decode_image` returns.
-
-    PNGs agree bit for bit, JPEGs up to rounding between versions of libjpeg-turbo.
+    """Decode a plain JPEG to what `images.decode_image` returns, up to rounding between versions of libjpeg-turbo.
 
     Args:
         encoded: a file's bytes.
@@ -50,24 +47,19 @@ def decode_all(encoded: Sequence[bytes], num_channels: int, size: int | None = N
     """
     found: list[np.ndarray | None] = [None] * len(encoded)
     mode = _GREY if num_channels == 1 else _RGB
-    for kind in ("jpeg", "png"):
-        rows = [row for row, content in enumerate(encoded) if _kind(content, num_channels, size) == kind]
-        for row, pixels in zip(rows, _decode([encoded[row] for row in rows], kind, mode), strict=True):
-            found[row] = pixels if pixels is None or size is None else _scaled(pixels, size)
+    rows = [row for row, content in enumerate(encoded) if _is_plain(content, num_channels, size)]
+    for row, pixels in zip(rows, _decode([encoded[row] for row in rows], mode), strict=True):
+        found[row] = pixels if pixels is None or size is None else _scaled(pixels, size)
     return found
 
 
-def _kind(encoded: bytes, num_channels: int, size: int | None) -> str | None:
-    """Return which decoder takes an image; None for what is left to Pillow."""
-    is_jpeg = encoded.startswith(JPEG)
-    frame = jpeg_frame(encoded) if is_jpeg else png_frame(encoded)
+def _is_plain(encoded: bytes, num_channels: int, size: int | None) -> bool:
+    """Return whether torchvision decodes an image; the others are left to Pillow."""
+    frame = jpeg_frame(encoded)
     if frame is None:
-        return None
+        return False
     width, height, components = frame
-    halved = is_jpeg and size is not None and min(width, height) >= 2 * size
-    if components not in {1, num_channels} or halved:
-        return None
-    return "jpeg" if is_jpeg else "png"
+    return components in {1, num_channels} and (size is None or min(width, height) < 2 * size)
 
 
 def _scaled(pixels: np.ndarray, size: int) -> np.ndarray:
@@ -100,37 +92,24 @@ def jpeg_frame(encoded: bytes) -> Frame | None:
     return None
 
 
-def png_frame(encoded: bytes) -> Frame | None:
-    """Return width, height and number of components of a plain PNG of 8 bits; None for anything else.
-
-    >>> png_frame(PNG + bytes.fromhex("0000000d 49484452 00000020 00000010 08 02 00 00 00"))
-    (32, 16, 3)
-    """
-    if not encoded.startswith(PNG) or encoded[12:16] != b"IHDR" or len(encoded) < 29 or encoded[24] != 8:
-        return None
-    components = _PNG_COMPONENTS.get(encoded[25])
-    width, height = int.from_bytes(encoded[16:20], "big"), int.from_bytes(encoded[20:24], "big")
-    return None if components is None else (width, height, components)
-
-
-def _decode(encoded: Sequence[bytes], kind: str, mode: int) -> list[np.ndarray | None]:
-    loops = _loops()
-    if not encoded or loops is None:
+def _decode(encoded: Sequence[bytes], mode: int) -> list[np.ndarray | None]:
+    loop = _loop()
+    if not encoded or loop is None:
         return [None] * len(encoded)
     import torch
 
     tensors = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in encoded]
     try:
-        return [np.asarray(pixels.permute(1, 2, 0).numpy()) for pixels in loops[kind](tensors, mode)]
+        return [np.asarray(pixels.permute(1, 2, 0).numpy()) for pixels in loop(tensors, mode)]
     except RuntimeError:  # one is damaged: Pillow says what is wrong, or reads it all the same
         if len(encoded) == 1:
             return [None]
-        return [pixels for content in encoded for pixels in _decode([content], kind, mode)]
+        return [pixels for content in encoded for pixels in _decode([content], mode)]
 
 
 @cache
-def _loops() -> dict[str, Any] | None:
-    """Return torchvision's decoders for lists of images; None where torchvision was built without them."""
+def _loop() -> Any:
+    """Return torchvision's decoder for a list of JPEGs; None where torchvision was built without it."""
     import torch
 
     def jpegs(encoded: list[torch.Tensor], mode: int) -> list[torch.Tensor]:
@@ -139,23 +118,16 @@ def _loops() -> dict[str, Any] | None:
             decoded.append(torch.ops.image.decode_jpeg(content, mode, False))
         return decoded
 
-    def pngs(encoded: list[torch.Tensor], mode: int) -> list[torch.Tensor]:
-        decoded: list[torch.Tensor] = []
-        for content in encoded:
-            decoded.append(torch.ops.image.decode_png(content, mode, False))
-        return decoded
-
     try:
         import torchvision.io  # noqa: F401  # registers the operators
 
-        _ = torch.ops.image.decode_jpeg, torch.ops.image.decode_png
+        _ = torch.ops.image.decode_jpeg
     except (ImportError, AttributeError, RuntimeError):
         return None
-    plain = {"jpeg": jpegs, "png": pngs}
     try:
         with warnings.catch_warnings():
             # Deprecated in torch, and without a successor that runs a loop outside of Python's lock.
             warnings.simplefilter("ignore")
-            return {kind: torch.jit.script(loop) for kind, loop in plain.items()}
+            return torch.jit.script(jpegs)
     except Exception:  # a torch that has lost TorchScript: slower by threads, the same pixels
-        return plain
+        return jpegs

@@ -3,7 +3,7 @@
 As in WebDataset, a sample is a run of members whose names agree up to the first dot of the base name, and what follows
 that dot says what a member is. Directories, links and names between double underscores are passed over.
 
-An entry of the cache goes by the shard's address, size and time, as nothing else is known without reading it all.
+An entry of the cache goes by the shard's address, size and times, as nothing else is known without reading it all.
 
 Shapes: M samples of a shard.
 """
@@ -24,7 +24,7 @@ import numpy as np
 
 from rayprune.sources.cache import cache_root, cached_arrays
 from rayprune.sources.fingerprint import digest
-from rayprune.sources.storage import Storage, StoredFile
+from rayprune.sources.storage import Storage, StoredFile, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ MAX_TEXT_BYTES = 200
 # One request brings the headers of many small members; on a disk seeking is cheaper than reading on.
 LOCAL_WINDOW_BYTES, REMOTE_WINDOW_BYTES = 1 << 16, 1 << 23
 HEAD_BYTES = 1 << 12
+CRC_BYTES = 1 << 23
 BLOCK_BYTES = 512
 
 
@@ -89,39 +90,54 @@ class _Sample:
         return name, *(self.image or (0, 0, 0)), self.label or b"", text
 
 
-def shard_samples(storage: Storage, file: StoredFile, keys: SampleKeys, cache_dir: str | None) -> np.ndarray:
+def shard_samples(
+    storage: Storage, file: StoredFile, keys: SampleKeys, cache_dir: str | None, whole: bool = False
+) -> np.ndarray:
     """Return a shard's samples, (M,) records.
 
-    Fields are `name`, `offset` and `num_bytes` of the image, `head` (a checksum of its beginning), `label` (its text),
-    and `fault`, empty where nothing is wrong. A shard that is damaged ends with a record of that, without a name.
+    Fields are `name`, `offset` and `num_bytes` of the image, `crc` (a checksum of its first 4 KiB, or all of it with
+    `whole`), `label` (its text), and `fault`, empty where nothing is wrong. A shard that is damaged ends with a record
+    of that, without a name.
 
     Raises:
         ValueError: the shard can't be read, or the cache can't be written.
     """
     if file.mtime_ns is None:  # nothing would tell an old entry from a new shard
-        return _scan(storage, file, keys)
-    address = digest(storage.path, file.name, file.num_bytes, file.mtime_ns)
-    key = f"webdataset-index-{digest(address, str(keys.image), str(keys.label))}"
-    build = partial(_build, storage, file, keys)
+        return _scan(storage, file, keys, whole)
+    # A tool that writes a shard anew may set its old time again, but not that of the change.
+    changed_ns = _changed_ns(storage, file) if storage.is_local else 0
+    address = digest(storage.path, file.name, file.num_bytes, file.mtime_ns, changed_ns)
+    key = f"webdataset-index-{digest(address, str(keys.image), str(keys.label), 'whole' if whole else 'head')}"
+    build = partial(_build, storage, file, keys, whole)
     return cached_arrays(key, cache_root(cache_dir), build, num_bytes=file.num_bytes // 100)["samples"]
 
 
-def _build(storage: Storage, file: StoredFile, keys: SampleKeys, folder: Path) -> None:
-    np.save(folder / "samples.npy", _scan(storage, file, keys))
+def _changed_ns(storage: Storage, file: StoredFile) -> int:
+    try:
+        return Path(storage.full(file.name)).stat().st_ctime_ns
+    except OSError as error:
+        raise _unreadable(storage, file, error) from None
 
 
-def _scan(storage: Storage, file: StoredFile, keys: SampleKeys) -> np.ndarray:
+def _unreadable(storage: Storage, file: StoredFile, error: OSError) -> ValueError:
+    return ValueError(f"{shard_name(storage, file)} can't be read ({one_line(error)}): restore it, or try again")
+
+
+def _build(storage: Storage, file: StoredFile, keys: SampleKeys, whole: bool, folder: Path) -> None:
+    np.save(folder / "samples.npy", _scan(storage, file, keys, whole))
+
+
+def _scan(storage: Storage, file: StoredFile, keys: SampleKeys, whole: bool) -> np.ndarray:
     try:
         reader = _Windows(storage, file)
-        samples = _walk(reader, keys)
+        samples = _walk(reader, keys, whole)
     except OSError as error:
-        line = " ".join(str(error).split())[:160]
-        raise ValueError(f"{shard_name(storage, file)} can't be read ({line}): restore it, or try again") from None
+        raise _unreadable(storage, file, error) from None
     if not reader.ended:
         logger.warning("%s has no end mark: it may have been cut off", shard_name(storage, file))
     records = [sample.record() for sample in samples]
     widths = [max((len(record[column]) for record in records), default=0) or 1 for column in (0, 4, 5)]  # type: ignore[arg-type]
-    fields = [("name", f"S{widths[0]}"), ("offset", "<i8"), ("num_bytes", "<i8"), ("head", "<u4")]
+    fields = [("name", f"S{widths[0]}"), ("offset", "<i8"), ("num_bytes", "<i8"), ("crc", "<u4")]
     return np.array(records, dtype=[*fields, ("label", f"S{widths[1]}"), ("fault", f"S{widths[2]}")])
 
 
@@ -163,14 +179,14 @@ class _Windows:
         return self._window[offset - self._start :][:num_bytes]
 
 
-def _walk(reader: _Windows, keys: SampleKeys) -> list[_Sample]:
+def _walk(reader: _Windows, keys: SampleKeys, whole: bool) -> list[_Sample]:
     samples: list[_Sample] = []
     try:
         with tarfile.open(fileobj=reader, mode="r:") as archive:  # type: ignore[call-overload]
             while (member := archive.next()) is not None:
                 archive.members.clear()  # tarfile would keep every header
                 if member.isreg() and not META_NAME.match(member.name):
-                    _add_member(samples, reader, member, keys)
+                    _add_member(samples, reader, member, keys, whole)
             end = archive.offset
             if any(reader.read_at(end, BLOCK_BYTES)):
                 raise tarfile.ReadError(f"no header at byte {end}")
@@ -181,7 +197,9 @@ def _walk(reader: _Windows, keys: SampleKeys) -> list[_Sample]:
     return samples
 
 
-def _add_member(samples: list[_Sample], reader: _Windows, member: tarfile.TarInfo, keys: SampleKeys) -> None:
+def _add_member(
+    samples: list[_Sample], reader: _Windows, member: tarfile.TarInfo, keys: SampleKeys, whole: bool
+) -> None:
     parts = MEMBER_NAME.fullmatch(member.name)
     if parts is None:
         return
@@ -195,8 +213,10 @@ def _add_member(samples: list[_Sample], reader: _Windows, member: tarfile.TarInf
     if member.sparse is not None or member.offset_data + member.size > reader.num_bytes:
         sample.fault = f"has a member .{suffix} that is {'sparse' if member.sparse is not None else 'cut off'}"
     elif keys.is_image(suffix) and sample.image is None:
-        head = zlib.crc32(reader.read_at(member.offset_data, min(member.size, HEAD_BYTES)))
-        sample.image = (member.offset_data, member.size, head)
+        crc, num_bytes = 0, member.size if whole else min(member.size, HEAD_BYTES)
+        for start in range(0, num_bytes, CRC_BYTES):
+            crc = zlib.crc32(reader.read_at(member.offset_data + start, min(CRC_BYTES, num_bytes - start)), crc)
+        sample.image = (member.offset_data, member.size, crc)
     elif (found := keys.label_rank(suffix)) is not None and found[0] < sample.label_rank:
         try:
             label = _label_text(reader.read_at(member.offset_data, member.size), found[1])

@@ -18,7 +18,7 @@ import numpy as np
 
 from rayprune.sources.base import SampleSource, Schema, check_ids
 from rayprune.sources.encoded import ImageShape, decode_rows
-from rayprune.sources.fingerprint import digest
+from rayprune.sources.fingerprint import WHOLE_BYTES, digest
 from rayprune.sources.ranges import REMOTE_THREADS, RangeReader
 from rayprune.sources.storage import Storage, StoredFile
 from rayprune.sources.webdataset_index import SampleKeys, shard_name, shard_samples
@@ -52,7 +52,8 @@ class Shards:
         Raises:
             ValueError: a sample or shard is damaged and skip_errors is off, or a shard can't be read.
         """
-        find = partial(shard_samples, self.storage, keys=self.keys, cache_dir=self.cache_dir)
+        whole = sum(file.num_bytes for file in self.files) <= WHOLE_BYTES
+        find = partial(shard_samples, self.storage, keys=self.keys, cache_dir=self.cache_dir, whole=whole)
         with ThreadPoolExecutor(1 if self.storage.is_local else REMOTE_THREADS) as pool:
             shards = list(pool.map(find, self.files))
         rows = []
@@ -88,9 +89,9 @@ class Index:
         self._shards, self._samples = shards, samples
         self._rows = np.concatenate(rows)
         self.shard = np.repeat(np.arange(len(rows)), [len(part) for part in rows])
-        self.offset, self.num_bytes, self.head = (
+        self.offset, self.num_bytes, self.crc = (
             np.concatenate([part[name][chosen] for part, chosen in zip(samples, rows, strict=True)])
-            for name in ("offset", "num_bytes", "head")
+            for name in ("offset", "num_bytes", "crc")
         )
 
     def __len__(self) -> int:
@@ -162,7 +163,7 @@ class TarSource(SampleSource):
         index, labels = self._opened()
         self._num_samples = len(index)
         shape = f"{images.shape} {images.size}"
-        self._fingerprint = digest("webdataset", shape, labels, index.num_bytes, index.head)
+        self._fingerprint = digest("webdataset", shape, labels, index.num_bytes, index.crc)
 
     def _forget(self) -> None:
         self._lock = threading.Lock()

@@ -96,13 +96,15 @@ def test_unwritable_place_is_refused(tmp_path):
 
 
 def test_folders_of_killed_processes_are_removed(tmp_path):
-    for name, age_s in ((".test-1-old", 2 * 86400), (".test-1-new", 60)):
+    other = f".webdataset-index-{'0a' * 16}-x_1y2z3w"
+    ages = {".test-1-old": 2 * 86400, ".test-1-new": 60, other: 2 * 86400, ".my-own": 2 * 86400}
+    for name, age_s in ages.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "values.npy").write_bytes(b"half")
         for path in (tmp_path / name / "values.npy", tmp_path / name):
             os.utime(path, (time.time() - age_s,) * 2)
     total(tmp_path)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".test-1-new", "test-1"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".my-own", ".test-1-new", "test-1"]
 
 
 def test_cache_root(tmp_path, monkeypatch):

@@ -66,9 +66,9 @@ def count_decodings(monkeypatch):
     """Return a list that gets an element for every image that is decoded from now on."""
     from rayprune.sources.image_rows import ImageRows
 
-    decode, seen = ImageRows._decode, []
+    decode, seen = ImageRows._pixels, []
     monkeypatch.setattr(
-        ImageRows, "_decode", lambda self, sample, *args: (seen.append(sample), decode(self, sample, *args))[1]
+        ImageRows, "_pixels", lambda self, sample, *args: (seen.append(sample), decode(self, sample, *args))[1]
     )
     return seen
 

@@ -427,3 +427,22 @@ def test_fingerprint_follows_the_content_not_the_place(tmp_path, opened):
         prints.append(opened(write(tmp_path / f"v{number}.parquet", images, marks)).train.fingerprint)
     assert prints[0] == prints[1]
     assert len(set(prints)) == 4
+
+
+@pytest.mark.parametrize("other", ["train-1", "test-0"])
+def test_class_names_in_two_orders_are_refused(tmp_path, opened, other, caplog):
+    for name, names in (("train-0", ["cat", "dog"]), (other, ["dog", "cat"])):
+        write(tmp_path / "set" / f"{name}.parquet", encoded(2), [0, 1], names=names)
+    with pytest.raises(
+        ValueError,
+        match=rf"{other}\.parquet has 2 classes, from 0: \['dog', 'cat'\], and the first file 2 classes, "
+        r"from 0: \['cat', 'dog'\]: store them with one order of names",
+    ):
+        opened(tmp_path / "set")
+    assert len(opened(tmp_path / "set", on_error="skip").train) == 2
+    assert f"{other}.parquet has 2 classes" in caplog.text
+    write(tmp_path / "set" / f"{other}.parquet", encoded(2), [0, 1], names=["cat", "dog", "owl"])
+    with pytest.raises(ValueError, match=r"has 3 classes, from 2: \['owl'\], and the first file 2 classes"):
+        opened(tmp_path / "set")
+    write(tmp_path / "set" / f"{other}.parquet", encoded(2), [0, 1])  # says nothing of names
+    opened(tmp_path / "set")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import pickle
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -224,3 +225,45 @@ def test_shards_are_read_by_ranges(root, scheme, tmp_path):
     np.testing.assert_array_equal(decoded.take(np.arange(9))["image"], pixels[:9])
     single = open_data("webdataset", **{**keys, "path": below(uri, "train-1.tar")}, validation_fraction=0).train
     np.testing.assert_array_equal(single.take(np.arange(3))["image"], pixels[6:9])
+
+
+class Recorded(logging.Handler):
+    """Keeps all messages."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+SECRETIVE = "memory://key:SECRET@bucket"
+
+
+def damaged_tree(name):
+    files = fsspec.filesystem("memory")
+    root = f"/key:SECRET@bucket/{name}"
+    for part in ("train", "val"):
+        for file, content in (("a/0.png", b"no image"), ("b/1.png", b""), ("part.parquet", b"PAR1")):
+            files.pipe_file(f"{root}/{part}/{file}", content)
+    return f"{SECRETIVE}/{name}"
+
+
+@pytest.mark.parametrize("source", ["image_folder", "parquet", "imagenet", "webdataset"])
+@pytest.mark.parametrize(
+    "place", ["none", "tree", "tree/train", "tree/train/a", "tree/val/b", "tree/train/part.parquet"]
+)
+@pytest.mark.parametrize("on_error", ["fail", "skip"])
+def test_no_message_shows_a_secret(tmp_path, source, place, on_error):
+    damaged_tree("tree")
+    heard = Recorded()
+    logging.getLogger("rayprune").addHandler(heard)
+    try:
+        with pytest.raises(ValueError) as caught:  # noqa: PT011
+            open_data(
+                source, path=f"{SECRETIVE}/{place}", on_error=on_error, cache="none", cache_dir=str(tmp_path)
+            ).train.take(np.arange(1))
+    finally:
+        logging.getLogger("rayprune").removeHandler(heard)
+    assert "SECRET" not in " ".join([str(caught.value), *heard.lines])

@@ -325,3 +325,41 @@ def test_no_import_of_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[0, 1, 2] set()"
+
+
+def test_items_whose_label_is_not_the_known_one():
+    items = image_items(400)
+    labels = [label for _, label in items]
+    items[102] = (items[102][0], 9)  # not among the 256 of the fingerprint
+    source = from_torch(Items(items, targets=labels))
+    for known in (source, pickle.loads(pickle.dumps(source))):
+        with pytest.raises(ValueError, match="Items item 102 has label 9 and its targets say 0: correct them, or"):
+            known.take(np.array([3, 102, 102]))
+        known.take(np.array([3, 101]))
+    changing = Items(image_items(40))
+    source = from_torch(changing)
+    changing.items[5] = (changing.items[5][0], 1)
+    with pytest.raises(ValueError, match="Items item 5 has label 1 and had before 2: give each item one label"):
+        all_rows(source)
+
+
+INTEGERS = """
+import torch
+from torch.utils.data import TensorDataset
+
+def integers():
+    return TensorDataset(torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.tensor([0, 1, 0]))
+"""
+
+
+def test_whole_numbers_stay_whole_in_loops_of_ones_own(tmp_path):
+    tokens = torch.tensor([[16777217, 2], [3, 4], [5, 6]])
+    source = from_torch(TensorDataset(tokens, torch.tensor([0, 1, 0])))
+    assert source.schema.columns["features"].dtype == "int64"
+    np.testing.assert_array_equal(all_rows(source)["features"], tokens.numpy())
+    assert from_torch(Items([(np.ones(2, np.float64), 0)])).schema.columns["features"].dtype == "float32"
+    (tmp_path / "mine.py").write_text(INTEGERS)
+    reference = f"{tmp_path / 'mine.py'}:integers"
+    train = open_data("torch_dataset", dataset=reference, cache="none", validation_fraction=0).train
+    assert (train.schema.input, train.schema.columns["features"].dtype) == ("features", "float32")
+    assert all_rows(train)["features"].tolist() == [[1, 2], [3, 4], [5, 6]]

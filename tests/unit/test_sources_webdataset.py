@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import pickle
 import tarfile
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from rayprune.sources import open_data, webdataset_index
+from rayprune.sources import open_data, webdataset_index, webdataset_rows
 
 
 @pytest.fixture
@@ -314,3 +316,17 @@ def test_members_apart_are_no_sample(tmp_path, opened):
     path = write(tmp_path / "a.tar", [("0.png", image), ("1.png", image), ("0.cls", b"0"), ("1.cls", b"1")])
     with pytest.raises(ValueError, match="sample '0' has no label"):
         opened(path)
+
+
+def test_the_fingerprint_counts_whole_images_and_old_times_hide_nothing(tmp_path, opened, monkeypatch):
+    noise = encode(pixels(1, (64, 48))[0], "BMP")
+    changed = noise[:-1] + bytes([noise[-1] ^ 1])
+    path = write(tmp_path / "a.tar", [("0.bmp", noise), ("0.cls", b"0")])
+    before, fingerprint = path.stat(), opened(path).train.fingerprint
+    time.sleep(0.02)  # longer than the clock of a file system ticks
+    write(path, [("0.bmp", changed), ("0.cls", b"0")])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert opened(path).train.fingerprint != fingerprint
+    monkeypatch.setattr(webdataset_rows, "WHOLE_BYTES", 1000)
+    beginnings = opened(path).train.fingerprint
+    assert opened(write(tmp_path / "b.tar", [("0.bmp", noise), ("0.cls", b"0")])).train.fingerprint == beginnings
