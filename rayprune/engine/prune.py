@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 import uuid
 from dataclasses import dataclass
@@ -28,8 +27,6 @@ from rayprune.engine.stored import Facts, stored
 from rayprune.engine.stream import LocalStream, RayStream, Transport, plan_dataset, row_bytes
 from rayprune.methods import Method
 from rayprune.sources import SampleSource, as_source
-
-logger = logging.getLogger(__name__)
 
 _KEY = "rayprune"
 # Actors end with the process that made them, or with `close`: a data set alone must keep its own alive.
@@ -103,40 +100,42 @@ def prune(
         ValueError: what the source, the method or the sizes do not allow; one line with the cure.
     """
     filtered = isinstance(source, ray.data.Dataset)
+    if filtered and last_batch == "drop":
+        raise ValueError("last_batch='drop' needs a plan, which a ray.data.Dataset is filtered without: use 'pad'")
     if not ray.is_initialized():
         ray.init()  # as a trainer would: the loop's own prints are to be seen
+    samples: SampleSource
     if filtered:
-        if last_batch == "drop":
-            raise ValueError("last_batch='drop' needs a plan, which a ray.data.Dataset is filtered without: use 'pad'")
         # A copy with a context of its own: two prunes of one Dataset must not share the token in it.
         source = ray.data.Dataset.copy(source, _deep_copy=True)
-        samples: SampleSource = IdColumn(source, id_column, "label" if _counts_classes(method) else None)
+        samples = IdColumn(source, id_column, "label" if _counts_classes(method) else None)
     else:
         samples = as_source(source)
     _check(samples, method, num_epochs, batch_size, seed, stream)
     samples = stored(samples)
-    spec = _spec(samples, method, num_epochs, batch_size, seed, last_batch)
     name = f"rayprune-loop-{uuid.uuid4().hex[:8]}"
+    spec = _spec(samples, method, num_epochs, batch_size, seed, last_batch)
     scores, _ALIVE[name] = RemoteScores.create(spec, name, LoopActor)
     if filtered:
-        told, guarantees = _Told(scores, "filtered"), GUARANTEES
-    else:
-        told = _Told(scores, stream, samples if stream == "local" else None)
-        guarantees = f"stream {stream}; plans, order and resume inside epochs are exact, bit for bit"
-    context = source.context if filtered else ray.data.DataContext.get_current()
-    # The data set's copy of the context tells the workers which actor is theirs.
-    context.set_config(_KEY, told)
+        return PrunedData(_filtered(source, scores, id_column), scores, len(samples), GUARANTEES)
+    guarantees = f"stream {stream}; plans, order and resume inside epochs are exact, bit for bit"
+    return PrunedData(_planned(samples, scores, stream), scores, len(samples), guarantees)
+
+
+def _filtered(dataset: Any, scores: RemoteScores, id_column: str) -> Any:
+    # A data set's context, of which it has its own copy, tells the workers which actor is theirs.
+    dataset.context.set_config(_KEY, _Told(scores, "filtered"))
+    pick = Pick(scores, id_column)
+    return dataset.map_batches(pick, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
+
+
+def _planned(samples: SampleSource, scores: RemoteScores, stream: Literal["ray", "local"]) -> Any:
+    context = ray.data.DataContext.get_current()
+    context.set_config(_KEY, _Told(scores, stream, samples if stream == "local" else None))
     try:
-        if filtered:
-            pick = Pick(scores, id_column)
-            dataset = source.map_batches(pick, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
-        else:
-            dataset = plan_dataset(scores, {"train": samples})
+        return plan_dataset(scores, {"train": samples})
     finally:
-        if not filtered:
-            context.remove_config(_KEY)
-    logger.info("%d samples: %s", len(samples), guarantees)
-    return PrunedData(dataset, scores, len(samples), guarantees)
+        context.remove_config(_KEY)
 
 
 def _counts_classes(method: Any) -> bool:

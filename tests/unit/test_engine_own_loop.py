@@ -352,7 +352,9 @@ def test_numpy_numbers_make_states_that_load(tmp_path: Path) -> None:
     shard = make(seed=np.int64(3), num_epochs=np.int64(2), batch_size=np.int64(32))
     loop = Loop(shard)
     loop.run((0, 2), lambda: torch.save(shard.state_dict(), tmp_path / "state.pt"))
-    make(seed=3, num_epochs=2).load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    again = make(seed=3, num_epochs=2)
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert next(again.epochs()).start_step == 2
 
 
 def test_a_method_of_ones_own_needs_no_name() -> None:
