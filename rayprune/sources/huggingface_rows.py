@@ -101,14 +101,16 @@ def open_rows(
     values = dataset.with_format("arrow", columns=[label])[:].column(label)
     names = like.label_names if like else label_names(values)
     labels = class_numbers(values, names, f"{rows.named} column {label!r}")
+    stored = hub_class_names(schema, label)
     if like:
-        check_class_names(rows.named, hub_class_names(schema, label), like.schema.class_names, "the training split")
+        check_class_names(rows.named, stored, like.stored_names, "the training split")
         num_classes, class_names = like.schema.num_classes, like.schema.class_names
     else:
-        class_names = names or hub_class_names(schema, label)
+        class_names = names or stored
         given = (len(class_names) or None) if num_classes is None else num_classes
         num_classes = count_classes(labels, f"column {label!r} of {rows.named}", given)
     source = HuggingFaceSource(rows, image, label, features, names, labels, dataset)
+    source.stored_names = stored
     images = None
     if image is not None:
         images = like.images if like else first_shape(source.encoded(), source.name_row, None, columns.image_size)
@@ -141,6 +143,7 @@ class HuggingFaceSource(SampleSource):
     ) -> None:
         self._rows, self._image, self._label, self._features = rows, image, label, features
         self.label_names = label_names
+        self.stored_names: tuple[str, ...] = ()  # a ClassLabel's
         self._num_samples = len(labels)
         self._lock = threading.Lock()
         self._labels: np.ndarray | None = labels

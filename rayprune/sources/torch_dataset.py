@@ -125,12 +125,7 @@ def from_torch(
 
 
 def _open_items(
-    dataset: Any,
-    columns: Sequence[str] | None,
-    num_classes: int | None,
-    cache: str,
-    cache_dir: str | None,
-    floats: bool,
+    dataset: Any, columns: Sequence[str] | None, num_classes: int | None, cache: str, folder: str | None, floats: bool
 ) -> SampleSource:
     check_mode(cache)
     if not is_map_style(dataset):
@@ -143,7 +138,7 @@ def _open_items(
                 f"data.cache is {cache!r} and {type(dataset).__name__} can't be kept, {why}: set it to none"
             )
         return source
-    return decoded(source, cache, cache_dir)
+    return decoded(source, cache, folder)
 
 
 def is_map_style(dataset: Any) -> bool:

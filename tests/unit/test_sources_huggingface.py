@@ -265,5 +265,6 @@ def test_validation_class_names_in_another_order_are_refused(tmp_path, opened):
     encoded = [encode(image) for image in pixels(2)]
     parts = {"train": images_of(encoded, [0, 1], ("cat", "dog")), "test": images_of(encoded, [0, 1], ("dog", "cat"))}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
-    with pytest.raises(ValueError, match=r"set/test has 2 classes.*'dog'.*the training split 2 classes.*one order"):
-        opened(tmp_path / "set")
+    for keys in ({}, {"num_classes": 3}):
+        with pytest.raises(ValueError, match=r"set/test has 2 classes.*'dog'.*the training split 2 classes.*one order"):
+            opened(tmp_path / "set", **keys)
