@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import ray
@@ -11,7 +11,25 @@ from rayprune.sources import MemorySource, SampleSource, Schema
 from rayprune.sources.torch_dataset import ItemSource
 
 
-class StoredSource(SampleSource):
+class _Described(SampleSource):
+    """What is known of another source without its rows."""
+
+    def __init__(self, source: SampleSource) -> None:
+        self._length, self._schema, self._fingerprint = len(source), source.schema, source.fingerprint
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def schema(self) -> Schema:
+        return self._schema
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+
+class StoredSource(_Described):
     """A source in the object store; each process maps it when it first reads.
 
     Args:
@@ -19,7 +37,7 @@ class StoredSource(SampleSource):
     """
 
     def __init__(self, source: SampleSource) -> None:
-        self._length, self._schema, self._fingerprint = len(source), source.schema, source.fingerprint
+        super().__init__(source)
         self._reference = ray.put(source)
         self._source: SampleSource | None = source
 
@@ -31,17 +49,6 @@ class StoredSource(SampleSource):
             self._source = ray.get(self._reference)
         return self._source
 
-    def __len__(self) -> int:
-        return self._length
-
-    @property
-    def schema(self) -> Schema:
-        return self._schema
-
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
     @property
     def labels(self) -> np.ndarray:
         return self._opened().labels
@@ -49,17 +56,13 @@ class StoredSource(SampleSource):
     def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         return self._opened().take(ids)
 
-    @property
-    def row_cost(self) -> Literal["cheap", "expensive"]:
-        return "cheap"
-
 
 def stored(source: SampleSource) -> SampleSource:
     """Return the source, through the object store where it would travel with all its rows."""
     return StoredSource(source) if isinstance(source, MemorySource | ItemSource) else source
 
 
-class Facts(SampleSource):
+class Facts(_Described):
     """What the ScoreActor must know of a source; without rows, so that a restart of the actor needs nothing else.
 
     Args:
@@ -68,29 +71,18 @@ class Facts(SampleSource):
     """
 
     def __init__(self, source: SampleSource, labelled: bool) -> None:
-        self._length, self._schema, self._fingerprint = len(source), source.schema, source.fingerprint
+        super().__init__(source)
         self._labels = source.labels if labelled else None
         self._groups = source.groups
-
-    def __len__(self) -> int:
-        return self._length
-
-    @property
-    def schema(self) -> Schema:
-        return self._schema
-
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
 
     @property
     def labels(self) -> np.ndarray:
         assert self._labels is not None
         return self._labels
 
-    def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        raise RuntimeError("the ScoreActor reads no rows")
-
     @property
     def groups(self) -> np.ndarray | None:
         return self._groups
+
+    def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        raise RuntimeError("the ScoreActor reads no rows")
