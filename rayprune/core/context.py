@@ -20,6 +20,7 @@ class EpochContext:
         num_samples: N.
         labels: (N,) class of each sample, or None.
         visits_before: samples kept in all earlier epochs together.
+        chosen: the selection of a file that the method names, or None.
     """
 
     def __init__(
@@ -31,9 +32,10 @@ class EpochContext:
         labels: NDArray[Any] | None = None,
         class_floor: float = 0.0,
         visits_before: int = 0,
+        chosen: Selection | None = None,
     ) -> None:
         self.epoch, self.num_epochs, self.num_samples = epoch, num_epochs, num_samples
-        self.labels, self.visits_before = labels, visits_before
+        self.labels, self.visits_before, self.chosen = labels, visits_before, chosen
         self._seed, self._class_floor = seed, class_floor
 
     @cached_property

@@ -135,9 +135,22 @@ class Plan:
 
     def weights(self, start: int, stop: int) -> NDArray[np.float32]:
         """Return the float32 weights of rows [start, stop); 0 for padding."""
+        if self.selection is not None and self.selection.batch_mean_weights:
+            return self._batch_mean_weights(start, stop)
         rows = self.order[start:stop]
         weights = np.ones(rows.size, np.float32) if self.selection is None else self.selection.weights_of(rows)
         weights[max(0, self.num_rows - start) :] = 0.0
+        return weights
+
+    def _batch_mean_weights(self, start: int, stop: int) -> NDArray[np.float32]:
+        assert self.selection is not None
+        size = self.batch_size
+        first, last = start // size, -(-stop // size)
+        rows = self.order[first * size : last * size]
+        real = (np.arange(first * size, last * size) < self.num_rows).reshape(-1, size)
+        own = self.selection.weights_of(rows).reshape(-1, size).astype(np.float64)
+        mean = (own * real).sum(axis=1, keepdims=True) / np.maximum(real.sum(axis=1, keepdims=True), 1)
+        weights: NDArray[np.float32] = (mean * real).astype(np.float32).ravel()[start - first * size :][: stop - start]
         return weights
 
     def share(

@@ -6,10 +6,11 @@ weights) instead of ids and weights, so that a billion rows fit; ids and weights
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,8 +29,12 @@ class Selection:
         weight_values: (V,) float32, the distinct weights.
         requested: the prune ratio that the method asked for in this epoch, in [0, 1).
         expected_drops: how many samples the method meant to drop, in expectation (0 in an epoch that may not prune).
-        forward_only_ids: (F,) int64, samples to re-score by a forward pass without training.
+        forward_only_ids: (F,) int64, pruned samples to re-score by a forward pass without training.
         lr_scale: factor on the learning rate of this epoch, > 0.
+        sweep: samples, kept or not, that a forward-only pass scores when the epoch has been trained: "all", (S,) int64
+            ids, or None.
+        facts: what the choice was made of, name → number, text or list of them: for metrics.jsonl.
+        batch_mean_weights: every sample of a global batch takes the mean weight of the batch, in place of its own.
     """
 
     codes: NDArray[np.unsignedinteger[Any]]
@@ -38,6 +43,9 @@ class Selection:
     expected_drops: float = 0.0
     forward_only_ids: NDArray[np.int64] = field(default_factory=lambda: _NO_IDS)
     lr_scale: float = 1.0
+    sweep: NDArray[np.int64] | Literal["all"] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    batch_mean_weights: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.requested < 1.0:
@@ -52,11 +60,16 @@ class Selection:
             both = forward_only[self.codes[forward_only] != 0]
             raise ValueError(f"ids {both[:5].tolist()} are kept and forward-only: a sample is observed once an epoch")
         self._freeze(codes=self.codes, weight_values=weights, forward_only_ids=forward_only)
+        if isinstance(self.sweep, str) and self.sweep != "all":
+            raise ValueError(f"sweep {self.sweep!r} must be 'all', ids or None")
+        if self.sweep is not None and not isinstance(self.sweep, str):
+            self._freeze(sweep=np.unique(as_ids(self.sweep, self.num_samples)))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         # Arrays come writeable out of a pickle.
-        self._freeze(**{name: state[name] for name in ("codes", "weight_values", "forward_only_ids")})
+        arrays = {name: state[name] for name in ("codes", "weight_values", "forward_only_ids", "sweep")}
+        self._freeze(**{name: array for name, array in arrays.items() if isinstance(array, np.ndarray)})
 
     def _freeze(self, **arrays: NDArray[Any]) -> None:
         for name, array in arrays.items():
@@ -138,6 +151,27 @@ class Selection:
         """Return the same choice with another `requested` ratio."""
         return replace(self, requested=requested)
 
+    def sweeping(self, sweep: NDArray[np.int64] | Literal["all"] | None) -> Selection:
+        """Return the same choice, with a forward-only pass over `sweep` after its epoch."""
+        return replace(self, sweep=sweep)
+
+    def telling(self, **facts: Any) -> Selection:
+        """Return the same choice with more facts about it."""
+        return replace(self, facts={**self.facts, **facts})
+
+    @property
+    def scored_ids(self) -> NDArray[np.int64] | None:
+        """(F,) int64 ids of the forward-only pass after the epoch, ascending; None for all of them."""
+        if isinstance(self.sweep, str):
+            return None
+        return self.forward_only_ids if self.sweep is None else np.union1d(self.sweep, self.forward_only_ids)
+
+    @property
+    def num_scored(self) -> int:
+        """How many samples the forward-only pass after the epoch has."""
+        ids = self.scored_ids
+        return self.num_samples if ids is None else int(ids.size)
+
     @property
     def num_samples(self) -> int:
         """N, kept or not."""
@@ -173,7 +207,11 @@ class Selection:
         """Pack into arrays for a checkpoint: a bitmap of N bits, the kept samples' weight codes, the weights."""
         kept = self.codes != 0
         scalars = np.array([self.requested, self.expected_drops, self.lr_scale], dtype=np.float64)
+        # What later versions added stands in one place that older states do not have.
+        more = {"sweep": self.sweep if isinstance(self.sweep, str | None) else self.sweep.tolist()}
+        more |= {"facts": dict(self.facts), "batch_mean_weights": self.batch_mean_weights}
         return {
+            "more": np.frombuffer(json.dumps(more).encode(), dtype=np.uint8),
             "bitmap": np.packbits(kept),
             "weight_codes": self.codes[kept],
             "weight_values": self.weight_values,
@@ -189,7 +227,7 @@ class Selection:
         Raises:
             ValueError: an array is missing, or they do not fit each other.
         """
-        if missing := cls.full(1).to_arrays().keys() - arrays.keys():
+        if missing := cls.full(1).to_arrays().keys() - arrays.keys() - {"more"}:
             raise ValueError(f"the stored selection lacks {', '.join(sorted(missing))}")
         num_samples = int(arrays["num_samples"])
         if arrays["bitmap"].size * 8 < num_samples:
@@ -201,4 +239,8 @@ class Selection:
         codes = np.zeros(num_samples, dtype=given.dtype)
         codes[kept] = arrays["weight_codes"]
         requested, expected_drops, lr_scale = (float(value) for value in arrays["scalars"])
-        return cls(codes, arrays["weight_values"], requested, expected_drops, arrays["forward_only_ids"], lr_scale)
+        more = json.loads(bytes(arrays["more"]).decode()) if "more" in arrays else {}
+        if isinstance(more.get("sweep"), list):
+            more["sweep"] = np.array(more["sweep"], dtype=np.int64)
+        plain = (arrays["weight_values"], requested, expected_drops, arrays["forward_only_ids"], lr_scale)
+        return cls(codes, *plain, **more)

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from rayprune.core.classes import checked_labels, kept_shares, top_up
 from rayprune.core.context import EpochContext
 from rayprune.core.fields import shown
 from rayprune.core.ids import as_ids
@@ -24,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 STATE_SCHEMA = 1
 _NAMED_NONFINITE = 20
-# Classes are counted in arrays as long as the largest label; above this, and this many a sample, labels are ids.
-_USUAL_CLASSES, _CLASSES_A_SAMPLE = 1 << 20, 10
 
 
 @runtime_checkable
@@ -39,13 +38,27 @@ class SelectionMethod(Protocol):
     def signals(self) -> tuple[str, ...]: ...
 
     @property
+    def sweep_signals(self) -> tuple[str, ...]: ...
+
+    @property
     def fixed(self) -> bool: ...
+
+    @property
+    def needs_labels(self) -> bool: ...
 
     def to_config(self) -> dict[str, Any]: ...
 
     def columns(self) -> Mapping[str, Any]: ...
 
+    def check(
+        self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int
+    ) -> None: ...
+
     def fold(
+        self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int
+    ) -> None: ...
+
+    def fold_sweep(
         self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int
     ) -> None: ...
 
@@ -63,6 +76,7 @@ class Selector:
         num_epochs: E, at least 1.
         seed: non-negative integer; with the table and the epoch it fixes every selection.
         labels: (N,) integers from 0, needed by `class_floor` and by methods that balance classes.
+        chosen: the selection that a method with a file (`Fixed`) trains on.
 
     Raises:
         ValueError: no method, a number out of range, labels that do not fit, or a class floor without labels.
@@ -83,6 +97,7 @@ class Selector:
         num_epochs: int,
         seed: int = 0,
         labels: ArrayLike | None = None,
+        chosen: Selection | None = None,
     ) -> None:
         if isinstance(method, type) or not isinstance(method, SelectionMethod):
             raise ValueError(f"method must be a rayprune method such as InfoBatch(), got {shown(method)}")
@@ -90,9 +105,14 @@ class Selector:
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
                 raise ValueError(f"{name} {value!r} must be an integer of at least {least}")
         self.method, self.num_samples, self.num_epochs, self.seed = method, int(num_samples), int(num_epochs), int(seed)
-        self.labels = None if labels is None else _checked_labels(labels, self.num_samples)
+        self.labels = None if labels is None else checked_labels(labels, self.num_samples)
         if method.class_floor > 0 and self.labels is None:
             raise ValueError(f"class_floor {method.class_floor} needs labels: give labels= to the Selector")
+        if method.needs_labels and self.labels is None:
+            raise ValueError(f"{method.to_config()['name']} balances classes and needs labels: give labels=")
+        if chosen is not None and chosen.num_samples != self.num_samples:
+            raise ValueError(f"the chosen selection is over {chosen.num_samples} samples, here {self.num_samples}")
+        self.chosen = chosen
         self.table = ScoreTable(self.num_samples, method.columns(), self.num_epochs)
         self.epoch = -1
         self.visits_before = 0
@@ -127,8 +147,8 @@ class Selector:
         return int(epoch)
 
     def _select(self, epoch: int, visits_before: int) -> Selection:
-        floor = self.method.class_floor
-        context = EpochContext(epoch, self.num_epochs, self.num_samples, self.seed, self.labels, floor, visits_before)
+        floor, run = self.method.class_floor, (self.num_epochs, self.num_samples, self.seed)
+        context = EpochContext(epoch, *run, self.labels, floor, visits_before, self.chosen)
         selection = self.method.select(self.table, context)
         if selection.num_samples != self.num_samples:
             raise RuntimeError(f"the selection is over {selection.num_samples} samples, not {self.num_samples}")
@@ -142,10 +162,14 @@ class Selector:
         if floor > 0:
             assert self.labels is not None
             draw = np.random.default_rng([self.seed, 0 if self.method.fixed else epoch, 1])
-            selection = _top_up(selection, self.labels, floor, draw)
-        return selection
+            selection = top_up(selection, self.labels, floor, draw)
+        budget = (visits_before + selection.num_kept) / (self.num_samples * self.num_epochs)
+        facts: dict[str, Any] = {"budget_so_far": round(budget, 6)}
+        if self.labels is not None:
+            facts["class_kept"] = kept_shares(selection, self.labels)
+        return selection.telling(**facts)
 
-    def observe(self, ids: ArrayLike, signals: Mapping[str, ArrayLike], epoch: int) -> None:
+    def observe(self, ids: ArrayLike, signals: Mapping[str, ArrayLike], epoch: int, *, sweep: bool = False) -> None:
         """Fold what the workers saw at their visits into the table.
 
         Rows with a NaN or infinite signal never enter the table: they are logged, counted in `num_nonfinite` and the
@@ -155,18 +179,21 @@ class Selector:
             ids: (B,) distinct integers in [0, N).
             signals: name → (B,) or (B, …) numbers; every signal that the method declares.
             epoch: the epoch of the visits, not before the one begun last.
+            sweep: the visits were a forward-only pass: `signals` are the method's `sweep_signals`, where it has such.
 
         Raises:
-            ValueError: ids repeat, are unknown or no integers; a signal is missing or has another length; a past epoch.
+            ValueError: ids repeat, are unknown or no integers; a signal is missing or has another length; a past epoch;
+                or what the method's own `check` refuses. The table is left as it was.
         """
         checked = as_ids(ids, self.num_samples)
         epoch = self._checked_epoch(epoch)
         if epoch < self.epoch:
             raise ValueError(f"observation of epoch {epoch}, but epoch {self.epoch} of {self.num_epochs} is running")
         arrays: dict[str, NDArray[Any]] = {}
-        for name in self.method.signals:
+        names = self.method.sweep_signals if sweep and self.method.sweep_signals else self.method.signals
+        for name in names:
             if name not in signals:
-                raise ValueError(f"signal {name!r} is missing: the method needs {list(self.method.signals)}")
+                raise ValueError(f"signal {name!r} is missing: the method needs {list(names)}")
             array = np.asarray(signals[name])
             if array.shape[:1] != checked.shape:
                 raise ValueError(f"signal {name!r} of shape {array.shape} does not fit {checked.size} ids")
@@ -178,8 +205,14 @@ class Selector:
             arrays[name] = array
         checked, arrays = self._finite(checked, arrays, epoch)
         if checked.size:
+            swept = sweep and bool(self.method.sweep_signals)
+            if not swept:
+                self.method.check(self.table, checked, arrays, epoch)
             self.table.mark_visited(checked, epoch)
-            self.method.fold(self.table, checked, arrays, epoch)
+            if swept:
+                self.method.fold_sweep(self.table, checked, arrays, epoch)
+            else:
+                self.method.fold(self.table, checked, arrays, epoch)
 
     def _finite(
         self, ids: NDArray[np.int64], arrays: dict[str, NDArray[Any]], epoch: int
@@ -250,41 +283,3 @@ def _read_header(state: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
         return dict(json.loads(bytes(state["header"]).decode()))
     except (KeyError, ValueError, TypeError):
         raise ValueError("the state has no readable header: give back what state_dict() returned") from None
-
-
-def _checked_labels(labels: ArrayLike, num_samples: int) -> NDArray[Any]:
-    array = np.asarray(labels)
-    if array.shape != (num_samples,) or array.dtype.kind not in "iu":
-        raise ValueError(f"labels must be {num_samples} integers, got {array.dtype} of shape {array.shape}")
-    if array.min() < 0:
-        raise ValueError(f"labels must be at least 0, got {array.min()}")
-    if array.max() >= max(_USUAL_CLASSES, _CLASSES_A_SAMPLE * num_samples):
-        raise ValueError(f"labels look like ids: the largest of {num_samples} is {array.max()}; number classes from 0")
-    return array.astype(np.min_scalar_type(int(array.max())))  # classes are few: 1 or 2 bytes a sample, not 8
-
-
-def _top_up(selection: Selection, labels: NDArray[Any], floor: float, rng: np.random.Generator) -> Selection:
-    """Add pruned samples at weight 1 to classes below the floor.
-
-    Methods that thin at random hold the floor without bias inside `EpochContext.thin`, and nothing is added to them.
-    """
-    kept = selection.codes != 0
-    kept_C = np.bincount(labels[kept], minlength=int(labels.max()) + 1)
-    short_C = np.ceil(np.round(floor * np.bincount(labels), 6)).astype(np.int64) - kept_C
-    if not (short_C > 0).any():
-        return selection
-    extra = [
-        rng.choice(np.flatnonzero((labels == label) & ~kept), short_C[label], replace=False)
-        for label in np.flatnonzero(short_C > 0)
-    ]
-    ids = np.concatenate([selection.ids, *extra])
-    added = np.ones(ids.size - selection.num_kept, dtype=np.float32)
-    return Selection.of_ids(
-        ids,
-        selection.num_samples,
-        weights=np.concatenate([selection.weights, added]),
-        requested=selection.requested,
-        expected_drops=selection.expected_drops,
-        forward_only_ids=np.setdiff1d(selection.forward_only_ids, ids),
-        lr_scale=selection.lr_scale,
-    )

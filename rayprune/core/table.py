@@ -31,7 +31,8 @@ class ScoreTable:
 
     Args:
         num_samples: N.
-        columns: column name → NumPy dtype, or (dtype, row shape) for vectors.
+        columns: column name → NumPy dtype, or (dtype, row shape) for vectors; a row shape (None,) is a vector whose
+            length the first observation tells (`widen`).
         num_epochs: E, which sizes the counter of prunings.
     """
 
@@ -40,7 +41,8 @@ class ScoreTable:
         for name, spec in columns.items():
             dtype, shape = spec if isinstance(spec, tuple) else (spec, ())
             missing = np.nan if np.dtype(dtype).kind == "f" else 0
-            self.columns[name] = np.full((num_samples, *shape), missing, dtype=dtype)
+            known = tuple(0 if length is None else length for length in shape)
+            self.columns[name] = np.full((num_samples, *known), missing, dtype=dtype)
         self.last_visit: NDArray[np.int32] = np.full(num_samples, -1, dtype=np.int32)
         self.times_pruned: NDArray[Any] = np.zeros(num_samples, dtype=np.min_scalar_type(max(num_epochs, 1)))
 
@@ -54,6 +56,20 @@ class ScoreTable:
     def visited(self) -> NDArray[np.bool_]:
         """(N,) True where the sample has been observed at least once."""
         return self.last_visit >= 0
+
+    def widen(self, column: str, length: int) -> NDArray[Any]:
+        """Give a vector column of unknown length its length, and return it; later calls check it.
+
+        Raises:
+            ValueError: the column has another length.
+        """
+        array = self.columns[column]
+        if array.shape[1] == 0 < length:
+            array = np.full((len(self), length), np.nan if array.dtype.kind == "f" else 0, dtype=array.dtype)
+            self.columns[column] = array
+        if array.shape[1] != length:
+            raise ValueError(f"{length} numbers a sample do not fit the {array.shape[1]} of column {column!r}")
+        return array
 
     def mark_visited(self, ids: NDArray[np.int64], epoch: int) -> None:
         """Set the last visit of (B,) ids.
@@ -96,6 +112,10 @@ class ScoreTable:
         own = self.to_arrays()
         if own.keys() != arrays.keys():
             raise ValueError(f"the table's columns differ: {sorted(arrays)} stored, {sorted(own)} expected")
+        for name, array in arrays.items():
+            if own[name].shape[1:] == (0,) and own[name].dtype == array.dtype and array.ndim == 2:
+                self.widen(name.removeprefix("column/"), array.shape[1])
+        own = self.to_arrays()
         for name, array in arrays.items():
             if own[name].shape != array.shape or own[name].dtype != array.dtype:
                 raise ValueError(

@@ -46,6 +46,9 @@ class Method:
         signals: what the workers must report for each visited sample.
         unbiased: the weighted sum over the selection has the full sum as its expectation.
         fixed: the same subset in every epoch.
+        needs_labels: the method balances classes and cannot do without them.
+        sweep_signals: what forward-only passes report, where that is not `signals`; `fold_sweep` takes it.
+        sweep_part: the part of the network that forward-only passes go through, one of the train step's `parts`.
 
     Args:
         class_floor: least share of every class that each epoch keeps, in [0, 1]; 0 = no floor.
@@ -57,6 +60,9 @@ class Method:
     signals: ClassVar[tuple[str, ...]] = ()
     unbiased: ClassVar[bool] = False
     fixed: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
+    sweep_signals: ClassVar[tuple[str, ...]] = ()
+    sweep_part: ClassVar[str] = "model"
 
     class_floor: float = 0.0
 
@@ -67,11 +73,30 @@ class Method:
 
     def columns(self) -> Mapping[str, Any]:
         """Return the table's columns, name → dtype: by default one float32 a signal, its last value."""
-        return dict.fromkeys(self.signals, np.float32)
+        return dict.fromkeys((*self.signals, *self.sweep_signals), np.float32)
+
+    @property
+    def collect_epochs(self) -> int:
+        """How many epochs on all samples the method scores before it chooses its one subset; 0 for dynamic methods."""
+        return 0
+
+    def step(self) -> tuple[str, dict[str, Any]]:
+        """Return the train step (a key of `rayprune.nn.steps.STEPS`) and its options."""
+        return "plain", {}
+
+    def check(self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int) -> None:
+        """Raise ValueError where observations must not be folded; called before anything of them is stored."""
 
     def fold(self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int) -> None:
         """Write finite signals, (B,) each, into the rows of (B,) distinct ids: by default the last value."""
         for name in self.signals:
+            table[name][ids] = signals[name]
+
+    def fold_sweep(
+        self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int
+    ) -> None:
+        """Write `sweep_signals` of a forward-only pass, as `fold` does with `signals`: by default the last value."""
+        for name in self.sweep_signals:
             table[name][ids] = signals[name]
 
     def select(self, table: ScoreTable, context: EpochContext) -> Selection:

@@ -39,9 +39,11 @@ class Shuffled(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         inner = build_method(self.of, "method.of")
+        if inner.name == "fixed":
+            raise ValueError("method.of = fixed has no scores to permute: use {name: random, prune_ratio: …} instead")
         object.__setattr__(self, "of", inner)
         # What the inner method is holds for the wrapper: class attributes become the instance's own.
-        for name in ("signals", "unbiased", "fixed"):
+        for name in ("signals", "unbiased", "fixed", "needs_labels", "sweep_signals", "sweep_part"):
             object.__setattr__(self, name, getattr(inner, name))
         object.__setattr__(self, "class_floor", max(self.class_floor, inner.class_floor))
 
@@ -49,9 +51,28 @@ class Shuffled(Method):
         """Return the inner method's columns."""
         return self.of.columns()  # type: ignore[no-any-return]
 
+    @property
+    def collect_epochs(self) -> int:
+        """As many as the inner method's."""
+        return self.of.collect_epochs  # type: ignore[no-any-return]
+
+    def step(self) -> tuple[str, dict[str, Any]]:
+        """Return the inner method's step."""
+        return self.of.step()  # type: ignore[no-any-return]
+
+    def check(self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int) -> None:
+        """Check as the inner method does."""
+        self.of.check(table, ids, signals, epoch)
+
     def fold(self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int) -> None:
         """Fold as the inner method does: the stored scores stay with their samples."""
         self.of.fold(table, ids, signals, epoch)
+
+    def fold_sweep(
+        self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int
+    ) -> None:
+        """Fold as the inner method does."""
+        self.of.fold_sweep(table, ids, signals, epoch)
 
     def select(self, table: ScoreTable, context: EpochContext) -> Selection:
         """Select on a permuted copy of the table; a fixed subset keeps one permutation."""
