@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from rayprune.core.context import EpochContext
 from rayprune.core.fields import check_fields
 from rayprune.core.plain import make_fields_plain
+from rayprune.core.quotas import num_pruned as num_pruned  # methods that take a ratio import it from here
 from rayprune.core.schedule import Schedule, check_share
 from rayprune.core.selection import Selection
 from rayprune.core.table import ScoreTable
@@ -120,15 +121,6 @@ class Method:
 def warn_once(line: str) -> None:
     """Log a warning, and nothing where this process has logged it before: a run tries its method out first."""
     logger.warning("%s", line)
-
-
-def num_pruned(prune_ratio: float, num_samples: int) -> int:
-    """Return floor(r·N), guarding products such as .29 × 100 = 28.999….
-
-    >>> num_pruned(0.5, 5), num_pruned(0.29, 100)
-    (2, 29)
-    """
-    return int(np.floor(prune_ratio * num_samples + 1e-9))
 
 
 def _plain(value: Any) -> Any:

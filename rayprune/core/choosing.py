@@ -1,0 +1,201 @@
+"""Scores into kept samples: the highest, the lowest, the middle or strata, over all samples or class by class.
+
+Shapes: N samples, M kept, C classes, S strata. The count is exact, and of equal scores the lower ids are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayprune.core.objects import closest
+from rayprune.core.quotas import Balance, num_kept, num_pruned, quotas
+from rayprune.core.schedule import check_share
+from rayprune.core.selection import Selection
+from rayprune.core.strata import draw_strata
+
+Rule = Literal["top", "bottom", "middle", "strata"]
+
+__all__ = ["Balance", "Rule", "choose", "lowest", "num_kept", "num_pruned", "quotas"]
+
+
+def lowest(
+    scores: NDArray[Any], class_quotas: NDArray[np.integer[Any]], labels: NDArray[np.integer[Any]]
+) -> NDArray[np.int64]:
+    """Return the ids of each class's lowest scores; of equal scores the lower ids.
+
+    Args:
+        scores: (N,) numbers.
+        class_quotas: (C,) integers, at most the size of each class.
+        labels: (N,) integers in [0, C).
+
+    Returns:
+        (M,) int64, ascending.
+
+    Raises:
+        ValueError: a NaN.
+
+    >>> lowest(np.array([3.0, 1.0, 2.0, 0.0]), np.array([1, 1]), np.array([0, 0, 1, 1])).tolist()
+    [1, 3]
+    """
+    _refuse_nan(scores)
+    order = np.argsort(scores, kind="stable")
+    kept = [rows[: class_quotas[label]] for label, rows in _by_class(order, labels[order], len(class_quotas))]
+    return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *kept]))
+
+
+def choose(
+    scores: NDArray[Any],
+    count: int,
+    rule: Rule = "top",
+    *,
+    labels: NDArray[np.integer[Any]] | None = None,
+    balance: Balance = "none",
+    rng: np.random.Generator | None = None,
+    num_strata: int = 50,
+    drop_bottom: float = 0.0,
+    drop_top: float = 0.0,
+    reweigh: bool = False,
+) -> Selection:
+    """Choose exactly `count` samples by their scores.
+
+    Args:
+        scores: (N,) numbers without NaN.
+        count: M, in [1, N less what is dropped first].
+        rule: "top" keeps the highest, "bottom" the lowest, "middle" those about the median in sorted order, and
+            "strata" draws so that the range of scores is covered (core/strata.py).
+        labels: (N,) integers, needed to balance.
+        balance: "none", or one of `quotas`, of what is left of each class; each class then follows the rule by itself.
+        rng: the generator of the draw, needed by "strata" and used by nothing else.
+        num_strata: S, for "strata".
+        drop_bottom, drop_top: shares of all N in [0, 1), rounded down, that are never kept: those with the lowest and
+            the highest scores, whatever their class.
+        reweigh: with "strata", weigh by the stratum's size over the number drawn from it, so that weighted sums are
+            without bias those over all that was not dropped; otherwise weights are 1.
+
+    Returns:
+        A Selection whose `requested` is 1 − M/N.
+
+    Raises:
+        ValueError: a NaN, something out of range or unknown, missing labels or generator, or strata that cannot be
+            weighed because the count leaves one of them without a sample.
+
+    >>> choose(np.array([0.3, 0.9, 0.1, 0.9]), 2).ids.tolist(), choose(np.array([5, 5, 5]), 2, "bottom").ids.tolist()
+    ([1, 3], [0, 1])
+    """
+    _check_choice(scores, rule, balance, labels, rng, num_strata, drop_bottom, drop_top, reweigh)
+    order = np.argsort(scores, kind="stable")
+    skipped = num_pruned(drop_bottom, scores.size)
+    left = scores.size - skipped - num_pruned(drop_top, scores.size)
+    if not 1 <= count <= left:
+        dropped = f" after {scores.size - left} are dropped" if left < scores.size else ""
+        raise ValueError(f"count {count} is outside 1..{left}, the samples there are to choose from{dropped}")
+    candidates = _block(order, scores, skipped, left)
+    ids, weights = [], []
+    for rows, quota in _classes(candidates, count, labels, balance):
+        kept, weight = _by_rule(rule, rows, scores, quota, num_strata, rng, reweigh)
+        ids.append(kept)
+        weights.append(weight)
+    return Selection.of_ids(
+        np.concatenate(ids),
+        scores.size,
+        weights=np.concatenate(weights) if reweigh else None,
+        requested=1.0 - count / scores.size,
+        expected_drops=scores.size - count,
+    )
+
+
+def _check_choice(
+    scores: NDArray[Any],
+    rule: str,
+    balance: str,
+    labels: NDArray[Any] | None,
+    rng: np.random.Generator | None,
+    num_strata: int,
+    drop_bottom: float,
+    drop_top: float,
+    reweigh: bool,
+) -> None:
+    for name, value, valid in (("rule", rule, get_args(Rule)), ("balance", balance, get_args(Balance))):
+        if value not in valid:
+            raise ValueError(f"{name} {value!r} is unknown: {closest(str(value), valid)}")
+    if scores.ndim != 1 or scores.dtype.kind not in "biuf":
+        raise ValueError(f"scores must be a 1-d array of numbers, got {scores.dtype} of shape {scores.shape}")
+    _refuse_nan(scores)
+    check_share("drop_bottom", drop_bottom)
+    check_share("drop_top", drop_top)
+    if balance != "none" and labels is None:
+        raise ValueError(f"balance {balance!r} needs labels")
+    if labels is not None and (labels.shape != scores.shape or labels.dtype.kind not in "iu"):
+        raise ValueError(f"labels must be {scores.size} integers, got {labels.dtype} of shape {labels.shape}")
+    if reweigh and rule != "strata":
+        raise ValueError(f"reweigh goes with the rule 'strata', not {rule!r}: the other rules draw nothing at random")
+    if rule == "strata":
+        if rng is None:
+            raise ValueError("the rule 'strata' draws at random: give rng")
+        if num_strata < 1:
+            raise ValueError(f"num_strata {num_strata} is below 1")
+        if not np.isfinite(scores).all():
+            raise ValueError(
+                f"scores of ids {np.flatnonzero(~np.isfinite(scores))[:5].tolist()} are infinite: no range"
+            )
+
+
+def _refuse_nan(scores: NDArray[Any]) -> None:
+    if scores.dtype.kind == "f" and (missing := np.flatnonzero(np.isnan(scores))).size:
+        raise ValueError(f"{missing.size} of {scores.size} scores are NaN, first ids {missing[:5].tolist()}")
+
+
+def _by_class(
+    rows: NDArray[np.int64], labels: NDArray[np.integer[Any]], num_classes: int
+) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Yield each class and those of the rows whose label it is, in their order."""
+    # Few classes fit one or two bytes, which NumPy sorts in linear time.
+    narrow = labels.astype(np.min_scalar_type(max(num_classes - 1, 0)), copy=False)
+    grouped = rows[np.argsort(narrow, kind="stable")]
+    ends = np.cumsum(np.bincount(narrow, minlength=num_classes))
+    yield from enumerate(np.split(grouped, ends[:-1]))
+
+
+def _classes(
+    candidates: NDArray[np.int64], count: int, labels: NDArray[np.integer[Any]] | None, balance: Balance
+) -> Iterator[tuple[NDArray[np.int64], int]]:
+    """Yield the sorted rows that compete with each other and how many of them are kept."""
+    if balance == "none" or labels is None:
+        yield candidates, count
+        return
+    values, classes = np.unique(labels[candidates], return_inverse=True)
+    quota_C = quotas(np.bincount(classes), count, balance)
+    for number, rows in _by_class(candidates, classes, values.size):
+        yield rows, int(quota_C[number])
+
+
+def _by_rule(
+    rule: Rule,
+    rows: NDArray[np.int64],
+    scores: NDArray[Any],
+    count: int,
+    num_strata: int,
+    rng: np.random.Generator | None,
+    reweigh: bool,
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return `count` of rows sorted by (score, id), and their weights."""
+    if rule == "strata":
+        assert rng is not None
+        return draw_strata(rows, scores[rows].astype(np.float64), count, num_strata, rng, reweigh)
+    start = {"bottom": 0, "middle": (rows.size - count) // 2, "top": rows.size - count}[rule]
+    return _block(rows, scores, start, count), np.ones(count)
+
+
+def _block(rows: NDArray[np.int64], scores: NDArray[Any], start: int, count: int) -> NDArray[np.int64]:
+    """Return `count` of rows sorted by (score, id) from `start` on, but of the lowest score taken the lower ids."""
+    stop = start + count
+    if not 0 < start < stop:
+        return rows[start:stop]
+    values = scores[rows]
+    first, last = (int(np.searchsorted(values, values[start], side)) for side in ("left", "right"))
+    tied = min(last, stop) - start
+    return np.concatenate([rows[first : first + tied], rows[start + tied : stop]])

@@ -1,0 +1,115 @@
+"""Strata and the middle against arrays of the reference programs, and against a naive reading of the paper.
+
+Shapes: N samples, S strata. tests/golden/ccs_strat_*.npz and moderate_distance.npz hold what the programs that go with
+CCS (arXiv 2210.15809) and Moderate (ICLR 2023) chose on synthetic scores.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from rayprune.core.choosing import choose, num_pruned
+from rayprune.core.strata import strata_budgets
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def golden(name: str) -> dict[str, NDArray[Any]]:
+    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as stored:
+        return dict(stored)
+
+
+def strata_of(scores: NDArray[Any], num_strata: int) -> list[list[int]]:
+    """Bin as the paper's program does, sample by sample; what lies above the last edge belongs to the last bin."""
+    low, high = float(scores.min()), float(scores.max())
+    width = (high + abs(high) * 1e-4 - low) / num_strata
+    bins: list[list[int]] = [[] for _ in range(num_strata)]
+    for sample, score in enumerate(scores.tolist()):
+        above = [number for number in range(num_strata) if score >= low + number * width]
+        bins[above[-1]].append(sample)
+    return bins
+
+
+def budgets_of(sizes: list[int], count: int) -> list[int]:
+    """Give out a count smallest stratum first, as the paper's program does."""
+    budgets = [0] * len(sizes)
+    waiting = sorted(range(len(sizes)), key=lambda number: sizes[number])
+    while waiting:
+        number = waiting[0]
+        budgets[number] = min(sizes[number], count // len(waiting))
+        count -= budgets[number]
+        waiting = waiting[1:]
+    return budgets
+
+
+def test_the_budgets_are_those_of_the_reference() -> None:
+    stored = golden("ccs_strat_r0.1_m0.3")
+    scores, easy = stored["score"], np.sort(stored["easy_index"])
+    # The reference drops the lowest AUM, the samples hardest to learn and most likely mislabelled.
+    assert choose(scores, easy.size, "top").ids.tolist() == easy.tolist()
+    chosen = choose(scores, 200, "strata", drop_bottom=0.3, rng=np.random.default_rng(0))
+    assert np.isin(chosen.ids, easy).all()
+    bins = strata_of(scores[easy], int(stored["n_strata"]))
+    assert [len(members) for members in bins] == stored["strata_counts"].tolist()
+    drawn = [int(np.isin(chosen.ids, easy[members]).sum()) for members in bins]
+    assert drawn == stored["budgets"].tolist()
+    assert strata_budgets(stored["strata_counts"], 200).tolist() == stored["budgets"].tolist()
+
+
+def test_a_maximum_below_zero_is_covered() -> None:
+    stored = golden("ccs_strat_negative_scores")
+    scores, easy = stored["score"], np.sort(stored["easy_index"])
+    assert stored["strata_counts"].sum() == easy.size - 1, "the reference loses one sample"
+    options: Any = {"drop_bottom": 0.1, "reweigh": True}
+    draws = [choose(scores, 100, "strata", rng=np.random.default_rng(seed), **options) for seed in range(60)]
+    for drawn in draws:
+        assert drawn.num_kept == 100
+        np.testing.assert_allclose(drawn.weights.sum(), easy.size, rtol=1e-6)
+    assert any(int(scores.argmax()) in drawn.ids for drawn in draws)
+
+
+def test_the_middle_is_that_of_moderate() -> None:
+    stored = golden("moderate_distance")
+    count = round(float(stored["keep_fraction"]) * stored["distance"].size)
+    middle = choose(stored["distance"], count, "middle").ids
+    assert middle.tolist() == stored["kept_middle_global"].tolist()
+    assert middle.tolist() != stored["kept_by_d2_port"].tolist()
+    # The block about the median's rank, not the smallest distances from the median's value.
+    nearest = np.argsort(np.abs(stored["distance"] - np.median(stored["distance"])))[:count]
+    assert set(middle) != set(nearest)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["float32", "float64", "int64"]), st.sampled_from([-9.0, 0.0, 2.0]))
+def test_strata_are_those_of_a_naive_transcription(seed: int, dtype: str, shift: float) -> None:
+    rng = np.random.default_rng(seed)
+    scores = (rng.gamma(1.0, 3.0, rng.integers(2, 120)) + shift).astype(dtype)
+    num_strata, share = int(rng.integers(1, 12)), float(rng.choice([0.0, 0.1, 0.3]))
+    dropped = num_pruned(share, scores.size)
+    order = sorted(range(scores.size), key=lambda sample: (scores[sample], -sample))
+    left = np.array(sorted(order[dropped:]))
+    count = int(rng.integers(1, left.size + 1))
+    bins = strata_of(scores[left], num_strata)
+    chosen = choose(scores, count, "strata", drop_bottom=share, num_strata=num_strata, rng=rng)
+    drawn = [int(np.isin(chosen.ids, left[members]).sum()) for members in bins]
+    assert drawn == budgets_of([len(members) for members in bins], count)
+    assert sum(drawn) == count
+
+
+def test_a_draw_inside_a_stratum_is_uniform() -> None:
+    scores, rng = np.repeat([0.0, 1.0], [10, 30]), np.random.default_rng(0)
+    times = np.zeros(40)
+    for _ in range(3000):
+        times[choose(scores, 10, "strata", num_strata=2, rng=rng).ids] += 1
+    np.testing.assert_allclose(times[:10] / 3000, 0.5, atol=0.04)
+    np.testing.assert_allclose(times[10:] / 3000, 5 / 30, atol=0.03)
+
+
+def test_budgets_are_equal_rather_than_in_proportion() -> None:
+    sizes = np.array([10, 100, 1000])
+    assert strata_budgets(sizes, 111).tolist() == [10, 50, 51]

@@ -1,0 +1,172 @@
+"""Choosing by scores: exact counts, ties by the lower id, quotas that add up, whatever the scores.
+
+Shapes: N samples, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from rayprune.core.choosing import choose, lowest, num_kept, num_pruned, quotas
+
+RULES = ["top", "bottom", "middle", "strata"]
+BALANCES = ["none", "proportional", "even"]
+# Few distinct values, so that most scores are tied.
+samples = st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 3)), min_size=1, max_size=40)
+
+
+def arrays_of(drawn: list[tuple[int, int]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    scores, labels = np.array(drawn).T
+    return scores.astype(np.float32), labels
+
+
+@given(samples, st.sampled_from(RULES), st.sampled_from(BALANCES), st.data())
+def test_the_count_is_exact_and_the_choice_repeats(
+    drawn: list[tuple[int, int]], rule: Any, balance: Any, data: st.DataObject
+) -> None:
+    scores, labels = arrays_of(drawn)
+    drops = data.draw(st.sampled_from([(0.0, 0.0), (0.2, 0.0), (0.0, 0.3), (0.25, 0.25)]))
+    left = scores.size - sum(num_pruned(share, scores.size) for share in drops)
+    count = data.draw(st.integers(1, left))
+
+    def chosen() -> Any:
+        rng = np.random.default_rng(3)
+        options = {"labels": labels, "balance": balance, "num_strata": 5, "drop_bottom": drops[0], "drop_top": drops[1]}
+        return choose(scores, count, rule, rng=rng, **options)
+
+    selection = chosen()
+    assert selection.num_kept == count
+    assert selection.requested == 1 - count / scores.size
+    assert selection.expected_drops == scores.size - count
+    assert np.array_equal(selection.codes, chosen().codes)
+    assert set(selection.weights) == {1.0}
+
+
+@given(samples, st.sampled_from(["top", "bottom", "middle"]), st.data())
+def test_of_equal_scores_the_lower_ids_are_kept(drawn: list[tuple[int, int]], rule: Any, data: st.DataObject) -> None:
+    scores, _ = arrays_of(drawn)
+    share = data.draw(st.sampled_from([0.0, 0.2]))
+    left = scores.size - 2 * num_pruned(share, scores.size)
+    kept = choose(scores, data.draw(st.integers(1, left)), rule, drop_bottom=share, drop_top=share).codes != 0
+    for value in np.unique(scores):
+        mask = kept[scores == value]
+        assert mask[: mask.sum()].all()
+    # What is kept is one run of the sorted scores.
+    values, inside = np.sort(scores), np.sort(scores[kept])
+    assert any(np.array_equal(inside, values[i : i + inside.size]) for i in range(values.size))
+
+
+@given(samples, st.sampled_from(["proportional", "even"]), st.data())
+def test_each_class_keeps_its_quota_of_lowest(drawn: list[tuple[int, int]], balance: Any, data: st.DataObject) -> None:
+    scores, labels = arrays_of(drawn)
+    count = data.draw(st.integers(1, scores.size))
+    given_C = quotas(np.bincount(labels), count, balance)
+    ids = choose(scores, count, "bottom", labels=labels, balance=balance).ids
+    assert np.bincount(labels[ids], minlength=given_C.size).tolist() == given_C.tolist()
+    assert lowest(scores, given_C, labels).tolist() == ids.tolist()
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=12), st.sampled_from(["proportional", "even"]), st.data())
+def test_quotas_add_up_and_fit(sizes: list[int], balance: Any, data: st.DataObject) -> None:
+    size_C = np.array(sizes)
+    count = data.draw(st.integers(0, sum(sizes)))
+    given_C = quotas(size_C, count, balance)
+    assert given_C.dtype == np.int64
+    assert given_C.sum() == count
+    assert (given_C >= 0).all()
+    assert (given_C <= size_C).all()
+    if balance == "proportional":
+        assert (np.abs(given_C * max(sum(sizes), 1) - count * size_C) < max(sum(sizes), 1)).all()
+    else:  # a class with room has as many as any other, or one less
+        assert (given_C[given_C < size_C] >= given_C.max() - 1).all()
+
+
+def test_classes_are_balanced_as_told() -> None:
+    scores, labels = np.arange(1, 9) / 10, np.array([0] * 5 + [1] * 3)
+    kept = {b: choose(scores, 5, "bottom", labels=labels, balance=b).ids.tolist() for b in BALANCES}  # type: ignore[arg-type]
+    assert kept == {"none": [0, 1, 2, 3, 4], "proportional": [0, 1, 2, 5, 6], "even": [0, 1, 2, 5, 6]}
+    assert choose(scores, 4, "bottom", labels=labels, balance="proportional").ids.tolist() == [0, 1, 2, 5]
+    assert quotas(np.array([4, 4, 4]), 4, "proportional").tolist() == [2, 1, 1]
+    assert quotas(np.array([1, 0, 7, 7]), 10, "even").tolist() == [1, 0, 5, 4]
+
+
+def test_what_is_dropped_first_is_counted_over_all_samples() -> None:
+    scores = np.arange(10.0)
+    assert choose(scores, 3, "bottom", drop_bottom=0.29).ids.tolist() == [2, 3, 4]
+    assert choose(scores, 3, "top", drop_top=0.3).ids.tolist() == [4, 5, 6]
+    assert choose(scores, 2, "middle", drop_bottom=0.4).ids.tolist() == [6, 7]
+    with pytest.raises(ValueError, match=r"outside 1\.\.5.*after 5 are dropped"):
+        choose(scores, 6, drop_bottom=0.3, drop_top=0.2)
+
+
+@given(st.integers(1, 10**6), st.integers(1, 1000))
+def test_a_share_and_its_prune_ratio_make_up_the_whole(num_samples: int, thousandths: int) -> None:
+    kept = num_kept(thousandths / 1000, num_samples)
+    assert kept == max(1, -(-thousandths * num_samples // 1000))
+    assert num_pruned(thousandths / 1000, num_samples) == thousandths * num_samples // 1000
+
+
+@pytest.mark.parametrize("keep", [0, -1, 6, 0.0, 1.5, -0.5, float("nan"), True, "half"])
+def test_a_keep_out_of_range_is_refused(keep: Any) -> None:
+    with pytest.raises(ValueError, match=r"^keep .* (0\.3|whole)"):
+        num_kept(keep, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rule": "highest"}, "rule 'highest' is unknown"),
+        ({"balance": "evn"}, "did you mean 'even'"),
+        ({"balance": "even", "labels": None}, "needs labels"),
+        ({"labels": np.zeros(3, dtype=int)}, "labels must be 4 integers"),
+        ({"rule": "strata", "rng": None}, "give rng"),
+        ({"rule": "strata", "num_strata": 0}, "num_strata 0"),
+        ({"reweigh": True}, "goes with the rule 'strata'"),
+        ({"drop_top": 1.5}, "drop_top 1.5"),
+        ({"count": 0}, r"outside 1\.\.4"),
+        ({"count": 5}, r"outside 1\.\.4"),
+        ({"scores": np.array([1, np.nan, np.nan, 0])}, r"2 of 4 scores are NaN, first ids \[1, 2\]"),
+        ({"scores": np.array([1, np.inf, 0, 0]), "rule": "strata"}, r"\[1\] are infinite"),
+        ({"scores": np.array([1e308, -1e308, 0, 0]), "rule": "strata"}, "too far apart"),
+        ({"scores": np.array(["a", "b"])}, "must be a 1-d array of numbers"),
+    ],
+)
+def test_a_bad_choice_is_refused(options: dict[str, Any], said: str) -> None:
+    usual = {"scores": np.arange(4.0), "count": 2, "labels": np.zeros(4, dtype=int), "rng": np.random.default_rng(0)}
+    with pytest.raises(ValueError, match=said):
+        choose(**(usual | options))
+
+
+def test_weighed_strata_are_unbiased() -> None:
+    rng = np.random.default_rng(0)
+    scores, labels = rng.gamma(2.0, size=200), rng.integers(0, 2, 200)
+    values = rng.normal(size=200) + scores
+    for balance in ("none", "proportional"):
+        options: Any = {"labels": labels, "balance": balance, "num_strata": 4, "reweigh": True}
+        draws = [choose(scores, 40, "strata", rng=rng, **options) for _ in range(2000)]
+        sums = np.array([np.sum(drawn.weights * values[drawn.ids]) for drawn in draws])
+        assert abs(sums.mean() - values.sum()) < 4 * sums.std() / np.sqrt(sums.size)
+        totals = [drawn.weights.sum() for drawn in draws]
+        np.testing.assert_allclose(totals, 200, rtol=1e-5)
+
+
+def test_strata_that_no_weight_makes_up_for_are_refused() -> None:
+    scores, rng = np.arange(100.0), np.random.default_rng(0)
+    with pytest.raises(ValueError, match="lower num_strata"):
+        choose(scores, 30, "strata", rng=rng, reweigh=True)
+    assert choose(scores, 30, "strata", rng=rng).num_kept == 30
+    labels = np.array([0] * 99 + [1])
+    with pytest.raises(ValueError, match="1 of 1 strata"):
+        choose(scores, 30, "strata", labels=labels, balance="proportional", num_strata=2, rng=rng, reweigh=True)
+
+
+def test_ids_beyond_float32_stay_what_they_are() -> None:
+    scores = np.zeros((1 << 24) + 4, dtype=np.float16)
+    scores[[(1 << 24) + 1, (1 << 24) + 3]] = 1
+    assert choose(scores, 2).ids.tolist() == [(1 << 24) + 1, (1 << 24) + 3]
