@@ -88,6 +88,8 @@ def wrong_type(value: Any, hint: Any) -> str:
 
     >>> wrong_type(3, float), wrong_type(True, float | None), wrong_type([1, "a"], tuple[int, ...])
     ('', 'must be a number or null', 'must be a list of whole numbers')
+    >>> wrong_type([[90]], tuple[tuple[int, int], ...])
+    'must be a list of lists of 2 whole numbers'
     >>> wrong_type(1.5, Literal["auto"] | bool), wrong_type(math.inf, float)
     ('must be auto, true or false', 'must be a finite number')
     """
@@ -139,6 +141,11 @@ def _choices(hint: Any) -> list[str]:
     if origin is Literal:
         return [str(member) for member in args]
     if origin is tuple:
-        count = "" if args[-1] is Ellipsis else f"{len(args)} "
-        return [f"a list of {count}{_MANY.get(_bare(args[0]), 'values')}"]
+        return [f"a list of {_members(args)}"]
     return ["true", "false"] if hint is bool else [_ONE.get(hint, "a mapping of keys")]
+
+
+def _members(args: tuple[Any, ...]) -> str:
+    count, member = "" if args[-1] is Ellipsis else f"{len(args)} ", _bare(args[0])
+    many = f"lists of {_members(get_args(member))}" if get_origin(member) is tuple else _MANY.get(member, "values")
+    return f"{count}{many}"

@@ -52,7 +52,7 @@ class SelectionMethod(Protocol):
 
     def check(
         self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int
-    ) -> None: ...
+    ) -> NDArray[np.bool_] | None: ...
 
     def fold(
         self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int
@@ -205,14 +205,14 @@ class Selector:
             arrays[name] = array
         checked, arrays = self._finite(checked, arrays, epoch)
         if checked.size:
-            swept = sweep and bool(self.method.sweep_signals)
-            if not swept:
-                self.method.check(self.table, checked, arrays, epoch)
+            fold, wanted = self.method.fold_sweep, None
+            if not (sweep and self.method.sweep_signals):
+                fold, wanted = self.method.fold, self.method.check(self.table, checked, arrays, epoch)
             self.table.mark_visited(checked, epoch)
-            if swept:
-                self.method.fold_sweep(self.table, checked, arrays, epoch)
-            else:
-                self.method.fold(self.table, checked, arrays, epoch)
+            if wanted is not None and not wanted.all():
+                checked, arrays = checked[wanted], {name: array[wanted] for name, array in arrays.items()}
+            if checked.size:
+                fold(self.table, checked, arrays, epoch)
 
     def _finite(
         self, ids: NDArray[np.int64], arrays: dict[str, NDArray[Any]], epoch: int

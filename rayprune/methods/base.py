@@ -24,10 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayprune.core.context import EpochContext
-from rayprune.core.fields import check_fields
+from rayprune.core.fields import check_fields, shown, wrong_type
 from rayprune.core.plain import make_fields_plain
 from rayprune.core.quotas import num_pruned as num_pruned  # methods that take a ratio import it from here
-from rayprune.core.schedule import Schedule, check_share
+from rayprune.core.schedule import Schedule, check_ratio, check_share
 from rayprune.core.selection import Selection
 from rayprune.core.table import ScoreTable
 
@@ -85,8 +85,15 @@ class Method:
         """Return the train step (a key of `rayprune.nn.steps.STEPS`) and its options."""
         return "plain", {}
 
-    def check(self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int) -> None:
-        """Raise ValueError where observations must not be folded; called before anything of them is stored."""
+    def check(
+        self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int
+    ) -> NDArray[np.bool_] | None:
+        """Return the (B,) rows to fold, None for all; called before anything of the observations is stored.
+
+        Raises:
+            ValueError: the observations must not be stored at all.
+        """
+        return None
 
     def fold(self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int) -> None:
         """Write finite signals, (B,) each, into the rows of (B,) distinct ids: by default the last value."""
@@ -123,7 +130,14 @@ def warn_once(line: str) -> None:
     logger.warning("%s", line)
 
 
+def check_static_ratio(name: str, value: Any) -> None:
+    """Raise ValueError unless value is a number in [0, 1): a subset that is chosen once takes no schedule."""
+    if wrong_type(value, float):
+        raise ValueError(f"{name} = {shown(value)}: one subset takes no schedule: give a number in [0, 1)")
+    check_ratio(name, value)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Schedule | Method):
         return value.to_config()
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -60,9 +60,11 @@ class Shuffled(Method):
         """Return the inner method's step."""
         return self.of.step()  # type: ignore[no-any-return]
 
-    def check(self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int) -> None:
+    def check(
+        self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int
+    ) -> NDArray[np.bool_] | None:
         """Check as the inner method does."""
-        self.of.check(table, ids, signals, epoch)
+        return self.of.check(table, ids, signals, epoch)  # type: ignore[no-any-return]
 
     def fold(self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int) -> None:
         """Fold as the inner method does: the stored scores stay with their samples."""

@@ -22,7 +22,7 @@ from rayprune.core import Schedule, Selection, Selector
 from rayprune.methods import METHODS, Method, build_method
 from rayprune.methods.base import Kind
 
-NUM_SAMPLES, NUM_EPOCHS, EPOCHS_RUN, NUM_CLASSES = 41, 8, 4, 4
+NUM_SAMPLES, NUM_EPOCHS, NUM_CLASSES = 41, 16, 4
 # Unbalanced on purpose; the last class has one sample.
 LABELS = np.repeat(np.arange(NUM_CLASSES), [25, 10, 5, 1])
 
@@ -90,9 +90,14 @@ def visit(selector: Selector, selection: Selection, epoch: int) -> None:
     selector.observe(ids, observed(selector.method, ids, epoch), epoch)  # type: ignore[arg-type]
 
 
-def run(selector: Selector, epochs: range = range(EPOCHS_RUN)) -> list[Selection]:
+def epochs_run(method: Method) -> int:
+    """Return how many epochs show what a method does: those on everything, if it needs such, and four more."""
+    return method.collect_epochs + 4
+
+
+def run(selector: Selector, epochs: range | None = None) -> list[Selection]:
     selections = []
-    for epoch in epochs:
+    for epoch in range(epochs_run(selector.method)) if epochs is None else epochs:  # type: ignore[arg-type]
         selections.append(selector.begin_epoch(epoch))
         visit(selector, selections[-1], epoch)
     return selections
@@ -130,7 +135,9 @@ def check_valid(selection: Selection, num_samples: int) -> None:
     assert ids.min() >= 0
     assert ids.max() < num_samples
     assert np.isfinite(weights).all()
-    assert (weights > 0).all()
+    # Where a batch trains with the mean of its weights, the lowest of them may be 0.
+    assert (weights >= 0).all() if selection.batch_mean_weights else (weights > 0).all()
+    assert weights.any()
     assert np.intersect1d(ids, selection.forward_only_ids).size == 0
     assert 0 <= selection.requested < 1
     assert selection.realised == 1 - ids.size / num_samples
@@ -210,7 +217,7 @@ def test_the_seed_fixes_everything(method: Method) -> None:
 def test_begin_epoch_again_gives_the_same(method: Method) -> None:
     selector = selector_of(method)
     pruned = np.zeros(NUM_SAMPLES, dtype=int)
-    for epoch in range(EPOCHS_RUN):
+    for epoch in range(epochs_run(method)):
         first = fingerprint(selector.begin_epoch(epoch))
         assert fingerprint(selector.begin_epoch(epoch)) == first
         visit(selector, selector.begin_epoch(epoch), epoch)
@@ -231,7 +238,8 @@ def test_a_stored_state_continues_alike(method: Method, mid_epoch: bool) -> None
     restored.load_state_dict(through_a_file(selector))
     assert fingerprint(restored.begin_epoch(2)) == fingerprint(current)
     assert same_scores(restored, selector)
-    assert fingerprints(run(restored, range(2, 6))) == fingerprints(run(selector, range(2, 6)))
+    rest = range(2, epochs_run(method) + 2)
+    assert fingerprints(run(restored, rest)) == fingerprints(run(selector, rest))
     assert same_scores(restored, selector)
     assert restored.table.times_pruned.tolist() == selector.table.times_pruned.tolist()
 
@@ -241,13 +249,14 @@ def test_a_pickled_selector_continues_alike(method: Method) -> None:
     selector = selector_of(method)
     run(selector, range(2))
     copy = pickle.loads(pickle.dumps(selector))
-    assert fingerprints(run(copy, range(2, 4))) == fingerprints(run(selector, range(2, 4)))
+    rest = range(2, epochs_run(method))
+    assert fingerprints(run(copy, rest)) == fingerprints(run(selector, rest))
 
 
 @every_method
 def test_the_order_of_observations_does_not_matter(method: Method) -> None:
     whole, pieces = selector_of(method), selector_of(method)
-    for epoch in range(EPOCHS_RUN):
+    for epoch in range(epochs_run(method)):
         visit(whole, whole.begin_epoch(epoch), epoch)
         selection = pieces.begin_epoch(epoch)
         assert fingerprint(whole.begin_epoch(epoch)) == fingerprint(selection)
@@ -260,12 +269,13 @@ def test_the_order_of_observations_does_not_matter(method: Method) -> None:
 @every_class
 def test_an_observation_that_comes_twice_counts_once(cls: type[Method]) -> None:
     once, twice = selector_of(cls()), selector_of(cls())
-    for epoch in range(EPOCHS_RUN):
+    num_epochs = epochs_run(once.method)  # type: ignore[arg-type]
+    for epoch in range(num_epochs):
         visit(once, once.begin_epoch(epoch), epoch)
         for _ in range(2):
             visit(twice, twice.begin_epoch(epoch), epoch)
     assert same_scores(once, twice)
-    assert fingerprint(once.begin_epoch(EPOCHS_RUN)) == fingerprint(twice.begin_epoch(EPOCHS_RUN))
+    assert fingerprint(once.begin_epoch(num_epochs)) == fingerprint(twice.begin_epoch(num_epochs))
 
 
 @every_unbiased_method
@@ -313,6 +323,12 @@ def test_an_epoch_that_asks_for_less_drops_something(method: Method) -> None:
         assert (selection.requested > 0) == (selection.num_kept < NUM_SAMPLES)
     if isinstance(getattr(method, "prune_ratio", None), Schedule):
         assert any(selection.requested > 0 for selection in selections)
+    if method.collect_epochs:
+        collected, chosen = selections[: method.collect_epochs], selections[method.collect_epochs :]
+        assert all(selection.num_kept == NUM_SAMPLES for selection in collected)
+        assert chosen
+        assert all(selection.num_kept < NUM_SAMPLES for selection in chosen)
+        assert {selection.ids.tobytes() for selection in chosen} == {chosen[0].ids.tobytes()}
 
 
 @every_method
@@ -363,6 +379,11 @@ def test_scores_are_copies_of_one_number_a_sample(method: Method) -> None:
 def test_large_seeds_and_epochs(method: Method) -> None:
     selector = Selector(method, NUM_SAMPLES, 100_000, 2**40 + 1, labels=LABELS, chosen=chosen_of(NUM_SAMPLES))
     selector.observe(np.arange(NUM_SAMPLES), observed(method, np.arange(NUM_SAMPLES), 0), 0)
+    if method.collect_epochs:
+        with pytest.raises(ValueError, match="were not visited in epoch"):
+            selector.begin_epoch(70_000)
+        for epoch in range(1, method.collect_epochs):
+            selector.observe(np.arange(NUM_SAMPLES), observed(method, np.arange(NUM_SAMPLES), epoch), epoch)
     selection = selector.begin_epoch(np.int64(70_000))  # type: ignore[arg-type]
     check_valid(selection, NUM_SAMPLES)
     restored = Selector(method, NUM_SAMPLES, 100_000, 2**40 + 1, labels=LABELS, chosen=chosen_of(NUM_SAMPLES))
