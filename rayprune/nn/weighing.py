@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayprune.core.objects import closest
-from rayprune.nn.signals import SIGNALS, compute_signals
+from rayprune.nn.boundary import PairDistances
+from rayprune.nn.signals import BOUNDARY_SIGNALS, SIGNALS, compute_signals
 
 # What a loop gives directly; every other signal is derived from logits.
 GIVEN = ("loss", "embedding")
+# A sweep asks for the same layer batch after batch.
+_LAST_HEAD = PairDistances()
 
 
 def losses_per_sample(losses: Tensor, num_rows: int, mask: Tensor | None = None) -> Tensor:
@@ -75,6 +78,7 @@ def signals_per_sample(
     logits: Tensor | None = None,
     targets: Tensor | None = None,
     embeddings: Tensor | None = None,
+    head: nn.Linear | Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return the named signals of a batch.
 
@@ -84,6 +88,7 @@ def signals_per_sample(
         logits: (B, C) for classes, (B, C, …) for dense targets (B, …), (B, C) for multi-label targets (B, C).
         targets: int64 class indices (B,) or (B, …); floating (B, C) in [0, 1] for several labels a sample.
         embeddings: (B, d).
+        head: the layer whose output the logits are, or its weight (C, D); signals of decision boundaries need it.
 
     Returns:
         name → (B,) or (B, d) float32, detached. Dense signals are means over the positions, those of several labels
@@ -106,16 +111,28 @@ def signals_per_sample(
     if derived:
         if logits is None:
             raise ValueError(f"the method needs {', '.join(derived)}: give weigh(logits=) beside the losses")
-        found |= _derived(derived, losses_B.detach(), logits.detach(), targets)
+        found |= _derived(derived, losses_B.detach(), logits.detach(), targets, head)
     return {name: found[name] for name in names}
 
 
-def _derived(names: tuple[str, ...], losses_B: Tensor, logits: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
+def _derived(
+    names: tuple[str, ...],
+    losses_B: Tensor,
+    logits: Tensor,
+    targets: Tensor | None,
+    head: nn.Linear | Tensor | None,
+) -> dict[str, Tensor]:
     if targets is None:
         raise ValueError("the method needs the targets too: give weigh(targets=), or a batch with a column 'label'")
     rows = losses_B.shape[0]
     if logits.ndim < 2 or logits.shape[0] != rows:
         raise ValueError(f"weigh(logits=) has shape {tuple(logits.shape)}: it must be ({rows}, classes, …)")
+    of_boundaries = [name for name in names if name in BOUNDARY_SIGNALS]
+    if of_boundaries and (targets.is_floating_point() or logits.ndim != 2):
+        raise ValueError(
+            f"{', '.join(of_boundaries)} need one class a sample: targets {tuple(targets.shape)} of logits "
+            f"{tuple(logits.shape)} are several; choose a method that asks for other signals"
+        )
     if targets.is_floating_point():
         if targets.shape != logits.shape or logits.ndim != 2:
             raise ValueError(
@@ -128,8 +145,17 @@ def _derived(names: tuple[str, ...], losses_B: Tensor, logits: Tensor, targets: 
             f"give class indices of shape {(rows, *logits.shape[2:])}"
         )
     if logits.ndim == 2:
-        return compute_signals(names, logits, targets, losses_B)
+        distances_CC = _distances(of_boundaries, head) if of_boundaries else None
+        return compute_signals(names, logits, targets, losses_B, distances_CC=distances_CC)
     return _dense(names, losses_B, logits, targets)
+
+
+def _distances(names: list[str], head: nn.Linear | Tensor | None) -> Tensor:
+    if head is None:
+        raise ValueError(
+            f"the method needs {', '.join(names)}: give weigh(head=model.fc), the nn.Linear whose output the logits are"
+        )
+    return _LAST_HEAD(head if isinstance(head, Tensor) else head.weight)
 
 
 def _dense(names: tuple[str, ...], losses_B: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from rayprune.nn.signals import SIGNALS, compute_signals
+from rayprune.nn.boundary import pair_distances
+from rayprune.nn.signals import BOUNDARY_SIGNALS, SIGNALS, compute_signals
 from rayprune.nn.weighing import losses_per_sample, signals_per_sample, weighted_mean
 
 GENERATOR = np.random.default_rng(3)
@@ -68,9 +69,31 @@ def test_a_nan_loss_of_padding_does_not_reach_the_mean() -> None:
 def test_class_targets_give_the_engines_own_signals() -> None:
     scores, targets = logits(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
     losses = functional.cross_entropy(scores, targets, reduction="none")
-    ours = signals_per_sample(SIGNALS, losses, scores, targets)
-    theirs = compute_signals(SIGNALS, scores, targets, losses)
-    assert all(torch.equal(ours[name], theirs[name]) for name in SIGNALS)
+    head = torch.nn.Linear(3, 5)
+    theirs = compute_signals(SIGNALS, scores, targets, losses, distances_CC=pair_distances(head.weight))
+    for given_head in (head, head.weight):
+        ours = signals_per_sample(SIGNALS, losses, scores, targets, head=given_head)
+        assert all(torch.equal(ours[name], theirs[name]) for name in SIGNALS)
+
+
+def test_another_head_gives_other_distances() -> None:
+    scores, targets, heads = logits(6, 5), torch.zeros(6, dtype=torch.int64), [torch.nn.Linear(3, 5) for _ in range(2)]
+    for head in (*heads, *heads):
+        found = signals_per_sample(("boundary",), torch.zeros(6), scores, targets, head=head)
+        table = pair_distances(head.weight)
+        expected = compute_signals(("boundary",), scores, targets, torch.zeros(6), distances_CC=table)
+        assert torch.equal(found["boundary"], expected["boundary"])
+
+
+@pytest.mark.parametrize("name", BOUNDARY_SIGNALS)
+def test_boundaries_need_the_last_layer_and_one_class_a_sample(name: str) -> None:
+    scores, targets, head = logits(6, 5), torch.zeros(6, dtype=torch.int64), torch.nn.Linear(3, 5)
+    with pytest.raises(ValueError, match=rf"needs {name}: give weigh\(head=model.fc\)"):
+        signals_per_sample((name,), torch.zeros(6), scores, targets)
+    dense, several = (logits(6, 5, 4), torch.zeros(6, 4, dtype=torch.int64)), (scores, torch.zeros(6, 5))
+    for outputs in (dense, several):
+        with pytest.raises(ValueError, match=f"{name} need one class a sample"):
+            signals_per_sample((name,), torch.zeros(6), *outputs, head=head)
 
 
 def test_dense_targets_are_means_over_the_positions() -> None:
