@@ -132,6 +132,16 @@ def without_parameters(*, num_classes: int, input_shape: tuple[int, ...]) -> nn.
     return First()
 
 
+def ends_softly(*, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    """Return logarithms of probabilities, which no linear layer gives."""
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes), nn.LogSoftmax(dim=1))
+
+
+def with_slopes(*, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    """Have a layer with parameters that no proxy can slice."""
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(8), nn.PReLU(8), nn.Linear(8, num_classes))
+
+
 def writes_pid(*, num_classes: int, input_shape: tuple[int, ...], folder: str, pause_s: float) -> nn.Module:
     """Leave this process's id in `folder/<rank>` at the first training step; take `pause_s` longer a step."""
 
@@ -198,6 +208,36 @@ class KeepsProbabilities(Method):
         """Keep the nine tenths that look least like a zero."""
         order = np.argsort(np.nan_to_num(table["mean_probs"][:, 0]), kind="stable")
         return Selection.of_ids(order[: -(-9 * context.num_samples // 10)], context.num_samples)
+
+
+@dataclass(frozen=True)
+class TrainsBy(Method):
+    """Keep everything, and train as the fields say.
+
+    Args:
+        train_step: its name.
+        width: of the proxy, where the step has one.
+        sweeps: the signal that a sweep would ask for.
+    """
+
+    signals = ("loss",)
+
+    train_step: str = "plain"
+    width: float = 0.5
+    sweeps: str = "loss"
+
+    @property
+    def sweep_signals(self) -> tuple[str, ...]:
+        """What a sweep would ask for."""
+        return (self.sweeps,)
+
+    def step(self) -> tuple[str, dict[str, float]]:
+        """Name the step."""
+        return self.train_step, {} if self.train_step == "plain" else {"width": self.width}
+
+    def select(self, table: ScoreTable, context: EpochContext) -> Selection:
+        """Keep everything."""
+        return Selection.full(context.num_samples)
 
 
 @dataclass(frozen=True)

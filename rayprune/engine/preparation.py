@@ -16,7 +16,7 @@ from rayprune.core.selector import Selector
 from rayprune.engine.checkpoint import copy_checkpoint, damage, newest_checkpoint, read_position
 from rayprune.engine.resources import Resources
 from rayprune.engine.run_folder import append_metrics, mend_metrics, read_metrics, write_environment
-from rayprune.engine.setup import InputSpec, build_step, rate_at
+from rayprune.engine.setup import InputSpec, build_step, network_optimizer, rate_at
 from rayprune.engine.stream import shuffle_name
 from rayprune.nn.augment import Augment
 from rayprune.nn.models import build_model
@@ -88,7 +88,7 @@ def unkept_signals(config: Config, spec: InputSpec, num_samples: int) -> list[st
 
 
 def check_model(config: Config, spec: InputSpec) -> None:
-    """Build network, optimiser and learning rates once on this machine: a mistake shows before anything starts."""
+    """Build network, optimiser, rates and train step once on this machine: a mistake shows before anything starts."""
     name = config.model.name
     model = build_model(name, num_classes=spec.num_classes, input_shape=spec.shape, **config.model.options)
     try:
@@ -105,11 +105,25 @@ def check_model(config: Config, spec: InputSpec) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"model {name!r} has no parameters to train")
     try:
-        build_step(config, model, (), torch.device("cpu"))
+        network_optimizer(config, model)
         for epoch in {0, config.train.epochs - 1}:
             rate_at(config, epoch, 0, 1, 1.0)
     except ValueError as error:
         raise ValueError(f"optim can't be used: {error}") from None
+    _check_step(config, model, spec)
+
+
+def _check_step(config: Config, model: torch.nn.Module, spec: InputSpec) -> None:
+    """Send a batch of zeros through each part of the method's train step."""
+    method = config.build_method()
+    asked = tuple(dict.fromkeys((*method.signals, *getattr(method, "sweep_signals", ()))))
+    try:
+        step = build_step(config, model, method.signals, spec, 1, torch.device("cpu"))
+        zeros, targets = torch.zeros(2, *spec.shape), torch.zeros(2, dtype=torch.int64)
+        for part in step.parts:
+            step.evaluate(zeros, targets, smoothed=True, signals=asked, part=part)
+    except ValueError as error:
+        raise ValueError(f"method {method.name!r} can't train model {config.model.name!r}: {error}") from None
 
 
 @contextlib.contextmanager

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from rayprune.config import Config
+from rayprune.core.objects import closest
 from rayprune.engine.client import ScoreClient
 from rayprune.engine.stream import Batch
 from rayprune.nn.augment import Augment
+from rayprune.nn.boundary import last_linear
 from rayprune.nn.models import build_model
 from rayprune.nn.optim import build_optimizer, learning_rate
-from rayprune.nn.steps import PlainStep
+from rayprune.nn.signals import BOUNDARY_SIGNALS
+from rayprune.nn.steps import STEPS, TrainStep
 
 
 @dataclass(frozen=True)
@@ -90,26 +93,54 @@ def wrap_for_ranks(model: nn.Module, world_size: int, device: torch.device) -> n
     return nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
 
 
-def build_step(config: Config, model: nn.Module, signals: tuple[str, ...], device: torch.device) -> PlainStep:
-    """Build the optimiser and the train step."""
-    optim, train = config.optim, config.train
-    optimizer = build_optimizer(
+def network_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimiser of a network's parameters."""
+    optim = config.optim
+    return build_optimizer(
         optim.name,
-        model,
+        network,
         lr=optim.lr,
         momentum=optim.momentum,
         weight_decay=optim.weight_decay,
         nesterov=optim.nesterov,
         betas=optim.betas,
     )
-    return PlainStep(
-        model,
-        optimizer,
+
+
+def build_step(
+    config: Config,
+    network: nn.Module,
+    signals: tuple[str, ...],
+    spec: InputSpec,
+    world_size: int,
+    device: torch.device,
+) -> TrainStep:
+    """Build the method's train step with its optimiser, wrapped in DDP where there is more than one rank.
+
+    Args:
+        network: on its device, not wrapped.
+        signals: what each step returns.
+        world_size: the number of ranks.
+
+    Raises:
+        ValueError: the method names no train step, or one that does not fit the network.
+    """
+    method, train = config.build_method(), config.train
+    name, options = method.step()
+    if name not in STEPS:
+        raise ValueError(f"unknown train step {name!r} of method {method.name!r}: {closest(name, STEPS)}")
+    asked = (*signals, *getattr(method, "sweep_signals", ()))
+    needs_head = any(signal in BOUNDARY_SIGNALS for signal in asked)
+    return STEPS[name](
+        wrap_for_ranks(STEPS[name].module_of(network, spec.shape, **options), world_size, device),
+        network_optimizer(config, network),
         signals=signals,
         label_smoothing=train.label_smoothing,
         accumulate=train.accumulate,
         clip_norm=train.clip_norm,
         autocast=pick_precision(train.precision, device),
+        head=last_linear(network, torch.zeros(2, *spec.shape, device=device)) if needs_head else None,
+        **options,
     )
 
 

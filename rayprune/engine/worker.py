@@ -29,7 +29,6 @@ from rayprune.engine.setup import (
     build_step,
     pick_device,
     rate_at,
-    wrap_for_ranks,
 )
 from rayprune.engine.stall import Pulsing
 from rayprune.engine.stream import Batch, Transport, plan_batches
@@ -57,8 +56,7 @@ class Worker:
         # Rank 0 decides for all: another rank might see a checkpoint that is just being written.
         start = broadcast_from_rank_zero(self._next_start() if self.rank == 0 else None)
         self._generation, (self._epoch, self._base_step) = start
-        model = wrap_for_ranks(network, self.world_size, self._device)
-        self._step = build_step(self._config, model, spec.signals, self._device)
+        self._step = build_step(self._config, network, spec.signals, spec.input, self.world_size, self._device)
         sums: list[float] = []
         if (self._epoch, self._base_step) > (0, 0):
             sums = self._saver.restore(self._epoch, self._base_step, network, self._step.optimizer, self._device)
@@ -189,7 +187,8 @@ class Worker:
         for batch in self._batches(header):
             on_device = DeviceBatch(batch, self._spec.input, self._device)
             inputs = self._spec.input.augment.evaluate(on_device.inputs)
-            signals = self._step.evaluate(inputs, on_device.targets, smoothed=record)
+            asked = self._spec.signals if record else ()
+            signals = self._step.evaluate(inputs, on_device.targets, smoothed=record, signals=asked)
             if record:
                 self._record(batch, signals)
             add_batch(sums, signals, on_device.real, batch.num_bytes)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from engine_runs import run_config, user
+from engine_runs import run_config, same_weights, user
 
 from rayprune.core import Plan, Selection
 from rayprune.engine.protocol import TrainingStopped
@@ -24,6 +24,26 @@ BEFORE = {
     "a saving out of reach": ({"method": {"name": "infobatch", "target_saving": 0.95}}, "target_saving 0.95 cannot be"),
     "an input the model can't take": ({"model": {"name": user("wants_rgb")}}, "can't take a batch of 2 × "),
     "a model without parameters": ({"model": {"name": user("without_parameters")}}, "has no parameters to train"),
+    "no last layer": (
+        {"model": {"name": user("ends_softly")}, "method": {"name": user("TrainsBy"), "sweeps": "boundary"}},
+        r"can't train model '.*:ends_softly': .*not the output of an nn.Linear \(the output of its last one, '1'",
+    ),
+    "no last layer for a proxy": (
+        {"model": {"name": user("ends_softly")}, "method": {"name": user("TrainsBy"), "train_step": "psp"}},
+        "not the output of an nn.Linear",
+    ),
+    "a layer that no proxy slices": (
+        {"model": {"name": user("with_slopes")}, "method": {"name": user("TrainsBy"), "train_step": "psp"}},
+        r"'2' of the network \(PReLU\) can't be sliced for a proxy: set method.proxy_width=null",
+    ),
+    "a proxy of nothing": (
+        {"method": {"name": user("TrainsBy"), "train_step": "psp", "width": 0.001}},
+        "leaves no channel of layer 'layers.0', which has 256: use at least 0.004",
+    ),
+    "an unknown train step": (
+        {"method": {"name": user("TrainsBy"), "train_step": "spp"}},
+        r"unknown train step 'spp' of method '.*': did you mean 'psp'\?",
+    ),
 }
 
 
@@ -34,6 +54,16 @@ def test_a_mistake_is_refused_before_anything_is_written(case: str, tmp_path: Pa
         train(run_config(tmp_path, **sections))
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_trains_together_with_its_proxy(tmp_path: Path) -> None:
+    folders = {}
+    for name, method in (("psp", {"train_step": "psp", "sweeps": "boundary"}), ("plain", {})):
+        config = run_config(tmp_path, name, method={"name": user("TrainsBy"), **method}, optim={"lr": 0.1})
+        result = train(config)
+        assert result.metrics[-1]["val_accuracy"] > 0.5
+        folders[name] = result.folder
+    assert not same_weights(folders["psp"], folders["plain"])
 
 
 def test_a_folder_without_its_config_is_still_known_by_its_checkpoints(tmp_path: Path) -> None:

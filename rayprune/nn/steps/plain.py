@@ -6,13 +6,16 @@ Shapes: B rows of this worker's share of the batch, C classes, W workers.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rayprune.core.objects import closest
+from rayprune.nn.boundary import PairDistances
 from rayprune.nn.losses import per_sample_loss
-from rayprune.nn.signals import compute_signals
+from rayprune.nn.signals import BOUNDARY_SIGNALS, compute_signals
 
 # What the metrics of every run are made of, whatever the method asks for.
 _ALWAYS = ("loss", "correct")
@@ -29,7 +32,11 @@ class PlainStep:
         accumulate: micro-batches that the share is split into; gradients are synchronised once.
         clip_norm: largest gradient norm, or None.
         autocast: dtype of mixed precision, or None for full precision.
+        head: name in the network of the nn.Linear whose output the logits are, as `last_linear` finds it; None where
+            no signal of decision boundaries is asked for.
     """
+
+    parts: tuple[str, ...] = ("model",)
 
     def __init__(
         self,
@@ -41,11 +48,22 @@ class PlainStep:
         accumulate: int = 1,
         clip_norm: float | None = None,
         autocast: torch.dtype | None = None,
+        head: str | None = None,
     ) -> None:
         self.model, self.optimizer = model, optimizer
+        # Past DDP: an evaluation has no gradients to synchronise.
+        self._module: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self._network = self._module
+        self.train_cost = 1.0
         self._signals = tuple(dict.fromkeys((*_ALWAYS, *signals)))
         self._label_smoothing, self._accumulate, self._clip_norm = label_smoothing, accumulate, clip_norm
-        self._autocast = autocast
+        self._autocast, self._head = autocast, head
+        self._tables = {"model": PairDistances()}
+
+    @staticmethod
+    def module_of(network: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
+        """Return what is to be trained: the network itself."""
+        return network
 
     def __call__(self, inputs: Tensor, targets_B: Tensor, weights_B: Tensor) -> dict[str, Tensor]:
         """Update the model once.
@@ -65,34 +83,110 @@ class PlainStep:
         for start in range(0, rows, size):
             part = slice(start, start + size)
             last = start + size >= rows
-            with contextlib.nullcontext() if last else _no_sync(self.model):
-                logits, losses = self._forward(inputs[part], targets_B[part])
-                ((losses * weights_B[part]).sum() / rows).backward()
-            seen.append(compute_signals(self._signals, logits.detach(), targets_B[part], losses.detach()))
+            logits, losses = self._backward(inputs[part], targets_B[part], weights_B[part], rows, last=last)
+            seen.append(self._compute(self._signals, logits.detach(), targets_B[part], losses.detach()))
         if self._clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
         self.optimizer.step()
         return seen[0] if len(seen) == 1 else {name: torch.cat([s[name] for s in seen]) for name in self._signals}
 
     @torch.no_grad()
-    def evaluate(self, inputs: Tensor, targets_B: Tensor, *, smoothed: bool) -> dict[str, Tensor]:
-        """Return the same signals in eval mode, without an update.
+    def evaluate(
+        self,
+        inputs: Tensor,
+        targets_B: Tensor,
+        *,
+        smoothed: bool,
+        signals: tuple[str, ...] = (),
+        part: str = "model",
+    ) -> dict[str, Tensor]:
+        """Return loss, correct and the named signals in eval mode, without an update.
 
         Args:
             smoothed: True for the training loss, whose scores go on with those of training; False for the plain loss.
+            signals: names of SIGNALS.
+            part: one of `parts`.
+
+        Raises:
+            ValueError: an unknown part or signal.
         """
         self.model.eval()
-        # Past DDP: an evaluation has no gradients to synchronise.
-        module: nn.Module = getattr(self.model, "module", self.model)
         with self._mixed(inputs):
-            logits = module(inputs)
+            logits = self._evaluated(inputs, self._known(part))
         losses = per_sample_loss(logits, targets_B, label_smoothing=self._label_smoothing if smoothed else 0.0)
-        return compute_signals(self._signals, logits, targets_B, losses)
+        return self._compute(tuple(dict.fromkeys((*_ALWAYS, *signals))), logits, targets_B, losses, part)
 
-    def _forward(self, inputs: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor]:
-        with self._mixed(inputs):
-            logits = self.model(inputs)
-        return logits, per_sample_loss(logits, targets_B, label_smoothing=self._label_smoothing)
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: network and optimiser are all the state there is."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned: nothing.
+
+        Raises:
+            ValueError: the state is of a step that holds some.
+        """
+        if state:
+            raise ValueError(f"the state of another train step (it holds {', '.join(sorted(state)[:3])}): not taken")
+
+    def buffers(self) -> Iterator[Tensor]:
+        """Yield nothing: the network's own buffers are all there are."""
+        return iter(())
+
+    def relative_cost(self, part: str = "model") -> float:
+        """Return the multiply-adds of a forward through a part, relative to the model's: 1 for the model.
+
+        Raises:
+            ValueError: an unknown part.
+        """
+        self._known(part)
+        return 1.0
+
+    def _evaluated(self, inputs: Tensor, part: str) -> Tensor:
+        logits: Tensor = self._module(inputs)
+        return logits
+
+    def _backward(
+        self, inputs: Tensor, targets_B: Tensor, weights_B: Tensor, rows: int, *, last: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Add a micro-batch's gradients; return its logits and losses."""
+        return self._pass(inputs, targets_B, weights_B, rows, synchronise=last)
+
+    def _pass(
+        self,
+        inputs: Tensor,
+        targets_B: Tensor,
+        weights_B: Tensor,
+        rows: int,
+        *,
+        synchronise: bool,
+        factor: float = 1.0,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Go forward and backward once; `options` are the module's, and the loss counts `factor` times."""
+        with contextlib.nullcontext() if synchronise else _no_sync(self.model):
+            with self._mixed(inputs):
+                logits = self.model(inputs, **options)
+            losses = per_sample_loss(logits, targets_B, label_smoothing=self._label_smoothing)
+            (factor * ((losses * weights_B).sum() / rows)).backward()
+        return logits, losses
+
+    def _compute(
+        self, names: tuple[str, ...], logits: Tensor, targets_B: Tensor, losses_B: Tensor, part: str = "model"
+    ) -> dict[str, Tensor]:
+        distances_CC = None
+        if any(name in BOUNDARY_SIGNALS for name in names):
+            if self._head is None:
+                raise ValueError("signals of decision boundaries need the step's head: give head=last_linear(…)")
+            weight = self._network.get_submodule(self._head).weight
+            assert isinstance(weight, Tensor)
+            distances_CC = self._tables[part](weight)
+        return compute_signals(names, logits, targets_B, losses_B, distances_CC=distances_CC)
+
+    def _known(self, part: str) -> str:
+        if part not in self.parts:
+            raise ValueError(f"unknown part {part!r} of the train step: {closest(part, self.parts)}")
+        return part
 
     def _mixed(self, inputs: Tensor) -> Any:
         return torch.autocast(inputs.device.type, self._autocast, enabled=self._autocast is not None)

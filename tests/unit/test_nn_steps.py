@@ -1,0 +1,259 @@
+"""Train steps: what an evaluation returns, a network trained with its proxy, and both over ranks.
+
+Shapes: B batch, C classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rayprune.nn.boundary import boundary_distance, pair_distances
+from rayprune.nn.losses import per_sample_loss
+from rayprune.nn.models import build_model
+from rayprune.nn.proxy import Proxy
+from rayprune.nn.signals import BOUNDARY_SIGNALS
+from rayprune.nn.steps import STEPS, PlainStep, PspStep, TrainStep, WithProxy
+
+SHAPE, CLASSES = (3, 8, 8), 4
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+
+
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return build_model("resnet8", num_classes=CLASSES, input_shape=SHAPE)
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return build_model("mlp", num_classes=CLASSES, input_shape=SHAPE, hidden=(12, 8))
+
+
+def batch(rows: int = 8, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(rows, *SHAPE, generator=generator)
+    weights_B = torch.tensor([0.0, 1.0, 2.0, 1.0]).repeat(rows)[:rows]
+    return images, torch.randint(CLASSES, (rows,), generator=generator), weights_B
+
+
+def plain(network: nn.Module, lr: float = 0.1, **recipe: Any) -> PlainStep:
+    return PlainStep(network, torch.optim.SGD(network.parameters(), lr=lr), head="fc", **recipe)
+
+
+def psp(network: nn.Module, lr: float = 0.1, width: float = 0.5, weight: float = 1.0, **recipe: Any) -> PspStep:
+    module = PspStep.module_of(network, SHAPE, width=width, weight=weight)
+    optimizer = torch.optim.SGD(module.parameters(), lr=lr)
+    return PspStep(module, optimizer, width=width, weight=weight, head="fc", **recipe)
+
+
+def gradients(network: nn.Module) -> list[Tensor]:
+    return [parameter.grad.clone() for parameter in network.parameters()]
+
+
+@pytest.mark.parametrize("make", [plain, psp])
+def test_a_step_keeps_the_contract(make: Any) -> None:
+    step: TrainStep = make(resnet(), signals=("entropy",))
+    images, targets_B, weights_B = batch()
+    assert step.parts[0] == "model"
+    assert step.relative_cost() == step.relative_cost("model") == 1.0
+    trained = step(images, targets_B, weights_B)
+    assert set(trained) == {"loss", "correct", "entropy"}
+    for part in step.parts:
+        assert set(step.evaluate(images, targets_B, smoothed=False, part=part)) == {"loss", "correct"}
+        found = step.evaluate(images, targets_B, smoothed=False, part=part, signals=("boundary", "loss"))
+        assert set(found) == {"loss", "correct", "boundary"}
+        assert found["boundary"].shape == (8,)
+    for ask in (step.relative_cost, lambda part: step.evaluate(images, targets_B, smoothed=False, part=part)):
+        with pytest.raises(ValueError, match=r"unknown part 'proxi' of the train step: .*\(valid: model"):
+            ask("proxi")
+    stored = io.BytesIO()
+    torch.save(step.state_dict(), stored)
+    stored.seek(0)
+    step.load_state_dict(torch.load(stored, weights_only=True))
+    with pytest.raises(ValueError, match="the state of another train step"):
+        step.load_state_dict({"else": torch.zeros(1)})
+
+
+def test_the_steps_by_name() -> None:
+    assert {"plain": PlainStep, "psp": PspStep} == STEPS
+    network = mlp()
+    assert STEPS["plain"].module_of(network, SHAPE) is network
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_an_evaluation_is_in_eval_mode_and_changes_nothing(smoothing: float) -> None:
+    network = resnet()
+    step = plain(network, label_smoothing=smoothing)
+    images, targets_B, _ = batch()
+    network(images)  # statistics that a batch would not have
+    before = copy.deepcopy(network.state_dict())
+    for smoothed in (False, True):
+        network.train()
+        found = step.evaluate(images, targets_B, smoothed=smoothed)
+        logits = network.eval()(images)
+        expected = per_sample_loss(logits, targets_B, label_smoothing=smoothing if smoothed else 0.0)
+        assert torch.equal(found["loss"], expected)
+        assert torch.equal(found["correct"], (logits.argmax(1) == targets_B).float())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_boundaries_are_those_of_the_weights_that_made_the_logits() -> None:
+    network = resnet()
+    step = plain(network, signals=("boundary",))
+    images, targets_B, weights_B = batch()
+    for _ in range(3):
+        twin = copy.deepcopy(network).train()
+        table = pair_distances(twin.fc.weight)
+        found = step(images, targets_B, weights_B)["boundary"]
+        torch.testing.assert_close(found, boundary_distance(twin(images), table), rtol=1e-5, atol=1e-6)
+        assert not torch.equal(pair_distances(network.fc.weight), table)
+    with pytest.raises(ValueError, match="need the step's head"):
+        PlainStep(network, step.optimizer).evaluate(images, targets_B, smoothed=False, signals=BOUNDARY_SIGNALS)
+
+
+def test_both_losses_add_up_in_one_step() -> None:
+    images, targets_B, weights_B = batch()
+    network = resnet()
+    step = psp(network, weight=0.5, label_smoothing=0.1, signals=("entropy",))
+    by_hand = resnet()
+    proxy = Proxy(by_hand, 0.5, SHAPE)
+    seen = step(images, targets_B, weights_B)
+    logits = by_hand.train()(images)
+    total = torch.zeros(())
+    for factor, outputs in ((1.0, logits), (0.5, proxy(images))):
+        losses_B = functional.cross_entropy(outputs, targets_B, reduction="none", label_smoothing=0.1)
+        total = total + factor * (losses_B * weights_B).sum() / len(targets_B)
+    total.backward()
+    for ours, theirs in zip(network.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours.detach(), theirs.detach() - 0.1 * theirs.grad, rtol=1e-5, atol=1e-6)
+    # The whole network's signals, and both networks' statistics of this batch alone.
+    torch.testing.assert_close(seen["entropy"], torch.special.entr(logits.softmax(1)).sum(1), rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(network.buffers(), by_hand.buffers(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(step.buffers(), proxy.buffers(), strict=True))
+    assert len(list(step.buffers())) == len(list(proxy.buffers())) > 0
+
+
+@pytest.mark.parametrize("make", [plain, psp])
+def test_micro_batches_and_clipping(make: Any) -> None:
+    images, targets_B, weights_B = batch()
+    whole, parts = mlp().double(), mlp().double()
+    make(whole, lr=0.0)(images.double(), targets_B, weights_B.double())
+    make(parts, lr=0.0, accumulate=4)(images.double(), targets_B, weights_B.double())
+    for one, other in zip(gradients(whole), gradients(parts), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+    norm = torch.stack([gradient.norm() for gradient in gradients(whole)]).norm().item()
+    make(parts, lr=0.0, clip_norm=norm / 2)(images.double(), targets_B, weights_B.double())
+    for one, other in zip(gradients(whole), gradients(parts), strict=True):
+        torch.testing.assert_close(one / 2, other, rtol=1e-5, atol=1e-9)
+
+
+def test_the_proxy_is_evaluated_with_its_own_statistics_and_head() -> None:
+    network = resnet()
+    step = psp(network)
+    images, targets_B, _ = batch()
+    for seed in range(3):
+        step(*batch(seed=seed))
+    found = step.evaluate(images, targets_B, smoothed=False, signals=("boundary", "probs"), part="proxy")
+    proxy = step.model.proxy
+    network.eval()
+    with torch.no_grad():
+        logits = proxy(images)
+    assert torch.equal(found["probs"], logits.softmax(1))
+    sliced = boundary_distance(logits, pair_distances(network.fc.weight[:, : proxy.head_features]))
+    assert torch.equal(found["boundary"], sliced)
+    assert not torch.allclose(sliced, boundary_distance(logits, pair_distances(network.fc.weight)))
+    whole = step.evaluate(images, targets_B, smoothed=False, signals=("probs",))
+    assert torch.equal(whole["probs"], network(images).softmax(1).detach())
+    assert not torch.allclose(whole["probs"], found["probs"])
+
+
+def test_a_restored_step_goes_on_alike() -> None:
+    network, other = resnet(), resnet()
+    step, restored = psp(network), psp(other)
+    step(*batch())
+    images, targets_B, _ = batch()
+    before = restored.evaluate(images, targets_B, smoothed=False, part="proxy")
+    other.load_state_dict(network.state_dict())
+    restored.load_state_dict(copy.deepcopy(step.state_dict()))
+    after = restored.evaluate(images, targets_B, smoothed=False, part="proxy")
+    assert torch.equal(after["loss"], step.evaluate(images, targets_B, smoothed=False, part="proxy")["loss"])
+    assert not torch.equal(after["loss"], before["loss"])
+    for _ in range(2):
+        step(*batch()), restored(*batch())
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(step.buffers(), restored.buffers(), strict=True))
+    # The network's own checkpoint is that of a network trained without a proxy.
+    assert network.state_dict().keys() == resnet().state_dict().keys()
+
+
+def test_costs_count_the_proxy() -> None:
+    step = psp(resnet())
+    assert isinstance(step.model, WithProxy)
+    assert step.relative_cost("proxy") == step.model.mac_ratio
+    assert 0.2 < step.relative_cost("proxy") < 0.3
+    assert step.train_cost == 1.0 + step.relative_cost("proxy")
+    assert plain(resnet()).train_cost == 1.0
+    assert psp(resnet(), width=1.0).relative_cost("proxy") == 1.0
+
+
+def test_mixed_precision_trains_both() -> None:
+    network = resnet()
+    step = psp(network, autocast=torch.bfloat16, signals=("boundary",))
+    images, targets_B, weights_B = batch()
+    losses = [step(images, targets_B, weights_B)["loss"] for _ in range(12)]
+    assert losses[0].dtype == torch.float32
+    assert (losses[-1] * weights_B).sum() < 0.7 * (losses[0] * weights_B).sum()
+    assert (
+        step.evaluate(images, targets_B, smoothed=True, signals=("boundary",), part="proxy")["boundary"]
+        .isfinite()
+        .all()
+    )
+
+
+@pytest.mark.parametrize(("options", "message"), [({"weight": 0.0}, "must be above 0"), ({"width": 0.0}, "must be in")])
+def test_wrong_options_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        psp(mlp(), **options)
+
+
+def one_rank(rank: int, folder: str) -> None:
+    """Take a step on this rank's half of a batch, in two micro-batches, and store what it leaves."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    network = mlp()
+    module = PspStep.module_of(network, SHAPE, width=0.5, weight=0.7)
+    wrapped = nn.parallel.DistributedDataParallel(module)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    step = PspStep(wrapped, optimizer, width=0.5, weight=0.7, accumulate=2)
+    share = slice(4 * rank, 4 * rank + 4)
+    for seed in range(2):
+        step(*(tensor[share] for tensor in batch(seed=seed)))
+    torch.save((gradients(network), list(network.parameters())), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_take_the_whole_batchs_step(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
+    network = mlp()
+    step = psp(network, weight=0.7)
+    for seed in range(2):
+        step(*batch(seed=seed))
+    for rank in range(2):
+        found, parameters = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for ours, theirs in zip(found, gradients(network), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+        for ours, theirs in zip(parameters, network.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
