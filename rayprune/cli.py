@@ -1,4 +1,4 @@
-"""The command line: rayprune train | methods | doctor.
+"""The command line: rayprune train | select | methods | doctor.
 
 Exit codes: 0 done, 2 the user's mistake (one line says which), 1 anything else; tracebacks only with --debug.
 """
@@ -15,9 +15,12 @@ import click
 from rich.console import Console
 
 from rayprune import __version__
+from rayprune.command_select import select
 
 console = Console(soft_wrap=True)
 errors = Console(stderr=True, soft_wrap=True)
+# What click from 8.2 on raises for `rayprune` alone: its message is the help.
+_HELP = getattr(click.exceptions, "NoArgsIsHelpError", ())
 
 
 def main() -> None:
@@ -30,8 +33,10 @@ def main() -> None:
     except click.exceptions.Abort:
         _fail("interrupted; the same command goes on from the last checkpoint", 1)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        if isinstance(error, _HELP):
+            error.show()
+            sys.exit(error.exit_code)
+        _fail(" ".join(error.format_message().split()), error.exit_code)
     except ValueError as error:
         _or_raise(error, debug)
         _fail(_one_line(error), 2)
@@ -113,6 +118,9 @@ def _train_one(config: Any, debug: bool) -> tuple[Path, list[dict[str, Any]]]:
         )
     console.print(f"done in {elapsed(start)}\n", highlight=False)
     return result.folder, result.metrics
+
+
+cli.add_command(select)
 
 
 @cli.command()

@@ -68,7 +68,7 @@ def draw_strata(
     if reweigh and (empty := np.count_nonzero((budgets == 0) & (sizes > 0))):
         raise ValueError(
             f"{count} samples leave {empty} of {np.count_nonzero(sizes)} strata with none, which no weight makes up "
-            "for: lower num_strata, keep more, or leave reweigh out"
+            "for: take fewer strata, keep more, or leave reweigh out"
         )
     drawn = [
         start + (np.arange(size) if budget == size else rng.choice(size, budget, replace=False, shuffle=False))

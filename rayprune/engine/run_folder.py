@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
+from rayprune.sources import score_file
 
-SCORES_SCHEMA = 1
 _PACKAGES = ("rayprune", "ray", "torch", "torchvision", "numpy", "pandas", "pyarrow", "scikit-learn")
 
 
@@ -104,20 +102,22 @@ def read_selection(run_folder: Path, epoch: int) -> Selection:
         return Selection.from_arrays(dict(stored))
 
 
-def write_scores(run_folder: Path, selector: Selector, labels: NDArray[np.int64], fingerprint: str) -> Path:
-    """Write scores.parquet: id, label, every score, last_visit, times_pruned; the fingerprint in its metadata."""
-    columns: dict[str, Any] = {"id": np.arange(selector.num_samples), "label": labels}
-    columns |= selector.scores()
-    columns |= {"last_visit": selector.table.last_visit, "times_pruned": selector.table.times_pruned}
-    about = {
-        "schema": SCORES_SCHEMA,
-        "fingerprint": fingerprint,
-        "method": selector.method.to_config(),
-        "seed": selector.seed,
-    }
-    table = pa.table(columns).replace_schema_metadata({"rayprune": json.dumps(about)})
-    file = run_folder / "scores.parquet"
-    partial = file.with_suffix(".partial")
-    pq.write_table(table, partial)
-    partial.replace(file)
-    return file
+def write_scores(
+    run_folder: Path,
+    selector: Selector,
+    labels: NDArray[np.int64],
+    fingerprint: str,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write scores.parquet: id, label, the (N,) columns of `extra`, every score, last_visit, times_pruned."""
+    return score_file.write_scores(
+        run_folder / "scores.parquet",
+        selector.num_samples,
+        selector.scores(),
+        labels=labels,
+        extra=extra,
+        last_visit=selector.table.last_visit,
+        times_pruned=selector.table.times_pruned,
+        fingerprint=fingerprint,
+        about={"method": selector.method.to_config(), "seed": selector.seed},
+    )

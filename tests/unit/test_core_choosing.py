@@ -158,7 +158,7 @@ def test_weighed_strata_are_unbiased() -> None:
 
 def test_strata_that_no_weight_makes_up_for_are_refused() -> None:
     scores, rng = np.arange(100.0), np.random.default_rng(0)
-    with pytest.raises(ValueError, match="lower num_strata"):
+    with pytest.raises(ValueError, match="take fewer strata"):
         choose(scores, 30, "strata", rng=rng, reweigh=True)
     assert choose(scores, 30, "strata", rng=rng).num_kept == 30
     labels = np.array([0] * 99 + [1])

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "rayprune"
-COMMAND_LINE = {"cli", "__main__", "diagnosis", "display"}  # the modules that only the commands use
+COMMAND_LINE = {"cli", "__main__", "command_select", "diagnosis", "display"}  # the modules that only the commands use
 TORCH = {"torch", "torchvision"}
 # Third-party packages that a layer never imports.
 BANNED = {
