@@ -92,35 +92,76 @@ def train(debug: bool, words: tuple[str, ...], debug_here: bool) -> None:
 
 def _train_one(config: Any, debug: bool) -> tuple[Path, list[dict[str, Any]]]:
     from rayprune.display import RunDisplay, elapsed
-    from rayprune.engine.run_folder import read_metrics
     from rayprune.engine.train import train as run
 
     start = time.perf_counter()
-    with RunDisplay(console, config.train.epochs) as display:
-
-        def started(resources: Any, folder: Path, first_epoch: int) -> None:
-            fewest, most = config.scaling.worker_range
-            workers = _count(most, "worker") if fewest == most else f"{fewest} to {most} workers"
-            workers = workers if most else "in this process"
-            console.print(
-                f"{folder.name}: {config.method['name']} on {config.data.source}, {config.model.name}, {workers}, "
-                f"stream {resources.stream} ({resources.why})",
-                highlight=False,
-            )
-            if first_epoch:
-                display.resume_at(first_epoch, [m for m in read_metrics(folder) if m["epoch"] < first_epoch])
-                done = first_epoch >= config.train.epochs
-                console.print("finished before" if done else f"goes on at epoch {first_epoch + 1}", highlight=False)
-
-        listen = display.progress if console.is_terminal else None
-        result = run(
-            config, on_epoch=display.epoch, on_progress=listen, on_start=started, on_notice=display.warn, debug=debug
-        )
+    with RunDisplay(console) as display:
+        result = run(config, on_scored=_scored, debug=debug, **_listeners(display))
     console.print(f"done in {elapsed(start)}\n", highlight=False)
     return result.folder, result.metrics
 
 
 cli.add_command(select)
+
+
+@cli.command()
+@click.argument("words", nargs=-1, required=True, metavar="CONFIG [key=value]...")
+@_debug_option
+@click.pass_obj
+def score(debug: bool, words: tuple[str, ...], debug_here: bool) -> None:
+    """Score the samples for a method that chooses one subset, such as tdds: the first half of `rayprune train`.
+
+    Writes scores.parquet; `rayprune select` chooses by it, and `rayprune train` with the same CONFIG goes on from it.
+    """
+    from rayprune.config import load_config
+    from rayprune.display import RunDisplay
+    from rayprune.engine.train import score as run
+
+    paths = [word for word in words if "=" not in word]
+    if len(paths) != 1:
+        raise ValueError("name one config: rayprune score configs/digits_tdds.yaml")
+    config = load_config(paths[0], [word for word in words if "=" in word])
+    with RunDisplay(console) as display:
+        scored = run(config, debug=debug or debug_here, **_listeners(display))
+    _scored(scored)
+    console.print(f"scores: {scored.scores}", highlight=False)
+
+
+def _listeners(display: Any) -> dict[str, Any]:
+    from rayprune.engine.run_folder import read_metrics
+
+    def started(start: Any) -> None:
+        config, resources, first = start.config, start.resources, start.first_epoch
+        fewest, most = config.scaling.worker_range
+        workers = _count(most, "worker") if fewest == most else f"{fewest} to {most} workers"
+        workers = workers if most else "in this process"
+        stops = config.train.stop_after
+        length = f", {stops} of {config.train.epochs} epochs" if stops else ""
+        console.print(
+            f"{start.folder.name}: {config.method['name']} on {config.data.source}, {config.model.name}{length}, "
+            f"{workers}, stream {resources.stream} ({resources.why})",
+            highlight=False,
+        )
+        display.begin(config.last_epoch, first, [m for m in read_metrics(start.folder) if m["epoch"] < first])
+        if first:
+            done = first >= config.last_epoch
+            console.print("finished before" if done else f"goes on at epoch {first + 1}", highlight=False)
+
+    listen = display.progress if console.is_terminal else None
+    return {"on_epoch": display.epoch, "on_progress": listen, "on_start": started, "on_notice": display.warn}
+
+
+def _scored(scored: Any) -> None:
+    facts, selection = scored.selection.facts, scored.selection
+    cost = (
+        "logs of another program, whose cost is not counted"
+        if scored.imported
+        else (f"{scored.before.samples_trained:,} samples trained to score them, counted below")
+    )
+    threshold = f", threshold {facts['threshold']:.4g}" if "threshold" in facts else ""
+    console.print(
+        f"chosen: {selection.num_kept:,} of {selection.num_samples:,} samples{threshold} ({cost})", highlight=False
+    )
 
 
 @cli.command()

@@ -10,186 +10,29 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from rayprune.core.fields import check_keys, shown, wrong_type
+from rayprune.config_sections import (
+    CollectSection,
+    DataSection,
+    ModelSection,
+    OptimSection,
+    RunSection,
+    ScalingSection,
+    Strict,
+    TrainSection,
+)
+from rayprune.core.fields import shown
 from rayprune.core.objects import absolute_reference, closest
 from rayprune.methods import Method, build_method
 from rayprune.overrides import merge, parse_overrides, read_yaml
 
-Auto = Literal["auto"]
-Decay = Annotated[float, Field(ge=0, lt=1)]
 
-
-Reference = Annotated[str, AfterValidator(absolute_reference)]
-
-
-class _Strict(BaseModel, extra="forbid", frozen=True, validate_default=True):
-    """Refuse unknown keys."""
-
-
-class _Section(_Strict):
-    """Refuse values of another type than annotated."""
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _of_its_type(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic takes true and "1" for numbers, and names a union's members one by one.
-        if problem := wrong_type(value, cls.model_fields[str(info.field_name)].annotation):
-            raise ValueError(problem)
-        return value
-
-
-@dataclass(frozen=True)
-class _Augmentation:
-    crop: int = 0
-    flip: bool = False
-
-
-class DataSection(_Section, extra="allow"):
-    """Where the samples come from; keys other than these belong to the source."""
-
-    source: Reference = Field("digits", description="a named data set, or module:function")
-    limit: int | None = Field(None, ge=1, description="train on the first n samples only")
-    cache: Literal["auto", "memory", "disk", "none"] = Field("auto", description="where decoded samples are kept")
-    augment: Auto | dict[str, Any] = Field("auto", description="crop (pixels), flip; auto: the data set's usual")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _references(cls, values: Any) -> Any:
-        return {k: absolute_reference(v) for k, v in values.items()} if isinstance(values, Mapping) else values
-
-    @field_validator("augment")
-    @classmethod
-    def _known_augmentation(cls, value: Any) -> Any:
-        if value != "auto":
-            check_keys(_Augmentation, value, "data.augment", "the augmentation")
-            if value.get("crop", 0) < 0:
-                raise ValueError(f"data.augment.crop = {value['crop']}: must be at least 0 pixels")
-        return value
-
-    @property
-    def source_keys(self) -> dict[str, Any]:
-        """The keys that belong to the source."""
-        return dict(self.model_extra or {})
-
-
-class ModelSection(_Section, extra="allow"):
-    """Which network; keys other than the name are its options."""
-
-    name: Reference = "resnet8"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Return the model's own options."""
-        return dict(self.model_extra or {})
-
-
-class TrainSection(_Section):
-    """How long, in which batches, at which precision."""
-
-    epochs: int = Field(20, ge=1)
-    batch_size: int = Field(128, ge=1, description="global batch: all workers together, accumulation included")
-    seed: int = Field(0, ge=0, lt=2**63)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    last_batch: Literal["pad", "drop"] = "pad"
-    accumulate: int = Field(1, ge=1, description="micro-batches a worker splits its share of a batch into")
-    clip_norm: float | None = Field(None, gt=0, description="largest gradient norm")
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    channels_last: Auto | bool = "auto"
-    validate_every: int = Field(1, ge=1, description="epochs between validations; the last epoch always validates")
-    max_nonfinite: int = Field(100, ge=0, description="NaN or infinite losses in the run before training stops")
-
-
-class OptimSection(_Section):
-    """Optimiser and learning-rate schedule, indexed by the fraction of training done."""
-
-    name: Literal["sgd", "adamw"] = "sgd"
-    lr: float = Field(0.1, gt=0, description="peak learning rate")
-    momentum: float = Field(0.9, ge=0, lt=1)
-    nesterov: bool = False
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    weight_decay: float = Field(5e-4, ge=0)
-    schedule: Literal["constant", "cosine", "onecycle", "step"] = "cosine"
-    warmup: float = Field(0.0, ge=0, lt=1, description="linear warm-up over this fraction of training")
-    milestones: tuple[float, ...] = (0.5, 0.75)
-    gamma: float = Field(0.1, gt=0, le=1)
-
-    @field_validator("milestones")
-    @classmethod
-    def _ascending(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if not all(a < b for a, b in pairwise((0, *value, 1))):
-            raise ValueError("must ascend between 0 and 1: shares of the run, such as [0.5, 0.75]")
-        return value
-
-    @model_validator(mode="after")
-    def _go_together(self) -> OptimSection:
-        if self.name == "sgd" and self.nesterov and self.momentum == 0:
-            raise ValueError("optim.nesterov = True needs momentum: set optim.momentum=0.9, or optim.nesterov=false")
-        if self.schedule == "onecycle" and self.warmup > 0:
-            raise ValueError(f"optim.warmup = {self.warmup}: schedule onecycle warms up by itself, set optim.warmup=0")
-        return self
-
-
-class ScalingSection(_Section):
-    """How many workers, on what, fed how."""
-
-    num_workers: int | tuple[int, int] = Field(
-        1, description="0 trains in this process, without a Ray cluster; [min, max] takes what the cluster has"
-    )
-    use_gpu: Auto | bool = "auto"
-    cpus_per_worker: Auto | float = "auto"
-    threads: Auto | int = "auto"
-    stream: Literal["auto", "ray", "local"] = "auto"
-
-    @property
-    def worker_range(self) -> tuple[int, int]:
-        """The fewest and the most workers."""
-        return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
-
-    @field_validator("num_workers")
-    @classmethod
-    def _ascending(cls, value: Any) -> Any:
-        if not (1 <= value[0] <= value[1] if isinstance(value, tuple) else value >= 0):
-            raise ValueError("must be at least 0, or [min, max] with 1 ≤ min ≤ max")
-        return value
-
-    @field_validator("cpus_per_worker", "threads")
-    @classmethod
-    def _positive(cls, value: Any) -> Any:
-        if value != "auto" and not value > 0:
-            raise ValueError("must be above 0, or auto")
-        return value
-
-
-class RunSection(_Section):
-    """Where the run's folder lies and how it comes back after a failure."""
-
-    storage_path: str = "runs"
-    name: str | None = Field(None, description="folder name; default: the config's name and a digest of its content")
-    resume: str = Field("auto", description="auto goes on, never refuses a folder in use, a path starts from there")
-    checkpoint_steps: int | None = Field(None, ge=1, description="save inside an epoch every so many steps")
-    checkpoint_minutes: float | None = Field(10.0, gt=0, description="save inside an epoch every so many minutes")
-    max_failures: int = Field(3, ge=-1, description="restarts of the worker group; -1: no limit")
-    stall_seconds: float = Field(120.0, gt=0, description="silence of a rank, the actor or the stream to report")
-    keep_checkpoints: int = Field(2, ge=1)
-    keep_selections: int = Field(10, ge=0)
-
-    @field_validator("name")
-    @classmethod
-    def _plain_name(cls, value: str | None) -> str | None:
-        if value is not None and (not value or value in {".", ".."} or "/" in value or "\\" in value):
-            raise ValueError("must be a folder name without slashes: set run.storage_path for the place")
-        return value
-
-
-class Config(_Strict):
+class Config(Strict):
     """Hold a whole run's configuration."""
 
     data: DataSection = DataSection()
@@ -199,6 +42,7 @@ class Config(_Strict):
     optim: OptimSection = OptimSection()
     scaling: ScalingSection = ScalingSection()
     run: RunSection = RunSection()
+    collect: CollectSection = CollectSection()
 
     @field_validator("method", mode="before")
     @classmethod
@@ -206,6 +50,8 @@ class Config(_Strict):
         named = {"name": value} if isinstance(value, str) else value
         if isinstance(named, Mapping) and isinstance(named.get("name"), str):
             named = {**named, "name": absolute_reference(named["name"])}
+            if isinstance(path := named.get("path"), str) and path and "://" not in path:
+                named["path"] = str(Path(path).expanduser().absolute())  # actors run in other folders
         return build_method(named).to_config()
 
     @model_validator(mode="after")
@@ -222,9 +68,51 @@ class Config(_Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _stops_in_time(self) -> Config:
+        if self.train.stop_after is not None and self.train.stop_after > self.train.epochs:
+            raise ValueError(
+                f"train.stop_after = {self.train.stop_after}: the run has {self.train.epochs} epochs, leave it out"
+            )
+        return self
+
+    @property
+    def last_epoch(self) -> int:
+        """The epoch that the run ends before: train.epochs, or train.stop_after."""
+        return self.train.stop_after or self.train.epochs
+
     def build_method(self) -> Method:
         """Return the method that the config names."""
         return build_method(self.method)
+
+    def scoring(self) -> Config:
+        """Return the config of the run that scores for a static method: its first epochs, on all samples.
+
+        Raises:
+            ValueError: a key of `collect` is wrong.
+        """
+        tree = self.model_dump(mode="json", exclude={"collect"})
+        changes = {name: getattr(self.collect, name) for name in ("data", "model", "train", "optim")}
+        for name, keys in changes.items():
+            section: Any = type(getattr(self, name))
+            if section.model_config.get("extra") == "forbid":
+                for key in keys:
+                    if key not in section.model_fields:
+                        hint = closest(key, section.model_fields)
+                        raise ValueError(f"unknown key {f'collect.{name}.{key}'!r}: {hint}")
+        tree["train"].pop("validate_every")
+        tree = merge(tree, changes)
+        epochs, needed = tree["train"]["epochs"], self.build_method().collect_epochs
+        if epochs < needed:
+            raise ValueError(
+                f"method {self.method['name']!r} scores over {needed} epochs, and the run has {epochs}: set "
+                f"collect.train.epochs={needed} or more (the learning-rate schedule of the scoring run is that long)"
+            )
+        # Its own validations would cost and decide nothing.
+        tree["train"] = {"validate_every": needed, **tree["train"], "stop_after": needed}
+        folder = str(Path(self.run.storage_path) / str(self.run.name))
+        tree["run"] |= {"storage_path": folder, "name": "collect", "resume": "auto"}
+        return make_config(tree)
 
     def digest(self) -> str:
         """Return 8 hexadecimal digits over what decides the result: all sections but scaling and run.
@@ -232,6 +120,11 @@ class Config(_Strict):
         Where files lie on this machine decides nothing: runs compare the data's fingerprint and how it is shuffled.
         """
         left_out: Any = {"scaling": True, "run": True, "data": {"path", "cache", "cache_dir", "buffer_bytes"}}
+        left_out["train"] = {"stop_after"}  # a later command with more of them goes on
+        if not self.train.record:
+            left_out["train"].add("record")  # at its default it is nothing, as in versions that did not have it
+        if not self.build_method().collect_epochs:
+            left_out["collect"] = True
         content = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True)
         content = re.sub(r'"[^"]*/([^"/]+\.py:[^"]+)"', r'"\1"', content)
         return hashlib.sha256(content.encode()).hexdigest()[:8]

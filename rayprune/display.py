@@ -21,7 +21,7 @@ def epoch_line(record: Mapping[str, Any], num_epochs: int, samples_before: int, 
     Args:
         record: a line of metrics.jsonl.
         num_epochs: E.
-        samples_before: samples trained in all earlier epochs.
+        samples_before: samples trained in all earlier epochs, and by a run that scored them.
         kept: samples kept in this epoch and all before it.
     """
     trained = record["samples_trained"] - samples_before
@@ -36,21 +36,23 @@ def epoch_line(record: Mapping[str, Any], num_epochs: int, samples_before: int, 
 
 
 def saved_share(kept: int, record: Mapping[str, Any]) -> float:
-    """Return which share of the visits of a full run up to this epoch was pruned.
+    """Return which share of the visits of a full run up to this epoch was saved; below 0 where scoring cost more.
 
     Args:
         kept: samples kept in this epoch and all before it; rows that `last_batch: drop` leaves out are not saved.
-        record: a line of metrics.jsonl.
+        record: a line of metrics.jsonl; what a run that scored the samples trained on counts as kept.
     """
-    return 1.0 - kept / (record["num_samples"] * (record["epoch"] + 1))
+    spent = kept + record.get("samples_collected", 0)
+    return 1.0 - spent / (record["num_samples"] * (record["epoch"] + 1))
 
 
 class RunDisplay:
     """Print a run while it goes: plain lines, and on a terminal a bar with the time left below them."""
 
-    def __init__(self, console: Console, num_epochs: int) -> None:
-        self._console, self._num_epochs = console, num_epochs
-        self._samples_before = self._kept = 0
+    def __init__(self, console: Console) -> None:
+        self._console, self._num_epochs = console, 0
+        self._samples_before: int | None = None
+        self._kept = 0
         self._printed_header = False
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -61,19 +63,20 @@ class RunDisplay:
     def __enter__(self) -> RunDisplay:
         if self._bar is not None:
             self._bar.start()
-            self._task = self._bar.add_task("starting", total=self._num_epochs)
+            self._task = self._bar.add_task("starting", total=None)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
-    def resume_at(self, epoch: int, before: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from an epoch, after the metrics lines of those before it."""
-        self._samples_before = before[-1]["samples_trained"] if before else 0
+    def begin(self, num_epochs: int, epoch: int = 0, before: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Show a run of so many epochs, from an epoch on, after the metrics lines of those before it."""
+        self._num_epochs, self._printed_header = num_epochs, False
+        self._samples_before = before[-1]["samples_trained"] if before else None
         self._kept = sum(record["kept"] for record in before)
         if self._bar is not None:
-            self._bar.update(self._task, completed=epoch)
+            self._bar.update(self._task, total=num_epochs, completed=epoch)
 
     def epoch(self, record: dict[str, Any]) -> None:
         """Print one finished epoch."""
@@ -81,7 +84,8 @@ class RunDisplay:
             self._console.print(HEADER, style="bold", highlight=False)
             self._printed_header = True
         self._kept += record["kept"]
-        self._console.print(epoch_line(record, self._num_epochs, self._samples_before, self._kept), highlight=False)
+        before = record.get("samples_collected", 0) if self._samples_before is None else self._samples_before
+        self._console.print(epoch_line(record, self._num_epochs, before, self._kept), highlight=False)
         self._samples_before = record["samples_trained"]
 
     def warn(self, line: str) -> None:

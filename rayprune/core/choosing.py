@@ -19,7 +19,7 @@ from rayprune.core.strata import draw_strata
 
 Rule = Literal["top", "bottom", "middle", "strata"]
 
-__all__ = ["Balance", "Rule", "choose", "lowest", "num_kept", "num_pruned", "quotas"]
+__all__ = ["Balance", "Rule", "choose", "choose_by_boundary", "lowest", "num_kept", "num_pruned", "quotas"]
 
 
 def lowest(
@@ -106,6 +106,27 @@ def choose(
         requested=1.0 - count / scores.size,
         expected_drops=scores.size - count,
     )
+
+
+def choose_by_boundary(distances: NDArray[np.float32], count: int) -> Selection:
+    """Choose `count` samples near every class's boundary (BASE, Emam et al. 2021, arXiv 2111.12880).
+
+    Args:
+        distances: (N, C) from each sample to the boundary of each class.
+        count: M, in [1, N].
+
+    Returns:
+        A Selection in which class after class took its even share of the samples left, nearest to its boundary first.
+
+    >>> choose_by_boundary(np.array([[0.1, 0.9], [0.2, 0.3], [0.8, 0.7]]), 2).ids.tolist()
+    [0, 1]
+    """
+    num_samples, num_classes = distances.shape
+    left = np.ones(num_samples, dtype=bool)
+    for label, quota in enumerate(quotas(np.full(num_classes, num_samples), count, "even").tolist()):
+        ids = np.flatnonzero(left)
+        left[ids[np.argsort(distances[ids, label], kind="stable")[:quota]]] = False
+    return Selection.of_mask(~left, 1.0 - count / num_samples, num_samples - count)
 
 
 def _check_choice(

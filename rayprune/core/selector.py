@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +18,8 @@ from rayprune.core.classes import checked_labels, kept_shares, top_up
 from rayprune.core.context import EpochContext
 from rayprune.core.fields import shown
 from rayprune.core.ids import as_ids
+from rayprune.core.means import fold_means, mean_columns, mean_scores
+from rayprune.core.method import SelectionMethod
 from rayprune.core.selection import Selection
 from rayprune.core.table import ScoreTable, chunks
 
@@ -25,46 +27,6 @@ logger = logging.getLogger(__name__)
 
 STATE_SCHEMA = 1
 _NAMED_NONFINITE = 20
-
-
-@runtime_checkable
-class SelectionMethod(Protocol):
-    """What the Selector needs of a method; `rayprune.methods.base.Method` is its implementation."""
-
-    @property
-    def class_floor(self) -> float: ...
-
-    @property
-    def signals(self) -> tuple[str, ...]: ...
-
-    @property
-    def sweep_signals(self) -> tuple[str, ...]: ...
-
-    @property
-    def fixed(self) -> bool: ...
-
-    @property
-    def needs_labels(self) -> bool: ...
-
-    def to_config(self) -> dict[str, Any]: ...
-
-    def columns(self) -> Mapping[str, Any]: ...
-
-    def check(
-        self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int
-    ) -> NDArray[np.bool_] | None: ...
-
-    def fold(
-        self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int
-    ) -> None: ...
-
-    def fold_sweep(
-        self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int
-    ) -> None: ...
-
-    def select(self, table: ScoreTable, context: EpochContext) -> Selection: ...
-
-    def scores(self, table: ScoreTable) -> dict[str, NDArray[Any]]: ...
 
 
 class Selector:
@@ -77,6 +39,7 @@ class Selector:
         seed: non-negative integer; with the table and the epoch it fixes every selection.
         labels: (N,) integers from 0, needed by `class_floor` and by methods that balance classes.
         chosen: the selection that a method with a file (`Fixed`) trains on.
+        record: signals whose mean over the visits, `NAME_mean`, stands among the scores beside the method's own.
 
     Raises:
         ValueError: no method, a number out of range, labels that do not fit, or a class floor without labels.
@@ -98,6 +61,7 @@ class Selector:
         seed: int = 0,
         labels: ArrayLike | None = None,
         chosen: Selection | None = None,
+        record: tuple[str, ...] = (),
     ) -> None:
         if isinstance(method, type) or not isinstance(method, SelectionMethod):
             raise ValueError(f"method must be a rayprune method such as InfoBatch(), got {shown(method)}")
@@ -112,8 +76,9 @@ class Selector:
             raise ValueError(f"{method.to_config()['name']} balances classes and needs labels: give labels=")
         if chosen is not None and chosen.num_samples != self.num_samples:
             raise ValueError(f"the chosen selection is over {chosen.num_samples} samples, here {self.num_samples}")
-        self.chosen = chosen
-        self.table = ScoreTable(self.num_samples, method.columns(), self.num_epochs)
+        self.chosen, self.record = chosen, tuple(record)
+        columns = {**method.columns(), **mean_columns(self.record)}
+        self.table = ScoreTable(self.num_samples, columns, self.num_epochs)
         self.epoch = -1
         self.visits_before = 0
         self.num_nonfinite = 0
@@ -190,7 +155,8 @@ class Selector:
         if epoch < self.epoch:
             raise ValueError(f"observation of epoch {epoch}, but epoch {self.epoch} of {self.num_epochs} is running")
         arrays: dict[str, NDArray[Any]] = {}
-        names = self.method.sweep_signals if sweep and self.method.sweep_signals else self.method.signals
+        swept = sweep and bool(self.method.sweep_signals)
+        names = self.method.sweep_signals if swept else tuple(dict.fromkeys((*self.method.signals, *self.record)))
         for name in names:
             if name not in signals:
                 raise ValueError(f"signal {name!r} is missing: the method needs {list(names)}")
@@ -205,14 +171,19 @@ class Selector:
             arrays[name] = array
         checked, arrays = self._finite(checked, arrays, epoch)
         if checked.size:
-            fold, wanted = self.method.fold_sweep, None
-            if not (sweep and self.method.sweep_signals):
-                fold, wanted = self.method.fold, self.method.check(self.table, checked, arrays, epoch)
-            self.table.mark_visited(checked, epoch)
-            if wanted is not None and not wanted.all():
-                checked, arrays = checked[wanted], {name: array[wanted] for name, array in arrays.items()}
-            if checked.size:
-                fold(self.table, checked, arrays, epoch)
+            self._fold(checked, arrays, epoch, swept)
+
+    def _fold(self, ids: NDArray[np.int64], signals: dict[str, NDArray[Any]], epoch: int, swept: bool) -> None:
+        wanted = None if swept else self.method.check(self.table, ids, signals, epoch)
+        fresh = self.table.last_visit[ids] != epoch  # for the means: a visit that is told twice counts once
+        self.table.mark_visited(ids, epoch)
+        fold = self.method.fold_sweep if swept else self.method.fold
+        if wanted is None or wanted.all():
+            fold(self.table, ids, signals, epoch)
+        elif wanted.any():
+            fold(self.table, ids[wanted], {name: array[wanted] for name, array in signals.items()}, epoch)
+        if self.record and not swept:
+            fold_means(self.table, ids[fresh], {name: signals[name][fresh] for name in self.record}, self.record)
 
     def _finite(
         self, ids: NDArray[np.int64], arrays: dict[str, NDArray[Any]], epoch: int
@@ -232,7 +203,8 @@ class Selector:
 
     def scores(self) -> dict[str, NDArray[Any]]:
         """Return the method's scores, name → (N,) copy; NaN where a sample was never visited."""
-        return {name: np.array(column) for name, column in self.method.scores(self.table).items()}
+        found = {**self.method.scores(self.table), **mean_scores(self.table, self.record)}
+        return {name: np.array(column) for name, column in found.items()}
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Return the whole state as arrays by name (none needs pickle), not copied: table and current Selection."""

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayprune.core.plan import LastBatch, Plan, block_rows
+from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
 from rayprune.engine.checkpoint import load_selector_state
 from rayprune.engine.protocol import ClosedEpoch, Layout, PlanHeader, Pulse, StaleGeneration, Turn, unpack
@@ -37,13 +38,16 @@ class ScoreSpec:
 
     Attributes:
         method: the method's config, or the method itself where it has no name.
-        source: the training source; its groups decide the shuffle, and it is opened for its labels only when a class
-            floor needs them.
+        source: the training source; its groups decide the shuffle.
+        labelled: whether the source is asked for its labels: for methods that need them, and to tell what share of
+            each class is kept.
         num_validation: rows of the validation split, 0 without one.
         batch_size: global batch.
         row_bytes: bytes of one training row in the stream.
         run_folder: where checkpoints are read and selections written; None writes nothing.
         keep_selections: how many epochs' selections stay on disk.
+        chosen: what a method with a file trains on.
+        record: signals whose mean over the visits is kept beside the method's own scores.
     """
 
     method: dict[str, Any] | Method
@@ -56,12 +60,15 @@ class ScoreSpec:
     row_bytes: int
     run_folder: str | None
     keep_selections: int
+    labelled: bool = False
+    chosen: Selection | None = None
+    record: tuple[str, ...] = ()
 
     def selector(self) -> Selector:
         """Return a fresh Selector."""
-        method = build_method(self.method)
-        labels = self.source.labels if method.class_floor > 0 else None
-        return Selector(method, len(self.source), self.num_epochs, self.seed, labels=labels)
+        labels = self.source.labels if self.labelled else None
+        run = (len(self.source), self.num_epochs, self.seed)
+        return Selector(build_method(self.method), *run, labels, self.chosen, self.record)
 
 
 class ScoreActor:
@@ -112,12 +119,13 @@ class ScoreActor:
             num_rows=self._plan.num_rows,
             num_kept=selection.num_kept,
             num_samples=selection.num_samples,
-            num_forward_only=selection.forward_only_ids.size,
+            num_forward_only=selection.num_scored,
             requested=selection.requested,
             realised=selection.realised,
             lr_scale=selection.lr_scale,
             hash=self._plan.hash if turn.phase == "train" else "",
             select_s=time.perf_counter() - start,
+            facts=selection.facts,
         )
 
     def _make_plan(self, selector: Selector, turn: Turn) -> Plan:
@@ -126,7 +134,7 @@ class ScoreActor:
             return Plan.in_order(spec.num_validation, spec.batch_size)
         selection = selector.begin_epoch(turn.epoch)
         if turn.phase == "forward":
-            return Plan.in_order(selection.num_samples, spec.batch_size, selection.forward_only_ids)
+            return Plan.in_order(selection.num_samples, spec.batch_size, selection.scored_ids)
         groups, window_rows = spec.source.groups, block_rows(spec.row_bytes)
         return Plan.of_selection(
             selection, spec.batch_size, spec.seed, turn.epoch, spec.last_batch, groups, window_rows
@@ -159,6 +167,7 @@ class ScoreActor:
         layout: Layout,
         buffer: NDArray[np.uint8],
         base_step: int = 0,
+        sweep: bool = False,
     ) -> None:
         """Fold one push; a sequence number that has been seen in this epoch is dropped."""
         try:
@@ -171,7 +180,7 @@ class ScoreActor:
             return
         signals = unpack(layout, buffer)
         ids = signals.pop("id")
-        selector.observe(ids, signals, epoch)
+        selector.observe(ids, signals, epoch, sweep=sweep)
         received.add(sequence)
         self._num_observed += ids.size
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayprune.engine.protocol import PlanHeader, Turn
 from rayprune.engine.stream import Batch, plan_batches
@@ -124,6 +124,7 @@ class Epoch:
         logits: Tensor | None = None,
         targets: Tensor | None = None,
         embeddings: Tensor | None = None,
+        head: nn.Linear | Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """Record the losses and return the weighted mean, to be differentiated.
@@ -134,8 +135,8 @@ class Epoch:
         Args:
             batch: the batch that `iter_torch_batches` gave last.
             losses: (B,), or (B, T), (B, 1, …): then a sample's loss is the mean over the other axes.
-            logits, targets, embeddings: for methods that need more than the loss; targets default to the batch's
-                `label`. See `rayprune.nn.weighing.signals_per_sample`.
+            logits, targets, embeddings, head: for methods that need more than the loss; targets default to the
+                batch's `label`, head is the last linear layer. See `rayprune.nn.weighing.signals_per_sample`.
             mask: of the losses' shape, 0 where a position does not count.
 
         Raises:
@@ -148,21 +149,22 @@ class Epoch:
                 "batch itself"
             )
         losses_B = losses_per_sample(losses, current.ids.size, mask)
-        self._record(current, losses_B, self._needed(batch, logits, targets, embeddings))
+        needed = self._needed(batch, logits, targets, embeddings, head)
+        self._record(current, losses_B, needed, self._shard.terms.signals)
         self._batch = self._given = None
         self._num_weighed += 1
         weights_B = torch.from_numpy(current.weights.copy()).to(losses_B.device, non_blocking=True)
         return weighted_mean(losses_B, weights_B, self._shard.batch_rows)
 
-    def _needed(self, batch: Any, logits: Any, targets: Any, embeddings: Any) -> dict[str, Any]:
+    def _needed(self, batch: Any, logits: Any, targets: Any, embeddings: Any, head: Any) -> dict[str, Any]:
         if targets is None and isinstance(batch, Mapping) and isinstance(batch.get("label"), Tensor):
             targets = batch["label"]
         if targets is not None and logits is not None:
             targets = targets.to(logits.device)
-        return {"logits": logits, "targets": targets, "embeddings": embeddings}
+        return {"logits": logits, "targets": targets, "embeddings": embeddings, "head": head}
 
-    def _record(self, batch: Batch, losses_B: Tensor, needed: Mapping[str, Any]) -> None:
-        signals = signals_per_sample(self._shard.terms.signals, losses_B, **needed)
+    def _record(self, batch: Batch, losses_B: Tensor, needed: Mapping[str, Any], names: tuple[str, ...]) -> None:
+        signals = signals_per_sample(names, losses_B, **needed)
         self._shard.recorder.record(batch.ids, batch.real, signals)
 
     def sweep(self, score: Callable[[Any], Any], **form: Any) -> int:
@@ -174,14 +176,15 @@ class Epoch:
         turn = Turn(self.index, "forward", self._shard.world_size, 0, self.start_step)
         device = self._device(form.pop("device", "auto"))
         ahead = form.pop("prefetch_batches", 1)
-        scored = 0
+        scored, swept = 0, self._shard.terms.sweep_signals
+        self._shard.recorder.start_sweep(swept)
         with torch.no_grad():
             for batch, given in formed(self._batches(turn, self._announce(turn)), BatchForm(device, **form), ahead):
                 said = score(given)
                 told = dict(said) if isinstance(said, Mapping) else {"losses": said}
                 losses_B = losses_per_sample(told.pop("losses"), batch.ids.size, told.pop("mask", None))
-                needed = self._needed(given, told.get("logits"), told.get("targets"), told.get("embeddings"))
-                self._record(batch, losses_B, needed)
+                given_for = (told.get(name) for name in ("logits", "targets", "embeddings", "head"))
+                self._record(batch, losses_B, self._needed(given, *given_for), swept)
                 scored += int(batch.real.sum())
         return scored
 

@@ -28,11 +28,13 @@ class LoopTerms:
     """What every rank must know of a pruned data set.
 
     Attributes:
-        signals: what the method needs to see of a sample.
+        signals: what the method needs to see of a sample in training.
+        sweep_signals: the same in a forward-only pass.
         about: what a state must share to be loaded: fingerprint, samples, batch size, epochs, seed.
     """
 
     signals: tuple[str, ...]
+    sweep_signals: tuple[str, ...]
     num_epochs: int
     batch_size: int
     about: dict[str, Any]
@@ -58,8 +60,9 @@ class LoopActor(ScoreActor):
             "last_batch": spec.last_batch,
             "seed": spec.seed,
         }
-        signals = build_method(spec.method).signals
-        return LoopTerms(signals, spec.num_epochs, spec.batch_size, about)
+        method = build_method(spec.method)
+        signals, swept = method.signals, method.sweep_signals or method.signals
+        return LoopTerms(signals, swept, spec.num_epochs, spec.batch_size, about)
 
     def restore(self, generation: int, epoch: int, state: Mapping[str, NDArray[Any]] | None) -> None:
         """Begin `generation` at `epoch`, with the state that a checkpoint holds, or anew at epoch 0.
@@ -151,8 +154,9 @@ class LoopActor(ScoreActor):
         selection = self._selector.begin_epoch(self._turn.epoch)
         if self._turn.phase == "train":
             return key, selection.codes, selection.weight_values
+        scored = selection.scored_ids
         codes = np.zeros(selection.num_samples, dtype=np.uint8)
-        codes[selection.forward_only_ids] = 1
+        codes[slice(None) if scored is None else scored] = 1
         return key, codes, np.ones(1, dtype=np.float32)
 
     def answer(self) -> ClosedEpoch:

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from rayprune.config import RunSection
+from rayprune.config_sections import RunSection
 from rayprune.engine.client import ScoreClient
 
 Verdict = Literal["go on", "save", "leave"]

@@ -73,7 +73,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class PlanHeader:
-    """What every rank must know of a plan without holding it."""
+    """What every rank must know of a plan without holding it; `facts` are the selection's own, for metrics.jsonl."""
 
     num_steps: int
     num_rows: int
@@ -85,6 +85,7 @@ class PlanHeader:
     lr_scale: float
     hash: str
     select_s: float
+    facts: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

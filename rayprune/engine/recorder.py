@@ -35,17 +35,19 @@ class Recorder:
         client: the ScoreActor.
         generation: this attempt's number.
         rank: this worker's rank.
-        signals: names that are kept of what `record` is given.
+        signals: names that are kept of what `record` is given in training.
     """
 
     def __init__(self, client: ScoreClient, generation: int, rank: int, signals: tuple[str, ...]) -> None:
-        self._client, self._generation, self._rank, self._signals = client, generation, rank, signals
+        self._client, self._generation, self._rank = client, generation, rank
+        self._trained = self._signals = signals
+        self._sweep = False
         self._ids = np.empty(0, dtype=np.int64)
         self._buffers: dict[str, Tensor] = {}
         self._rows = 0
         self._epoch, self._base_step = -1, 0
         self._pushed_at = 0.0
-        self._log: list[tuple[Layout, NDArray[np.uint8]] | None] = []
+        self._log: list[tuple[Layout, NDArray[np.uint8], bool] | None] = []
         self.num_nonfinite = 0
         self.nonfinite_ids: list[int] = []
 
@@ -54,6 +56,17 @@ class Recorder:
         self._epoch, self._base_step, self._rows, self._log = epoch, base_step, 0, []
         self._pushed_at = time.perf_counter()
         self.num_nonfinite, self.nonfinite_ids = 0, []
+        self._buffer_for(self._trained, sweep=False)
+
+    def start_sweep(self, signals: tuple[str, ...]) -> None:
+        """Go on with a forward-only pass of the same epoch, which reports these signals."""
+        self.push()
+        self._buffer_for(signals, sweep=True)
+
+    def _buffer_for(self, signals: tuple[str, ...], sweep: bool) -> None:
+        if signals != self._signals:
+            self._buffers = {}
+        self._signals, self._sweep = signals, sweep
 
     def record(self, ids: NDArray[np.int64], real: NDArray[np.bool_], signals: dict[str, Tensor]) -> None:
         """Keep the signals of the real rows.
@@ -106,7 +119,7 @@ class Recorder:
         signals: dict[str, NDArray[Any]] = {name: array[order] for name, array in seen.items()}
         self.num_nonfinite += bad.size
         self.nonfinite_ids += self._ids[bad][:5].tolist()
-        self._log.append(pack(ids, signals))
+        self._log.append((*pack(ids, signals), self._sweep))
         self._client.post("observe", *self._push(len(self._log) - 1))
         if any(array.ndim > 1 for array in signals.values()):
             self._log[-1] = None
@@ -118,7 +131,8 @@ class Recorder:
             raise ObservationsLost(
                 f"epoch {self._epoch}: push {sequence} of vector signals was lost with the ScoreActor"
             )
-        return (self._generation, self._epoch, self._rank, sequence, *logged, self._base_step)
+        layout, buffer, sweep = logged
+        return (self._generation, self._epoch, self._rank, sequence, layout, buffer, self._base_step, sweep)
 
     def flush(self) -> int:
         """Push the rest and push again what the actor misses, until it has everything; return the number of pushes.

@@ -29,6 +29,8 @@ from rayprune.engine.checkpoint import (
     write_checkpoint,
 )
 from rayprune.engine.run_folder import append_metrics, mend_metrics
+from rayprune.engine.setup import WorkerSpec
+from rayprune.nn.steps import TrainStep
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +40,12 @@ _COUNTS = ("samples_trained", "samples_forwarded", "samples_padded", "bytes_read
 class Saver:
     """Keep a run's counts and files; restore them from a checkpoint."""
 
-    def __init__(self, run_folder: Path, config: Config, fingerprint: str, shuffle: str, rank: int) -> None:
+    def __init__(self, run_folder: Path, config: Config, spec: WorkerSpec, rank: int) -> None:
         self._folder, self._config, self._rank = run_folder, config, rank
-        self._fingerprint, self._shuffle = fingerprint, shuffle
-        self._counts = dict.fromkeys(_COUNTS, 0)
-        self._wall_before = 0.0
+        self._fingerprint, self._shuffle = spec.fingerprint, spec.shuffle
+        self._counts = {name: getattr(spec.before, name) for name in _COUNTS}
+        self._collected = spec.before.samples_trained
+        self._wall_before = spec.before.wall_time
         self._started = time.perf_counter()
         self._board: Any = None
         self._last_line: dict[str, Any] | None = None
@@ -50,9 +53,9 @@ class Saver:
         self._writing: Future[None] | None = None
 
     def restore(
-        self, epoch: int, step: int, network: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+        self, epoch: int, step: int, network: torch.nn.Module, train_step: TrainStep, device: torch.device
     ) -> list[float]:
-        """Load the state before a step into network, optimiser and counts; return the epoch's sums so far.
+        """Load the state before a step into network, train step and counts; return the epoch's sums so far.
 
         Raises:
             ValueError: the checkpoint is of another data set or configuration.
@@ -63,7 +66,9 @@ class Saver:
             if position[name] != own:
                 raise ValueError(f"checkpoint {folder} is of another run: {name} {position[name]}, here {own}")
         network.load_state_dict(load_tensors(folder / "model.pt", device))
-        optimizer.load_state_dict(load_tensors(folder / "trainer.pt", device)["optimizer"])
+        trainer = load_tensors(folder / "trainer.pt", device)
+        train_step.optimizer.load_state_dict(trainer["optimizer"])
+        train_step.load_state_dict(trainer.get("step", {}))  # versions that knew plain steps only had none
         # A checkpoint of a version that did not count the bytes has 0 of them.
         self._counts = {name: int(position["counts"].get(name, 0)) for name in _COUNTS}
         self._wall_before = float(position["wall_time"])
@@ -76,13 +81,13 @@ class Saver:
         """Add an epoch's rows and bytes and return the cumulative counts."""
         for name, more in zip(_COUNTS, (trained, forwarded, padded, num_bytes), strict=True):
             self._counts[name] += more
-        return dict(self._counts)
+        return {**self._counts, "samples_collected": self._collected}
 
     def save(
         self,
         epoch: int,
         network: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
+        train_step: TrainStep,
         selector: Mapping[str, NDArray[Any]],
         metrics: dict[str, Any],
         seconds: dict[str, float],
@@ -90,14 +95,14 @@ class Saver:
         """Write the checkpoint of the state before `epoch` (rank 0)."""
         self.wait()
         self._last_line = {**metrics, "seconds": _rounded(seconds), "wall_time": round(self._wall_time(), 3)}
-        self._write(epoch, 0, network.state_dict(), optimizer.state_dict(), selector, self._position([]))
+        self._write(epoch, 0, network.state_dict(), _trainer_state(train_step), selector, self._position([]))
 
     def save_inside(
         self,
         epoch: int,
         step: int,
         network: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
+        train_step: TrainStep,
         selector: Mapping[str, NDArray[Any]],
         sums: list[float],
         base_step: int,
@@ -107,7 +112,7 @@ class Saver:
         A write that fails is logged: the run goes on and tries again at the next one.
         """
         self.wait()
-        model, trainer = copy.deepcopy((network.state_dict(), optimizer.state_dict()))
+        model, trainer = copy.deepcopy((network.state_dict(), _trainer_state(train_step)))
         table = {name: np.array(array) for name, array in selector.items()}
         position = self._position(sums)  # made here: the counts go on while the thread writes
 
@@ -142,7 +147,7 @@ class Saver:
         epoch: int,
         step: int,
         model: Mapping[str, Any],
-        optimizer: Mapping[str, Any],
+        trainer: Mapping[str, Any],
         selector: Mapping[str, NDArray[Any]],
         position: Mapping[str, Any],
     ) -> None:
@@ -151,7 +156,7 @@ class Saver:
             epoch,
             step,
             model=model,
-            trainer={"optimizer": optimizer},
+            trainer=trainer,
             selector=selector,
             position=position,
         )
@@ -186,6 +191,10 @@ class Saver:
 
     def _wall_time(self) -> float:
         return self._wall_before + time.perf_counter() - self._started
+
+
+def _trainer_state(train_step: TrainStep) -> dict[str, Any]:
+    return {"optimizer": train_step.optimizer.state_dict(), "step": train_step.state_dict()}
 
 
 def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from rayprune.config import Config
 from rayprune.core.objects import closest
 from rayprune.engine.client import ScoreClient
 from rayprune.engine.stream import Batch
+from rayprune.methods import Method
 from rayprune.nn.augment import Augment
 from rayprune.nn.boundary import last_linear
 from rayprune.nn.models import build_model
@@ -39,19 +40,73 @@ class InputSpec:
 
 
 @dataclass(frozen=True)
+class StepTerms:
+    """What a method asks of the train step; plain values, as workers may not have the method's code.
+
+    Attributes:
+        name, options: the step, a key of `STEPS`, and its options.
+        signals, sweep_signals: what training visits and forward-only passes report.
+        sweep_part: the part of the network that forward-only passes go through.
+    """
+
+    name: str
+    options: dict[str, Any]
+    signals: tuple[str, ...]
+    sweep_signals: tuple[str, ...]
+    sweep_part: str
+
+    @classmethod
+    def of(cls, method: Method, record: tuple[str, ...] = ()) -> StepTerms:
+        """Return the terms of a method, with more signals to be recorded in training.
+
+        Raises:
+            ValueError: the method names no train step.
+        """
+        name, options = method.step()
+        if name not in STEPS:
+            raise ValueError(f"unknown train step {name!r} of method {method.name!r}: {closest(name, STEPS)}")
+        signals = tuple(dict.fromkeys((*method.signals, *record)))
+        return cls(name, options, signals, method.sweep_signals or signals, method.sweep_part)
+
+
+@dataclass(frozen=True)
+class Before:
+    """What was spent on a run's samples before it began: by the run that scored them.
+
+    Attributes:
+        samples_trained, samples_forwarded, samples_padded, bytes_read: as in metrics.jsonl.
+        compute: in samples trained.
+        wall_time: seconds.
+    """
+
+    samples_trained: int = 0
+    samples_forwarded: int = 0
+    samples_padded: int = 0
+    bytes_read: int = 0
+    compute: float = 0.0
+    wall_time: float = 0.0
+
+
+@dataclass(frozen=True)
 class WorkerSpec:
-    """What a worker needs besides the config; picklable."""
+    """What a worker needs besides the config; picklable.
+
+    Attributes:
+        terms: what the method asks of the train step.
+        before: what a run that scored the samples has cost.
+    """
 
     config: Config
     scores: ScoreClient
     input: InputSpec
-    signals: tuple[str, ...]
+    terms: StepTerms
     fingerprint: str
     shuffle: str
     run_folder: str
     use_gpu: bool
     threads: int
     has_validation: bool
+    before: Before = Before()
 
 
 def pick_device(use_gpu: bool) -> torch.device:
@@ -108,39 +163,33 @@ def network_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimiz
 
 
 def build_step(
-    config: Config,
-    network: nn.Module,
-    signals: tuple[str, ...],
-    spec: InputSpec,
-    world_size: int,
-    device: torch.device,
+    config: Config, network: nn.Module, spec: InputSpec, terms: StepTerms, world_size: int, device: torch.device
 ) -> TrainStep:
-    """Build the method's train step with its optimiser, wrapped in DDP where there is more than one rank.
+    """Build the train step with its optimiser, wrapped in DDP where there is more than one rank.
 
     Args:
+        config: precision, optimiser and the like.
         network: on its device, not wrapped.
-        signals: what each step returns.
+        spec: what its inputs look like.
+        terms: what the method asks for.
         world_size: the number of ranks.
+        device: where the step runs.
 
     Raises:
-        ValueError: the method names no train step, or one that does not fit the network.
+        ValueError: the step does not fit the network.
     """
-    method, train = config.build_method(), config.train
-    name, options = method.step()
-    if name not in STEPS:
-        raise ValueError(f"unknown train step {name!r} of method {method.name!r}: {closest(name, STEPS)}")
-    asked = (*signals, *getattr(method, "sweep_signals", ()))
-    needs_head = any(signal in BOUNDARY_SIGNALS for signal in asked)
-    return STEPS[name](
-        wrap_for_ranks(STEPS[name].module_of(network, spec.shape, **options), world_size, device),
+    train, step = config.train, STEPS[terms.name]
+    needs_head = any(signal in BOUNDARY_SIGNALS for signal in (*terms.signals, *terms.sweep_signals))
+    return step(
+        wrap_for_ranks(step.module_of(network, spec.shape, **terms.options), world_size, device),
         network_optimizer(config, network),
-        signals=signals,
+        signals=terms.signals,
         label_smoothing=train.label_smoothing,
         accumulate=train.accumulate,
         clip_norm=train.clip_norm,
         autocast=pick_precision(train.precision, device),
         head=last_linear(network, torch.zeros(2, *spec.shape, device=device)) if needs_head else None,
-        **options,
+        **terms.options,
     )
 
 

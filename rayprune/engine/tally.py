@@ -5,8 +5,13 @@ Shapes: B rows of a batch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+from rayprune.engine.setup import Before
+from rayprune.nn.steps import TrainStep
 
 # Places in the sums: loss, correct, rows with a finite loss, real rows, padding rows, bytes read (exact up to 2^53).
 LOSS, CORRECT, FINITE, REAL, PADDED, BYTES = range(6)
@@ -48,3 +53,17 @@ def means(sums: Tensor) -> tuple[float, float]:
     finite = float(sums[FINITE])
     loss = float(sums[LOSS]) / finite if finite else float("nan")
     return loss, float(sums[CORRECT]) / max(float(sums[REAL]), 1.0)
+
+
+def compute(counts: Mapping[str, int], before: Before, step: TrainStep, part: str) -> float:
+    """Return what a run has cost so far, in samples trained: a forward pass alone is a third of one.
+
+    Args:
+        counts: cumulative, what was spent before the run included.
+        before: that.
+        step: knows what a sample costs it, in training and through `part` alone.
+        part: which forward-only passes went through.
+    """
+    rows = counts["samples_trained"] + counts["samples_padded"] - before.samples_trained - before.samples_padded
+    forwarded = counts["samples_forwarded"] - before.samples_forwarded
+    return round(before.compute + rows * step.train_cost + forwarded * step.relative_cost(part) / 3, 1)

@@ -1,48 +1,43 @@
-"""The driver of a run: check everything, start the ScoreActor, the stream and the workers, write what is left."""
+"""The driver of a run: check everything, score first where the method chooses one subset, train, write what is left."""
 
 from __future__ import annotations
 
-import functools
 import logging
-import signal
 import sys
-import threading
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
-import ray.train
-from ray.train.torch import TorchTrainer
 
 from rayprune.config import Config
 from rayprune.core.objects import USER_MODULE_PREFIX
 from rayprune.core.selector import Selector
-from rayprune.engine.actor import ScoreSpec
-from rayprune.engine.checkpoint import forget_ray_records, load_selector_state, newest_position, remove_old_checkpoints
-from rayprune.engine.client import LocalScores, RemoteScores, ScoreClient
-from rayprune.engine.preparation import check_method, check_model, check_sizes, input_spec, open_folder, unkept_signals
-from rayprune.engine.progress import Watcher
-from rayprune.engine.protocol import TrainingPaused, TrainingStopped
+from rayprune.engine.checkpoint import load_selector_state, newest_position, remove_old_checkpoints
+from rayprune.engine.opening import check_folder, open_folder
+from rayprune.engine.preparation import (
+    check_memory,
+    check_method,
+    check_model,
+    check_sizes,
+    input_spec,
+    unkept_signals,
+)
+from rayprune.engine.protocol import TrainingPaused
 from rayprune.engine.resources import Resources, resolve_resources, start_ray
+from rayprune.engine.run import Choice, EpochListener, ProgressListener, Run, TrainingFailed
 from rayprune.engine.run_folder import read_metrics, write_scores
-from rayprune.engine.setup import InputSpec, WorkerSpec
-from rayprune.engine.stream import LocalStream, RayStream, plan_dataset, row_bytes, shuffle_name
-from rayprune.engine.worker import Worker
+from rayprune.engine.subset import Scored, chosen_subset, score_samples
+from rayprune.methods import Method
+from rayprune.methods.fixed import Fixed
+from rayprune.nn.signals import check_signals
 from rayprune.sources import SampleSource, Splits, open_data
 
+__all__ = ["Listeners", "RunResult", "Start", "TrainingFailed", "score", "train"]
+
 logger = logging.getLogger(__name__)
-
-EpochListener = Callable[[dict[str, Any]], None]
-ProgressListener = Callable[[int, int, int], None]
-
-
-# How often Ray looks whether an elastic run can have more workers; a change costs the steps since the checkpoint.
-_RESIZE_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -53,8 +48,32 @@ class RunResult:
     metrics: list[dict[str, Any]]
 
 
-class TrainingFailed(RuntimeError):
-    """Training ended with an error that is not the configuration's; `__cause__` has the rest."""
+@dataclass(frozen=True)
+class Start:
+    """A run that begins, or goes on.
+
+    Attributes:
+        config: what it trains.
+        resources: on what.
+        folder: where it writes.
+        first_epoch: the first epoch to train; E when it was finished before.
+    """
+
+    config: Config
+    resources: Resources
+    folder: Path
+    first_epoch: int
+
+
+@dataclass(frozen=True)
+class Listeners:
+    """Who hears of a run; see `train`."""
+
+    on_epoch: EpochListener | None = None
+    on_progress: ProgressListener | None = None
+    on_start: Callable[[Start], None] | None = None
+    on_scored: Callable[[Scored], None] | None = None
+    on_notice: Callable[[str], None] = logger.warning
 
 
 def train(
@@ -62,17 +81,22 @@ def train(
     *,
     on_epoch: EpochListener | None = None,
     on_progress: ProgressListener | None = None,
-    on_start: Callable[[Resources, Path, int], None] | None = None,
+    on_start: Callable[[Start], None] | None = None,
+    on_scored: Callable[[Scored], None] | None = None,
     on_notice: Callable[[str], None] = logger.warning,
     debug: bool = False,
 ) -> RunResult:
     """Run a config to its end, from where its run folder stands.
 
+    A method that chooses one subset (`collect_epochs` above 0) scores the samples in a run of its own first, in the
+    folder `collect` of the run's; then a new network is trained on the subset, and the costs of both are counted.
+
     Args:
         config: a resolved config (`load_config`), with `run.name` set.
         on_epoch: called with each new line of metrics.jsonl.
         on_progress: called about twice a second with (epoch, samples observed, samples planned).
-        on_start: called once with the resources, the run folder and the first epoch to train.
+        on_start: called when a run begins: twice where samples are scored first.
+        on_scored: called between the two.
         on_notice: called with lines that a person should see: what the run cannot promise, and stalls (who waits for
             what, since when, after `run.stall_seconds`).
         debug: show Ray's own logs.
@@ -83,161 +107,106 @@ def train(
         TrainingPaused: SIGTERM came; the run has saved and left.
         TrainingFailed: anything else that ended training.
     """
-    splits = open_data(config.data.source, limit=config.data.limit, cache=config.data.cache, **config.data.source_keys)
+    listeners = Listeners(on_epoch, on_progress, on_start, on_scored, on_notice)
+    splits = _open(config, debug)
+    method = config.build_method()
+    check_folder(config)
+    choice = Choice(method, config.train.epochs)
+    if isinstance(method, Fixed):
+        choice = chosen_subset(config, splits.train)
+    if not (method.collect_epochs and config.collect.fresh):
+        _check(config, splits, choice)
+        return _run(config, splits, choice, listeners)
+    _check_training(config, splits, Fixed())
+    scored = _scored(config, splits, listeners)
+    if on_scored is not None:
+        on_scored(scored)
+    return _run(config, splits, scored.choice(config, splits.train), listeners)
+
+
+def score(config: Config, *, debug: bool = False, **listeners: Any) -> Scored:
+    """Score the samples for a method that chooses one subset, as the first half of `train` does.
+
+    Args:
+        config, debug: as for `train`.
+        **listeners: on_epoch, on_progress, on_start, on_notice, as for `train`.
+
+    Raises:
+        ValueError: as `train`; or the method chooses anew while it trains.
+    """
+    method = config.build_method()
+    if not method.collect_epochs:
+        raise ValueError(
+            f"method {method.name!r} has no scoring run: rayprune train writes its scores.parquet; name a method that "
+            "chooses one subset, such as method.name=tdds"
+        )
+    splits = _open(config, debug)
+    return _scored(config, splits, Listeners(**listeners))
+
+
+def _scored(config: Config, splits: Splits, listeners: Listeners) -> Scored:
+    if config.collect.trajectories is not None:
+        return score_samples(config, splits.train, None)
+    scoring = config.scoring()
+    check_folder(scoring)
+    theirs = _splits(scoring)
+    if theirs.train.fingerprint != splits.train.fingerprint:
+        raise ValueError("collect.data changes which samples there are: only how they are augmented may differ")
+    choice = Choice(scoring.build_method(), max(scoring.train.epochs, scoring.last_epoch + 1))
+    _check(scoring, theirs, choice)
+    result = _run(scoring, theirs, choice, listeners)
+    return score_samples(config, splits.train, result.folder)
+
+
+def _open(config: Config, debug: bool) -> Splits:
+    splits = _splits(config)
     _ship_user_modules()
-    spec = input_spec(config, splits.train)
-    check_sizes(config, len(splits.train))
-    check_method(config, splits.train)
-    check_model(config, spec)
     if not debug:
         logging.getLogger("ray.train").setLevel(logging.WARNING)
         logging.getLogger("ray.data").setLevel(logging.WARNING)
     if config.scaling.num_workers != 0:
         start_ray(debug, elastic=isinstance(config.scaling.num_workers, tuple))
+    return splits
+
+
+def _splits(config: Config) -> Splits:
+    data = config.data
+    return open_data(data.source, limit=data.limit, cache=data.cache, **data.source_keys)
+
+
+def _check(config: Config, splits: Splits, choice: Choice) -> None:
+    """Refuse before anything starts what cannot work."""
+    _check_training(config, splits, choice.method)
+    check_method(config, splits.train, choice.method, choice.num_epochs)
+    check_memory(choice.method, input_spec(config, splits.train).num_classes, len(splits.train))
+
+
+def _check_training(config: Config, splits: Splits, method: Method) -> None:
+    check_signals((*method.signals, *method.sweep_signals, *config.train.record))
+    check_sizes(config, len(splits.train))
+    check_model(config, input_spec(config, splits.train), method)
+
+
+def _run(config: Config, splits: Splits, choice: Choice, listeners: Listeners) -> RunResult:
+    spec = input_spec(config, splits.train)
     resources = resolve_resources(config, splits.train)
     with open_folder(config, splits.train, resources) as (folder, start_epoch):
         for split in (splits.train, splits.validation):
             if split is not None:
                 split.prepare()
-        if on_start is not None:
-            on_start(resources, folder, start_epoch)
-        if start_epoch < config.train.epochs:
-            for line in unkept_signals(config, spec, len(splits.train)):
-                on_notice(line)
-            _Run(config, splits, spec, resources, folder).fit(on_epoch, on_progress, on_notice)
+        if listeners.on_start is not None:
+            listeners.on_start(Start(config, resources, folder, start_epoch))
+        if start_epoch < config.last_epoch:
+            for line in unkept_signals(config, spec, len(splits.train), choice.method):
+                listeners.on_notice(line)
+            run = Run(config, splits, spec, resources, folder, choice)
+            run.fit(listeners.on_epoch, listeners.on_progress, listeners.on_notice)
             remove_old_checkpoints(folder, config.run.keep_checkpoints)
             epoch, step = newest_position(folder)
-            if epoch < config.train.epochs:
+            if epoch < config.last_epoch:
                 raise TrainingPaused(f"paused: saved before step {step} of epoch {epoch + 1}; the same command goes on")
-        _write_scores(config, splits.train, folder)
+        _write_scores(config, splits.train, folder, choice)
         return RunResult(folder, read_metrics(folder))
-
-
-class _Run:
-    """One start of a run's workers, with its ScoreActor."""
-
-    def __init__(self, config: Config, splits: Splits, spec: InputSpec, resources: Resources, folder: Path) -> None:
-        self._config, self._resources, self._folder = config, resources, folder
-        method = config.build_method()
-        self._sources: dict[str, SampleSource] = {"train": splits.train}
-        if splits.validation is not None:
-            self._sources["validation"] = splits.validation
-        score_spec = ScoreSpec(
-            method=config.method,
-            source=splits.train,
-            num_validation=len(splits.validation) if splits.validation is not None else 0,
-            num_epochs=config.train.epochs,
-            seed=config.train.seed,
-            batch_size=config.train.batch_size,
-            last_batch=config.train.last_batch,
-            row_bytes=row_bytes(splits.train.schema),
-            run_folder=str(folder),
-            keep_selections=config.run.keep_selections,
-        )
-        self._handle: Any = None
-        self.scores: ScoreClient
-        if resources.num_workers == 0:
-            self.scores = LocalScores(score_spec)
-        else:
-            name = f"rayprune-scores-{uuid.uuid4().hex[:8]}"
-            self.scores, self._handle = RemoteScores.create(score_spec, name)
-        self._worker_spec = WorkerSpec(
-            config=config,
-            scores=self.scores,
-            input=spec,
-            signals=method.signals,
-            fingerprint=splits.train.fingerprint,
-            shuffle=shuffle_name(splits.train),
-            run_folder=str(folder),
-            use_gpu=resources.use_gpu,
-            threads=resources.threads,
-            has_validation=splits.validation is not None,
-        )
-
-    def fit(
-        self,
-        on_epoch: EpochListener | None,
-        on_progress: ProgressListener | None,
-        on_notice: Callable[[str], None],
-    ) -> None:
-        """Train to the end; Ray restarts the workers after a failure."""
-        failure: Exception | None = None
-        try:
-            stall_s = self._config.run.stall_seconds
-            watcher = Watcher(self._folder, self.scores, on_epoch, on_progress, on_notice, stall_s)
-            with watcher, _on_sigterm(watcher.request_pause):
-                self._trainer().fit()
-        except Exception as error:  # without workers the loop's own errors come through as they are
-            failure = error
-        finally:
-            stopped = self._stopped_because()
-            if self._handle is not None:
-                ray.kill(self._handle)
-        if stopped is not None:  # also after a clean end: workers that Ray started again leave at once
-            reason, failed = stopped
-            raise (TrainingFailed(f"training failed {reason}") if failed else TrainingStopped(reason)) from failure
-        if failure is not None:
-            raise TrainingFailed(_first_cause(failure)) from failure
-
-    def _stopped_because(self) -> tuple[str, bool] | None:
-        try:
-            stopped: tuple[str, bool] | None = self.scores.call("stopped")
-        except ray.exceptions.RayError:  # the actor went down with what failed: that says more
-            stopped = None
-        return stopped
-
-    def _trainer(self) -> TorchTrainer:
-        resources = self._resources
-        datasets = {}
-        if resources.stream == "ray":
-            assert isinstance(self.scores, RemoteScores)
-            datasets["train"] = plan_dataset(
-                self.scores, self._sources, elastic=isinstance(resources.num_workers, tuple)
-            )
-            # The sources stay behind: rows reach these workers through Ray Data only.
-            loop = functools.partial(_ray_loop, self._worker_spec)
-        else:
-            loop = functools.partial(_local_loop, self._worker_spec, self._sources)
-        forget_ray_records(self._folder)
-        remove_old_checkpoints(self._folder, self._config.run.keep_checkpoints)
-        each = {"CPU": resources.cpus_per_worker, **({"GPU": 1.0} if resources.use_gpu else {})}
-        return TorchTrainer(
-            loop,
-            scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]  # typed as Train's first version
-                num_workers=resources.num_workers,  # type: ignore[arg-type]
-                use_gpu=resources.use_gpu,
-                elastic_resize_monitor_interval_s=_RESIZE_S,
-                resources_per_worker=each if resources.num_workers else None,
-            ),
-            run_config=ray.train.RunConfig(
-                storage_path=str(self._folder),
-                name="checkpoints",
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=self._config.run.keep_checkpoints),
-                failure_config=ray.train.FailureConfig(max_failures=self._config.run.max_failures),
-            ),
-            datasets=datasets,
-        )
-
-
-@contextmanager
-def _on_sigterm(pause: Callable[..., None]) -> Iterator[None]:
-    """Let SIGTERM, which a cluster sends before it takes a machine back, pause the run instead of ending it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python takes signals in the main thread only
-        return
-    before = signal.signal(signal.SIGTERM, pause)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _ray_loop(spec: WorkerSpec) -> None:
-    Worker(spec, RayStream(ray.train.get_dataset_shard("train"))).run()
-
-
-def _local_loop(spec: WorkerSpec, sources: Mapping[str, SampleSource]) -> None:
-    Worker(spec, LocalStream(sources)).run()
 
 
 def _ship_user_modules() -> None:
@@ -247,24 +216,11 @@ def _ship_user_modules() -> None:
             ray.cloudpickle.register_pickle_by_value(module)
 
 
-def _write_scores(config: Config, source: SampleSource, folder: Path) -> None:
-    method = config.build_method()
+def _write_scores(config: Config, source: SampleSource, folder: Path, choice: Choice) -> None:
     labels = np.asarray(source.labels)
-    epochs, seed = config.train.epochs, config.train.seed
-    selector = Selector(method, len(source), epochs, seed, labels=labels if method.class_floor > 0 else None)
-    selector.load_state_dict(load_selector_state(folder, epochs))
-    write_scores(folder, selector, labels, source.fingerprint)
-
-
-def _first_cause(error: BaseException) -> str:
-    """Return one line on what failed first, out of Ray's nested errors."""
-    where, cause = "training failed", error
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        rank, cause = sorted(failures.items())[0]
-        where = f"training failed on rank {rank}"
-    cause = getattr(cause, "cause", None) or getattr(cause, "controller_failure", None) or cause
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or ["no message"]
-    # Ray's own errors begin with a traceback as text and end with what it says.
-    line = lines[-1] if isinstance(cause, ray.exceptions.RayError) else lines[0]
-    return f"{where}: {type(cause).__name__}: {line}"
+    run = (len(source), choice.num_epochs, config.train.seed)
+    selector = Selector(choice.method, *run, labels, choice.chosen, config.train.record)
+    selector.load_state_dict(load_selector_state(folder, config.last_epoch))
+    own = selector.scores()
+    extra = {f"collected_{name}" if name in own else name: column for name, column in choice.scores.items()}
+    write_scores(folder, selector, labels, source.fingerprint, extra=extra)

@@ -32,7 +32,7 @@ from rayprune.engine.setup import (
 )
 from rayprune.engine.stall import Pulsing
 from rayprune.engine.stream import Batch, Transport, plan_batches
-from rayprune.engine.tally import BYTES, PADDED, REAL, add_batch, means, new_sums, resumed_sums
+from rayprune.engine.tally import BYTES, PADDED, REAL, add_batch, compute, means, new_sums, resumed_sums
 from rayprune.nn.augment import step_seed
 
 logger = logging.getLogger(__name__)
@@ -52,17 +52,17 @@ class Worker:
         torch.set_num_threads(spec.threads)
         self._device = pick_device(spec.use_gpu)
         network = build_network(self._config, spec.input, self._device)
-        self._saver = Saver(Path(spec.run_folder), self._config, spec.fingerprint, spec.shuffle, self.rank)
+        self._saver = Saver(Path(spec.run_folder), self._config, spec, self.rank)
         # Rank 0 decides for all: another rank might see a checkpoint that is just being written.
         start = broadcast_from_rank_zero(self._next_start() if self.rank == 0 else None)
         self._generation, (self._epoch, self._base_step) = start
-        self._step = build_step(self._config, network, spec.signals, spec.input, self.world_size, self._device)
+        self._step = build_step(self._config, network, spec.input, spec.terms, self.world_size, self._device)
         sums: list[float] = []
         if (self._epoch, self._base_step) > (0, 0):
-            sums = self._saver.restore(self._epoch, self._base_step, network, self._step.optimizer, self._device)
+            sums = self._saver.restore(self._epoch, self._base_step, network, self._step, self._device)
         self._resumed_sums = sums if self.rank == 0 else []
         self._network = network
-        self._recorder = Recorder(spec.scores, self._generation, self.rank, spec.signals)
+        self._recorder = Recorder(spec.scores, self._generation, self.rank, spec.terms.signals)
         self._pacer = Pacer(spec.scores, self.rank, self.world_size, self._device, self._config.run)
         self._pulse = Pulsing(spec.scores, self._generation, self.rank, self.world_size)
         self._seconds: dict[str, float] = {}
@@ -82,7 +82,7 @@ class Worker:
         if self._spec.scores.call("stopped") is not None:
             return
         try:
-            for epoch in range(self._epoch, self._config.train.epochs):
+            for epoch in range(self._epoch, self._config.last_epoch):
                 self._run_epoch(epoch)
                 self._base_step = 0
                 if self._pacer.leave_now():
@@ -114,8 +114,9 @@ class Worker:
         if header.num_forward_only:
             with self._timed("forward_only"):
                 self._share_buffers()
+                self._recorder.start_sweep(self._spec.terms.sweep_signals)
                 forwarded = self._forward(epoch, "forward", record=True)
-        last = epoch + 1 == self._config.train.epochs
+        last = epoch + 1 == self._config.last_epoch
         validation: Tensor | None = None
         if self._spec.has_validation and (last or (epoch + 1) % self._config.train.validate_every == 0):
             with self._timed("validate"):
@@ -176,19 +177,19 @@ class Worker:
             total = self._over_ranks(sums.clone()).tolist()
             inside = self._collected(epoch, "snapshot")
             if inside is not None:
-                state, optimizer = inside.state, self._step.optimizer
-                self._saver.save_inside(epoch, step, self._network, optimizer, state, total, self._base_step)
+                state = inside.state
+                self._saver.save_inside(epoch, step, self._network, self._step, state, total, self._base_step)
         if verdict == "leave":
             raise TrainingPaused(f"before step {step} of epoch {epoch}")
 
     def _forward(self, epoch: int, phase: Phase, *, record: bool) -> Tensor:
         """Pass over a plan in eval mode without augmentation; return the sums over all ranks."""
-        header, sums = self._announce(epoch, phase), new_sums(self._device)
+        header, sums, terms = self._announce(epoch, phase), new_sums(self._device), self._spec.terms
+        named: dict[str, Any] = {"signals": terms.sweep_signals, "part": terms.sweep_part} if record else {}
         for batch in self._batches(header):
             on_device = DeviceBatch(batch, self._spec.input, self._device)
             inputs = self._spec.input.augment.evaluate(on_device.inputs)
-            asked = self._spec.signals if record else ()
-            signals = self._step.evaluate(inputs, on_device.targets, smoothed=record, signals=asked)
+            signals = self._step.evaluate(inputs, on_device.targets, smoothed=record, **named)
             if record:
                 self._record(batch, signals)
             add_batch(sums, signals, on_device.real, batch.num_bytes)
@@ -239,13 +240,15 @@ class Worker:
         num_forwarded = int(forwarded[REAL]) if forwarded is not None else 0
         num_bytes = sum(int(part[BYTES]) for part in (sums, forwarded, validation) if part is not None)
         val_loss, val_accuracy = means(validation) if validation is not None else (None, None)
+        counts = self._saver.count(int(sums[REAL]), num_forwarded, int(sums[PADDED]), num_bytes)
         return {
             "epoch": epoch,
             "requested_prune_ratio": header.requested,
             "pruned_fraction": header.realised,
             "kept": header.num_kept,
             "num_samples": header.num_samples,
-            **self._saver.count(int(sums[REAL]), num_forwarded, int(sums[PADDED]), num_bytes),
+            **counts,
+            "compute": compute(counts, self._spec.before, self._step, self._spec.terms.sweep_part),
             "train_loss": loss,
             "train_accuracy": accuracy,
             "val_loss": val_loss,
@@ -253,6 +256,7 @@ class Worker:
             "lr": lr,
             "world_size": self.world_size,
             "plan_hash": header.hash,
+            "selection": dict(header.facts),
         }
 
     def _save(self, epoch: int, record: dict[str, Any], closed: ClosedEpoch | None, start: float) -> None:
@@ -260,7 +264,7 @@ class Worker:
         self._pulse.doing("saves, or waits for rank 0 to save")
         with self._timed("checkpoint"):
             if closed is not None:
-                self._saver.save(epoch + 1, self._network, self._step.optimizer, closed.state, record, self._seconds)
+                self._saver.save(epoch + 1, self._network, self._step, closed.state, record, self._seconds)
             self._saver.report(epoch + 1, record)
         self._seconds["epoch"] = time.perf_counter() - start
         if self.rank == 0:
@@ -269,7 +273,7 @@ class Worker:
     def _share_buffers(self) -> None:
         """Give every rank rank 0's running statistics: the validation is one network's, and it is the saved one."""
         if self.world_size > 1:
-            for buffer in self._network.buffers():
+            for buffer in (*self._network.buffers(), *self._step.buffers()):
                 torch.distributed.broadcast(buffer, src=0)
 
     def _over_ranks(self, sums: Tensor) -> Tensor:

@@ -72,10 +72,6 @@ class Method:
         check_fields(self)
         check_share("class_floor", self.class_floor)
 
-    def step(self) -> tuple[str, dict[str, Any]]:
-        """Return the train step (a key of `rayprune.nn.steps.STEPS`) and its options."""
-        return "plain", {}
-
     def columns(self) -> Mapping[str, Any]:
         """Return the table's columns, name → dtype: by default one float32 a signal, its last value."""
         return dict.fromkeys((*self.signals, *self.sweep_signals), np.float32)

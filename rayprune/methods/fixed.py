@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from rayprune.core.context import EpochContext
 from rayprune.core.selection import Selection
@@ -18,7 +17,8 @@ class Fixed(Method):
     """Keep the ids of a file, with its weights, in every epoch.
 
     Args:
-        path: a selection: .parquet, .npz, .npy, .txt or .tsv; relative paths begin at the folder of the command.
+        path: a selection: .parquet, .npz, .npy, .txt or .tsv; in a config, relative paths begin at the
+            folder of the command.
         batch_mean_weights: every sample of a batch takes the mean weight of its global batch in place of its own.
     """
 
@@ -29,11 +29,6 @@ class Fixed(Method):
 
     path: str = ""
     batch_mean_weights: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.path:  # workers and actors run in other folders
-            object.__setattr__(self, "path", str(Path(self.path).expanduser().absolute()))
 
     def select(self, table: ScoreTable, context: EpochContext) -> Selection:
         """Return the selection of the file.

@@ -84,7 +84,7 @@ def test_a_finished_run_is_left_alone(finished: tuple[Config, RunResult]) -> Non
     assert newest is not None
     written = (newest / "model.pt").stat().st_mtime_ns
     starts: list[int] = []
-    again = train(config, on_start=lambda resources, folder, epoch: starts.append(epoch))
+    again = train(config, on_start=lambda start: starts.append(start.first_epoch))
     assert starts == [EPOCHS]
     assert again.metrics == result.metrics
     assert (result.folder / "metrics.jsonl").read_bytes() == lines
@@ -137,7 +137,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     newest = checkpoint_path(result.folder, EPOCHS)
     DAMAGES[damage](newest)
     starts: list[int] = []
-    again = train(config, on_start=lambda resources, folder, epoch: starts.append(epoch))
+    again = train(config, on_start=lambda start: starts.append(start.first_epoch))
     assert starts == [EPOCHS - 1]
     warning = next(record.getMessage() for record in caplog.records if "can't be used" in record.getMessage())
     assert str(newest) in warning

@@ -1,0 +1,214 @@
+"""One start of a run's workers, with its ScoreActor: until training ends, or something ends it.
+
+What workers report comes back through the run folder and the actor; Ray restarts them after a failure.
+"""
+
+from __future__ import annotations
+
+import functools
+import signal
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from numpy.typing import NDArray
+from ray.train.torch import TorchTrainer
+
+from rayprune.config import Config
+from rayprune.core.selection import Selection
+from rayprune.engine.actor import ScoreSpec
+from rayprune.engine.checkpoint import forget_ray_records, remove_old_checkpoints
+from rayprune.engine.client import LocalScores, RemoteScores, ScoreClient
+from rayprune.engine.progress import Watcher
+from rayprune.engine.protocol import TrainingStopped
+from rayprune.engine.resources import Resources
+from rayprune.engine.setup import Before, InputSpec, StepTerms, WorkerSpec
+from rayprune.engine.stream import LocalStream, RayStream, plan_dataset, row_bytes, shuffle_name
+from rayprune.engine.worker import Worker
+from rayprune.methods import Method
+from rayprune.sources import SampleSource, Splits
+
+EpochListener = Callable[[dict[str, Any]], None]
+ProgressListener = Callable[[int, int, int], None]
+
+# How often Ray looks whether an elastic run can have more workers; a change costs the steps since the checkpoint.
+_RESIZE_S = 15.0
+# Up to here the shares of each class that are kept are told; larger label columns are read only where needed.
+_LABELLED_SAMPLES = 2_000_000
+
+
+class TrainingFailed(RuntimeError):
+    """Training ended with an error that is not the configuration's; `__cause__` has the rest."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a run chooses its samples.
+
+    Attributes:
+        method: what the Selector is made of.
+        num_epochs: epochs that it may be asked for.
+        chosen: the selection of a method with a file.
+        before: what the run that scored the samples has cost.
+        scores: name → (N,) what it found, for scores.parquet.
+    """
+
+    method: Method
+    num_epochs: int
+    chosen: Selection | None = None
+    before: Before = field(default_factory=Before)
+    scores: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+
+class Run:
+    """One start of a run's workers, with its ScoreActor."""
+
+    def __init__(
+        self, config: Config, splits: Splits, spec: InputSpec, resources: Resources, folder: Path, choice: Choice
+    ) -> None:
+        self._config, self._resources, self._folder = config, resources, folder
+        method = choice.method
+        needs_labels = method.class_floor > 0 or method.needs_labels
+        self._sources: dict[str, SampleSource] = {"train": splits.train}
+        if splits.validation is not None:
+            self._sources["validation"] = splits.validation
+        score_spec = ScoreSpec(
+            method=method.to_config(),
+            source=splits.train,
+            num_validation=len(splits.validation) if splits.validation is not None else 0,
+            num_epochs=choice.num_epochs,
+            seed=config.train.seed,
+            batch_size=config.train.batch_size,
+            last_batch=config.train.last_batch,
+            row_bytes=row_bytes(splits.train.schema),
+            run_folder=str(folder),
+            keep_selections=config.run.keep_selections,
+            labelled=needs_labels or len(splits.train) <= _LABELLED_SAMPLES,
+            chosen=choice.chosen,
+            record=config.train.record,
+        )
+        self._handle: Any = None
+        self.scores: ScoreClient
+        if resources.num_workers == 0:
+            self.scores = LocalScores(score_spec)
+        else:
+            name = f"rayprune-scores-{uuid.uuid4().hex[:8]}"
+            self.scores, self._handle = RemoteScores.create(score_spec, name)
+        self._worker_spec = WorkerSpec(
+            config=config,
+            scores=self.scores,
+            input=spec,
+            terms=StepTerms.of(method, config.train.record),
+            fingerprint=splits.train.fingerprint,
+            shuffle=shuffle_name(splits.train),
+            run_folder=str(folder),
+            use_gpu=resources.use_gpu,
+            threads=resources.threads,
+            has_validation=splits.validation is not None,
+            before=choice.before,
+        )
+
+    def fit(
+        self,
+        on_epoch: EpochListener | None,
+        on_progress: ProgressListener | None,
+        on_notice: Callable[[str], None],
+    ) -> None:
+        """Train to the end; Ray restarts the workers after a failure."""
+        failure: Exception | None = None
+        try:
+            stall_s = self._config.run.stall_seconds
+            watcher = Watcher(self._folder, self.scores, on_epoch, on_progress, on_notice, stall_s)
+            with watcher, _on_sigterm(watcher.request_pause):
+                self._trainer().fit()
+        except Exception as error:  # without workers the loop's own errors come through as they are
+            failure = error
+        finally:
+            stopped = self._stopped_because()
+            if self._handle is not None:
+                ray.kill(self._handle)
+        if stopped is not None:  # also after a clean end: workers that Ray started again leave at once
+            reason, failed = stopped
+            raise (TrainingFailed(f"training failed {reason}") if failed else TrainingStopped(reason)) from failure
+        if failure is not None:
+            raise TrainingFailed(_first_cause(failure)) from failure
+
+    def _stopped_because(self) -> tuple[str, bool] | None:
+        try:
+            stopped: tuple[str, bool] | None = self.scores.call("stopped")
+        except ray.exceptions.RayError:  # the actor went down with what failed: that says more
+            stopped = None
+        return stopped
+
+    def _trainer(self) -> TorchTrainer:
+        resources = self._resources
+        datasets = {}
+        if resources.stream == "ray":
+            assert isinstance(self.scores, RemoteScores)
+            datasets["train"] = plan_dataset(
+                self.scores, self._sources, elastic=isinstance(resources.num_workers, tuple)
+            )
+            # The sources stay behind: rows reach these workers through Ray Data only.
+            loop = functools.partial(_ray_loop, self._worker_spec)
+        else:
+            loop = functools.partial(_local_loop, self._worker_spec, self._sources)
+        forget_ray_records(self._folder)
+        remove_old_checkpoints(self._folder, self._config.run.keep_checkpoints)
+        each = {"CPU": resources.cpus_per_worker, **({"GPU": 1.0} if resources.use_gpu else {})}
+        return TorchTrainer(
+            loop,
+            scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]  # typed as Train's first version
+                num_workers=resources.num_workers,  # type: ignore[arg-type]
+                use_gpu=resources.use_gpu,
+                elastic_resize_monitor_interval_s=_RESIZE_S,
+                resources_per_worker=each if resources.num_workers else None,
+            ),
+            run_config=ray.train.RunConfig(
+                storage_path=str(self._folder),
+                name="checkpoints",
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=self._config.run.keep_checkpoints),
+                failure_config=ray.train.FailureConfig(max_failures=self._config.run.max_failures),
+            ),
+            datasets=datasets,
+        )
+
+
+@contextmanager
+def _on_sigterm(pause: Callable[..., None]) -> Iterator[None]:
+    """Let SIGTERM, which a cluster sends before it takes a machine back, pause the run instead of ending it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python takes signals in the main thread only
+        return
+    before = signal.signal(signal.SIGTERM, pause)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _ray_loop(spec: WorkerSpec) -> None:
+    Worker(spec, RayStream(ray.train.get_dataset_shard("train"))).run()
+
+
+def _local_loop(spec: WorkerSpec, sources: Mapping[str, SampleSource]) -> None:
+    Worker(spec, LocalStream(sources)).run()
+
+
+def _first_cause(error: BaseException) -> str:
+    """Return one line on what failed first, out of Ray's nested errors."""
+    where, cause = "training failed", error
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        rank, cause = sorted(failures.items())[0]
+        where = f"training failed on rank {rank}"
+    cause = getattr(cause, "cause", None) or getattr(cause, "controller_failure", None) or cause
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or ["no message"]
+    # Ray's own errors begin with a traceback as text and end with what it says.
+    line = lines[-1] if isinstance(cause, ray.exceptions.RayError) else lines[0]
+    return f"{where}: {type(cause).__name__}: {line}"

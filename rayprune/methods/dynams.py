@@ -1,0 +1,173 @@
+"""DynaMS: keep what lies near the decision boundary, chosen anew every few epochs.
+
+Wang et al., "DynaMS: Dynamic Margin Selection for Efficient Deep Learning", ICLR 2023. Its body and code are not public
+in a form we could read.
+
+The paper's: keep the samples nearest the current classification boundary; choose again every Q epochs; keep less and
+less by a schedule (power law), budget .6; a parameter-sharing proxy (PSP), a leading slice of every layer trained
+jointly, by whose margins the samples are chosen.
+
+Decisions of this project, each an option: the margin is the exact distance to the nearest boundary of the last linear
+layer (MASE, Emam et al. 2021, arXiv 2111.12880), from the predicted class, unsigned; every label keeps the same number
+(quotas that a class cannot fill go to the others), or BASE of the same paper; block 1 of Q = 10 epochs is full data;
+the budget is the share of all N·E visits, warm-up included; weights are 1; scores come from a forward-only sweep over
+all samples in eval mode, without augmentation, through the full network; ties go to the lower id. The proxy is trained
+as slimmable networks are: both losses in one step, batch statistics of its own, weight 1.
+
+Shapes: N samples, C classes, K blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayprune.core.budget import Family, block_starts, kept_by_block
+from rayprune.core.choosing import Balance, choose, choose_by_boundary
+from rayprune.core.context import EpochContext
+from rayprune.core.schedule import Schedule
+from rayprune.core.selection import Selection
+from rayprune.core.table import ScoreTable
+from rayprune.methods.base import Method
+from rayprune.methods.registry import register
+
+_SIGNALS = {"predicted": "boundary", "label": "boundary_label", "label_unsigned": "boundary_label_unsigned"}
+
+
+@register("dynams")
+@dataclass(frozen=True)
+class DynaMS(Method):
+    """Keep the samples nearest the decision boundary; re-score and choose again every block of epochs.
+
+    Scoring costs a forward pass over all samples a block: in units of full training, kept + 1/(3Q) with the full
+    network, kept·(1 + φ) + φ/(3Q) with a proxy of φ times its MACs. The proxy pays only where blocks are shorter than
+    Q = (1 − φ)/(3·φ·kept): at budget .6 and ResNet-18 under 8.3 epochs at width .25 (φ .063), under 1.7 at width .5
+    (φ .25). metrics.jsonl counts either: `samples_forwarded`, and `compute`, all of it in samples trained.
+
+    Args:
+        budget: share of all N·E visits that the run keeps, warm-up and block 1 included, in (0, 1].
+        schedule: how the kept ratio falls from block to block; its one free number is solved for the budget.
+        power: exponent of the polynomial schedule, above 0.
+        milestones: shares of the run after which the step schedule falls.
+        prune_ratio: a ratio or schedule asked for in each block, in place of the budget.
+        block_epochs: Q, epochs between choices.
+        warmup_epochs: epochs of full data before block 1.
+        anchor: whose boundary counts: the predicted class's, or the label's with a sign (negative = misclassified) or
+            without.
+        balance: `even` keeps the same number of every label, `none` the nearest of all, `base` fills each class's quota
+            by the distance to that class's boundary.
+        proxy_width: share of each layer's channels that the proxy has, in (0, 1); null scores with the full network.
+        proxy_weight: of the proxy's loss beside the full network's.
+    """
+
+    kind = "dynamic"
+    paper = "Wang et al., ICLR 2023 (DynaMS)"
+    signals = ("loss",)
+
+    budget: float = 0.6
+    schedule: Family = "power"
+    power: float = 2.0
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    prune_ratio: float | Schedule | None = None
+    block_epochs: int = 10
+    warmup_epochs: int = 0
+    anchor: Literal["predicted", "label", "label_unsigned"] = "predicted"
+    balance: Literal["even", "none", "base"] = "even"
+    proxy_width: float | None = None
+    proxy_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prune_ratio is not None:
+            self._set_schedule("prune_ratio")
+        if not 0.0 < self.budget <= 1.0:
+            raise ValueError(f"budget {self.budget!r} is outside (0, 1]: .6 keeps 60 % of all visits")
+        if self.block_epochs < 1 or self.warmup_epochs < 0:
+            raise ValueError(
+                f"block_epochs {self.block_epochs} must be at least 1, warmup_epochs {self.warmup_epochs} at least 0"
+            )
+        if not self.power > 0 or not self.proxy_weight > 0:
+            raise ValueError(f"power {self.power!r} and proxy_weight {self.proxy_weight!r} must be above 0")
+        ascending = list(self.milestones) == sorted(set(self.milestones))
+        if not ascending or any(not 0.0 < share < 1.0 for share in self.milestones):
+            raise ValueError(f"milestones {self.milestones} must ascend between 0 and 1: shares of the run")
+        if self.proxy_width is not None and not 0.0 < self.proxy_width <= 1.0:
+            raise ValueError(f"proxy_width {self.proxy_width!r} is outside (0, 1]; null scores with the full network")
+        if self.balance == "base" and self.anchor != "predicted":
+            raise ValueError(f"balance base measures from the predicted class: leave anchor {self.anchor!r} out")
+        signal = "boundary_classes" if self.balance == "base" else _SIGNALS[self.anchor]
+        object.__setattr__(self, "sweep_signals", (signal,))
+        object.__setattr__(self, "sweep_part", "model" if self.proxy_width is None else "proxy")
+        object.__setattr__(self, "needs_labels", self.balance == "even")
+
+    def step(self) -> tuple[str, dict[str, Any]]:
+        """Return the step that trains the proxy too, where one is asked for."""
+        if self.proxy_width is None:
+            return "plain", {}
+        return "psp", {"width": self.proxy_width, "weight": self.proxy_weight}
+
+    def columns(self) -> Mapping[str, Any]:
+        """Return the loss and the distance, one float32 each; with `base` a distance a class."""
+        distance = (np.float32, (None,)) if self.balance == "base" else np.float32
+        return {"loss": np.float32, self.sweep_signals[0]: distance}
+
+    def fold_sweep(
+        self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int
+    ) -> None:
+        """Keep the distances of the last sweep."""
+        name = self.sweep_signals[0]
+        distances = signals[name]
+        column = table.widen(name, distances.shape[1]) if distances.ndim == 2 else table[name]
+        column[ids] = distances
+
+    def select(self, table: ScoreTable, context: EpochContext) -> Selection:
+        """Keep the nearest; in the last epoch of a block that a choice follows, ask for a sweep over all samples.
+
+        Raises:
+            ValueError: the budget can't be reached in so many epochs, or distances are missing.
+        """
+        starts = block_starts(context.num_epochs, self.block_epochs, self.warmup_epochs)
+        kept = self._kept(starts, context.num_epochs)
+        block = sum(start <= context.epoch for start in starts) - 1
+        ratio = kept[block] if block > 0 else 1.0
+        selection = self._nearest(table, ratio, context) if ratio < 1.0 else Selection.full(context.num_samples)
+        following = context.epoch + 1
+        asks = following in starts[1:] and kept[starts.index(following)] < 1.0
+        return selection.sweeping("all" if asks else None).telling(block=block + 1, asked_keep=round(ratio, 6))
+
+    def _kept(self, starts: list[int], num_epochs: int) -> list[float]:
+        if self.prune_ratio is not None:
+            asked = Schedule.of(self.prune_ratio)
+            return [1.0, *(1.0 - asked(start, num_epochs) for start in starts[1:])]
+        return kept_by_block(
+            self.schedule,
+            self.budget,
+            num_epochs,
+            self.block_epochs,
+            self.warmup_epochs,
+            power=self.power,
+            milestones=self.milestones,
+        )
+
+    def _nearest(self, table: ScoreTable, ratio: float, context: EpochContext) -> Selection:
+        distances = table[self.sweep_signals[0]]
+        unknown = np.isnan(distances if distances.ndim == 1 else distances.sum(axis=1))
+        if unknown.any() or distances.shape[1:] == (0,):
+            raise ValueError(
+                f"epoch {context.epoch}: {np.count_nonzero(unknown) or len(table)} samples have no distance to the "
+                f"boundary, first ids {np.flatnonzero(unknown)[:5].tolist()}: their logits were NaN, or the "
+                "sweep after the epoch before was left out"
+            )
+        count = max(1, round(ratio * context.num_samples))
+        if distances.ndim == 2:
+            chosen = choose_by_boundary(distances, count)
+        else:
+            balance: Balance = "even" if self.balance == "even" else "none"
+            chosen = choose(distances, count, "bottom", labels=context.labels, balance=balance)
+        nearest = distances[chosen.ids]
+        farthest = (nearest if nearest.ndim == 1 else nearest.min(axis=1)).max()
+        return chosen.asking(1.0 - ratio if chosen.realised else 0.0).telling(threshold=round(float(farthest), 6))
