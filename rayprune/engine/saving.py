@@ -29,7 +29,7 @@ from rayprune.engine.checkpoint import (
     write_checkpoint,
 )
 from rayprune.engine.run_folder import append_metrics, mend_metrics
-from rayprune.engine.setup import WorkerSpec
+from rayprune.engine.setup import Before
 from rayprune.nn.steps import TrainStep
 
 logger = logging.getLogger(__name__)
@@ -40,12 +40,15 @@ _COUNTS = ("samples_trained", "samples_forwarded", "samples_padded", "bytes_read
 class Saver:
     """Keep a run's counts and files; restore them from a checkpoint."""
 
-    def __init__(self, run_folder: Path, config: Config, spec: WorkerSpec, rank: int) -> None:
+    def __init__(
+        self, run_folder: Path, config: Config, fingerprint: str, shuffle: str, rank: int, before: Before | None = None
+    ) -> None:
+        before = before or Before()
         self._folder, self._config, self._rank = run_folder, config, rank
-        self._fingerprint, self._shuffle = spec.fingerprint, spec.shuffle
-        self._counts = {name: getattr(spec.before, name) for name in _COUNTS}
-        self._collected = spec.before.samples_trained
-        self._wall_before = spec.before.wall_time
+        self._fingerprint, self._shuffle = fingerprint, shuffle
+        self._counts = {name: getattr(before, name) for name in _COUNTS}
+        self._collected = before.samples_trained
+        self._wall_before = before.wall_time
         self._started = time.perf_counter()
         self._board: Any = None
         self._last_line: dict[str, Any] | None = None

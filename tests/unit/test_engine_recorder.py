@@ -28,7 +28,8 @@ class KeptPushes:
         return []
 
     def post(self, method: str, generation: int, epoch: int, rank: int, sequence: int, *rest: Any) -> None:
-        layout, buffer, base_step = rest
+        layout, buffer, base_step, sweep = rest
+        assert not sweep
         assert (method, sequence, base_step) == ("observe", len(self.pushes), 0)
         self.pushes.append({name: array.copy() for name, array in unpack(layout, buffer).items()})
 

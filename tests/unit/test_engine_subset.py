@@ -15,10 +15,7 @@ from rayprune.core import Selection
 from rayprune.engine.train import RunResult, TrainingFailed, score, train
 from rayprune.sources import open_data
 from rayprune.sources.selection_file import read_selection_file, write_selection_file
-from tests.engine_runs import assert_same_run, run_config
-
-NUM = 301 - 60  # training samples of the tests' digits; checked below
-
+from tests.engine_runs import assert_same_run, run_config, user
 
 def tdds(tmp_path: Path, name: str = "run", **sections: dict[str, Any]) -> Config:
     """Return a run that scores three epochs, then trains four on half of the samples."""
@@ -219,4 +216,4 @@ def test_a_table_larger_than_memory_is_refused(tmp_path: Path, monkeypatch: pyte
 
 def test_nan_logits_end_the_scoring_run_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(TrainingFailed, match="samples were not visited in epoch"):
-        train(tdds(tmp_path, model={"name": "tests/engine_user_code.py:nan_sometimes"}))
+        train(tdds(tmp_path, model={"name": user("nan_rows"), "rows": 2}))

@@ -26,6 +26,7 @@ BANNED = {
     "nn": {"ray"},
     "report": {"ray"} | TORCH,
     "config": {"ray"} | TORCH,
+    "config_sections": {"ray"} | TORCH,
     "overrides": {"ray"} | TORCH,
     "engine": set(),
     "cli": set(),
@@ -42,6 +43,7 @@ ABOVE = {
     "engine": {"cli", "report"},
     "report": {"engine", "nn", "cli"},
     "config": {"nn", "engine", "report", "cli"},
+    "config_sections": {"methods", "sources", "nn", "engine", "report", "cli", "config"},
     "overrides": {"methods", "sources", "nn", "engine", "report", "cli", "config"},
 }
 
