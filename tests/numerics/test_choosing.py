@@ -76,11 +76,12 @@ def test_a_maximum_below_zero_is_covered() -> None:
     assert any(int(scores.argmax()) in drawn.ids for drawn in draws)
 
 
-def test_negative_scores_close_together_fall_into_all_strata() -> None:
-    scores = np.linspace(-100.002, -100.0, 40)
-    chosen = choose(scores, 10, "strata", num_strata=4, rng=np.random.default_rng(0), reweigh=True)
-    # As for positive scores, 1.0001 times the maximum is far above: all lie in the first stratum.
-    assert set(chosen.weights) == {4.0}
+def test_the_range_of_negative_scores_ends_above_the_highest() -> None:
+    scores = np.linspace(-100.02, -100.0, 40)  # to -100 + 0.01, the fourth stratum empty; not to -100 - 0.01
+    bins = strata_of(scores, 4)
+    assert [len(members) for members in bins] == [15, 15, 10, 0]
+    chosen = choose(scores, 10, "strata", num_strata=4, rng=np.random.default_rng(0))
+    assert [int(np.isin(members, chosen.ids).sum()) for members in bins] == [3, 4, 3, 0]
 
 
 def test_the_middle_is_that_of_moderate() -> None:
