@@ -159,10 +159,8 @@ def _check_choice(
             raise ValueError("the rule 'strata' draws at random: give rng")
         if num_strata < 1:
             raise ValueError(f"num_strata {num_strata} is below 1")
-        if not np.isfinite(scores).all():
-            raise ValueError(
-                f"scores of ids {np.flatnonzero(~np.isfinite(scores))[:5].tolist()} are infinite: no range"
-            )
+        if infinite := np.count_nonzero(~np.isfinite(scores)):
+            raise ValueError(f"{infinite} of {scores.size} scores are infinite: strata need a finite range, take top")
 
 
 def _refuse_nan(scores: NDArray[Any]) -> None:

@@ -66,12 +66,22 @@ def test_a_maximum_below_zero_is_covered() -> None:
     stored = golden("ccs_strat_negative_scores")
     scores, easy = stored["score"], np.sort(stored["easy_index"])
     assert stored["strata_counts"].sum() == easy.size - 1, "the reference loses one sample"
+    sizes = np.array([len(members) for members in strata_of(scores[easy], 50)])
+    assert np.flatnonzero(sizes - stored["strata_counts"]).tolist() == [49], "ours puts it into the last stratum"
     options: Any = {"drop_bottom": 0.1, "reweigh": True}
     draws = [choose(scores, 100, "strata", rng=np.random.default_rng(seed), **options) for seed in range(60)]
     for drawn in draws:
         assert drawn.num_kept == 100
         np.testing.assert_allclose(drawn.weights.sum(), easy.size, rtol=1e-6)
     assert any(int(scores.argmax()) in drawn.ids for drawn in draws)
+
+
+def test_the_range_of_negative_scores_ends_above_the_highest() -> None:
+    scores = np.linspace(-100.02, -100.0, 40)  # to -100 + 0.01, the fourth stratum empty; not to -100 - 0.01
+    bins = strata_of(scores, 4)
+    assert [len(members) for members in bins] == [15, 15, 10, 0]
+    chosen = choose(scores, 10, "strata", num_strata=4, rng=np.random.default_rng(0))
+    assert [int(np.isin(members, chosen.ids).sum()) for members in bins] == [3, 4, 3, 0]
 
 
 def test_the_middle_is_that_of_moderate() -> None:

@@ -132,7 +132,7 @@ def test_a_keep_out_of_range_is_refused(keep: Any) -> None:
         ({"count": 0}, r"outside 1\.\.4"),
         ({"count": 5}, r"outside 1\.\.4"),
         ({"scores": np.array([1, np.nan, np.nan, 0])}, r"2 of 4 scores are NaN, first ids \[1, 2\]"),
-        ({"scores": np.array([1, np.inf, 0, 0]), "rule": "strata"}, r"\[1\] are infinite"),
+        ({"scores": np.array([1, np.inf, 0, 0]), "rule": "strata"}, "1 of 4 scores are infinite"),
         ({"scores": np.array([1e308, -1e308, 0, 0]), "rule": "strata"}, "too far apart"),
         ({"scores": np.array(["a", "b"])}, "must be a 1-d array of numbers"),
     ],
