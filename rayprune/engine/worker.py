@@ -52,9 +52,7 @@ class Worker:
         torch.set_num_threads(spec.threads)
         self._device = pick_device(spec.use_gpu)
         network = build_network(self._config, spec.input, self._device)
-        self._saver = Saver(
-            Path(spec.run_folder), self._config, spec.fingerprint, spec.shuffle, self.rank, spec.before
-        )
+        self._saver = Saver(Path(spec.run_folder), self._config, spec.fingerprint, spec.shuffle, self.rank, spec.before)
         # Rank 0 decides for all: another rank might see a checkpoint that is just being written.
         start = broadcast_from_rank_zero(self._next_start() if self.rank == 0 else None)
         self._generation, (self._epoch, self._base_step) = start

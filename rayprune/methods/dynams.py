@@ -54,7 +54,7 @@ class DynaMS(Method):
         power: exponent of the polynomial schedule, above 0.
         milestones: shares of the run after which the step schedule falls.
         prune_ratio: a ratio or schedule asked for in each block, in place of the budget.
-        block_epochs: Q, epochs between choices.
+        block_epochs: Q, epochs between choices; null is 10, and a fifth of runs of less than 50 epochs.
         warmup_epochs: epochs of full data before block 1.
         anchor: whose boundary counts: the predicted class's, or the label's with a sign (negative = misclassified) or
             without.
@@ -73,7 +73,7 @@ class DynaMS(Method):
     power: float = 2.0
     milestones: tuple[float, ...] = (0.5, 0.75)
     prune_ratio: float | Schedule | None = None
-    block_epochs: int = 10
+    block_epochs: int | None = None
     warmup_epochs: int = 0
     anchor: Literal["predicted", "label", "label_unsigned"] = "predicted"
     balance: Literal["even", "none", "base"] = "even"
@@ -86,10 +86,9 @@ class DynaMS(Method):
             self._set_schedule("prune_ratio")
         if not 0.0 < self.budget <= 1.0:
             raise ValueError(f"budget {self.budget!r} is outside (0, 1]: .6 keeps 60 % of all visits")
-        if self.block_epochs < 1 or self.warmup_epochs < 0:
-            raise ValueError(
-                f"block_epochs {self.block_epochs} must be at least 1, warmup_epochs {self.warmup_epochs} at least 0"
-            )
+        for name, value, least in (("block_epochs", self.block_epochs, 1), ("warmup_epochs", self.warmup_epochs, 0)):
+            if value is not None and value < least:
+                raise ValueError(f"{name} {value} must be at least {least}")
         if not self.power > 0 or not self.proxy_weight > 0:
             raise ValueError(f"power {self.power!r} and proxy_weight {self.proxy_weight!r} must be above 0")
         ascending = list(self.milestones) == sorted(set(self.milestones))
@@ -130,7 +129,7 @@ class DynaMS(Method):
         Raises:
             ValueError: the budget can't be reached in so many epochs, or distances are missing.
         """
-        starts = block_starts(context.num_epochs, self.block_epochs, self.warmup_epochs)
+        starts = block_starts(context.num_epochs, self._block_epochs(context.num_epochs), self.warmup_epochs)
         kept = self._kept(starts, context.num_epochs)
         block = sum(start <= context.epoch for start in starts) - 1
         ratio = kept[block] if block > 0 else 1.0
@@ -138,6 +137,9 @@ class DynaMS(Method):
         following = context.epoch + 1
         asks = following in starts[1:] and kept[starts.index(following)] < 1.0
         return selection.sweeping("all" if asks else None).telling(block=block + 1, asked_keep=round(ratio, 6))
+
+    def _block_epochs(self, num_epochs: int) -> int:
+        return self.block_epochs or min(10, max(1, num_epochs // 5))
 
     def _kept(self, starts: list[int], num_epochs: int) -> list[float]:
         if self.prune_ratio is not None:
@@ -147,7 +149,7 @@ class DynaMS(Method):
             self.schedule,
             self.budget,
             num_epochs,
-            self.block_epochs,
+            self._block_epochs(num_epochs),
             self.warmup_epochs,
             power=self.power,
             milestones=self.milestones,

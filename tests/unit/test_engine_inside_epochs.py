@@ -19,6 +19,7 @@ from rayprune.config import Config
 from rayprune.engine.checkpoint import checkpoint_path, newest_checkpoint, newest_position, read_position
 from rayprune.engine.saving import Saver
 from rayprune.engine.train import RunResult, train
+from rayprune.nn.steps import PlainStep
 
 EVERY, BATCH, EPOCHS = 3, 16, 4
 SCRIPT = """
@@ -168,10 +169,10 @@ def test_a_checkpoint_holds_the_counts_of_its_moment_however_late_it_is_written(
     (tmp_path / "checkpoints").mkdir()
     saver = Saver(tmp_path, run_config(tmp_path), "fingerprint", "", rank=0)
     network = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    step = PlainStep(network, torch.optim.SGD(network.parameters(), lr=0.1))
     late = threading.Event()
     saver._writer.submit(late.wait, 30)  # the disk is slow
-    saver.save_inside(0, 3, network, optimizer, {}, [0.0] * 5, base_step=0)
+    saver.save_inside(0, 3, network, step, {}, [0.0] * 5, base_step=0)
     saver.count(1000, 0, 0, 0)  # the epoch ends meanwhile
     with torch.no_grad():
         network.weight.fill_(7.0)

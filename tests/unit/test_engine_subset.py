@@ -17,6 +17,7 @@ from rayprune.sources import open_data
 from rayprune.sources.selection_file import read_selection_file, write_selection_file
 from tests.engine_runs import assert_same_run, run_config, user
 
+
 def tdds(tmp_path: Path, name: str = "run", **sections: dict[str, Any]) -> Config:
     """Return a run that scores three epochs, then trains four on half of the samples."""
     method = {"name": "tdds", "prune_ratio": 0.5, "trajectory_len": 3, "window_size": 3, "also": [[4, 3]]}

@@ -54,13 +54,17 @@ every_unbiased_method = pytest.mark.parametrize(
 every_class = pytest.mark.parametrize("cls", [METHODS[n] for n in sorted(METHODS)], ids=sorted(METHODS))
 
 
-def observed(method: Method, ids: NDArray[np.int64], epoch: int, world: int = 0) -> dict[str, NDArray[Any]]:
+def observed(
+    method: Method, ids: NDArray[np.int64], epoch: int, world: int = 0, names: tuple[str, ...] = ()
+) -> dict[str, NDArray[Any]]:
     """Draw what workers would report; a sample's numbers depend on (world, epoch, id) alone."""
     rng = np.random.default_rng([77, world, epoch])
     num = int(ids.max(initial=0)) + NUM_SAMPLES
     drawn: dict[str, NDArray[Any]] = {}
-    for name in sorted(method.signals):
-        if name == "probs":
+    for name in sorted(names or method.signals):
+        if name == "boundary_classes":
+            drawn[name] = rng.exponential(size=(num, NUM_CLASSES))[ids]
+        elif name == "probs":
             drawn[name] = rng.dirichlet(np.ones(NUM_CLASSES), size=num)[ids]
         elif name == "embedding":
             drawn[name] = rng.normal(size=(num, 3))[ids]
@@ -88,6 +92,16 @@ def chosen_of(num_samples: int) -> Selection:
 def visit(selector: Selector, selection: Selection, epoch: int) -> None:
     ids = np.union1d(selection.ids, selection.forward_only_ids)
     selector.observe(ids, observed(selector.method, ids, epoch), epoch)  # type: ignore[arg-type]
+    sweep(selector, selection, epoch)
+
+
+def sweep(selector: Selector, selection: Selection, epoch: int) -> None:
+    """Make the forward-only pass over what the method asks to be swept, in two pieces."""
+    if selection.sweep is not None:
+        ids = np.arange(NUM_SAMPLES)[: selection.num_samples] if isinstance(selection.sweep, str) else selection.sweep
+        for part in np.array_split(ids, 2):
+            seen = observed(selector.method, part, epoch, names=selector.method.sweep_signals)  # type: ignore[arg-type]
+            selector.observe(part, seen, epoch, sweep=True)
 
 
 def epochs_run(method: Method) -> int:
@@ -263,6 +277,7 @@ def test_the_order_of_observations_does_not_matter(method: Method) -> None:
         ids = np.random.default_rng(epoch).permutation(np.union1d(selection.ids, selection.forward_only_ids))
         for batch in np.array_split(ids, 5):
             pieces.observe(batch, observed(method, batch, epoch), epoch)
+        sweep(pieces, selection, epoch)
     assert same_scores(whole, pieces)
 
 
@@ -384,6 +399,10 @@ def test_large_seeds_and_epochs(method: Method) -> None:
             selector.begin_epoch(70_000)
         for epoch in range(1, method.collect_epochs):
             selector.observe(np.arange(NUM_SAMPLES), observed(method, np.arange(NUM_SAMPLES), epoch), epoch)
+    if method.sweep_signals:
+        with pytest.raises(ValueError, match="have no distance"):
+            selector.begin_epoch(70_000)
+        sweep(selector, Selection.full(NUM_SAMPLES).sweeping("all"), 0)
     selection = selector.begin_epoch(np.int64(70_000))  # type: ignore[arg-type]
     check_valid(selection, NUM_SAMPLES)
     restored = Selector(method, NUM_SAMPLES, 100_000, 2**40 + 1, labels=LABELS, chosen=chosen_of(NUM_SAMPLES))
