@@ -391,8 +391,11 @@ def test_later_epochs_change_nothing() -> None:
     for epoch in (4, 5):
         selector.observe(selection.ids, {"probs": probs_TNC[epoch][selection.ids]}, epoch)
     assert selector.scores()["tdds"].tobytes() == scores.tobytes()
-    assert selector.begin_epoch(6).ids.tolist() == selection.ids.tolist()
     assert selector.table.last_visit[selection.ids].tolist() == [5] * 10
+    assert selector.begin_epoch(6).ids.tolist() == selection.ids.tolist()
+    # Samples that were pruned in between may come back.
+    selector.observe(np.arange(20), {"probs": probs_TNC[5]}, 6)
+    assert selector.scores()["tdds"].tobytes() == scores.tobytes()
 
 
 @pytest.mark.parametrize(("num_samples", "num_classes"), [(20_000, 100), (4_000, 1_000)])

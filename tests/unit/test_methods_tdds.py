@@ -180,6 +180,13 @@ def test_the_subset_is_told_and_stays() -> None:
         assert selection.facts["threshold"] == selector.scores()["tdds"][1] > 0
 
 
+def test_one_sample_is_kept_at_the_highest_ratio() -> None:
+    selector = after_one_epoch(prune_ratio=1 - 1e-12)
+    for epoch in (1, 2):
+        selector.observe(np.arange(6), {"probs": UNIFORM}, epoch)
+    assert selector.begin_epoch(3).ids.tolist() == [0]
+
+
 def test_a_class_floor_tops_up_with_the_same_samples_in_every_epoch() -> None:
     labels = np.arange(40) // 20
     selector = Selector(tdds(trajectory_len=3, window_size=3, class_floor=0.4), 40, 8, seed=1, labels=labels)
