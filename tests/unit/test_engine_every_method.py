@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayprune.core import Plan, Selector
+from rayprune.core import Plan, Selection, Selector
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.client import LocalScores
 from rayprune.engine.protocol import Turn, pack
@@ -15,7 +17,9 @@ from rayprune.methods import METHODS, build_method
 from rayprune.sources import SampleSource, Subset, open_data
 
 DIGITS = open_data("digits").train
-EPOCHS = 3
+EPOCHS = 5
+# What a method needs for a run as short as this one.
+SHORT = {"tdds": {"trajectory_len": 3, "window_size": 3}, "fixed": {"path": "chosen.parquet"}}
 
 
 def source_of(num_samples: int) -> SampleSource:
@@ -41,10 +45,14 @@ def test_ranks_share_every_epoch_of_every_method(
     name: str, num_samples: int, share: int, world_size: int, last_batch: str, seed: int
 ) -> None:
     batch, source = share * world_size, source_of(num_samples)
-    spec = ScoreSpec({"name": name}, source, 0, EPOCHS, seed, batch, last_batch, 64, None, 0)  # type: ignore[arg-type]
-    scores = LocalScores(spec)
-    oracle = Selector(build_method(name), num_samples, EPOCHS, seed)
-    losses = np.random.default_rng(seed).exponential(size=(EPOCHS, num_samples)).astype(np.float32)
+    config = {"name": name, **SHORT.get(name, {})}
+    method = build_method(config)
+    last_batch = "pad" if method.collect_epochs else last_batch  # such a method misses no sample
+    chosen = Selection.of_ids(np.arange(0, num_samples, 2), num_samples)
+    run: Any = (config, source, 0, EPOCHS, seed, batch, last_batch, 64, None, 0, True, chosen)
+    scores = LocalScores(ScoreSpec(*run))
+    oracle = Selector(method, num_samples, EPOCHS, seed, source.labels, chosen)
+    rng = np.random.default_rng(seed)
     for epoch in range(EPOCHS):
         selection = oracle.begin_epoch(epoch)
         turn = Turn(epoch, "train", world_size)
@@ -65,15 +73,34 @@ def test_ranks_share_every_epoch_of_every_method(
             assert np.isin(trained, selection.ids).all()
         assert np.array_equal(weights[real], selection.weights_of(ids[real]))
         assert not weights[~real].any()
-        oracle.observe(trained, {"loss": losses[epoch][trained]}, epoch)
-        observe(scores, epoch, trained, losses[epoch])
+        seen = {signal: drawn(rng, signal, trained.size) for signal in method.signals}
+        oracle.observe(trained, seen, epoch)
+        scores.call("observe", 1, epoch, 0, 0, *pack(trained, seen))
+        pushes = 1
+        if selection.num_scored:
+            ids = swept(scores, source, Turn(epoch, "forward", world_size), batch)
+            expected = np.arange(num_samples) if selection.scored_ids is None else selection.scored_ids
+            assert np.array_equal(ids, expected)
+            seen = {signal: drawn(rng, signal, ids.size) for signal in method.sweep_signals or method.signals}
+            oracle.observe(ids, seen, epoch, sweep=True)
+            scores.call("observe", 1, epoch, 0, 1, *pack(ids, seen), 0, True)
+            pushes = 2
         if epoch + 1 < EPOCHS:
-            assert scores.call("close_epoch", 1, epoch, [1]) is not None
+            assert scores.call("close_epoch", 1, epoch, [pushes]) is not None
+    assert {"full", "random_epoch", "dynams", "tdds", "fixed"} <= set(METHODS)
 
 
-def observe(scores: LocalScores, epoch: int, ids: np.ndarray, losses: np.ndarray) -> None:
-    """Push what a rank saw."""
-    scores.call("observe", 1, epoch, 0, 0, *pack(ids, {"loss": losses[ids]}))
+def swept(scores: LocalScores, source: SampleSource, turn: Turn, batch: int) -> np.ndarray:
+    """Return the real ids of a forward-only pass over all ranks, sorted; one that comes twice stands there twice."""
+    rows = [b for rank in range(turn.world_size) for b in batches_of(scores, source, turn, rank, batch)]
+    return np.sort(np.concatenate([b.ids[b.real] for b in rows]))
+
+
+def drawn(rng: np.random.Generator, signal: str, rows: int) -> np.ndarray:
+    """Return made-up numbers of a signal."""
+    if signal == "probs":
+        return rng.dirichlet(np.ones(10), rows).astype(np.float32)
+    return rng.exponential(size=rows).astype(np.float32)
 
 
 def test_no_samples_are_no_steps() -> None:
