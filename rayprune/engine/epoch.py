@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayprune.engine.protocol import PlanHeader, Turn
 from rayprune.engine.stream import Batch, plan_batches
@@ -124,6 +124,7 @@ class Epoch:
         logits: Tensor | None = None,
         targets: Tensor | None = None,
         embeddings: Tensor | None = None,
+        head: nn.Linear | Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """Record the losses and return the weighted mean, to be differentiated.
@@ -136,6 +137,7 @@ class Epoch:
             losses: (B,), or (B, T), (B, 1, …): then a sample's loss is the mean over the other axes.
             logits, targets, embeddings: for methods that need more than the loss; targets default to the batch's
                 `label`. See `rayprune.nn.weighing.signals_per_sample`.
+            head: the nn.Linear whose output the logits are, for methods that select by decision boundaries.
             mask: of the losses' shape, 0 where a position does not count.
 
         Raises:
@@ -148,18 +150,18 @@ class Epoch:
                 "batch itself"
             )
         losses_B = losses_per_sample(losses, current.ids.size, mask)
-        self._record(current, losses_B, self._needed(batch, logits, targets, embeddings))
+        self._record(current, losses_B, self._needed(batch, logits, targets, embeddings, head))
         self._batch = self._given = None
         self._num_weighed += 1
         weights_B = torch.from_numpy(current.weights.copy()).to(losses_B.device, non_blocking=True)
         return weighted_mean(losses_B, weights_B, self._shard.batch_rows)
 
-    def _needed(self, batch: Any, logits: Any, targets: Any, embeddings: Any) -> dict[str, Any]:
+    def _needed(self, batch: Any, logits: Any, targets: Any, embeddings: Any, head: Any) -> dict[str, Any]:
         if targets is None and isinstance(batch, Mapping) and isinstance(batch.get("label"), Tensor):
             targets = batch["label"]
         if targets is not None and logits is not None:
             targets = targets.to(logits.device)
-        return {"logits": logits, "targets": targets, "embeddings": embeddings}
+        return {"logits": logits, "targets": targets, "embeddings": embeddings, "head": head}
 
     def _record(self, batch: Batch, losses_B: Tensor, needed: Mapping[str, Any]) -> None:
         signals = signals_per_sample(self._shard.terms.signals, losses_B, **needed)
@@ -180,7 +182,9 @@ class Epoch:
                 said = score(given)
                 told = dict(said) if isinstance(said, Mapping) else {"losses": said}
                 losses_B = losses_per_sample(told.pop("losses"), batch.ids.size, told.pop("mask", None))
-                needed = self._needed(given, told.get("logits"), told.get("targets"), told.get("embeddings"))
+                needed = self._needed(
+                    given, told.get("logits"), told.get("targets"), told.get("embeddings"), told.get("head")
+                )
                 self._record(batch, losses_B, needed)
                 scored += int(batch.real.sum())
         return scored
