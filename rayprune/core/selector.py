@@ -73,7 +73,10 @@ class Selector:
         if method.class_floor > 0 and self.labels is None:
             raise ValueError(f"class_floor {method.class_floor} needs labels: give labels= to the Selector")
         if method.needs_labels and self.labels is None:
-            raise ValueError(f"{method.to_config()['name']} balances classes and needs labels: give labels=")
+            raise ValueError(
+                f"{method.to_config()['name']} balances classes and needs labels: give labels=, or "
+                "choose a balance that needs none"
+            )
         if chosen is not None and chosen.num_samples != self.num_samples:
             raise ValueError(f"the chosen selection is over {chosen.num_samples} samples, here {self.num_samples}")
         self.chosen, self.record = chosen, tuple(record)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ray.train.collective import broadcast_from_rank_zero
 
 from rayprune.core.plan import LastBatch
+from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.client import LocalScores, RemoteScores
@@ -26,7 +27,9 @@ from rayprune.engine.shard import Shard
 from rayprune.engine.stored import Facts, stored
 from rayprune.engine.stream import LocalStream, RayStream, Transport, plan_dataset, row_bytes
 from rayprune.methods import Method
+from rayprune.methods.fixed import Fixed
 from rayprune.sources import SampleSource, as_source
+from rayprune.sources.chosen import read_chosen
 
 _KEY = "rayprune"
 # Actors end with the process that made them, or with `close`: a data set alone must keep its own alive.
@@ -139,7 +142,7 @@ def _planned(samples: SampleSource, scores: RemoteScores, stream: Literal["ray",
 
 
 def _counts_classes(method: Any) -> bool:
-    return bool(getattr(method, "class_floor", 0) > 0)
+    return bool(getattr(method, "class_floor", 0) > 0 or getattr(method, "needs_labels", False))
 
 
 def _check(samples: SampleSource, method: Method, num_epochs: int, batch_size: int, seed: int, stream: str) -> None:
@@ -150,6 +153,11 @@ def _check(samples: SampleSource, method: Method, num_epochs: int, batch_size: i
     few = min(len(samples), 1_000)
     labels = samples.labels[:few] if _counts_classes(method) else None
     Selector(method, few, num_epochs, seed, labels=labels)  # refuses what does not fit before anything starts
+    _chosen(method, samples)
+
+
+def _chosen(method: Method, samples: SampleSource) -> Selection | None:
+    return read_chosen(method.path, samples).selection(len(samples)) if isinstance(method, Fixed) else None
 
 
 def _spec(
@@ -171,6 +179,8 @@ def _spec(
         row_bytes=row_bytes(samples.schema),
         run_folder=None,
         keep_selections=0,
+        labelled=_counts_classes(method),
+        chosen=_chosen(method, samples),
     )
 
 

@@ -128,7 +128,7 @@ class Shard:
 
         Args:
             score: called with each batch; returns the losses (B,), or a mapping with `losses` and, where the method
-                needs them, `logits`, `targets`, `embeddings`.
+                needs them, `logits`, `targets`, `embeddings`, `head`.
             **form: as for `iter_torch_batches`.
 
         Returns:

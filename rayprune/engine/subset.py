@@ -26,6 +26,7 @@ from rayprune.engine.run_folder import read_metrics, write_scores
 from rayprune.engine.setup import Before
 from rayprune.methods.fixed import Fixed
 from rayprune.sources import SampleSource
+from rayprune.sources.chosen import read_chosen
 from rayprune.sources.score_file import read_scores
 from rayprune.sources.selection_file import ChosenFile, read_selection_file, write_selection_file
 
@@ -111,14 +112,7 @@ def chosen_subset(config: Config, source: SampleSource) -> Choice:
     """
     method = config.build_method()
     assert isinstance(method, Fixed)
-    if not method.path:
-        raise ValueError("method.path is missing: method fixed trains on a file that `rayprune select` wrote")
-    read = read_selection_file(method.path, len(source))
-    if read.fingerprint is not None and read.fingerprint != source.fingerprint:
-        raise ValueError(
-            f"{method.path} was chosen on other data (fingerprint {read.fingerprint[:12]}, here "
-            f"{source.fingerprint[:12]}): score and select these data"
-        )
+    read = read_chosen(method.path, source)
     kept = run_folder_of(config) / SELECTION
     if kept.exists() and not _same(read_selection_file(kept).selection(len(source)), read.selection(len(source))):
         raise ValueError(f"{method.path} has changed since the run in {kept.parent} began: choose another run.name")

@@ -372,6 +372,30 @@ def test_a_method_of_ones_own_needs_no_name() -> None:
             epoch.weigh(batch, batch["x"].sum(1))
 
 
+def test_a_loop_gives_the_layer_whose_boundaries_its_method_asks_for() -> None:
+    @dataclass(frozen=True)
+    class OfBoundaries(rayprune.Method):
+        signals = ("boundary",)
+
+        def select(self, table: Any, context: Any) -> Any:
+            num = context.num_samples
+            return rayprune.Selection.of_ids(np.arange(num - 7), num, forward_only_ids=np.arange(num - 7, num))
+
+    model, shard = torch.nn.Linear(5, 2), make(method=OfBoundaries(), num_epochs=1)
+    given = {"losses": torch.zeros(BATCH), "head": model}
+    for epoch in shard.epochs():
+        for batch in epoch.iter_torch_batches():
+            logits = model(batch["x"])
+            losses = cross_entropy(logits, batch["label"], reduction="none")
+            with pytest.raises(ValueError, match=r"needs boundary: give weigh\(head=model.fc\)"):
+                epoch.weigh(batch, losses, logits=logits)
+            epoch.weigh(batch, losses, logits=logits, head=model)
+        assert shard.sweep(lambda batch: {**given, "logits": model(batch["x"])}) == 7
+    with torch.no_grad():
+        gaps = model(torch.from_numpy(X)).diff(dim=1).abs().squeeze(1) / model.weight.diff(dim=0).norm()
+    np.testing.assert_allclose(shard.scores()["boundary"], gaps, rtol=1e-4, atol=1e-6)
+
+
 def test_a_sweep_after_a_state_at_the_last_step_is_made() -> None:
     reference = f"{Path(__file__).parents[1] / 'engine_user_code.py'}:LowerHalf"
     shard = make(method=rayprune.build_method({"name": reference, "looks": 7}), num_epochs=3)

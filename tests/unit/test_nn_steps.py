@@ -27,7 +27,7 @@ SHAPE, CLASSES = (3, 8, 8), 4
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
