@@ -182,6 +182,8 @@ def methods(name: str | None, debug_here: bool) -> None:
     console.print(f"{name}: {cls.kind}, {'unbiased' if cls.unbiased else 'biased'}", highlight=False)
     console.print(f"paper    {cls.paper}", highlight=False)
     console.print(f"signals  {', '.join(cls.signals) or 'its own'}", highlight=False)
+    if swept := cls().sweep_signals:
+        console.print(f"sweeps   {', '.join(swept)}, of samples that a forward pass alone looks at", highlight=False)
     console.print(
         "defaults " + ", ".join(f"{key}={value}" for key, value in method_fields(cls).items()), highlight=False
     )

@@ -43,7 +43,8 @@ def saved_share(kept: int, record: Mapping[str, Any]) -> float:
         record: a line of metrics.jsonl; what a run that scored the samples trained on counts as kept.
     """
     spent = kept + record.get("samples_collected", 0)
-    return 1.0 - spent / (record["num_samples"] * (record["epoch"] + 1))
+    share = 1.0 - spent / (record["num_samples"] * (record["epoch"] + 1))
+    return round(share, 6) + 0.0  # no -0.0
 
 
 class RunDisplay:
@@ -105,7 +106,7 @@ def runs_table(runs: Sequence[tuple[str, Path, list[dict[str, Any]]]]) -> list[s
     Args:
         runs: (name, folder, metrics lines) of each.
     """
-    rows = [("run", "val acc", "samples trained", "saved", "train s", "selection s", "total s")]
+    rows = [("run", "val acc", "samples trained", "saved", "compute", "train s", "selection s", "total s")]
     for name, _, metrics in runs:
         last = metrics[-1]
         seconds = {key: _seconds(metrics, key) for key in ("train", "epoch")}
@@ -113,8 +114,11 @@ def runs_table(runs: Sequence[tuple[str, Path, list[dict[str, Any]]]]) -> list[s
         cost = _seconds(metrics, "select", "record", "forward_only")
         saved = saved_share(sum(record["kept"] for record in metrics), last)
         trained = f"{last['samples_trained']:,}"
+        # Scoring passes, proxies and padding included; a run on everything has a little over 100 % for its padding.
+        whole = last["num_samples"] * len(metrics)
+        compute = f"{last['compute'] / whole:.1%}" if "compute" in last else "–"
         times = (f"{seconds['train']:.1f}", f"{cost:.2f}", f"{seconds['epoch']:.1f}")
-        rows.append((name, _number(last["val_accuracy"], ".2%"), trained, f"{saved:.1%}", *times))
+        rows.append((name, _number(last["val_accuracy"], ".2%"), trained, f"{saved:.1%}", compute, *times))
     # Plain columns as wide as their content: a number is never cut to fit a terminal.
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
@@ -124,7 +128,10 @@ def runs_table(runs: Sequence[tuple[str, Path, list[dict[str, Any]]]]) -> list[s
 
 
 def _seconds(metrics: Sequence[Mapping[str, Any]], *keys: str) -> float:
-    return sum(record["seconds"].get(key, 0.0) for record in metrics for key in keys)
+    before = metrics[-1].get("seconds_collected", {})
+    return sum(record["seconds"].get(key, 0.0) for record in metrics for key in keys) + sum(
+        before.get(key, 0.0) for key in keys
+    )
 
 
 def methods_table(methods: Mapping[str, Any]) -> Table:

@@ -47,7 +47,7 @@ class Saver:
         self._folder, self._config, self._rank = run_folder, config, rank
         self._fingerprint, self._shuffle = fingerprint, shuffle
         self._counts = {name: getattr(before, name) for name in _COUNTS}
-        self._collected = before.samples_trained
+        self._collected = {"samples_collected": before.samples_trained, "seconds_collected": dict(before.seconds)}
         self._wall_before = before.wall_time
         self._started = time.perf_counter()
         self._board: Any = None
@@ -84,7 +84,12 @@ class Saver:
         """Add an epoch's rows and bytes and return the cumulative counts."""
         for name, more in zip(_COUNTS, (trained, forwarded, padded, num_bytes), strict=True):
             self._counts[name] += more
-        return {**self._counts, "samples_collected": self._collected}
+        return dict(self._counts)
+
+    @property
+    def collected(self) -> dict[str, Any]:
+        """What a run that scored the samples before has cost; its samples are in the counts already."""
+        return self._collected
 
     def save(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,7 @@ class Before:
         samples_trained, samples_forwarded, samples_padded, bytes_read: as in metrics.jsonl.
         compute: in samples trained.
         wall_time: seconds.
+        seconds: where they went, summed over its epochs.
     """
 
     samples_trained: int = 0
@@ -85,6 +87,7 @@ class Before:
     bytes_read: int = 0
     compute: float = 0.0
     wall_time: float = 0.0
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class WorkerSpec:
     use_gpu: bool
     threads: int
     has_validation: bool
-    before: Before = Before()
+    before: Before = field(default_factory=Before)
 
 
 def pick_device(use_gpu: bool) -> torch.device:

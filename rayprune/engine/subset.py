@@ -95,8 +95,10 @@ def score_samples(config: Config, source: SampleSource, folder: Path | None) -> 
         run = (len(source), max(scoring.train.epochs, last + 1), scoring.train.seed)
         selector = Selector(method, *run, labels, None, scoring.train.record)
         selector.load_state_dict(load_selector_state(folder, last))
-        line = read_metrics(folder)[-1]
-        before = Before(**{name: line[name] for name in vars(Before())})
+        lines = read_metrics(folder)
+        seconds = {key: round(sum(line["seconds"][key] for line in lines), 6) for key in lines[-1]["seconds"]}
+        counts = {name: lines[-1][name] for name in vars(Before()) if name != "seconds"}
+        before = Before(**counts, seconds=seconds)
         imported = False
     selection = selector.begin_epoch(last)
     selector.table.times_pruned[:] = 0  # nothing was while they were scored; the state has the choice that follows

@@ -248,6 +248,7 @@ class Worker:
             "kept": header.num_kept,
             "num_samples": header.num_samples,
             **counts,
+            **self._saver.collected,
             "compute": compute(counts, self._spec.before, self._step, self._spec.terms.sweep_part),
             "train_loss": loss,
             "train_accuracy": accuracy,

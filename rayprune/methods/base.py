@@ -105,7 +105,9 @@ class Method:
     ) -> None:
         """Write `sweep_signals` of a forward-only pass, as `fold` does with `signals`: by default the last value."""
         for name in self.sweep_signals:
-            table[name][ids] = signals[name]
+            seen = signals[name]
+            column = table.widen(name, seen.shape[1]) if seen.ndim == 2 else table[name]
+            column[ids] = seen
 
     def select(self, table: ScoreTable, context: EpochContext) -> Selection:
         """Choose an epoch's samples; a pure function of table and context."""

@@ -21,10 +21,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rayprune.core.budget import Family, block_starts, kept_by_block
 from rayprune.core.choosing import Balance, choose, choose_by_boundary
@@ -91,8 +91,7 @@ class DynaMS(Method):
                 raise ValueError(f"{name} {value} must be at least {least}")
         if not self.power > 0 or not self.proxy_weight > 0:
             raise ValueError(f"power {self.power!r} and proxy_weight {self.proxy_weight!r} must be above 0")
-        ascending = list(self.milestones) == sorted(set(self.milestones))
-        if not ascending or any(not 0.0 < share < 1.0 for share in self.milestones):
+        if not all(a < b for a, b in pairwise((0.0, *self.milestones, 1.0))):
             raise ValueError(f"milestones {self.milestones} must ascend between 0 and 1: shares of the run")
         if self.proxy_width is not None and not 0.0 < self.proxy_width <= 1.0:
             raise ValueError(f"proxy_width {self.proxy_width!r} is outside (0, 1]; null scores with the full network")
@@ -113,15 +112,6 @@ class DynaMS(Method):
         """Return the loss and the distance, one float32 each; with `base` a distance a class."""
         distance = (np.float32, (None,)) if self.balance == "base" else np.float32
         return {"loss": np.float32, self.sweep_signals[0]: distance}
-
-    def fold_sweep(
-        self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int
-    ) -> None:
-        """Keep the distances of the last sweep."""
-        name = self.sweep_signals[0]
-        distances = signals[name]
-        column = table.widen(name, distances.shape[1]) if distances.ndim == 2 else table[name]
-        column[ids] = distances
 
     def select(self, table: ScoreTable, context: EpochContext) -> Selection:
         """Keep the nearest; in the last epoch of a block that a choice follows, ask for a sweep over all samples.
@@ -145,15 +135,8 @@ class DynaMS(Method):
         if self.prune_ratio is not None:
             asked = Schedule.of(self.prune_ratio)
             return [1.0, *(1.0 - asked(start, num_epochs) for start in starts[1:])]
-        return kept_by_block(
-            self.schedule,
-            self.budget,
-            num_epochs,
-            self._block_epochs(num_epochs),
-            self.warmup_epochs,
-            power=self.power,
-            milestones=self.milestones,
-        )
+        blocks = (num_epochs, self._block_epochs(num_epochs), self.warmup_epochs)
+        return kept_by_block(self.schedule, self.budget, *blocks, power=self.power, milestones=self.milestones)
 
     def _nearest(self, table: ScoreTable, ratio: float, context: EpochContext) -> Selection:
         distances = table[self.sweep_signals[0]]
