@@ -92,9 +92,20 @@ def check_memory(method: Method, num_classes: int, num_samples: int) -> None:
         )
 
 
-def unkept_signals(config: Config, spec: InputSpec, num_samples: int, method: Method) -> list[str]:
-    """Return a line for each signal that workers do not keep, with its size: what a lost ScoreActor costs."""
+def notices(config: Config, spec: InputSpec, num_samples: int, method: Method, use_gpu: bool) -> list[str]:
+    """Return lines on what the run cannot promise.
+
+    One for each signal that workers do not keep, with its size: what a lost ScoreActor costs; and one where scores of
+    probabilities come from logits of lower precision than the paper's.
+    """
     lines = []
+    if "probs" in method.signals and (
+        config.train.precision == "bf16" or (use_gpu and config.train.precision == "auto")
+    ):
+        lines.append(
+            f"method {method.name} scores probabilities of bf16 logits: train.precision=fp32 "
+            "(collect.train.precision=fp32 for the scoring run alone) gives those of the paper"
+        )
     for name in (*method.signals, *method.sweep_signals):
         floats = signal_floats(name, spec.num_classes)
         if floats > 1 and config.scaling.num_workers != 0:

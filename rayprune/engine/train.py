@@ -23,7 +23,7 @@ from rayprune.engine.preparation import (
     check_model,
     check_sizes,
     input_spec,
-    unkept_signals,
+    notices,
 )
 from rayprune.engine.protocol import TrainingPaused
 from rayprune.engine.resources import Resources, resolve_resources, start_ray
@@ -197,7 +197,7 @@ def _run(config: Config, splits: Splits, choice: Choice, listeners: Listeners) -
         if listeners.on_start is not None:
             listeners.on_start(Start(config, resources, folder, start_epoch))
         if start_epoch < config.last_epoch:
-            for line in unkept_signals(config, spec, len(splits.train), choice.method):
+            for line in notices(config, spec, len(splits.train), choice.method, resources.use_gpu):
                 listeners.on_notice(line)
             run = Run(config, splits, spec, resources, folder, choice)
             run.fit(listeners.on_epoch, listeners.on_progress, listeners.on_notice)

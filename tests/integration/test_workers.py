@@ -133,15 +133,29 @@ def test_a_killed_score_actor_loses_no_observation(tmp_path: Path, undisturbed: 
 
 def test_lost_vectors_take_the_run_back_to_its_checkpoint(tmp_path: Path) -> None:
     """Probabilities are not kept by the workers: an actor that dies with them costs the steps since the checkpoint."""
-    method = {"name": user("KeepsProbabilities")}
+    method = {"name": "tdds", "trajectory_len": 3, "window_size": 3}
+    run = {"method": method, "collect": {"fresh": False}}
     slow = {"name": user("slow"), "pause_s": 0.1, "push_rows": 32}
     notices: list[str] = []
     with score_actor_killed() as killer:
-        config = workers_config(tmp_path, "killed", 2, model=slow, method=method)
+        config = workers_config(tmp_path, "killed", 2, model=slow, **run)
         result = train(config, on_notice=notices.append)
     assert killer.seen is not None, "the actor was not killed in mid-epoch"
     assert "no copy of the signal probs (10 numbers a sample" in notices[0]
-    assert_same_run(result, train(workers_config(tmp_path, "whole", 2, method=method)))
+    assert_same_run(result, train(workers_config(tmp_path, "whole", 2, **run)))
+    assert scores_of(result.folder)["tdds"].notna().all()
+
+
+def test_sweeps_through_a_proxy_survive_a_dead_worker(tmp_path: Path) -> None:
+    """The proxy's statistics come back from the checkpoint, and every sample is swept once, whatever the transport."""
+    method = {"name": "dynams", "budget": 0.7, "block_epochs": 1, "proxy_width": 0.5}
+    model = {"name": user("dies_once"), "step": 27, "marker": str(tmp_path / "died")}
+    killed = train(workers_config(tmp_path, "killed", 2, "ray", method=method, model=model))
+    assert (tmp_path / "died").exists()
+    assert_same_run(killed, train(workers_config(tmp_path, "whole", 2, method=method)))
+    num = killed.metrics[0]["num_samples"]
+    assert [line["samples_forwarded"] for line in killed.metrics] == [num, 2 * num, 2 * num]
+    assert killed.metrics[-1]["selection"]["budget_so_far"] == pytest.approx(0.7, abs=0.01)
 
 
 def test_a_run_killed_inside_an_epoch_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:
