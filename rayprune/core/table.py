@@ -6,7 +6,8 @@ are finite, so a NaN always means "never visited".
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import UserDict
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ class ScoreTable:
     """
 
     def __init__(self, num_samples: int, columns: Mapping[str, Any], num_epochs: int) -> None:
-        self.columns: dict[str, NDArray[Any]] = {}
+        self.columns: MutableMapping[str, NDArray[Any]] = {}
         for name, spec in columns.items():
             dtype, shape = spec if isinstance(spec, tuple) else (spec, ())
             missing = np.nan if np.dtype(dtype).kind == "f" else 0
@@ -91,9 +92,9 @@ class ScoreTable:
         self.last_visit[ids] = epoch
 
     def permuted(self, order: NDArray[np.int64]) -> ScoreTable:
-        """Return a copy whose row i is this table's row order[i]; `times_pruned` stays with its sample."""
+        """Return a table to read whose row i is this table's row order[i]; `times_pruned` stays with its sample."""
         copy = ScoreTable(0, {}, 0)
-        copy.columns = {name: column[order] for name, column in self.columns.items()}
+        copy.columns = _Permuted(self.columns, order)
         copy.last_visit = self.last_visit[order]
         copy.times_pruned = self.times_pruned
         return copy
@@ -123,3 +124,14 @@ class ScoreTable:
                 )
         for name, array in arrays.items():
             own[name][...] = array
+
+
+class _Permuted(UserDict[str, NDArray[Any]]):
+    """Columns that are permuted when they are asked for: wide ones that a selection never reads are not copied."""
+
+    def __init__(self, columns: Mapping[str, NDArray[Any]], order: NDArray[np.int64]) -> None:
+        self.data, self._order = dict(columns), order
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        column: NDArray[Any] = self.data[name][self._order]
+        return column
