@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/rayprune train configs/digits_full.yaml configs/digits_infobatch.yaml run.storage_path=runs/demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup
 
 # Kills 56 times inside epochs; some 18 minutes on two cores.
 torture: setup

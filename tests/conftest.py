@@ -1,6 +1,21 @@
-"""Settings of all tests: hypothesis draws the same examples on every run and keeps no database."""
+"""Settings of all tests: hypothesis draws the same examples on every run and keeps no database; files run in two lines.
 
+`make test` has two processes. A file's tests stay together, so that its fixtures are made once, and the tests that share
+one Ray are all in one process; those that start clusters of their own wait for Ray more than they compute.
+"""
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("house", derandomize=True, deadline=None, max_examples=60, database=None)
 settings.load_profile("house")
+
+_OWN_CLUSTERS = "test_elastic.py"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give every test the name of the group that it runs with."""
+    for item in items:
+        shares_ray = item.path.parent.name == "integration" and item.path.name != _OWN_CLUSTERS
+        item.add_marker(pytest.mark.xdist_group("ray" if shares_ray else str(item.path)))

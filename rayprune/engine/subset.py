@@ -6,14 +6,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rayprune.config import Config
 from rayprune.core.selection import Selection
@@ -28,7 +24,7 @@ from rayprune.methods.fixed import Fixed
 from rayprune.sources import SampleSource
 from rayprune.sources.chosen import read_chosen
 from rayprune.sources.score_file import read_scores
-from rayprune.sources.selection_file import ChosenFile, read_selection_file, write_selection_file
+from rayprune.sources.selection_file import read_selection_file, write_selection_file
 
 SELECTION = "selection.parquet"
 _COUNTED = {"id", "label", "last_visit", "times_pruned"}
@@ -50,24 +46,11 @@ class Scored:
     before: Before = field(default_factory=Before)
     imported: bool = False
 
-    def choice(self, config: Config, source: SampleSource) -> Choice:
-        """Write the selection into the run's folder and return how the run chooses; a file that is there stays.
-
-        Raises:
-            ValueError: the file that is there is another selection.
-        """
-        file = run_folder_of(config) / SELECTION
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            about: dict[str, Any] = {"method": config.method, "facts": dict(self.selection.facts)}
-            about["batch_mean_weights"] = self.selection.batch_mean_weights
-            write_selection_file(file, self.selection, source.fingerprint, about)
-        elif not _same(read_selection_file(file).selection(len(source)), self.selection):
-            raise ValueError(
-                f"{file} is another choice than {self.scores} leads to: delete it, or choose another run.name"
-            )
+    def choice(self, config: Config) -> Choice:
+        """Return how the run that trains on the subset chooses."""
         columns = {name: column for name, column in read_scores(self.scores).scores.items() if name not in _COUNTED}
-        return _of_file(read_selection_file(file), file.name, len(source), config, self.before, columns)
+        method = Fixed(path=SELECTION, batch_mean_weights=self.selection.batch_mean_weights)
+        return Choice(method, config.train.epochs, self.selection, self.before, columns)
 
 
 def score_samples(config: Config, source: SampleSource, folder: Path | None) -> Scored:
@@ -85,6 +68,11 @@ def score_samples(config: Config, source: SampleSource, folder: Path | None) -> 
     last = method.collect_epochs
     if folder is None:
         assert config.collect.trajectories is not None
+        if config.train.record:
+            raise ValueError(
+                f"train.record {list(config.train.record)} needs a scoring run, and collect.trajectories takes its "
+                "place: leave one out"
+            )
         logs = Path(config.collect.trajectories)
         selector = score_trajectories(method, logs, len(source), config.train.seed, labels)
         folder, before = run_folder_of(config) / "collect", Before()
@@ -107,43 +95,37 @@ def score_samples(config: Config, source: SampleSource, folder: Path | None) -> 
 
 
 def chosen_subset(config: Config, source: SampleSource) -> Choice:
-    """Return how a run of the method `fixed` chooses, its file copied into the run's folder.
+    """Return how a run of the method `fixed` chooses.
 
     Raises:
-        ValueError: the file can't be read, is of other data, or is another one than the run began with.
+        ValueError: the file can't be read, or is of other data.
     """
     method = config.build_method()
     assert isinstance(method, Fixed)
     read = read_chosen(method.path, source)
-    kept = run_folder_of(config) / SELECTION
-    if kept.exists() and not _same(read_selection_file(kept).selection(len(source)), read.selection(len(source))):
-        raise ValueError(f"{method.path} has changed since the run in {kept.parent} began: choose another run.name")
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_selection_file(kept, read.selection(len(source)), source.fingerprint, read.about)
-    return _of_file(read, method.path, len(source), config, Before(), {}, method.batch_mean_weights)
+    selection, facts = read.selection(len(source)), read.about.get("facts")
+    return Choice(method, config.train.epochs, selection.telling(**facts) if isinstance(facts, dict) else selection)
 
 
-def _of_file(
-    read: ChosenFile,
-    path: str,
-    num_samples: int,
-    config: Config,
-    before: Before,
-    columns: Mapping[str, NDArray[Any]],
-    batch_mean: bool = False,
-) -> Choice:
-    facts = read.about.get("facts")
-    selection = read.selection(num_samples)
-    if isinstance(facts, Mapping):
-        selection = selection.telling(**json.loads(json.dumps(facts)))
-    method = Fixed(
-        path=path,
-        batch_mean_weights=batch_mean or bool(read.about.get("batch_mean_weights", False)),
-        class_floor=0.0,
-    )
-    return Choice(method, config.train.epochs, selection, before, columns)
+def check_subset(config: Config, choice: Choice) -> None:
+    """Refuse to go on with another subset than the run began with.
+
+    Raises:
+        ValueError: the run's folder holds another one.
+    """
+    file, chosen = run_folder_of(config) / SELECTION, choice.chosen
+    if chosen is None or not file.exists():
+        return
+    began = read_selection_file(file).selection(chosen.num_samples)
+    if not (np.array_equal(began.ids, chosen.ids) and np.array_equal(began.weights, chosen.weights)):
+        raise ValueError(
+            f"the subset has changed since the run in {file.parent} began (its {file.name} holds {began.num_kept} "
+            "samples): choose another run.name"
+        )
 
 
-def _same(one: Selection, other: Selection) -> bool:
-    return bool(np.array_equal(one.ids, other.ids) and np.array_equal(one.weights, other.weights))
+def keep_subset(folder: Path, config: Config, choice: Choice, source: SampleSource) -> None:
+    """Write the subset that a run trains on into its folder, where it is not there yet."""
+    if choice.chosen is not None and not (folder / SELECTION).exists():
+        about = {"method": config.method, "facts": dict(choice.chosen.facts)}
+        write_selection_file(folder / SELECTION, choice.chosen, source.fingerprint, about)

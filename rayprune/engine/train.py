@@ -29,7 +29,7 @@ from rayprune.engine.protocol import TrainingPaused
 from rayprune.engine.resources import Resources, resolve_resources, start_ray
 from rayprune.engine.run import Choice, EpochListener, ProgressListener, Run, TrainingFailed
 from rayprune.engine.run_folder import read_metrics, write_scores
-from rayprune.engine.subset import Scored, chosen_subset, score_samples
+from rayprune.engine.subset import Scored, check_subset, chosen_subset, keep_subset, score_samples
 from rayprune.methods import Method
 from rayprune.methods.fixed import Fixed
 from rayprune.nn.signals import check_signals
@@ -121,7 +121,7 @@ def train(
     scored = _scored(config, splits, listeners)
     if on_scored is not None:
         on_scored(scored)
-    return _run(config, splits, scored.choice(config, splits.train), listeners)
+    return _run(config, splits, scored.choice(config), listeners)
 
 
 def score(config: Config, *, debug: bool = False, **listeners: Any) -> Scored:
@@ -146,6 +146,7 @@ def score(config: Config, *, debug: bool = False, **listeners: Any) -> Scored:
 
 def _scored(config: Config, splits: Splits, listeners: Listeners) -> Scored:
     if config.collect.trajectories is not None:
+        check_memory(config.build_method(), input_spec(config, splits.train).num_classes, len(splits.train))
         return score_samples(config, splits.train, None)
     scoring = config.scoring()
     check_folder(scoring)
@@ -190,10 +191,12 @@ def _check_training(config: Config, splits: Splits, method: Method) -> None:
 def _run(config: Config, splits: Splits, choice: Choice, listeners: Listeners) -> RunResult:
     spec = input_spec(config, splits.train)
     resources = resolve_resources(config, splits.train)
+    check_subset(config, choice)
     with open_folder(config, splits.train, resources) as (folder, start_epoch):
         for split in (splits.train, splits.validation):
             if split is not None:
                 split.prepare()
+        keep_subset(folder, config, choice, splits.train)
         if listeners.on_start is not None:
             listeners.on_start(Start(config, resources, folder, start_epoch))
         if start_epoch < config.last_epoch:

@@ -167,7 +167,7 @@ def test_a_file_that_changed_or_is_of_other_data_is_refused(finished: RunResult,
     train(config.model_copy(update={"train": config.train.model_copy(update={"stop_after": 1})}))
     file.unlink()
     chosen_file(finished, file, ids=np.arange(50))
-    with pytest.raises(ValueError, match="has changed since the run"):
+    with pytest.raises(ValueError, match="the subset has changed since the run"):
         train(config)
     other = chosen_file(finished, tmp_path / "other.parquet", fingerprint="0" * 64)
     with pytest.raises(ValueError, match="was chosen on other data"):
@@ -175,6 +175,9 @@ def test_a_file_that_changed_or_is_of_other_data_is_refused(finished: RunResult,
     for path, message in (("", r"method\.path is missing"), ("none.parquet", "does not exist")):
         with pytest.raises(ValueError, match=message):
             train(run_config(tmp_path, "none", method={"name": "fixed", "path": path}))
+    broken = {"name": user("wants_rgb")}
+    with pytest.raises(ValueError, match="can't take a batch"):
+        train(run_config(tmp_path, "none", method={"name": "fixed", "path": str(file)}, model=broken))
     assert not (tmp_path / "other").exists()
     assert not (tmp_path / "none").exists()
 
