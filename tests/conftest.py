@@ -1,7 +1,7 @@
-"""Settings of all tests: hypothesis draws the same examples on every run and keeps no database; files run in two lines.
+"""Settings of all tests: hypothesis draws the same examples on every run and keeps no database; two processes run.
 
-`make test` has two processes. A file's tests stay together, so that its fixtures are made once, and the tests that share
-one Ray are all in one process; those that start clusters of their own wait for Ray more than they compute.
+A file's tests stay in one process, so that its fixtures are made once, and so do the tests that share one Ray; those
+that start clusters of their own wait for Ray more than they compute.
 """
 
 import pytest
