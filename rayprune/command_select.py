@@ -67,7 +67,7 @@ _OPTIONS = (
         multiple=True,
         metavar="PATH",
         help="File to write: .parquet, .npz, .txt, .tsv or .npy; may be repeated. "
-        "[default: selection.parquet beside the scores]",
+        "[default: chosen.parquet beside the scores]",
     ),
     click.option("--force", is_flag=True, help="Overwrite files that exist."),
     click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks."),
@@ -93,7 +93,7 @@ def select(scores_path: str, by: str | None, keep: str, out: tuple[str, ...], fo
 
     stored = read_scores(scores_path)
     name = stored.score_name(by)
-    paths = [Path(path) for path in out] or [stored.path.with_name("selection.parquet")]
+    paths = [Path(path) for path in out] or [stored.path.with_name("chosen.parquet")]
     for path in paths:
         check_selection_path(path)
         if path.exists() and (not force or path.samefile(stored.path)):

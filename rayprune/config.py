@@ -29,6 +29,7 @@ from rayprune.config_sections import (
 from rayprune.core.fields import shown
 from rayprune.core.objects import absolute_reference, closest
 from rayprune.methods import Method, build_method
+from rayprune.methods.registry import method_fields
 from rayprune.overrides import merge, parse_overrides, read_yaml
 
 
@@ -92,7 +93,9 @@ class Config(Strict):
             ValueError: a key of `collect` is wrong.
         """
         tree = self.model_dump(mode="json", exclude={"collect"})
-        changes = {name: getattr(self.collect, name) for name in ("data", "model", "train", "optim")}
+        changes = self.collect.changes
+        if "stop_after" in self.collect.train:
+            raise ValueError("collect.train.stop_after is the method's to say (its trajectory): leave it out")
         for name, keys in changes.items():
             section: Any = type(getattr(self, name))
             if section.model_config.get("extra") == "forbid":
@@ -112,6 +115,10 @@ class Config(Strict):
         tree["train"] = {"validate_every": needed, **tree["train"], "stop_after": needed}
         folder = str(Path(self.run.storage_path) / str(self.run.name))
         tree["run"] |= {"storage_path": folder, "name": "collect", "resume": "auto"}
+        # Scores do not depend on how samples are chosen by them: another ratio finds them made.
+        method = self.build_method()
+        defaults = method_fields(type(method))
+        tree["method"] |= {name: defaults[name] for name in method.choosing}
         return make_config(tree)
 
     def digest(self) -> str:

@@ -194,6 +194,24 @@ class CollectSection(Section):
     train: dict[str, Any] = Field(default_factory=dict, description="keys of train that differ while scoring")
     optim: dict[str, Any] = Field(default_factory=dict, description="keys of optim that differ while scoring")
 
+    @property
+    def changes(self) -> dict[str, dict[str, Any]]:
+        """Section name → the keys that differ."""
+        return {name: getattr(self, name) for name in ("data", "model", "train", "optim")}
+
+    @model_validator(mode="after")
+    def _one_way(self) -> CollectSection:
+        changed = [f"collect.{name}.{key}" for name, keys in self.changes.items() for key in keys]
+        if self.trajectories is not None:
+            changed = ["collect.trajectories", *changed]
+        if not self.fresh and changed:
+            raise ValueError(f"collect.fresh = False: there is no scoring run, leave out {', '.join(changed)}")
+        if self.trajectories is not None and len(changed) > 1:
+            raise ValueError(
+                f"collect.trajectories takes the place of the scoring run: leave out {', '.join(changed[1:])}"
+            )
+        return self
+
     @field_validator("trajectories")
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:

@@ -112,10 +112,13 @@ def runs_table(runs: Sequence[tuple[str, Path, list[dict[str, Any]]]]) -> list[s
         seconds = {key: _seconds(metrics, key) for key in ("train", "epoch")}
         # Selecting, recording and re-scoring exist only because of pruning: what saving samples costs.
         cost = _seconds(metrics, "select", "record", "forward_only")
-        saved = saved_share(sum(record["kept"] for record in metrics), last)
+        kept = sum(record["kept"] for record in metrics)
+        if len(metrics) <= last["epoch"]:  # lines were lost: what was trained is known, what it was kept of is not
+            kept = last["samples_trained"] - last.get("samples_collected", 0)
+        saved = saved_share(kept, last)
         trained = f"{last['samples_trained']:,}"
         # Scoring passes, proxies and padding included; a run on everything has a little over 100 % for its padding.
-        whole = last["num_samples"] * len(metrics)
+        whole = last["num_samples"] * (last["epoch"] + 1)
         compute = f"{last['compute'] / whole:.1%}" if "compute" in last else "–"
         times = (f"{seconds['train']:.1f}", f"{cost:.2f}", f"{seconds['epoch']:.1f}")
         rows.append((name, _number(last["val_accuracy"], ".2%"), trained, f"{saved:.1%}", compute, *times))

@@ -13,9 +13,7 @@ settings.load_profile("house")
 _OWN_CLUSTERS = "test_elastic.py"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give every test the name of the group that it runs with."""
-    for item in items:
-        shares_ray = item.path.parent.name == "integration" and item.path.name != _OWN_CLUSTERS
-        item.add_marker(pytest.mark.xdist_group("ray" if shares_ray else str(item.path)))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Give a test the name of the group that it runs with; any later, and the tests are dealt out one by one."""
+    shares_ray = item.path.parent.name == "integration" and item.path.name != _OWN_CLUSTERS
+    item.add_marker(pytest.mark.xdist_group("ray" if shares_ray else str(item.path)))

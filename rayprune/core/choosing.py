@@ -90,9 +90,7 @@ def choose(
     order = np.argsort(scores, kind="stable")
     skipped = num_pruned(drop_bottom, scores.size)
     left = scores.size - skipped - num_pruned(drop_top, scores.size)
-    if not 1 <= count <= left:
-        dropped = f" after {scores.size - left} are dropped" if left < scores.size else ""
-        raise ValueError(f"count {count} is outside 1..{left}, the samples there are to choose from{dropped}")
+    _check_count(count, left, scores.size)
     candidates = _block(order, scores, skipped, left)
     ids, weights = [], []
     for rows, quota in _classes(candidates, count, labels, balance):
@@ -106,6 +104,14 @@ def choose(
         requested=1.0 - count / scores.size,
         expected_drops=scores.size - count,
     )
+
+
+def _check_count(count: int, left: int, num_samples: int) -> None:
+    if left < 1:
+        raise ValueError("drop_bottom and drop_top together leave no sample to choose from: lower them")
+    if not 1 <= count <= left:
+        dropped = f" after {num_samples - left} are dropped" if left < num_samples else ""
+        raise ValueError(f"count {count} is outside 1..{left}, the samples there are to choose from{dropped}")
 
 
 def choose_by_boundary(distances: NDArray[np.float32], count: int) -> Selection:

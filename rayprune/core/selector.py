@@ -40,6 +40,7 @@ class Selector:
         labels: (N,) integers from 0, needed by `class_floor` and by methods that balance classes.
         chosen: the selection that a method with a file (`Fixed`) trains on.
         record: signals whose mean over the visits, `NAME_mean`, stands among the scores beside the method's own.
+        visits_collected: samples trained by a run that scored them before, for the budget that is told.
 
     Raises:
         ValueError: no method, a number out of range, labels that do not fit, or a class floor without labels.
@@ -62,6 +63,7 @@ class Selector:
         labels: ArrayLike | None = None,
         chosen: Selection | None = None,
         record: tuple[str, ...] = (),
+        visits_collected: int = 0,
     ) -> None:
         if isinstance(method, type) or not isinstance(method, SelectionMethod):
             raise ValueError(f"method must be a rayprune method such as InfoBatch(), got {shown(method)}")
@@ -79,7 +81,7 @@ class Selector:
             )
         if chosen is not None and chosen.num_samples != self.num_samples:
             raise ValueError(f"the chosen selection is over {chosen.num_samples} samples, here {self.num_samples}")
-        self.chosen, self.record = chosen, tuple(record)
+        self.chosen, self.record, self.visits_collected = chosen, tuple(record), visits_collected
         columns = {**method.columns(), **mean_columns(self.record)}
         self.table = ScoreTable(self.num_samples, columns, self.num_epochs)
         self.epoch = -1
@@ -131,8 +133,8 @@ class Selector:
             assert self.labels is not None
             draw = np.random.default_rng([self.seed, 0 if self.method.fixed else epoch, 1])
             selection = top_up(selection, self.labels, floor, draw)
-        budget = (visits_before + selection.num_kept) / (self.num_samples * self.num_epochs)
-        facts: dict[str, Any] = {"budget_so_far": round(budget, 6)}
+        visits = self.visits_collected + visits_before + selection.num_kept
+        facts: dict[str, Any] = {"budget_so_far": round(visits / (self.num_samples * self.num_epochs), 6)}
         if self.labels is not None:
             facts["class_kept"] = kept_shares(selection, self.labels)
         return selection.telling(**facts)

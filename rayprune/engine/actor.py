@@ -48,6 +48,7 @@ class ScoreSpec:
         keep_selections: how many epochs' selections stay on disk.
         chosen: what a method with a file trains on.
         record: signals whose mean over the visits is kept beside the method's own scores.
+        visits_collected: samples trained by a run that scored them before.
     """
 
     method: dict[str, Any] | Method
@@ -63,12 +64,13 @@ class ScoreSpec:
     labelled: bool = False
     chosen: Selection | None = None
     record: tuple[str, ...] = ()
+    visits_collected: int = 0
 
     def selector(self) -> Selector:
         """Return a fresh Selector."""
         labels = self.source.labels if self.labelled else None
         run = (len(self.source), self.num_epochs, self.seed)
-        return Selector(build_method(self.method), *run, labels, self.chosen, self.record)
+        return Selector(build_method(self.method), *run, labels, self.chosen, self.record, self.visits_collected)
 
 
 class ScoreActor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from rayprune.engine.run_folder import append_metrics, mend_metrics, read_metric
 from rayprune.engine.stream import shuffle_name
 from rayprune.overrides import read_yaml
 from rayprune.sources import SampleSource
+
+SCORING = "collect"  # the folder, inside a run's, of the run that scored its samples
 
 
 def run_folder_of(config: Config) -> Path:
@@ -44,6 +47,35 @@ def check_folder(config: Config) -> None:
                 f"{folder} holds a run already: choose another run.name, or run.resume=auto to go on with it"
             )
         _check_same(config, _read_config(stored), folder)
+
+
+def check_start(config: Config, source: SampleSource) -> Path | None:
+    """Refuse what `open_folder` would refuse, before a scoring run begins; return the folder of a finished run.
+
+    Raises:
+        ValueError: the folder is another run's, or `run.resume` names nothing to go on from.
+    """
+    folder = run_folder_of(config)
+    position = _sound_position(folder, config, source)
+    if position is None and config.run.resume not in {"auto", "never"}:
+        _sound_origin(Path(config.run.resume).expanduser().resolve(), config, source)
+    done = position is not None and position["epoch"] >= config.last_epoch
+    return folder if done and (folder / "scores.parquet").exists() else None
+
+
+def adopt_scoring(config: Config) -> None:
+    """Copy the scoring run of the run that `run.resume` names, where this run has none: its scores are paid for."""
+    own = run_folder_of(config) / SCORING
+    if config.run.resume in {"auto", "never"} or own.exists():
+        return
+    named = Path(config.run.resume).expanduser().resolve()
+    for run in (named, *named.parents[1:2]):
+        if (run / SCORING / "config.yaml").exists():
+            partial = own.with_name(f"{SCORING}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(run / SCORING, partial)
+            partial.replace(own)
+            return
 
 
 @contextlib.contextmanager

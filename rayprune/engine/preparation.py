@@ -63,6 +63,12 @@ def check_method(config: Config, source: SampleSource, method: Method, num_epoch
     """Try the method's first selection on a few samples: what it refuses shows before anything starts."""
     if vectors := [name for name in config.train.record if signal_floats(name, 2) > 1]:
         raise ValueError(f"train.record {vectors} are several numbers a sample: a mean of single ones is kept only")
+    left_out = len(source) % config.train.batch_size if config.train.last_batch == "drop" else 0
+    if method.collect_epochs and left_out:
+        raise ValueError(
+            f"train.last_batch=drop leaves out {left_out} of {len(source)} samples in each epoch, and method "
+            f"{method.name!r} scores samples that it sees in every one: use train.last_batch=pad"
+        )
     if isinstance(method, Fixed):
         return  # its file has been read, and is of all samples
     few = min(len(source), _TRIAL_SAMPLES)

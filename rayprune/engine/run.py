@@ -92,6 +92,7 @@ class Run:
             labelled=needs_labels or len(splits.train) <= _LABELLED_SAMPLES,
             chosen=choice.chosen,
             record=config.train.record,
+            visits_collected=choice.before.samples_trained,
         )
         self._handle: Any = None
         self.scores: ScoreClient

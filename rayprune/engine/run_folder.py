@@ -108,8 +108,12 @@ def write_scores(
     labels: NDArray[np.int64],
     fingerprint: str,
     extra: Mapping[str, Any] | None = None,
+    method: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write scores.parquet: id, label, the (N,) columns of `extra`, every score, last_visit, times_pruned."""
+    """Write scores.parquet: id, label, the (N,) columns of `extra`, every score, last_visit, times_pruned.
+
+    `method` is the config of the method that scored, where it is not the Selector's.
+    """
     return score_file.write_scores(
         run_folder / "scores.parquet",
         selector.num_samples,
@@ -119,5 +123,5 @@ def write_scores(
         last_visit=selector.table.last_visit,
         times_pruned=selector.table.times_pruned,
         fingerprint=fingerprint,
-        about={"method": selector.method.to_config(), "seed": selector.seed},
+        about={"method": dict(method or selector.method.to_config()), "seed": selector.seed},
     )

@@ -16,7 +16,7 @@ from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
 from rayprune.engine.checkpoint import load_selector_state
 from rayprune.engine.importing import score_trajectories
-from rayprune.engine.opening import run_folder_of
+from rayprune.engine.opening import SCORING, run_folder_of
 from rayprune.engine.run import Choice
 from rayprune.engine.run_folder import read_metrics, write_scores
 from rayprune.engine.setup import Before
@@ -75,21 +75,23 @@ def score_samples(config: Config, source: SampleSource, folder: Path | None) -> 
             )
         logs = Path(config.collect.trajectories)
         selector = score_trajectories(method, logs, len(source), config.train.seed, labels)
-        folder, before = run_folder_of(config) / "collect", Before()
+        folder, before = run_folder_of(config) / SCORING, Before()
         folder.mkdir(parents=True, exist_ok=True)
         imported = True
     else:
         scoring = config.scoring()
         run = (len(source), max(scoring.train.epochs, last + 1), scoring.train.seed)
+        scored = Selector(scoring.build_method(), *run, labels, None, scoring.train.record)
+        scored.load_state_dict(load_selector_state(folder, last))
         selector = Selector(method, *run, labels, None, scoring.train.record)
-        selector.load_state_dict(load_selector_state(folder, last))
+        selector.table.load_arrays(scored.table.to_arrays())
         lines = read_metrics(folder)
         seconds = {key: round(sum(line["seconds"][key] for line in lines), 6) for key in lines[-1]["seconds"]}
         counts = {name: lines[-1][name] for name in vars(Before()) if name != "seconds"}
         before = Before(**counts, seconds=seconds)
         imported = False
     selection = selector.begin_epoch(last)
-    selector.table.times_pruned[:] = 0  # nothing was while they were scored; the state has the choice that follows
+    selector.table.times_pruned[:] = 0  # nothing was while they were scored
     scores = write_scores(folder, selector, labels, source.fingerprint)
     return Scored(scores, selection, before, imported)
 

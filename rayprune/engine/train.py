@@ -16,7 +16,7 @@ from rayprune.config import Config
 from rayprune.core.objects import USER_MODULE_PREFIX
 from rayprune.core.selector import Selector
 from rayprune.engine.checkpoint import load_selector_state, newest_position, remove_old_checkpoints
-from rayprune.engine.opening import check_folder, open_folder
+from rayprune.engine.opening import adopt_scoring, check_folder, check_start, open_folder
 from rayprune.engine.preparation import (
     check_memory,
     check_method,
@@ -118,10 +118,20 @@ def train(
         _check(config, splits, choice)
         return _run(config, splits, choice, listeners)
     _check_training(config, splits, Fixed())
+    if (done := check_start(config, splits.train)) is not None:
+        return _finished(config, splits, done, listeners)
+    adopt_scoring(config)
     scored = _scored(config, splits, listeners)
     if on_scored is not None:
         on_scored(scored)
     return _run(config, splits, scored.choice(config), listeners)
+
+
+def _finished(config: Config, splits: Splits, folder: Path, listeners: Listeners) -> RunResult:
+    if listeners.on_start is not None:
+        resources = resolve_resources(config, splits.train)
+        listeners.on_start(Start(config, resources, folder, config.last_epoch))
+    return RunResult(folder, read_metrics(folder))
 
 
 def score(config: Config, *, debug: bool = False, **listeners: Any) -> Scored:
@@ -226,4 +236,4 @@ def _write_scores(config: Config, source: SampleSource, folder: Path, choice: Ch
     selector.load_state_dict(load_selector_state(folder, config.last_epoch))
     own = selector.scores()
     extra = {f"collected_{name}" if name in own else name: column for name, column in choice.scores.items()}
-    write_scores(folder, selector, labels, source.fingerprint, extra=extra)
+    write_scores(folder, selector, labels, source.fingerprint, extra, config.method)

@@ -50,6 +50,7 @@ class Method:
         needs_labels: the method balances classes and cannot do without them.
         sweep_signals: what forward-only passes report, where that is not `signals`; `fold_sweep` takes it.
         sweep_part: the part of the network that forward-only passes go through, one of the train step's `parts`.
+        choosing: hyperparameters that decide what is kept, but no score.
 
     Args:
         class_floor: least share of every class that each epoch keeps, in [0, 1]; 0 = no floor.
@@ -64,6 +65,7 @@ class Method:
     needs_labels: ClassVar[bool] = False
     sweep_signals: ClassVar[tuple[str, ...]] = ()
     sweep_part: ClassVar[str] = "model"
+    choosing: ClassVar[tuple[str, ...]] = ()
 
     class_floor: float = 0.0
 

@@ -32,7 +32,7 @@ from rayprune.core.context import EpochContext
 from rayprune.core.schedule import Schedule
 from rayprune.core.selection import Selection
 from rayprune.core.table import ScoreTable
-from rayprune.methods.base import Method
+from rayprune.methods.base import Method, num_pruned
 from rayprune.methods.registry import register
 
 _SIGNALS = {"predicted": "boundary", "label": "boundary_label", "label_unsigned": "boundary_label_unsigned"}
@@ -134,6 +134,9 @@ class DynaMS(Method):
     def _kept(self, starts: list[int], num_epochs: int) -> list[float]:
         if self.prune_ratio is not None:
             asked = Schedule.of(self.prune_ratio)
+            if len(starts) < 2 and any(asked(epoch, num_epochs) for epoch in range(num_epochs)):
+                full = f"all {num_epochs} epochs are warm-up and block 1, which use everything"
+                raise ValueError(f"prune_ratio can't be reached: {full}; lower warmup_epochs or block_epochs")
             return [1.0, *(1.0 - asked(start, num_epochs) for start in starts[1:])]
         blocks = (num_epochs, self._block_epochs(num_epochs), self.warmup_epochs)
         return kept_by_block(self.schedule, self.budget, *blocks, power=self.power, milestones=self.milestones)
@@ -142,12 +145,14 @@ class DynaMS(Method):
         distances = table[self.sweep_signals[0]]
         unknown = np.isnan(distances if distances.ndim == 1 else distances.sum(axis=1))
         if unknown.any() or distances.shape[1:] == (0,):
-            raise ValueError(
-                f"epoch {context.epoch}: {np.count_nonzero(unknown) or len(table)} samples have no distance to the "
-                f"boundary, first ids {np.flatnonzero(unknown)[:5].tolist()}: their logits were NaN, or the "
-                "sweep after the epoch before was left out"
+            some = (
+                f"{np.count_nonzero(unknown) or len(table)} samples, first ids {np.flatnonzero(unknown)[:5].tolist()},"
             )
-        count = max(1, round(ratio * context.num_samples))
+            cause = "their logits were NaN, or the sweep was left out (in a loop of one's own, shard.sweep)"
+            raise ValueError(f"epoch {context.epoch}: {some} have no distance to the boundary: {cause}")
+        num_samples = context.num_samples
+        asked = num_samples - num_pruned(1.0 - ratio, num_samples)
+        count = max(1, round(ratio * num_samples) if self.prune_ratio is None else asked)
         if distances.ndim == 2:
             chosen = choose_by_boundary(distances, count)
         else:

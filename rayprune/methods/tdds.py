@@ -55,6 +55,7 @@ class TDDS(Method):
     paper = "Zhang et al., CVPR 2024, arXiv 2311.13613"
     signals = ("probs",)
     fixed = True
+    choosing = ("prune_ratio", "batch_mean_weights", "class_floor")
 
     prune_ratio: float | Any = 0.5  # Any: a schedule is refused in words of our own
     trajectory_len: int = 10
@@ -155,6 +156,6 @@ class TDDS(Method):
         ids = np.argsort(-scores, kind="stable")[: num_samples - drops]  # of equal scores the lower id first
         weights = trajectory.normalised(scores[ids]) if self.batch_mean_weights else None
         chosen = Selection.of_ids(ids, num_samples, weights=weights, requested=self.prune_ratio, expected_drops=drops)
-        chosen = chosen.telling(score="tdds", threshold=float(scores[ids[-1]]))
-        chosen = chosen.telling(trajectory_len=self.trajectory_len, window_size=self.window_size)
+        pair = {"trajectory_len": self.trajectory_len, "window_size": self.window_size}
+        chosen = chosen.telling(score="tdds", threshold=float(scores[ids[-1]]), **pair)
         return replace(chosen, batch_mean_weights=self.batch_mean_weights)

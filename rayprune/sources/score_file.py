@@ -72,9 +72,8 @@ class ScoreFile:
         if named in names:
             return str(named)
         if len(names) != 1:
-            raise ValueError(
-                f"{self.path} has {len(names) or 'no'} scores: name the one to go by, one of {', '.join(self.scores)}"
-            )
+            listed = ", ".join(names or self.scores)
+            raise ValueError(f"{self.path} has {len(names) or 'no'} scores: name the one to go by, one of {listed}")
         return names[0]
 
 
@@ -169,9 +168,17 @@ def read_table(file: Path) -> pa.Table:
         ValueError: it is none.
     """
     try:
-        return pq.read_table(file, partitioning=None)
+        table = pq.ParquetFile(file).read()
     except pa.ArrowException as error:
         raise ValueError(f"{file} is no Parquet file ({one_line(error, 120)}): restore it, or write it again") from None
+    return _of_single_columns(table, file)
+
+
+def _of_single_columns(table: pa.Table, file: Path) -> pa.Table:
+    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{file} has more than one column called {', '.join(map(repr, twice))}: rename one")
+    return table
 
 
 def facts_of(table: pa.Table, file: Path, schema: int) -> dict[str, Any]:
@@ -195,7 +202,10 @@ def facts_of(table: pa.Table, file: Path, schema: int) -> dict[str, Any]:
 
 def _read_csv(file: Path) -> pa.Table:
     try:
-        return pa.csv.read_csv(file)
+        table = pa.csv.read_csv(file)
+        return _of_single_columns(table, file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 text ({error.reason}): save it as UTF-8") from None
     except pa.ArrowException as error:
         raise ValueError(f"{file} is no CSV file with a header ({one_line(error, 120)}): correct it") from None
 

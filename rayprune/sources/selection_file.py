@@ -159,6 +159,8 @@ def _checked_weights(file: Path, weights: NDArray[Any], count: int) -> NDArray[n
         raise ValueError(f"{file}: {weights.dtype} weights of shape {weights.shape} do not fit {count} ids")
     with np.errstate(over="ignore"):
         narrow = weights.astype(np.float32)
+    if not narrow.any():
+        raise ValueError(f"{file}: all weights are 0, and nothing would be learned: leave them out, or give others")
     if (bad := np.flatnonzero(~(np.isfinite(narrow) & (narrow >= 0)))).size:
         raise ValueError(f"{file}: weights must be finite and at least 0, row {bad[0]} has {weights[bad[0]]}")
     return narrow

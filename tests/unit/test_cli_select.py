@@ -57,14 +57,14 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 def test_the_highest_are_kept_and_the_run_to_train_is_named(tmp_path: Path) -> None:
     scores_in(tmp_path)
     printed = run(tmp_path, "--keep", "0.3")
-    stored = read_selection_file(tmp_path / "selection.parquet", 40)
+    stored = read_selection_file(tmp_path / "chosen.parquet", 40)
     assert stored.ids.tolist() == choose(LOSS, 12).ids.tolist()
     assert set(stored.weights) == {1.0}
     assert stored.fingerprint == "ab"
     assert {"by": "loss", "keep": 0.3, "rule": "top", "scores": "scores.parquet"}.items() <= stored.about.items()
     assert "12 of 40 (30.0%)" in printed
     assert f"kept {np.sort(LOSS)[-12]:.4g} to {LOSS.max():.4g}, all {LOSS.min():.4g} to" in printed
-    assert f"rayprune train CONFIG method.name=fixed method.path={tmp_path}/selection.parquet" in printed
+    assert f"rayprune train CONFIG method.name=fixed method.path={tmp_path}/chosen.parquet" in printed
     rows = re.findall(r"^ +(\d) +(\d+) +10 +(\S+)% ", printed, flags=re.MULTILINE)
     assert [int(number) for number, _, _ in rows] == [0, 1, 2, 3]
     assert sum(int(kept) for _, kept, _ in rows) == 12
@@ -84,29 +84,29 @@ def test_options_are_those_of_choose(tmp_path: Path, words: list[str], options: 
     scores = scores_in(tmp_path)
     run(scores, "--keep", "12", "--seed", "5", *words)
     expected = choose(LOSS, 12, labels=LABELS, rng=np.random.default_rng([5, 0]), **options)
-    stored = read_selection_file(tmp_path / "selection.parquet")
+    stored = read_selection_file(tmp_path / "chosen.parquet")
     assert stored.ids.tolist() == expected.ids.tolist()
     assert np.array_equal(stored.weights, expected.weights)
 
 
 def test_several_formats_hold_one_choice(tmp_path: Path) -> None:
     scores_in(tmp_path)
-    files = [tmp_path / f"chosen{ending}" for ending in (".parquet", ".npz", ".txt", ".tsv", ".npy")]
+    files = [tmp_path / f"seven{ending}" for ending in (".parquet", ".npz", ".txt", ".tsv", ".npy")]
     printed = run(tmp_path, "--keep", "7", *(word for file in files for word in ("--out", file)))
     ids = [read_selection_file(file).ids.tolist() for file in files]
     assert ids == [ids[0]] * 5
     assert all(f"wrote    {file}" in printed for file in files)
-    assert not (tmp_path / "selection.parquet").exists()
+    assert not (tmp_path / "chosen.parquet").exists()
 
 
 def test_an_existing_file_is_overwritten_only_when_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = scores_in(tmp_path)
     run(tmp_path, "--keep", "7")
     new = tmp_path / "new.npz"
-    assert "--force" in refused(capsys, tmp_path, "--keep", 9, "--out", new, "--out", tmp_path / "selection.parquet")
+    assert "--force" in refused(capsys, tmp_path, "--keep", 9, "--out", new, "--out", tmp_path / "chosen.parquet")
     assert not new.exists()
     run(tmp_path, "--keep", "9", "--force")
-    assert read_selection_file(tmp_path / "selection.parquet").ids.size == 9
+    assert read_selection_file(tmp_path / "chosen.parquet").ids.size == 9
     before = scores.read_bytes()
     assert "holds the scores" in refused(capsys, scores, "--keep", 9, "--out", scores, "--force")
     assert scores.read_bytes() == before
@@ -120,7 +120,7 @@ def test_samples_without_a_score_are_refused_or_left_out(tmp_path: Path, capsys:
     assert "37 have a loss" in refused(capsys, tmp_path, "--keep", 38, "--drop-missing")
     printed = run(tmp_path, "--keep", "0.5", "--drop-missing", "--rule", "bottom", "--per-class")
     assert "3 left out without a loss" in printed
-    stored = read_selection_file(tmp_path / "selection.parquet")
+    stored = read_selection_file(tmp_path / "chosen.parquet")
     assert stored.ids.size == 20
     assert not {3, 30, 31} & set(stored.ids)
     assert np.isfinite(loss[stored.ids]).all()
@@ -175,9 +175,9 @@ def test_scores_that_cannot_be_used_are_one_line(tmp_path: Path, capsys: pytest.
     assert "does not exist" in refused(capsys, tmp_path / "none.parquet", "--keep", 5)
     assert "let the run finish" in refused(capsys, tmp_path, "--keep", 5)
     scores_in(tmp_path, el2n=LOSS)
-    assert "one of loss, el2n, last_visit" in refused(capsys, tmp_path, "--keep", 5)
+    assert "2 scores: name the one to go by, one of loss, el2n" in refused(capsys, tmp_path, "--keep", 5)
     run(tmp_path, "--keep", 5, "--by", "el2n")
-    assert "is a selection" in refused(capsys, tmp_path / "selection.parquet", "--keep", 5, "--force")
+    assert "is a selection" in refused(capsys, tmp_path / "chosen.parquet", "--keep", 5, "--force")
     write_scores(tmp_path / "bare.parquet", 40, {"loss": LOSS})
     assert "no column 'label'" in refused(capsys, tmp_path / "bare.parquet", "--keep", 5, "--per-class", "--force")
 
@@ -192,4 +192,4 @@ def test_selecting_loads_neither_ray_nor_torch(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
     assert "LOADED []" in done.stdout, done.stderr
-    assert (tmp_path / "selection.parquet").exists()
+    assert (tmp_path / "chosen.parquet").exists()

@@ -108,6 +108,7 @@ def test_a_budget_of_one_trains_as_without_selection(tmp_path: Path) -> None:
     [
         ({"proxy_width": 0.01}, {"name": "resnet8"}, "width"),
         ({"budget": 0.2}, {"name": "resnet8"}, r"budget 0\.2 can't be reached: 2 of 6 epochs"),
+        ({"prune_ratio": 0.5, "warmup_epochs": 6}, {"name": "resnet8"}, "prune_ratio can't be reached: all 6 epochs"),
         ({"proxy_width": 1.5}, {"name": "resnet8"}, "proxy_width"),
         ({"anchor": "labels"}, {"name": "resnet8"}, "did you mean 'label'"),
         ({"schedule": "powr"}, {"name": "resnet8"}, "did you mean 'power'"),

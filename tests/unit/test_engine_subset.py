@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,9 @@ def test_selection_facts_are_in_the_metrics(finished: RunResult) -> None:
         facts = line["selection"]
         kept = read_selection_file(finished.folder / "selection.parquet").ids
         assert facts["threshold"] == pytest.approx(float(scores["tdds"][kept].min()))
-        assert facts["budget_so_far"] == pytest.approx(number * kept.size / (4 * len(scores)), abs=1e-6)
+        assert facts["budget_so_far"] == pytest.approx(
+            (4 * len(scores) + number * kept.size) / (4 * len(scores)), abs=1e-6
+        )
         shares = [scores.loc[kept, "label"].eq(c).sum() / scores["label"].eq(c).sum() for c in range(10)]
         assert facts["class_kept"] == pytest.approx(shares, abs=1e-6)
 
@@ -71,7 +74,7 @@ def test_a_finished_run_is_found_finished(finished: RunResult, tmp_path: Path) -
     starts: list[int] = []
     config = tdds(finished.folder.parent)
     again = train(config, on_start=lambda start: starts.append(start.first_epoch))
-    assert starts == [4, 4]
+    assert starts == [4]
     assert_same_run(finished, again)
 
 
@@ -188,6 +191,11 @@ def test_a_file_that_changed_or_is_of_other_data_is_refused(finished: RunResult,
         ({"train": {"epochs": 3}}, r"scores over 4 epochs, and the run has 3: set collect\.train\.epochs=4"),
         ({"collect": {"train": {"epoch": 8}}}, r"unknown key 'collect\.train\.epoch': did you mean 'epochs'"),
         ({"collect": {"trajectories": "no/such/folder"}}, "no/such/folder"),
+        ({"collect": {"trajectories": "x", "optim": {"lr": 0.3}}}, r"leave out collect\.optim\.lr"),
+        ({"collect": {"fresh": False, "trajectories": "x"}}, r"no scoring run, leave out collect\.trajectories"),
+        ({"collect": {"train": {"stop_after": 2}}}, r"collect\.train\.stop_after is the method's"),
+        ({"train": {"last_batch": "drop"}}, r"leaves out \d+ of \d+ samples.*use train\.last_batch=pad"),
+        ({"run": {"resume": "no/such/run"}}, "holds no sound checkpoint"),
         ({"train": {"stop_after": 9}}, r"train\.stop_after = 9: the run has 4 epochs"),
         ({"train": {"record": ["probs"]}}, r"train\.record.*probs"),
         ({"train": {"record": ["los"]}}, "did you mean 'loss'"),
@@ -199,6 +207,33 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         train(tdds(tmp_path, **sections))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_serve_every_ratio(finished: RunResult, tmp_path: Path) -> None:
+    """What decides no score need not be the same: the scoring run is found finished at another ratio."""
+    method = {"name": "tdds", "trajectory_len": 3, "window_size": 3, "also": [[4, 3]]}
+    scored = score(run_config(tmp_path, method={**method, "prune_ratio": 0.2}))
+    starts: list[int] = []
+    config = run_config(tmp_path, method={**method, "prune_ratio": 0.5})
+    result = train(config, on_start=lambda start: starts.append(start.first_epoch))
+    assert starts == [4, 0]
+    assert scored.selection.num_kept > result.metrics[0]["kept"]
+    assert_same_run(result, finished)
+
+
+def test_a_run_that_begins_from_another_takes_its_scores(finished: RunResult, tmp_path: Path) -> None:
+    starts: list[tuple[str, int]] = []
+    config = tdds(tmp_path, run={"resume": str(finished.folder)})
+    result = train(config, on_start=lambda start: starts.append((start.folder.name, start.first_epoch)))
+    assert starts == [("collect", 4), ("run", 4)]
+    assert_same_run(result, finished)
+
+
+def test_a_finished_run_needs_its_scoring_run_no_more(tmp_path: Path) -> None:
+    whole = train(tdds(tmp_path))
+    shutil.rmtree(whole.folder / "collect")
+    assert_same_run(train(tdds(tmp_path)), whole)
+    assert not (whole.folder / "collect").exists()
 
 
 def test_a_method_that_chooses_anew_has_no_scoring_run(tmp_path: Path) -> None:
