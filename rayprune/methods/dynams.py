@@ -104,9 +104,8 @@ class DynaMS(Method):
 
     def step(self) -> tuple[str, dict[str, Any]]:
         """Return the step that trains the proxy too, where one is asked for."""
-        if self.proxy_width is None:
-            return "plain", {}
-        return "psp", {"width": self.proxy_width, "weight": self.proxy_weight}
+        proxy = {"width": self.proxy_width, "weight": self.proxy_weight}
+        return ("plain", {}) if self.proxy_width is None else ("psp", proxy)
 
     def columns(self) -> Mapping[str, Any]:
         """Return the loss and the distance, one float32 each; with `base` a distance a class."""
@@ -145,9 +144,7 @@ class DynaMS(Method):
         distances = table[self.sweep_signals[0]]
         unknown = np.isnan(distances if distances.ndim == 1 else distances.sum(axis=1))
         if unknown.any() or distances.shape[1:] == (0,):
-            some = (
-                f"{np.count_nonzero(unknown) or len(table)} samples, first ids {np.flatnonzero(unknown)[:5].tolist()},"
-            )
+            some = f"{np.count_nonzero(unknown) or len(table)} samples (ids {np.flatnonzero(unknown)[:5].tolist()})"
             cause = "their logits were NaN, or the sweep was left out (in a loop of one's own, shard.sweep)"
             raise ValueError(f"epoch {context.epoch}: {some} have no distance to the boundary: {cause}")
         num_samples = context.num_samples
@@ -158,6 +155,5 @@ class DynaMS(Method):
         else:
             balance: Balance = "even" if self.balance == "even" else "none"
             chosen = choose(distances, count, "bottom", labels=context.labels, balance=balance)
-        nearest = distances[chosen.ids]
-        farthest = (nearest if nearest.ndim == 1 else nearest.min(axis=1)).max()
-        return chosen.asking(1.0 - ratio if chosen.realised else 0.0).telling(threshold=round(float(farthest), 6))
+        nearest = distances[chosen.ids] if distances.ndim == 1 else distances[chosen.ids].min(axis=1)
+        return chosen.asking(1.0 - ratio if chosen.realised else 0.0).telling(threshold=round(float(nearest.max()), 6))

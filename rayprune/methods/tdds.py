@@ -69,9 +69,7 @@ class TDDS(Method):
         super().__post_init__()
         check_static_ratio("prune_ratio", self.prune_ratio)
         if not 0.0 < self.decay <= 1.0:
-            raise ValueError(
-                f"decay {self.decay!r} is outside (0, 1]: 0.9 is the paper's, 1 takes the last window alone"
-            )
+            raise ValueError(f"decay {self.decay!r} is outside (0, 1]: 1 takes the last window alone")
         trajectory.check_pairs(self._pairs)
 
     @property
@@ -151,11 +149,11 @@ class TDDS(Method):
         trajectory.check_whole(table.last_visit, context.epoch, self.collect_epochs, context.num_epochs)
         if context.epoch < self.collect_epochs:
             return Selection.full(context.num_samples)
-        scores, num_samples = self.scores(table)["tdds"], context.num_samples
-        drops = min(num_pruned(self.prune_ratio, num_samples), num_samples - 1)
-        ids = np.argsort(-scores, kind="stable")[: num_samples - drops]  # of equal scores the lower id first
+        scores, num = self.scores(table)["tdds"], context.num_samples
+        drops = min(num_pruned(self.prune_ratio, num), num - 1)
+        ids = np.argsort(-scores, kind="stable")[: num - drops]  # of equal scores the lower id first
         weights = trajectory.normalised(scores[ids]) if self.batch_mean_weights else None
-        chosen = Selection.of_ids(ids, num_samples, weights=weights, requested=self.prune_ratio, expected_drops=drops)
+        chosen = Selection.of_ids(ids, num, weights=weights, requested=self.prune_ratio, expected_drops=drops)
         pair = {"trajectory_len": self.trajectory_len, "window_size": self.window_size}
         chosen = chosen.telling(score="tdds", threshold=float(scores[ids[-1]]), **pair)
         return replace(chosen, batch_mean_weights=self.batch_mean_weights)
