@@ -79,8 +79,12 @@ def adopt_scoring(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def open_folder(config: Config, source: SampleSource, resources: Resources) -> Iterator[tuple[Path, int]]:
+def open_folder(config: Config, source: SampleSource, resources: Resources, **facts: Any) -> Iterator[tuple[Path, int]]:
     """Create the run folder, or check that the one that is there is this run's, and hold it while the block runs.
+
+    Args:
+        config, source, resources: what runs, on what.
+        **facts: what else environment.json says.
 
     Yields:
         The folder, and where its newest sound checkpoint stands: 0 without one, E when the run is finished.
@@ -109,7 +113,7 @@ def open_folder(config: Config, source: SampleSource, resources: Resources) -> I
             position = _sound_position(folder, config, source)
             if position is not None:
                 mend_metrics(folder, position["metrics"])
-            _describe(folder, config, source, resources)
+            _describe(folder, config, source, resources, facts)
         except OSError as error:
             what = f"{error.filename or folder}: {error.strerror}"
             raise ValueError(f"run folder {folder} can't be written ({what}): set run.storage_path") from None
@@ -129,7 +133,9 @@ def _sole_use(folder: Path) -> Iterator[None]:
         yield
 
 
-def _describe(folder: Path, config: Config, source: SampleSource, resources: Resources) -> None:
+def _describe(
+    folder: Path, config: Config, source: SampleSource, resources: Resources, facts: Mapping[str, Any]
+) -> None:
     on_gpu = resources.use_gpu and torch.cuda.is_available()
     write_environment(
         folder,
@@ -140,6 +146,7 @@ def _describe(folder: Path, config: Config, source: SampleSource, resources: Res
         stream=resources.stream,
         gpu=torch.cuda.get_device_name() if on_gpu else None,
         cuda=torch.version.cuda if on_gpu else None,
+        **facts,
     )
 
 

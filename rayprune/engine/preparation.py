@@ -17,6 +17,7 @@ from rayprune.methods import Method
 from rayprune.methods.fixed import Fixed
 from rayprune.nn.augment import Augment
 from rayprune.nn.models import build_model
+from rayprune.nn.proxy import num_macs
 from rayprune.nn.signals import signal_floats
 from rayprune.sources import SampleSource, default_augment, input_statistics
 
@@ -147,6 +148,16 @@ def check_model(config: Config, spec: InputSpec, method: Method) -> None:
     except ValueError as error:
         raise ValueError(f"optim can't be used: {error}") from None
     _check_step(config, model, spec, method)
+
+
+def forward_flops(config: Config, spec: InputSpec) -> int:
+    """Return the floating-point operations of one sample's forward pass: two for each multiply-add that torch counts.
+
+    A training step has three times as many; `compute` in metrics.jsonl counts such steps.
+    """
+    name = config.model.name
+    model = build_model(name, num_classes=spec.num_classes, input_shape=spec.shape, **config.model.options).eval()
+    return num_macs(model, torch.zeros(2, *spec.shape))  # two samples, and two operations each
 
 
 def _check_step(config: Config, model: torch.nn.Module, spec: InputSpec, method: Method) -> None:

@@ -22,6 +22,7 @@ from rayprune.engine.preparation import (
     check_method,
     check_model,
     check_sizes,
+    forward_flops,
     input_spec,
     notices,
 )
@@ -202,7 +203,8 @@ def _run(config: Config, splits: Splits, choice: Choice, listeners: Listeners) -
     spec = input_spec(config, splits.train)
     resources = resolve_resources(config, splits.train)
     check_subset(config, choice)
-    with open_folder(config, splits.train, resources) as (folder, start_epoch):
+    flops = forward_flops(config, spec)
+    with open_folder(config, splits.train, resources, forward_flops_per_sample=flops) as (folder, start_epoch):
         for split in (splits.train, splits.validation):
             if split is not None:
                 split.prepare()

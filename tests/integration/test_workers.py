@@ -199,7 +199,7 @@ def test_nan_losses_stop_a_run_although_its_workers_are_restarted(tmp_path: Path
         train={"epochs": EPOCHS, "batch_size": 32, "max_nonfinite": 10},
         run={"max_failures": 1},
     )
-    with pytest.raises(TrainingStopped, match="301 losses were NaN"):
+    with pytest.raises(TrainingStopped, match=r"^training stopped: \d+ losses were NaN"):
         train(config)
 
 

@@ -57,6 +57,11 @@ def test_the_costs_of_both_runs_are_counted_together(finished: RunResult) -> Non
         assert line["compute"] == line["samples_trained"] + line["samples_padded"]
 
 
+def test_the_environment_says_what_a_sample_costs(finished: RunResult) -> None:
+    facts = json.loads((finished.folder / "environment.json").read_text())
+    assert facts["forward_flops_per_sample"] == 2 * (64 * 256 + 256 * 256 + 256 * 10)
+
+
 def test_selection_facts_are_in_the_metrics(finished: RunResult) -> None:
     scores = pd.read_parquet(finished.folder / "collect" / "scores.parquet")
     for number, line in enumerate(finished.metrics, start=1):
