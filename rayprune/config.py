@@ -130,6 +130,8 @@ class Config(Strict):
         left_out["train"] = {"stop_after"}  # a later command with more of them goes on
         if not self.train.record:
             left_out["train"].add("record")  # at its default it is nothing, as in versions that did not have it
+        if self.data.hold_out is None:
+            left_out["data"].add("hold_out")
         if not self.build_method().collect_epochs:
             left_out["collect"] = True
         content = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True)

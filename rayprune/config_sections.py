@@ -50,6 +50,9 @@ class DataSection(Section, extra="allow"):
 
     source: Reference = Field("digits", description="a named data set, or module:function")
     limit: int | None = Field(None, ge=1, description="train on the first n samples only")
+    hold_out: float | None = Field(
+        None, gt=0, lt=1, description="share of the training samples that validates in place of the validation part"
+    )
     cache: Literal["auto", "memory", "disk", "none"] = Field("auto", description="where decoded samples are kept")
     augment: Auto | dict[str, Any] = Field("auto", description="crop (pixels), flip; auto: the data set's usual")
 

@@ -183,7 +183,7 @@ def _open(config: Config, debug: bool) -> Splits:
 
 def _splits(config: Config) -> Splits:
     data = config.data
-    return open_data(data.source, limit=data.limit, cache=data.cache, **data.source_keys)
+    return open_data(data.source, limit=data.limit, cache=data.cache, hold_out=data.hold_out, **data.source_keys)
 
 
 def _check(config: Config, splits: Splits, choice: Choice) -> None:

@@ -13,7 +13,7 @@ from rayprune.core.fields import check_keys
 from rayprune.core.objects import closest, is_reference, load_object
 from rayprune.core.plain import plain
 from rayprune.sources.base import SampleSource, Splits
-from rayprune.sources.views import Limited
+from rayprune.sources.views import Limited, holdout
 
 SOURCES: dict[str, type[Any]] = {}
 
@@ -46,7 +46,9 @@ def register_source(name: str) -> Callable[[type[Keys]], type[Keys]]:
     return register
 
 
-def open_data(source: str, limit: int | None = None, cache: str | None = None, **keys: Any) -> Splits:
+def open_data(
+    source: str, limit: int | None = None, cache: str | None = None, hold_out: float | None = None, **keys: Any
+) -> Splits:
     """Open a source and check its labels.
 
     Args:
@@ -54,6 +56,7 @@ def open_data(source: str, limit: int | None = None, cache: str | None = None, *
             and returns Splits, a SampleSource, or a pair (train, validation or None).
         limit: keep the first samples of the training part only.
         cache: `auto`, `memory`, `disk` or `none`, for sources that decode; the others have nothing to keep.
+        hold_out: share of the training part, in (0, 1), that validates in place of the source's validation part.
         **keys: the source's own keys.
 
     Raises:
@@ -67,7 +70,13 @@ def open_data(source: str, limit: int | None = None, cache: str | None = None, *
     if splits.validation is not None:
         _check_part("validation", splits.validation)
         _check_alike(splits.train, splits.validation)
-    return splits if limit is None else Splits(Limited(splits.train, limit), splits.validation)
+    if limit is not None:
+        splits = Splits(Limited(splits.train, limit), splits.validation)
+    if hold_out is not None:
+        splits = holdout(splits.train, hold_out, seed=0)  # of any run: what validates must not change with its seed
+        if splits.validation is None:
+            raise ValueError(f"data.hold_out {hold_out:g} leaves nothing: no class has two samples")
+    return splits
 
 
 def default_augment(source_name: str) -> dict[str, Any]:

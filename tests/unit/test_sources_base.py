@@ -252,3 +252,16 @@ def test_labels_are_checked_when_opened(tmp_path, labels, num_classes, message):
     sys.modules.setdefault("test_sources_base", sys.modules[__name__])
     with pytest.raises(ValueError, match=message):
         open_data(f"{file}:bad")
+
+
+def test_a_held_out_part_takes_the_place_of_the_validation_part() -> None:
+    whole = open_data("digits", limit=400)
+    held = open_data("digits", limit=400, hold_out=0.25)
+    assert held.validation is not None
+    assert (len(held.train), len(held.validation)) == (300, 100)
+    assert held.train.fingerprint != whole.train.fingerprint
+    both = np.sort(np.concatenate([held.train.labels, held.validation.labels]))
+    assert both.tolist() == np.sort(whole.train.labels).tolist()
+    again = open_data("digits", limit=400, hold_out=0.25)
+    assert again.validation is not None
+    assert again.validation.fingerprint == held.validation.fingerprint
