@@ -71,15 +71,13 @@ class Standing:
         name: the arm.
         baseline: which of the baselines it is; "method" for a method.
         accuracy_S: in points, one a seed, in the order of the seeds.
-        seconds: mean over the seeds.
-        compute: mean over the seeds, in samples trained.
+        seconds_S: in the order of the seeds.
     """
 
     name: str
     baseline: str
     accuracy_S: Sequence[float]
-    seconds: float
-    compute: float
+    seconds_S: Sequence[float]
 
 
 def paired_difference(one_S: Sequence[float], other_S: Sequence[float], confidence: float) -> Difference:
@@ -119,9 +117,10 @@ def judge(method: Standing, full: Standing, baselines: Sequence[Standing], margi
     start = f"{method.name} is {to_full} to full"
     if to_full.low is None:
         return Verdict("undecided", f"{start}; one seed gives no interval and shows nothing, set compare.seeds=3")
-    saved = 1.0 - method.seconds / full.seconds
+    saved = 1.0 - float(np.mean(method.seconds_S)) / float(np.mean(full.seconds_S))
+    faster = paired_difference(full.seconds_S, method.seconds_S, confidence).above(0.0)
     cost = f"{saved:.0%} of the seconds saved" if saved > 0 else f"{-saved:.0%} more seconds"
-    start = f"{start}, {cost}"
+    start = f"{start}, {cost}{'' if faster or saved <= 0 else ' (within the noise of the seeds)'}"
     if to_full.below(-margin):
         return Verdict("prune nothing", f"{start}: a loss beyond the margin of {margin:g}")
     if saved <= 0 and not to_full.above(0.0):
@@ -131,7 +130,7 @@ def judge(method: Standing, full: Standing, baselines: Sequence[Standing], margi
         for arm in sorted(baselines, key=lambda arm: -float(np.mean(arm.accuracy_S)))
         if arm.baseline in SHORTENED or arm.baseline in CONTROLS
     ]
-    return _against(rivals, start, to_full, margin)
+    return _against(rivals, start, to_full, margin, faster or to_full.above(0.0))
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ class Rival:
     difference: Difference
 
 
-def _against(rivals: Sequence[Rival], start: str, to_full: Difference, margin: float) -> Verdict:
+def _against(rivals: Sequence[Rival], start: str, to_full: Difference, margin: float, gains: bool) -> Verdict:
     """Go on with a method that saves something, or is better than full: is it the selection that does it?"""
     as_good = [rival for rival in rivals if rival.difference.below(margin)]
     # Shortened training comes first: where it is as good, nothing need be selected, whatever full training reaches.
@@ -165,6 +164,8 @@ def _against(rivals: Sequence[Rival], start: str, to_full: Difference, margin: f
         return Verdict("undecided", f"{start}; {more}")
     if not rivals:
         return Verdict("undecided", f"{start}; no baseline of the same cost ran, add full_time to compare.baselines")
+    if not gains:
+        return Verdict("undecided", f"{start}; {to_full.num_seeds} seeds do not show that it is faster")
     more = f"better than every baseline of the same cost ({rivals[0].difference} to {rivals[0].arm.name})"
     return Verdict("worth it", f"{start}, within the margin of {margin:g}, and {more}")
 

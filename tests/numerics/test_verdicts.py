@@ -71,11 +71,12 @@ def test_more_confidence_is_wider_and_a_shift_moves_it(
     assert moved.low == pytest.approx(narrow.low + shift, abs=1e-6)  # type: ignore[operator]
 
 
-def arm(name: str, offset: float, seconds: float = 50.0, noise: float = 0.05) -> Standing:
+def arm(name: str, offset: float, seconds: float = 50.0, noise: float = 0.05, jitter: float = 0.0) -> Standing:
     """Return an arm of three seeds about 90 points; the arm's own noise is small beside that of the seeds."""
     own = np.random.default_rng(len(name)).permutation([-noise, 0.0, noise])
     baseline = name if name != "m" else "method"
-    return Standing(name, baseline, (np.array([88.0, 90.0, 92.0]) + offset + own).tolist(), seconds, seconds)
+    accuracy = np.array([88.0, 90.0, 92.0]) + offset + own
+    return Standing(name, baseline, accuracy.tolist(), [seconds - jitter, seconds, seconds + jitter])
 
 
 FULL = arm("full", 0.0, 100.0)
@@ -105,6 +106,7 @@ def verdict(method: Standing, baselines: list[Standing], margin: float = 0.3) ->
         (arm("m", 0.0), [], "undecided", "no baseline of the same cost ran"),
         (arm("m", 0.0), [*WORSE, arm("ratio_0", 1.0)], "worth it", "better than every baseline"),
         (arm("m", 3.0, 110.0), WORSE, "worth it", "10% more seconds"),
+        (arm("m", 0.0, jitter=40.0), WORSE, "undecided", "within the noise of the seeds"),
     ],
 )
 def test_a_verdict_for_every_case(method: Standing, baselines: list[Standing], outcome: str, words: str) -> None:
@@ -122,7 +124,7 @@ def test_a_wider_margin_never_turns_a_kept_accuracy_into_a_loss() -> None:
 
 
 def test_one_seed_is_undecided() -> None:
-    method, full = Standing("m", "method", [95.0], 1.0, 1.0), Standing("full", "full", [80.0], 2.0, 2.0)
+    method, full = Standing("m", "method", [95.0], [1.0]), Standing("full", "full", [80.0], [2.0])
     found = judge(method, full, [], 0.2, 0.95)
     assert found.outcome == "undecided"
     assert "no interval" in found.sentence
