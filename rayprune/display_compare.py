@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_HEADS = ("arm", "accuracy", "to full", "worst class", "epochs", "samples", "compute", "seconds")
+_HEADS = ("arm", "accuracy", "to full", "worst class", "epochs", "samples", "compute", "time", "seconds")
 
 
 def compare_lines(report: Mapping[str, Any]) -> Iterator[str]:
@@ -32,6 +32,7 @@ def _row(arm: Mapping[str, Any], report: Mapping[str, Any]) -> tuple[str, ...]:
         "–".join(str(epochs) for epochs in (arm["epochs"][0], arm["epochs"][-1])[: len(arm["epochs"])]),
         f"{arm['samples_trained']:,.0f}",
         f"{arm['compute'] / whole:.1%}",
+        f"{arm['seconds_to_full']['mean']:.1%}",
         f"{arm['seconds']:.1f}",
     )
 
@@ -47,7 +48,12 @@ def explanation(report: Mapping[str, Any]) -> Iterator[str]:
     num = len(report["seeds"])
     interval = f"; [{report['confidence']:.0%} interval of paired seeds]" if num > 1 else ""
     yield f"points of accuracy after the last epoch, mean{' ± sd' * (num > 1)} of {num} seed{'s' * (num > 1)}{interval}"
-    yield f"seconds: {report['timing']}"
+    yield f"seconds: {report['timing']}; time: their share of full training's, mean over pairs"
+    if uneven := report["uneven_seconds"]:
+        yield (
+            f"full training took {uneven[0]:.1f} to {uneven[1]:.1f} s: something else ran on this machine, "
+            "and its seconds say little"
+        )
     for arm in report["arms"]:
         if arm["matched"] and arm["baseline"] != "method":
             yield f"{arm['name']} matches {arm['matched']}{' (first seed)' * (num > 1)}"

@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from rayprune.core.verdicts import Difference, Standing, Verdict, judge, overall, paired_difference
+from rayprune.core.verdicts import Difference, Standing, Verdict, judge, overall, paired_difference, paired_ratio
+
+# The same work in such different times is told: something else ran on the machine.
+_UNEVEN = 1.25
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,9 @@ def summary(arms: Sequence[ArmRuns], margin: float, confidence: float) -> dict[s
         arms: the first one is full training.
         margin: of non-inferiority, in points.
         confidence: of the intervals.
+
+    Returns:
+        Seeds, arms, verdicts; `uneven_seconds` are the least and the most of full training, where they lie far apart.
     """
     full = arms[0]
     methods = [arm for arm in arms if arm.baseline == "method"]
@@ -79,7 +85,9 @@ def summary(arms: Sequence[ArmRuns], margin: float, confidence: float) -> dict[s
     by_saving = sorted(methods, key=lambda arm: arm.mean("seconds"))
     verdicts = {arm.name: Verdict(judged[arm.name]["outcome"], judged[arm.name]["sentence"]) for arm in by_saving}
     final = overall(verdicts, len(full.runs))
+    slowest, fastest = (end(full.column("seconds")) for end in (max, min))
     return {
+        "uneven_seconds": [fastest, slowest] if slowest > _UNEVEN * fastest else None,
         "seeds": [run.seed for run in full.runs],
         "margin": margin,
         "confidence": confidence,
@@ -107,10 +115,8 @@ def _arm_row(arm: ArmRuns, full: ArmRuns, margin: float, confidence: float) -> d
         ),
         "epochs": sorted({run.epochs for run in arm.runs}),
         **{name: arm.mean(name) for name in ("samples_trained", "samples_forwarded", "compute", "seconds")},
-        **{
-            f"{name}_saved": 1.0 - arm.mean(name) / full.mean(name)
-            for name in ("samples_trained", "compute", "seconds")
-        },
+        **{f"{name}_saved": 1.0 - arm.mean(name) / full.mean(name) for name in ("samples_trained", "compute")},
+        "seconds_to_full": _plain(paired_ratio(arm.column("seconds"), full.column("seconds"), confidence)),
         "runs": [dataclasses.asdict(run) for run in arm.runs],
     }
 

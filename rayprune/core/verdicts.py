@@ -24,10 +24,10 @@ CONTROLS = ("random", "random_epoch", "shuffled")
 
 @dataclass(frozen=True)
 class Difference:
-    """One arm minus another, seed by seed.
+    """One arm minus another, or its share of another, seed by seed.
 
     Attributes:
-        mean: of the differences.
+        mean: over the seeds.
         low, high: the interval's ends; None with a single seed.
         num_seeds: S.
     """
@@ -100,6 +100,20 @@ def paired_difference(one_S: Sequence[float], other_S: Sequence[float], confiden
     return Difference(mean, mean - half, mean + half, count)
 
 
+def paired_ratio(one_S: Sequence[float], other_S: Sequence[float], confidence: float) -> Difference:
+    """Return the geometric mean of one ÷ other over seeds, with its interval: the paired t-test on logarithms.
+
+    A machine that is slow for a while is so for both arms of a seed, and the ratio stays.
+
+    Args:
+        one_S, other_S: above 0, such as seconds, in the same order of seeds.
+        confidence: of the interval, in (0, 1).
+    """
+    logs = paired_difference(np.log(one_S).tolist(), np.log(other_S).tolist(), confidence)
+    low, high = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
+    return Difference(math.exp(logs.mean), low, high, logs.num_seeds)
+
+
 def judge(method: Standing, full: Standing, baselines: Sequence[Standing], margin: float, confidence: float) -> Verdict:
     """Say whether one method is worth it.
 
@@ -117,8 +131,8 @@ def judge(method: Standing, full: Standing, baselines: Sequence[Standing], margi
     start = f"{method.name} is {to_full} to full"
     if to_full.low is None:
         return Verdict("undecided", f"{start}; one seed gives no interval and shows nothing, set compare.seeds=3")
-    saved = 1.0 - float(np.mean(method.seconds_S)) / float(np.mean(full.seconds_S))
-    faster = paired_difference(full.seconds_S, method.seconds_S, confidence).above(0.0)
+    time = paired_ratio(method.seconds_S, full.seconds_S, confidence)
+    saved, faster = 1.0 - time.mean, time.below(1.0)
     cost = f"{saved:.0%} of the seconds saved" if saved > 0 else f"{-saved:.0%} more seconds"
     start = f"{start}, {cost}{'' if faster or saved <= 0 else ' (within the noise of the seeds)'}"
     if to_full.below(-margin):

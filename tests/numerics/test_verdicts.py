@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayprune.core.verdicts import Standing, Verdict, judge, overall, paired_difference
+from rayprune.core.verdicts import Standing, Verdict, judge, overall, paired_difference, paired_ratio
 
 POINTS = st.floats(0, 100, allow_subnormal=False)
 PAIRS = st.lists(st.tuples(POINTS, POINTS), min_size=2, max_size=12)
@@ -47,6 +47,13 @@ def test_one_seed_has_no_interval_and_claims_nothing() -> None:
     assert (found.mean, found.low, found.high) == (49.0, None, None)
     assert not found.above(-100)
     assert not found.below(100)
+
+
+def test_a_slow_machine_slows_both_arms_of_a_seed() -> None:
+    found = paired_ratio([2.16, 0.79, 0.84], [2.7, 1.0, 1.05], 0.95)
+    assert found.mean == pytest.approx((0.8 * 0.79 * 0.8) ** (1 / 3))
+    assert found.below(0.83)
+    assert not paired_difference([2.16, 0.79, 0.84], [2.7, 1.0, 1.05], 0.95).below(0.0)
 
 
 @given(PAIRS)

@@ -64,6 +64,10 @@ def test_differences_are_those_of_pairs(report: dict[str, Any]) -> None:
     for arm in report["arms"]:
         found = paired_difference(accuracies[arm["name"]], accuracies["full"], 0.95)
         assert arm["to_full"] == {"mean": found.mean, "low": found.low, "high": found.high}
+        ratios = [
+            run["seconds"] / full["seconds"] for run, full in zip(arm["runs"], report["arms"][0]["runs"], strict=True)
+        ]
+        assert arm["seconds_to_full"]["mean"] == pytest.approx(np.exp(np.mean(np.log(ratios))))
     judged = report["methods"]["infobatch"]
     assert next(iter(judged["to_baselines"])) in {judged["strongest_baseline"], "ratio_0"}
     assert report["verdict"]["sentence"]
