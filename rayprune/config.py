@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from rayprune.config_compare import CompareSection
 from rayprune.config_sections import (
     CollectSection,
     DataSection,
@@ -25,9 +26,10 @@ from rayprune.config_sections import (
     ScalingSection,
     Strict,
     TrainSection,
+    absolute_method,
 )
 from rayprune.core.fields import shown
-from rayprune.core.objects import absolute_reference, closest
+from rayprune.core.objects import closest
 from rayprune.methods import Method, build_method
 from rayprune.methods.registry import method_fields
 from rayprune.overrides import merge, parse_overrides, read_yaml
@@ -44,15 +46,14 @@ class Config(Strict):
     scaling: ScalingSection = ScalingSection()
     run: RunSection = RunSection()
     collect: CollectSection = CollectSection()
+    compare: CompareSection = CompareSection()
 
     @field_validator("method", mode="before")
     @classmethod
     def _known_method(cls, value: Any) -> dict[str, Any]:
         named = {"name": value} if isinstance(value, str) else value
         if isinstance(named, Mapping) and isinstance(named.get("name"), str):
-            named = {**named, "name": absolute_reference(named["name"])}
-            if isinstance(path := named.get("path"), str) and path and "://" not in path:
-                named["path"] = str(Path(path).expanduser().absolute())  # actors run in other folders
+            named = absolute_method(named)
         return build_method(named).to_config()
 
     @model_validator(mode="after")
@@ -92,7 +93,7 @@ class Config(Strict):
         Raises:
             ValueError: a key of `collect` is wrong.
         """
-        tree = self.model_dump(mode="json", exclude={"collect"})
+        tree = self.model_dump(mode="json", exclude={"collect", "compare"})
         changes = self.collect.changes
         if "stop_after" in self.collect.train:
             raise ValueError("collect.train.stop_after is the method's to say (its trajectory): leave it out")
@@ -122,11 +123,12 @@ class Config(Strict):
         return make_config(tree)
 
     def digest(self) -> str:
-        """Return 8 hexadecimal digits over what decides the result: all sections but scaling and run.
+        """Return 8 hexadecimal digits over what decides the result: all sections but scaling, run and compare.
 
         Where files lie on this machine decides nothing: runs compare the data's fingerprint and how it is shuffled.
         """
-        left_out: Any = {"scaling": True, "run": True, "data": {"path", "cache", "cache_dir", "buffer_bytes"}}
+        left_out: Any = dict.fromkeys(("scaling", "run", "compare"), True)
+        left_out["data"] = {"path", "cache", "cache_dir", "buffer_bytes"}
         left_out["train"] = {"stop_after"}  # a later command with more of them goes on
         if not self.train.record:
             left_out["train"].add("record")  # at its default it is nothing, as in versions that did not have it

@@ -23,6 +23,14 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Reference = Annotated[str, AfterValidator(absolute_reference)]
 
 
+def absolute_method(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a method's config with the files that it names made absolute: actors run in other folders."""
+    absolute = {**named, "name": absolute_reference(named["name"])}
+    if isinstance(path := named.get("path"), str) and path and "://" not in path:
+        absolute["path"] = str(Path(path).expanduser().absolute())
+    return absolute
+
+
 class Strict(BaseModel, extra="forbid", frozen=True, validate_default=True):
     """Refuse unknown keys."""
 

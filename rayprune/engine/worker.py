@@ -32,7 +32,7 @@ from rayprune.engine.setup import (
 )
 from rayprune.engine.stall import Pulsing
 from rayprune.engine.stream import Batch, Transport, plan_batches
-from rayprune.engine.tally import BYTES, PADDED, REAL, add_batch, compute, means, new_sums, resumed_sums
+from rayprune.engine.tally import BYTES, PADDED, REAL, add_batch, compute, means, new_sums, resumed_sums, validated
 from rayprune.nn.augment import step_seed
 
 logger = logging.getLogger(__name__)
@@ -184,7 +184,8 @@ class Worker:
 
     def _forward(self, epoch: int, phase: Phase, *, record: bool) -> Tensor:
         """Pass over a plan in eval mode without augmentation; return the sums over all ranks."""
-        header, sums, terms = self._announce(epoch, phase), new_sums(self._device), self._spec.terms
+        header, terms = self._announce(epoch, phase), self._spec.terms
+        sums = new_sums(self._device, 0 if record else self._spec.input.num_classes)
         named: dict[str, Any] = {"signals": terms.sweep_signals, "part": terms.sweep_part} if record else {}
         for batch in self._batches(header):
             on_device = DeviceBatch(batch, self._spec.input, self._device)
@@ -192,7 +193,7 @@ class Worker:
             signals = self._step.evaluate(inputs, on_device.targets, smoothed=record, **named)
             if record:
                 self._record(batch, signals)
-            add_batch(sums, signals, on_device.real, batch.num_bytes)
+            add_batch(sums, signals, on_device.real, batch.num_bytes, on_device.targets)
         return self._over_ranks(sums)
 
     def _record(self, batch: Batch, signals: dict[str, Tensor]) -> None:
@@ -239,7 +240,6 @@ class Worker:
         loss, accuracy = means(sums)
         num_forwarded = int(forwarded[REAL]) if forwarded is not None else 0
         num_bytes = sum(int(part[BYTES]) for part in (sums, forwarded, validation) if part is not None)
-        val_loss, val_accuracy = means(validation) if validation is not None else (None, None)
         counts = self._saver.count(int(sums[REAL]), num_forwarded, int(sums[PADDED]), num_bytes)
         return {
             "epoch": epoch,
@@ -252,8 +252,7 @@ class Worker:
             "compute": compute(counts, self._spec.before, self._step, self._spec.terms.sweep_part),
             "train_loss": loss,
             "train_accuracy": accuracy,
-            "val_loss": val_loss,
-            "val_accuracy": val_accuracy,
+            **validated(validation),
             "lr": lr,
             "world_size": self.world_size,
             "plan_hash": header.hash,

@@ -21,6 +21,7 @@ from rayprune.engine.checkpoint import newest_position
 from rayprune.engine.protocol import TrainingStopped
 from rayprune.engine.run_folder import read_selection
 from rayprune.engine.train import RunResult, TrainingFailed, train
+from rayprune.sources import open_data
 
 EPOCHS = 3
 
@@ -58,6 +59,14 @@ def test_the_union_of_ranks_is_the_selection(undisturbed: RunResult) -> None:
     assert [line["samples_padded"] for line in undisturbed.metrics] == padded
     last_visit = np.max([np.where(s.codes > 0, epoch, -1) for epoch, s in enumerate(selections)], axis=0)
     assert scores_of(undisturbed.folder)["last_visit"].tolist() == last_visit.tolist()
+
+
+def test_the_classes_of_a_validation_are_counted_over_all_ranks(undisturbed: RunResult) -> None:
+    last, validation = undisturbed.metrics[-1], open_data("digits").validation
+    assert validation is not None
+    correct = np.array(last["val_class_accuracy"]) * np.bincount(validation.labels)
+    assert correct == pytest.approx(correct.round(), abs=1e-3), "each class counts its own samples"
+    assert correct.sum() / len(validation) == pytest.approx(last["val_accuracy"], abs=1e-6)
 
 
 GUARDED = {"source": user("not_in_actors"), "augment": {"crop": 1, "flip": False}, "limit": 301}

@@ -21,6 +21,7 @@ from rayprune.config import Config
 from rayprune.core import Plan, Selector
 from rayprune.engine.preparation import input_spec
 from rayprune.engine.run_folder import read_selection
+from rayprune.engine.tally import add_batch, new_sums, validated
 from rayprune.engine.train import RunResult, TrainingFailed, train
 from rayprune.nn.models import build_model
 from rayprune.nn.steps import PlainStep
@@ -277,7 +278,8 @@ def test_metrics_have_every_key_and_sane_values(infobatch: RunResult) -> None:
 
 def test_validation_comes_every_so_often_and_at_the_end(tmp_path: Path) -> None:
     result = train(run_config(tmp_path, train={"validate_every": 3}))
-    assert [line["val_accuracy"] is not None for line in result.metrics] == [False, False, True, True]
+    for key in ("val_accuracy", "val_class_accuracy"):
+        assert [line[key] is not None for line in result.metrics] == [False, False, True, True]
     assert results(result.metrics, set(RESULT_KEYS) - {"val_accuracy"}) == results(
         train(run_config(tmp_path, "always")).metrics, set(RESULT_KEYS) - {"val_accuracy"}
     ), "validation has an influence on training"
@@ -286,5 +288,20 @@ def test_validation_comes_every_so_often_and_at_the_end(tmp_path: Path) -> None:
 def test_val_accuracy_is_that_of_the_saved_network(infobatch: RunResult) -> None:
     validation = open_data("digits").validation
     logits, targets = outputs(run_config(infobatch.folder.parent), validation, weights_of(infobatch.folder))
-    accuracy = (logits.argmax(1) == targets).double().mean().item()
-    assert infobatch.metrics[-1]["val_accuracy"] == pytest.approx(accuracy, abs=1e-9)
+    correct = (logits.argmax(1) == targets).double()
+    assert infobatch.metrics[-1]["val_accuracy"] == pytest.approx(correct.mean().item(), abs=1e-9)
+    classes = [correct[targets == label].mean().item() for label in range(10)]
+    assert len(set(classes)) > 1
+    assert infobatch.metrics[-1]["val_class_accuracy"] == pytest.approx(classes, abs=1e-6)
+
+
+def test_classes_are_counted_exactly_and_without_padding() -> None:
+    sums = new_sums(torch.device("cpu"), 3)
+    signals = {"loss": torch.ones(5), "correct": torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0])}
+    real, labels = torch.tensor([True, True, True, False, False]), torch.tensor([0, 0, 2, 0, 1])
+    for _ in range(2):
+        add_batch(sums, signals, real, 0, labels)
+    found = validated(sums)
+    assert found["val_class_accuracy"] == [0.5, None, 1.0]
+    assert found["val_accuracy"] == pytest.approx(2 / 3)
+    assert validated(None) == dict.fromkeys(found)

@@ -16,7 +16,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "rayprune"
-COMMAND_LINE = {"cli", "__main__", "command_select", "diagnosis", "display"}  # the modules that only the commands use
+COMMAND_LINE = {
+    "cli",
+    "__main__",
+    "command_compare",
+    "command_select",
+    "diagnosis",
+    "display",
+    "display_compare",
+}  # the modules that only the commands use
 TORCH = {"torch", "torchvision"}
 # Third-party packages that a layer never imports.
 BANNED = {
@@ -27,6 +35,7 @@ BANNED = {
     "report": {"ray"} | TORCH,
     "config": {"ray"} | TORCH,
     "config_sections": {"ray"} | TORCH,
+    "config_compare": {"ray"} | TORCH,
     "overrides": {"ray"} | TORCH,
     "engine": set(),
     "cli": set(),
@@ -44,6 +53,7 @@ ABOVE = {
     "report": {"engine", "nn", "cli"},
     "config": {"nn", "engine", "report", "cli"},
     "config_sections": {"methods", "sources", "nn", "engine", "report", "cli", "config"},
+    "config_compare": {"sources", "nn", "engine", "report", "cli", "config"},
     "overrides": {"methods", "sources", "nn", "engine", "report", "cli", "config"},
 }
 

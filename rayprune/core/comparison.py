@@ -1,0 +1,143 @@
+"""What finished runs say of the arms they belong to: means, paired differences, verdicts, as plain JSON types.
+
+Shapes: S seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rayprune.core.verdicts import Difference, Standing, Verdict, judge, overall, paired_difference, paired_ratio
+
+# The same work in such different times is told: something else ran on the machine.
+_UNEVEN = 1.25
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What one run reached and spent.
+
+    Attributes:
+        seed: of the run.
+        folder: its name.
+        epochs: how many it trained.
+        matched: what its length or ratio was matched to, in words.
+        accuracy: on the validation part after the last epoch, in points.
+        worst_class: that of the class with the lowest, in points.
+        samples_trained, samples_forwarded: with those of a run that scored.
+        compute: in samples trained.
+        seconds: of training, selection and checkpoints, without validation.
+    """
+
+    seed: int
+    folder: str
+    epochs: int
+    matched: str
+    accuracy: float
+    worst_class: float
+    samples_trained: int
+    samples_forwarded: int
+    compute: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ArmRuns:
+    """An arm's runs, one a seed, in the same order of seeds for all arms."""
+
+    name: str
+    baseline: str
+    method_arm: str
+    runs: Sequence[RunOutcome]
+
+    def column(self, name: str) -> list[float]:
+        """Return an attribute of every run."""
+        return [float(getattr(run, name)) for run in self.runs]
+
+    def mean(self, name: str) -> float:
+        """Return the mean of an attribute over the runs."""
+        return float(np.mean(self.column(name)))
+
+    def standing(self) -> Standing:
+        """Return what verdicts look at."""
+        return Standing(self.name, self.baseline, self.column("accuracy"), self.column("seconds"))
+
+
+def summary(arms: Sequence[ArmRuns], margin: float, confidence: float) -> dict[str, Any]:
+    """Return the arms with their differences to full training, and the verdicts on the methods.
+
+    Args:
+        arms: the first one is full training.
+        margin: of non-inferiority, in points.
+        confidence: of the intervals.
+
+    Returns:
+        Seeds, arms, verdicts; `uneven_seconds` are the least and the most of full training, where they lie far apart.
+    """
+    full = arms[0]
+    methods = [arm for arm in arms if arm.baseline == "method"]
+    judged = {arm.name: _judged(arm, full, arms, margin, confidence) for arm in methods}
+    by_saving = sorted(methods, key=lambda arm: arm.mean("seconds"))
+    verdicts = {arm.name: Verdict(judged[arm.name]["outcome"], judged[arm.name]["sentence"]) for arm in by_saving}
+    final = overall(verdicts, len(full.runs))
+    slowest, fastest = (end(full.column("seconds")) for end in (max, min))
+    return {
+        "uneven_seconds": [fastest, slowest] if slowest > _UNEVEN * fastest else None,
+        "seeds": [run.seed for run in full.runs],
+        "margin": margin,
+        "confidence": confidence,
+        "arms": [_arm_row(arm, full, margin, confidence) for arm in arms],
+        "methods": judged,
+        "verdict": {"outcome": final.outcome, "sentence": final.sentence},
+    }
+
+
+def _arm_row(arm: ArmRuns, full: ArmRuns, margin: float, confidence: float) -> dict[str, Any]:
+    several = len(arm.runs) > 1
+    to_full = paired_difference(arm.column("accuracy"), full.column("accuracy"), confidence)
+    return {
+        "name": arm.name,
+        "baseline": arm.baseline,
+        "method_arm": arm.method_arm,
+        "matched": arm.runs[0].matched,
+        "accuracy": arm.mean("accuracy"),
+        "accuracy_sd": float(np.std(arm.column("accuracy"), ddof=1)) if several else None,
+        "worst_class": arm.mean("worst_class"),
+        "to_full": _plain(to_full),
+        "non_inferior": to_full.above(-margin) if several else None,
+        "worst_class_to_full": _plain(
+            paired_difference(arm.column("worst_class"), full.column("worst_class"), confidence)
+        ),
+        "epochs": sorted({run.epochs for run in arm.runs}),
+        **{name: arm.mean(name) for name in ("samples_trained", "samples_forwarded", "compute", "seconds")},
+        **{f"{name}_saved": 1.0 - arm.mean(name) / full.mean(name) for name in ("samples_trained", "compute")},
+        "seconds_to_full": _plain(paired_ratio(arm.column("seconds"), full.column("seconds"), confidence)),
+        "runs": [dataclasses.asdict(run) for run in arm.runs],
+    }
+
+
+def _judged(arm: ArmRuns, full: ArmRuns, arms: Sequence[ArmRuns], margin: float, confidence: float) -> dict[str, Any]:
+    """Return a method's verdict, and its difference to each of its baselines, the strongest first."""
+    own = [other for other in arms if other.method_arm == arm.name and other is not arm]
+    own.sort(key=lambda other: -other.mean("accuracy"))
+    verdict = judge(arm.standing(), full.standing(), [other.standing() for other in own], margin, confidence)
+    against: Mapping[str, Any] = {
+        other.name: _plain(paired_difference(arm.column("accuracy"), other.column("accuracy"), confidence))
+        for other in own
+    }
+    rivals = [other.name for other in own if other.baseline != "ratio_0"]
+    return {
+        "outcome": verdict.outcome,
+        "sentence": verdict.sentence,
+        "strongest_baseline": rivals[0] if rivals else None,
+        "to_baselines": dict(against),
+    }
+
+
+def _plain(difference: Difference) -> dict[str, float | None]:
+    return {"mean": difference.mean, "low": difference.low, "high": difference.high}

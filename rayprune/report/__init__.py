@@ -1,0 +1,1 @@
+"""Pictures of finished runs, made from the files in their folders alone."""

@@ -1,0 +1,73 @@
+"""The `compare:` section: what it holds, and what is refused with which line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rayprune.config import Config, make_config
+from rayprune.config_compare import BASELINES
+from rayprune.overrides import read_yaml
+
+
+def section(**keys: Any) -> Any:
+    return make_config({"compare": keys}).compare
+
+
+def test_by_default_three_seeds_meet_every_baseline() -> None:
+    compare = section()
+    assert compare.all_seeds == (0, 1, 2)
+    assert compare.baselines == tuple(BASELINES)
+    assert (compare.asked, compare.margin, compare.confidence) == ((), 0.2, 0.95)
+
+
+def test_a_count_of_seeds_counts_from_zero_and_methods_are_whole() -> None:
+    compare = section(
+        seeds=2, methods=["infobatch", {"name": "random_epoch", "prune_ratio": 0.25}], baselines=["random"]
+    )
+    assert compare.all_seeds == (0, 1)
+    assert [(method["name"], method["prune_ratio"]) for method in compare.asked] == [
+        ("infobatch", 0.5),
+        ("random_epoch", 0.25),
+    ]
+    assert compare.baselines == ("full", "random"), "there is no comparison without full training"
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"seeds": 0}, ["compare.seeds", "at least one seed"]),
+        ({"seeds": []}, ["compare.seeds", "at least one seed"]),
+        ({"seeds": -3}, ["compare.seeds", "at least one seed"]),
+        ({"seeds": [0, 1, 1]}, ["compare.seeds names 1 twice"]),
+        ({"seeds": [0, -1]}, ["compare.seeds", "at least 0"]),
+        ({"seeds": [0.5]}, ["compare.seeds", "list of whole numbers"]),
+        ({"baselines": ["full_tiem"]}, ["'full_tiem'", "did you mean 'full_time'"]),
+        ({"baselines": ["random", "random"]}, ["'random' twice"]),
+        ({"methods": ["infobach"]}, ["'infobach'", "'infobatch'"]),
+        ({"methods": ["full"]}, ["compare.methods[0] is full", "name a method that prunes"]),
+        ({"methods": ["infobatch", "infobatch"]}, ["compare.methods[1]", "leave it out"]),
+        ({"methods": [{"name": "infobatch", "train.epochs": 5}]}, ["'train.epochs'", "leave it out", "full_steps"]),
+        ({"methods": [{"name": "infobatch", "train": {"epochs": 5}}]}, ["'train'", "leave it out", "full_steps"]),
+        ({"methods": [{"name": "infobatch", "epochs": 5}]}, ["'epochs'", "leave it out", "full_steps"]),
+        ({"methods": [{"name": "infobatch", "prune_ratoi": 0.5}]}, ["prune_ratoi", "'prune_ratio'"]),
+        ({"margin": -1}, ["compare.margin", "greater than or equal to 0"]),
+        ({"confidence": 1}, ["compare.confidence", "less than 1"]),
+        ({"parallel": 2}, ["compare.parallel = 2", "auto or 1"]),
+        ({"marign": 1}, ["'compare.marign'", "'margin'"]),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_cure(keys: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        section(**keys)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_it_decides_no_run_and_reads_back_equal() -> None:
+    plain = make_config({})
+    asked = make_config({"compare": {"seeds": 5, "methods": ["infobatch"]}})
+    assert asked.digest() == plain.digest()
+    assert Config.model_validate(read_yaml(asked.to_yaml())) == asked
