@@ -26,6 +26,7 @@ from rayprune.config_sections import (
     Strict,
     TrainSection,
 )
+from rayprune.config_sweep import SweepSection
 from rayprune.core.fields import shown
 from rayprune.core.objects import absolute_reference, closest
 from rayprune.methods import Method, build_method
@@ -44,6 +45,7 @@ class Config(Strict):
     scaling: ScalingSection = ScalingSection()
     run: RunSection = RunSection()
     collect: CollectSection = CollectSection()
+    sweep: SweepSection = SweepSection()
 
     @field_validator("method", mode="before")
     @classmethod
@@ -92,7 +94,7 @@ class Config(Strict):
         Raises:
             ValueError: a key of `collect` is wrong.
         """
-        tree = self.model_dump(mode="json", exclude={"collect"})
+        tree = self.model_dump(mode="json", exclude={"collect", "sweep"})
         changes = self.collect.changes
         if "stop_after" in self.collect.train:
             raise ValueError("collect.train.stop_after is the method's to say (its trajectory): leave it out")
@@ -122,11 +124,12 @@ class Config(Strict):
         return make_config(tree)
 
     def digest(self) -> str:
-        """Return 8 hexadecimal digits over what decides the result: all sections but scaling and run.
+        """Return 8 hexadecimal digits over what decides the result: all sections but scaling, run and sweep.
 
         Where files lie on this machine decides nothing: runs compare the data's fingerprint and how it is shuffled.
         """
-        left_out: Any = {"scaling": True, "run": True, "data": {"path", "cache", "cache_dir", "buffer_bytes"}}
+        left_out: Any = {"scaling": True, "run": True, "sweep": True}
+        left_out["data"] = {"path", "cache", "cache_dir", "buffer_bytes"}
         left_out["train"] = {"stop_after"}  # a later command with more of them goes on
         if not self.train.record:
             left_out["train"].add("record")  # at its default it is nothing, as in versions that did not have it
@@ -138,11 +141,25 @@ class Config(Strict):
 
     def to_yaml(self) -> str:
         """Return the resolved config as YAML; reading it back gives an equal Config."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        left_out = None if self.sweep.space else {"sweep"}
+        return yaml.safe_dump(self.model_dump(mode="json", exclude=left_out), sort_keys=False, allow_unicode=True)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML config and lay the overrides over it.
+    """Read a YAML config, lay the overrides over it, and name the run where the config does not.
+
+    Raises:
+        ValueError: one line that names the file, key, value and cure.
+    """
+    config = load_tree(path, overrides)
+    if config.run.name is None:
+        name = f"{Path(path).stem}-{config.digest()}"
+        config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+    return config
+
+
+def load_tree(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML config as `load_config` does, and leave `run.name` as it is: None where the config has none.
 
     Raises:
         ValueError: one line that names the file, key, value and cure.
@@ -160,11 +177,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ValueError(f"config {str(file)!r} is no valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"config {str(file)!r} holds no sections: write at least method: {{name: full}}")
-    config = make_config(merge(tree, parse_overrides(overrides)))
-    if config.run.name is None:
-        name = f"{file.stem}-{config.digest()}"
-        config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
-    return config
+    return make_config(merge(tree, parse_overrides(overrides)))
 
 
 def make_config(tree: Mapping[str, Any]) -> Config:

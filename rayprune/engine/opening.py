@@ -98,7 +98,7 @@ def open_folder(config: Config, source: SampleSource, resources: Resources) -> I
     with contextlib.ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(_sole_use(folder))
+            held.enter_context(sole_use(folder))
             (folder / "checkpoints").mkdir(exist_ok=True)
             (folder / "metrics.jsonl").open("a").close()
             partial = stored.with_suffix(".partial")  # a full disk or a kill must not leave half a config behind
@@ -117,7 +117,7 @@ def open_folder(config: Config, source: SampleSource, resources: Resources) -> I
 
 
 @contextlib.contextmanager
-def _sole_use(folder: Path) -> Iterator[None]:
+def sole_use(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; the system lets it go when the process ends, however it ends."""
     with (folder / ".lock").open("w") as lock:
         try:
@@ -185,7 +185,7 @@ def _adopt(folder: Path, origin: Path) -> None:
 def _check_same(config: Config, stored: Config, folder: Path) -> None:
     if config.digest() == stored.digest():
         return
-    new, old = (_flat(c.model_dump(mode="json", exclude={"scaling", "run"})) for c in (config, stored))
+    new, old = (_flat(c.model_dump(mode="json", exclude={"scaling", "run", "sweep"})) for c in (config, stored))
     changed = [
         f"{key} {old.get(key)!r} → {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)
     ]

@@ -16,7 +16,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "rayprune"
-COMMAND_LINE = {"cli", "__main__", "command_select", "diagnosis", "display"}  # the modules that only the commands use
+COMMAND_LINE = {
+    "cli",
+    "__main__",
+    "command_select",
+    "command_sweep",
+    "diagnosis",
+    "display",
+    "display_sweep",
+}  # the modules that only the commands use
 TORCH = {"torch", "torchvision"}
 # Third-party packages that a layer never imports.
 BANNED = {
@@ -27,6 +35,8 @@ BANNED = {
     "report": {"ray"} | TORCH,
     "config": {"ray"} | TORCH,
     "config_sections": {"ray"} | TORCH,
+    "config_sweep": {"ray"} | TORCH,
+    "config_trials": {"ray"} | TORCH,
     "overrides": {"ray"} | TORCH,
     "engine": set(),
     "cli": set(),
@@ -44,6 +54,8 @@ ABOVE = {
     "report": {"engine", "nn", "cli"},
     "config": {"nn", "engine", "report", "cli"},
     "config_sections": {"methods", "sources", "nn", "engine", "report", "cli", "config"},
+    "config_sweep": {"methods", "sources", "nn", "engine", "report", "cli", "config"},
+    "config_trials": {"nn", "engine", "report", "cli"},
     "overrides": {"methods", "sources", "nn", "engine", "report", "cli", "config"},
 }
 

@@ -1,0 +1,1 @@
+"""Plots of finished runs and sweeps: reads their folders only, knows neither Ray nor torch."""
