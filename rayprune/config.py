@@ -28,6 +28,7 @@ from rayprune.config_sections import (
     TrainSection,
     absolute_method,
 )
+from rayprune.config_sweep import SweepSection
 from rayprune.core.fields import shown
 from rayprune.core.objects import closest
 from rayprune.methods import Method, build_method
@@ -47,6 +48,7 @@ class Config(Strict):
     run: RunSection = RunSection()
     collect: CollectSection = CollectSection()
     compare: CompareSection = CompareSection()
+    sweep: SweepSection = SweepSection()
 
     @field_validator("method", mode="before")
     @classmethod
@@ -93,7 +95,7 @@ class Config(Strict):
         Raises:
             ValueError: a key of `collect` is wrong.
         """
-        tree = self.model_dump(mode="json", exclude={"collect", "compare"})
+        tree = self.model_dump(mode="json", exclude={"collect", "compare", "sweep"})
         changes = self.collect.changes
         if "stop_after" in self.collect.train:
             raise ValueError("collect.train.stop_after is the method's to say (its trajectory): leave it out")
@@ -123,11 +125,11 @@ class Config(Strict):
         return make_config(tree)
 
     def digest(self) -> str:
-        """Return 8 hexadecimal digits over what decides the result: all sections but scaling, run and compare.
+        """Return 8 hexadecimal digits over what decides the result: all sections but scaling, run, compare and sweep.
 
         Where files lie on this machine decides nothing: runs compare the data's fingerprint and how it is shuffled.
         """
-        left_out: Any = dict.fromkeys(("scaling", "run", "compare"), True)
+        left_out: Any = dict.fromkeys(("scaling", "run", "compare", "sweep"), True)
         left_out["data"] = {"path", "cache", "cache_dir", "buffer_bytes"}
         left_out["train"] = {"stop_after"}  # a later command with more of them goes on
         if not self.train.record:
@@ -142,11 +144,25 @@ class Config(Strict):
 
     def to_yaml(self) -> str:
         """Return the resolved config as YAML; reading it back gives an equal Config."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        left_out = None if self.sweep.space else {"sweep"}
+        return yaml.safe_dump(self.model_dump(mode="json", exclude=left_out), sort_keys=False, allow_unicode=True)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML config and lay the overrides over it.
+    """Read a YAML config, lay the overrides over it, and name the run where the config does not.
+
+    Raises:
+        ValueError: one line that names the file, key, value and cure.
+    """
+    config = load_tree(path, overrides)
+    if config.run.name is None:
+        name = f"{Path(path).stem}-{config.digest()}"
+        config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+    return config
+
+
+def load_tree(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML config as `load_config` does, and leave `run.name` as it is: None where the config has none.
 
     Raises:
         ValueError: one line that names the file, key, value and cure.
@@ -164,11 +180,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ValueError(f"config {str(file)!r} is no valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"config {str(file)!r} holds no sections: write at least method: {{name: full}}")
-    config = make_config(merge(tree, parse_overrides(overrides)))
-    if config.run.name is None:
-        name = f"{file.stem}-{config.digest()}"
-        config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
-    return config
+    return make_config(merge(tree, parse_overrides(overrides)))
 
 
 def make_config(tree: Mapping[str, Any]) -> Config:

@@ -19,6 +19,7 @@ from rayprune.engine.stream import shuffle_name
 from rayprune.overrides import read_yaml
 from rayprune.sources import SampleSource
 
+_FREE = {"scaling", "run", "compare", "sweep"}  # sections that do not decide a run's result
 SCORING = "collect"  # the folder, inside a run's, of the run that scored its samples
 
 
@@ -192,7 +193,7 @@ def _adopt(folder: Path, origin: Path) -> None:
 def _check_same(config: Config, stored: Config, folder: Path) -> None:
     if config.digest() == stored.digest():
         return
-    new, old = (_flat(c.model_dump(mode="json", exclude={"scaling", "run", "compare"})) for c in (config, stored))
+    new, old = (_flat(c.model_dump(mode="json", exclude=_FREE)) for c in (config, stored))
     changed = [
         f"{key} {old.get(key)!r} → {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)
     ]

@@ -28,6 +28,7 @@ class Watcher:
         on_progress: called with (epoch, samples observed, samples planned).
         on_stall: called with a line on who waits for what, since when.
         stall_s: silence from which on it is reported.
+        pause: setting it asks all ranks to save and leave, as `request_pause` does.
     """
 
     def __init__(
@@ -38,12 +39,13 @@ class Watcher:
         on_progress: Callable[[int, int, int], None] | None,
         on_stall: Callable[[str], None],
         stall_s: float,
+        pause: threading.Event | None = None,
     ) -> None:
         self._file = run_folder / "metrics.jsonl"
         self._scores, self._on_epoch, self._on_progress = scores, on_epoch, on_progress
         self._read = self._file.stat().st_size if self._file.exists() else 0
         self._on_stall, self._stalls = on_stall, StallWatch(stall_s)
-        self._done, self._pause = threading.Event(), threading.Event()
+        self._done, self._pause = threading.Event(), pause or threading.Event()
         self._thread = threading.Thread(target=self._follow, name="rayprune-watch", daemon=True)
 
     def __enter__(self) -> Watcher:

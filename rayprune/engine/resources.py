@@ -28,12 +28,13 @@ class Resources:
     why: str
 
 
-def start_ray(debug: bool = False, *, elastic: bool = False) -> None:
+def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = False) -> None:
     """Connect to the cluster that RAY_ADDRESS names, or start a local one on the loopback interface.
 
     Args:
         debug: show Ray's own logs.
         elastic: the number of workers may change while the run trains.
+        dashboard: start Ray's dashboard too: without it the CPUs of a Ray Train that Ray Tune ended stay taken.
     """
     # The controller looks for reports every 2 s by default: that would cost a second an epoch. Ray Train hands the
     # driver's setting on to it, also on a cluster that is there already.
@@ -50,7 +51,7 @@ def start_ray(debug: bool = False, *, elastic: bool = False) -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # "local" always starts a cluster of its own: without it Ray joins whatever cluster it finds on the machine.
-    ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    ray.init("local", include_dashboard=dashboard, _node_ip_address="127.0.0.1", **quiet)
 
 
 def resolve_resources(config: Config, source: SampleSource) -> Resources:

@@ -120,12 +120,13 @@ class Run:
         on_epoch: EpochListener | None,
         on_progress: ProgressListener | None,
         on_notice: Callable[[str], None],
+        pause: threading.Event | None = None,
     ) -> None:
-        """Train to the end; Ray restarts the workers after a failure."""
+        """Train to the end, or until `pause` is set; Ray restarts the workers after a failure."""
         failure: Exception | None = None
         try:
             stall_s = self._config.run.stall_seconds
-            watcher = Watcher(self._folder, self.scores, on_epoch, on_progress, on_notice, stall_s)
+            watcher = Watcher(self._folder, self.scores, on_epoch, on_progress, on_notice, stall_s, pause)
             with watcher, _on_sigterm(watcher.request_pause):
                 self._trainer().fit()
         except Exception as error:  # without workers the loop's own errors come through as they are

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from rayprune.methods.fixed import Fixed
 from rayprune.nn.signals import check_signals
 from rayprune.sources import SampleSource, Splits, open_data
 
-__all__ = ["Listeners", "RunResult", "Start", "TrainingFailed", "score", "train"]
+__all__ = ["Listeners", "RunResult", "Start", "TrainingFailed", "check", "open_splits", "score", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Listeners:
     on_start: Callable[[Start], None] | None = None
     on_scored: Callable[[Scored], None] | None = None
     on_notice: Callable[[str], None] = logger.warning
+    pause: threading.Event | None = None
 
 
 def train(
@@ -85,6 +87,7 @@ def train(
     on_start: Callable[[Start], None] | None = None,
     on_scored: Callable[[Scored], None] | None = None,
     on_notice: Callable[[str], None] = logger.warning,
+    pause: threading.Event | None = None,
     debug: bool = False,
 ) -> RunResult:
     """Run a config to its end, from where its run folder stands.
@@ -100,15 +103,16 @@ def train(
         on_scored: called between the two.
         on_notice: called with lines that a person should see: what the run cannot promise, and stalls (who waits for
             what, since when, after `run.stall_seconds`).
+        pause: setting it, from any thread, has the same effect as SIGTERM.
         debug: show Ray's own logs.
 
     Raises:
         ValueError: the config cannot work, or the run folder is another run's; one line with the cure.
         TrainingStopped: too many NaN or infinite losses.
-        TrainingPaused: SIGTERM came; the run has saved and left.
+        TrainingPaused: SIGTERM came, or `pause` was set; the run has saved and left.
         TrainingFailed: anything else that ended training.
     """
-    listeners = Listeners(on_epoch, on_progress, on_start, on_scored, on_notice)
+    listeners = Listeners(on_epoch, on_progress, on_start, on_scored, on_notice, pause)
     splits = _open(config, debug)
     method = config.build_method()
     check_folder(config)
@@ -126,6 +130,36 @@ def train(
     if on_scored is not None:
         on_scored(scored)
     return _run(config, splits, scored.choice(config), listeners)
+
+
+def check(config: Config, splits: Splits) -> None:
+    """Refuse what cannot work with this data, before anything starts or is written.
+
+    Args:
+        config: a resolved config.
+        splits: its data.
+
+    Raises:
+        ValueError: one line with the cure.
+    """
+    method = config.build_method()
+    if isinstance(method, Fixed):
+        _check(config, splits, chosen_subset(config, splits.train))
+    elif method.collect_epochs and config.collect.fresh:
+        _check_training(config, splits, Fixed())
+    else:
+        _check(config, splits, Choice(method, config.train.epochs))
+
+
+def open_splits(config: Config) -> Splits:
+    """Open the data that a config names, and let other processes read it.
+
+    Raises:
+        ValueError: it can't be opened; one line with the cure.
+    """
+    splits = _splits(config)
+    _ship_user_modules()
+    return splits
 
 
 def _finished(config: Config, splits: Splits, folder: Path, listeners: Listeners) -> RunResult:
@@ -171,8 +205,7 @@ def _scored(config: Config, splits: Splits, listeners: Listeners) -> Scored:
 
 
 def _open(config: Config, debug: bool) -> Splits:
-    splits = _splits(config)
-    _ship_user_modules()
+    splits = open_splits(config)
     if not debug:
         logging.getLogger("ray.train").setLevel(logging.WARNING)
         logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -215,7 +248,7 @@ def _run(config: Config, splits: Splits, choice: Choice, listeners: Listeners) -
             for line in notices(config, spec, len(splits.train), choice.method, resources.use_gpu):
                 listeners.on_notice(line)
             run = Run(config, splits, spec, resources, folder, choice)
-            run.fit(listeners.on_epoch, listeners.on_progress, listeners.on_notice)
+            run.fit(listeners.on_epoch, listeners.on_progress, listeners.on_notice, listeners.pause)
             remove_old_checkpoints(folder, config.run.keep_checkpoints)
             epoch, step = newest_position(folder)
             if epoch < config.last_epoch:

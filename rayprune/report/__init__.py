@@ -1,1 +1,1 @@
-"""Pictures of finished runs, made from the files in their folders alone."""
+"""Plots of finished runs, sweeps and comparisons: reads their folders only, knows neither Ray nor torch."""

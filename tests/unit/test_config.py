@@ -185,7 +185,7 @@ def test_unreadable_configs_are_named(tmp_path: Path) -> None:
 
 def test_the_json_schema_knows_every_section() -> None:
     assert set(Config.model_json_schema()["properties"]) == {
-        "data", "model", "method", "train", "optim", "scaling", "run", "collect", "compare",
+        "data", "model", "method", "train", "optim", "scaling", "run", "collect", "compare", "sweep",
     }  # fmt: skip
 
 

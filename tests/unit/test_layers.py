@@ -21,9 +21,11 @@ COMMAND_LINE = {
     "__main__",
     "command_compare",
     "command_select",
+    "command_sweep",
     "diagnosis",
     "display",
     "display_compare",
+    "display_sweep",
 }  # the modules that only the commands use
 TORCH = {"torch", "torchvision"}
 # Third-party packages that a layer never imports.
@@ -36,6 +38,8 @@ BANNED = {
     "config": {"ray"} | TORCH,
     "config_sections": {"ray"} | TORCH,
     "config_compare": {"ray"} | TORCH,
+    "config_sweep": {"ray"} | TORCH,
+    "config_trials": {"ray"} | TORCH,
     "overrides": {"ray"} | TORCH,
     "engine": set(),
     "cli": set(),
@@ -54,6 +58,8 @@ ABOVE = {
     "config": {"nn", "engine", "report", "cli"},
     "config_sections": {"methods", "sources", "nn", "engine", "report", "cli", "config"},
     "config_compare": {"sources", "nn", "engine", "report", "cli", "config"},
+    "config_sweep": {"methods", "sources", "nn", "engine", "report", "cli", "config"},
+    "config_trials": {"nn", "engine", "report", "cli"},
     "overrides": {"methods", "sources", "nn", "engine", "report", "cli", "config"},
 }
 

@@ -1,0 +1,127 @@
+"""What a person sees of a sweep: a live table on a terminal, else a line a finished trial; a table at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from rayprune.config_trials import shown_value
+
+_MOST_SHOWN = 20  # running and newest trials on a terminal
+
+
+class SweepDisplay:
+    """Print a sweep while it goes.
+
+    Args:
+        console: where.
+        keys: the swept keys.
+    """
+
+    def __init__(self, console: Console, keys: Sequence[str]) -> None:
+        self._console, self._keys = console, list(keys)
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._num_trials, self._num_ended, self._began = 0, 0, time.monotonic()
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> SweepDisplay:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def start(self, start: Any) -> None:
+        """Say what begins, or goes on."""
+        self._num_trials, self._num_ended = start.num_trials, len(start.before)
+        self._say(f"{start.folder.name}: {start.num_trials} trials, {start.share.text}")
+        if start.before:
+            self._say(f"{len(start.before)} of them ended before")
+
+    def epoch(self, name: str, point: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+        """Show a trial's newest epoch; on a terminal only."""
+        if self._live is not None:
+            self._rows[name] = {"trial": name, **point, "status": "running", "epochs": figures["epoch"], **figures}
+            self._live.update(self._table())
+
+    def trial(self, row: Mapping[str, Any]) -> None:
+        """Print a trial that ended."""
+        self._num_ended += 1
+        if self._live is not None:
+            self._rows[row["trial"]] = dict(row)
+            self._live.update(self._table())
+            return
+        values = " ".join(f"{key}={shown_value(row[key])}" for key in self._keys)
+        figures = f": {row['error']}"
+        if row["status"] != "failed":
+            figures = (
+                f" after {row['epochs']} epochs: accuracy {_share(row['val_accuracy'])}, "
+                f"compute {_share(row['compute_share'])}, {row['seconds']:.1f} s"
+            )
+        self._say(f"{self._num_ended:>3}/{self._num_trials:<3} {row['trial']} {values} {row['status']}{figures}")
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False)
+
+    def _table(self) -> Table:
+        seconds = time.monotonic() - self._began
+        table = Table(box=SIMPLE, pad_edge=False, title=f"{self._num_ended}/{self._num_trials} trials, {seconds:.0f} s")
+        for column in ("trial", *self._keys, "status", "epochs", "val acc", "compute"):
+            table.add_column(column)
+        order = sorted(self._rows.values(), key=lambda row: row["status"] != "running")
+        for row in order[:_MOST_SHOWN]:
+            swept = (shown_value(row[key]) for key in self._keys)
+            figures = (str(row["epochs"] or "–"), _share(row.get("val_accuracy")), _share(row.get("compute_share")))
+            table.add_row(row["trial"], *swept, row["status"], *figures)
+        return table
+
+
+def sweep_table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
+    """Return the final table as lines, the most accurate first, trials of the Pareto front with a star.
+
+    Args:
+        rows: as in results.parquet.
+        keys: the swept keys.
+    """
+    header = ("", *keys, "val acc", "compute", "samples trained", "epochs", "seconds", "status", "trial")
+    order = sorted(rows, key=lambda row: (row["val_accuracy"] is None, -(row["val_accuracy"] or 0.0)))
+    cells: list[tuple[str, ...]] = [header]
+    for row in order:
+        trained = "–" if row["samples_trained"] is None else f"{row['samples_trained']:,}"
+        seconds = "–" if row["seconds"] is None else f"{row['seconds']:.1f}"
+        cells.append(
+            (
+                "*" if row["pareto"] else "",
+                *(shown_value(row[key]) for key in keys),
+                _share(row["val_accuracy"]),
+                _share(row["compute_share"]),
+                trained,
+                str(row["epochs"] or "–"),
+                seconds,
+                row["status"],
+                row["trial"],
+            )
+        )
+    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+    left = {0, *range(1, len(keys) + 1), len(header) - 2, len(header) - 1}
+    lines = []
+    for line in cells:
+        padded = (
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        lines.append("  ".join(padded).rstrip())
+    failed = [f"failed   {row['trial']}: {row['error']}" for row in order if row["error"]]
+    return [*lines, *failed]
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2%}"

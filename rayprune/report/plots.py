@@ -1,0 +1,104 @@
+"""Plots of a sweep, out of its results.parquet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import yaml
+from matplotlib.axes import Axes
+
+# Okabe and Ito's colours, told apart by colour-blind readers.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00")
+_MARKS = "osD^vPX*"
+_MOST_NAMED = 8
+
+
+def plot_pareto(folder: Path) -> Path:
+    """Draw each finished trial's accuracy against its compute, with the Pareto front; return pareto.png.
+
+    Trials that were stopped are drawn hollow. The cost axis is the share of N samples in every epoch, or samples where
+    trials of the sweep have different lengths.
+
+    Args:
+        folder: of a sweep, with results.parquet.
+
+    Raises:
+        ValueError: no trial has an accuracy.
+    """
+    table = pd.read_parquet(folder / "results.parquet")
+    table = table[table["val_accuracy"].notna() & table["status"].isin(["finished", "stopped"])]
+    if table.empty:
+        raise ValueError(f"{folder}: no trial has an accuracy to plot")
+    finished = table[table["status"] == "finished"]
+    same_length = finished["epochs"].nunique() <= 1
+    cost = "compute_share" if same_length else "compute"
+    scale = 100.0 if same_length else 1.0
+    keys = list(table.columns[1 : list(table.columns).index("status")])
+    figure, axes = plt.subplots(figsize=(8.0, 5.0), layout="constrained")
+    _draw_trials(axes, table, keys, cost, scale)
+    _draw_front(axes, finished[finished["pareto"]].sort_values(cost), keys, cost, scale)
+    unit = "compute, % of N samples in every epoch" if same_length else "compute, in samples trained"
+    axes.set(xlabel=unit, ylabel="validation accuracy of the last epoch, %", title=folder.name)
+    axes.grid(alpha=0.25)
+    axes.margins(0.08)
+    axes.legend(loc="lower right", fontsize=8)
+    file = folder / "pareto.png"
+    partial = folder / "pareto.png.partial"
+    figure.savefig(partial, dpi=150, format="png")
+    plt.close(figure)
+    partial.replace(file)
+    return file
+
+
+def _draw_trials(axes: Axes, table: pd.DataFrame, keys: list[str], cost: str, scale: float) -> None:
+    for number, (name, group) in enumerate(table.groupby(table.apply(_method, axis=1, keys=keys))):
+        colour, mark = _COLOURS[number % len(_COLOURS)], _MARKS[number % len(_MARKS)]
+        for status, faces in (("finished", colour), ("stopped", "none")):
+            some = group[group["status"] == status]
+            if len(some):
+                label = f"{name}" if status == "finished" else f"{name}, stopped early"
+                axes.scatter(
+                    some[cost] * scale,
+                    some["val_accuracy"] * 100,
+                    marker=mark,
+                    edgecolors=colour,
+                    facecolors=faces,
+                    label=label,
+                    zorder=3,
+                )
+
+
+def _draw_front(axes: Axes, front: pd.DataFrame, keys: list[str], cost: str, scale: float) -> None:
+    x, y = front[cost] * scale, front["val_accuracy"] * 100
+    axes.step(x, y, where="post", color="0.4", linewidth=1.2, zorder=1, label="Pareto front")
+    axes.scatter(x, y, s=130, facecolors="none", edgecolors="0.2", linewidths=1.2, zorder=4)
+    if len(front) > _MOST_NAMED:
+        return
+    middle = sum(axes.get_xlim()) / 2
+    for _, row in front.iterrows():
+        text = ", ".join(_shown(row[key]) for key in keys)
+        place = (row[cost] * scale, row["val_accuracy"] * 100)
+        # The front rises to the right: below it and above it are the free sides, and the plot's edge is far.
+        offset, aligned = ((9, -13), "left") if place[0] < middle else ((-7, 9), "right")
+        axes.annotate(text, place, xytext=offset, textcoords="offset points", fontsize=7, ha=aligned)
+
+
+def _method(row: Any, keys: list[str]) -> str:
+    """Return what a trial is coloured by: its method, where that was swept."""
+    if "method.name" in keys:
+        return str(row["method.name"])
+    if "method" in keys:
+        value = yaml.safe_load(row["method"])
+        return str(value.get("name")) if isinstance(value, dict) else str(value)
+    return "trials"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value).strip("{}").replace("schedule: ", "")
