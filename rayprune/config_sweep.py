@@ -122,7 +122,10 @@ class SweepSection(Section):
     scheduler: Literal["none", "asha"] = "none"
     grace_epochs: Auto | int = Field("auto", description="asha stops no trial before; auto: a fifth of the epochs")
     reduction_factor: float = Field(3.0, gt=1, description="asha keeps one trial in so many at each rung")
-    objective: Literal["accuracy", "compute", "seconds", "pareto"] = "pareto"
+    objective: Literal["accuracy", "samples", "compute", "seconds", "pareto"] = "pareto"
+    hold_out: float = Field(
+        0.1, ge=0, lt=1, description="share of the training samples that trials are compared on; 0: the validation part"
+    )
     max_concurrent: Auto | int = "auto"
     seed: int = Field(0, ge=0, lt=2**32, description="of the search; the trials' own is train.seed")
     max_failures: int = Field(1, ge=0, description="how often a trial that broke down is started again")

@@ -69,6 +69,8 @@ def trial_config(base: Config, point: Mapping[str, Any]) -> Config:
         ValueError: a key or value is wrong; one line, with the closest match for an unknown key.
     """
     tree = base.model_dump(mode="json", exclude={"sweep"})
+    if base.data.hold_out is None and base.sweep.hold_out:
+        tree["data"]["hold_out"] = base.sweep.hold_out  # who chooses must not have seen what is reported in the end
     settings = list(_settings(point))
     # Names first: they decide which of the base's keys remain; then short keys before what lies below them.
     settings.sort(key=lambda setting: (setting[0] not in _NAMING, setting[0].count(".")))

@@ -29,6 +29,7 @@ from rayprune.engine.sweep_folder import (
     UNFINISHED,
     Row,
     TrialState,
+    check_sweep_folder,
     mark_front,
     open_sweep,
     read_states,
@@ -69,6 +70,7 @@ def sweep(base: Config, folder: Path, listeners: SweepListeners | None = None, *
     """
     listeners = listeners or SweepListeners()
     points = check_space(base)
+    check_sweep_folder(base, folder)
     optuna = base.sweep.search == "optuna"
     if optuna:
         import_optuna()

@@ -57,12 +57,11 @@ class TrialState:
     error: str | None = None
 
 
-@contextlib.contextmanager
-def open_sweep(base: Config, folder: Path) -> Iterator[None]:
-    """Create a sweep's folder, or check that the one that is there is this sweep's; hold it while the block runs.
+def check_sweep_folder(base: Config, folder: Path) -> None:
+    """Refuse a folder that holds a run or another sweep.
 
     Raises:
-        ValueError: it is a run's folder, another sweep's, in use, or can't be written; nothing was touched.
+        ValueError: it does; nothing was touched.
     """
     stored = folder / "sweep.yaml"
     if (folder / "config.yaml").exists():
@@ -77,11 +76,21 @@ def open_sweep(base: Config, folder: Path) -> Iterator[None]:
             raise ValueError(
                 f"{folder} holds another sweep (config {theirs}, this is {sweep_digest(base)}): choose another run.name"
             )
+
+
+@contextlib.contextmanager
+def open_sweep(base: Config, folder: Path) -> Iterator[None]:
+    """Create a sweep's folder, or check that the one that is there is this sweep's; hold it while the block runs.
+
+    Raises:
+        ValueError: it is a run's folder, another sweep's, in use, or can't be written; nothing was touched.
+    """
+    check_sweep_folder(base, folder)
     with contextlib.ExitStack() as held:
         try:
             (folder / "trials").mkdir(parents=True, exist_ok=True)
             held.enter_context(sole_use(folder))
-            write_whole(stored, base.to_yaml())
+            write_whole(folder / "sweep.yaml", base.to_yaml())
         except OSError as error:
             raise ValueError(
                 f"sweep folder {folder} can't be written ({error.strerror}): set run.storage_path"
@@ -160,7 +169,9 @@ def write_results(folder: Path, base: Config, rows: Sequence[Row]) -> None:
         if row["pareto"]:
             config = trial_config(base, {key: row[key] for key in base.sweep.space})
             run = config.run.model_copy(update={"name": None})
-            (fresh / f"{row['trial']}.yaml").write_text(config.model_copy(update={"run": run}).to_yaml())
+            # The choice is made: what was held out for it is trained on again.
+            data = config.data.model_copy(update={"hold_out": base.data.hold_out})
+            (fresh / f"{row['trial']}.yaml").write_text(config.model_copy(update={"run": run, "data": data}).to_yaml())
     shutil.rmtree(folder / "pareto", ignore_errors=True)
     fresh.replace(folder / "pareto")
 

@@ -35,6 +35,7 @@ from rayprune.engine.sweep_trial import Trial, one_line, report_of
 
 _OBJECTIVES = {
     "accuracy": {"val_accuracy": True},
+    "samples": {"samples_trained": False},
     "compute": {"compute": False},
     "seconds": {"seconds": False},
     "pareto": {"val_accuracy": True, "compute": False},

@@ -1,0 +1,173 @@
+"""Sweeps on a Ray of their own, as a user starts them: failures, kills, early stops, and what is left held."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import ray
+from click.testing import CliRunner
+
+from rayprune.cli import cli
+from rayprune.config import load_config
+from rayprune.engine.checkpoint import newest_checkpoint
+from rayprune.engine.opening import sole_use
+from rayprune.engine.sweep import SweepListeners, sweep
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+data: {source: digits, limit: 300}
+model: {name: mlp}
+method: {name: infobatch, prune_ratio: 0.3}
+train: {epochs: 2, batch_size: 32, max_nonfinite: 1}
+optim: {lr: 0.05}
+scaling: {num_workers: 0}
+sweep:
+  max_failures: 0
+"""
+ASHA = [
+    "train.epochs=12",
+    "sweep.scheduler=asha",
+    "sweep.grace_epochs=2",
+    "sweep.reduction_factor=2",
+    "sweep.objective=accuracy",
+    "sweep.max_concurrent=1",
+]
+# What a sweep leaves behind is looked at in the process that ran it.
+SCRIPT = """
+import sys
+from pathlib import Path
+import ray
+from rayprune.config import load_config
+from rayprune.engine.sweep import sweep
+config = load_config(sys.argv[1], sys.argv[3:])
+result = sweep(config, Path(sys.argv[2]))
+print("CPUS", ray.available_resources().get("CPU", 0.0), ray.cluster_resources()["CPU"])
+"""
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, *words]
+    return subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=150)
+    return process.returncode, out, err
+
+
+def config_in(folder: Path, text: str = "") -> Path:
+    file = folder / "small.yaml"
+    file.write_text(CONFIG + text)
+    return file
+
+
+def trials(folder: Path) -> Path:
+    """Return the folder of the trials of the one sweep in a folder."""
+    (sweep,) = folder.glob("*-sweep-*")
+    return sweep / "trials"
+
+
+def test_a_killed_sweep_goes_on_and_a_failing_trial_does_not_sink_it(tmp_path: Path) -> None:
+    # The second of four trials is long enough to be killed in, twice; the last two diverge.
+    space = "  space:\n    optim.lr: [0.05, 1.0e+30]\n    train.epochs: [2, 400]\n"
+    words = ("-m", "rayprune", "sweep", str(config_in(tmp_path, space)), f"run.storage_path={tmp_path}")
+    known = 2
+    for kill, expected in ((signal.SIGTERM, 1), (signal.SIGKILL, -signal.SIGKILL)):
+        process = start(*words)
+        deadline = time.monotonic() + 120
+        while "000" not in ended(tmp_path) or lines_of_the_long_trial(tmp_path) <= known:
+            assert time.monotonic() < deadline
+            assert process.poll() is None, finish(process)
+            time.sleep(0.02)
+        process.send_signal(kill)
+        code, _, err = finish(process)
+        assert code == expected
+        assert "Traceback" not in err
+        known = lines_of_the_long_trial(tmp_path)
+        assert known < 400, "the trial ended before it could be killed"
+    (short,) = trials(tmp_path).glob("000-*/metrics.jsonl")
+    before = short.stat().st_mtime_ns
+    code, out, err = finish(start(*words))
+    assert code == 0, err
+    assert "ended before" in out
+    assert short.stat().st_mtime_ns == before
+    table = pd.read_parquet(trials(tmp_path).parent / "results.parquet")
+    assert list(table["status"]) == ["finished", "finished", "failed", "failed"]
+    assert list(table["epochs"][:2]) == [2, 400]
+    assert all("NaN or infinite" in error for error in table["error"][2:])
+    # Gone on with, not begun again: one line an epoch, but for one that a kill came after.
+    assert lines_of_the_long_trial(tmp_path) <= 402
+    assert (trials(tmp_path).parent / "pareto.png").exists()
+
+
+def ended(folder: Path) -> set[str]:
+    files = folder.glob("*-sweep-*/trials/*/trial.json")
+    return {file.parent.name.split("-")[0] for file in files if '"finished"' in file.read_text()}
+
+
+def lines_of_the_long_trial(folder: Path) -> int:
+    return sum(len(file.read_text().splitlines()) for file in folder.glob("*-sweep-*/trials/001-*/metrics.jsonl"))
+
+
+def test_a_stopped_ray_train_gives_its_cpus_back(tmp_path: Path) -> None:
+    space = "  space:\n    optim.lr: [0.1, 0.00001]\n"
+    words = [*ASHA, "scaling.num_workers=1", "scaling.stream=local"]
+    code, out, err = finish(start("-c", SCRIPT, str(config_in(tmp_path, space)), str(tmp_path / "sweep"), *words))
+    assert code == 0, err
+    held, there = out.split("CPUS ")[1].split()
+    assert held == there
+    table = pd.read_parquet(tmp_path / "sweep" / "results.parquet")
+    assert list(table["status"]) == ["finished", "stopped"]
+    assert 2 <= table["epochs"][1] < 12
+
+
+def test_asha_stops_what_falls_behind_and_its_folder_is_sound(tmp_path: Path) -> None:
+    space = "  space:\n    optim.lr: [0.1, 0.00001, 0.00002]\n"
+    config = load_config(config_in(tmp_path, space), ASHA)
+    free = ray.available_resources()["CPU"]
+    result = sweep(config, tmp_path / "sweep")
+    assert ray.available_resources()["CPU"] == free
+    assert [row["status"] for row in result.rows] == ["finished", "stopped", "stopped"]
+    assert [row["pareto"] for row in result.rows] == [True, False, False]
+    # A stopped trial is a run that could go on: its lock is free and its checkpoint sound.
+    trial = tmp_path / "sweep" / "trials" / result.rows[1]["trial"]
+    assert newest_checkpoint(trial) is not None
+    with sole_use(trial):
+        pass
+    heard: list[str] = []
+    again = sweep(config, tmp_path / "sweep", SweepListeners(on_trial=lambda row: heard.append(row["trial"])))
+    assert heard == []
+    assert again.rows == result.rows
+
+
+def test_what_no_trial_can_have_is_refused(tmp_path: Path) -> None:
+    space = "  space:\n    optim.lr: [0.1, 0.2]\n"
+    for words, said in (
+        (["scaling.threads=4096"], r"no trial can have 4096 threads.*set scaling.threads=4"),
+        (["scaling.threads=2", "sweep.max_concurrent=3"], r"set sweep.max_concurrent=2"),
+        (["scaling.num_workers=4", "scaling.cpus_per_worker=1"], r"set scaling.cpus_per_worker=0.97"),
+        (["scaling.num_workers=[1,2]"], r"set scaling.num_workers=1"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            sweep(load_config(config_in(tmp_path, space), words), tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_no_finished_trial_is_an_error_and_another_sweeps_folder_is_refused(tmp_path: Path) -> None:
+    words = ["sweep", str(config_in(tmp_path, "  space:\n    optim.lr: [1.0e+30]\n"))]
+    words += [f"run.storage_path={tmp_path}", "run.name=mine"]
+    done = CliRunner().invoke(cli, words)
+    assert isinstance(done.exception, RuntimeError)
+    assert "no trial finished" in str(done.exception)
+    refused = CliRunner().invoke(cli, [*words, "train.epochs=3"])
+    assert isinstance(refused.exception, ValueError)
+    assert "holds another sweep" in str(refused.exception)
