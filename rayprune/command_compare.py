@@ -46,10 +46,10 @@ def compare(debug: bool, words: tuple[str, ...], debug_here: bool) -> None:
     console.print(f"\ndone in {elapsed(start)}: {folder}", highlight=False, markup=False)
 
 
-def _announce(number: int, of: int, arm: Any, seed: int, finished: bool, terms: Any) -> None:
+def _announce(number: str, arm: Any, seed: int, finished: bool, terms: Any) -> None:
     state = "the same as full" if terms.same_as_full else "finished before" if finished else f"{terms.epochs} epochs"
     matched = f", {terms.matched}" if terms.matched and not terms.same_as_full else ""
-    console.print(f"{number:>3}/{of} {arm.name}, seed {seed}: {state}{matched}", highlight=False, markup=False)
+    console.print(f"{number:>7} {arm.name}, seed {seed}: {state}{matched}", highlight=False, markup=False)
 
 
 def _warn(line: str) -> None:

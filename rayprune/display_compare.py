@@ -55,8 +55,9 @@ def explanation(report: Mapping[str, Any]) -> Iterator[str]:
             "and its seconds say little"
         )
     for arm in report["arms"]:
-        if arm["matched"] and arm["baseline"] != "method":
-            yield f"{arm['name']} matches {arm['matched']}{' (first seed)' * (num > 1)}"
+        if arm["matched"]:
+            each = " (first seed)" if num > 1 and arm["baseline"].startswith("random") else ""
+            yield f"{arm['name']} matches {arm['matched']}{each}"
 
 
 def verdict_lines(report: Mapping[str, Any]) -> Iterator[str]:

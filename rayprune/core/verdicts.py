@@ -16,7 +16,8 @@ from typing import Literal
 
 import numpy as np
 
-Outcome = Literal["worth it", "prune nothing", "choose at random", "undecided"]
+Outcome = Literal["worth it", "prune nothing", "no scores needed", "undecided"]
+_LEAST_SAVED = 0.05  # a method that surely saves a smaller share of the seconds counts as no faster
 # Baselines that cost what a method costs: everything in fewer epochs, and subsets that no score chose.
 SHORTENED = {"full_time": "time", "full_steps": "samples trained"}
 CONTROLS = ("random", "random_epoch", "shuffled")
@@ -134,10 +135,10 @@ def judge(method: Standing, full: Standing, baselines: Sequence[Standing], margi
     time = paired_ratio(method.seconds_S, full.seconds_S, confidence)
     saved, faster = 1.0 - time.mean, time.below(1.0)
     cost = f"{saved:.0%} of the seconds saved" if saved > 0 else f"{-saved:.0%} more seconds"
-    start = f"{start}, {cost}{'' if faster or saved <= 0 else ' (within the noise of the seeds)'}"
+    start = f"{start}, {cost}{'' if faster or time.above(1.0) else ' (within the noise of the seeds)'}"
     if to_full.below(-margin):
         return Verdict("prune nothing", f"{start}: a loss beyond the margin of {margin:g}")
-    if saved <= 0 and not to_full.above(0.0):
+    if time.above(1.0 - _LEAST_SAVED) and not to_full.above(0.0):
         return Verdict("prune nothing", f"{start}: no better, and not faster")
     rivals = [
         Rival(arm, paired_difference(method.accuracy_S, arm.accuracy_S, confidence))
@@ -171,7 +172,7 @@ def _against(rivals: Sequence[Rival], start: str, to_full: Difference, margin: f
         return Verdict("undecided", f"{start}: {more}")
     if as_good:
         more = f"{as_good[0].arm.name} is as good (the method is {as_good[0].difference} to it)"
-        return Verdict("choose at random", f"{start}; {more}: the scores are worth nothing here")
+        return Verdict("no scores needed", f"{start}; {more}: the scores are worth nothing here")
     unbeaten = [rival for rival in rivals if not rival.difference.above(0.0)]
     if unbeaten:
         more = f"it is not shown to be better than {unbeaten[0].arm.name} ({unbeaten[0].difference} to it)"
@@ -198,8 +199,8 @@ def overall(verdicts: Mapping[str, Verdict], num_seeds: int) -> Verdict:
 
     if verdict := first("worth it"):
         return Verdict(verdict.outcome, f"Prune here: {verdict.sentence}.")
-    if verdict := first("choose at random"):
-        return Verdict(verdict.outcome, f"Leave samples out here, but at random: {verdict.sentence}.")
+    if verdict := first("no scores needed"):
+        return Verdict(verdict.outcome, f"Samples can be left out here without scores: {verdict.sentence}.")
     if verdict := first("undecided"):
         cure = "" if num_seeds == 1 else f"; compare.seeds={2 * num_seeds} goes on from these runs"
         return Verdict(verdict.outcome, f"Undecided, so prune nothing yet: {verdict.sentence}{cure}.")

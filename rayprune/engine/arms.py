@@ -1,7 +1,8 @@
 """The arms of a comparison: what each of them trains, from the config and from what the arms before it cost.
 
-An arm runs with a seed. Arms that spend what a method spends are derived from that method's run with the same seed, so
-that seeds may be added later and every pair matches in itself.
+Arms that spend what a method spends are derived from that method's runs. A shortened training has one length for all
+seeds, by the median over their pairs: one run that met a busy machine must not make it longer or shorter. Random
+subsets match the samples of the same seed's run.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from rayprune.config import Config, make_config
@@ -143,13 +145,14 @@ def unpruned(method: Mapping[str, Any]) -> dict[str, Any] | None:
     return {**method, **{name: fields[name] for name in others}, "prune_ratio": 0.0}
 
 
-def terms_of(arm: Arm, config: Config, full: Spent | None = None, spent: Spent | None = None) -> Terms:
+def terms_of(arm: Arm, config: Config, pairs: Sequence[tuple[Spent, Spent]] = (), place: int = 0) -> Terms:
     """Return what an arm trains with one seed.
 
     Args:
         arm: the arm.
         config: whose epochs the arms share.
-        full, spent: what full training and the arm's method have cost with this seed; for a derived arm.
+        pairs: for a derived arm, what full training and its method have cost, one pair a seed.
+        place: of the seed among them.
     """
     epochs = config.train.epochs
     if not arm.derived:
@@ -159,13 +162,12 @@ def terms_of(arm: Arm, config: Config, full: Spent | None = None, spent: Spent |
         method = unpruned(arm.of) if method is None else method
         assert method is not None
         return Terms(method, epochs)
-    assert full is not None
-    assert spent is not None
     if arm.baseline == "full_steps":
-        return _shortened(spent.samples_trained / full.samples_trained, epochs, "samples trained")
+        share = median(spent.samples_trained / full.samples_trained for full, spent in pairs)
+        return _shortened(share, epochs, "samples trained")
     if arm.baseline == "full_time":
-        return _shortened(spent.seconds / full.seconds, epochs, "seconds")
-    return _random(arm.baseline, epochs, full, spent)
+        return _shortened(median(spent.seconds / full.seconds for full, spent in pairs), epochs, "seconds")
+    return _random(arm.baseline, epochs, *pairs[place])
 
 
 def _shortened(share: float, epochs: int, what: str) -> Terms:

@@ -2,8 +2,8 @@
 
 <storage_path>/<name>/   compare.yaml, runs/<arm>-seed<k>/, compare.json, compare.csv
 
-Runs come one after another, seed by seed, so that their seconds are those of a machine that does nothing else, and a
-machine that slows down does so for all arms of a seed. A run that is finished is not repeated.
+Runs come one after another, so that their seconds are those of a machine that does nothing else, and seed by seed, so
+that a machine that slows down does so for full training and the methods alike. A finished run is not repeated.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import io
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,12 @@ class Watching:
     """Who hears of a comparison.
 
     Attributes:
-        on_run: called before each run with (number from 1 on, of how many, arm, seed, finished before, terms).
+        on_run: called before each run with ("3/24", arm, seed, whether it was finished before, terms).
         on_notice: called with lines that a person should see.
         listeners: passed on to `train`.
     """
 
-    on_run: Callable[[int, int, Arm, int, bool, Terms], None] | None = None
+    on_run: Callable[[str, Arm, int, bool, Terms], None] | None = None
     on_notice: Callable[[str], None] = logger.warning
     listeners: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -80,13 +80,7 @@ def compare(config: Config, watching: Watching | None = None, *, debug: bool = F
     with sole_use(folder):
         _write(folder / "compare.yaml", config.to_yaml())
         runs = _Runs(config, folder / "runs", fingerprint, watching, debug)
-        by_arm: dict[str, list[RunOutcome]] = {arm.name: [] for arm in arms}
-        seeds = config.compare.all_seeds
-        for place, seed in enumerate(seeds):
-            done: dict[str, RunOutcome] = {}
-            for number, arm in enumerate(arms, start=1 + place * len(arms)):
-                done[arm.name] = runs.outcome(arm, seed, done, number, len(arms) * len(seeds))
-                by_arm[arm.name].append(done[arm.name])
+        by_arm = runs.all_of(arms, config.compare.all_seeds)
         all_runs = [ArmRuns(arm.name, arm.baseline, arm.method_arm, by_arm[arm.name]) for arm in arms]
         report = {
             "digest": digest_of(config),
@@ -110,17 +104,28 @@ class _Runs:
         self._warm = config.scaling.num_workers != 0  # workers are started for every run, and warm up in every run
         self._num_samples = 0
 
-    def outcome(self, arm: Arm, seed: int, done: Mapping[str, RunOutcome], number: int, of: int) -> RunOutcome:
-        """Return what an arm reached with a seed, after the arms that it is derived from."""
-        full, method = (self._spent(done.get(name)) for name in ("full", arm.method_arm))
-        terms = terms_of(arm, self._config, full, method)
-        name = f"{arm.name}-seed{seed}"
+    def all_of(self, arms: Sequence[Arm], seeds: Sequence[int]) -> dict[str, list[RunOutcome]]:
+        """Return every arm's outcomes, one a seed: first of full training and the methods, then of what follows."""
+        done: dict[str, list[RunOutcome]] = {arm.name: [] for arm in arms}
+        order = [(arm, seed) for derived in (False, True) for seed in seeds for arm in arms if arm.derived == derived]
+        for number, (arm, seed) in enumerate(order, start=1):
+            done[arm.name].append(self._outcome(arm, seed, done, f"{number}/{len(order)}"))
+        return done
+
+    def _outcome(self, arm: Arm, seed: int, done: Mapping[str, list[RunOutcome]], number: str) -> RunOutcome:
+        place = len(done[arm.name])
+        spent = [[self._spent(run) for run in done.get(name, ())] for name in ("full", arm.method_arm)]
+        pairs = list(zip(*spent, strict=True)) if arm.derived else []
+        terms = terms_of(arm, self._config, pairs, place)
+        # Another length, found with other seeds, is another run.
+        length = f"-{terms.epochs}epochs" if terms.epochs != self._config.train.epochs else ""
+        name = f"{arm.name}{length}-seed{seed}"
         config = run_config(self._config, terms, name, seed, str(self._storage))
         finished = terms.same_as_full or self._is_finished(config)
         if self._watching.on_run is not None:
-            self._watching.on_run(number, of, arm, seed, finished, terms)
+            self._watching.on_run(number, arm, seed, finished, terms)
         if terms.same_as_full:
-            return dataclasses.replace(done["full"], matched=terms.matched)
+            return dataclasses.replace(done["full"][place], matched=terms.matched)
         if not finished:
             self._warm_up()
             train(config, debug=self._debug, **self._watching.listeners)
@@ -128,9 +133,7 @@ class _Runs:
         self._num_samples = metrics[-1]["num_samples"]
         return _outcome(metrics, seed, name, terms)
 
-    def _spent(self, outcome: RunOutcome | None) -> Spent | None:
-        if outcome is None:
-            return None
+    def _spent(self, outcome: RunOutcome) -> Spent:
         return Spent(outcome.epochs, self._num_samples, outcome.samples_trained, outcome.seconds)
 
     def _is_finished(self, config: Config) -> bool:

@@ -97,7 +97,7 @@ def test_derived_arms_spend_what_the_method_spends(folder: Path, report: dict[st
             stored = yaml.safe_load((folder / "runs" / arms[name][place]["folder"] / "config.yaml").read_text())
             assert stored["train"]["epochs"] == EPOCHS
         steps = arms["full_steps"][place]
-        assert abs(steps["samples_trained"] - spent) <= NUM / 2
+        assert abs(steps["samples_trained"] - spent) <= 0.6 * NUM
         lines = read_metrics(folder / "runs" / steps["folder"])
         assert len(lines) == steps["epochs"]
 
@@ -106,12 +106,13 @@ def test_the_same_command_again_trains_nothing_and_more_seeds_go_on(folder: Path
     before = (folder / "compare.json").read_bytes()
     seen: list[tuple[str, int, bool]] = []
 
-    def on_run(number: int, of: int, arm: Arm, seed: int, finished: bool, terms: Terms) -> None:
+    def on_run(number: str, arm: Arm, seed: int, finished: bool, terms: Terms) -> None:
         seen.append((arm.name, seed, finished))
 
     config = config_of(folder.parent)
     assert compare(config, Watching(on_run)) == folder
-    assert seen == [(arm, seed, True) for seed in (0, 1) for arm in ARMS]
+    first, derived = [*ARMS[:2], *ARMS[6:]], ARMS[2:6]
+    assert seen == [(arm, seed, True) for arms in (first, derived) for seed in (0, 1) for arm in arms]
     assert (folder / "compare.json").read_bytes() == before
     # One run that was not finished is trained, alone.
     (folder / "runs" / "shuffled-seed1" / "scores.parquet").unlink()
@@ -122,7 +123,8 @@ def test_the_same_command_again_trains_nothing_and_more_seeds_go_on(folder: Path
     wider = config_of(folder.parent, seeds=[0, 7], baselines=["full_steps"], margin=3.0)
     compare(wider, Watching(on_run))
     new = [(arm, seed) for arm, seed, finished in seen if not finished]
-    assert {seed for _, seed in new} == {7}
+    assert ("infobatch", 7) in new
+    assert all(seed == 7 or arm == "full_steps" for arm, seed in new)
     assert json.loads((folder / "compare.json").read_text())["margin"] == 3.0
 
 
@@ -177,10 +179,19 @@ def test_lengths_by_hand(
     config = tiny(tmp_path, train={"epochs": 10})
     spent = dataclasses.replace(WHOLE, samples_trained=samples, seconds=seconds)
     arm = Arm(baseline, baseline, {"name": "infobatch"}, "infobatch")
-    terms = terms_of(arm, config, WHOLE, spent)
+    terms = terms_of(arm, config, [(WHOLE, spent)])
     assert (terms.method["name"], terms.epochs, terms.same_as_full) == expected
     if expected[0] in {"random", "random_epoch"}:
         assert int(terms.method["prune_ratio"] * 100) == 100 - samples // 10
+
+
+def test_one_run_on_a_busy_machine_changes_no_length(tmp_path: Path) -> None:
+    arm, config = (
+        Arm("full_time", "full_time", {"name": "infobatch"}, "infobatch"),
+        tiny(tmp_path, train={"epochs": 10}),
+    )
+    pairs = [(WHOLE, dataclasses.replace(WHOLE, seconds=seconds)) for seconds in (34.0, 190.0, 36.0)]
+    assert {terms_of(arm, config, pairs, place).epochs for place in range(3)} == {7}
 
 
 def test_every_drop_is_reached_exactly_by_its_ratio(tmp_path: Path) -> None:
@@ -188,7 +199,8 @@ def test_every_drop_is_reached_exactly_by_its_ratio(tmp_path: Path) -> None:
     for num in (7, 1437, 50_000):
         for drops in np.unique(np.linspace(1, num - 1, 50).astype(int)):
             full = Spent(1, num, num, 1.0)
-            terms = terms_of(arm, tiny(tmp_path), full, dataclasses.replace(full, samples_trained=num - int(drops)))
+            spent = dataclasses.replace(full, samples_trained=num - int(drops))
+            terms = terms_of(arm, tiny(tmp_path), [(full, spent)])
             assert int(terms.method["prune_ratio"] * num) == drops
 
 
