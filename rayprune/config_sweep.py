@@ -21,7 +21,7 @@ from rayprune.core.objects import closest
 Form = Literal["choice", "grid", "uniform", "loguniform", "quniform"]
 _FORMS: tuple[str, ...] = get_args(Form)
 # What decides no result, or where a trial writes: the sweep sets it itself.
-_OWN = {"run", "scaling", "sweep"}
+_OWN = {"run", "scaling", "sweep", "compare"}
 
 
 @dataclass(frozen=True)

@@ -65,23 +65,25 @@ class ArmRuns:
 
     def standing(self) -> Standing:
         """Return what verdicts look at."""
-        return Standing(self.name, self.baseline, self.column("accuracy"), self.column("seconds"))
+        borrowed = self.baseline != "full" and all(run.folder.startswith("full-seed") for run in self.runs)
+        return Standing(self.name, self.baseline, self.column("accuracy"), self.column("seconds"), borrowed)
 
 
-def summary(arms: Sequence[ArmRuns], margin: float, confidence: float) -> dict[str, Any]:
+def summary(arms: Sequence[ArmRuns], margin: float, confidence: float, resolution: float = 0.0) -> dict[str, Any]:
     """Return the arms with their differences to full training, and the verdicts on the methods.
 
     Args:
         arms: the first one is full training.
         margin: of non-inferiority, in points.
         confidence: of the intervals.
+        resolution: points that one validation sample is worth.
 
     Returns:
         Seeds, arms, verdicts; `uneven_seconds` are the least and the most of full training, where they lie far apart.
     """
     full = arms[0]
     methods = [arm for arm in arms if arm.baseline == "method"]
-    judged = {arm.name: _judged(arm, full, arms, margin, confidence) for arm in methods}
+    judged = {arm.name: _judged(arm, full, arms, (margin, confidence, resolution)) for arm in methods}
     by_saving = sorted(methods, key=lambda arm: arm.mean("seconds"))
     verdicts = {arm.name: Verdict(judged[arm.name]["outcome"], judged[arm.name]["sentence"]) for arm in by_saving}
     final = overall(verdicts, len(full.runs))
@@ -121,11 +123,14 @@ def _arm_row(arm: ArmRuns, full: ArmRuns, margin: float, confidence: float) -> d
     }
 
 
-def _judged(arm: ArmRuns, full: ArmRuns, arms: Sequence[ArmRuns], margin: float, confidence: float) -> dict[str, Any]:
+def _judged(arm: ArmRuns, full: ArmRuns, arms: Sequence[ArmRuns], terms: tuple[float, float, float]) -> dict[str, Any]:
+    margin, confidence, resolution = terms
     """Return a method's verdict, and its difference to each of its baselines, the strongest first."""
     own = [other for other in arms if other.method_arm == arm.name and other is not arm]
     own.sort(key=lambda other: -other.mean("accuracy"))
-    verdict = judge(arm.standing(), full.standing(), [other.standing() for other in own], margin, confidence)
+    verdict = judge(
+        arm.standing(), full.standing(), [other.standing() for other in own], margin, confidence, resolution
+    )
     against: Mapping[str, Any] = {
         other.name: _plain(paired_difference(arm.column("accuracy"), other.column("accuracy"), confidence))
         for other in own

@@ -73,20 +73,25 @@ class Standing:
         baseline: which of the baselines it is; "method" for a method.
         accuracy_S: in points, one a seed, in the order of the seeds.
         seconds_S: in the order of the seeds.
+        same_as_full: nothing was left out or shortened: it costs what full training does, and is no rival.
     """
 
     name: str
     baseline: str
     accuracy_S: Sequence[float]
     seconds_S: Sequence[float]
+    same_as_full: bool = False
 
 
-def paired_difference(one_S: Sequence[float], other_S: Sequence[float], confidence: float) -> Difference:
+def paired_difference(
+    one_S: Sequence[float], other_S: Sequence[float], confidence: float, least_sd: float = 0.0
+) -> Difference:
     """Return the mean of one − other over seeds, with the interval of the paired t-test.
 
     Args:
         one_S, other_S: what two arms reached, in the same order of seeds; at least one seed.
         confidence: of the interval, in (0, 1).
+        least_sd: what the differences' standard deviation is taken for where it is less.
 
     >>> str(paired_difference([91.0, 92.0, 93.0], [90.0, 92.0, 91.0], 0.95))
     '+1.00 points (-1.48 to +3.48)'
@@ -97,7 +102,8 @@ def paired_difference(one_S: Sequence[float], other_S: Sequence[float], confiden
         return Difference(mean, None, None, 1)
     from scipy.stats import t
 
-    half = float(t.ppf((1.0 + confidence) / 2.0, count - 1)) * float(differences_S.std(ddof=1)) / math.sqrt(count)
+    deviation = max(float(differences_S.std(ddof=1)), least_sd)
+    half = float(t.ppf((1.0 + confidence) / 2.0, count - 1)) * deviation / math.sqrt(count)
     return Difference(mean, mean - half, mean + half, count)
 
 
@@ -115,7 +121,14 @@ def paired_ratio(one_S: Sequence[float], other_S: Sequence[float], confidence: f
     return Difference(math.exp(logs.mean), low, high, logs.num_seeds)
 
 
-def judge(method: Standing, full: Standing, baselines: Sequence[Standing], margin: float, confidence: float) -> Verdict:
+def judge(
+    method: Standing,
+    full: Standing,
+    baselines: Sequence[Standing],
+    margin: float,
+    confidence: float,
+    resolution: float = 0.0,
+) -> Verdict:
     """Say whether one method is worth it.
 
     It has to keep full training's accuracy within the margin, to save seconds (or be better), and to beat what costs
@@ -127,8 +140,11 @@ def judge(method: Standing, full: Standing, baselines: Sequence[Standing], margi
         baselines: the arms beside it; `ratio_0` and `full` among them are not looked at.
         margin: in points.
         confidence: of the intervals.
+        resolution: points that one validation sample is worth: seeds that happen to agree are no more certain than
+            accuracies rounded to it (their difference has a standard deviation of resolution / √6).
     """
-    to_full = paired_difference(method.accuracy_S, full.accuracy_S, confidence)
+    least_sd = resolution / math.sqrt(6.0)
+    to_full = paired_difference(method.accuracy_S, full.accuracy_S, confidence, least_sd)
     start = f"{method.name} is {to_full} to full"
     if to_full.low is None:
         return Verdict("undecided", f"{start}; one seed gives no interval and shows nothing, set compare.seeds=3")
@@ -140,10 +156,13 @@ def judge(method: Standing, full: Standing, baselines: Sequence[Standing], margi
         return Verdict("prune nothing", f"{start}: a loss beyond the margin of {margin:g}")
     if time.above(1.0 - _LEAST_SAVED) and not to_full.above(0.0):
         return Verdict("prune nothing", f"{start}: no better, and not faster")
+    if time.above(1.0) and to_full.above(0.0):
+        more = "better, and dearer than anything beside it: compare it with full training of as many epochs more"
+        return Verdict("undecided", f"{start}: {more}")
     rivals = [
-        Rival(arm, paired_difference(method.accuracy_S, arm.accuracy_S, confidence))
+        Rival(arm, paired_difference(method.accuracy_S, arm.accuracy_S, confidence, least_sd))
         for arm in sorted(baselines, key=lambda arm: -float(np.mean(arm.accuracy_S)))
-        if arm.baseline in SHORTENED or arm.baseline in CONTROLS
+        if (arm.baseline in SHORTENED or arm.baseline in CONTROLS) and not arm.same_as_full
     ]
     return _against(rivals, start, to_full, margin, faster or to_full.above(0.0))
 
@@ -178,7 +197,8 @@ def _against(rivals: Sequence[Rival], start: str, to_full: Difference, margin: f
         more = f"it is not shown to be better than {unbeaten[0].arm.name} ({unbeaten[0].difference} to it)"
         return Verdict("undecided", f"{start}; {more}")
     if not rivals:
-        return Verdict("undecided", f"{start}; no baseline of the same cost ran, add full_time to compare.baselines")
+        more = "no baseline of the same cost ran (compare.baselines, or it saves less than half an epoch)"
+        return Verdict("undecided", f"{start}; {more}")
     if not gains:
         return Verdict("undecided", f"{start}; {to_full.num_seeds} seeds do not show that it is faster")
     more = f"better than every baseline of the same cost ({rivals[0].difference} to {rivals[0].arm.name})"

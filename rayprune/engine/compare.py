@@ -24,7 +24,7 @@ from rayprune.core.comparison import ArmRuns, RunOutcome, summary
 from rayprune.engine.arms import Arm, Spent, Terms, arms_of, digest_of, run_config, terms_of
 from rayprune.engine.opening import check_folder, run_folder_of, sole_use
 from rayprune.engine.run_folder import read_metrics
-from rayprune.engine.train import train
+from rayprune.engine.train import check, open_splits, train
 from rayprune.overrides import merge, read_yaml
 from rayprune.sources import open_data
 
@@ -76,6 +76,8 @@ def compare(config: Config, watching: Watching | None = None, *, debug: bool = F
     for note in notes:
         watching.on_notice(note)
     _check_folder(folder, config)
+    if not folder.exists():
+        check(config, open_splits(config))  # a mistake shows before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     with sole_use(folder):
         _write(folder / "compare.yaml", config.to_yaml())
@@ -87,7 +89,7 @@ def compare(config: Config, watching: Watching | None = None, *, debug: bool = F
             "notes": notes,
             "timing": TIMING,
             "methods_compared": {arm.name: dict(arm.of) for arm in arms if arm.baseline == "method"},
-            **summary(all_runs, config.compare.margin, config.compare.confidence),
+            **summary(all_runs, config.compare.margin, config.compare.confidence, resolution),
             "environment": json.loads((folder / "runs" / by_arm["full"][0].folder / "environment.json").read_text()),
         }
         _write(folder / "compare.json", json.dumps(report, indent=1) + "\n")

@@ -112,7 +112,7 @@ def verdict(method: Standing, baselines: list[Standing], margin: float = 0.3) ->
         (arm("m", 0.0, noise=0.5), WORSE, "undecided", "3 seeds do not show"),
         (arm("m", 0.0), [], "undecided", "no baseline of the same cost ran"),
         (arm("m", 0.0), [*WORSE, arm("ratio_0", 1.0)], "worth it", "better than every baseline"),
-        (arm("m", 3.0, 110.0), WORSE, "worth it", "10% more seconds"),
+        (arm("m", 3.0, 110.0), WORSE, "undecided", "10% more seconds: better, and dearer than anything beside it"),
         (arm("m", 0.0, 99.0), WORSE, "prune nothing", "1% of the seconds saved: no better, and not faster"),
         (arm("m", 0.0, 110.0, jitter=40.0), WORSE, "undecided", "5% more seconds (within the noise of the seeds)"),
         (arm("m", 0.0, jitter=40.0), WORSE, "undecided", "within the noise of the seeds"),
@@ -161,3 +161,35 @@ def test_shortened_training_is_named_first_where_nothing_is_pruned() -> None:
         "b": Verdict("prune nothing", "full training shortened is as good"),
     }
     assert overall(verdicts, 3).sentence == "Prune nothing here: full training shortened is as good."
+
+
+def standing(name: str, accuracy: list[float], seconds: list[float], same_as_full: bool = False) -> Standing:
+    baseline = name if name in {"full", "full_time", "random"} else "method"
+    return Standing(name, baseline, accuracy, seconds, same_as_full)
+
+
+def test_full_training_that_was_not_shortened_is_no_rival() -> None:
+    full = standing("full", [90.0, 91.0, 92.0], [10.0, 10.0, 10.0])
+    method = standing("mine", [90.1, 91.0, 91.9], [9.0, 9.0, 9.1])
+    same = [standing("full_time", [90.0, 91.0, 92.0], [10.0, 10.0, 10.0], same_as_full=True)]
+    verdict = judge(method, full, same, 1.0, 0.95)
+    assert verdict.outcome == "undecided"
+    assert "shortened to the same" not in verdict.sentence
+    shortened = [standing("full_time", [90.0, 91.0, 92.0], [9.0, 9.0, 9.1])]
+    assert judge(method, full, shortened, 1.0, 0.95).outcome == "prune nothing"
+
+
+def test_seeds_that_happen_to_agree_are_no_certainty() -> None:
+    full = standing("full", [90.0, 91.0], [10.0, 10.0])
+    method = standing("mine", [90.0, 91.0], [7.0, 7.0])
+    rival = [standing("random", [89.72, 90.72], [7.0, 7.0])]
+    assert judge(method, full, rival, 0.2, 0.95).outcome == "worth it"
+    assert judge(method, full, rival, 0.2, 0.95, resolution=0.28).outcome == "undecided"
+
+
+def test_what_is_better_and_dearer_is_not_called_worth_it() -> None:
+    full = standing("full", [90.0, 91.0, 92.0], [10.0, 10.0, 10.0])
+    method = standing("mine", [93.0, 94.0, 95.1], [20.0, 20.0, 20.2])
+    verdict = judge(method, full, [standing("random", [80.0, 81.0, 82.0], [10.0, 10.0, 10.0])], 0.2, 0.95)
+    assert verdict.outcome == "undecided"
+    assert "dearer" in verdict.sentence
