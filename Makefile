@@ -18,9 +18,9 @@ demo: setup
 	rm -rf runs/demo
 	$(BIN)/rayprune train configs/digits_full.yaml configs/digits_infobatch.yaml run.storage_path=runs/demo
 
-# Two processes, file by file, the long files first: tests that wait for Ray leave the processor to those that compute.
+# Two processes, file by file: tests that wait for Ray leave the processor to those that compute.
 test: setup
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 # Kills 56 times inside epochs; some 18 minutes on two cores.
 torture: setup
