@@ -160,7 +160,7 @@ def _scored(scored: Any) -> None:
     cost = (
         "logs of another program, whose cost is not counted"
         if scored.imported
-        else (f"{scored.before.samples_trained:,} samples trained to score them, counted below")
+        else (f"{scored.before.samples_trained:,} samples trained to score them, part of what the run costs")
     )
     threshold = f", threshold {facts['threshold']:.4g}" if "threshold" in facts else ""
     console.print(

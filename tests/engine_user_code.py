@@ -190,27 +190,6 @@ class LowerHalf(Method):
 
 
 @dataclass(frozen=True)
-class KeepsProbabilities(Method):
-    """Fold the class probabilities into a moving average; drop a tenth by its first column."""
-
-    signals = ("probs",)
-
-    def columns(self) -> dict[str, object]:
-        """One vector a sample: ten digits."""
-        return {"mean_probs": (np.float32, (10,))}
-
-    def fold(self, table: ScoreTable, ids: np.ndarray, signals: dict[str, np.ndarray], epoch: int) -> None:
-        """Average with the last."""
-        old = np.nan_to_num(table["mean_probs"][ids])
-        table["mean_probs"][ids] = 0.5 * old + 0.5 * signals["probs"]
-
-    def select(self, table: ScoreTable, context: EpochContext) -> Selection:
-        """Keep the nine tenths that look least like a zero."""
-        order = np.argsort(np.nan_to_num(table["mean_probs"][:, 0]), kind="stable")
-        return Selection.of_ids(order[: -(-9 * context.num_samples // 10)], context.num_samples)
-
-
-@dataclass(frozen=True)
 class TrainsBy(Method):
     """Keep everything, and train as the fields say.
 

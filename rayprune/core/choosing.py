@@ -19,32 +19,7 @@ from rayprune.core.strata import draw_strata
 
 Rule = Literal["top", "bottom", "middle", "strata"]
 
-__all__ = ["Balance", "Rule", "choose", "choose_by_boundary", "lowest", "num_kept", "num_pruned", "quotas"]
-
-
-def lowest(
-    scores: NDArray[Any], class_quotas: NDArray[np.integer[Any]], labels: NDArray[np.integer[Any]]
-) -> NDArray[np.int64]:
-    """Return the ids of each class's lowest scores; of equal scores the lower ids.
-
-    Args:
-        scores: (N,) numbers.
-        class_quotas: (C,) integers, at most the size of each class.
-        labels: (N,) integers in [0, C).
-
-    Returns:
-        (M,) int64, ascending.
-
-    Raises:
-        ValueError: a NaN.
-
-    >>> lowest(np.array([3.0, 1.0, 2.0, 0.0]), np.array([1, 1]), np.array([0, 0, 1, 1])).tolist()
-    [1, 3]
-    """
-    _refuse_nan(scores)
-    order = np.argsort(scores, kind="stable")
-    kept = [rows[: class_quotas[label]] for label, rows in _by_class(order, labels[order], len(class_quotas))]
-    return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *kept]))
+__all__ = ["Balance", "Rule", "choose", "choose_by_boundary", "num_kept", "num_pruned", "quotas"]
 
 
 def choose(

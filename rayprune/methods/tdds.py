@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayprune.core import trajectory
+from rayprune.core.choosing import choose
 from rayprune.core.context import EpochContext
 from rayprune.core.selection import Selection
 from rayprune.core.table import ScoreTable
@@ -151,9 +152,9 @@ class TDDS(Method):
             return Selection.full(context.num_samples)
         scores, num = self.scores(table)["tdds"], context.num_samples
         drops = min(num_pruned(self.prune_ratio, num), num - 1)
-        ids = np.argsort(-scores, kind="stable")[: num - drops]  # of equal scores the lower id first
+        ids = choose(scores, num - drops).ids
         weights = trajectory.normalised(scores[ids]) if self.batch_mean_weights else None
         chosen = Selection.of_ids(ids, num, weights=weights, requested=self.prune_ratio, expected_drops=drops)
         pair = {"trajectory_len": self.trajectory_len, "window_size": self.window_size}
-        chosen = chosen.telling(score="tdds", threshold=float(scores[ids[-1]]), **pair)
+        chosen = chosen.telling(score="tdds", threshold=float(scores[ids].min()), **pair)
         return replace(chosen, batch_mean_weights=self.batch_mean_weights)
