@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, field_validator
 
-from rayprune.config_sections import Section, absolute_method
+from rayprune.config_sections import Auto, Section, absolute_method
 from rayprune.core.fields import shown
 from rayprune.core.objects import closest
 from rayprune.methods import build_method
@@ -32,7 +32,8 @@ class CompareSection(Section):
     baselines: tuple[str, ...] = Field(tuple(BASELINES), description="arms beside the methods; full always runs")
     margin: float = Field(0.2, ge=0, le=100, description="loss of accuracy, in points, that counts as none")
     confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
-    parallel: Literal["auto", 1] = Field("auto", description="runs at a time: one, as their seconds are compared")
+    parallel: Auto | int = Field("auto", description="runs at a time; auto: as many as the machine has room for")
+    timed_seeds: int = Field(1, ge=1, description="seeds whose runs go alone, for their seconds, where others do not")
 
     @field_validator("methods")
     @classmethod
@@ -54,6 +55,13 @@ class CompareSection(Section):
         if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
             raise ValueError(f"compare.seeds names {twice[0]} twice: a run counts once, name another seed")
         return seeds
+
+    @field_validator("parallel")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"compare.parallel = {value}: must be at least 1, or auto")
+        return value
 
     @field_validator("baselines")
     @classmethod

@@ -48,11 +48,11 @@ def explanation(report: Mapping[str, Any]) -> Iterator[str]:
     num = len(report["seeds"])
     interval = f"; [{report['confidence']:.0%} interval of paired seeds]" if num > 1 else ""
     yield f"points of accuracy after the last epoch, mean{' ± sd' * (num > 1)} of {num} seed{'s' * (num > 1)}{interval}"
-    yield f"seconds: {report['timing']}; time: their share of full training's, mean over pairs"
+    yield f"seconds: {report['timing']}; time: their share of full training's, geometric mean over pairs"
     if uneven := report["uneven_seconds"]:
         yield (
-            f"full training took {uneven[0]:.1f} to {uneven[1]:.1f} s: something else ran on this machine, "
-            "and its seconds say little"
+            f"full training took {uneven[0]:.1f} to {uneven[1]:.1f} s: runs this short vary, or something else ran on "
+            "this machine; seconds say little"
         )
     for arm in report["arms"]:
         if arm["matched"]:

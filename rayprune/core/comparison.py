@@ -32,6 +32,7 @@ class RunOutcome:
         samples_trained, samples_forwarded: with those of a run that scored.
         compute: in samples trained.
         seconds: of training, selection and checkpoints, without validation.
+        alone: nothing else of the comparison ran beside it: its seconds count.
     """
 
     seed: int
@@ -44,6 +45,7 @@ class RunOutcome:
     samples_forwarded: int
     compute: float
     seconds: float
+    alone: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,30 @@ class ArmRuns:
         """Return the mean of an attribute over the runs."""
         return float(np.mean(self.column(name)))
 
-    def standing(self) -> Standing:
-        """Return what verdicts look at."""
+    def seconds(self, timed: Sequence[int]) -> list[float]:
+        """Return the seconds of the runs at these places."""
+        return [self.runs[place].seconds for place in timed]
+
+    def standing(self, timed: Sequence[int]) -> Standing:
+        """Return what verdicts look at, the seconds of the runs at these places."""
         borrowed = self.baseline != "full" and all(run.folder.startswith("full-seed") for run in self.runs)
-        return Standing(self.name, self.baseline, self.column("accuracy"), self.column("seconds"), borrowed)
+        return Standing(self.name, self.baseline, self.column("accuracy"), self.seconds(timed), borrowed)
+
+
+def timed_places(arms: Sequence[ArmRuns]) -> list[int]:
+    """Return the places of the seeds whose runs, of all arms, had the machine to themselves; all where none had."""
+    places = range(len(arms[0].runs))
+    return [place for place in places if all(arm.runs[place].alone for arm in arms)] or list(places)
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What all rows and verdicts of a comparison share; see `summary`."""
+
+    margin: float
+    confidence: float
+    resolution: float
+    timed: Sequence[int]
 
 
 def summary(arms: Sequence[ArmRuns], margin: float, confidence: float, resolution: float = 0.0) -> dict[str, Any]:
@@ -79,28 +101,32 @@ def summary(arms: Sequence[ArmRuns], margin: float, confidence: float, resolutio
         resolution: points that one validation sample is worth.
 
     Returns:
-        Seeds, arms, verdicts; `uneven_seconds` are the least and the most of full training, where they lie far apart.
+        Seeds, arms, verdicts; `timed_seeds` are those whose seconds count; `uneven_seconds` are the least and the most
+        of full training, where they lie far apart.
     """
     full = arms[0]
+    terms = _Terms(margin, confidence, resolution, timed_places(arms))
     methods = [arm for arm in arms if arm.baseline == "method"]
-    judged = {arm.name: _judged(arm, full, arms, (margin, confidence, resolution)) for arm in methods}
-    by_saving = sorted(methods, key=lambda arm: arm.mean("seconds"))
+    judged = {arm.name: _judged(arm, full, arms, terms) for arm in methods}
+    by_saving = sorted(methods, key=lambda arm: sum(arm.seconds(terms.timed)))
     verdicts = {arm.name: Verdict(judged[arm.name]["outcome"], judged[arm.name]["sentence"]) for arm in by_saving}
     final = overall(verdicts, len(full.runs))
-    slowest, fastest = (end(full.column("seconds")) for end in (max, min))
+    slowest, fastest = (end(full.seconds(terms.timed)) for end in (max, min))
     return {
         "uneven_seconds": [fastest, slowest] if slowest > _UNEVEN * fastest else None,
         "seeds": [run.seed for run in full.runs],
+        "timed_seeds": [full.runs[place].seed for place in terms.timed],
         "margin": margin,
         "confidence": confidence,
-        "arms": [_arm_row(arm, full, margin, confidence) for arm in arms],
+        "arms": [_arm_row(arm, full, terms) for arm in arms],
         "methods": judged,
         "verdict": {"outcome": final.outcome, "sentence": final.sentence},
     }
 
 
-def _arm_row(arm: ArmRuns, full: ArmRuns, margin: float, confidence: float) -> dict[str, Any]:
-    several = len(arm.runs) > 1
+def _arm_row(arm: ArmRuns, full: ArmRuns, terms: _Terms) -> dict[str, Any]:
+    several, confidence = len(arm.runs) > 1, terms.confidence
+    own, whole = arm.seconds(terms.timed), full.seconds(terms.timed)
     to_full = paired_difference(arm.column("accuracy"), full.column("accuracy"), confidence)
     return {
         "name": arm.name,
@@ -111,28 +137,33 @@ def _arm_row(arm: ArmRuns, full: ArmRuns, margin: float, confidence: float) -> d
         "accuracy_sd": float(np.std(arm.column("accuracy"), ddof=1)) if several else None,
         "worst_class": arm.mean("worst_class"),
         "to_full": _plain(to_full),
-        "non_inferior": to_full.above(-margin) if several else None,
+        "non_inferior": to_full.above(-terms.margin) if several else None,
         "worst_class_to_full": _plain(
             paired_difference(arm.column("worst_class"), full.column("worst_class"), confidence)
         ),
         "epochs": sorted({run.epochs for run in arm.runs}),
-        **{name: arm.mean(name) for name in ("samples_trained", "samples_forwarded", "compute", "seconds")},
+        **{name: arm.mean(name) for name in ("samples_trained", "samples_forwarded", "compute")},
+        "seconds": float(np.mean(own)),
         **{f"{name}_saved": 1.0 - arm.mean(name) / full.mean(name) for name in ("samples_trained", "compute")},
-        "seconds_to_full": _plain(paired_ratio(arm.column("seconds"), full.column("seconds"), confidence)),
+        "seconds_to_full": _plain(paired_ratio(own, whole, confidence)),
         "runs": [dataclasses.asdict(run) for run in arm.runs],
     }
 
 
-def _judged(arm: ArmRuns, full: ArmRuns, arms: Sequence[ArmRuns], terms: tuple[float, float, float]) -> dict[str, Any]:
-    margin, confidence, resolution = terms
+def _judged(arm: ArmRuns, full: ArmRuns, arms: Sequence[ArmRuns], terms: _Terms) -> dict[str, Any]:
     """Return a method's verdict, and its difference to each of its baselines, the strongest first."""
     own = [other for other in arms if other.method_arm == arm.name and other is not arm]
     own.sort(key=lambda other: -other.mean("accuracy"))
     verdict = judge(
-        arm.standing(), full.standing(), [other.standing() for other in own], margin, confidence, resolution
+        arm.standing(terms.timed),
+        full.standing(terms.timed),
+        [other.standing(terms.timed) for other in own],
+        terms.margin,
+        terms.confidence,
+        terms.resolution,
     )
     against: Mapping[str, Any] = {
-        other.name: _plain(paired_difference(arm.column("accuracy"), other.column("accuracy"), confidence))
+        other.name: _plain(paired_difference(arm.column("accuracy"), other.column("accuracy"), terms.confidence))
         for other in own
     }
     rivals = [other.name for other in own if other.baseline != "ratio_0"]

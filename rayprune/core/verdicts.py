@@ -72,7 +72,7 @@ class Standing:
         name: the arm.
         baseline: which of the baselines it is; "method" for a method.
         accuracy_S: in points, one a seed, in the order of the seeds.
-        seconds_S: in the order of the seeds.
+        seconds_S: of the seeds that were timed, in their order; one of them gives a ratio without an interval.
         same_as_full: nothing was left out or shortened: it costs what full training does, and is no rival.
     """
 
@@ -149,14 +149,19 @@ def judge(
     if to_full.low is None:
         return Verdict("undecided", f"{start}; one seed gives no interval and shows nothing, set compare.seeds=3")
     time = paired_ratio(method.seconds_S, full.seconds_S, confidence)
-    saved, faster = 1.0 - time.mean, time.below(1.0)
+    saved, once = 1.0 - time.mean, time.low is None
+    # Timed once, alone on the machine: what is beyond the least that counts is taken for a difference.
+    faster = time.below(1.0) or (once and saved > _LEAST_SAVED)
+    slower = time.above(1.0) or (once and saved < -_LEAST_SAVED)
+    no_faster = time.above(1.0 - _LEAST_SAVED) or (once and saved < _LEAST_SAVED)
     cost = f"{saved:.0%} of the seconds saved" if saved > 0 else f"{-saved:.0%} more seconds"
-    start = f"{start}, {cost}{'' if faster or time.above(1.0) else ' (within the noise of the seeds)'}"
+    doubt = " (timed once)" if once else "" if faster or slower else " (within the noise of the seeds)"
+    start = f"{start}, {cost}{doubt}"
     if to_full.below(-margin):
         return Verdict("prune nothing", f"{start}: a loss beyond the margin of {margin:g}")
-    if time.above(1.0 - _LEAST_SAVED) and not to_full.above(0.0):
+    if no_faster and not to_full.above(0.0):
         return Verdict("prune nothing", f"{start}: no better, and not faster")
-    if time.above(1.0) and to_full.above(0.0):
+    if slower and to_full.above(0.0):
         more = "better, and dearer than anything beside it: compare it with full training of as many epochs more"
         return Verdict("undecided", f"{start}: {more}")
     rivals = [

@@ -145,7 +145,13 @@ def unpruned(method: Mapping[str, Any]) -> dict[str, Any] | None:
     return {**method, **{name: fields[name] for name in others}, "prune_ratio": 0.0}
 
 
-def terms_of(arm: Arm, config: Config, pairs: Sequence[tuple[Spent, Spent]] = (), place: int = 0) -> Terms:
+def terms_of(
+    arm: Arm,
+    config: Config,
+    pairs: Sequence[tuple[Spent, Spent]] = (),
+    place: int = 0,
+    timed: Sequence[int] | None = None,
+) -> Terms:
     """Return what an arm trains with one seed.
 
     Args:
@@ -153,6 +159,7 @@ def terms_of(arm: Arm, config: Config, pairs: Sequence[tuple[Spent, Spent]] = ()
         config: whose epochs the arms share.
         pairs: for a derived arm, what full training and its method have cost, one pair a seed.
         place: of the seed among them.
+        timed: the places of pairs whose seconds count; None for all.
     """
     epochs = config.train.epochs
     if not arm.derived:
@@ -166,7 +173,8 @@ def terms_of(arm: Arm, config: Config, pairs: Sequence[tuple[Spent, Spent]] = ()
         share = median(spent.samples_trained / full.samples_trained for full, spent in pairs)
         return _shortened(share, epochs, "samples trained")
     if arm.baseline == "full_time":
-        return _shortened(median(spent.seconds / full.seconds for full, spent in pairs), epochs, "seconds")
+        alone = pairs if timed is None else [pairs[number] for number in timed]
+        return _shortened(median(spent.seconds / full.seconds for full, spent in alone), epochs, "seconds")
     return _random(arm.baseline, epochs, *pairs[place])
 
 

@@ -2,8 +2,9 @@
 
 <storage_path>/<name>/   compare.yaml, runs/<arm>-seed<k>/, compare.json, compare.csv
 
-Runs come one after another, so that their seconds are those of a machine that does nothing else, and seed by seed, so
-that a machine that slows down does so for full training and the methods alike. A finished run is not repeated.
+Runs whose seconds count come one after another, so that they are those of a machine that does nothing else, and seed
+by seed, so that a machine that slows down does so for full training and the methods alike. A finished run is not
+repeated.
 """
 
 from __future__ import annotations
@@ -12,41 +13,28 @@ import csv
 import dataclasses
 import io
 import json
-import logging
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import os
 from pathlib import Path
-from typing import Any
+
+import ray
+import torch
 
 from rayprune.config import Config, make_config
 from rayprune.core.comparison import ArmRuns, RunOutcome, summary
-from rayprune.engine.arms import Arm, Spent, Terms, arms_of, digest_of, run_config, terms_of
-from rayprune.engine.opening import check_folder, run_folder_of, sole_use
-from rayprune.engine.run_folder import read_metrics
-from rayprune.engine.train import check, open_splits, train
-from rayprune.overrides import merge, read_yaml
-from rayprune.sources import open_data
+from rayprune.engine.arms import arms_of, digest_of
+from rayprune.engine.compare_runs import ComparedRuns, Watching
+from rayprune.engine.ending import sigterm_as_sigint
+from rayprune.engine.opening import run_folder_of, sole_use
+from rayprune.engine.resources import start_ray
+from rayprune.engine.run_folder import write_whole
+from rayprune.engine.shares import Asked, Share, share_resources
+from rayprune.engine.train import check, open_splits
+from rayprune.overrides import read_yaml
+from rayprune.sources import SampleSource, Splits, open_data
 
-logger = logging.getLogger(__name__)
+__all__ = ["Watching", "compare"]
 
-_WARM_UP_STEPS = 4
-TIMING = "each run alone on the machine, one after another; seconds of training and selection, without validation"
-
-
-@dataclass(frozen=True)
-class Watching:
-    """Who hears of a comparison.
-
-    Attributes:
-        on_run: called before each run with ("3/24", arm, seed, whether it was finished before, terms).
-        on_notice: called with lines that a person should see.
-        listeners: passed on to `train`.
-    """
-
-    on_run: Callable[[str, Arm, int, bool, Terms], None] | None = None
-    on_notice: Callable[[str], None] = logger.warning
-    listeners: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+_SECONDS = "seconds of training and selection, without validation"
 
 
 def compare(config: Config, watching: Watching | None = None, *, debug: bool = False) -> Path:
@@ -66,7 +54,7 @@ def compare(config: Config, watching: Watching | None = None, *, debug: bool = F
     watching = watching or Watching()
     folder = run_folder_of(config)
     arms, notes = arms_of(config)
-    fingerprint, resolution = _validated_data(config)
+    splits, resolution = _validated_data(config)
     if config.compare.margin < resolution:
         notes.append(
             f"the margin of {config.compare.margin:g} points is less than one sample ({resolution:.2g} points)"
@@ -78,109 +66,63 @@ def compare(config: Config, watching: Watching | None = None, *, debug: bool = F
     _check_folder(folder, config)
     if not folder.exists():
         check(config, open_splits(config))  # a mistake shows before anything is written
+    share = _share(config, splits.train, len(arms), debug)
     folder.mkdir(parents=True, exist_ok=True)
     with sole_use(folder):
-        _write(folder / "compare.yaml", config.to_yaml())
-        runs = _Runs(config, folder / "runs", fingerprint, watching, debug)
-        by_arm = runs.all_of(arms, config.compare.all_seeds)
+        write_whole(folder / "compare.yaml", config.to_yaml())
+        runs = ComparedRuns(config, folder, splits.train.fingerprint, watching, share, debug)
+        with sigterm_as_sigint():
+            by_arm = runs.all_of(arms, config.compare.all_seeds)
         all_runs = [ArmRuns(arm.name, arm.baseline, arm.method_arm, by_arm[arm.name]) for arm in arms]
         report = {
             "digest": digest_of(config),
             "notes": notes,
-            "timing": TIMING,
+            "timing": _timing(all_runs),
             "methods_compared": {arm.name: dict(arm.of) for arm in arms if arm.baseline == "method"},
             **summary(all_runs, config.compare.margin, config.compare.confidence, resolution),
             "environment": json.loads((folder / "runs" / by_arm["full"][0].folder / "environment.json").read_text()),
         }
-        _write(folder / "compare.json", json.dumps(report, indent=1) + "\n")
-        _write(folder / "compare.csv", _csv(all_runs))
+        write_whole(folder / "compare.json", json.dumps(report, indent=1) + "\n")
+        write_whole(folder / "compare.csv", _csv(all_runs))
     return folder
 
 
-class _Runs:
-    """Bring a comparison's runs about: read those that are finished, train the others."""
+def _share(config: Config, source: SampleSource, num_arms: int, debug: bool) -> Share | None:
+    """Return how many runs go at a time and what each gets; None for one after another, with all there is.
 
-    def __init__(self, config: Config, storage: Path, fingerprint: str, watching: Watching, debug: bool) -> None:
-        self._config, self._storage, self._fingerprint = config, storage, fingerprint
-        self._watching, self._debug = watching, debug
-        self._warm = config.scaling.num_workers != 0  # workers are started for every run, and warm up in every run
-        self._num_samples = 0
-
-    def all_of(self, arms: Sequence[Arm], seeds: Sequence[int]) -> dict[str, list[RunOutcome]]:
-        """Return every arm's outcomes, one a seed: first of full training and the methods, then of what follows."""
-        done: dict[str, list[RunOutcome]] = {arm.name: [] for arm in arms}
-        order = [(arm, seed) for derived in (False, True) for seed in seeds for arm in arms if arm.derived == derived]
-        for number, (arm, seed) in enumerate(order, start=1):
-            done[arm.name].append(self._outcome(arm, seed, done, f"{number}/{len(order)}"))
-        return done
-
-    def _outcome(self, arm: Arm, seed: int, done: Mapping[str, list[RunOutcome]], number: str) -> RunOutcome:
-        place = len(done[arm.name])
-        spent = [[self._spent(run) for run in done.get(name, ())] for name in ("full", arm.method_arm)]
-        pairs = list(zip(*spent, strict=True)) if arm.derived else []
-        terms = terms_of(arm, self._config, pairs, place)
-        # Another length, found with other seeds, is another run.
-        length = f"-{terms.epochs}epochs" if terms.epochs != self._config.train.epochs else ""
-        name = f"{arm.name}{length}-seed{seed}"
-        config = run_config(self._config, terms, name, seed, str(self._storage))
-        finished = terms.same_as_full or self._is_finished(config)
-        if self._watching.on_run is not None:
-            self._watching.on_run(number, arm, seed, finished, terms)
-        if terms.same_as_full:
-            return dataclasses.replace(done["full"][place], matched=terms.matched)
-        if not finished:
-            self._warm_up()
-            train(config, debug=self._debug, **self._watching.listeners)
-        metrics = read_metrics(run_folder_of(config))
-        self._num_samples = metrics[-1]["num_samples"]
-        return _outcome(metrics, seed, name, terms)
-
-    def _spent(self, outcome: RunOutcome) -> Spent:
-        return Spent(outcome.epochs, self._num_samples, outcome.samples_trained, outcome.seconds)
-
-    def _is_finished(self, config: Config) -> bool:
-        check_folder(config)
-        folder = run_folder_of(config)
-        metrics = read_metrics(folder)
-        if not (metrics and metrics[-1]["epoch"] + 1 == config.train.epochs and (folder / "scores.parquet").exists()):
-            return False
-        environment = folder / "environment.json"
-        # A run on other data is given to `train`, which refuses it in its own words.
-        return environment.exists() and json.loads(environment.read_text())["fingerprint"] == self._fingerprint
-
-    def _warm_up(self) -> None:
-        """Train a few steps first: what a process does once must not be counted against the first arm."""
-        if self._warm:
-            return
-        self._warm = True
-        limit = min(self._config.data.limit or 2**62, _WARM_UP_STEPS * self._config.train.batch_size)
-        with tempfile.TemporaryDirectory() as folder:
-            config = run_config(self._config, Terms({"name": "full"}, 1), "warm-up", 0, folder)
-            tree = merge(config.model_dump(mode="json"), {"data": {"limit": limit}})
-            train(make_config(tree), debug=self._debug, on_notice=lambda _: None)
+    Raises:
+        ValueError: there is no room for so many.
+    """
+    section = config.compare
+    asked = Asked(section.parallel, "compare.parallel", "run")
+    num_shared = num_arms * max(0, len(section.all_seeds) - section.timed_seeds)
+    if section.parallel == 1 or (section.parallel == "auto" and not num_shared):
+        return None
+    if isinstance(config.scaling.num_workers, tuple) and section.parallel == "auto":
+        return None
+    if config.scaling.num_workers == 0 and not os.environ.get("RAY_ADDRESS"):
+        # What Ray would find on this machine: it need not be started to see that one run at a time fits.
+        total = {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
+    else:
+        start_ray(debug, dashboard=config.scaling.num_workers != 0)
+        total = ray.cluster_resources()
+    share = share_resources(config, source, max(1, num_shared), asked, total)
+    return share if share.num_concurrent > 1 else None
 
 
-def _outcome(metrics: list[dict[str, Any]], seed: int, folder: str, terms: Terms) -> RunOutcome:
-    last = metrics[-1]
-    times = [line["seconds"] for line in metrics] + [last.get("seconds_collected") or {}]
-    seconds = sum(part.get("epoch", 0.0) - part.get("validate", 0.0) for part in times)
-    classes = [value for value in last["val_class_accuracy"] if value is not None]
-    return RunOutcome(
-        seed=seed,
-        folder=folder,
-        epochs=len(metrics),
-        matched=terms.matched,
-        accuracy=100.0 * last["val_accuracy"],
-        worst_class=100.0 * min(classes),
-        samples_trained=last["samples_trained"],
-        samples_forwarded=last["samples_forwarded"],
-        compute=last["compute"],
-        seconds=seconds,
-    )
+def _timing(arms: list[ArmRuns]) -> str:
+    """Say whose seconds these are."""
+    alone = [all(arm.runs[place].alone for arm in arms) for place in range(len(arms[0].runs))]
+    if all(alone):
+        return f"each run alone on the machine, one after another; {_SECONDS}"
+    if not any(alone):
+        return f"runs that had others beside them, so they say little (compare.parallel=1); {_SECONDS}"
+    seeds = ", ".join(str(run.seed) for run, timed in zip(arms[0].runs, alone, strict=True) if timed)
+    return f"runs of seed {seeds} alone, the others side by side and not timed; {_SECONDS}"
 
 
-def _validated_data(config: Config) -> tuple[str, float]:
-    """Return the data's fingerprint, and how many points one validation sample is.
+def _validated_data(config: Config) -> tuple[Splits, float]:
+    """Return the data, and how many points one validation sample is.
 
     Raises:
         ValueError: there is nothing to validate on.
@@ -189,7 +131,7 @@ def _validated_data(config: Config) -> tuple[str, float]:
     splits = open_data(data.source, limit=data.limit, cache=data.cache, **data.source_keys)
     if splits.validation is None:
         raise ValueError(f"data source {data.source} has no validation part, and accuracies are compared on it")
-    return splits.train.fingerprint, 100.0 / len(splits.validation)
+    return splits, 100.0 / len(splits.validation)
 
 
 def _check_folder(folder: Path, config: Config) -> None:
@@ -222,10 +164,3 @@ def _csv(arms: list[ArmRuns]) -> str:
     for arm in arms:
         writer.writerows([arm.name, arm.baseline, *(getattr(run, name) for name in names)] for run in arm.runs)
     return stream.getvalue()
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text)
-    partial.replace(file)

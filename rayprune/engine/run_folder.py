@@ -23,6 +23,13 @@ from rayprune.sources import score_file
 _PACKAGES = ("rayprune", "ray", "torch", "torchvision", "numpy", "pandas", "pyarrow", "scikit-learn")
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
 def write_environment(run_folder: Path, **facts: Any) -> None:
     """Write versions and hardware, and what the caller adds (seed, fingerprint, devices)."""
     versions = {}

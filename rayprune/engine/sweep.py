@@ -23,6 +23,7 @@ import ray
 from rayprune.config import Config
 from rayprune.config_trials import Point, check_space, probe_points, shown_point, trial_config, trial_name
 from rayprune.engine.resources import start_ray
+from rayprune.engine.shares import Asked, share_resources
 from rayprune.engine.sweep_folder import (
     FINISHED,
     STOPPED,
@@ -36,7 +37,6 @@ from rayprune.engine.sweep_folder import (
     result_row,
     write_results,
 )
-from rayprune.engine.sweep_resources import share_resources
 from rayprune.engine.sweep_search import import_optuna
 from rayprune.engine.sweep_tuning import SweepListeners, SweepStart, run_trials
 from rayprune.engine.train import check, open_splits
@@ -80,7 +80,7 @@ def sweep(base: Config, folder: Path, listeners: SweepListeners | None = None, *
     start_ray(debug, dashboard=base.scaling.num_workers != 0)
     names = [trial_name(number, point) for number, point in enumerate(points)]
     num_trials = base.sweep.num_trials or 0 if optuna else len(points)
-    share = share_resources(base, splits.train, num_trials)
+    share = share_resources(base, splits.train, num_trials, Asked(base.sweep.max_concurrent), ray.cluster_resources())
     with open_sweep(base, folder):
         states = read_states(folder)
         ended = {name: state for name, state in states.items() if state.status in {FINISHED, STOPPED}}

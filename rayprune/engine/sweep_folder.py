@@ -23,7 +23,7 @@ from rayprune.config import Config, make_config
 from rayprune.config_trials import Point, sweep_digest, trial_config
 from rayprune.core.pareto import pareto_front
 from rayprune.engine.opening import sole_use
-from rayprune.engine.run_folder import read_metrics
+from rayprune.engine.run_folder import read_metrics, write_whole
 from rayprune.overrides import read_yaml
 
 Row = dict[str, Any]
@@ -96,13 +96,6 @@ def open_sweep(base: Config, folder: Path) -> Iterator[None]:
                 f"sweep folder {folder} can't be written ({error.strerror}): set run.storage_path"
             ) from None
         yield
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
 
 
 def write_state(folder: Path, state: TrialState) -> None:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import os
 import queue
-import re
 import threading
 from pathlib import Path
 from typing import Any
 
 from ray import tune
-from ray.exceptions import RayError
 
 from rayprune.config import make_config
+from rayprune.engine.ending import one_line
 from rayprune.engine.opening import SCORING, run_folder_of
 from rayprune.engine.protocol import TrainingStopped
 from rayprune.engine.run_folder import read_metrics
@@ -25,7 +24,6 @@ from rayprune.overrides import read_yaml
 
 # How long a run that was stopped may take to save; Ray ends the process afterwards.
 _LEAVE_S = 60.0
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def report_of(record: dict[str, Any]) -> dict[str, Any]:
@@ -126,16 +124,3 @@ class Trial(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Do nothing: the run has gone on from its own folder."""
-
-
-def one_line(error: BaseException) -> str:
-    """Return what an error says in one line, its type where it says nothing.
-
-    >>> one_line(KeyError("cwd"))
-    "KeyError: 'cwd'"
-    """
-    kind = type(error).__name__
-    # Ray's own errors hold a traceback as text and end with what it says.
-    lines = [line.strip() for line in _COLOUR.sub("", str(error)).splitlines() if line.strip()] or [kind]
-    line = lines[-1] if isinstance(error, RayError) else " ".join(lines)
-    return line if isinstance(error, ValueError | RuntimeError) or kind in line else f"{kind}: {line}"

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +15,9 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from rayprune.config import Config
 from rayprune.config_trials import Point, probe_points, trial_config, trial_name
+from rayprune.engine.ending import one_line, sigterm_as_sigint
 from rayprune.engine.run_folder import read_metrics
+from rayprune.engine.shares import Share
 from rayprune.engine.sweep_folder import (
     FAILED,
     FINISHED,
@@ -29,9 +28,8 @@ from rayprune.engine.sweep_folder import (
     result_row,
     write_state,
 )
-from rayprune.engine.sweep_resources import Share
 from rayprune.engine.sweep_search import OptunaPoints
-from rayprune.engine.sweep_trial import Trial, one_line, report_of
+from rayprune.engine.sweep_trial import Trial, report_of
 
 _OBJECTIVES = {
     "accuracy": {"val_accuracy": True},
@@ -116,7 +114,7 @@ def run_trials(
             verbose=0,
         ),
     )
-    with _sigterm_as_sigint():
+    with sigterm_as_sigint():
         tuner.fit()
     shutil.rmtree(storage, ignore_errors=True)
 
@@ -220,16 +218,3 @@ class _Endings(tune.Callback):
         write_state(self._folder, state)
         if self._listeners.on_trial is not None:
             self._listeners.on_trial(result_row(self._folder, state))
-
-
-@contextmanager
-def _sigterm_as_sigint() -> Iterator[None]:
-    """Let SIGTERM end Ray Tune as Ctrl-C does: trials are told to save and leave."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python takes signals in the main thread only
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

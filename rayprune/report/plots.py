@@ -81,13 +81,18 @@ def _draw_front(axes: Axes, front: pd.DataFrame, keys: list[str], cost: str, sca
     axes.scatter(x, y, s=130, facecolors="none", edgecolors="0.2", linewidths=1.2, zorder=4)
     if len(front) > _MOST_NAMED:
         return
-    middle = sum(axes.get_xlim()) / 2
+    # Trials that reached the same at the same cost share a label, a line each.
+    labels: dict[tuple[float, float], list[str]] = {}
     for _, row in front.iterrows():
-        text = ", ".join(_shown(row[key]) for key in keys)
-        place = (row[cost] * scale, row["val_accuracy"] * 100)
+        place = (float(row[cost] * scale), float(row["val_accuracy"] * 100))
+        labels.setdefault(place, []).append(", ".join(_shown(row[key]) for key in keys))
+    middle = sum(axes.get_xlim()) / 2
+    for place, lines in labels.items():
         # The front rises to the right: below it and above it are the free sides, and the plot's edge is far.
-        offset, aligned = ((9, -13), "left") if place[0] < middle else ((-7, 9), "right")
-        axes.annotate(text, place, xytext=offset, textcoords="offset points", fontsize=7, ha=aligned)
+        offset, aligned = ((9, -4), "left") if place[0] < middle else ((-7, 5), "right")
+        side = "top" if offset[1] < 0 else "bottom"
+        text = "\n".join(lines)
+        axes.annotate(text, place, xytext=offset, textcoords="offset points", fontsize=7, ha=aligned, va=side)
 
 
 def _method(row: Any, keys: list[str]) -> str:

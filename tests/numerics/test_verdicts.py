@@ -187,6 +187,21 @@ def test_seeds_that_happen_to_agree_are_no_certainty() -> None:
     assert judge(method, full, rival, 0.2, 0.95, resolution=0.28).outcome == "undecided"
 
 
+@pytest.mark.parametrize(
+    ("seconds", "outcome", "words"),
+    [
+        (7.0, "worth it", "30% of the seconds saved (timed once), within the margin"),
+        (9.7, "prune nothing", "3% of the seconds saved (timed once): no better, and not faster"),
+        (12.0, "prune nothing", "20% more seconds (timed once): no better"),
+    ],
+)
+def test_one_timing_decides_by_its_size(seconds: float, outcome: str, words: str) -> None:
+    full = standing("full", [90.0, 91.0, 92.0], [10.0])
+    method = standing("mine", [90.0, 91.0, 92.01], [seconds])
+    found = judge(method, full, [standing("random", [80.0, 81.0, 82.0], [7.0])], 0.2, 0.95)
+    assert (found.outcome, words in found.sentence) == (outcome, True), found.sentence
+
+
 def test_what_is_better_and_dearer_is_not_called_worth_it() -> None:
     full = standing("full", [90.0, 91.0, 92.0], [10.0, 10.0, 10.0])
     method = standing("mine", [93.0, 94.0, 95.1], [20.0, 20.0, 20.2])

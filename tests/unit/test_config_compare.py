@@ -54,7 +54,8 @@ def test_a_count_of_seeds_counts_from_zero_and_methods_are_whole() -> None:
         ({"methods": [{"name": "infobatch", "prune_ratoi": 0.5}]}, ["prune_ratoi", "'prune_ratio'"]),
         ({"margin": -1}, ["compare.margin", "greater than or equal to 0"]),
         ({"confidence": 1}, ["compare.confidence", "less than 1"]),
-        ({"parallel": 2}, ["compare.parallel = 2", "auto or 1"]),
+        ({"parallel": 0}, ["compare.parallel = 0", "at least 1, or auto"]),
+        ({"timed_seeds": 0}, ["compare.timed_seeds", "greater than or equal to 1"]),
         ({"marign": 1}, ["'compare.marign'", "'margin'"]),
     ],
 )

@@ -29,7 +29,9 @@ ARMS = ["full", "infobatch", "full_time", "full_steps", "random", "random_epoch"
 def config_of(tmp_path: Path, **keys: Any) -> Config:
     """Return a comparison of InfoBatch on 301 digits, which prunes in the second and third of four epochs."""
     method = {"name": "infobatch", "prune_ratio": 0.9}
-    return tiny(tmp_path, "cmp", method=method, data={"augment": {"crop": 0}}, compare={"seeds": 2, **keys})
+    return tiny(
+        tmp_path, "cmp", method=method, data={"augment": {"crop": 0}}, compare={"seeds": 2, "parallel": 1, **keys}
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,99 @@
+"""A comparison with several runs at a time, as a user starts it: stopped, gone on with, and what its seconds are."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_runs import run_config, same_weights
+
+from rayprune.config import load_config
+from rayprune.engine.compare import Watching, compare
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "digits_compare.yaml"
+WORDS = ["run.name=it", "compare.seeds=3", "compare.baselines=[shuffled,full_steps]", "train.epochs=4"]
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "-m", "rayprune", "compare", str(CONFIG), *WORDS, *more]
+    command.append(f"run.storage_path={folder}")
+    return subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=150)
+    return process.returncode, out, err
+
+
+def report_in(folder: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((folder / "it" / "compare.json").read_text())
+    return report
+
+
+def test_side_by_side_it_finds_what_it_finds_one_by_one(tmp_path: Path) -> None:
+    parallel = start(tmp_path / "two", "compare.parallel=2")
+    shared = tmp_path / "two" / "it" / "shared_runs.json"
+    deadline = time.monotonic() + 120
+    while not shared.exists():
+        assert time.monotonic() < deadline
+        assert parallel.poll() is None, finish(parallel)
+        time.sleep(0.02)
+    parallel.send_signal(signal.SIGTERM)
+    code, _, err = finish(parallel)
+    assert code == 1
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+    code, out, err = finish(start(tmp_path / "two", "compare.parallel=2"))
+    assert code == 0, err
+    assert "finished before" in out
+    assert "runs of seed 0 alone, the others side by side and not timed" in out
+    compare(load_config(CONFIG, [*WORDS, f"run.storage_path={tmp_path / 'one'}"]))
+    two, one = report_in(tmp_path / "two"), report_in(tmp_path / "one")
+    assert (two["timed_seeds"], one["timed_seeds"]) == ([0], [0, 1, 2])
+    for ours, theirs in zip(two["arms"], one["arms"], strict=True):
+        assert [run["alone"] for run in ours["runs"]] == [True, False, False]
+        assert [run["accuracy"] for run in ours["runs"]] == [run["accuracy"] for run in theirs["runs"]]
+        assert ours["to_full"] == theirs["to_full"]
+        assert ours["seconds"] == ours["runs"][0]["seconds"]
+        assert ours["seconds_to_full"]["low"] is None
+        for run in ours["runs"]:
+            assert same_weights(tmp_path / "two/it/runs" / run["folder"], tmp_path / "one/it/runs" / run["folder"])
+    # One run at a time later: what ran beside others is still not timed.
+    compare(load_config(CONFIG, [*WORDS, f"run.storage_path={tmp_path / 'two'}"]))
+    assert report_in(tmp_path / "two")["timed_seeds"] == [0]
+
+
+def test_a_run_that_breaks_down_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"method": {"name": "infobatch"}, "data": {"augment": {"crop": 0}}}
+    section = {"seeds": 2, "baselines": ["ratio_0"], "parallel": 2}
+    config = run_config(tmp_path, "it", **keys, scaling={"threads": 1}, compare=section)
+    heard: list[str] = []
+
+    def spoil(number: str, arm: Any, seed: int, finished: bool, terms: Any) -> None:
+        heard.append(f"{arm.name}-seed{seed}")
+        if seed == 1 and arm.name == "infobatch":
+            (tmp_path / "it" / "runs" / "infobatch-seed1").write_text("in the way")
+
+    with pytest.raises(RuntimeError, match="run infobatch-seed1: "):
+        compare(config, Watching(spoil))
+    assert heard[:3] == ["full-seed0", "infobatch-seed0", "ratio_0-seed0"]
+    (tmp_path / "it" / "runs" / "infobatch-seed1").unlink()
+    compare(config)
+    assert len(report_in(tmp_path)["arms"]) == 3
+
+
+def test_more_runs_at_a_time_than_fit_are_refused(tmp_path: Path) -> None:
+    config = run_config(tmp_path, "it", method={"name": "infobatch"}, compare={"parallel": 4096})
+    with pytest.raises(ValueError, match=r"compare.parallel 4096 .* set compare.parallel="):
+        compare(config)
+    assert not (tmp_path / "it").exists()
