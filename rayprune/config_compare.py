@@ -35,6 +35,8 @@ class CompareSection(Section):
     parallel: Auto | int = Field("auto", description="runs at a time; auto: as many as the machine has room for")
     timed_seeds: int = Field(1, ge=1, description="seeds whose runs go alone, for their seconds, where others do not")
 
+    amortise: int = Field(1, ge=1, description="trainings that share the cost of a static method's scoring run")
+
     @field_validator("methods")
     @classmethod
     def _judgeable(cls, value: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:

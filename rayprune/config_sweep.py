@@ -126,6 +126,7 @@ class SweepSection(Section):
     hold_out: float = Field(
         0.1, ge=0, lt=1, description="share of the training samples that trials are compared on; 0: the validation part"
     )
+    amortise: int = Field(1, ge=1, description="trainings that share the cost of a static method's scoring run")
     max_concurrent: Auto | int = "auto"
     seed: int = Field(0, ge=0, lt=2**32, description="of the search; the trials' own is train.seed")
     max_failures: int = Field(1, ge=0, description="how often a trial that broke down is started again")

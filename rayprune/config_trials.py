@@ -155,8 +155,8 @@ def trial_name(number: int, point: Mapping[str, Any]) -> str:
 
 
 def sweep_digest(base: Config) -> str:
-    """Return 8 hexadecimal digits over what decides a sweep's results; how many trials run at once does not."""
-    sweep = base.sweep.model_dump(mode="json", exclude={"max_concurrent", "max_failures"})
+    """Return 8 hexadecimal digits over what decides a sweep's trials."""
+    sweep = base.sweep.model_dump(mode="json", exclude={"max_concurrent", "max_failures", "amortise"})
     content = json.dumps([base.digest(), sweep], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:8]
 

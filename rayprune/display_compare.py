@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_HEADS = ("arm", "accuracy", "to full", "worst class", "epochs", "samples", "compute", "time", "seconds")
+_HEADS = ("arm", "accuracy", "to full", "worst class", "epochs", "samples", "compute", "FLOPs", "time", "seconds")
 
 
 def compare_lines(report: Mapping[str, Any]) -> Iterator[str]:
@@ -32,6 +32,7 @@ def _row(arm: Mapping[str, Any], report: Mapping[str, Any]) -> tuple[str, ...]:
         "–".join(str(epochs) for epochs in (arm["epochs"][0], arm["epochs"][-1])[: len(arm["epochs"])]),
         f"{arm['samples_trained']:,.0f}",
         f"{arm['compute'] / whole:.1%}",
+        f"{arm['flops']:.2e}",
         f"{arm['seconds_to_full']['mean']:.1%}",
         f"{arm['seconds']:.1f}",
     )

@@ -91,7 +91,7 @@ def sweep_table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[
         rows: as in results.parquet.
         keys: the swept keys.
     """
-    header = ("", *keys, "val acc", "compute", "samples trained", "epochs", "seconds", "status", "trial")
+    header = ("", *keys, "val acc", "compute", "FLOPs", "samples trained", "epochs", "seconds", "status", "trial")
     order = sorted(rows, key=lambda row: (row["val_accuracy"] is None, -(row["val_accuracy"] or 0.0)))
     cells: list[tuple[str, ...]] = [header]
     for row in order:
@@ -103,6 +103,7 @@ def sweep_table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[
                 *(shown_value(row[key]) for key in keys),
                 _share(row["val_accuracy"]),
                 _share(row["compute_share"]),
+                "–" if row["flops"] is None else f"{row['flops']:.2e}",
                 trained,
                 str(row["epochs"] or "–"),
                 seconds,

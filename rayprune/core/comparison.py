@@ -31,6 +31,7 @@ class RunOutcome:
         worst_class: that of the class with the lowest, in points.
         samples_trained, samples_forwarded: with those of a run that scored.
         compute: in samples trained.
+        flops: floating-point operations of training.
         seconds: of training, selection and checkpoints, without validation.
         alone: nothing else of the comparison ran beside it: its seconds count.
     """
@@ -44,6 +45,7 @@ class RunOutcome:
     samples_trained: int
     samples_forwarded: int
     compute: float
+    flops: float
     seconds: float
     alone: bool = True
 
@@ -142,7 +144,7 @@ def _arm_row(arm: ArmRuns, full: ArmRuns, terms: _Terms) -> dict[str, Any]:
             paired_difference(arm.column("worst_class"), full.column("worst_class"), confidence)
         ),
         "epochs": sorted({run.epochs for run in arm.runs}),
-        **{name: arm.mean(name) for name in ("samples_trained", "samples_forwarded", "compute")},
+        **{name: arm.mean(name) for name in ("samples_trained", "samples_forwarded", "compute", "flops")},
         "seconds": float(np.mean(own)),
         **{f"{name}_saved": 1.0 - arm.mean(name) / full.mean(name) for name in ("samples_trained", "compute")},
         "seconds_to_full": _plain(paired_ratio(own, whole, confidence)),

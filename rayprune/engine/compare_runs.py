@@ -20,6 +20,7 @@ from typing import Any
 from rayprune.config import Config, make_config
 from rayprune.core.comparison import RunOutcome
 from rayprune.engine.arms import Arm, Spent, Terms, run_config, terms_of
+from rayprune.engine.costs import Costs, costs_of
 from rayprune.engine.ending import sigterm_as_sigint
 from rayprune.engine.opening import check_folder, run_folder_of
 from rayprune.engine.resources import start_ray
@@ -155,7 +156,8 @@ class ComparedRuns:
             metrics = read_metrics(run_folder_of(job.config))
             self._num_samples = metrics[-1]["num_samples"]
             alone = job.name not in self._shared()
-            outcome = _outcome(metrics, job.config.train.seed, job.name, job.terms, alone)
+            costs = costs_of(run_folder_of(job.config), metrics, self._config.compare.amortise)
+            outcome = _outcome(metrics, costs, job, alone)
         self._done[job.arm.name][job.place] = outcome
 
     def _spent(self, outcome: RunOutcome) -> Spent:
@@ -189,21 +191,20 @@ class ComparedRuns:
             train(make_config(tree), debug=self._debug, on_notice=lambda _: None)
 
 
-def _outcome(metrics: list[dict[str, Any]], seed: int, folder: str, terms: Terms, alone: bool) -> RunOutcome:
+def _outcome(metrics: list[dict[str, Any]], costs: Costs, job: _Job, alone: bool) -> RunOutcome:
     last = metrics[-1]
-    times = [line["seconds"] for line in metrics] + [last.get("seconds_collected") or {}]
-    seconds = sum(part.get("epoch", 0.0) - part.get("validate", 0.0) for part in times)
     classes = [value for value in last["val_class_accuracy"] if value is not None]
     return RunOutcome(
-        seed=seed,
-        folder=folder,
+        seed=job.config.train.seed,
+        folder=job.name,
         epochs=len(metrics),
-        matched=terms.matched,
+        matched=job.terms.matched,
         accuracy=100.0 * last["val_accuracy"],
         worst_class=100.0 * min(classes),
-        samples_trained=last["samples_trained"],
-        samples_forwarded=last["samples_forwarded"],
-        compute=last["compute"],
-        seconds=seconds,
+        samples_trained=costs.samples_trained,
+        samples_forwarded=costs.samples_forwarded,
+        compute=costs.compute,
+        flops=costs.flops,
+        seconds=costs.seconds,
         alone=alone,
     )

@@ -47,7 +47,13 @@ class Saver:
         self._folder, self._config, self._rank = run_folder, config, rank
         self._fingerprint, self._shuffle = fingerprint, shuffle
         self._counts = {name: getattr(before, name) for name in _COUNTS}
-        self._collected = {"samples_collected": before.samples_trained, "seconds_collected": dict(before.seconds)}
+        self._collected = {
+            "samples_collected": before.samples_trained,
+            "samples_forwarded_collected": before.samples_forwarded,
+            "compute_collected": before.compute,
+            "wall_time_collected": before.wall_time,
+            "seconds_collected": dict(before.seconds),
+        }
         self._wall_before = before.wall_time
         self._started = time.perf_counter()
         self._board: Any = None

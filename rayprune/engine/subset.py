@@ -15,8 +15,10 @@ from rayprune.config import Config
 from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
 from rayprune.engine.checkpoint import load_selector_state
+from rayprune.engine.costs import forward_flops_of
 from rayprune.engine.importing import score_trajectories
 from rayprune.engine.opening import SCORING, run_folder_of
+from rayprune.engine.preparation import forward_flops, input_spec
 from rayprune.engine.run import Choice
 from rayprune.engine.run_folder import read_metrics, write_scores
 from rayprune.engine.setup import Before
@@ -88,6 +90,10 @@ def score_samples(config: Config, source: SampleSource, folder: Path | None) -> 
         lines = read_metrics(folder)
         seconds = {key: round(sum(line["seconds"][key] for line in lines), 6) for key in lines[-1]["seconds"]}
         counts = {name: lines[-1][name] for name in vars(Before()) if name != "seconds"}
+        # Counted in samples of the network that follows, where another one scored them.
+        if config.collect.model:
+            ratio = forward_flops_of(folder) / forward_flops(config, input_spec(config, source))
+            counts["compute"] = round(counts["compute"] * ratio, 1)
         before = Before(**counts, seconds=seconds)
         imported = False
     selection = selector.begin_epoch(last)

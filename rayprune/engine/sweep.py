@@ -85,7 +85,7 @@ def sweep(base: Config, folder: Path, listeners: SweepListeners | None = None, *
         states = read_states(folder)
         ended = {name: state for name, state in states.items() if state.status in {FINISHED, STOPPED}}
         if listeners.on_start is not None:
-            before = [result_row(folder, state) for state in ended.values()]
+            before = [result_row(folder, state, base.sweep.amortise) for state in ended.values()]
             listeners.on_start(SweepStart(folder, num_trials, before, share))
         if optuna:
             todo = [state for name, state in states.items() if name not in ended]
@@ -98,7 +98,7 @@ def sweep(base: Config, folder: Path, listeners: SweepListeners | None = None, *
             with _cpus_given_back():
                 run_trials(base, folder, share, listeners, ended, todo)
         states = read_states(folder)
-        rows = mark_front([result_row(folder, state) for state in states.values()])
+        rows = mark_front([result_row(folder, state, base.sweep.amortise) for state in states.values()])
         write_results(folder, base, rows)
         if len(states) < num_trials or any(state.status == UNFINISHED for state in states.values()):
             raise KeyboardInterrupt

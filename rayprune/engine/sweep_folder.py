@@ -22,6 +22,7 @@ import yaml
 from rayprune.config import Config, make_config
 from rayprune.config_trials import Point, sweep_digest, trial_config
 from rayprune.core.pareto import pareto_front
+from rayprune.engine.costs import costs_of
 from rayprune.engine.opening import sole_use
 from rayprune.engine.run_folder import read_metrics, write_whole
 from rayprune.overrides import read_yaml
@@ -36,6 +37,7 @@ _FIGURES = {
     "samples_forwarded": "Int64",
     "compute": "float64",
     "compute_share": "float64",
+    "flops": "float64",
     "seconds": "float64",
 }
 
@@ -114,29 +116,33 @@ def read_states(folder: Path) -> dict[str, TrialState]:
     return states
 
 
-def result_row(folder: Path, state: TrialState) -> Row:
+def result_row(folder: Path, state: TrialState, amortise: int = 1) -> Row:
     """Return a trial's row: its point, how it ended, and the figures of its last epoch (never of its best)."""
     metrics = read_metrics(folder / "trials" / state.name)
     figures: Row = dict.fromkeys(_FIGURES)
     if metrics:
         last = metrics[-1]
-        epochs = last["epoch"] + 1
+        epochs, costs = last["epoch"] + 1, costs_of(folder / "trials" / state.name, metrics, amortise)
         figures = {
             "epochs": epochs,
             "val_accuracy": last["val_accuracy"],
-            "samples_trained": last["samples_trained"],
-            "samples_forwarded": last["samples_forwarded"],
-            "compute": last["compute"],
-            "compute_share": last["compute"] / (last["num_samples"] * epochs),
-            "seconds": last["wall_time"],
+            "samples_trained": costs.samples_trained,
+            "samples_forwarded": costs.samples_forwarded,
+            "compute": costs.compute,
+            "compute_share": costs.compute / (last["num_samples"] * epochs),
+            "flops": costs.flops,
+            "seconds": costs.wall_time,
         }
     return {"trial": state.name, **state.point, "status": state.status, "error": state.error, **figures}
 
 
 def mark_front(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows with a column `pareto`: on the front of accuracy against compute, among finished trials."""
+    """Return the rows with a column `pareto`: on the front of accuracy against FLOPs, among finished trials.
+
+    Compute in samples trained is in the same order where the trials share a network, and says nothing where not.
+    """
     done = [row for row in rows if row["status"] == FINISHED and row["val_accuracy"] is not None]
-    flags = pareto_front([row["val_accuracy"] for row in done], [row["compute"] for row in done])
+    flags = pareto_front([row["val_accuracy"] for row in done], [row["flops"] or row["compute"] for row in done])
     front = {row["trial"] for row, flag in zip(done, flags, strict=True) if flag}
     return [{**row, "pareto": row["trial"] in front} for row in rows]
 

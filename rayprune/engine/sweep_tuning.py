@@ -110,7 +110,7 @@ def run_trials(
             storage_path=str(folder),
             name=storage.name,
             failure_config=tune.FailureConfig(max_failures=section.max_failures),
-            callbacks=[_Endings(folder, listeners)],
+            callbacks=[_Endings(folder, listeners, section.amortise)],
             verbose=0,
         ),
     )
@@ -185,8 +185,8 @@ def _asha(base: Config, folder: Path, ended: Mapping[str, TrialState]) -> TrialS
 class _Endings(tune.Callback):
     """Write down how each trial ends, and tell the listeners."""
 
-    def __init__(self, folder: Path, listeners: SweepListeners) -> None:
-        self._folder, self._listeners = folder, listeners
+    def __init__(self, folder: Path, listeners: SweepListeners, amortise: int) -> None:
+        self._folder, self._listeners, self._amortise = folder, listeners, amortise
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Ray Tune pickles its callbacks for a restore that a sweep does without
@@ -217,4 +217,4 @@ class _Endings(tune.Callback):
         state = TrialState(spec["name"], spec["point"], status, error)
         write_state(self._folder, state)
         if self._listeners.on_trial is not None:
-            self._listeners.on_trial(result_row(self._folder, state))
+            self._listeners.on_trial(result_row(self._folder, state, self._amortise))

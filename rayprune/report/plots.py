@@ -23,8 +23,8 @@ _MOST_NAMED = 8
 def plot_pareto(folder: Path) -> Path:
     """Draw each finished trial's accuracy against its compute, with the Pareto front; return pareto.png.
 
-    Trials that were stopped are drawn hollow. The cost axis is the share of N samples in every epoch, or samples where
-    trials of the sweep have different lengths.
+    Trials that were stopped are drawn hollow. The cost axis is the share of N samples in every epoch, or FLOPs where
+    trials of the sweep have different lengths or networks.
 
     Args:
         folder: of a sweep, with results.parquet.
@@ -37,14 +37,14 @@ def plot_pareto(folder: Path) -> Path:
     if table.empty:
         raise ValueError(f"{folder}: no trial has an accuracy to plot")
     finished = table[table["status"] == "finished"]
-    same_length = finished["epochs"].nunique() <= 1
-    cost = "compute_share" if same_length else "compute"
-    scale = 100.0 if same_length else 1.0
+    each = (finished["flops"] / finished["compute"]).round()
+    alike = finished["epochs"].nunique() <= 1 and each.nunique() <= 1
+    cost, scale = ("compute_share", 100.0) if alike else ("flops", 1.0)
     keys = list(table.columns[1 : list(table.columns).index("status")])
     figure, axes = plt.subplots(figsize=(8.0, 5.0), layout="constrained")
     _draw_trials(axes, table, keys, cost, scale)
     _draw_front(axes, finished[finished["pareto"]].sort_values(cost), keys, cost, scale)
-    unit = "compute, % of N samples in every epoch" if same_length else "compute, in samples trained"
+    unit = "compute, % of N samples in every epoch" if alike else "FLOPs of training"
     axes.set(xlabel=unit, ylabel="validation accuracy of the last epoch, %", title=folder.name)
     axes.grid(alpha=0.25)
     axes.margins(0.08)

@@ -13,6 +13,8 @@ import pytest
 
 from rayprune.config import Config
 from rayprune.core import Selection
+from rayprune.engine.costs import forward_flops_of
+from rayprune.engine.run_folder import read_metrics
 from rayprune.engine.train import RunResult, TrainingFailed, score, train
 from rayprune.sources import open_data
 from rayprune.sources.selection_file import read_selection_file, write_selection_file
@@ -55,6 +57,15 @@ def test_the_costs_of_both_runs_are_counted_together(finished: RunResult) -> Non
         assert line["samples_trained"] == 4 * num + number * kept
         assert line["wall_time"] > collected["wall_time"]
         assert line["compute"] == line["samples_trained"] + line["samples_padded"]
+
+
+def test_a_smaller_network_that_scores_counts_as_less(tmp_path: Path) -> None:
+    result = train(tdds(tmp_path, collect={"model": {"hidden": [8]}}))
+    own, other = (forward_flops_of(folder) for folder in (result.folder, result.folder / "collect"))
+    assert other < own
+    line, scored = result.metrics[-1], read_metrics(result.folder / "collect")[-1]
+    assert line["compute_collected"] == pytest.approx(scored["compute"] * other / own, abs=0.1)
+    assert line["compute"] < line["samples_trained"]
 
 
 def test_the_environment_says_what_a_sample_costs(finished: RunResult) -> None:

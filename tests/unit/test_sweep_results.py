@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from rayprune.config import load_config, make_config
 from rayprune.core.pareto import pareto_front
 from rayprune.display_sweep import sweep_table
+from rayprune.engine.costs import costs_of
+from rayprune.engine.run_folder import read_metrics
 from rayprune.engine.sweep_folder import TrialState, mark_front, read_states, result_row, write_results, write_state
 from rayprune.report.plots import plot_pareto
 
@@ -43,7 +45,9 @@ def test_what_is_no_number_is_on_no_front() -> None:
     assert pareto_front([float("nan"), 0.5, 0.9], [0.0, 1.0, float("nan")]) == [False, True, False]
 
 
-def trial(folder: Path, state: TrialState, accuracies: list[float], compute: float) -> None:
+def trial(
+    folder: Path, state: TrialState, accuracies: list[float], compute: float, flops: int = 7, **collected: Any
+) -> None:
     write_state(folder, state)
     lines = [
         {
@@ -54,11 +58,14 @@ def trial(folder: Path, state: TrialState, accuracies: list[float], compute: flo
             "samples_forwarded": 0,
             "compute": compute * (epoch + 1),
             "wall_time": float(epoch + 1),
+            "seconds": {"epoch": 0.9, "validate": 0.2},
+            **collected,
         }
         for epoch, accuracy in enumerate(accuracies)
     ]
     file = folder / "trials" / state.name / "metrics.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file.with_name("environment.json").write_text(json.dumps({"forward_flops_per_sample": flops}))
 
 
 def swept(folder: Path) -> list[dict[str, Any]]:
@@ -92,6 +99,7 @@ def swept(folder: Path) -> list[dict[str, Any]]:
 def test_a_row_is_of_the_last_epoch_not_the_best(tmp_path: Path) -> None:
     first, _, _, stopped, failed = swept(tmp_path)
     assert (first["val_accuracy"], first["epochs"], first["compute"], first["compute_share"]) == (0.8, 3, 240, 0.8)
+    assert first["flops"] == 3 * 7 * 240  # a step is three forward passes
     assert stopped["epochs"] == 1
     assert (failed["val_accuracy"], failed["error"]) == (None, "losses were NaN")
 
@@ -124,6 +132,33 @@ def test_the_table_is_sorted_by_accuracy_with_the_front_marked(tmp_path: Path) -
     assert [line.split()[-1] for line in lines[1:6]] == ["000-a", "001-b", "002-c", "003-d", "004-e"]
     assert [line.startswith("*") for line in lines[1:6]] == [True, False, True, False, False]
     assert lines[6] == "failed   004-e: losses were NaN"
+
+
+def test_a_cheaper_network_is_on_the_front_whatever_its_samples(tmp_path: Path) -> None:
+    for name, compute, flops in (("000-a", 90.0, 100), ("001-b", 80.0, 1000)):
+        trial(tmp_path, TrialState(name, {"model.name": name}, "finished"), [0.8], compute, flops)
+    rows = mark_front([result_row(tmp_path, state) for state in read_states(tmp_path).values()])
+    assert [row["pareto"] for row in rows] == [True, False]
+
+
+def test_a_scoring_run_is_shared_only_when_asked(tmp_path: Path) -> None:
+    state = TrialState("000-a", {"method.name": "tdds"}, "finished")
+    collected = {
+        "samples_collected": 120,
+        "samples_forwarded_collected": 0,
+        "compute_collected": 120.0,
+        "wall_time_collected": 1.0,
+        "seconds_collected": {"epoch": 0.8, "validate": 0.2},
+    }
+    trial(tmp_path, state, [0.5, 0.9, 0.8], 80, **collected)
+    folder = tmp_path / "trials" / "000-a"
+    whole, part = (costs_of(folder, read_metrics(folder), share) for share in (1, 4))
+    assert (whole.samples_trained, part.samples_trained) == (240, 240 - 90)
+    assert (whole.compute, part.compute) == (240.0, 150.0)
+    assert (whole.flops, part.flops) == (3 * 7 * 240, 3 * 7 * 150)
+    assert (round(whole.seconds, 6), round(part.seconds, 6)) == (2.7, 2.25)
+    assert (whole.wall_time, part.wall_time) == (3.0, 2.25)
+    assert result_row(tmp_path, state, 4)["compute"] == 150.0
 
 
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:
