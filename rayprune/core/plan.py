@@ -8,13 +8,14 @@ global batches ("step-interleaved"), so a resume at step s, with any W that divi
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.core.roles import TRAIN, meta_rows, num_meta_batches, row_roles, with_meta
 from rayprune.core.selection import Selection
 from rayprune.core.table import chunks
 from rayprune.core.windows import rows_of_groups, windowed
@@ -42,11 +43,13 @@ class Plan:
     """Hold the order in which an epoch visits its samples.
 
     Attributes:
-        order: (P,) integer ids, P a multiple of batch_size; the first `num_rows` are the selection, the rest padding.
+        order: (P,) integer ids, P a multiple of batch_size: the selection, the padding of its last batch, and meta
+            batches between them.
         batch_size: GB, the global batch.
-        num_rows: rows that are trained on; rows behind them are padding at weight 0.
+        num_rows: rows that are trained on; padding and meta rows have weight 0.
         selection: where the weights come from; None = all 1.
         window_stops: (V,) rows before which the windows of groups end, ascending; empty for a uniform shuffle.
+        meta_every: K: a meta batch stands before every K-th batch of the selection (`rayprune.core.roles`); 0: none.
     """
 
     order: NDArray[Any]
@@ -54,6 +57,7 @@ class Plan:
     num_rows: int
     selection: Selection | None = None
     window_stops: NDArray[np.int64] = field(default_factory=lambda: _NO_WINDOWS)
+    meta_every: int = 0
 
     @classmethod
     def of_selection(
@@ -65,6 +69,7 @@ class Plan:
         last_batch: LastBatch = "pad",
         groups: NDArray[np.int64] | None = None,
         window_rows: int = BLOCK_ROWS,
+        meta_every: int = 0,
     ) -> Plan:
         """Shuffle a selection, uniformly or by windows of groups, and complete its last global batch.
 
@@ -77,6 +82,7 @@ class Plan:
             groups: (G+1,) boundaries, from 0 to N, of rows that are read together; padding then comes from the groups
                 of the last window, where they have enough other rows.
             window_rows: rows in storage that a window of groups has at most, but at least 8 groups.
+            meta_every: put a batch of the unpruned stream before every so many batches, where samples are pruned.
 
         Raises:
             ValueError: batch_size is below 1.
@@ -108,7 +114,11 @@ class Plan:
         if last_batch == "drop":
             rows -= rows % batch_size
             order = order[:rows]
-        return cls(order, batch_size, rows, selection, stops)
+        plan = cls(order, batch_size, rows, selection, stops)
+        if not meta_every or rows == 0 or selection.num_kept == selection.num_samples:
+            return plan
+        rng = np.random.default_rng([seed, epoch, 0, 2])
+        return plan._with_meta(meta_every, rng, groups, window_rows)
 
     @classmethod
     def in_order(cls, num_samples: int, batch_size: int, ids: NDArray[np.int64] | None = None) -> Plan:
@@ -119,6 +129,17 @@ class Plan:
         order[rows.size :] = rows[0] if rows.size else 0
         return cls(order, batch_size, int(rows.size))
 
+    def _with_meta(
+        self, every: int, rng: np.random.Generator, groups: NDArray[np.int64] | None, window_rows: int
+    ) -> Plan:
+        assert self.selection is not None
+        size = self.batch_size
+        count = num_meta_batches(self.num_steps, every) * size
+        meta = meta_rows(count, self.selection.num_samples, size, rng, groups, window_rows)
+        stops = -(-self.window_stops // size)  # in batches of the selection
+        stops = (stops + -(-stops // every)) * size
+        return replace(self, order=with_meta(self.order, meta, size, every), window_stops=stops, meta_every=every)
+
     @property
     def num_steps(self) -> int:
         """Global batches in the epoch."""
@@ -127,27 +148,33 @@ class Plan:
     @cached_property
     def hash(self) -> str:
         """32 hexadecimal digits over ids, weights and order, the padding included; equal on every platform."""
-        digest = hashlib.sha256(f"{self.batch_size},{self.num_rows}".encode())
+        meta = f",{self.meta_every}" if self.meta_every else ""
+        digest = hashlib.sha256(f"{self.batch_size},{self.num_rows}{meta}".encode())
         for rows in chunks(self.order.size):
             digest.update(self.order[rows].astype("<i8"))
             digest.update(self.weights(rows.start, rows.stop).astype("<f4"))
         return digest.hexdigest()[:32]
 
     def weights(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Return the float32 weights of rows [start, stop); 0 for padding."""
+        """Return the float32 weights of rows [start, stop); 0 for padding and meta rows."""
         if self.selection is not None and self.selection.batch_mean_weights:
             return self._batch_mean_weights(start, stop)
         rows = self.order[start:stop]
         weights = np.ones(rows.size, np.float32) if self.selection is None else self.selection.weights_of(rows)
-        weights[max(0, self.num_rows - start) :] = 0.0
+        weights[self.roles(start, stop) != TRAIN] = 0.0
         return weights
+
+    def roles(self, start: int, stop: int) -> NDArray[np.int8]:
+        """Return PADDING, TRAIN or META of rows [start, stop)."""
+        stop = min(stop, self.order.size)
+        return row_roles(start, stop, self.batch_size, self.num_rows, self.meta_every)
 
     def _batch_mean_weights(self, start: int, stop: int) -> NDArray[np.float32]:
         assert self.selection is not None
         size = self.batch_size
         first, last = start // size, -(-stop // size)
         rows = self.order[first * size : last * size]
-        real = (np.arange(first * size, last * size) < self.num_rows).reshape(-1, size)
+        real = (self.roles(first * size, last * size) == TRAIN).reshape(-1, size)
         own = self.selection.weights_of(rows).reshape(-1, size).astype(np.float64)
         mean = (own * real).sum(axis=1, keepdims=True) / np.maximum(real.sum(axis=1, keepdims=True), 1)
         weights: NDArray[np.float32] = (mean * real).astype(np.float32).ravel()[start - first * size :][: stop - start]
@@ -155,11 +182,11 @@ class Plan:
 
     def share(
         self, rank: int, world_size: int, start_step: int, stop_step: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]:
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int8]]:
         """Return one rank's rows of the global batches [start_step, stop_step), batch after batch.
 
         Returns:
-            ids int64, weights float32, and True where a row is real (False: padding); each ((stop − start)·GB/W,).
+            ids int64, weights float32, and the rows' roles; each ((stop − start)·GB/W,).
         """
         start, stop = start_step * self.batch_size, stop_step * self.batch_size
         size = self._rows_of_rank(world_size)
@@ -169,7 +196,7 @@ class Plan:
             return rows.reshape(-1, self.batch_size)[:, mine].ravel()
 
         ids = slices(self.order[start:stop]).astype(np.int64)
-        return ids, slices(self.weights(start, stop)), slices(np.arange(start, stop) < self.num_rows)
+        return ids, slices(self.weights(start, stop)), slices(self.roles(start, stop))
 
     def blocks(self, world_size: int, row_bytes: int, start_step: int = 0) -> list[Block]:
         """Cut the steps from start_step on into blocks of at most BLOCK_ROWS rows and BLOCK_BYTES bytes.

@@ -49,6 +49,7 @@ class ScoreSpec:
         chosen: what a method with a file trains on.
         record: signals whose mean over the visits is kept beside the method's own scores.
         visits_collected: samples trained by a run that scored them before.
+        meta_every: what the train step asks for of the unpruned stream, as `Plan.of_selection` takes it.
     """
 
     method: dict[str, Any] | Method
@@ -65,6 +66,7 @@ class ScoreSpec:
     chosen: Selection | None = None
     record: tuple[str, ...] = ()
     visits_collected: int = 0
+    meta_every: int = 0
 
     def selector(self) -> Selector:
         """Return a fresh Selector."""
@@ -128,6 +130,7 @@ class ScoreActor:
             hash=self._plan.hash if turn.phase == "train" else "",
             select_s=time.perf_counter() - start,
             facts=selection.facts,
+            meta_every=self._plan.meta_every,
         )
 
     def _make_plan(self, selector: Selector, turn: Turn) -> Plan:
@@ -139,13 +142,13 @@ class ScoreActor:
             return Plan.in_order(selection.num_samples, spec.batch_size, selection.scored_ids)
         groups, window_rows = spec.source.groups, block_rows(spec.row_bytes)
         return Plan.of_selection(
-            selection, spec.batch_size, spec.seed, turn.epoch, spec.last_batch, groups, window_rows
+            selection, spec.batch_size, spec.seed, turn.epoch, spec.last_batch, groups, window_rows, spec.meta_every
         )
 
     def share(
         self, generation: int, turn: Turn, rank: int, start_step: int, stop_step: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]:
-        """Return a rank's ids, weights and real-row marks of the steps [start_step, stop_step) of the turn's plan."""
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int8]]:
+        """Return a rank's ids, weights and roles of the steps [start_step, stop_step) of the turn's plan."""
         if turn != self._turn:  # a restarted actor lays the same plan out again
             self.announce(generation, turn)
         assert self._plan is not None

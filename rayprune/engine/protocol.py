@@ -73,7 +73,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class PlanHeader:
-    """What every rank must know of a plan without holding it; `facts` are the selection's own, for metrics.jsonl."""
+    """What every rank must know of a plan without holding it; `facts` are the selection's own, for metrics.jsonl.
+
+    `num_steps` counts the meta batches too, one before every `meta_every`-th batch that trains.
+    """
 
     num_steps: int
     num_rows: int
@@ -86,6 +89,7 @@ class PlanHeader:
     hash: str
     select_s: float
     facts: Mapping[str, Any]
+    meta_every: int = 0
 
 
 @dataclass(frozen=True)

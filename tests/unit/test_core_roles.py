@@ -1,0 +1,96 @@
+"""Meta batches between those of a selection: where they stand, what they hold, and that nothing else changes.
+
+Shapes: N samples, GB the global batch, K batches from meta to meta, W ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayprune.core import Plan, Selection
+from rayprune.core.roles import META, PADDING, TRAIN, is_meta, train_step_of
+
+NUM, BATCH = 120, 12
+
+
+def selection(share: float, seed: int = 0, num: int = NUM) -> Selection:
+    rng = np.random.default_rng(seed)
+    ids = np.sort(rng.choice(num, size=int(share * num), replace=False))
+    return Selection.of_ids(ids, num, weights=rng.choice([0.5, 2.0], size=ids.size))
+
+
+def plan_of(chosen: Selection, every: int, **keys: object) -> Plan:
+    return Plan.of_selection(chosen, BATCH, 7, 3, meta_every=every, **keys)  # type: ignore[arg-type]
+
+
+@given(st.floats(0.05, 0.95), st.integers(1, 5), st.integers(0, 2**30))
+def test_without_its_meta_batches_a_plan_is_the_plan_without_them(share: float, every: int, seed: int) -> None:
+    chosen = selection(share, seed)
+    plan, plain = plan_of(chosen, every), plan_of(chosen, 0)
+    metas = np.array([is_meta(step, every) for step in range(plan.num_steps)])
+    rows = plan.order.reshape(-1, BATCH)
+    assert np.array_equal(rows[~metas].ravel(), plain.order)
+    assert metas.sum() == -(-plain.num_steps // every)
+    assert metas[0]
+    assert not metas[-1]
+    roles = plan.roles(0, plan.order.size).reshape(-1, BATCH)
+    assert (roles[metas] == META).all()
+    assert np.array_equal(roles[~metas].ravel(), plain.roles(0, plain.order.size))
+    weights = plan.weights(0, plan.order.size).reshape(-1, BATCH)
+    assert not weights[metas].any()
+    assert np.array_equal(weights[~metas].ravel(), plain.weights(0, plain.order.size))
+    trained = [train_step_of(step, every) for step in np.flatnonzero(~metas)]
+    assert trained == list(range(plain.num_steps))
+
+
+def test_meta_rows_are_of_all_samples_each_once_before_any_again() -> None:
+    chosen = selection(0.9)
+    plan = plan_of(chosen, 1)
+    meta = plan.order[plan.roles(0, plan.order.size) == META]
+    assert meta.size == 9 * BATCH
+    assert np.unique(meta).size == meta.size
+    left_out = np.setdiff1d(np.arange(NUM), chosen.ids)
+    assert np.intersect1d(meta, left_out).size > 0
+    # More than N of them: N = 12, all 11 kept rows padded to 12, K = 1, and a second pass over all.
+    small = Plan.of_selection(selection(0.95, num=20), 4, 0, 0, meta_every=1)
+    meta = small.order[small.roles(0, small.order.size) == META]
+    assert np.array_equal(np.sort(meta[:20]), np.arange(20))
+
+
+def test_what_prunes_nothing_or_asks_for_none_has_none() -> None:
+    everything = Selection.of_ids(np.arange(NUM), NUM)
+    assert plan_of(everything, 2).meta_every == 0
+    assert plan_of(selection(0.5), 0).meta_every == 0
+    assert plan_of(selection(0.5), 2).hash != plan_of(selection(0.5), 0).hash
+    assert replace(plan_of(selection(0.5), 2)).hash == plan_of(selection(0.5), 2).hash
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_meta_batches_as_they_share_others(world_size: int) -> None:
+    plan = plan_of(selection(0.5), 2)
+    shares = [plan.share(rank, world_size, 0, plan.num_steps) for rank in range(world_size)]
+    for step in range(plan.num_steps):
+        each = BATCH // world_size
+        part = slice(step * each, (step + 1) * each)
+        ids = np.concatenate([share[0][part] for share in shares])
+        roles = np.concatenate([share[2][part] for share in shares])
+        assert np.array_equal(ids, plan.order[step * BATCH : (step + 1) * BATCH])
+        assert (set(roles) == {META}) == is_meta(step, 2)
+        assert set(roles) <= ({META} if is_meta(step, 2) else {TRAIN, PADDING})
+
+
+def test_windows_of_groups_end_where_they_did() -> None:
+    groups = np.arange(0, NUM + 1, 5)
+    chosen = selection(0.6)
+    plain, plan = (plan_of(chosen, every, groups=groups, window_rows=40) for every in (0, 2))
+    assert plan.window_stops.size == plain.window_stops.size > 1
+    before = [[train_step_of(int(stop) // BATCH, 2) for stop in plan.window_stops[:-1]]]
+    assert before == [[int(stop) // BATCH for stop in plain.window_stops[:-1]]]
+    assert plan.window_stops[-1] == plan.order.size
+    joined = np.concatenate([plan.share(b.rank, 2, b.start_step, b.stop_step)[0] for b in plan.blocks(2, 1)])
+    assert np.array_equal(np.sort(joined), np.sort(plan.order))
