@@ -119,7 +119,7 @@ def test_gradient_equilibrium_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_gradient_equilibrium_at_every_exit_of_a_network(name: str) -> None:
+def test_gradient_equilibrium_inside_a_network(name: str) -> None:
     """What reaches an exit's map is compared with the plain network's two gradients, taken apart by hand."""
     model = network(name, gradient_equilibrium=True).double().eval()
     plain = network(name).double().eval()
@@ -127,12 +127,10 @@ def test_gradient_equilibrium_at_every_exit_of_a_network(name: str) -> None:
     images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
     for left, right in zip(model(images), plain(images), strict=True):
         assert torch.equal(left, right)
-    num_exits = model.num_exits
-    # Only the last two exits: what follows the last but one is the last classifier's gradient, not rescaled itself.
-    exit = num_exits - 2
+    exit = model.num_exits - 2  # what follows it, the last classifier's gradient, is not rescaled itself
     gradients = [map_gradients(network, images, exit) for network in (model, plain)]
     (balanced, _, _), (_, own, following) = gradients
-    torch.testing.assert_close(balanced, (own + 1 * following) / 2)
+    torch.testing.assert_close(balanced, (own + following) / 2)
     assert not torch.allclose(own, following)
 
 
@@ -245,7 +243,7 @@ def test_convolutions_start_as_published() -> None:
     [
         ("msdnet", {"num_blocks": 1}, "has at least 2, not 1: give it more blocks"),
         ("msdnet", {"growth_rate": 1}, "needs growth_rate of at least 2, got 1"),
-        ("msdnet", {"base": 0}, "needs base of at least 1, got 0"),
+        ("msdnet", {"base": 0}, "needs base of at least 1, a whole number, got 0"),
         ("msdnet", {"step_mode": "lg"}, "no step_mode 'lg': choose even or lin_grow"),
         ("msdnet", {"reduction": 0}, "reduction above 0 and at most 1, got 0"),
         ("msdnet", {"stem": "mnist"}, "no stem 'mnist': choose one of cifar, imagenet"),
@@ -254,13 +252,17 @@ def test_convolutions_start_as_published() -> None:
         ("msdnet", {"bottleneck_factors": [1, 2]}, "bottleneck_factors of 3 numbers"),
         ("msdnet", {"nblocks": 3}, "model 'msdnet' takes no 'nblocks': did you mean 'num_blocks'"),
         ("msdnet", {"input_shape": (64,)}, "for numeric features use 'mlp'"),
+        ("msdnet", {"num_blocks": "3"}, "needs num_blocks of at least 1, a whole number, got '3'"),
+        ("msdnet", {"growth_factors": 2}, r"needs growth_factors as a list of whole numbers like \[1, 2\], got 2"),
+        ("ranet", {"scales": 3}, r"needs scales as a list of whole numbers like \[1, 2\], got 3"),
+        ("ranet", {"bottleneck_factors": [1, 2, "4"]}, "needs bottleneck_factors as a list of whole numbers"),
         ("ranet", {"scales": [1, 3]}, "scales that start at 1 and rise by 0 or 1, got \\[1, 3\\]"),
         ("ranet", {"scales": []}, "scales that start at 1"),
         ("ranet", {"scales": [1, 2, 3, 4, 5, 6]}, "give scales of 1 to 5"),
         ("ranet", {"scales": [1], "num_blocks": 1}, "has at least 2, not 1"),
         ("ranet", {"compress_factor": 1.0}, "compress_factor above 0 and below 1, got 1.0"),
         ("ranet", {"growth_rate": 3}, "takes 0.25 of 3 channels .* raise growth_rate or compress_factor"),
-        ("ranet", {"block_step": 0}, "needs block_step of at least 1, got 0"),
+        ("ranet", {"block_step": 0}, "needs block_step of at least 1, a whole number, got 0"),
     ],
 )
 def test_wrong_options_are_refused_in_one_line(name: str, options: dict[str, Any], message: str) -> None:

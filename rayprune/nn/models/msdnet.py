@@ -25,6 +25,7 @@ from rayprune.nn.models.multi_scale import (
     bottlenecked,
     check_factors,
     check_growth,
+    check_list,
     choose_scales,
     choose_stem,
     classifier,
@@ -193,11 +194,9 @@ def msdnet(
 
     Args:
         num_classes, input_shape: C, and (channels, H, W).
-        num_blocks: K, the number of exits.
-        base: layers of the first block.
+        num_blocks, base: K, the number of exits, and the layers of the first block.
         step, step_mode: layers of the others: `step` each ("even"), or step·i + 1 in block i from 0 ("lin_grow").
-        channels: of the finest map after the stem.
-        growth_rate: channels that a layer adds to the finest scale.
+        channels, growth_rate: of the finest map after the stem, and added to it by a layer.
         growth_factors: how many times wider each scale is, the finest first; 1, 2, 4 … by default.
         bottleneck, bottleneck_factors: whether 1×1 convolutions come first, and how many times wider than their
             3×3's output they may be, at each scale; the growth_factors by default.
@@ -210,12 +209,14 @@ def msdnet(
         ValueError: an option out of its range.
     """
     in_channels = image_channels("msdnet", input_shape)
-    check_growth("msdnet", step_mode, reduction, base=base, step=step, channels=channels)
+    counts = {"num_blocks": num_blocks, "base": base, "step": step, "channels": channels, "growth_rate": growth_rate}
+    check_growth("msdnet", step_mode, reduction, **counts)
     if growth_rate < 2:  # half of it comes from the finer scale
         raise ValueError(f"model 'msdnet' needs growth_rate of at least 2, got {growth_rate}")
     stem = choose_stem("msdnet", input_shape, stem)
-    asked = num_scales if num_scales is not None or growth_factors is None else len(growth_factors)
-    scales = choose_scales("msdnet", "num_scales", input_shape, stem, asked)
+    if num_scales is None and growth_factors:
+        num_scales = len(check_list("msdnet", "growth_factors", growth_factors))
+    scales = choose_scales("msdnet", "num_scales", input_shape, stem, num_scales)
     growth = check_factors("msdnet", "growth_factors", growth_factors or [2**s for s in range(scales)], scales)
     inner = check_factors("msdnet", "bottleneck_factors", bottleneck_factors or growth, scales)
     later = [step * block + 1 if step_mode == "lin_grow" else step for block in range(1, num_blocks)]

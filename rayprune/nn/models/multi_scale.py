@@ -168,7 +168,7 @@ def choose_scales(name: str, option: str, input_shape: tuple[int, ...], stem: st
         side = -(-side // 4)
     if asked is None:
         return next((scales for scales in (3, 2) if side >> (scales - 1) >= SMALLEST_MAP), 1)
-    if not 1 <= asked <= side.bit_length():
+    if not isinstance(asked, int) or not 1 <= asked <= side.bit_length():
         raise ValueError(
             f"model {name!r} can't have {asked} scales for images of {input_shape[1]}×{input_shape[2]}, whose map of "
             f"side {side} halves {side.bit_length() - 1} times: give {option} of 1 to {side.bit_length()} scales"
@@ -177,7 +177,7 @@ def choose_scales(name: str, option: str, input_shape: tuple[int, ...], stem: st
 
 
 def check_growth(name: str, step_mode: str, reduction: float, **counts: int) -> None:
-    """Refuse an unknown step_mode, a reduction outside (0, 1], and counts below 1.
+    """Refuse an unknown step_mode, a reduction outside (0, 1], and counts that are not whole or below 1.
 
     Raises:
         ValueError: with the option's name, its value and what is allowed.
@@ -187,8 +187,8 @@ def check_growth(name: str, step_mode: str, reduction: float, **counts: int) -> 
     if not 0 < reduction <= 1:
         raise ValueError(f"model {name!r} needs a reduction above 0 and at most 1, got {reduction}")
     for option, value in counts.items():
-        if value < 1:
-            raise ValueError(f"model {name!r} needs {option} of at least 1, got {value}")
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"model {name!r} needs {option} of at least 1, a whole number, got {value!r}")
 
 
 def check_factors(name: str, option: str, factors: Sequence[int], num_scales: int) -> tuple[int, ...]:
@@ -197,8 +197,20 @@ def check_factors(name: str, option: str, factors: Sequence[int], num_scales: in
     Raises:
         ValueError: with the option's name and value.
     """
-    if len(factors) != num_scales or min(factors) < 1:
+    checked = check_list(name, option, factors)
+    if len(checked) != num_scales or min(checked) < 1:
         raise ValueError(
-            f"model {name!r} needs {option} of {num_scales} numbers of at least 1, one a scale, got {list(factors)}"
+            f"model {name!r} needs {option} of {num_scales} numbers of at least 1, one a scale, got {list(checked)}"
         )
-    return tuple(factors)
+    return checked
+
+
+def check_list(name: str, option: str, values: Sequence[int]) -> tuple[int, ...]:
+    """Give whole numbers as a tuple.
+
+    Raises:
+        ValueError: something else than a list of them.
+    """
+    if not isinstance(values, list | tuple) or not all(isinstance(value, int) for value in values):
+        raise ValueError(f"model {name!r} needs {option} as a list of whole numbers like [1, 2], got {values!r}")
+    return tuple(values)

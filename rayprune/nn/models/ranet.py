@@ -23,6 +23,7 @@ from rayprune.nn.models.multi_scale import (
     balance_gradients,
     check_factors,
     check_growth,
+    check_list,
     choose_scales,
     choose_stem,
     classifier,
@@ -149,9 +150,8 @@ def ranet(
         ValueError: an option out of its range.
     """
     in_channels = image_channels("ranet", input_shape)
-    check_growth(
-        "ranet", step_mode, reduction, num_blocks=num_blocks, block_step=block_step, step=step, channels=channels
-    )
+    counts = {"num_blocks": num_blocks, "block_step": block_step, "channels": channels, "growth_rate": growth_rate}
+    check_growth("ranet", step_mode, reduction, step=step, **counts)
     stem = choose_stem("ranet", input_shape, stem)
     scales = _checked_scales(scales, input_shape, stem)
     growth_factors = growth_factors or [2 ** (scales[-1] - scale) for scale in scales]
@@ -203,11 +203,12 @@ def _checked_scales(scales: Sequence[int] | None, input_shape: tuple[int, ...], 
     """Give a scale a sub-network: those asked for, or as many as the images have room for."""
     if scales is None:
         return tuple(range(1, choose_scales("ranet", "scales", input_shape, stem, None) + 1))
+    scales = check_list("ranet", "scales", scales)
     rises = [later - earlier for earlier, later in pairwise(scales)]
     if not scales or scales[0] != 1 or any(rise not in (0, 1) for rise in rises):
         raise ValueError(f"model 'ranet' needs scales that start at 1 and rise by 0 or 1, got {list(scales)}")
     choose_scales("ranet", "scales", input_shape, stem, scales[-1])
-    return tuple(scales)
+    return scales
 
 
 def _widths(
