@@ -119,6 +119,16 @@ class TrainSection(Section):
     def _known_step(cls, value: str | dict[str, Any]) -> dict[str, Any]:
         return step_config(value)
 
+    @property
+    def step_name(self) -> str:
+        """The name of the train step."""
+        return str(step_config(self.step)["name"])
+
+    @property
+    def step_options(self) -> dict[str, Any]:
+        """All its options."""
+        return {key: value for key, value in step_config(self.step).items() if key != "name"}
+
 
 class OptimSection(Section):
     """Optimiser and learning-rate schedule, indexed by the fraction of training done."""

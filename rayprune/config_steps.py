@@ -37,7 +37,50 @@ class ExitsOptions:
             raise ValueError(f"train.step.confident = {self.confident}: must be in (0, 1]")
 
 
-STEP_OPTIONS: dict[str, type] = {"plain": PlainOptions, "exits": ExitsOptions}
+@dataclass(frozen=True)
+class L2wOptions(ExitsOptions):
+    """The step that learns how much each sample counts at each exit (L2W-DEN).
+
+    Args:
+        input: what the weight network sees of a sample: its K losses, its K confidences, or both.
+        normalise: over what weights average 1: the half batch's samples (row), a sample's exits (col), or both (mat).
+        epsilon: how far weights reach from 1, ε.
+        p: 1..39, the samples that leave early; 20: as many at every exit, less: more leave early.
+        meta_interval: batches between steps of the weight network.
+        meta_lr, meta_weight_decay: of its Adam; the rate follows the real one's schedule.
+        hidden, layers: width and number of its hidden layers.
+        scope: of the imagined step, normalisation and exits: a worker's rows (local), as the paper's program does, or
+            the whole batch's (global).
+        gradient: how its gradient is had; second_order is slower and gives the same.
+        nonnegative: weights below 0 become 0.
+    """
+
+    input: Literal["loss", "conf", "both"] = "loss"
+    normalise: Literal["row", "col", "mat"] = "col"
+    epsilon: float = 0.8
+    p: int = 15
+    meta_interval: int = 1
+    meta_lr: float = 1e-4
+    meta_weight_decay: float = 1e-4
+    hidden: int = 500
+    layers: int = 1
+    scope: Literal["local", "global"] = "local"
+    gradient: Literal["jvp", "second_order"] = "jvp"
+    nonnegative: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.p <= 39:
+            raise ValueError(f"train.step.p = {self.p}: must be in 1..39")
+        for name in ("meta_interval", "hidden", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.step.{name} = {getattr(self, name)}: must be at least 1")
+        for name in ("epsilon", "meta_lr", "meta_weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.step.{name} = {getattr(self, name)}: must be at least 0")
+
+
+STEP_OPTIONS: dict[str, type] = {"plain": PlainOptions, "exits": ExitsOptions, "l2w": L2wOptions}
 
 
 def step_config(value: str | Mapping[str, Any]) -> dict[str, Any]:

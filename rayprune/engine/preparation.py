@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from typing import Any
 
@@ -13,10 +14,19 @@ import torch
 from rayprune.config import Config
 from rayprune.core.objects import closest
 from rayprune.core.selector import Selector
-from rayprune.engine.setup import InputSpec, StepTerms, build_step, network_optimizer, rate_at
+from rayprune.engine.setup import (
+    InputSpec,
+    StepTerms,
+    build_step,
+    model_exits,
+    network_optimizer,
+    rate_at,
+    recorded_signals,
+)
 from rayprune.methods import Method
 from rayprune.methods.fixed import Fixed
 from rayprune.nn.augment import Augment
+from rayprune.nn.exit_weights import weight_range
 from rayprune.nn.exits import num_exits_of
 from rayprune.nn.models import build_model
 from rayprune.nn.proxy import num_macs
@@ -59,6 +69,12 @@ def check_sizes(config: Config, num_samples: int) -> None:
         raise ValueError(
             f"train.batch_size {batch} would be mostly padding with {num_samples} training samples: use at most "
             f"train.batch_size={num_samples}"
+        )
+    most = max(1, config.scaling.worker_range[1])
+    if config.train.step_name == "l2w" and batch < 2 * most:
+        raise ValueError(
+            f"train.batch_size {batch} leaves {most} worker(s) no two halves for train.step l2w: use at least "
+            f"train.batch_size={2 * most}, better {8 * most}"
         )
 
 
@@ -104,8 +120,8 @@ def check_memory(method: Method, num_classes: int, num_samples: int) -> None:
 def notices(config: Config, spec: InputSpec, num_samples: int, method: Method, use_gpu: bool) -> list[str]:
     """Return lines on what the run cannot promise.
 
-    One for each signal that workers do not keep, with its size: what a lost ScoreActor costs; and one where scores of
-    probabilities come from logits of lower precision than the paper's.
+    One for each signal that workers do not keep, with its size: what a lost ScoreActor costs; one where scores of
+    probabilities come from logits of lower precision than the paper's; and one where learned weights can be negative.
     """
     lines = []
     if "probs" in method.signals and (
@@ -115,6 +131,8 @@ def notices(config: Config, spec: InputSpec, num_samples: int, method: Method, u
             f"method {method.name} scores probabilities of bf16 logits: train.precision=fp32 "
             "(collect.train.precision=fp32 for the scoring run alone) gives those of the paper"
         )
+    if line := _negative_weights(config, spec):
+        lines.append(line)
     for name in (*method.signals, *method.sweep_signals):
         floats = signal_floats(name, spec.num_classes)
         if floats > 1 and config.scaling.num_workers != 0:
@@ -124,6 +142,21 @@ def notices(config: Config, spec: InputSpec, num_samples: int, method: Method, u
                 "the ScoreActor dies, the run goes back to its last checkpoint"
             )
     return lines
+
+
+def _negative_weights(config: Config, spec: InputSpec) -> str:
+    """Return a line where a sample can be pushed away from its label; "" where it can't."""
+    options = config.train.step_options
+    if config.train.step_name != "l2w" or options["nonnegative"]:
+        return ""
+    low, high = weight_range(options["epsilon"], options["normalise"], model_exits(config, spec))
+    if low >= 0.0:
+        return ""
+    return (
+        f"train.step.epsilon {options['epsilon']} with normalise {options['normalise']} lets weights reach from "
+        f"{low:.2f} to {high:.2f}, and a sample of a negative one is unlearned, as in the paper: nonnegative: true "
+        "makes those 0"
+    )
 
 
 def check_model(config: Config, spec: InputSpec, method: Method) -> None:
@@ -172,12 +205,28 @@ def forward_flops(config: Config, spec: InputSpec) -> int:
 
 def _check_step(config: Config, model: torch.nn.Module, spec: InputSpec, method: Method) -> None:
     """Send a batch of zeros through each part of the method's train step."""
-    terms = StepTerms.of(method, config.train)
+    terms = StepTerms.of(method, config.train, recorded_signals(config, spec))
     asked = tuple(dict.fromkeys((*terms.signals, *terms.sweep_signals)))
     try:
+        if terms.name == "l2w":
+            _check_halves(config, model, spec)
         step = build_step(config, model, spec, terms, 1, torch.device("cpu"))
         zeros, targets = torch.zeros(2, *spec.shape), torch.zeros(2, dtype=torch.int64)
         for part in step.parts:
             step.evaluate(zeros, targets, smoothed=True, signals=asked, part=part)
     except ValueError as error:
         raise ValueError(f"method {method.name!r} can't train model {config.model.name!r}: {error}") from None
+
+
+def _check_halves(config: Config, model: torch.nn.Module, spec: InputSpec) -> None:
+    """Refuse halves of one row for a network that normalises over rows."""
+    workers = max(1, config.scaling.worker_range[1])
+    if config.train.batch_size // workers > 3:
+        return
+    try:
+        copy.deepcopy(model).train()(torch.zeros(1, *spec.shape))
+    except ValueError as error:
+        raise ValueError(
+            f"train.step l2w trains on halves of a worker's share, here of one row, and {error}: use at least "
+            f"train.batch_size={4 * workers}"
+        ) from None

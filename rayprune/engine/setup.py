@@ -22,7 +22,7 @@ from rayprune.nn.exits import count_exits
 from rayprune.nn.models import build_model
 from rayprune.nn.optim import build_optimizer, learning_rate
 from rayprune.nn.signals import BOUNDARY_SIGNALS
-from rayprune.nn.steps import MULTI_EXIT_STEPS, STEPS, TrainStep
+from rayprune.nn.steps import MULTI_EXIT_STEPS, SEEDED_STEPS, STEPS, TrainStep, exit_weight_names
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class StepTerms:
     sweep_part: str
 
     @classmethod
-    def of(cls, method: Method, train: TrainSection) -> StepTerms:
-        """Return the terms of a method and the config's section `train`.
+    def of(cls, method: Method, train: TrainSection, record: tuple[str, ...] = ()) -> StepTerms:
+        """Return the terms of a method and the config's section `train`, with more signals to be recorded in training.
 
         Raises:
             ValueError: the method names no train step, or has one of its own and `train.step` names another.
@@ -68,16 +68,14 @@ class StepTerms:
         name, options = method.step()
         if name not in STEPS:
             raise ValueError(f"unknown train step {name!r} of method {method.name!r}: {closest(name, STEPS)}")
-        assert isinstance(train.step, dict), "the section fills the options in"
-        asked = {key: value for key, value in train.step.items() if key != "name"}
         if name == "plain":
-            name, options = train.step["name"], asked
-        elif train.step["name"] not in ("plain", name):
+            name, options = train.step_name, train.step_options
+        elif train.step_name not in ("plain", name):
             raise ValueError(
-                f"method {method.name!r} trains by its own step {name!r}, and train.step is {train.step['name']!r}: "
+                f"method {method.name!r} trains by its own step {name!r}, and train.step is {train.step_name!r}: "
                 "leave train.step out, or use another method"
             )
-        signals = tuple(dict.fromkeys((*method.signals, *train.record)))
+        signals = tuple(dict.fromkeys((*method.signals, *record)))
         return cls(name, options, signals, method.sweep_signals or signals, method.sweep_part)
 
 
@@ -154,6 +152,18 @@ def build_network(config: Config, spec: InputSpec, device: torch.device) -> nn.M
     return model
 
 
+def recorded_signals(config: Config, spec: InputSpec) -> tuple[str, ...]:
+    """Return the signals whose mean over the visits goes to scores.parquet: train.record, and the train step's own."""
+    if config.train.step_name != "l2w":
+        return config.train.record
+    return (*config.train.record, *exit_weight_names(model_exits(config, spec)))
+
+
+def model_exits(config: Config, spec: InputSpec) -> int:
+    """Return the number of exits of the config's model."""
+    return count_exits(build_network(config, spec, torch.device("cpu")), spec.shape)
+
+
 def wrap_for_ranks(model: nn.Module, world_size: int, device: torch.device) -> nn.Module:
     """Wrap in DDP where there is more than one rank."""
     if world_size == 1:
@@ -194,6 +204,8 @@ def build_step(
     """
     train = config.train
     name, options = _fitting(terms, count_exits(network, spec.shape))
+    if name in SEEDED_STEPS:
+        options = {**options, "seed": train.seed}
     step = STEPS[name]
     needs_head = any(signal in BOUNDARY_SIGNALS for signal in (*terms.signals, *terms.sweep_signals))
     return step(
