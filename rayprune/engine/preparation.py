@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
+from typing import Any
 
 import numpy as np
 import psutil
@@ -12,10 +14,20 @@ import torch
 from rayprune.config import Config
 from rayprune.core.objects import closest
 from rayprune.core.selector import Selector
-from rayprune.engine.setup import InputSpec, StepTerms, build_step, network_optimizer, rate_at
+from rayprune.engine.setup import (
+    InputSpec,
+    StepTerms,
+    build_step,
+    model_exits,
+    network_optimizer,
+    rate_at,
+    recorded_signals,
+)
 from rayprune.methods import Method
 from rayprune.methods.fixed import Fixed
 from rayprune.nn.augment import Augment
+from rayprune.nn.exit_weights import weight_range
+from rayprune.nn.exits import num_exits_of
 from rayprune.nn.models import build_model
 from rayprune.nn.proxy import num_macs
 from rayprune.nn.signals import signal_floats
@@ -57,6 +69,12 @@ def check_sizes(config: Config, num_samples: int) -> None:
         raise ValueError(
             f"train.batch_size {batch} would be mostly padding with {num_samples} training samples: use at most "
             f"train.batch_size={num_samples}"
+        )
+    most = max(1, config.scaling.worker_range[1])
+    if config.train.step_name == "l2w" and batch < 2 * most:
+        raise ValueError(
+            f"train.batch_size {batch} leaves {most} worker(s) no two halves for train.step l2w: use at least "
+            f"train.batch_size={2 * most}, better {8 * most}"
         )
 
 
@@ -102,8 +120,8 @@ def check_memory(method: Method, num_classes: int, num_samples: int) -> None:
 def notices(config: Config, spec: InputSpec, num_samples: int, method: Method, use_gpu: bool) -> list[str]:
     """Return lines on what the run cannot promise.
 
-    One for each signal that workers do not keep, with its size: what a lost ScoreActor costs; and one where scores of
-    probabilities come from logits of lower precision than the paper's.
+    One for each signal that workers do not keep, with its size: what a lost ScoreActor costs; one where scores of
+    probabilities come from logits of lower precision than the paper's; and one where learned weights can be negative.
     """
     lines = []
     if "probs" in method.signals and (
@@ -113,6 +131,8 @@ def notices(config: Config, spec: InputSpec, num_samples: int, method: Method, u
             f"method {method.name} scores probabilities of bf16 logits: train.precision=fp32 "
             "(collect.train.precision=fp32 for the scoring run alone) gives those of the paper"
         )
+    if line := _negative_weights(config, spec):
+        lines.append(line)
     for name in (*method.signals, *method.sweep_signals):
         floats = signal_floats(name, spec.num_classes)
         if floats > 1 and config.scaling.num_workers != 0:
@@ -124,21 +144,34 @@ def notices(config: Config, spec: InputSpec, num_samples: int, method: Method, u
     return lines
 
 
+def _negative_weights(config: Config, spec: InputSpec) -> str:
+    """Return a line where a sample can be pushed away from its label; "" where it can't."""
+    options = config.train.step_options
+    if config.train.step_name != "l2w" or options["nonnegative"]:
+        return ""
+    low, high = weight_range(options["epsilon"], options["normalise"], model_exits(config, spec))
+    if low >= 0.0:
+        return ""
+    return (
+        f"train.step.epsilon {options['epsilon']} with normalise {options['normalise']} lets weights reach from "
+        f"{low:.2f} to {high:.2f}, and a sample of a negative one is unlearned, as in the paper: nonnegative: true "
+        "makes those 0"
+    )
+
+
 def check_model(config: Config, spec: InputSpec, method: Method) -> None:
     """Build network, optimiser, rates and train step once on this machine: a mistake shows before anything starts."""
     name = config.model.name
     model = build_model(name, num_classes=spec.num_classes, input_shape=spec.shape, **config.model.options)
     try:
         with torch.no_grad():
-            logits = model.eval()(torch.zeros(2, *spec.shape))
+            output = model.eval()(torch.zeros(2, *spec.shape))
     except Exception as error:
         line = next(iter(str(error).splitlines()), "")
         raise ValueError(
             f"model {name!r} can't take a batch of 2 × {spec.shape}: {type(error).__name__}: {line}"
         ) from error
-    if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != (2, spec.num_classes):
-        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ValueError(f"model {name!r} returns {got} for a batch of 2, not (2, {spec.num_classes})")
+    _check_output(name, output, spec.num_classes)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"model {name!r} has no parameters to train")
     try:
@@ -148,6 +181,16 @@ def check_model(config: Config, spec: InputSpec, method: Method) -> None:
     except ValueError as error:
         raise ValueError(f"optim can't be used: {error}") from None
     _check_step(config, model, spec, method)
+
+
+def _check_output(name: str, output: Any, num_classes: int) -> None:
+    try:
+        num_exits_of(output)
+    except ValueError as error:
+        raise ValueError(f"model {name!r} can't be trained: {error}") from None
+    first = output if isinstance(output, torch.Tensor) else output[0]
+    if tuple(first.shape) != (2, num_classes):
+        raise ValueError(f"model {name!r} returns {tuple(first.shape)} for a batch of 2, not (2, {num_classes})")
 
 
 def forward_flops(config: Config, spec: InputSpec) -> int:
@@ -162,12 +205,28 @@ def forward_flops(config: Config, spec: InputSpec) -> int:
 
 def _check_step(config: Config, model: torch.nn.Module, spec: InputSpec, method: Method) -> None:
     """Send a batch of zeros through each part of the method's train step."""
-    terms = StepTerms.of(method, config.train.record)
+    terms = StepTerms.of(method, config.train, recorded_signals(config, spec))
     asked = tuple(dict.fromkeys((*terms.signals, *terms.sweep_signals)))
     try:
+        if terms.name == "l2w":
+            _check_halves(config, model, spec)
         step = build_step(config, model, spec, terms, 1, torch.device("cpu"))
         zeros, targets = torch.zeros(2, *spec.shape), torch.zeros(2, dtype=torch.int64)
         for part in step.parts:
             step.evaluate(zeros, targets, smoothed=True, signals=asked, part=part)
     except ValueError as error:
         raise ValueError(f"method {method.name!r} can't train model {config.model.name!r}: {error}") from None
+
+
+def _check_halves(config: Config, model: torch.nn.Module, spec: InputSpec) -> None:
+    """Refuse halves of one row for a network that normalises over rows."""
+    workers = max(1, config.scaling.worker_range[1])
+    if config.train.batch_size // workers > 3:
+        return
+    try:
+        copy.deepcopy(model).train()(torch.zeros(1, *spec.shape))
+    except ValueError as error:
+        raise ValueError(
+            f"train.step l2w trains on halves of a worker's share, here of one row, and {error}: use at least "
+            f"train.batch_size={4 * workers}"
+        ) from None

@@ -28,7 +28,7 @@ from rayprune.engine.client import LocalScores, RemoteScores, ScoreClient
 from rayprune.engine.progress import Watcher
 from rayprune.engine.protocol import TrainingStopped
 from rayprune.engine.resources import Resources
-from rayprune.engine.setup import Before, InputSpec, StepTerms, WorkerSpec
+from rayprune.engine.setup import Before, InputSpec, StepTerms, WorkerSpec, recorded_signals
 from rayprune.engine.stream import LocalStream, RayStream, plan_dataset, row_bytes, shuffle_name
 from rayprune.engine.worker import Worker
 from rayprune.methods import Method
@@ -78,6 +78,7 @@ class Run:
         self._sources: dict[str, SampleSource] = {"train": splits.train}
         if splits.validation is not None:
             self._sources["validation"] = splits.validation
+        record = recorded_signals(config, spec)
         score_spec = ScoreSpec(
             method=method.to_config(),
             source=splits.train,
@@ -91,7 +92,7 @@ class Run:
             keep_selections=config.run.keep_selections,
             labelled=needs_labels or len(splits.train) <= _LABELLED_SAMPLES,
             chosen=choice.chosen,
-            record=config.train.record,
+            record=record,
             visits_collected=choice.before.samples_trained,
         )
         self._handle: Any = None
@@ -105,7 +106,7 @@ class Run:
             config=config,
             scores=self.scores,
             input=spec,
-            terms=StepTerms.of(method, config.train.record),
+            terms=StepTerms.of(method, config.train, record),
             fingerprint=splits.train.fingerprint,
             shuffle=shuffle_name(splits.train),
             run_folder=str(folder),

@@ -21,7 +21,7 @@ from rayprune.engine.opening import SCORING, run_folder_of
 from rayprune.engine.preparation import forward_flops, input_spec
 from rayprune.engine.run import Choice
 from rayprune.engine.run_folder import read_metrics, write_scores
-from rayprune.engine.setup import Before
+from rayprune.engine.setup import Before, recorded_signals
 from rayprune.methods.fixed import Fixed
 from rayprune.sources import SampleSource
 from rayprune.sources.chosen import read_chosen
@@ -83,9 +83,10 @@ def score_samples(config: Config, source: SampleSource, folder: Path | None) -> 
     else:
         scoring = config.scoring()
         run = (len(source), max(scoring.train.epochs, last + 1), scoring.train.seed)
-        scored = Selector(scoring.build_method(), *run, labels, None, scoring.train.record)
+        record = recorded_signals(scoring, input_spec(scoring, source))
+        scored = Selector(scoring.build_method(), *run, labels, None, record)
         scored.load_state_dict(load_selector_state(folder, last))
-        selector = Selector(method, *run, labels, None, scoring.train.record)
+        selector = Selector(method, *run, labels, None, record)
         selector.table.load_arrays(scored.table.to_arrays())
         lines = read_metrics(folder)
         seconds = {key: round(sum(line["seconds"][key] for line in lines), 6) for key in lines[-1]["seconds"]}

@@ -31,6 +31,7 @@ from rayprune.engine.protocol import TrainingPaused
 from rayprune.engine.resources import Resources, resolve_resources, start_ray
 from rayprune.engine.run import Choice, EpochListener, ProgressListener, Run, TrainingFailed
 from rayprune.engine.run_folder import read_metrics, write_scores
+from rayprune.engine.setup import recorded_signals
 from rayprune.engine.subset import Scored, check_subset, chosen_subset, keep_subset, score_samples
 from rayprune.methods import Method
 from rayprune.methods.fixed import Fixed
@@ -253,7 +254,7 @@ def _run(config: Config, splits: Splits, choice: Choice, listeners: Listeners) -
             epoch, step = newest_position(folder)
             if epoch < config.last_epoch:
                 raise TrainingPaused(f"paused: saved before step {step} of epoch {epoch + 1}; the same command goes on")
-        _write_scores(config, splits.train, folder, choice)
+        _write_scores(config, splits.train, folder, choice, recorded_signals(config, spec))
         return RunResult(folder, read_metrics(folder))
 
 
@@ -264,10 +265,10 @@ def _ship_user_modules() -> None:
             ray.cloudpickle.register_pickle_by_value(module)
 
 
-def _write_scores(config: Config, source: SampleSource, folder: Path, choice: Choice) -> None:
+def _write_scores(config: Config, source: SampleSource, folder: Path, choice: Choice, record: tuple[str, ...]) -> None:
     labels = np.asarray(source.labels)
     run = (len(source), choice.num_epochs, config.train.seed)
-    selector = Selector(choice.method, *run, labels, choice.chosen, config.train.record)
+    selector = Selector(choice.method, *run, labels, choice.chosen, record)
     selector.load_state_dict(load_selector_state(folder, config.last_epoch))
     own = selector.scores()
     extra = {f"collected_{name}" if name in own else name: column for name, column in choice.scores.items()}

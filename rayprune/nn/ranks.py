@@ -1,0 +1,39 @@
+"""The collective operations of a train step, which do nothing where there is one rank only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Ranks:
+    """The ranks that a model is trained on together: those of its DDP wrapper, or one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        shared = isinstance(model, nn.parallel.DistributedDataParallel)
+        self.number = torch.distributed.get_world_size() if shared else 1
+        self.rank = torch.distributed.get_rank() if shared else 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over the ranks."""
+        if self.number == 1:
+            return tensor
+        total = tensor.detach().clone().contiguous()
+        torch.distributed.all_reduce(total)
+        return total
+
+    def sum_each(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return each tensor's sum over the ranks, in one operation; all ranks have the same names and shapes."""
+        if self.number == 1 or not tensors:
+            return tensors
+        flat = self.sum(torch.cat([tensor.reshape(-1) for tensor in tensors.values()]))
+        parts = flat.split([tensor.numel() for tensor in tensors.values()])
+        return {name: part.view_as(tensor) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return the ranks' rows one after the other, (W·B, …); all ranks have as many."""
+        if self.number == 1:
+            return tensor
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.number)]
+        torch.distributed.all_gather(parts, tensor.detach().contiguous())
+        return torch.cat(parts)

@@ -1,0 +1,131 @@
+"""The L2W-DEN step, built as `rayprune train` builds it, against the reference's traces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine_runs import run_config
+
+from rayprune.engine.setup import InputSpec, StepTerms, build_network, build_step
+from rayprune.nn.augment import Augment
+from rayprune.nn.steps import L2wStep
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+MODELS = Path(__file__).parents[1] / "multi_exit_models.py"
+TINY, TRACE = (np.load(GOLDEN / f"l2w_meta_step_{name}.npz") for name in ("tiny_mlp", "trace_col"))
+CPU = torch.device("cpu")
+NET = {"hidden.0": "first_hidden_layer.fc", "output": "output_layer"}
+
+
+def built(tmp_path: Path, step: Mapping[str, Any], **model: Any) -> L2wStep:
+    """Return the step that a run of this config trains with."""
+    config = run_config(
+        tmp_path,
+        model={"name": f"{MODELS}:tower", "width": 8, "norm": False, "double": True, **model},
+        method={"name": "full"},
+        train={"step": {"name": "l2w", **step}},
+        optim={"lr": 0.5, "momentum": 0.9, "weight_decay": 1e-4},
+    )
+    spec = InputSpec("features", (6,), 6, Augment(mean=(0.0,), std=(1.0,)))
+    network = build_network(config, spec, CPU)
+    terms = StepTerms.of(config.build_method(), config.train)
+    built = build_step(config, network, spec, terms, 1, CPU)
+    assert isinstance(built, L2wStep)
+    return built
+
+
+def golden_step(tmp_path: Path, tag: str, **options: Any) -> L2wStep:
+    """Return the step of a tag, at the golden initial parameters."""
+    normalise, seen, interval = tag.split("_")
+    own = {"input": seen, "normalise": normalise, "meta_interval": int(interval), "hidden": 16, "meta_lr": 1e-2}
+    step = built(tmp_path, {**own, "epsilon": 0.8 if normalise == "col" else 0.3, "p": 15, **options})
+    start = "init/meta_both/" if seen == "both" else "init/meta/"
+    load(step.model, {name: TINY[f"init/net/{name}"] for name, _ in step.model.named_parameters()})
+    load(step.weight_net, {name: TINY[start + golden_name(name)] for name, _ in step.weight_net.named_parameters()})
+    return step
+
+
+def load(module: torch.nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+    module.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+
+
+def golden_name(name: str) -> str:
+    where, _, kind = name.rpartition(".")
+    return f"{NET[where]}.{kind}"
+
+
+def two_batches(step: L2wStep) -> list[dict[str, torch.Tensor]]:
+    """Go through the golden batches at the cosine's rates."""
+    seen = []
+    for place in range(2):
+        for group in step.optimizer.param_groups:
+            group["lr"] = 0.5 * 0.5 * (1 + math.cos(math.pi * place / 20))
+        inputs, targets = torch.from_numpy(TINY["x"][place]), torch.from_numpy(TINY["y"][place])
+        seen.append(step(inputs, targets, torch.ones(24)))
+    return seen
+
+
+def close(found: Any, expected: Any) -> None:
+    np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("gradient", ["jvp", "second_order"])
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_every_intermediate_of_the_trace(tmp_path: Path, gradient: str, scope: str) -> None:
+    step = golden_step(tmp_path, "col_loss_1", gradient=gradient, scope=scope)
+    halves: list[dict[str, Any]] = []
+
+    def keep(told: dict[str, Any]) -> None:
+        nets = {"params_after": step.model, "meta_after": step.weight_net}
+        after = {key: {n: p.detach().clone() for n, p in net.named_parameters()} for key, net in nets.items()}
+        halves.append({**told, "meta_grad": {n: g.clone() for n, g in told["meta_grad"].items()}, **after})
+
+    step.observer = keep
+    two_batches(step)
+    assert len(halves) == 4
+    for place, told in enumerate(halves):
+        golden = {key.split("/", 1)[1]: TRACE[key] for key in TRACE.files if key.startswith(f"step{place}/")}
+        for ours, theirs in [
+            ("losses", "pseudo_losses"),
+            ("pseudo_weights", "pseudo_weights"),
+            ("pseudo_loss", "pseudo_loss"),
+            ("meta_confidences", "meta_conf"),
+            ("exits", "alloc"),
+            ("meta_loss", "meta_loss"),
+            ("weights", "real_weights"),
+            ("loss", "real_loss"),
+        ]:
+            close(told[ours], golden[theirs])
+        for key in ("pseudo_params", "params_after"):
+            for name, value in told[key].items():
+                close(value, golden[f"{key}/{name}"])
+        for key in ("meta_grad", "meta_after"):
+            for name, value in told[key].items():
+                close(value, golden[f"{key}/{golden_name(name)}"])
+
+
+@pytest.mark.parametrize("gradient", ["jvp", "second_order"])
+@pytest.mark.parametrize("tag", ["col_loss_1", "mat_loss_1", "row_loss_1", "mat_conf_1", "col_both_1", "mat_loss_100"])
+def test_every_variant_ends_where_the_reference_does(tmp_path: Path, tag: str, gradient: str) -> None:
+    step, halves = golden_step(tmp_path, tag, gradient=gradient), []
+    step.observer = halves.append
+    seen = two_batches(step)
+    for name, value in step.model.named_parameters():
+        close(value.detach(), TINY[f"{tag}/net/{name}"])
+    for name, value in step.weight_net.named_parameters():
+        close(value.detach(), TINY[f"{tag}/meta/{golden_name(name)}"])
+    # The reference's record lost its first half batch.
+    weights = torch.cat([told["weights"] for told in halves])
+    close(weights[12:], TINY[f"{tag}/weights"])
+    close(torch.cat([told["losses"] for told in halves])[12:], TINY[f"{tag}/losses"])
+    close(torch.cat([told["logits"].softmax(2).amax(2).T for told in halves])[12:], TINY[f"{tag}/conf"])
+    close(np.mean([(told["losses"] * told["weights"]).mean(0).numpy() for told in halves], 0), TINY[f"{tag}/ce_loss"])
+    close(np.mean([told["meta_loss"] for told in halves if "meta_loss" in told]), TINY[f"{tag}/meta_loss_avg"])
+    recorded = torch.cat([torch.stack([part[f"weight_exit_{k}"] for k in (1, 2, 3)], 1) for part in seen])
+    torch.testing.assert_close(recorded, weights.float())
