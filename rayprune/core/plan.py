@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.roles import TRAIN, meta_rows, num_meta_batches, row_roles, with_meta
+from rayprune.core.roles import TRAIN, meta_rows, num_meta_batches, row_roles, train_step_of, with_meta
 from rayprune.core.selection import Selection
 from rayprune.core.table import chunks
 from rayprune.core.windows import rows_of_groups, windowed
@@ -144,6 +144,16 @@ class Plan:
     def num_steps(self) -> int:
         """Global batches in the epoch."""
         return int(self.order.size // self.batch_size)
+
+    @property
+    def num_meta_rows(self) -> int:
+        """Rows of meta batches."""
+        return num_meta_batches(self.num_steps, self.meta_every + 1) * self.batch_size if self.meta_every else 0
+
+    @property
+    def num_train_steps(self) -> int:
+        """Global batches that are trained on."""
+        return train_step_of(self.num_steps, self.meta_every)
 
     @cached_property
     def hash(self) -> str:

@@ -75,7 +75,7 @@ class Turn:
 class PlanHeader:
     """What every rank must know of a plan without holding it; `facts` are the selection's own, for metrics.jsonl.
 
-    `num_steps` counts the meta batches too, one before every `meta_every`-th batch that trains.
+    `num_steps` counts the meta batches too, one before every `meta_every`-th of the `num_train_steps` that train.
     """
 
     num_steps: int
@@ -89,7 +89,9 @@ class PlanHeader:
     hash: str
     select_s: float
     facts: Mapping[str, Any]
+    num_train_steps: int
     meta_every: int = 0
+    num_meta_rows: int = 0
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,7 @@ class Run:
             chosen=choice.chosen,
             record=record,
             visits_collected=choice.before.samples_trained,
+            meta_every=int(config.train.step_options.get("meta_interval", 0)),
         )
         self._handle: Any = None
         self.scores: ScoreClient

@@ -34,7 +34,7 @@ from rayprune.nn.steps import TrainStep
 
 logger = logging.getLogger(__name__)
 
-_COUNTS = ("samples_trained", "samples_forwarded", "samples_padded", "bytes_read")
+_COUNTS = ("samples_trained", "samples_forwarded", "samples_padded", "bytes_read", "samples_meta")
 
 
 class Saver:
@@ -86,9 +86,9 @@ class Saver:
             mend_metrics(self._folder, self._last_line)
         return [float(value) for value in position["sums"]]
 
-    def count(self, trained: int, forwarded: int, padded: int, num_bytes: int) -> dict[str, int]:
+    def count(self, trained: int, forwarded: int, padded: int, num_bytes: int, meta: int) -> dict[str, int]:
         """Add an epoch's rows and bytes and return the cumulative counts."""
-        for name, more in zip(_COUNTS, (trained, forwarded, padded, num_bytes), strict=True):
+        for name, more in zip(_COUNTS, (trained, forwarded, padded, num_bytes, meta), strict=True):
             self._counts[name] += more
         return dict(self._counts)
 

@@ -18,11 +18,12 @@ from rayprune.engine.stream import Batch
 from rayprune.methods import Method
 from rayprune.nn.augment import Augment
 from rayprune.nn.boundary import last_linear
+from rayprune.nn.exit_weights import exit_weight_names
 from rayprune.nn.exits import count_exits
 from rayprune.nn.models import build_model
 from rayprune.nn.optim import build_optimizer, learning_rate
 from rayprune.nn.signals import BOUNDARY_SIGNALS
-from rayprune.nn.steps import MULTI_EXIT_STEPS, SEEDED_STEPS, STEPS, TrainStep, exit_weight_names
+from rayprune.nn.steps import MULTI_EXIT_STEPS, SEEDED_STEPS, STEPS, TrainStep
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Before:
     """What was spent on a run's samples before it began: by the run that scored them.
 
     Attributes:
-        samples_trained, samples_forwarded, samples_padded, bytes_read: as in metrics.jsonl.
+        samples_trained, samples_forwarded, samples_padded, bytes_read, samples_meta: as in metrics.jsonl.
         compute: in samples trained.
         wall_time: seconds.
         seconds: where they went, summed over its epochs.
@@ -94,6 +95,7 @@ class Before:
     samples_forwarded: int = 0
     samples_padded: int = 0
     bytes_read: int = 0
+    samples_meta: int = 0
     compute: float = 0.0
     wall_time: float = 0.0
     seconds: Mapping[str, float] = field(default_factory=dict)

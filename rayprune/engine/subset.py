@@ -90,7 +90,7 @@ def score_samples(config: Config, source: SampleSource, folder: Path | None) -> 
         selector.table.load_arrays(scored.table.to_arrays())
         lines = read_metrics(folder)
         seconds = {key: round(sum(line["seconds"][key] for line in lines), 6) for key in lines[-1]["seconds"]}
-        counts = {name: lines[-1][name] for name in vars(Before()) if name != "seconds"}
+        counts = {name: lines[-1].get(name, 0) for name in vars(Before()) if name != "seconds"}
         # Counted in samples of the network that follows, where another one scored them.
         if config.collect.model:
             ratio = forward_flops_of(folder) / forward_flops(config, input_spec(config, source))

@@ -17,20 +17,16 @@ import torch
 from ray.train.collective import broadcast_from_rank_zero
 from torch import Tensor
 
+from rayprune.core.roles import train_step_of
 from rayprune.engine.checkpoint import newest_position
+from rayprune.engine.meta_batches import with_meta_batches
 from rayprune.engine.pacing import Pacer
 from rayprune.engine.protocol import ClosedEpoch, Phase, PlanHeader, TrainingPaused, TrainingStopped, Turn
 from rayprune.engine.recorder import Recorder
 from rayprune.engine.saving import Saver
-from rayprune.engine.setup import (
-    DeviceBatch,
-    WorkerSpec,
-    build_network,
-    build_step,
-    pick_device,
-    rate_at,
-)
+from rayprune.engine.setup import DeviceBatch, WorkerSpec, build_network, build_step, pick_device, rate_at
 from rayprune.engine.stall import Pulsing
+from rayprune.engine.stopping import nothing_to_train, too_many_nonfinite
 from rayprune.engine.stream import Batch, Transport, plan_batches
 from rayprune.engine.tally import BYTES, PADDED, REAL, add_batch, compute, means, new_sums, resumed_sums, validated
 from rayprune.nn.augment import step_seed
@@ -105,8 +101,8 @@ class Worker:
         start = time.perf_counter()
         self._seconds = dict.fromkeys(_SECONDS, 0.0)
         self._recorder.start_epoch(epoch, self._base_step)
-        self._pacer.start_epoch(self._base_step)
         header = self._announce(epoch, "train")
+        self._pacer.start_epoch(train_step_of(self._base_step, header.meta_every))
         self._seconds["select"] += header.select_s
         with self._timed("train"):
             sums, lr = self._train(epoch, header)
@@ -148,28 +144,34 @@ class Worker:
 
     def _train(self, epoch: int, header: PlanHeader) -> tuple[Tensor, float]:
         if header.num_steps == 0:
-            raise TrainingStopped(
-                f"epoch {epoch} keeps {header.num_kept} samples, less than train.batch_size "
-                f"{self._config.train.batch_size}, and train.last_batch is drop: use train.last_batch=pad"
-            )
+            raise nothing_to_train(self._config, epoch, header)
         seed, sums, lr = self._config.train.seed, new_sums(self._device), 0.0
         if self._resumed_sums and self._base_step:
             sums += resumed_sums(self._resumed_sums, self._device)
-        for step, batch in enumerate(self._batches(header), start=self._base_step):
-            if step > self._base_step:
-                self._save_if_due(epoch, step, sums)
-            lr = rate_at(self._config, epoch, step, header.num_steps, header.lr_scale)
+        for turned in with_meta_batches(self._batches(header), self._base_step, header.meta_every):
+            step, batch, meta = turned.step, turned.batch, turned.meta
+            if turned.place > self._base_step:
+                self._save_if_due(epoch, turned.place, step, sums)
+            lr = rate_at(self._config, epoch, step, header.num_train_steps, header.lr_scale)
             for group in self._step.optimizer.param_groups:
                 group["lr"] = lr
             torch.manual_seed(step_seed(seed, epoch, step, self.rank))
             on_device = DeviceBatch(batch, self._spec.input, self._device)
-            inputs = self._spec.input.augment.train(on_device.inputs, on_device.ids, seed=seed, epoch=epoch)
-            signals = self._step(inputs, on_device.targets, on_device.weights)
+            inputs = self._augmented(on_device, epoch)
+            more: dict[str, Any] = {}
+            if header.meta_every:  # the step's own batches are a selection: it learns from what came beside them
+                beside = None if meta is None else DeviceBatch(meta, self._spec.input, self._device)
+                more["meta"] = beside and (self._augmented(beside, epoch), beside.targets)
+                more["learns"] = meta is not None
+            signals = self._step(inputs, on_device.targets, on_device.weights, **more)
             self._record(batch, signals)
-            add_batch(sums, signals, on_device.real, batch.num_bytes)
+            add_batch(sums, signals, on_device.real, batch.num_bytes + (meta.num_bytes if meta else 0))
         return self._over_ranks(sums), lr
 
-    def _save_if_due(self, epoch: int, step: int, sums: Tensor) -> None:
+    def _augmented(self, batch: DeviceBatch, epoch: int) -> Tensor:
+        return self._spec.input.augment.train(batch.inputs, batch.ids, seed=self._config.train.seed, epoch=epoch)
+
+    def _save_if_due(self, epoch: int, place: int, step: int, sums: Tensor) -> None:
         verdict = self._pacer.verdict(step)
         if verdict == "go on":
             return
@@ -178,7 +180,7 @@ class Worker:
             inside = self._collected(epoch, "snapshot")
             if inside is not None:
                 state = inside.state
-                self._saver.save_inside(epoch, step, self._network, self._step, state, total, self._base_step)
+                self._saver.save_inside(epoch, place, self._network, self._step, state, total, self._base_step)
         if verdict == "leave":
             raise TrainingPaused(f"before step {step} of epoch {epoch}")
 
@@ -201,7 +203,7 @@ class Worker:
         with self._timed("record"):
             self._recorder.record(batch.ids, batch.real, signals)
         if self._recorder.num_nonfinite > self._config.train.max_nonfinite:
-            raise self._too_many_nonfinite(self._recorder.num_nonfinite, self._recorder.nonfinite_ids, False)
+            raise too_many_nonfinite(self._config, self._recorder.num_nonfinite, self._recorder.nonfinite_ids, False)
 
     def _collected(self, epoch: int, then: Literal["snapshot", "close_epoch"]) -> ClosedEpoch | None:
         """Flush all ranks, then let the actor answer; rank 0 gets the state, the others None."""
@@ -215,18 +217,10 @@ class Worker:
             told = (closed is not None, closed and closed.num_nonfinite, closed and closed.nonfinite_ids)
             done, nonfinite, ids = broadcast_from_rank_zero(told)
             if done and nonfinite > self._config.train.max_nonfinite:
-                raise self._too_many_nonfinite(nonfinite, ids, True)
+                raise too_many_nonfinite(self._config, nonfinite, ids, True)
             if done:
                 return closed
             logger.warning("epoch %d: the ScoreActor was restarted during the flush; pushing again", epoch)
-
-    def _too_many_nonfinite(self, count: int, ids: list[int], on_all_ranks: bool) -> TrainingStopped:
-        return TrainingStopped(
-            f"training stopped: {count} losses were NaN or infinite, more than train.max_nonfinite "
-            f"{self._config.train.max_nonfinite}; first sample ids {ids[:5]}: lower optim.lr, set train.clip_norm, or "
-            "look at these samples",
-            on_all_ranks,
-        )
 
     def _metrics(
         self,
@@ -241,7 +235,8 @@ class Worker:
         loss, accuracy = means(sums)
         num_forwarded = int(forwarded[REAL]) if forwarded is not None else 0
         num_bytes = sum(int(part[BYTES]) for part in (sums, forwarded, validation) if part is not None)
-        counts = self._saver.count(int(sums[REAL]), num_forwarded, int(sums[PADDED]), num_bytes)
+        num_padded, num_meta = int(sums[PADDED]), header.num_meta_rows
+        counts = self._saver.count(int(sums[REAL]), num_forwarded, num_padded, num_bytes, num_meta)
         return {
             "epoch": epoch,
             "requested_prune_ratio": header.requested,

@@ -130,3 +130,12 @@ def meta_loss(losses_BK: Tensor, exits_B: Tensor, rows_K: Tensor) -> Tensor:
         for place in range(losses_BK.shape[1])
     ]
     return torch.stack(terms_K).sum()
+
+
+def exit_weight_names(num_exits: int) -> tuple[str, ...]:
+    """Return the names of the step's own signals.
+
+    >>> exit_weight_names(2)
+    ('weight_exit_1', 'weight_exit_2')
+    """
+    return tuple(f"weight_exit_{place + 1}" for place in range(num_exits))

@@ -173,7 +173,7 @@ def test_a_checkpoint_holds_the_counts_of_its_moment_however_late_it_is_written(
     late = threading.Event()
     saver._writer.submit(late.wait, 30)  # the disk is slow
     saver.save_inside(0, 3, network, step, {}, [0.0] * 5, base_step=0)
-    saver.count(1000, 0, 0, 0)  # the epoch ends meanwhile
+    saver.count(1000, 0, 0, 0, 0)  # the epoch ends meanwhile
     with torch.no_grad():
         network.weight.fill_(7.0)
     late.set()

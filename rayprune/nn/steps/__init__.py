@@ -2,7 +2,7 @@
 
 from rayprune.nn.steps.base import TrainStep
 from rayprune.nn.steps.exits import ExitStep
-from rayprune.nn.steps.l2w import L2wStep, exit_weight_names
+from rayprune.nn.steps.l2w import L2wStep
 from rayprune.nn.steps.plain import PlainStep
 from rayprune.nn.steps.psp import PspStep, WithProxy
 
@@ -23,5 +23,4 @@ __all__ = [
     "PspStep",
     "TrainStep",
     "WithProxy",
-    "exit_weight_names",
 ]

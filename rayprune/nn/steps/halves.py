@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Inputs and targets.
+Pair = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class Half:

@@ -23,7 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from rayprune.config_steps import L2wOptions
-from rayprune.nn.exit_weights import allocate_exits, centred, exit_distribution, exit_rows, meta_loss, weights_of
+from rayprune.nn.exit_weights import (
+    allocate_exits,
+    centred,
+    exit_distribution,
+    exit_rows,
+    exit_weight_names,
+    meta_loss,
+    weights_of,
+)
 from rayprune.nn.meta_gradient import Named, Randomness, after_sgd, gradient_at, gradients_of, slopes_along
 from rayprune.nn.ranks import Ranks
 from rayprune.nn.steps.exits import ExitStep
@@ -32,15 +40,6 @@ from rayprune.nn.weight_net import WeightNet, observed
 
 # In plain steps of one forward and two backward units: pseudo gradient 2, meta pass 3, derivative 3 (or about 6.3).
 _META_COST = {"jvp": 8 / 3, "second_order": 11.3 / 3}
-
-
-def exit_weight_names(num_exits: int) -> tuple[str, ...]:
-    """Return the names of the step's own signals.
-
-    >>> exit_weight_names(2)
-    ('weight_exit_1', 'weight_exit_2')
-    """
-    return tuple(f"weight_exit_{place + 1}" for place in range(num_exits))
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ class L2wStep(ExitStep):
         self._global = options.scope == "global"
 
     def __call__(
-        self, inputs: Tensor, targets_B: Tensor, weights_B: Tensor, meta: tuple[Tensor, Tensor] | None = None
+        self, inputs: Tensor, targets_B: Tensor, weights_B: Tensor, meta: Pair | None = None, learns: bool | None = None
     ) -> dict[str, Tensor]:
         """Update the model twice, on the first ⌈B/2⌉ rows and on the rest, and before each the weight network.
 
@@ -127,17 +126,18 @@ class L2wStep(ExitStep):
                 nowhere (the loss's divisor aside, which is constant as in the plain step).
             meta: inputs and targets of the unpruned stream, to be learned from in place of this batch's other half;
                 as many on every rank.
+            learns: whether the weight network learns from this batch; None: from every `meta_interval`-th.
 
         Returns:
             signal name → (B, …) float32, detached, on the device: those of the exits, and `weight_exit_1` to K.
         """
         self.model.train()
-        rate = self.options.meta_lr * self.optimizer.param_groups[0]["lr"] / self._peak
-        for group in self.meta_optimizer.param_groups:
-            group["lr"] = rate
+        (group,) = self.meta_optimizer.param_groups
+        group["lr"] = self.options.meta_lr * self.optimizer.param_groups[0]["lr"] / self._peak
         halves = halves_of(inputs, targets_B, weights_B)
         others = halves if meta is None else halves_of(*meta, torch.ones_like(meta[1], dtype=weights_B.dtype))
-        learns = self._batches % self.options.meta_interval == 0
+        if learns is None:
+            learns = self._batches % self.options.meta_interval == 0
         self._batches += 1
         # Whether a half is all padding is asked of all ranks: they go through the same collective operations.
         real = [half.real_H.sum() for half in (*halves, *others)]
