@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator, model_validator
 
+from rayprune.config_steps import step_config
 from rayprune.core.fields import check_keys, wrong_type
 from rayprune.core.objects import absolute_reference
 
@@ -108,9 +109,15 @@ class TrainSection(Section):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     channels_last: Auto | bool = "auto"
     validate_every: int = Field(1, ge=1, description="epochs between validations; the last epoch always validates")
+    step: str | dict[str, Any] = Field("plain", description="plain | exits | l2w, or {name: …} with its options")
     stop_after: int | None = Field(None, ge=1, description="end after so many epochs of the schedule of all epochs")
     record: tuple[str, ...] = Field((), description="signals whose mean over the visits is written to scores.parquet")
     max_nonfinite: int = Field(100, ge=0, description="NaN or infinite losses in the run before training stops")
+
+    @field_validator("step")
+    @classmethod
+    def _known_step(cls, value: str | dict[str, Any]) -> dict[str, Any]:
+        return step_config(value)
 
 
 class OptimSection(Section):

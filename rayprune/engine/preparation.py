@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import Any
 
 import numpy as np
 import psutil
@@ -16,6 +17,7 @@ from rayprune.engine.setup import InputSpec, StepTerms, build_step, network_opti
 from rayprune.methods import Method
 from rayprune.methods.fixed import Fixed
 from rayprune.nn.augment import Augment
+from rayprune.nn.exits import num_exits_of
 from rayprune.nn.models import build_model
 from rayprune.nn.proxy import num_macs
 from rayprune.nn.signals import signal_floats
@@ -130,15 +132,13 @@ def check_model(config: Config, spec: InputSpec, method: Method) -> None:
     model = build_model(name, num_classes=spec.num_classes, input_shape=spec.shape, **config.model.options)
     try:
         with torch.no_grad():
-            logits = model.eval()(torch.zeros(2, *spec.shape))
+            output = model.eval()(torch.zeros(2, *spec.shape))
     except Exception as error:
         line = next(iter(str(error).splitlines()), "")
         raise ValueError(
             f"model {name!r} can't take a batch of 2 × {spec.shape}: {type(error).__name__}: {line}"
         ) from error
-    if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != (2, spec.num_classes):
-        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ValueError(f"model {name!r} returns {got} for a batch of 2, not (2, {spec.num_classes})")
+    _check_output(name, output, spec.num_classes)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"model {name!r} has no parameters to train")
     try:
@@ -148,6 +148,16 @@ def check_model(config: Config, spec: InputSpec, method: Method) -> None:
     except ValueError as error:
         raise ValueError(f"optim can't be used: {error}") from None
     _check_step(config, model, spec, method)
+
+
+def _check_output(name: str, output: Any, num_classes: int) -> None:
+    try:
+        num_exits_of(output)
+    except ValueError as error:
+        raise ValueError(f"model {name!r} can't be trained: {error}") from None
+    first = output if isinstance(output, torch.Tensor) else output[0]
+    if tuple(first.shape) != (2, num_classes):
+        raise ValueError(f"model {name!r} returns {tuple(first.shape)} for a batch of 2, not (2, {num_classes})")
 
 
 def forward_flops(config: Config, spec: InputSpec) -> int:
@@ -162,7 +172,7 @@ def forward_flops(config: Config, spec: InputSpec) -> int:
 
 def _check_step(config: Config, model: torch.nn.Module, spec: InputSpec, method: Method) -> None:
     """Send a batch of zeros through each part of the method's train step."""
-    terms = StepTerms.of(method, config.train.record)
+    terms = StepTerms.of(method, config.train)
     asked = tuple(dict.fromkeys((*terms.signals, *terms.sweep_signals)))
     try:
         step = build_step(config, model, spec, terms, 1, torch.device("cpu"))

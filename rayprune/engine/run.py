@@ -105,7 +105,7 @@ class Run:
             config=config,
             scores=self.scores,
             input=spec,
-            terms=StepTerms.of(method, config.train.record),
+            terms=StepTerms.of(method, config.train),
             fingerprint=splits.train.fingerprint,
             shuffle=shuffle_name(splits.train),
             run_folder=str(folder),

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from rayprune.config import Config
+from rayprune.config_sections import TrainSection
 from rayprune.core.objects import closest
 from rayprune.engine.client import ScoreClient
 from rayprune.engine.stream import Batch
 from rayprune.methods import Method
 from rayprune.nn.augment import Augment
 from rayprune.nn.boundary import last_linear
+from rayprune.nn.exits import count_exits
 from rayprune.nn.models import build_model
 from rayprune.nn.optim import build_optimizer, learning_rate
 from rayprune.nn.signals import BOUNDARY_SIGNALS
-from rayprune.nn.steps import STEPS, TrainStep
+from rayprune.nn.steps import MULTI_EXIT_STEPS, STEPS, TrainStep
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,10 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class StepTerms:
-    """What a method asks of the train step; plain values, as workers may not have the method's code.
+    """What a method and `train.step` ask of the train step; plain values: workers may not have the method's code.
 
     Attributes:
-        name, options: the step, a key of `STEPS`, and its options.
+        name, options: the step, a key of `STEPS`, and its options; a "plain" one may turn out as `exits`.
         signals, sweep_signals: what training visits and forward-only passes report.
         sweep_part: the part of the network that forward-only passes go through.
     """
@@ -57,16 +59,25 @@ class StepTerms:
     sweep_part: str
 
     @classmethod
-    def of(cls, method: Method, record: tuple[str, ...] = ()) -> StepTerms:
-        """Return the terms of a method, with more signals to be recorded in training.
+    def of(cls, method: Method, train: TrainSection) -> StepTerms:
+        """Return the terms of a method and the config's section `train`.
 
         Raises:
-            ValueError: the method names no train step.
+            ValueError: the method names no train step, or has one of its own and `train.step` names another.
         """
         name, options = method.step()
         if name not in STEPS:
             raise ValueError(f"unknown train step {name!r} of method {method.name!r}: {closest(name, STEPS)}")
-        signals = tuple(dict.fromkeys((*method.signals, *record)))
+        assert isinstance(train.step, dict), "the section fills the options in"
+        asked = {key: value for key, value in train.step.items() if key != "name"}
+        if name == "plain":
+            name, options = train.step["name"], asked
+        elif train.step["name"] not in ("plain", name):
+            raise ValueError(
+                f"method {method.name!r} trains by its own step {name!r}, and train.step is {train.step['name']!r}: "
+                "leave train.step out, or use another method"
+            )
+        signals = tuple(dict.fromkeys((*method.signals, *train.record)))
         return cls(name, options, signals, method.sweep_signals or signals, method.sweep_part)
 
 
@@ -181,10 +192,12 @@ def build_step(
     Raises:
         ValueError: the step does not fit the network.
     """
-    train, step = config.train, STEPS[terms.name]
+    train = config.train
+    name, options = _fitting(terms, count_exits(network, spec.shape))
+    step = STEPS[name]
     needs_head = any(signal in BOUNDARY_SIGNALS for signal in (*terms.signals, *terms.sweep_signals))
     return step(
-        wrap_for_ranks(step.module_of(network, spec.shape, **terms.options), world_size, device),
+        wrap_for_ranks(step.module_of(network, spec.shape, **options), world_size, device),
         network_optimizer(config, network),
         signals=terms.signals,
         label_smoothing=train.label_smoothing,
@@ -192,8 +205,32 @@ def build_step(
         clip_norm=train.clip_norm,
         autocast=pick_precision(train.precision, device),
         head=last_linear(network, torch.zeros(2, *spec.shape, device=device)) if needs_head else None,
-        **terms.options,
+        **options,
     )
+
+
+def _fitting(terms: StepTerms, num_exits: int) -> tuple[str, dict[str, Any]]:
+    """Return the step and its options for a network with so many exits.
+
+    Raises:
+        ValueError: the step is for networks of the other kind, or a signal is.
+    """
+    if num_exits == 1:
+        if terms.name in MULTI_EXIT_STEPS:
+            raise ValueError(
+                f"train.step {terms.name} is for a network with several exits, and the model returns one tensor: "
+                "use train.step=plain, or a model that returns a list of logits"
+            )
+        return terms.name, terms.options
+    if wanted := [signal for signal in (*terms.signals, *terms.sweep_signals) if signal in BOUNDARY_SIGNALS]:
+        raise ValueError(
+            f"signal {wanted[0]!r} is of the decision boundaries of one last layer, and the model has {num_exits} "
+            "exits: use a method or train.record without it"
+        )
+    name = "exits" if terms.name == "plain" else terms.name
+    if name not in MULTI_EXIT_STEPS:
+        raise ValueError(f"train step {name!r} is for a network with one exit, and the model has {num_exits}")
+    return name, {"num_exits": num_exits, **terms.options}
 
 
 def rate_at(config: Config, epoch: int, step: int, num_steps: int, lr_scale: float) -> float:

@@ -18,9 +18,13 @@ from rayprune.nn.steps import TrainStep
 LOSS, CORRECT, FINITE, REAL, PADDED, BYTES = range(6)
 
 
-def new_sums(device: torch.device, num_classes: int = 0) -> Tensor:
-    """Return (6 + 2C,) float64 zeros: the places above, then each class's correct rows, then its real rows."""
-    return torch.zeros(6 + 2 * num_classes, dtype=torch.float64, device=device)
+def new_sums(device: torch.device, num_classes: int = 0, num_exits: int = 1) -> Tensor:
+    """Return (6 + 2C,) float64 zeros: the places above, then each class's correct rows, then its real rows.
+
+    With K > 1 exits there are 3K more: each exit's loss, its rows with a finite one, its correct rows.
+    """
+    exits = 3 * num_exits if num_exits > 1 else 0
+    return torch.zeros(6 + 2 * num_classes + exits, dtype=torch.float64, device=device)
 
 
 def resumed_sums(stored: list[float], device: torch.device) -> Tensor:
@@ -37,22 +41,37 @@ def add_batch(
 
     Args:
         sums: changed in place.
-        signals: per sample; `loss` and `correct` are counted.
+        signals: per sample; `loss` and `correct` are counted, or `metric_loss` and `metric_correct` where there are.
         real_B: False for padding.
         num_bytes: read from storage for the batch.
-        labels_B: int64 in [0, C), read where the sums have places for classes.
+        labels_B: int64 in [0, C), read where the sums have places for classes (and exits).
     """
     real = real_B.to(torch.float64)
     count = real.sum()
+    losses_B, right_B = (signals.get(f"metric_{name}", signals[name]) for name in ("loss", "correct"))
     # Left out by selection, not by a product (0 · NaN is NaN): padding, and the few NaN losses that a run tolerates.
-    counted_B = real_B & signals["loss"].isfinite()
-    loss = torch.where(counted_B, signals["loss"].double(), 0.0).sum()
-    correct_B = signals["correct"].double() * real
+    counted_B = real_B & losses_B.isfinite()
+    loss = torch.where(counted_B, losses_B.double(), 0.0).sum()
+    correct_B = right_B.double() * real
     read = torch.full_like(count, num_bytes)
     sums[:6] += torch.stack([loss, correct_B.sum(), counted_B.sum().double(), count, real_B.numel() - count, read])
-    if (num_classes := (sums.numel() - 6) // 2) and labels_B is not None:
-        sums[6:].index_add_(0, labels_B, correct_B)
-        sums[6 + num_classes :].index_add_(0, labels_B, real)
+    if sums.numel() == 6 or labels_B is None:
+        return
+    exits = _exit_sums(signals, real_B)
+    by_class = sums[6 : sums.numel() - exits.numel()]
+    by_class.index_add_(0, labels_B, correct_B)
+    by_class[by_class.numel() // 2 :].index_add_(0, labels_B, real)
+    sums[sums.numel() - exits.numel() :] += exits.to(sums.device)
+
+
+def _exit_sums(signals: dict[str, Tensor], real_B: Tensor) -> Tensor:
+    """Return a batch's (3K,) float64 sums over its exits; none of a network with one."""
+    if "exit_loss" not in signals:
+        return torch.zeros(0, dtype=torch.float64)
+    losses_BK = signals["exit_loss"].double()
+    counted_BK = real_B[:, None] & losses_BK.isfinite()
+    correct_BK = signals["exit_correct"].double() * real_B[:, None]
+    return torch.cat([torch.where(counted_BK, losses_BK, 0.0).sum(0), counted_BK.double().sum(0), correct_BK.sum(0)])
 
 
 def means(sums: Tensor) -> tuple[float, float]:
@@ -62,17 +81,25 @@ def means(sums: Tensor) -> tuple[float, float]:
     return loss, float(sums[CORRECT]) / max(float(sums[REAL]), 1.0)
 
 
-def validated(sums: Tensor | None) -> dict[str, Any]:
-    """Return what a validation found, for metrics.jsonl; None three times where there was none.
+def validated(sums: Tensor | None, num_exits: int = 1) -> dict[str, Any]:
+    """Return what a validation found, for metrics.jsonl; None for each name where there was none.
 
-    `val_class_accuracy` has C entries, None for a class without a validation sample.
+    `val_class_accuracy` has C entries, None for a class without a validation sample. A network with K > 1 exits has
+    `val_exit_loss` and `val_exit_accuracy` besides, K entries each; all else is of its last exit.
     """
+    exits = ("val_exit_loss", "val_exit_accuracy") if num_exits > 1 else ()
     if sums is None:
-        return dict.fromkeys(("val_loss", "val_accuracy", "val_class_accuracy"))
+        return dict.fromkeys(("val_loss", "val_accuracy", "val_class_accuracy", *exits))
     loss, accuracy = means(sums)
-    correct, real = sums[6:].reshape(2, -1).tolist()
+    end = sums.numel() - (3 * num_exits if exits else 0)
+    correct, real = sums[6:end].reshape(2, -1).tolist()
     classes = [round(right / rows, 6) if rows else None for right, rows in zip(correct, real, strict=True)]
-    return {"val_loss": loss, "val_accuracy": accuracy, "val_class_accuracy": classes}
+    found: dict[str, Any] = {"val_loss": loss, "val_accuracy": accuracy, "val_class_accuracy": classes}
+    if exits:
+        losses, finite, right_K = sums[end:].reshape(3, -1)
+        found["val_exit_loss"] = (losses / finite).tolist()  # 0 / 0 is NaN: no finite loss at all
+        found["val_exit_accuracy"] = (right_K / sums[REAL].clamp(min=1.0)).tolist()
+    return found
 
 
 def compute(counts: Mapping[str, int], before: Before, step: TrainStep, part: str) -> float:

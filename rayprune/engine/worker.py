@@ -185,7 +185,8 @@ class Worker:
     def _forward(self, epoch: int, phase: Phase, *, record: bool) -> Tensor:
         """Pass over a plan in eval mode without augmentation; return the sums over all ranks."""
         header, terms = self._announce(epoch, phase), self._spec.terms
-        sums = new_sums(self._device, 0 if record else self._spec.input.num_classes)
+        places = () if record else (self._spec.input.num_classes, self._step.num_exits)
+        sums = new_sums(self._device, *places)
         named: dict[str, Any] = {"signals": terms.sweep_signals, "part": terms.sweep_part} if record else {}
         for batch in self._batches(header):
             on_device = DeviceBatch(batch, self._spec.input, self._device)
@@ -252,7 +253,7 @@ class Worker:
             "compute": compute(counts, self._spec.before, self._step, self._spec.terms.sweep_part),
             "train_loss": loss,
             "train_accuracy": accuracy,
-            **validated(validation),
+            **validated(validation, self._step.num_exits),
             "lr": lr,
             "world_size": self.world_size,
             "plan_hash": header.hash,

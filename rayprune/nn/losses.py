@@ -5,6 +5,7 @@ Shapes: B batch, C classes.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -18,7 +19,7 @@ def per_sample_loss(logits_BC: Tensor, targets_B: Tensor, *, label_smoothing: fl
         label_smoothing: share of the target mass spread evenly over all classes, in [0, 1].
 
     Returns:
-        (B,) float32, differentiable in the logits, not reduced.
+        (B,) float32 (float64 of such logits), differentiable in the logits, not reduced.
 
     Raises:
         ValueError: label_smoothing lies outside [0, 1].
@@ -29,4 +30,5 @@ def per_sample_loss(logits_BC: Tensor, targets_B: Tensor, *, label_smoothing: fl
     """
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    return functional.cross_entropy(logits_BC.float(), targets_B, reduction="none", label_smoothing=label_smoothing)
+    wide_BC = logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
+    return functional.cross_entropy(wide_BC, targets_B, reduction="none", label_smoothing=label_smoothing)

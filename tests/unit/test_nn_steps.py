@@ -20,7 +20,7 @@ from rayprune.nn.losses import per_sample_loss
 from rayprune.nn.models import build_model
 from rayprune.nn.proxy import Proxy
 from rayprune.nn.signals import BOUNDARY_SIGNALS
-from rayprune.nn.steps import STEPS, PlainStep, PspStep, TrainStep, WithProxy
+from rayprune.nn.steps import STEPS, ExitStep, PlainStep, PspStep, TrainStep, WithProxy
 
 SHAPE, CLASSES = (3, 8, 8), 4
 
@@ -87,7 +87,7 @@ def test_a_step_keeps_the_contract(make: Any) -> None:
 
 
 def test_the_steps_by_name() -> None:
-    assert {"plain": PlainStep, "psp": PspStep} == STEPS
+    assert {"plain": PlainStep, "psp": PspStep, "exits": ExitStep} == STEPS
     network = mlp()
     assert STEPS["plain"].module_of(network, SHAPE) is network
 

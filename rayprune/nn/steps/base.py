@@ -21,17 +21,23 @@ class TrainStep(Protocol):
     Attributes:
         model: what the step trains, DDP-wrapped or not.
         optimizer: over the model's parameters.
+        num_exits: K of a multi-exit network, whose `evaluate` also returns `exit_loss` and `exit_correct`, (B, K);
+            1 otherwise.
         parts: networks that `evaluate` can go through; "model" is the first and always there.
         train_cost: of one sample's step, relative to a plain one.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    num_exits: int
     parts: tuple[str, ...]
     train_cost: float
 
     def __call__(self, inputs: Tensor, targets_B: Tensor, weights_B: Tensor) -> dict[str, Tensor]:
-        """Update the model once; return the step's signals, (B, …) float32, detached, on the device."""
+        """Update the model once; return the step's signals, (B, …) float32, detached, on the device.
+
+        Where `loss` and `correct` are scores of another kind, metrics count `metric_loss` and `metric_correct`.
+        """
 
     def evaluate(
         self,

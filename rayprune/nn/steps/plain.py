@@ -37,6 +37,7 @@ class PlainStep:
     """
 
     parts: tuple[str, ...] = ("model",)
+    num_exits = 1
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class PlainStep:
         if self._clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
         self.optimizer.step()
-        return seen[0] if len(seen) == 1 else {name: torch.cat([s[name] for s in seen]) for name in self._signals}
+        return seen[0] if len(seen) == 1 else {name: torch.cat([s[name] for s in seen]) for name in seen[0]}
 
     @torch.no_grad()
     def evaluate(
@@ -113,7 +114,7 @@ class PlainStep:
         self.model.eval()
         with self._mixed(inputs):
             logits = self._evaluated(inputs, self._known(part))
-        losses = per_sample_loss(logits, targets_B, label_smoothing=self._label_smoothing if smoothed else 0.0)
+        losses = self._losses(logits, targets_B, self._label_smoothing if smoothed else 0.0)
         return self._compute(tuple(dict.fromkeys((*_ALWAYS, *signals))), logits, targets_B, losses, part)
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,8 +144,16 @@ class PlainStep:
         return 1.0
 
     def _evaluated(self, inputs: Tensor, part: str) -> Tensor:
-        logits: Tensor = self._module(inputs)
+        return self._logits(self._module(inputs))
+
+    def _logits(self, output: Any) -> Tensor:
+        """Return what the model gave as one tensor."""
+        logits: Tensor = output
         return logits
+
+    def _losses(self, logits: Tensor, targets_B: Tensor, label_smoothing: float) -> Tensor:
+        """Return each sample's losses, (B,), or (…, B) where it has several."""
+        return per_sample_loss(logits, targets_B, label_smoothing=label_smoothing)
 
     def _backward(
         self, inputs: Tensor, targets_B: Tensor, weights_B: Tensor, rows: int, *, last: bool
@@ -166,8 +175,8 @@ class PlainStep:
         """Go forward and backward once; `options` are the module's, and the loss counts `factor` times."""
         with contextlib.nullcontext() if synchronise else _no_sync(self.model):
             with self._mixed(inputs):
-                logits = self.model(inputs, **options)
-            losses = per_sample_loss(logits, targets_B, label_smoothing=self._label_smoothing)
+                logits = self._logits(self.model(inputs, **options))
+            losses = self._losses(logits, targets_B, self._label_smoothing)
             (factor * ((losses * weights_B).sum() / rows)).backward()
         return logits, losses
 
