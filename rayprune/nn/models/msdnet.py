@@ -1,0 +1,256 @@
+"""MSDNet: dense connections over several scales, and a classifier after every block.
+
+Huang, Chen, Li, Wu, van der Maaten, Weinberger: Multi-Scale Dense Networks for Resource Efficient Image
+Classification, ICLR 2018, arXiv 1703.09844. Layers and counts are those of the published program: with n layers and S
+scales, the finest scale is dropped every ⌈n/S⌉ layers (its `prune=max`), and the layer that drops it is followed by
+1×1 convolutions that keep the share `reduction` of the channels. Deviations: a layer whose growth is odd gives the
+half that is left over to the same-scale connection, and the classifiers average their whole map (see `multi_scale`).
+
+Shapes: B batch, C classes, K exits, H height, W width; S scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rayprune.nn.models.multi_exit import MultiExit
+from rayprune.nn.models.multi_scale import (
+    MultiScaleStem,
+    balance_gradients,
+    bottlenecked,
+    check_factors,
+    check_growth,
+    choose_scales,
+    choose_stem,
+    classifier,
+    convolution,
+    initialise,
+)
+from rayprune.nn.models.registry import image_channels, register_model
+
+Maps = list[Tensor]
+
+
+class Connections(nn.Module):
+    """What a layer adds to one scale: of its own map and, but for the finest, of the finer map halved.
+
+    Args:
+        own, finer: channels of both maps; finer None for the finest scale.
+        growth: g, the channels that are added.
+        factor, finer_factor: of the bottlenecks; None for none.
+    """
+
+    def __init__(self, own: int, finer: int | None, growth: int, factor: int | None, finer_factor: int | None) -> None:
+        super().__init__()
+        halved = 0 if finer is None else growth // 2
+        self.down = None if finer is None else bottlenecked(finer, halved, finer_factor, stride=2)
+        self.normal = bottlenecked(own, growth - halved, factor)
+
+    def forward(self, own: Tensor, finer: Tensor | None) -> Tensor:
+        """Give (B, own + growth, H, W) of the map (B, own, H, W) and the finer one."""
+        halved = [] if self.down is None else [self.down(finer)]
+        return torch.cat([own, *halved, self.normal(own)], dim=1)
+
+
+class Layer(nn.Module):
+    """One layer of all scales that are left, `first` being the finest of them.
+
+    Args:
+        widths: channels of all S scales, the finest first.
+        growths: the channels added to each.
+        factors: of the bottlenecks at each.
+        first: the finest scale that is made.
+        drops: whether the scale before it is read and then dropped.
+    """
+
+    def __init__(
+        self, widths: Sequence[int], growths: Sequence[int], factors: Sequence[int | None], first: int, drops: bool
+    ) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList()
+        for scale in range(first, len(widths)):
+            finer = None if scale == first and not drops else scale - 1
+            connections = Connections(
+                widths[scale],
+                None if finer is None else widths[finer],
+                growths[scale],
+                factors[scale],
+                None if finer is None else factors[finer],
+            )
+            self.scales.append(connections)
+
+    def forward(self, maps: Maps) -> Maps:
+        """Give the maps that are left, the finest first."""
+        dropped = len(maps) - len(self.scales)
+        pairs = zip(maps[dropped:], [None, *maps][dropped:], self.scales, strict=False)
+        return [scale(own, finer) for own, finer, scale in pairs]
+
+
+class Transition(nn.Module):
+    """A 1×1 convolution of each scale."""
+
+    def __init__(self, pairs: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList(convolution(before, after, size=1) for before, after in pairs)
+
+    def forward(self, maps: Maps) -> Maps:
+        """Give the maps with fewer channels."""
+        return [scale(own) for scale, own in zip(self.scales, maps, strict=True)]
+
+
+class MSDNet(MultiExit):
+    """Stem, blocks, and a classifier of the coarsest map after each.
+
+    Args:
+        num_layers: of every block; as many blocks as exits.
+        growth_factors, bottleneck_factors: of every scale, the finest first; a bottleneck factor of None for none.
+        in_channels, num_classes and the others: see `msdnet`.
+    """
+
+    def __init__(
+        self,
+        num_layers: Sequence[int],
+        growth_factors: Sequence[int],
+        bottleneck_factors: Sequence[int | None],
+        *,
+        channels: int,
+        growth_rate: int,
+        reduction: float,
+        in_channels: int,
+        num_classes: int,
+        stem: str,
+        gradient_equilibrium: bool,
+    ) -> None:
+        super().__init__(len(num_layers))
+        self.gradient_equilibrium = gradient_equilibrium
+
+        def scaled(width: int) -> list[int]:
+            return [width * factor for factor in growth_factors]
+
+        num_scales, layer = len(growth_factors), 0
+        self.stem = MultiScaleStem(in_channels, scaled(channels), (2,) * (num_scales - 1), stem)
+        self.blocks = nn.ModuleList()
+        interval = -(-sum(num_layers) // num_scales)
+        coarsest = []
+        for count in num_layers:
+            layers: list[nn.Module] = []
+            for _ in range(count):
+                first, drops = layer // interval, layer > 0 and layer % interval == 0
+                layers.append(Layer(scaled(channels), scaled(growth_rate), bottleneck_factors, first, drops))
+                channels += growth_rate
+                if drops:
+                    # The width is rounded down where the factor is 1, so that scales stay multiples of each other.
+                    kept = max(int(reduction * channels), 1)
+                    layers.append(Transition(list(zip(scaled(channels), scaled(kept), strict=True))[first:]))
+                    channels = kept
+                layer += 1
+            self.blocks.append(nn.Sequential(*layers))
+            coarsest.append(channels * growth_factors[-1])
+        self.classifiers = nn.ModuleList(classifier(width, num_classes, stem) for width in coarsest)
+        initialise(self)
+
+    def begin(self, inputs: Tensor) -> Maps:
+        """Give the stem's maps of images (B, channels, H, W), the finest first."""
+        maps: Maps = self.stem(inputs)
+        return maps
+
+    def advance(self, exit: int, state: Maps) -> tuple[Tensor, Maps]:
+        """Give the logits (B, C) at `exit`, and the block's maps; none after the last exit."""
+        maps: Maps = self.blocks[exit](state)
+        own = maps[-1]
+        if self.gradient_equilibrium:
+            own, following = balance_gradients(own, exit, self.num_exits)
+            maps = [*maps[:-1], following]
+        return self.classifiers[exit](own), maps if exit + 1 < self.num_exits else []
+
+
+@register_model
+def msdnet(
+    *,
+    num_classes: int,
+    input_shape: tuple[int, ...],
+    num_blocks: int = 5,
+    base: int = 1,
+    step: int = 1,
+    step_mode: str = "lin_grow",
+    channels: int = 16,
+    growth_rate: int = 6,
+    growth_factors: Sequence[int] | None = None,
+    bottleneck: bool = True,
+    bottleneck_factors: Sequence[int] | None = None,
+    num_scales: int | None = None,
+    reduction: float = 0.5,
+    stem: str | None = None,
+    gradient_equilibrium: bool = False,
+) -> MSDNet:
+    """Build the paper's network for CIFAR; the options are those of the published program.
+
+    Args:
+        num_classes, input_shape: C, and (channels, H, W).
+        num_blocks: K, the number of exits.
+        base: layers of the first block.
+        step, step_mode: layers of the others: `step` each ("even"), or step·i + 1 in block i from 0 ("lin_grow").
+        channels: of the finest map after the stem.
+        growth_rate: channels that a layer adds to the finest scale.
+        growth_factors: how many times wider each scale is, the finest first; 1, 2, 4 … by default.
+        bottleneck, bottleneck_factors: whether 1×1 convolutions come first, and how many times wider than their
+            3×3's output they may be, at each scale; the growth_factors by default.
+        num_scales: S; by default as many as growth_factors, or 3, or fewer for images under 16 pixels.
+        reduction: the share of channels that is kept where a scale is dropped, in (0, 1].
+        stem: "cifar" or "imagenet"; by default the latter for images of at least 96 pixels.
+        gradient_equilibrium: balance the gradients of early and later exits (Li et al., ICCV 2019).
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+    in_channels = image_channels("msdnet", input_shape)
+    check_growth("msdnet", step_mode, reduction, base=base, step=step, channels=channels)
+    if growth_rate < 2:  # half of it comes from the finer scale
+        raise ValueError(f"model 'msdnet' needs growth_rate of at least 2, got {growth_rate}")
+    stem = choose_stem("msdnet", input_shape, stem)
+    asked = num_scales if num_scales is not None or growth_factors is None else len(growth_factors)
+    scales = choose_scales("msdnet", "num_scales", input_shape, stem, asked)
+    growth = check_factors("msdnet", "growth_factors", growth_factors or [2**s for s in range(scales)], scales)
+    inner = check_factors("msdnet", "bottleneck_factors", bottleneck_factors or growth, scales)
+    later = [step * block + 1 if step_mode == "lin_grow" else step for block in range(1, num_blocks)]
+    return MSDNet(
+        [base, *later],
+        growth,
+        inner if bottleneck else [None] * scales,
+        channels=channels,
+        growth_rate=growth_rate,
+        reduction=reduction,
+        in_channels=in_channels,
+        num_classes=num_classes,
+        stem=stem,
+        gradient_equilibrium=gradient_equilibrium,
+    )
+
+
+@register_model
+def msdnet_imagenet(
+    *,
+    num_classes: int,
+    input_shape: tuple[int, ...],
+    step: int = 4,
+    base: int | None = None,
+    num_blocks: int = 5,
+    gradient_equilibrium: bool = False,
+) -> nn.Module:
+    """Build the paper's network for ImageNet: 4 scales, 5 blocks of `step` layers (4, 6 or 7), the first of `base`."""
+    return msdnet(
+        num_classes=num_classes,
+        input_shape=input_shape,
+        num_blocks=num_blocks,
+        base=step if base is None else base,
+        step=step,
+        step_mode="even",
+        channels=32,
+        growth_rate=16,
+        growth_factors=(1, 2, 4, 4),
+        stem="imagenet",
+        gradient_equilibrium=gradient_equilibrium,
+    )
