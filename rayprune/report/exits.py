@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 _ANYTIME, _DYNAMIC = "#D55E00", "#0072B2"
 _FOLDER = "exits"
+_UNITS = ((", billions", 1e9), (", millions", 1e6), (", thousands", 1e3), ("", 1.0))
 
 
 def draw_exits(run_folder: Path) -> Path:
@@ -26,20 +27,22 @@ def draw_exits(run_folder: Path) -> Path:
     tables = {name: pd.read_csv(folder / f"{name}.csv") for name in ("anytime", "dynamic") if _there(folder, name)}
     if not tables:
         raise ValueError(f"{run_folder} was not evaluated yet: rayprune evaluate {run_folder}")
-    figure = Figure(figsize=(8.0, 5.0), layout="constrained")
+    figure = Figure(figsize=(8.0, 5.4), layout="constrained")
     axes = figure.add_subplot()
+    most = max(float(table["macs"].max()) for table in tables.values())
+    unit, scale = next((name, size) for name, size in _UNITS if most >= size or size == 1.0)
     if "dynamic" in tables:
-        _draw_dynamic(axes, tables["dynamic"])
+        _draw_dynamic(axes, tables["dynamic"], scale)
     if "anytime" in tables:
-        _draw_anytime(axes, tables["anytime"])
+        _draw_anytime(axes, tables["anytime"], scale)
     first = next(iter(tables.values())).iloc[0]
-    axes.set_xlabel("multiply-adds a sample, millions (mean, where samples leave early)")
+    axes.set_xlabel(f"multiply-adds a sample{unit}; where samples leave early, their mean")
     axes.set_ylabel(f"top-1 accuracy on {first['samples']:,} samples, %")
     axes.set_title(f"{run_folder.resolve().name}, {first['checkpoint']}", fontsize=10)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, most / scale * 1.06)
     axes.margins(y=0.1)
     axes.grid(alpha=0.25)
-    axes.legend(loc="lower right", fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     partial = folder / "accuracy_macs.png.partial"
     FigureCanvasAgg(figure)
     figure.savefig(partial, dpi=130, format="png")
@@ -50,26 +53,17 @@ def _there(folder: Path, name: str) -> bool:
     return (folder / f"{name}.csv").exists()
 
 
-def _draw_anytime(axes: Axes, table: pd.DataFrame) -> None:
-    macs, accuracy = table["macs"] / 1e6, table["top1"] * 100
-    axes.plot(
-        macs, accuracy, "s--", color=_ANYTIME, markersize=6, linewidth=1.0, label="all samples to one exit", zorder=3
-    )
+def _draw_anytime(axes: Axes, table: pd.DataFrame, scale: float) -> None:
+    macs, accuracy = table["macs"] / scale, table["top1"] * 100
+    label = "all samples at one exit, by its number"
+    axes.plot(macs, accuracy, "s--", color=_ANYTIME, markersize=11, linewidth=1.0, label=label, zorder=3)
     for exit_, x, y in zip(table["exit"], macs, accuracy, strict=True):
-        # Below and to the right: the curve of samples that leave early runs above.
-        axes.annotate(f"exit {exit_}", (x, y), xytext=(6, -12), textcoords="offset points", fontsize=8, color=_ANYTIME)
+        # Inside the mark: nothing else is printed there, wherever the curves run.
+        axes.annotate(str(exit_), (x, y), fontsize=8, color="white", ha="center", va="center", zorder=5)
 
 
-def _draw_dynamic(axes: Axes, table: pd.DataFrame) -> None:
+def _draw_dynamic(axes: Axes, table: pd.DataFrame, scale: float) -> None:
     table = table.sort_values("p")
-    label = f"leaving early, p = {table['p'].min()}…{table['p'].max()}"
-    axes.plot(
-        table["macs"] / 1e6,
-        table["top1"] * 100,
-        "o-",
-        color=_DYNAMIC,
-        markersize=3,
-        linewidth=1.4,
-        label=label,
-        zorder=4,
-    )
+    label = f"leaving early, p = {table['p'].min()} to {table['p'].max()}"
+    macs, accuracy = table["macs"] / scale, table["top1"] * 100
+    axes.plot(macs, accuracy, "o-", color=_DYNAMIC, markersize=3, linewidth=1.4, label=label, zorder=2)
