@@ -4,7 +4,9 @@ Huang, Chen, Li, Wu, van der Maaten, Weinberger: Multi-Scale Dense Networks for 
 Classification, ICLR 2018, arXiv 1703.09844. Layers and counts are those of the published program: with n layers and S
 scales, the finest scale is dropped every ⌈n/S⌉ layers (its `prune=max`), and the layer that drops it is followed by
 1×1 convolutions that keep the share `reduction` of the channels. Deviations: a layer whose growth is odd gives the
-half that is left over to the same-scale connection, and the classifiers average their whole map (see `multi_scale`).
+half that is left over to the same-scale connection; maps that neither a later layer nor a classifier reads are not
+made, for DDP refuses parameters without gradients (no published configuration has such maps); and the classifiers
+average their whole map (see `multi_scale`).
 
 Shapes: B batch, C classes, K exits, H height, W width; S scales.
 """
@@ -130,18 +132,19 @@ class MSDNet(MultiExit):
         def scaled(width: int) -> list[int]:
             return [width * factor for factor in growth_factors]
 
-        num_scales, layer = len(growth_factors), 0
+        num_scales, total, layer, first = len(growth_factors), sum(num_layers), 0, 0
         self.stem = MultiScaleStem(in_channels, scaled(channels), (2,) * (num_scales - 1), stem)
         self.blocks = nn.ModuleList()
-        interval = -(-sum(num_layers) // num_scales)
+        interval = -(-total // num_scales)
         coarsest = []
         for count in num_layers:
             layers: list[nn.Module] = []
             for _ in range(count):
-                first, drops = layer // interval, layer > 0 and layer % interval == 0
+                before, first = first, max(layer // interval, num_scales - (total - layer))
+                drops = first > before
                 layers.append(Layer(scaled(channels), scaled(growth_rate), bottleneck_factors, first, drops))
                 channels += growth_rate
-                if drops:
+                if layer > 0 and layer % interval == 0:
                     # The width is rounded down where the factor is 1, so that scales stay multiples of each other.
                     kept = max(int(reduction * channels), 1)
                     layers.append(Transition(list(zip(scaled(channels), scaled(kept), strict=True))[first:]))
