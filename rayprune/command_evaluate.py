@@ -50,7 +50,7 @@ def _warn(line: str) -> None:
 
 
 def _show(found: Any) -> None:
-    from rayprune.display_evaluate import budget_lines, exit_lines, latency_line
+    from rayprune.display_evaluate import accuracy_line, budget_lines, exit_lines, latency_line
 
     console.print(
         f"{found.run.config.model.name.split('/')[-1]} {found.run.trained}, on {found.part}\n",
@@ -59,11 +59,12 @@ def _show(found: Any) -> None:
     )
     for number, line in enumerate(exit_lines(found)):
         console.print(line, style="bold" if number == 0 else None, highlight=False, markup=False)
-    console.print(latency_line(found), style="dim", highlight=False, markup=False)
+    for line in (accuracy_line(found), latency_line(found)):
+        console.print(line, style="dim", highlight=False, markup=False)
     if not found.dynamic:
         return
     console.print(
-        f"\nleaving early, thresholds of {found.num_held_out:,} training samples held out:",
+        f"\nleaving early, thresholds of {found.dynamic[0]['held_out_samples']:,} training samples held out:",
         highlight=False,
         markup=False,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,13 @@ def exit_lines(found: Evaluation) -> Iterator[str]:
             cells += [f"{row['top1']:.2%}", f"{row['top5']:.2%}", f"{row['loss']:.4f}"]
         rows.append(cells + [_time(found.latency, exit_, batch) for batch in batches])
     yield from _aligned(rows)
+
+
+def accuracy_line(found: Evaluation) -> str:
+    """Return how far the accuracies may be off by the draw of the samples."""
+    row = [*found.anytime, *found.dynamic][-1]
+    error = math.sqrt(row["top1"] * (1 - row["top1"]) / row["samples"])
+    return f"accuracies: {row['samples']:,} samples, a standard error of about {error * 100:.2f} points"
 
 
 def latency_line(found: Evaluation) -> str:

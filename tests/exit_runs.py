@@ -19,9 +19,9 @@ LADDER = f"{HERE}/stepwise_model.py:ladder"
 TOWER = f"{HERE}/multi_exit_models.py:tower"  # can't be computed exit by exit
 
 
-def exits_config(tmp_path: Path, model: str = LADDER, **sections: dict[str, Any]) -> Config:
+def exits_config(tmp_path: Path, network: str = LADDER, **sections: dict[str, Any]) -> Config:
     """Return a run of three exits on 301 digits, a fifth of them held out."""
-    base = {"data": {"hold_out": 0.2}, "model": {"name": model}}
+    base = {"data": {"hold_out": 0.2}, "model": {"name": network}}
     return run_config(tmp_path, **merge(base, sections))
 
 

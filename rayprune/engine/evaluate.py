@@ -9,7 +9,7 @@ Shapes: K exits, N samples.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from rayprune.core.exits import BUDGETS, evaluate_dynamic, exit_quotas, find_thresholds
+from rayprune.core.objects import closest
 from rayprune.engine.exit_files import clear_others, write_rows, write_thresholds
 from rayprune.engine.exit_readings import ExitReadings, read_exits
 from rayprune.engine.latency import lazy, measure_latency
@@ -28,6 +29,7 @@ from rayprune.nn.proxy import num_macs
 from rayprune.sources import SampleSource
 
 Mode = Literal["anytime", "dynamic"]
+MODES = ("anytime", "dynamic")
 Row = dict[str, Any]
 LATENCY_BATCH = 64
 
@@ -41,16 +43,14 @@ class Evaluation:
         macs: (K,) cumulative multiply-adds of one sample that leaves at each exit.
         part: the samples that accuracies are of, in words.
         anytime, dynamic, latency: the rows of the CSV files; empty where it was not asked for.
-        num_held_out: samples that the thresholds were found on.
     """
 
     run: TrainedRun
     macs: list[int]
     part: str
-    anytime: list[Row] = field(default_factory=list)
-    dynamic: list[Row] = field(default_factory=list)
-    latency: list[Row] = field(default_factory=list)
-    num_held_out: int = 0
+    anytime: list[Row]
+    dynamic: list[Row]
+    latency: list[Row]
 
 
 def evaluate(
@@ -73,28 +73,30 @@ def evaluate(
     Raises:
         ValueError: it can't be evaluated; one line with the cure.
     """
+    if mode is not None and mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}: {closest(mode, MODES)}")
     run = open_run(folder, device)
     _check_exits(run)
+    test, part = _tested_on(run)
     if (reason := _why_not_dynamic(run)) and mode == "dynamic":
         raise ValueError(reason)
     if not run.finished:
         on_notice(f"the run is not finished: this is its network {run.trained}")
     if reason and mode is None:
         on_notice(f"only anytime: {reason}")
-    test, part = _tested_on(run)
     macs = _macs(run)
     readings = read_exits(run.network, test, run.input, device, batch_size)
     clear_others(folder, run.checkpoint)
-    found = Evaluation(run, macs, part)
+    anytime, dynamic = [], []
     if mode != "dynamic":
-        found.anytime.extend(_anytime(readings, macs))
-        write_rows(folder, "anytime", run.checkpoint, found.anytime)
+        anytime = _anytime(readings, macs)
+        write_rows(folder, "anytime", run.checkpoint, anytime)
     if mode != "anytime" and not reason:
-        found = _dynamic(found, readings, test, batch_size)
-    for batch in (1, LATENCY_BATCH):
-        found.latency.extend(_latency(run, macs, batch))
-    write_rows(folder, "latency", run.checkpoint, found.latency)
-    return found
+        dynamic = _dynamic(run, macs, readings, test, batch_size)
+        write_rows(folder, "dynamic", run.checkpoint, dynamic)
+    latency = [row for batch in (1, LATENCY_BATCH) for row in _latency(run, macs, batch)]
+    write_rows(folder, "latency", run.checkpoint, latency)
+    return Evaluation(run, macs, part, anytime, dynamic, latency)
 
 
 def _check_exits(run: TrainedRun) -> None:
@@ -160,16 +162,15 @@ def _anytime(readings: ExitReadings, macs: list[int]) -> list[Row]:
     ]
 
 
-def _dynamic(found: Evaluation, readings: ExitReadings, test: SampleSource, batch_size: int) -> Evaluation:
-    """Return the evaluation with the dynamic rows; writes them and the thresholds."""
-    run, held_out = found.run, found.run.held_out
-    assert held_out is not None, "a run that held nothing out was refused"
-    held = read_exits(run.network, held_out, run.input, run.device, batch_size)
+def _dynamic(
+    run: TrainedRun, macs: list[int], readings: ExitReadings, test: SampleSource, batch_size: int
+) -> list[Row]:
+    """Find the thresholds, write them, and return what each budget's give."""
+    assert run.held_out is not None, "a run that held nothing out was refused"
+    held = read_exits(run.network, run.held_out, run.input, run.device, batch_size)
     thresholds = {budget: find_thresholds(held.confidences, budget) for budget in BUDGETS}
-    rows = [_budget_row(budget, each, readings, held, found.macs) for budget, each in thresholds.items()]
-    write_thresholds(run.folder, _facts(run, found.macs, held_out, test), thresholds)
-    write_rows(run.folder, "dynamic", run.checkpoint, rows)
-    return Evaluation(run, found.macs, found.part, found.anytime, rows, found.latency, len(held_out))
+    write_thresholds(run.folder, _facts(run, macs, run.held_out, test), thresholds)
+    return [_budget_row(budget, found, readings, held, macs) for budget, found in thresholds.items()]
 
 
 def _budget_row(

@@ -67,7 +67,7 @@ def open_run(folder: Path, device: torch.device) -> TrainedRun:
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
         raise ValueError(f"{folder} holds no sound checkpoint yet: train it first, rayprune train {folder}/config.yaml")
-    position = read_position(checkpoint)
+    position, weights = _read(checkpoint, device)
     if position["digest"] != config.digest():
         raise ValueError(
             f"{folder}/config.yaml is not what its checkpoints were trained with (config {config.digest()}, they are "
@@ -76,7 +76,14 @@ def open_run(folder: Path, device: torch.device) -> TrainedRun:
     splits, validation = _data(config, folder, position)
     spec = input_spec(config, splits.train)
     network = build_network(config, spec, device)
-    _load(network, checkpoint, config, device)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        line = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"the weights in {checkpoint} don't fit model {config.model.name!r} ({line}): bring back the code that it "
+            "was trained with"
+        ) from None
     return TrainedRun(
         folder=folder,
         config=config,
@@ -144,14 +151,9 @@ def _data(config: Config, folder: Path, position: Mapping[str, Any]) -> tuple[Sp
     return splits, validation
 
 
-def _load(network: nn.Module, checkpoint: Path, config: Config, device: torch.device) -> None:
+def _read(checkpoint: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a checkpoint's position and weights."""
     try:
-        network.load_state_dict(load_tensors(checkpoint / "model.pt", device))
+        return read_position(checkpoint), load_tensors(checkpoint / "model.pt", device)
     except FileNotFoundError:
         raise ValueError(f"{checkpoint} was just replaced by a newer one: the run is training, try again") from None
-    except RuntimeError as error:
-        line = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"the weights in {checkpoint} don't fit model {config.model.name!r} ({line}): bring back the code that it "
-            "was trained with"
-        ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from exit_runs import LADDER, TOWER, exits_config, untrained_run
+from test_cli import rayprune
 from torch.nn import functional
 
 from rayprune.cli import cli
+from rayprune.config import Config
 from rayprune.core.exits import find_thresholds
 from rayprune.engine.evaluate import evaluate
 from rayprune.engine.exit_files import read_thresholds
@@ -196,14 +199,48 @@ def test_other_data_and_networks_of_one_exit_are_refused(
     assert_refused(inside(folder, "--device", "cpu"), line)
 
 
+def arrays_config(tmp_path: Path, **keys: Any) -> Config:
+    """Return a run on 40 images of four classes in a file."""
+    tmp_path.mkdir(exist_ok=True)
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "data.npz", x=images, y=np.arange(40) % 4)
+    data = {"source": "arrays", "path": str(tmp_path / "data.npz"), "hold_out": 0.2, **keys}
+    return exits_config(tmp_path / "runs", data=data)
+
+
 def test_data_that_are_gone_are_named(tmp_path: Path) -> None:
-    images, labels = np.zeros((40, 8, 8, 1), np.uint8), np.arange(40) % 4
-    images[:, 0, 0, 0] = np.arange(40)
-    np.savez(tmp_path / "data.npz", x=images, y=labels)
-    data = {"source": "arrays", "path": str(tmp_path / "data.npz"), "limit": None}
-    folder = untrained_run(exits_config(tmp_path / "runs", data=data))
+    folder = untrained_run(arrays_config(tmp_path))
     (tmp_path / "data.npz").unlink()
     assert_refused(inside(folder, "--device", "cpu"), "bring it back, or say in")
+
+
+def test_without_a_validation_part_each_exit_is_judged_on_the_samples_held_out(tmp_path: Path) -> None:
+    folder = untrained_run(arrays_config(tmp_path, validation_fraction=0.0))
+    done = inside(folder, "--device", "cpu")
+    assert done.exception is None, done.output
+    assert "on the 8 training samples held out" in done.output
+    assert [row["top5"] for row in rows(folder / "exits" / "anytime.csv")] == ["1.0"] * 3  # of four classes
+    assert_refused(inside(folder, "--mode", "dynamic", "--device", "cpu"), "no validation part of its own")
+    other = untrained_run(arrays_config(tmp_path / "other", validation_fraction=0.0, hold_out=None))
+    assert_refused(inside(other, "--device", "cpu"), "has no validation part, and the run held nothing out")
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    folder = untrained_run(exits_config(tmp_path))
+    weights = folder / "checkpoints" / "epoch-000004" / "model.pt"
+    torch.save({"layers.0.weight": torch.zeros(1)}, weights)
+    manifest = weights.with_name("manifest.json")
+    sums = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**sums, "model.pt": hashlib.sha256(weights.read_bytes()).hexdigest()}))
+    assert_refused(inside(folder, "--device", "cpu"), "don't fit model")
+
+
+def test_mistakes_exit_with_2_and_one_line(tmp_path: Path) -> None:
+    for words in ([str(tmp_path / "nothing")], [str(tmp_path)], [str(tmp_path), "--mode", "dynmic"]):
+        done = rayprune("evaluate", *words)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
 
 
 def assert_refused(done: Result, line: str) -> None:
@@ -215,6 +252,8 @@ def assert_refused(done: Result, line: str) -> None:
 def test_no_folder_no_such_mode_and_no_such_device(tmp_path: Path) -> None:
     assert_refused(inside(tmp_path / "nothing"), "there is no folder")
     assert "'anytime', 'dynamic'" in inside(tmp_path, "--mode", "dynmic").output
+    with pytest.raises(ValueError, match="did you mean 'dynamic'"):
+        evaluate(tmp_path, "dynmic", CPU, on_notice=print)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="device 'gpu' can't be used"):
         find_device("gpu")
 
