@@ -106,6 +106,8 @@ def find_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} can't be used: torch finds no GPU here, give --device cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

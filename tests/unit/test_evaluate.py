@@ -258,6 +258,13 @@ def test_no_folder_no_such_mode_and_no_such_device(tmp_path: Path) -> None:
         find_device("gpu")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_is_not_promised() -> None:
+    assert find_device("auto") == CPU
+    with pytest.raises(ValueError, match="finds no GPU here, give --device cpu"):
+        find_device("cuda:0")
+
+
 def test_networks_that_are_nan_have_no_thresholds(tmp_path: Path) -> None:
     folder = untrained_run(exits_config(tmp_path))
     run = open_run(folder, CPU)
