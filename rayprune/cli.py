@@ -1,4 +1,4 @@
-"""The command line: rayprune train | sweep | compare | score | select | methods | doctor.
+"""The command line: rayprune train | sweep | compare | score | select | evaluate | methods | doctor.
 
 Exit codes: 0 done, 2 the user's mistake (one line says which), 1 anything else; tracebacks only with --debug.
 """
@@ -16,6 +16,7 @@ from rich.console import Console
 
 from rayprune import __version__
 from rayprune.command_compare import compare
+from rayprune.command_evaluate import evaluate
 from rayprune.command_select import select
 from rayprune.command_sweep import sweep
 
@@ -104,6 +105,7 @@ def _train_one(config: Any, debug: bool) -> tuple[Path, list[dict[str, Any]]]:
 
 
 cli.add_command(select)
+cli.add_command(evaluate)
 cli.add_command(compare)
 cli.add_command(sweep)
 

@@ -20,11 +20,13 @@ COMMAND_LINE = {
     "cli",
     "__main__",
     "command_compare",
+    "command_evaluate",
     "command_select",
     "command_sweep",
     "diagnosis",
     "display",
     "display_compare",
+    "display_evaluate",
     "display_sweep",
 }  # the modules that only the commands use
 TORCH = {"torch", "torchvision"}
