@@ -192,11 +192,12 @@ class Plan:
 
     def share(
         self, rank: int, world_size: int, start_step: int, stop_step: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int8]]:
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]:
         """Return one rank's rows of the global batches [start_step, stop_step), batch after batch.
 
         Returns:
-            ids int64, weights float32, and the rows' roles; each ((stop − start)·GB/W,).
+            ids int64, weights float32, and True where a row is trained on (False: padding, meta rows); each
+            ((stop − start)·GB/W,).
         """
         start, stop = start_step * self.batch_size, stop_step * self.batch_size
         size = self._rows_of_rank(world_size)
@@ -206,7 +207,7 @@ class Plan:
             return rows.reshape(-1, self.batch_size)[:, mine].ravel()
 
         ids = slices(self.order[start:stop]).astype(np.int64)
-        return ids, slices(self.weights(start, stop)), slices(self.roles(start, stop))
+        return ids, slices(self.weights(start, stop)), slices(self.roles(start, stop) == TRAIN)
 
     def blocks(self, world_size: int, row_bytes: int, start_step: int = 0) -> list[Block]:
         """Cut the steps from start_step on into blocks of at most BLOCK_ROWS rows and BLOCK_BYTES bytes.

@@ -149,8 +149,8 @@ class ScoreActor:
 
     def share(
         self, generation: int, turn: Turn, rank: int, start_step: int, stop_step: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int8]]:
-        """Return a rank's ids, weights and roles of the steps [start_step, stop_step) of the turn's plan."""
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]:
+        """Return a rank's ids, weights and real-row marks of the steps [start_step, stop_step) of the turn's plan."""
         if turn != self._turn:  # a restarted actor lays the same plan out again
             self.announce(generation, turn)
         assert self._plan is not None

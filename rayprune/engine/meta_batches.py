@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from rayprune.core.roles import train_step_of
+from rayprune.core.roles import is_meta, train_step_of
 from rayprune.engine.stream import Batch
 
 
@@ -39,7 +39,7 @@ def with_meta_batches(batches: Iterable[Batch], first: int, meta_every: int) -> 
     """
     meta: Batch | None = None
     for place, batch in enumerate(batches, start=first):
-        if batch.is_meta:
+        if is_meta(place, meta_every):
             meta = batch
             continue
         yield Turned(place if meta is None else place - 1, train_step_of(place, meta_every), batch, meta)

@@ -20,14 +20,13 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockAccessor, BlockMetadata
 
 from rayprune.core.plan import block_rows
-from rayprune.core.roles import META, TRAIN
 from rayprune.engine.client import RemoteScores, ScoreClient
 from rayprune.engine.protocol import PlanHeader, PlanMismatch, Turn
 from rayprune.sources import SampleSource, Schema
 from rayprune.sources.fingerprint import digest
 
 Columns = Mapping[str, NDArray[Any]]
-Share = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int8]]  # ids, weights, roles
+Share = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]
 
 # Rows that a worker reads or asks the plan for at once: enough to make the cost a call vanish, little to hold.
 SPAN_ROWS = 65_536
@@ -49,9 +48,8 @@ class Batch:
         columns: name → (B, …) as the source delivers them.
         ids: (B,) int64.
         weights: (B,) float32, 0 for padding.
-        real: (B,) False for padding, and for all rows of a meta batch.
+        real: (B,) False for padding.
         num_bytes: what was read from storage since the batch before; the first batch of what is read at once has all.
-        is_meta: whether it is of the unpruned stream, for steps that learn weights.
     """
 
     columns: Columns
@@ -59,14 +57,6 @@ class Batch:
     weights: NDArray[np.float32]
     real: NDArray[np.bool_]
     num_bytes: int = 0
-    is_meta: bool = False
-
-    @classmethod
-    def of_share(cls, columns: Columns, share: Share, rows: slice, num_bytes: int) -> Batch:
-        """Return the batch that some rows of a share are, with their columns."""
-        ids, weights, roles = share
-        mine = roles[rows]
-        return cls(columns, ids[rows], weights[rows], mine == TRAIN, num_bytes, bool((mine == META).any()))
 
 
 class Transport(Protocol):
@@ -136,10 +126,10 @@ class LocalStream:
         read_rows = max(1, min(LOCAL_READ_ROWS, budget) // batch_rows) * batch_rows
         with ThreadPoolExecutor(1, thread_name_prefix="rayprune-read") as reader:
             waiting: list[tuple[Future[tuple[dict[str, NDArray[Any]], int]], Share]] = []
-            for ids, weights, roles in shares:
+            for ids, weights, real in shares:
                 for start in range(0, ids.size, read_rows):
                     part = slice(start, start + read_rows)
-                    waiting.append((reader.submit(source.read, ids[part]), (ids[part], weights[part], roles[part])))
+                    waiting.append((reader.submit(source.read, ids[part]), (ids[part], weights[part], real[part])))
                     if len(waiting) > _AHEAD:
                         yield from _cut(*waiting.pop(0), batch_rows)
             for read in waiting:
@@ -147,11 +137,11 @@ class LocalStream:
 
 
 def _cut(read: Future[tuple[dict[str, NDArray[Any]], int]], share: Share, batch_rows: int) -> Iterator[Batch]:
-    columns, num_bytes = read.result()
-    for start in range(0, share[0].size, batch_rows):
+    (columns, num_bytes), (ids, weights, real) = read.result(), share
+    for start in range(0, ids.size, batch_rows):
         part = slice(start, start + batch_rows)
         cut = {name: column[part] for name, column in columns.items()}
-        yield Batch.of_share(cut, share, part, 0 if start else num_bytes)
+        yield Batch(cut, ids[part], weights[part], real[part], 0 if start else num_bytes)
 
 
 class RayStream:
@@ -167,8 +157,7 @@ class RayStream:
         # Whole blocks, cut here: Ray's own cutting costs half a millisecond a batch.
         blocks = iter(self._shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=_AHEAD))
         cut = _cut_blocks(blocks, batch_rows)
-        for share in shares:
-            ids = share[0]
+        for ids, weights, real in shares:
             for start in range(0, ids.size, batch_rows):
                 part = slice(start, start + batch_rows)
                 columns, num_bytes = next(cut, (None, 0))
@@ -177,7 +166,7 @@ class RayStream:
                     raise PlanMismatch(
                         f"epoch {turn.epoch}, {turn.phase}: {got}, not {ids[part][:3].tolist()}…; {_CURE}"
                     )
-                yield Batch.of_share(columns, share, part, num_bytes)
+                yield Batch(columns, ids[part], weights[part], real[part], num_bytes)
         if next(cut, None) is not None:
             raise PlanMismatch(f"epoch {turn.epoch}, {turn.phase}: the stream holds more rows than the plan")
 

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from rayprune.core import Plan, Selection
 from rayprune.core import plan as plan_module
 from rayprune.core.plan import LastBatch
-from rayprune.core.roles import PADDING, TRAIN
 
 
 @dataclass(frozen=True)
@@ -199,7 +198,7 @@ def test_in_order_is_ascending_and_padded() -> None:
     plan = Plan.in_order(10, 4, ids=np.array([7, 2, 5, 9, 1]))
     ids, weights, real = plan.share(0, 1, 0, plan.num_steps)
     assert ids.tolist()[:5] == [1, 2, 5, 7, 9]
-    assert real.tolist() == [TRAIN] * 5 + [PADDING] * 3
+    assert real.tolist() == [True] * 5 + [False] * 3
     assert weights.tolist() == [1.0] * 5 + [0.0] * 3
     assert Plan.in_order(6, 3).order.tolist() == list(range(6))
 

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from rayprune.core import Plan, Selector
-from rayprune.core.roles import TRAIN
 from rayprune.engine import recorder
 from rayprune.engine.actor import ScoreActor, ScoreSpec
 from rayprune.engine.checkpoint import write_checkpoint
@@ -95,8 +94,7 @@ def record_epoch(client: Any, recorders: list[Recorder], generation: int, epoch:
     steps = int(header.num_steps * share)
     for rank, rank_recorder in enumerate(recorders):
         rank_recorder.start_epoch(epoch)
-        ids, _, roles = client.call("share", generation, train_turn(epoch), rank, 0, steps)
-        real = roles == TRAIN
+        ids, _, real = client.call("share", generation, train_turn(epoch), rank, 0, steps)
         for rows in np.split(np.arange(ids.size), steps):
             losses = torch.from_numpy(losses_of(epoch, NUM_SAMPLES)[ids[rows]])
             rank_recorder.record(ids[rows], real[rows], {"loss": losses})

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from rayprune.core import Plan, Selection
-from rayprune.core.roles import TRAIN
 from rayprune.engine import stream
 from rayprune.engine.actor import ScoreActor, ScoreSpec
 from rayprune.engine.client import LocalScores
@@ -36,10 +35,10 @@ def assert_batches_are(batches: list[Batch], plan: Plan, world_size: int, rank: 
     """Every batch is this rank's slice of its global batch, columns included."""
     assert len(batches) == plan.num_steps - start_step
     for step, batch in enumerate(batches, start_step):
-        ids, weights, roles = plan.share(rank, world_size, step, step + 1)
+        ids, weights, real = plan.share(rank, world_size, step, step + 1)
         assert np.array_equal(batch.ids, ids)
         assert np.array_equal(batch.weights, weights)
-        assert np.array_equal(batch.real, roles == TRAIN)
+        assert np.array_equal(batch.real, real)
         expected = SOURCE.take(ids)
         assert batch.columns.keys() == expected.keys()
         assert all(np.array_equal(batch.columns[name], expected[name]) for name in expected)

@@ -7,7 +7,6 @@ import pytest
 
 from rayprune.core import Selection, Selector
 from rayprune.core.plan import Plan
-from rayprune.core.roles import TRAIN
 from rayprune.methods import build_method
 
 
@@ -44,8 +43,7 @@ def test_batch_mean_weights_are_one_scalar_a_batch(world_size: int, steps: tuple
     plan = Plan.of_selection(mean, batch_size=4, seed=0, epoch=0)
     start, stop = steps
     for rank in range(world_size):
-        _, weights, roles = plan.share(rank, world_size, start, stop)
-        real = roles == TRAIN
+        _, weights, real = plan.share(rank, world_size, start, stop)
         size = 4 // world_size
         for number, step in enumerate(range(start, stop)):
             rows = plan.order[step * 4 : min(step * 4 + 4, 10)]

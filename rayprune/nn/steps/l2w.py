@@ -35,7 +35,7 @@ from rayprune.nn.exit_weights import (
 from rayprune.nn.meta_gradient import Named, Randomness, after_sgd, gradient_at, gradients_of, slopes_along
 from rayprune.nn.ranks import Ranks
 from rayprune.nn.steps.exits import ExitStep
-from rayprune.nn.steps.halves import Half, confidences, halves_of, joined
+from rayprune.nn.steps.halves import Half, Pair, confidences, halves_of, joined
 from rayprune.nn.weight_net import WeightNet, observed
 
 # In plain steps of one forward and two backward units: pseudo gradient 2, meta pass 3, derivative 3 (or about 6.3).
