@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -51,4 +53,19 @@ def of_different_classes(*, num_classes: int, input_shape: tuple[int, ...]) -> n
     model = tower(num_classes=num_classes, input_shape=input_shape)
     assert isinstance(model, Tower)
     model.classifier[0] = nn.Linear(16, num_classes + 1)
+    return model
+
+
+def fails_once(*, num_classes: int, input_shape: tuple[int, ...], marker: str, passes: int) -> nn.Module:
+    """Fail at the `passes`-th forward pass of a training, unless it happened before."""
+    model, seen = tower(num_classes=num_classes, input_shape=input_shape), 0
+
+    def fail(module: nn.Module, _: object) -> None:
+        nonlocal seen
+        seen += module.training
+        if seen == passes and not Path(marker).exists():
+            Path(marker).touch()
+            raise RuntimeError("as asked")
+
+    model.register_forward_pre_hook(fail)
     return model

@@ -29,7 +29,7 @@ def gradients_of(loss: Tensor, module: nn.Module, *, twice: bool = False) -> Nam
 @torch.no_grad()
 def after_sgd(
     optimizer: torch.optim.Optimizer, module: nn.Module, gradients: Mapping[str, Tensor]
-) -> tuple[Named, Named]:
+) -> tuple[Named, dict[str, float]]:
     """Return where a step of SGD with these gradients would lead, the real optimiser's momentum included.
 
     Args:
@@ -38,16 +38,17 @@ def after_sgd(
         gradients: name → gradient; parameters without one do not move.
 
     Returns:
-        name → parameter after the step; name → how far it moves a unit of gradient, (): lr, and (1 + momentum) times
-        that for Nesterov's.
+        name → parameter after the step; name → how far a unit of gradient moves it: lr, and (1 + momentum) times that
+        for Nesterov's.
     """
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     parameters = dict(module.named_parameters())
-    moved, reach = {}, {}
+    moved: Named = {}
+    reach: dict[str, float] = {}
     for name, gradient in gradients.items():
         parameter = parameters[name]
         group = groups[id(parameter)]
-        momentum, rate = group["momentum"], torch.tensor(group["lr"], dtype=gradient.dtype, device=gradient.device)
+        momentum, rate = group["momentum"], float(group["lr"])
         slope = gradient + group["weight_decay"] * parameter
         buffer = optimizer.state[parameter].get("momentum_buffer") if parameter in optimizer.state else None
         after = slope if buffer is None else momentum * buffer + slope

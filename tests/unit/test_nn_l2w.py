@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import assert_same_run, run_config, scores_of
+from engine_runs import assert_same_run, run_config, scores_of, user
 from multi_exit_models import tower
 from torch import Tensor, nn
 
+from rayprune.engine.checkpoint import newest_position
 from rayprune.engine.train import train
 from rayprune.nn.exit_weights import allocate_exits, exit_distribution, exit_rows, meta_loss
 from rayprune.nn.steps import ExitStep, L2wStep
@@ -293,12 +294,14 @@ def test_rows_leave_as_the_paper_allocates() -> None:
     assert told[0]["exits"].tolist() == expected.tolist()
 
 
-def learned(tmp_path: Path, name: str, **train: Any) -> Any:
+def learned(tmp_path: Path, name: str, *, method: Any = None, model: Any = None, run: Any = None, **train: Any) -> Any:
     step = {"name": "l2w", "hidden": 16, "meta_lr": 1e-2, "meta_interval": 2}
     return run_config(
         tmp_path,
         name,
-        model={"name": f"{MODELS}:tower"},
+        model=model or {"name": f"{MODELS}:tower"},
+        method=method or {"name": "infobatch"},
+        run=run or {},
         train={"step": step, "epochs": 3, "record": ["el2n"], **train},
     )
 
@@ -315,6 +318,28 @@ def test_a_run_records_weights_with_ids_and_goes_on_as_if_undisturbed(tmp_path: 
     train(learned(tmp_path, "parts", stop_after=1))
     parts = train(learned(tmp_path, "parts"))
     assert_same_run(whole, parts)
+
+
+def test_ended_inside_an_epoch_it_goes_on_as_if_undisturbed(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    run = {"max_failures": 0, "checkpoint_steps": 4}
+    model = {"name": f"{MODELS}:fails_once", "marker": str(marker), "passes": 62}
+    ended = learned(tmp_path, "parts", model=model, run=run)
+    with pytest.raises(Exception, match="as asked"):
+        train(ended)
+    epoch, step = newest_position(tmp_path / "parts")
+    assert epoch > 0
+    assert step > 0
+    parts = train(ended)
+    assert_same_run(train(learned(tmp_path, "whole", model=model, run=run)), parts)
+
+
+def test_it_weighs_what_a_method_kept_and_what_it_only_looked_at(tmp_path: Path) -> None:
+    config = learned(tmp_path, "pruned", method={"name": user("LowerHalf"), "weight": 2.0, "looks": 40})
+    result = train(config)
+    assert result.metrics[-1]["samples_forwarded"] == 40
+    means = scores_of(result.folder)[[f"weight_exit_{k}_mean" for k in (1, 2, 3)]].to_numpy()
+    assert abs(means.mean(axis=1) - 1.0).max() < 1e-5
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
