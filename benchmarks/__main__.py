@@ -1,4 +1,4 @@
-"""Run benchmarks by name, or all: `python -m benchmarks [plan actor recording boundary stream decoding tdds]`."""
+"""Run benchmarks by name, or all: `python -m benchmarks [plan actor recording boundary stream decoding tdds l2w]`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 from benchmarks.harness import HEADER, machine
 
-NAMES = ("plan", "actor", "recording", "boundary", "stream", "decoding", "tdds")
+NAMES = ("plan", "actor", "recording", "boundary", "stream", "decoding", "tdds", "l2w")
 
 
 def main() -> int:

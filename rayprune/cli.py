@@ -174,15 +174,27 @@ def _scored(scored: Any) -> None:
 @click.argument("name", required=False)
 @_debug_option
 def methods(name: str | None, debug_here: bool) -> None:
-    """List the selection methods, or tell all about one."""
+    """List the selection methods and the train steps, or tell all about one of them."""
     import inspect
 
-    from rayprune.display import methods_table
+    from rayprune.config_steps import STEP_OPTIONS, step_config
+    from rayprune.display import methods_table, steps_table
     from rayprune.methods import METHODS
     from rayprune.methods.registry import method_class, method_fields
 
     if name is None:
         console.print(methods_table(METHODS))
+        console.print(steps_table(STEP_OPTIONS))
+        return
+    if name in STEP_OPTIONS:
+        step = STEP_OPTIONS[name]
+        told = {"cost": f"{step.cost} plain steps a sample", "gain": step.gain, "paper": step.paper}
+        for key, value in told.items():
+            if value:
+                console.print(f"{key:<8} {value}", highlight=False)
+        options = {key: value for key, value in step_config(name).items() if key != "name"}
+        console.print("defaults " + ", ".join(f"{key}={value}" for key, value in options.items()), highlight=False)
+        console.print(f"\n{inspect.getdoc(step)}", highlight=False)
         return
     cls = method_class(name)
     console.print(f"{name}: {cls.kind}, {'unbiased' if cls.unbiased else 'biased'}", highlight=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from rayprune.core.fields import check_keys, shown
 from rayprune.core.objects import closest
@@ -16,9 +16,14 @@ from rayprune.core.plain import plain
 class PlainOptions:
     """The network's usual step: `exits` with its defaults for a network with several exits."""
 
+    # What `rayprune methods` tells: of whom it is, what a sample costs in plain steps, what was published for that.
+    paper: ClassVar[str] = ""
+    cost: ClassVar[str] = "1"
+    gain: ClassVar[str] = ""
+
 
 @dataclass(frozen=True)
-class ExitsOptions:
+class ExitsOptions(PlainOptions):
     """The plain step of a network with several exits.
 
     Args:
@@ -55,6 +60,10 @@ class L2wOptions(ExitsOptions):
         nonnegative: weights below 0 become 0.
     """
 
+    paper: ClassVar[str] = "Han et al., ECCV 2022, arXiv 2209.08310 (L2W-DEN)"
+    cost: ClassVar[str] = "3.7 (measured 3.4 for MSDNet-5 on a CPU); with meta_interval 100: 1.03"
+    gain: ClassVar[str] = "2.1 to 2.9 points at the five exits of an MSDNet on ImageNet, meta_interval 100"
+
     input: Literal["loss", "conf", "both"] = "loss"
     normalise: Literal["row", "col", "mat"] = "col"
     epsilon: float = 0.8
@@ -80,7 +89,7 @@ class L2wOptions(ExitsOptions):
                 raise ValueError(f"train.step.{name} = {getattr(self, name)}: must be at least 0")
 
 
-STEP_OPTIONS: dict[str, type] = {"plain": PlainOptions, "exits": ExitsOptions, "l2w": L2wOptions}
+STEP_OPTIONS: dict[str, type[PlainOptions]] = {"plain": PlainOptions, "exits": ExitsOptions, "l2w": L2wOptions}
 
 
 def step_config(value: str | Mapping[str, Any]) -> dict[str, Any]:

@@ -147,6 +147,16 @@ def methods_table(methods: Mapping[str, Any]) -> Table:
     return table
 
 
+def steps_table(steps: Mapping[str, Any]) -> Table:
+    """Return the train steps: name, what a sample costs, what was published for it, paper."""
+    table = Table(box=SIMPLE, pad_edge=False)
+    for column in ("train.step", "cost, in plain steps", "published gain", "paper"):
+        table.add_column(column)
+    for name, options in steps.items():
+        table.add_row(name, options.cost, options.gain, options.paper)
+    return table
+
+
 def elapsed(start: float) -> str:
     """Return the seconds since a time.perf_counter() value, as text."""
     return f"{time.perf_counter() - start:.1f} s"

@@ -8,6 +8,7 @@ Shapes: B batch, K exits.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -17,6 +18,12 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 Named = dict[str, Tensor]
+
+with warnings.catch_warnings(), forward_ad.dual_level():
+    # The first dual tensor of a process makes torch compile formulas of its own by what it calls deprecated.
+    warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated", category=DeprecationWarning)
+    forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 def gradients_of(loss: Tensor, module: nn.Module, *, twice: bool = False) -> Named:

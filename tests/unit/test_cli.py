@@ -126,6 +126,16 @@ def test_methods_are_listed_with_paper_and_defaults() -> None:
     assert "anneal_start=0.875" in one.stdout
 
 
+def test_train_steps_are_listed_with_their_cost_beside_their_gain() -> None:
+    listed, one = rayprune("methods"), rayprune("methods", "l2w")
+    for found in (listed, one):
+        assert found.returncode == 0
+        words = " ".join(found.stdout.split())
+        assert "3.7" in words
+        assert "points" in words
+    assert "epsilon=0.8" in one.stdout
+
+
 def test_listing_methods_loads_neither_ray_nor_torch() -> None:
     code = "import sys; sys.argv = ['rayprune', 'methods']; from rayprune.cli import cli; " + (
         "cli.main(standalone_mode=False); print('LOADED', sorted({'ray', 'torch'} & set(sys.modules)))"

@@ -59,6 +59,15 @@ def test_an_example_learns_and_prunes(name: str, capsys: pytest.CaptureFixture[s
     assert len(next(iter(held_out.values()))) == example.HELD_OUT
 
 
+def test_the_network_that_is_left_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = module("early_exit").main(str(tmp_path))
+    assert found["leaving_early"] > 0.9
+    assert found["last_exit"] > 0.95
+    assert found["share_of_macs"] < 0.6
+    assert 0.1 < found["saved"] < 0.5
+    assert "leave at the first exit" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_held_out_row_is_trained_on(name: str) -> None:
     """Lines of both libraries, or of words with one checksum, can have the same tokens: hardly any do."""
