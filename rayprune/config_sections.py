@@ -129,6 +129,11 @@ class TrainSection(Section):
         """All its options."""
         return {key: value for key, value in step_config(self.step).items() if key != "name"}
 
+    @property
+    def meta_interval(self) -> int:
+        """From how many batches to how many weights are learned, from the first of each epoch on; 0 for never."""
+        return int(self.step_options.get("meta_interval", 0))
+
 
 class OptimSection(Section):
     """Optimiser and learning-rate schedule, indexed by the fraction of training done."""

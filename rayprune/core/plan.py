@@ -146,11 +146,6 @@ class Plan:
         return int(self.order.size // self.batch_size)
 
     @property
-    def num_meta_rows(self) -> int:
-        """Rows of meta batches."""
-        return num_meta_batches(self.num_steps, self.meta_every + 1) * self.batch_size if self.meta_every else 0
-
-    @property
     def num_train_steps(self) -> int:
         """Global batches that are trained on."""
         return train_step_of(self.num_steps, self.meta_every)

@@ -132,7 +132,6 @@ class ScoreActor:
             facts=selection.facts,
             num_train_steps=self._plan.num_train_steps,
             meta_every=self._plan.meta_every,
-            num_meta_rows=self._plan.num_meta_rows,
         )
 
     def _make_plan(self, selector: Selector, turn: Turn) -> Plan:

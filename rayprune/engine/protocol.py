@@ -91,7 +91,6 @@ class PlanHeader:
     facts: Mapping[str, Any]
     num_train_steps: int
     meta_every: int = 0
-    num_meta_rows: int = 0
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class Run:
             chosen=choice.chosen,
             record=record,
             visits_collected=choice.before.samples_trained,
-            meta_every=int(config.train.step_options.get("meta_interval", 0)),
+            meta_every=config.train.meta_interval,
         )
         self._handle: Any = None
         self.scores: ScoreClient

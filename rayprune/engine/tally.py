@@ -113,4 +113,5 @@ def compute(counts: Mapping[str, int], before: Before, step: TrainStep, part: st
     """
     rows = counts["samples_trained"] + counts["samples_padded"] - before.samples_trained - before.samples_padded
     forwarded = counts["samples_forwarded"] - before.samples_forwarded
-    return round(before.compute + rows * step.train_cost + forwarded * step.relative_cost(part) / 3, 1)
+    learned = (counts["samples_meta"] - before.samples_meta) * step.meta_cost
+    return round(before.compute + rows * step.train_cost + learned + forwarded * step.relative_cost(part) / 3, 1)

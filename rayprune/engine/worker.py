@@ -17,7 +17,7 @@ import torch
 from ray.train.collective import broadcast_from_rank_zero
 from torch import Tensor
 
-from rayprune.core.roles import train_step_of
+from rayprune.core.roles import num_meta_batches, train_step_of
 from rayprune.engine.checkpoint import newest_position
 from rayprune.engine.meta_batches import with_meta_batches
 from rayprune.engine.pacing import Pacer
@@ -57,6 +57,7 @@ class Worker:
         if (self._epoch, self._base_step) > (0, 0):
             sums = self._saver.restore(self._epoch, self._base_step, network, self._step, self._device)
         self._resumed_sums = sums if self.rank == 0 else []
+        self._meta_interval = self._config.train.meta_interval
         self._network = network
         self._recorder = Recorder(spec.scores, self._generation, self.rank, spec.terms.signals)
         self._pacer = Pacer(spec.scores, self.rank, self.world_size, self._device, self._config.run)
@@ -158,11 +159,10 @@ class Worker:
             torch.manual_seed(step_seed(seed, epoch, step, self.rank))
             on_device = DeviceBatch(batch, self._spec.input, self._device)
             inputs = self._augmented(on_device, epoch)
-            more: dict[str, Any] = {}
-            if header.meta_every:  # the step's own batches are a selection: it learns from what came beside them
-                beside = None if meta is None else DeviceBatch(meta, self._spec.input, self._device)
-                more["meta"] = beside and (self._augmented(beside, epoch), beside.targets)
-                more["learns"] = meta is not None
+            more: dict[str, Any] = {"learns": step % self._meta_interval == 0} if self._meta_interval else {}
+            if meta is not None:  # the step's own batches are a selection: it learns from what came beside them
+                beside = DeviceBatch(meta, self._spec.input, self._device)
+                more["meta"] = (self._augmented(beside, epoch), beside.targets)
             signals = self._step(inputs, on_device.targets, on_device.weights, **more)
             self._record(batch, signals)
             add_batch(sums, signals, on_device.real, batch.num_bytes + (meta.num_bytes if meta else 0))
@@ -235,7 +235,8 @@ class Worker:
         loss, accuracy = means(sums)
         num_forwarded = int(forwarded[REAL]) if forwarded is not None else 0
         num_bytes = sum(int(part[BYTES]) for part in (sums, forwarded, validation) if part is not None)
-        num_padded, num_meta = int(sums[PADDED]), header.num_meta_rows
+        num_padded = int(sums[PADDED])
+        num_meta = num_meta_batches(header.num_train_steps, self._meta_interval) * self._config.train.batch_size
         counts = self._saver.count(int(sums[REAL]), num_forwarded, num_padded, num_bytes, num_meta)
         return {
             "epoch": epoch,

@@ -53,19 +53,22 @@ def test_the_weight_network_learns_from_all_samples(tmp_path: Path, monkeypatch:
     for epoch, count in enumerate(steps):
         mine = heard[place : place + count]
         place += count
-        if kept[epoch] == NUM:
-            assert all(learns is None and meta is None for learns, meta, _ in mine)
-            continue
         assert [learns for learns, _, _ in mine] == [number % EVERY == 0 for number in range(count)]
+        total += -(-count // EVERY) * BATCH
+        line = result.metrics[epoch]
+        assert line["samples_meta"] == total
+        rows = line["samples_trained"] + line["samples_padded"]
+        assert line["compute"] == round(rows + total * 8 / 3, 1), "what weights were learned from is counted"
+        if kept[epoch] == NUM:
+            assert all(meta is None for _, meta, _ in mine)
+            continue
         metas = torch.cat([meta for _, meta, _ in mine if meta is not None])
-        total += len(metas)
         assert len(metas) == -(-count // EVERY) * BATCH
         # Distinct digits are distinct images: rows that the selection leaves out are among them.
         trained = {image.numpy().tobytes() for _, _, inputs in mine for image in inputs}
         others = [image for image in metas if image.numpy().tobytes() not in trained]
         left_out = 1 - kept[epoch] / NUM
         assert 0.4 * left_out < len(others) / len(metas) < 1.6 * left_out
-        assert result.metrics[epoch]["samples_meta"] == total
     assert place == len(heard)
     assert result.metrics[-1]["samples_trained"] == sum(kept)
 

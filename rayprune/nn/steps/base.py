@@ -25,6 +25,7 @@ class TrainStep(Protocol):
             1 otherwise.
         parts: networks that `evaluate` can go through; "model" is the first and always there.
         train_cost: of one sample's step, relative to a plain one.
+        meta_cost: what comes to it for each sample that weights are learned from.
     """
 
     model: nn.Module
@@ -32,6 +33,7 @@ class TrainStep(Protocol):
     num_exits: int
     parts: tuple[str, ...]
     train_cost: float
+    meta_cost: float
 
     def __call__(self, inputs: Tensor, targets_B: Tensor, weights_B: Tensor) -> dict[str, Tensor]:
         """Update the model once; return the step's signals, (B, …) float32, detached, on the device.

@@ -106,7 +106,7 @@ class L2wStep(ExitStep):
         self.meta_optimizer = torch.optim.Adam(
             self.weight_net.parameters(), lr=options.meta_lr, weight_decay=options.meta_weight_decay
         )
-        self.train_cost = 1.0 + _META_COST[options.gradient] / options.meta_interval
+        self.meta_cost = _META_COST[options.gradient]
         self.observer: Callable[[dict[str, Any]], None] | None = None
         self._peak = float(optimizer.param_groups[0]["lr"])
         self._shares_K = exit_distribution(options.p, num_exits)

@@ -55,7 +55,7 @@ class PlainStep:
         # Past DDP: an evaluation has no gradients to synchronise.
         self._module: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self._network = self._module
-        self.train_cost = 1.0
+        self.train_cost, self.meta_cost = 1.0, 0.0
         self._signals = tuple(dict.fromkeys((*_ALWAYS, *signals)))
         self._label_smoothing, self._accumulate, self._clip_norm = label_smoothing, accumulate, clip_norm
         self._autocast, self._head = autocast, head
