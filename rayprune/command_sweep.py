@@ -52,5 +52,5 @@ def _places(result: Any) -> list[str]:
     if any(row["val_accuracy"] is not None and row["status"] != "failed" for row in result.rows):
         lines.append(f"plot    {plot_pareto(result.folder)}")
     if any(row["pareto"] for row in result.rows):
-        lines.append(f"configs {result.folder / 'pareto'} (*: the Pareto front, accuracy against compute)")
+        lines.append(f"configs {result.folder / 'pareto'} (*: the Pareto front, accuracy against FLOPs)")
     return [*lines, f"trials  {result.folder / 'trials'}"]

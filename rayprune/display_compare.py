@@ -52,8 +52,8 @@ def explanation(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"seconds: {report['timing']}; time: their share of full training's, geometric mean over pairs"
     if uneven := report["uneven_seconds"]:
         yield (
-            f"full training took {uneven[0]:.1f} to {uneven[1]:.1f} s: runs this short vary, or something else ran on "
-            "this machine; seconds say little"
+            f"an epoch on everything took {uneven[0]:.3g} to {uneven[1]:.3g} s: runs this short vary, or something "
+            "else ran on this machine; seconds say little"
         )
     for arm in report["arms"]:
         if arm["matched"]:

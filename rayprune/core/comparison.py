@@ -6,13 +6,23 @@ Shapes: S seeds.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rayprune.core.verdicts import Difference, Standing, Verdict, judge, overall, paired_difference, paired_ratio
+from rayprune.core.verdicts import (
+    SHORTENED,
+    Difference,
+    Standing,
+    Verdict,
+    judge,
+    overall,
+    paired_difference,
+    paired_ratio,
+)
 
 # The same work in such different times is told: something else ran on the machine.
 _UNEVEN = 1.25
@@ -58,6 +68,7 @@ class ArmRuns:
     baseline: str
     method_arm: str
     runs: Sequence[RunOutcome]
+    caveat: str = ""
 
     def column(self, name: str) -> list[float]:
         """Return an attribute of every run."""
@@ -74,7 +85,7 @@ class ArmRuns:
     def standing(self, timed: Sequence[int]) -> Standing:
         """Return what verdicts look at, the seconds of the runs at these places."""
         borrowed = self.baseline != "full" and all(run.folder.startswith("full-seed") for run in self.runs)
-        return Standing(self.name, self.baseline, self.column("accuracy"), self.seconds(timed), borrowed)
+        return Standing(self.name, self.baseline, self.column("accuracy"), self.seconds(timed), borrowed, self.caveat)
 
 
 def timed_places(arms: Sequence[ArmRuns]) -> list[int]:
@@ -92,6 +103,17 @@ class _Terms:
     resolution: float
     timed: Sequence[int]
 
+    def difference(self, one: ArmRuns, other: ArmRuns, name: str) -> Difference:
+        """Return one arm minus another, no more certain than samples allow; no interval if they are one."""
+        if self.same_runs(one, other):
+            return Difference(0.0, None, None, len(one.runs))
+        least_sd = self.resolution / math.sqrt(6.0) if name == "accuracy" else 0.0
+        return paired_difference(one.column(name), other.column(name), self.confidence, least_sd)
+
+    def same_runs(self, one: ArmRuns, other: ArmRuns) -> bool:
+        """Whether two arms are one: what was matched came to the same."""
+        return [run.folder for run in one.runs] == [run.folder for run in other.runs]
+
 
 def summary(arms: Sequence[ArmRuns], margin: float, confidence: float, resolution: float = 0.0) -> dict[str, Any]:
     """Return the arms with their differences to full training, and the verdicts on the methods.
@@ -104,7 +126,7 @@ def summary(arms: Sequence[ArmRuns], margin: float, confidence: float, resolutio
 
     Returns:
         Seeds, arms, verdicts; `timed_seeds` are those whose seconds count; `uneven_seconds` are the least and the most
-        of full training, where they lie far apart.
+        seconds that an epoch on everything took, in any arm, where they lie far apart.
     """
     full = arms[0]
     terms = _Terms(margin, confidence, resolution, timed_places(arms))
@@ -112,8 +134,10 @@ def summary(arms: Sequence[ArmRuns], margin: float, confidence: float, resolutio
     judged = {arm.name: _judged(arm, full, arms, terms) for arm in methods}
     by_saving = sorted(methods, key=lambda arm: sum(arm.seconds(terms.timed)))
     verdicts = {arm.name: Verdict(judged[arm.name]["outcome"], judged[arm.name]["sentence"]) for arm in by_saving}
-    final = overall(verdicts, len(full.runs))
-    slowest, fastest = (end(full.seconds(terms.timed)) for end in (max, min))
+    final = overall(verdicts, [run.seed for run in full.runs])
+    alike = [arm for arm in arms if arm.baseline in ("full", *SHORTENED)]
+    epochs = [arm.runs[place].seconds / arm.runs[place].epochs for arm in alike for place in terms.timed]
+    fastest, slowest = min(epochs), max(epochs)
     return {
         "uneven_seconds": [fastest, slowest] if slowest > _UNEVEN * fastest else None,
         "seeds": [run.seed for run in full.runs],
@@ -129,7 +153,7 @@ def summary(arms: Sequence[ArmRuns], margin: float, confidence: float, resolutio
 def _arm_row(arm: ArmRuns, full: ArmRuns, terms: _Terms) -> dict[str, Any]:
     several, confidence = len(arm.runs) > 1, terms.confidence
     own, whole = arm.seconds(terms.timed), full.seconds(terms.timed)
-    to_full = paired_difference(arm.column("accuracy"), full.column("accuracy"), confidence)
+    to_full = terms.difference(arm, full, "accuracy")
     return {
         "name": arm.name,
         "baseline": arm.baseline,
@@ -139,10 +163,8 @@ def _arm_row(arm: ArmRuns, full: ArmRuns, terms: _Terms) -> dict[str, Any]:
         "accuracy_sd": float(np.std(arm.column("accuracy"), ddof=1)) if several else None,
         "worst_class": arm.mean("worst_class"),
         "to_full": _plain(to_full),
-        "non_inferior": to_full.above(-terms.margin) if several else None,
-        "worst_class_to_full": _plain(
-            paired_difference(arm.column("worst_class"), full.column("worst_class"), confidence)
-        ),
+        "non_inferior": (to_full.above(-terms.margin) or terms.same_runs(arm, full)) if several else None,
+        "worst_class_to_full": _plain(terms.difference(arm, full, "worst_class")),
         "epochs": sorted({run.epochs for run in arm.runs}),
         **{name: arm.mean(name) for name in ("samples_trained", "samples_forwarded", "compute", "flops")},
         "seconds": float(np.mean(own)),
@@ -164,10 +186,7 @@ def _judged(arm: ArmRuns, full: ArmRuns, arms: Sequence[ArmRuns], terms: _Terms)
         terms.confidence,
         terms.resolution,
     )
-    against: Mapping[str, Any] = {
-        other.name: _plain(paired_difference(arm.column("accuracy"), other.column("accuracy"), terms.confidence))
-        for other in own
-    }
+    against: Mapping[str, Any] = {other.name: _plain(terms.difference(arm, other, "accuracy")) for other in own}
     rivals = [other.name for other in own if other.baseline != "ratio_0"]
     return {
         "outcome": verdict.outcome,

@@ -74,6 +74,7 @@ class Standing:
         accuracy_S: in points, one a seed, in the order of the seeds.
         seconds_S: of the seeds that were timed, in their order; one of them gives a ratio without an interval.
         same_as_full: nothing was left out or shortened: it costs what full training does, and is no rival.
+        caveat: what its seconds leave out, in words.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Standing:
     accuracy_S: Sequence[float]
     seconds_S: Sequence[float]
     same_as_full: bool = False
+    caveat: str = ""
 
 
 def paired_difference(
@@ -147,7 +149,9 @@ def judge(
     to_full = paired_difference(method.accuracy_S, full.accuracy_S, confidence, least_sd)
     start = f"{method.name} is {to_full} to full"
     if to_full.low is None:
-        return Verdict("undecided", f"{start}; one seed gives no interval and shows nothing, set compare.seeds=3")
+        return Verdict(
+            "undecided", f"{start}; one seed gives no interval and shows nothing, name three in compare.seeds"
+        )
     time = paired_ratio(method.seconds_S, full.seconds_S, confidence)
     saved, once = 1.0 - time.mean, time.low is None
     # Timed once, alone on the machine: what is beyond the least that counts is taken for a difference.
@@ -156,7 +160,7 @@ def judge(
     no_faster = time.above(1.0 - _LEAST_SAVED) or (once and saved < _LEAST_SAVED)
     cost = f"{saved:.0%} of the seconds saved" if saved > 0 else f"{-saved:.0%} more seconds"
     doubt = " (timed once)" if once else "" if faster or slower else " (within the noise of the seeds)"
-    start = f"{start}, {cost}{doubt}"
+    start = f"{start}, {cost}{doubt}{method.caveat}"
     if to_full.below(-margin):
         return Verdict("prune nothing", f"{start}: a loss beyond the margin of {margin:g}")
     if no_faster and not to_full.above(0.0):
@@ -165,7 +169,11 @@ def judge(
         more = "better, and dearer than anything beside it: compare it with full training of as many epochs more"
         return Verdict("undecided", f"{start}: {more}")
     rivals = [
-        Rival(arm, paired_difference(method.accuracy_S, arm.accuracy_S, confidence, least_sd))
+        Rival(
+            arm,
+            paired_difference(method.accuracy_S, arm.accuracy_S, confidence, least_sd),
+            paired_difference(arm.accuracy_S, full.accuracy_S, confidence, least_sd),
+        )
         for arm in sorted(baselines, key=lambda arm: -float(np.mean(arm.accuracy_S)))
         if (arm.baseline in SHORTENED or arm.baseline in CONTROLS) and not arm.same_as_full
     ]
@@ -174,10 +182,11 @@ def judge(
 
 @dataclass(frozen=True)
 class Rival:
-    """An arm that costs what the method costs, and the method minus it."""
+    """An arm that costs what the method costs, the method minus it, and it minus full training."""
 
     arm: Standing
     difference: Difference
+    to_full: Difference
 
 
 def _against(rivals: Sequence[Rival], start: str, to_full: Difference, margin: float, gains: bool) -> Verdict:
@@ -195,8 +204,13 @@ def _against(rivals: Sequence[Rival], start: str, to_full: Difference, margin: f
         more = f"{to_full.num_seeds} seeds do not show whether that is within the margin of {margin:g}"
         return Verdict("undecided", f"{start}: {more}")
     if as_good:
-        more = f"{as_good[0].arm.name} is as good (the method is {as_good[0].difference} to it)"
-        return Verdict("no scores needed", f"{start}; {more}: the scores are worth nothing here")
+        # As good as the method, which is as good as full: that allows twice the margin, so it must hold by itself.
+        safe = [rival for rival in as_good if rival.to_full.above(-margin)]
+        first = (safe or as_good)[0]
+        more = f"{first.arm.name} is as good (the method is {first.difference} to it)"
+        if not safe:
+            return Verdict("undecided", f"{start}; {more}, but not shown to keep full training's ({first.to_full})")
+        return Verdict("no scores needed", f"{start}; {more}: the scores are worth less than the margin here")
     unbeaten = [rival for rival in rivals if not rival.difference.above(0.0)]
     if unbeaten:
         more = f"it is not shown to be better than {unbeaten[0].arm.name} ({unbeaten[0].difference} to it)"
@@ -210,12 +224,12 @@ def _against(rivals: Sequence[Rival], start: str, to_full: Difference, margin: f
     return Verdict("worth it", f"{start}, within the margin of {margin:g}, and {more}")
 
 
-def overall(verdicts: Mapping[str, Verdict], num_seeds: int) -> Verdict:
+def overall(verdicts: Mapping[str, Verdict], seeds: Sequence[int]) -> Verdict:
     """Say what to do here, after the verdicts on all methods.
 
     Args:
         verdicts: method → its verdict, those that save most seconds first.
-        num_seeds: S.
+        seeds: that were run.
     """
 
     def first(outcome: Outcome, words: str = "") -> Verdict | None:
@@ -227,7 +241,9 @@ def overall(verdicts: Mapping[str, Verdict], num_seeds: int) -> Verdict:
     if verdict := first("no scores needed"):
         return Verdict(verdict.outcome, f"Samples can be left out here without scores: {verdict.sentence}.")
     if verdict := first("undecided"):
-        cure = "" if num_seeds == 1 else f"; compare.seeds={2 * num_seeds} goes on from these runs"
+        counted = list(seeds) == list(range(len(seeds)))
+        more = f"compare.seeds={2 * len(seeds)} goes" if counted else "more of them in compare.seeds go"
+        cure = "" if len(seeds) == 1 else f"; {more} on from these runs"
         return Verdict(verdict.outcome, f"Undecided, so prune nothing yet: {verdict.sentence}{cure}.")
     verdict = first("prune nothing", "shortened") or first("prune nothing")
     assert verdict is not None

@@ -72,12 +72,14 @@ class Terms:
         epochs: how many.
         matched: what was matched, in words; "" where nothing was.
         same_as_full: it is full training: its run need not be repeated.
+        tag: what tells its run's folder from one of the same arm that was matched to something else.
     """
 
     method: Mapping[str, Any]
     epochs: int
     matched: str = ""
     same_as_full: bool = False
+    tag: str = ""
 
 
 def arms_of(config: Config) -> tuple[list[Arm], list[str]]:
@@ -183,7 +185,8 @@ def _shortened(share: float, epochs: int, what: str) -> Terms:
     if length == epochs:
         matched = f"the method's {what}: {share:.1%} of full training's, so all {epochs} epochs"
         return Terms({"name": FULL}, epochs, matched, True)
-    return Terms({"name": FULL}, length, f"the method's {what}: {share:.1%} of full training's, {length} epochs")
+    matched = f"the method's {what}: {share:.1%} of full training's, {length} epochs"
+    return Terms({"name": FULL}, length, matched, tag=f"-{length}epochs")
 
 
 def _random(name: str, epochs: int, full: Spent, spent: Spent) -> Terms:
@@ -193,9 +196,8 @@ def _random(name: str, epochs: int, full: Spent, spent: Spent) -> Terms:
         return Terms({"name": FULL}, epochs, "the method's samples trained: it saves none, so nothing is dropped", True)
     # Half a sample more than the drops: floor(ratio · N) is then the drops, whatever the division rounds to.
     ratio = (min(drops, num - 1) + 0.5) / num
-    return Terms(
-        {"name": name, "prune_ratio": ratio}, epochs, f"the method's samples trained: {drops / num:.1%} dropped"
-    )
+    matched = f"the method's samples trained: {drops / num:.1%} dropped"
+    return Terms({"name": name, "prune_ratio": ratio}, epochs, matched, tag=f"-{min(drops, num - 1)}dropped")
 
 
 def run_config(config: Config, terms: Terms, name: str, seed: int, storage: str) -> Config:

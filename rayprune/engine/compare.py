@@ -21,7 +21,7 @@ import torch
 
 from rayprune.config import Config, make_config
 from rayprune.core.comparison import ArmRuns, RunOutcome, summary
-from rayprune.engine.arms import arms_of, digest_of
+from rayprune.engine.arms import Arm, arms_of, digest_of
 from rayprune.engine.compare_runs import ComparedRuns, Watching
 from rayprune.engine.ending import sigterm_as_sigint
 from rayprune.engine.opening import run_folder_of, sole_use
@@ -29,6 +29,7 @@ from rayprune.engine.resources import start_ray
 from rayprune.engine.run_folder import write_whole
 from rayprune.engine.shares import Asked, Share, share_resources
 from rayprune.engine.train import check, open_splits
+from rayprune.methods import build_method
 from rayprune.overrides import read_yaml
 from rayprune.sources import SampleSource, Splits, open_data
 
@@ -66,18 +67,23 @@ def compare(config: Config, watching: Watching | None = None, *, debug: bool = F
     _check_folder(folder, config)
     if not folder.exists():
         check(config, open_splits(config))  # a mistake shows before anything is written
+    config = _settled(config, folder)
     share = _share(config, splits.train, len(arms), debug)
     folder.mkdir(parents=True, exist_ok=True)
     with sole_use(folder):
+        write_whole(folder / "threads.json", json.dumps(_threads(config, share)) + "\n")
         write_whole(folder / "compare.yaml", config.to_yaml())
         runs = ComparedRuns(config, folder, splits.train.fingerprint, watching, share, debug)
         with sigterm_as_sigint():
             by_arm = runs.all_of(arms, config.compare.all_seeds)
-        all_runs = [ArmRuns(arm.name, arm.baseline, arm.method_arm, by_arm[arm.name]) for arm in arms]
+        all_runs = [
+            ArmRuns(arm.name, arm.baseline, arm.method_arm, by_arm[arm.name], _caveat(config, arm)) for arm in arms
+        ]
         report = {
             "digest": digest_of(config),
             "notes": notes,
             "timing": _timing(all_runs),
+            "amortise": config.compare.amortise,
             "methods_compared": {arm.name: dict(arm.of) for arm in arms if arm.baseline == "method"},
             **summary(all_runs, config.compare.margin, config.compare.confidence, resolution),
             "environment": json.loads((folder / "runs" / by_arm["full"][0].folder / "environment.json").read_text()),
@@ -110,11 +116,34 @@ def _share(config: Config, source: SampleSource, num_arms: int, debug: bool) -> 
     return share if share.num_concurrent > 1 else None
 
 
+def _caveat(config: Config, arm: Arm) -> str:
+    """Say that a method's seconds hold a part of its scoring run only."""
+    if config.compare.amortise == 1 or arm.baseline != "method" or not build_method(arm.of).collect_epochs:
+        return ""
+    return f" with a scoring run shared by {config.compare.amortise} trainings"
+
+
+def _settled(config: Config, folder: Path) -> Config:
+    """Return the config with the threads that the comparison began with: its runs must be comparable."""
+    stored = folder / "threads.json"
+    if config.scaling.threads != "auto" or not stored.exists():
+        return config
+    scaling = config.scaling.model_copy(update={"threads": json.loads(stored.read_text())})
+    return config.model_copy(update={"scaling": scaling})
+
+
+def _threads(config: Config, share: Share | None) -> int | str:
+    if share is not None:
+        return int(share.scaling["threads"])
+    one_process = config.scaling.threads == "auto" and config.scaling.num_workers == 0
+    return len(os.sched_getaffinity(0)) if one_process else config.scaling.threads
+
+
 def _timing(arms: list[ArmRuns]) -> str:
     """Say whose seconds these are."""
     alone = [all(arm.runs[place].alone for arm in arms) for place in range(len(arms[0].runs))]
     if all(alone):
-        return f"each run alone on the machine, one after another; {_SECONDS}"
+        return f"each run alone, nothing else of this comparison beside it; {_SECONDS}"
     if not any(alone):
         return f"runs that had others beside them, so they say little (compare.parallel=1); {_SECONDS}"
     seeds = ", ".join(str(run.seed) for run, timed in zip(arms[0].runs, alone, strict=True) if timed)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from rayprune.config import Config, make_config
 from rayprune.core.comparison import RunOutcome
 from rayprune.engine.arms import Arm, Spent, Terms, run_config, terms_of
@@ -107,9 +109,8 @@ class ComparedRuns:
 
     def _job(self, arm: Arm, place: int, seed: int) -> _Job:
         terms = self._terms(arm, place)
-        # Another length, found with other seeds, is another run.
-        length = f"-{terms.epochs}epochs" if terms.epochs != self._config.train.epochs else ""
-        config = run_config(self._config, terms, f"{arm.name}{length}-seed{seed}", seed, str(self._storage))
+        # Another length or share, found with other seeds or costs, is another run.
+        config = run_config(self._config, terms, f"{arm.name}{terms.tag}-seed{seed}", seed, str(self._storage))
         return _Job(arm, place, terms, config, terms.same_as_full or self._is_finished(config))
 
     def _terms(self, arm: Arm, place: int) -> Terms:
@@ -134,11 +135,14 @@ class ComparedRuns:
         left = [job for job in jobs if not job.finished]
         if left:
             assert self._share is not None
+            ours = not ray.is_initialized() and self._config.scaling.num_workers == 0
             start_ray(self._debug, dashboard=self._config.scaling.num_workers != 0)
             with sigterm_as_sigint():  # anew: Ray's own handler, which aborts, has taken the place of an older one
                 self._mark_shared(job.name for job in left)
                 configs = [job.config for job in left]
                 train_side_by_side(configs, self._share, lambda number: self._announce(left[number]))
+            if ours:
+                ray.shutdown()  # runs that are timed after this have the machine to themselves again
         for job in jobs:
             self._keep(job)
 

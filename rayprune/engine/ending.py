@@ -13,13 +13,20 @@ from ray.exceptions import RayError
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
+def _interrupt(*_: object) -> None:
+    # A shell starts what it puts into the background with Ctrl-C ignored: raising that signal would do nothing.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
+
+
 @contextmanager
 def sigterm_as_sigint() -> Iterator[None]:
     """Let SIGTERM end what runs here as Ctrl-C does: runs are told to save and leave."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python takes signals in the main thread only
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     finally:

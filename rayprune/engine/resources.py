@@ -51,6 +51,9 @@ def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = F
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # "local" always starts a cluster of its own: without it Ray joins whatever cluster it finds on the machine.
+    allowed = len(os.sched_getaffinity(0))  # Ray does not look at that by itself
+    if allowed < (os.cpu_count() or allowed):
+        quiet["num_cpus"] = allowed
     ray.init("local", include_dashboard=dashboard, _node_ip_address="127.0.0.1", **quiet)
 
 

@@ -79,13 +79,13 @@ def _draw_front(axes: Axes, front: pd.DataFrame, keys: list[str], cost: str, sca
     x, y = front[cost] * scale, front["val_accuracy"] * 100
     axes.step(x, y, where="post", color="0.4", linewidth=1.2, zorder=1, label="Pareto front")
     axes.scatter(x, y, s=130, facecolors="none", edgecolors="0.2", linewidths=1.2, zorder=4)
-    if len(front) > _MOST_NAMED:
-        return
     # Trials that reached the same at the same cost share a label, a line each.
     labels: dict[tuple[float, float], list[str]] = {}
     for _, row in front.iterrows():
         place = (float(row[cost] * scale), float(row["val_accuracy"] * 100))
-        labels.setdefault(place, []).append(", ".join(_shown(row[key]) for key in keys))
+        # Of many points only the numbers of their trials have room.
+        label = ", ".join(_shown(row[key]) for key in keys) if len(front) <= _MOST_NAMED else row["trial"][:3]
+        labels.setdefault(place, []).append(label)
     middle = sum(axes.get_xlim()) / 2
     for place, lines in labels.items():
         # The front rises to the right: below it and above it are the free sides, and the plot's edge is far.
@@ -96,13 +96,15 @@ def _draw_front(axes: Axes, front: pd.DataFrame, keys: list[str], cost: str, sca
 
 
 def _method(row: Any, keys: list[str]) -> str:
-    """Return what a trial is coloured by: its method, where that was swept."""
-    if "method.name" in keys:
-        return str(row["method.name"])
-    if "method" in keys:
-        value = yaml.safe_load(row["method"])
-        return str(value.get("name")) if isinstance(value, dict) else str(value)
-    return "trials"
+    """Return what a trial is coloured by: its method and its network, where they were swept."""
+    names = []
+    for section in ("method", "model"):
+        if f"{section}.name" in keys:
+            names.append(str(row[f"{section}.name"]))
+        elif section in keys:
+            value = yaml.safe_load(row[section])
+            names.append(str(value.get("name")) if isinstance(value, dict) else str(value))
+    return ", ".join(names) or "trials"
 
 
 def _shown(value: Any) -> str:

@@ -22,12 +22,18 @@ CONFIG = ROOT / "configs" / "digits_compare.yaml"
 WORDS = ["run.name=it", "compare.seeds=3", "compare.baselines=[shuffled,full_steps]", "train.epochs=4"]
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+def start(folder: Path, *more: str, deaf: bool = False) -> subprocess.Popen[str]:
+    """Start a comparison; `deaf`: with Ctrl-C ignored, as a shell starts what it puts into the background."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, "-m", "rayprune", "compare", str(CONFIG), *WORDS, *more]
     command.append(f"run.storage_path={folder}")
-    return subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True, env=environment)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if deaf else None
+    try:
+        return subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True, env=environment)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -41,7 +47,7 @@ def report_in(folder: Path) -> dict[str, Any]:
 
 
 def test_side_by_side_it_finds_what_it_finds_one_by_one(tmp_path: Path) -> None:
-    parallel = start(tmp_path / "two", "compare.parallel=2")
+    parallel = start(tmp_path / "two", "compare.parallel=2", deaf=True)
     shared = tmp_path / "two" / "it" / "shared_runs.json"
     deadline = time.monotonic() + 120
     while not shared.exists():

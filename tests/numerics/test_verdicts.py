@@ -150,9 +150,27 @@ def test_one_seed_is_undecided() -> None:
 )
 def test_the_overall_verdict_is_the_best_news(outcomes: list[str], expected: str, start: str) -> None:
     verdicts = {name: Verdict(outcome, f"{name} …") for name, outcome in zip("ab", outcomes, strict=True)}  # type: ignore[arg-type]
-    found = overall(verdicts, 3)
+    found = overall(verdicts, range(3))
     assert found.outcome == expected
     assert found.sentence.startswith(start)
+
+
+def test_more_seeds_are_asked_for_beside_those_that_ran() -> None:
+    verdicts = {"a": Verdict("undecided", "a …")}
+    assert "compare.seeds=6 goes on" in overall(verdicts, [0, 1, 2]).sentence
+    assert "more of them in compare.seeds go on" in overall(verdicts, [1, 5]).sentence
+
+
+def test_a_control_that_may_lose_too_much_is_not_recommended() -> None:
+    # The method is within 1 of full, random within 1 of the method: random may still be 2 below full.
+    full = standing("full", [90.0, 91.0, 92.0], [10.0, 10.0, 10.0])
+    method = standing("mine", [89.4, 90.4, 91.41], [7.0, 7.0, 7.1])
+    random = standing("random", [88.8, 89.8, 90.83], [7.0, 7.0, 7.1])
+    found = judge(method, full, [random], 1.0, 0.95)
+    assert found.outcome == "undecided"
+    assert "random is as good" in found.sentence
+    assert "not shown to keep" in found.sentence
+    assert judge(method, full, [random], 1.5, 0.95).outcome == "no scores needed"
 
 
 def test_shortened_training_is_named_first_where_nothing_is_pruned() -> None:
@@ -160,7 +178,7 @@ def test_shortened_training_is_named_first_where_nothing_is_pruned() -> None:
         "a": Verdict("prune nothing", "a loses"),
         "b": Verdict("prune nothing", "full training shortened is as good"),
     }
-    assert overall(verdicts, 3).sentence == "Prune nothing here: full training shortened is as good."
+    assert overall(verdicts, range(3)).sentence == "Prune nothing here: full training shortened is as good."
 
 
 def standing(name: str, accuracy: list[float], seconds: list[float], same_as_full: bool = False) -> Standing:

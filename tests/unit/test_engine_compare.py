@@ -14,7 +14,7 @@ import yaml
 from engine_runs import run_config as tiny
 from engine_runs import same_weights
 
-from rayprune.config import Config
+from rayprune.config import Config, make_config
 from rayprune.core.comparison import RunOutcome
 from rayprune.core.schedule import Schedule
 from rayprune.core.verdicts import paired_difference
@@ -64,8 +64,12 @@ def test_every_arm_has_its_seeds_and_the_report_its_runs(folder: Path, report: d
 def test_differences_are_those_of_pairs(report: dict[str, Any]) -> None:
     accuracies = {arm["name"]: [run["accuracy"] for run in arm["runs"]] for arm in report["arms"]}
     for arm in report["arms"]:
-        found = paired_difference(accuracies[arm["name"]], accuracies["full"], 0.95)
-        assert arm["to_full"] == {"mean": found.mean, "low": found.low, "high": found.high}
+        same = [run["folder"] for run in arm["runs"]] == [run["folder"] for run in report["arms"][0]["runs"]]
+        # Accuracies are rounded to 1/360: seeds that agree are no more certain than that.
+        least = 100 / 360 / np.sqrt(6)
+        found = paired_difference(accuracies[arm["name"]], accuracies["full"], 0.95, least)
+        ends = (None, None) if same else (found.low, found.high)
+        assert arm["to_full"] == {"mean": found.mean, "low": ends[0], "high": ends[1]}
         ratios = [
             run["seconds"] / full["seconds"] for run, full in zip(arm["runs"], report["arms"][0]["runs"], strict=True)
         ]
@@ -149,6 +153,39 @@ def test_one_seed_is_allowed_and_says_so(tmp_path: Path) -> None:
     assert report["arms"][1]["to_full"]["low"] is None
     assert report["arms"][1]["accuracy_sd"] is None
     assert report["verdict"]["outcome"] == "undecided"
+
+
+def test_a_shared_scoring_run_is_said_and_another_share_goes_on(tmp_path: Path) -> None:
+    tdds = {"name": "tdds", "prune_ratio": 0.5, "trajectory_len": 3, "window_size": 3}
+    seen: dict[int, dict[str, Any]] = {}
+    for trainings in (1, 5, 2):
+        keys = {"methods": [tdds], "seeds": 2, "baselines": ["random"], "margin": 5.0}
+        folder = compare(config_of(tmp_path, **keys, amortise=trainings))
+        seen[trainings] = json.loads((folder / "compare.json").read_text())
+    spent = {n: report["arms"][1]["samples_trained"] for n, report in seen.items()}
+    assert spent[5] < spent[2] < spent[1]
+    assert "shared by" not in seen[1]["verdict"]["sentence"]
+    assert "a scoring run shared by 5 trainings" in seen[5]["verdict"]["sentence"]
+    assert seen[2]["amortise"] == 2
+    # What was matched to another cost is another run; the method's own runs are the same.
+    assert [run["folder"] for run in seen[5]["arms"][1]["runs"]] == [
+        run["folder"] for run in seen[1]["arms"][1]["runs"]
+    ]
+    assert seen[5]["arms"][2]["runs"][0]["folder"] != seen[2]["arms"][2]["runs"][0]["folder"]
+
+
+def test_threads_stay_those_that_a_comparison_began_with(tmp_path: Path) -> None:
+    keys = {"seeds": 1, "baselines": ["full"]}
+    folder = compare(
+        config_of(tmp_path, **keys).model_copy(
+            update={"scaling": make_config({"scaling": {"num_workers": 0, "threads": 1}}).scaling}
+        )
+    )
+    assert json.loads((folder / "threads.json").read_text()) == 1
+    auto = make_config({"scaling": {"num_workers": 0}}).scaling
+    compare(config_of(tmp_path, baselines=["full"]).model_copy(update={"scaling": auto}))
+    for run in (folder / "runs").iterdir():
+        assert yaml.safe_load((run / "config.yaml").read_text())["scaling"]["threads"] == 1, run.name
 
 
 def test_full_alone_and_cut_runs_cannot_be_compared(tmp_path: Path) -> None:
