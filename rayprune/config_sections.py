@@ -15,9 +15,10 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_val
 
 from rayprune.config_steps import step_config
 from rayprune.core.fields import check_keys, wrong_type
-from rayprune.core.objects import absolute_reference
+from rayprune.core.objects import absolute_reference, closest
 
 Auto = Literal["auto"]
+TRACKERS = ("mlflow", "wandb")
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -194,7 +195,7 @@ class ScalingSection(Section):
 class RunSection(Section):
     """Where the run's folder lies and how it comes back after a failure."""
 
-    storage_path: str = "runs"
+    storage_path: str = Field("runs", description="folder of run folders; with machines, one that all of them see")
     name: str | None = Field(None, description="folder name; default: the config's name and a digest of its content")
     resume: str = Field("auto", description="auto goes on, never refuses a folder in use, a path starts from there")
     checkpoint_steps: int | None = Field(None, ge=1, description="save inside an epoch every so many steps")
@@ -203,6 +204,15 @@ class RunSection(Section):
     stall_seconds: float = Field(120.0, gt=0, description="silence of a rank, the actor or the stream to report")
     keep_checkpoints: int = Field(2, ge=1)
     keep_selections: int = Field(10, ge=0)
+    trackers: tuple[str, ...] = Field((), description="mlflow, wandb: beside TensorBoard, which is always written")
+
+    @field_validator("trackers")
+    @classmethod
+    def _known_trackers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in TRACKERS:
+                raise ValueError(f"there is no tracker {name!r}: {closest(name, TRACKERS)}")
+        return tuple(dict.fromkeys(value))
 
     @field_validator("name")
     @classmethod
