@@ -212,7 +212,7 @@ def _open(config: Config, debug: bool) -> Splits:
         logging.getLogger("ray.train").setLevel(logging.WARNING)
         logging.getLogger("ray.data").setLevel(logging.WARNING)
     if config.scaling.num_workers != 0:
-        start_ray(debug, elastic=isinstance(config.scaling.num_workers, tuple))
+        start_ray(debug, elastic=isinstance(config.scaling.num_workers, tuple), address=config.run.address)
     return splits
 
 
