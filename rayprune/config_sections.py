@@ -15,9 +15,10 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_val
 
 from rayprune.config_steps import step_config
 from rayprune.core.fields import check_keys, wrong_type
-from rayprune.core.objects import absolute_reference
+from rayprune.core.objects import absolute_reference, closest
 
 Auto = Literal["auto"]
+TRACKERS = ("mlflow", "wandb")
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -199,7 +200,10 @@ class ScalingSection(Section):
 class RunSection(Section):
     """Where the run's folder lies and how it comes back after a failure."""
 
-    storage_path: str = "runs"
+    storage_path: str = Field("runs", description="folder of run folders; with machines, one that all of them see")
+    address: str = Field(
+        "auto", description="auto: the cluster of RAY_ADDRESS, else a Ray of this machine; local; HOST:PORT of a head"
+    )
     name: str | None = Field(None, description="folder name; default: the config's name and a digest of its content")
     resume: str = Field("auto", description="auto goes on, never refuses a folder in use, a path starts from there")
     checkpoint_steps: int | None = Field(None, ge=1, description="save inside an epoch every so many steps")
@@ -208,6 +212,39 @@ class RunSection(Section):
     stall_seconds: float = Field(120.0, gt=0, description="silence of a rank, the actor or the stream to report")
     keep_checkpoints: int = Field(2, ge=1)
     keep_selections: int = Field(10, ge=0)
+    trackers: tuple[str, ...] = Field((), description="mlflow, wandb: beside TensorBoard, which is always written")
+
+    def storage_folder(self) -> Path:
+        """Return the folder of run folders, absolute.
+
+        Raises:
+            ValueError: it is one that Ray deletes.
+        """
+        folder = Path(self.storage_path).expanduser().resolve()
+        if "working_dir_files" in folder.parts:
+            raise ValueError(
+                f"run.storage_path = {self.storage_path!r} lies in the working directory of a Ray job, which Ray "
+                "deletes: name an absolute path that all machines see, such as run.storage_path=/mnt/runs"
+            )
+        return folder
+
+    @field_validator("storage_path")
+    @classmethod
+    def _mounted(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError(
+                f"run.storage_path = {value!r}: must be a folder: mount the storage on every machine (NFS, or an "
+                "object store by s3fs, gcsfuse, rclone mount) and name the mount, such as run.storage_path=/mnt/runs"
+            )
+        return value
+
+    @field_validator("trackers")
+    @classmethod
+    def _known_trackers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in TRACKERS:
+                raise ValueError(f"there is no tracker {name!r}: {closest(name, TRACKERS)}")
+        return tuple(dict.fromkeys(value))
 
     @field_validator("name")
     @classmethod

@@ -164,4 +164,4 @@ def sweep_digest(base: Config) -> str:
 def sweep_folder_of(base: Config, stem: str) -> Path:
     """Return a sweep's folder: `run.name`, or the config's name and a digest, in `run.storage_path`."""
     name = base.run.name or f"{stem}-sweep-{sweep_digest(base)}"
-    return Path(base.run.storage_path).expanduser().resolve() / name
+    return base.run.storage_folder() / name

@@ -72,3 +72,15 @@ def assert_same_run(one: RunResult, other: RunResult) -> None:
 def losses_of(epoch: int, num_samples: int) -> np.ndarray:
     """Return made-up losses, (N,) float32; a sample's depend on epoch and id alone."""
     return np.random.default_rng([9, epoch]).random(num_samples, dtype=np.float32)
+
+
+def tracked(folder: Path) -> tuple[list[Any], dict[str, list[tuple[int, float]]]]:
+    """Return the MLflow runs of a run folder, and the (epoch, value) points of each metric of the first."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("rayprune")
+    assert experiment is not None
+    runs = list(client.search_runs([experiment.experiment_id]))
+    history = {name: client.get_metric_history(runs[0].info.run_id, name) for name in runs[0].data.metrics}
+    return runs, {name: [(point.step, point.value) for point in points] for name, points in history.items()}

@@ -23,6 +23,7 @@ from rayprune.config import Config, make_config
 from rayprune.core.comparison import ArmRuns, RunOutcome, summary
 from rayprune.engine.arms import Arm, arms_of, digest_of
 from rayprune.engine.compare_runs import ComparedRuns, Watching
+from rayprune.engine.connecting import cluster_address
 from rayprune.engine.ending import sigterm_as_sigint
 from rayprune.engine.opening import run_folder_of, sole_use
 from rayprune.engine.resources import start_ray
@@ -106,11 +107,11 @@ def _share(config: Config, source: SampleSource, num_arms: int, debug: bool) -> 
         return None
     if isinstance(config.scaling.num_workers, tuple) and section.parallel == "auto":
         return None
-    if config.scaling.num_workers == 0 and not os.environ.get("RAY_ADDRESS"):
+    if config.scaling.num_workers == 0 and cluster_address(config.run.address) is None:
         # What Ray would find on this machine: it need not be started to see that one run at a time fits.
         total = {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
     else:
-        start_ray(debug, dashboard=config.scaling.num_workers != 0)
+        start_ray(debug, dashboard=config.scaling.num_workers != 0, address=config.run.address)
         total = ray.cluster_resources()
     share = share_resources(config, source, max(1, num_shared), asked, total)
     return share if share.num_concurrent > 1 else None

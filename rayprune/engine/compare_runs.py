@@ -136,7 +136,7 @@ class ComparedRuns:
         if left:
             assert self._share is not None
             ours = not ray.is_initialized() and self._config.scaling.num_workers == 0
-            start_ray(self._debug, dashboard=self._config.scaling.num_workers != 0)
+            start_ray(self._debug, dashboard=self._config.scaling.num_workers != 0, address=self._config.run.address)
             with sigterm_as_sigint():  # anew: Ray's own handler, which aborts, has taken the place of an older one
                 self._mark_shared(job.name for job in left)
                 configs = [job.config for job in left]

@@ -31,7 +31,7 @@ def run_folder_of(config: Config) -> Path:
     """
     if config.run.name is None:
         raise ValueError("run.name is not set: name the run's folder")
-    return Path(config.run.storage_path).expanduser().resolve() / config.run.name
+    return config.run.storage_folder() / config.run.name
 
 
 def check_folder(config: Config) -> None:

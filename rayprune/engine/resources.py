@@ -10,6 +10,7 @@ import ray
 import torch
 
 from rayprune.config import Config
+from rayprune.engine.connecting import cluster_address, connect, first_line
 from rayprune.sources import SampleSource
 
 # Below this an automatic share means that the machine is far too small for so many workers.
@@ -28,13 +29,17 @@ class Resources:
     why: str
 
 
-def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = False) -> None:
-    """Connect to the cluster that RAY_ADDRESS names, or start a local one on the loopback interface.
+def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = False, address: str = "auto") -> None:
+    """Connect to a cluster, or start a Ray of this machine on the loopback interface.
 
     Args:
         debug: show Ray's own logs.
         elastic: the number of workers may change while the run trains.
         dashboard: start Ray's dashboard too: without it the CPUs of a Ray Train that Ray Tune ended stay taken.
+        address: `run.address`; see `cluster_address`.
+
+    Raises:
+        ValueError: no cluster answers there, or no Ray starts here; one line with the cure.
     """
     # The controller looks for reports every 2 s by default: that would cost a second an epoch. Ray Train hands the
     # driver's setting on to it, also on a cluster that is there already.
@@ -46,15 +51,22 @@ def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = F
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"log_to_driver": debug, "logging_level": "INFO" if debug else "ERROR"}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+    if (cluster := cluster_address(address)) is not None:
+        connect(cluster, **quiet)
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # "local" always starts a cluster of its own: without it Ray joins whatever cluster it finds on the machine.
     allowed = len(os.sched_getaffinity(0))  # Ray does not look at that by itself
     if allowed < (os.cpu_count() or allowed):
         quiet["num_cpus"] = allowed
-    ray.init("local", include_dashboard=dashboard, _node_ip_address="127.0.0.1", **quiet)
+    try:
+        # "local" always starts a cluster of its own: without it Ray joins whatever cluster it finds on the machine.
+        ray.init("local", include_dashboard=dashboard, _node_ip_address="127.0.0.1", **quiet)
+    except (OSError, RuntimeError, ValueError) as error:
+        ray.shutdown()
+        raise ValueError(
+            f"no Ray starts on this machine ({first_line(error)}): free ports and memory (other Ray processes: "
+            "ps -C raylet), or train in this process with scaling.num_workers=0"
+        ) from error
 
 
 def resolve_resources(config: Config, source: SampleSource) -> Resources:

@@ -1,4 +1,4 @@
-"""What a worker writes and reads back: checkpoints, metrics.jsonl, TensorBoard, reports to Ray Train.
+"""What a worker writes and reads back: checkpoints, metrics.jsonl, reports to Ray Train; its lines go to trackers.
 
 Every rank holds a Saver; only rank 0 writes. A checkpoint inside an epoch is copied at once and written by a thread:
 training waits for the copy only.
@@ -30,6 +30,7 @@ from rayprune.engine.checkpoint import (
 )
 from rayprune.engine.run_folder import append_metrics, mend_metrics
 from rayprune.engine.setup import Before
+from rayprune.engine.trackers import Trackers
 from rayprune.nn.steps import TrainStep
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class Saver:
         }
         self._wall_before = before.wall_time
         self._started = time.perf_counter()
-        self._board: Any = None
+        self._trackers = Trackers(run_folder, config)
         self._last_line: dict[str, Any] | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="rayprune-checkpoint")
         self._writing: Future[None] | None = None
@@ -189,19 +190,14 @@ class Saver:
             remove_old_checkpoints(self._folder, self._config.run.keep_checkpoints)
 
     def append_metrics(self, metrics: dict[str, Any], seconds: dict[str, float]) -> None:
-        """Write the epoch's line to metrics.jsonl and TensorBoard (rank 0)."""
-        rounded = _rounded(seconds)
-        append_metrics(self._folder, {**metrics, "seconds": rounded, "wall_time": round(self._wall_time(), 3)})
-        if self._board is None:
-            from tensorboardX import SummaryWriter
+        """Write the epoch's line to metrics.jsonl and pass it on to the trackers (rank 0)."""
+        line = {**metrics, "seconds": _rounded(seconds), "wall_time": round(self._wall_time(), 3)}
+        append_metrics(self._folder, line)
+        self._trackers.log(line)
 
-            self._board = SummaryWriter(str(self._folder / "tensorboard"))
-        for name, value in metrics.items():
-            if isinstance(value, int | float) and name != "epoch":
-                self._board.add_scalar(name, value, metrics["epoch"])
-        for name, value in rounded.items():
-            self._board.add_scalar(f"seconds/{name}", value, metrics["epoch"])
-        self._board.flush()
+    def close(self) -> None:
+        """Let the trackers end: no more epochs come."""
+        self._trackers.close()
 
     def _wall_time(self) -> float:
         return self._wall_before + time.perf_counter() - self._started

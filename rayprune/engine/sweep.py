@@ -77,7 +77,7 @@ def sweep(base: Config, folder: Path, listeners: SweepListeners | None = None, *
     splits = _check_trials(base, points or list(probe_points(base.sweep)))
     _quiet_tune(debug)
     # Only a Ray Train inside of a trial leaves CPUs behind that the dashboard's part of Ray cleans up.
-    start_ray(debug, dashboard=base.scaling.num_workers != 0)
+    start_ray(debug, dashboard=base.scaling.num_workers != 0, address=base.run.address)
     names = [trial_name(number, point) for number, point in enumerate(points)]
     num_trials = base.sweep.num_trials or 0 if optuna else len(points)
     share = share_resources(base, splits.train, num_trials, Asked(base.sweep.max_concurrent), ray.cluster_resources())

@@ -33,6 +33,7 @@ from rayprune.engine.run import Choice, EpochListener, ProgressListener, Run, Tr
 from rayprune.engine.run_folder import read_metrics, write_scores
 from rayprune.engine.setup import recorded_signals
 from rayprune.engine.subset import Scored, check_subset, chosen_subset, keep_subset, score_samples
+from rayprune.engine.trackers import check_trackers, failures
 from rayprune.methods import Method
 from rayprune.methods.fixed import Fixed
 from rayprune.nn.signals import check_signals
@@ -211,7 +212,7 @@ def _open(config: Config, debug: bool) -> Splits:
         logging.getLogger("ray.train").setLevel(logging.WARNING)
         logging.getLogger("ray.data").setLevel(logging.WARNING)
     if config.scaling.num_workers != 0:
-        start_ray(debug, elastic=isinstance(config.scaling.num_workers, tuple))
+        start_ray(debug, elastic=isinstance(config.scaling.num_workers, tuple), address=config.run.address)
     return splits
 
 
@@ -228,6 +229,7 @@ def _check(config: Config, splits: Splits, choice: Choice) -> None:
 
 
 def _check_training(config: Config, splits: Splits, method: Method) -> None:
+    check_trackers(config)
     check_signals((*method.signals, *method.sweep_signals, *config.train.record))
     check_sizes(config, len(splits.train))
     check_model(config, input_spec(config, splits.train), method)
@@ -250,6 +252,8 @@ def _run(config: Config, splits: Splits, choice: Choice, listeners: Listeners) -
                 listeners.on_notice(line)
             run = Run(config, splits, spec, resources, folder, choice)
             run.fit(listeners.on_epoch, listeners.on_progress, listeners.on_notice, listeners.pause)
+            for line in failures(folder, config):
+                listeners.on_notice(line)
             remove_old_checkpoints(folder, config.run.keep_checkpoints)
             epoch, step = newest_position(folder)
             if epoch < config.last_epoch:

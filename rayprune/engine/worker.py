@@ -96,6 +96,7 @@ class Worker:
             self._spec.scores.call("stop", f"on rank {self.rank}: {type(cause).__name__}: {line}", True)
             raise
         finally:
+            self._saver.close()
             self._pulse.stop()
 
     def _run_epoch(self, epoch: int) -> None:

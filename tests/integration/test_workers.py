@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
-from engine_runs import assert_same_run, results, run_config, scores_of, user
+from engine_runs import assert_same_run, results, run_config, scores_of, tracked, user
 
-from rayprune.config import Config
+from rayprune.config import Config, make_config
+from rayprune.config_sections import TRACKERS
 from rayprune.engine.checkpoint import newest_position
 from rayprune.engine.protocol import TrainingStopped
 from rayprune.engine.run_folder import read_selection
+from rayprune.engine.trackers import failures
 from rayprune.engine.train import RunResult, TrainingFailed, train
 from rayprune.sources import open_data
 
@@ -89,9 +93,17 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path, undisturbed: RunResult)
     marker = tmp_path / "died"
     # Epoch 0 has ten steps: the thirteenth is in the middle of epoch 1.
     dies = {"name": user("dies_once"), "step": 13, "marker": str(marker)}
-    result = train(workers_config(tmp_path, "killed", 2, model=dies))
+    trackers = [name for name in TRACKERS if find_spec(name)]  # tests/unit/test_engine_trackers.py skips without them
+    result = train(workers_config(tmp_path, "killed", 2, model=dies, run={"trackers": trackers}))
     assert marker.exists()
     assert_same_run(result, undisturbed)
+    assert not failures(result.folder, make_config({"run": {"trackers": trackers}}))
+    for name in ("tensorboard", *trackers):
+        assert json.loads((result.folder / name / "run.json").read_text())["epoch"] == EPOCHS - 1
+    if "mlflow" in trackers:
+        runs, points = tracked(result.folder)
+        assert len(runs) == 1, "rank 0 alone tracks, and goes on in its run after it was started again"
+        assert sorted(step for step, _ in points["train_loss"]) == list(range(EPOCHS))
 
 
 def score_actor_names() -> list[str]:
