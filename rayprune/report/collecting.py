@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rayprune.report.groups import Group, read_group
 from rayprune.report.reading import RunRecord, read_run
 
 
@@ -15,11 +16,13 @@ class Collected:
 
     Attributes:
         title: of the page.
-        runs: to be laid over each other.
+        runs: to be laid over each other: those that were named, or those that the groups point to.
+        groups: sweeps and comparisons.
     """
 
     title: str
     runs: Sequence[RunRecord]
+    groups: Sequence[Group] = ()
 
     @property
     def notes(self) -> list[str]:
@@ -34,13 +37,18 @@ def collect(folders: Sequence[Path]) -> Collected:
         ValueError: one holds nothing to report; one line with the cure.
     """
     runs: list[Path] = []
+    groups: list[Group] = []
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}: name a run's, such as runs/NAME")
-        runs += _runs_in(folder) or [folder]
+        if (group := read_group(folder, len(groups))) is not None:
+            groups.append(group)
+        else:
+            runs += _runs_in(folder) or [folder]
     runs = list(dict.fromkeys(runs))
     title = " and ".join(dict.fromkeys(folder.resolve().name for folder in folders))
-    return Collected(title if len(folders) <= 2 else f"{len(runs)} runs", _named(runs))
+    title = title if len(folders) <= 2 else f"{len(folders)} results"
+    return Collected(title, _named(runs) or [run for group in groups for run in group.runs], groups)
 
 
 def _runs_in(folder: Path) -> list[Path]:

@@ -125,7 +125,8 @@ def _draw_times(runs: Sequence[RunRecord], figure: Figure) -> None:
         offset = (place - (len(counted) - 1) / 2) * width
         axes.bar(np.arange(share.size) + offset, share, width=width, color=series(number)[0])
     axes.set(xlabel="epochs in which a sample was pruned", ylabel="% of the samples")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlim(-0.6, max([1, *(int(times.max(initial=0)) for _, times in counted)]) + 0.6)
     axes.grid(visible=False, axis="x")
 
 
