@@ -23,6 +23,7 @@ from rayprune.report.curves import Plot, curve_plots, legend, pruning_plot, seco
 from rayprune.report.drawing import DARK_SERIES, GRID, INK, LINES, MUTED, SERIES, save_png, svg
 from rayprune.report.exits import SIZE, read_exits
 from rayprune.report.exits import draw as draw_exits
+from rayprune.report.gallery import gallery_of
 from rayprune.report.groups import Group
 from rayprune.report.reading import RunRecord
 from rayprune.report.sample_plots import sample_plots
@@ -111,7 +112,7 @@ def render(found: Collected) -> str:
             }
             for section in sections_of(runs)
         ],
-        galleries=[],
+        galleries=[gallery for run in runs if (gallery := gallery_of(run)) is not None],
         light={"ink": INK, "muted": MUTED, "grid": GRID, "series": SERIES},
         dark={"series": DARK_SERIES},
         footer=f"Written by rayprune {metadata.version('rayprune')} on {datetime.date.today().isoformat()}.",

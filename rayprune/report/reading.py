@@ -90,6 +90,8 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         notes.append(f"the run has not ended: {record.progress}")
     if scores is None:
         notes.append("no scores yet: scores.parquet is written when a run ends")
+    elif gallery is None:
+        notes.append("no gallery of telling samples: its folder is written when a run ends")
     given = (config, environment, metrics, scores, gallery)
     return RunRecord(folder, record.name, *given, notes=tuple(notes))
 
