@@ -29,21 +29,26 @@ def report(paths: tuple[str, ...], output: str | None, png: str | None) -> None:
     found = collect(folders)
     from rayprune.report.page import render, write_pngs
 
-    if png:
-        for file in write_pngs(found, Path(png).expanduser()):
-            console.print(str(file), highlight=False, markup=False)
-        return
-    page = Path(output).expanduser() if output else _common(folders) / "report.html"
-    if page.is_dir():
-        raise ValueError(f"{page} is a folder: name a file, such as --output {page}/report.html")
-    text = render(found)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    partial = page.with_name(f"{page.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(page)
+    target = Path(png or output or _common(folders) / "report.html").expanduser()
+    if not png and target.is_dir():
+        raise ValueError(f"{target} is a folder: name a file, such as --output {target}/report.html")
+    try:
+        if png:
+            for file in write_pngs(found, target):
+                console.print(str(file), highlight=False, markup=False)
+            return
+        text = render(found)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(target)
+    except OSError as error:
+        raise ValueError(
+            f"{target} can't be written ({error.strerror}): name another place by --output or --png"
+        ) from None
     for note in found.notes:
         console.print(note, style="yellow", highlight=False, markup=False)
-    console.print(f"report: {page}", highlight=False, markup=False)
+    console.print(f"report: {target}", highlight=False, markup=False)
 
 
 def _common(folders: list[Path]) -> Path:

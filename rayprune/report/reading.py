@@ -16,6 +16,7 @@ from rayprune.sources.score_file import ScoreFile, read_scores
 
 RUN_SCHEMA = 1  # the newest environment.json and gallery.json that is read here
 Line = Mapping[str, Any]
+_NEEDED = ("epoch", "num_samples", "samples_trained", "pruned_fraction")  # anything else of a line may be missing
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,10 +120,12 @@ def _metrics(file: Path) -> tuple[list[Line], list[str]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
+            if lacking := [key for key in _NEEDED if key not in record]:
+                raise KeyError(lacking[0])
             by_epoch[int(record["epoch"])] = record
         except (ValueError, TypeError, KeyError):
             if number < len(lines):
-                raise ValueError(f"{file}, line {number} is no epoch's record: restore the file") from None
+                raise ValueError(f"{file}, line {number} is no epoch's record of a run: restore the file") from None
             notes.append(f"the last line of metrics.jsonl (line {number}) is torn and was left out")
     if not by_epoch:
         raise ValueError(f"{file} holds no finished epoch: try again when the first has ended")

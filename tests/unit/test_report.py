@@ -125,6 +125,7 @@ def test_a_run_without_validation_is_drawn(run: Path) -> None:
         (lambda run: (run / "metrics.jsonl").unlink(), "first epoch has not ended"),
         (lambda run: [(run / name).unlink() for name in ("metrics.jsonl", "config.yaml")], "no run folder"),
         (lambda run: (run / "metrics.jsonl").write_text(""), "no finished epoch"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"epoch": 0}\n{"epoch": 1}\n'), "line 1 .*restore"),
         (lambda run: (run / "environment.json").write_text('{"schema": 99}'), "schema 99.*upgrade rayprune"),
         (lambda run: (run / "environment.json").write_text("{"), "no JSON"),
         (lambda run: (run / "config.yaml").write_text("a: [1"), "can't be read"),
@@ -167,3 +168,16 @@ def test_report_writes_next_to_the_runs_and_pngs_where_asked(runs: list[Path], t
     written = write_pngs(collect(runs), tmp_path / "png")
     assert len(written) >= 11
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in written)
+
+
+def test_a_place_that_cannot_be_written_is_one_line(runs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for words, told in (
+        (["--output", f"{tmp_path}/file/page.html"], "name another place"),
+        (["--png", f"{tmp_path}/file"], "name another place"),
+        (["--output", str(tmp_path)], "is a folder"),
+        (["--output", "a.html", "--png", "b"], "leave --output out"),
+    ):
+        done = CliRunner().invoke(cli, ["report", str(runs[0]), *words])
+        assert isinstance(done.exception, ValueError)
+        assert told in str(done.exception)
