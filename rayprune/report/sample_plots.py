@@ -35,7 +35,7 @@ def sample_plots(runs: Sequence[RunRecord]) -> tuple[list[Plot], list[str]]:
     if not names:
         missing.append("No distribution of scores: no run here has ended with scores.")
     if any("threshold" in facts_of(line) for run in runs for line in run.metrics):
-        note = "Samples beyond it were pruned."
+        note = "The score at which the choice of an epoch was cut."
         plots.append(Plot("threshold", "Score threshold by epoch", partial(_draw_threshold, runs), note=note))
     if names:
         missing.append("Scores are stored once, at the end: how they were distributed in earlier epochs is not known.")
