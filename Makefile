@@ -17,6 +17,7 @@ $(VENV)/.done: pyproject.toml
 demo: setup
 	rm -rf runs/demo
 	$(BIN)/rayprune train configs/digits_full.yaml configs/digits_infobatch.yaml run.storage_path=runs/demo
+	$(BIN)/rayprune report runs/demo
 
 # Two processes, file by file: tests that wait for Ray leave the processor to those that compute.
 test: setup

@@ -1,4 +1,4 @@
-"""The command line: rayprune train | sweep | compare | score | select | evaluate | methods | doctor.
+"""The command line: rayprune train | sweep | compare | score | select | evaluate | report | show | methods | doctor.
 
 Exit codes: 0 done, 2 the user's mistake (one line says which), 1 anything else; tracebacks only with --debug.
 """
@@ -17,7 +17,9 @@ from rich.console import Console
 from rayprune import __version__
 from rayprune.command_compare import compare
 from rayprune.command_evaluate import evaluate
+from rayprune.command_report import report
 from rayprune.command_select import select
+from rayprune.command_show import show
 from rayprune.command_sweep import sweep
 
 console = Console(soft_wrap=True)
@@ -108,6 +110,8 @@ cli.add_command(select)
 cli.add_command(evaluate)
 cli.add_command(compare)
 cli.add_command(sweep)
+cli.add_command(report)
+cli.add_command(show)
 
 
 @cli.command()

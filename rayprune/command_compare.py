@@ -59,7 +59,8 @@ def _warn(line: str) -> None:
 def _show(folder: Path) -> None:
     import json
 
-    from rayprune.display_compare import compare_lines, explanation, verdict_lines
+    from rayprune.display_compare import compare_lines
+    from rayprune.report.compared import explanation, verdict_lines
 
     report = json.loads((folder / "compare.json").read_text())
     console.print()

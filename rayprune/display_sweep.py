@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from rayprune.config_trials import shown_value
+from rayprune.report.swept import by_accuracy, sweep_cells
 
 _MOST_SHOWN = 20  # running and newest trials on a terminal
 
@@ -91,26 +92,8 @@ def sweep_table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[
         rows: as in results.parquet.
         keys: the swept keys.
     """
-    header = ("", *keys, "val acc", "compute", "FLOPs", "samples trained", "epochs", "seconds", "status", "trial")
-    order = sorted(rows, key=lambda row: (row["val_accuracy"] is None, -(row["val_accuracy"] or 0.0)))
-    cells: list[tuple[str, ...]] = [header]
-    for row in order:
-        trained = "–" if row["samples_trained"] is None else f"{row['samples_trained']:,}"
-        seconds = "–" if row["seconds"] is None else f"{row['seconds']:.1f}"
-        cells.append(
-            (
-                "*" if row["pareto"] else "",
-                *(shown_value(row[key]) for key in keys),
-                _share(row["val_accuracy"]),
-                _share(row["compute_share"]),
-                "–" if row["flops"] is None else f"{row['flops']:.2e}",
-                trained,
-                str(row["epochs"] or "–"),
-                seconds,
-                row["status"],
-                row["trial"],
-            )
-        )
+    cells = sweep_cells(rows, keys)
+    header = cells[0]
     widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
     left = {0, *range(1, len(keys) + 1), len(header) - 2, len(header) - 1}
     lines = []
@@ -120,7 +103,7 @@ def sweep_table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         lines.append("  ".join(padded).rstrip())
-    failed = [f"failed   {row['trial']}: {row['error']}" for row in order if row["error"]]
+    failed = [f"failed   {row['trial']}: {row['error']}" for row in by_accuracy(rows) if row["error"]]
     return [*lines, *failed]
 
 

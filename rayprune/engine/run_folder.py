@@ -20,6 +20,7 @@ from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
 from rayprune.sources import score_file
 
+RUN_SCHEMA = 1  # of environment.json and gallery.json
 _PACKAGES = ("rayprune", "ray", "torch", "torchvision", "numpy", "pandas", "pyarrow", "scikit-learn")
 
 
@@ -39,7 +40,7 @@ def write_environment(run_folder: Path, **facts: Any) -> None:
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
     machine = {"system": platform.platform(), "processor": platform.machine(), "python": platform.python_version()}
-    text = json.dumps({"versions": versions, "machine": machine, **facts}, indent=1)
+    text = json.dumps({"schema": RUN_SCHEMA, "versions": versions, "machine": machine, **facts}, indent=1)
     (run_folder / "environment.json").write_text(text + "\n")
 
 

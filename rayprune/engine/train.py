@@ -17,6 +17,7 @@ from rayprune.config import Config
 from rayprune.core.objects import USER_MODULE_PREFIX
 from rayprune.core.selector import Selector
 from rayprune.engine.checkpoint import load_selector_state, newest_position, remove_old_checkpoints
+from rayprune.engine.gallery import write_gallery
 from rayprune.engine.opening import adopt_scoring, check_folder, check_start, open_folder
 from rayprune.engine.preparation import (
     check_memory,
@@ -259,6 +260,8 @@ def _run(config: Config, splits: Splits, choice: Choice, listeners: Listeners) -
             if epoch < config.last_epoch:
                 raise TrainingPaused(f"paused: saved before step {step} of epoch {epoch + 1}; the same command goes on")
         _write_scores(config, splits.train, folder, choice, recorded_signals(config, spec))
+        if start_epoch < config.last_epoch or not (folder / "gallery").exists():
+            write_gallery(config, splits.train, spec, folder, listeners.on_notice)
         return RunResult(folder, read_metrics(folder))
 
 

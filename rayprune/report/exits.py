@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-_ANYTIME, _DYNAMIC = "#D55E00", "#0072B2"
+from rayprune.report.drawing import INK, PAPER, SERIES, save_png
+
+SIZE = (7.0, 4.8)
+_ANYTIME, _DYNAMIC = SERIES[1], SERIES[0]
 _FOLDER = "exits"
 _UNITS = ((", billions", 1e9), (", millions", 1e6), (", thousands", 1e3), ("", 1.0))
 
@@ -23,11 +27,36 @@ def draw_exits(run_folder: Path) -> Path:
     Raises:
         ValueError: it was not.
     """
-    folder = run_folder / _FOLDER
-    tables = {name: pd.read_csv(folder / f"{name}.csv") for name in ("anytime", "dynamic") if _there(folder, name)}
+    tables = read_exits(run_folder)
     if not tables:
         raise ValueError(f"{run_folder} was not evaluated yet: rayprune evaluate {run_folder}")
-    figure = Figure(figsize=(8.0, 5.4), layout="constrained")
+    name = run_folder.resolve().name
+    return save_png(partial(draw, tables, name), SIZE, run_folder / _FOLDER / "accuracy_macs.png", dpi=130)
+
+
+def read_exits(run_folder: Path) -> dict[str, pd.DataFrame]:
+    """Return the evaluations of a run's exits that are there, by name: anytime, dynamic.
+
+    Raises:
+        ValueError: one is damaged.
+    """
+    tables = {}
+    for name in ("anytime", "dynamic"):
+        file = run_folder / _FOLDER / f"{name}.csv"
+        if not file.exists():
+            continue
+        try:
+            table = pd.read_csv(file)
+        except ValueError as error:
+            raise ValueError(f"{file} is no table ({' '.join(str(error).split())}): evaluate the run again") from None
+        if table.empty or not {"macs", "top1", "samples", "checkpoint"} <= set(table.columns):
+            raise ValueError(f"{file} is not what rayprune evaluate writes: evaluate the run again")
+        tables[name] = table
+    return tables
+
+
+def draw(tables: Mapping[str, pd.DataFrame], name: str, figure: Figure) -> None:
+    """Fill a figure with a run's evaluations, at least one."""
     axes = figure.add_subplot()
     most = max(float(table["macs"].max()) for table in tables.values())
     unit, scale = next((name, size) for name, size in _UNITS if most >= size or size == 1.0)
@@ -38,28 +67,19 @@ def draw_exits(run_folder: Path) -> Path:
     first = next(iter(tables.values())).iloc[0]
     axes.set_xlabel(f"multiply-adds a sample{unit}; where samples leave early, their mean")
     axes.set_ylabel(f"top-1 accuracy on {first['samples']:,} samples, %")
-    axes.set_title(f"{run_folder.resolve().name}, {first['checkpoint']}", fontsize=10)
+    axes.set_title(f"{name}, {first['checkpoint']}", fontsize=10)
     axes.set_xlim(0, most / scale * 1.06)
     axes.margins(y=0.1)
-    axes.grid(alpha=0.25)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    partial = folder / "accuracy_macs.png.partial"
-    FigureCanvasAgg(figure)
-    figure.savefig(partial, dpi=130, format="png")
-    return partial.replace(folder / "accuracy_macs.png")
-
-
-def _there(folder: Path, name: str) -> bool:
-    return (folder / f"{name}.csv").exists()
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
 
 
 def _draw_anytime(axes: Axes, table: pd.DataFrame, scale: float) -> None:
     macs, accuracy = table["macs"] / scale, table["top1"] * 100
     label = "all samples at one exit, by its number"
-    axes.plot(macs, accuracy, "s--", color=_ANYTIME, markersize=11, linewidth=1.0, label=label, zorder=3)
+    axes.plot(macs, accuracy, "s--", color=_ANYTIME, markersize=12, linewidth=1.0, label=label, zorder=3, mfc=PAPER)
     for exit_, x, y in zip(table["exit"], macs, accuracy, strict=True):
         # Inside the mark: nothing else is printed there, wherever the curves run.
-        axes.annotate(str(exit_), (x, y), fontsize=8, color="white", ha="center", va="center", zorder=5)
+        axes.annotate(str(exit_), (x, y), fontsize=8, color=INK, ha="center", va="center", zorder=5)
 
 
 def _draw_dynamic(axes: Axes, table: pd.DataFrame, scale: float) -> None:

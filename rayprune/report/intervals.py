@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-_METHOD, _BASELINE, _MARGIN = "#c0392b", "#34495e", "#7f8c8d"
+from rayprune.report.drawing import INK, MUTED, SERIES, save_png
+
+_METHOD, _BASELINE = SERIES[1], SERIES[0]
 
 
 def draw_intervals(folder: Path) -> Path:
@@ -21,15 +23,24 @@ def draw_intervals(folder: Path) -> Path:
         folder: of the comparison.
     """
     report = json.loads((folder / "compare.json").read_text())
+    return save_png(partial(draw, report), size_of(report), folder / "compare.png", dpi=130)
+
+
+def size_of(report: Mapping[str, Any]) -> tuple[float, float]:
+    """Return how large the picture of a comparison is, in inches."""
+    return 7.6, 1.8 + 0.36 * len(report["arms"])
+
+
+def draw(report: Mapping[str, Any], figure: Figure) -> None:
+    """Fill a figure with what compare.json holds."""
     arms = [arm for arm in report["arms"] if arm["baseline"] != "full"]
-    figure = Figure(figsize=(8.5, 1.8 + 0.36 * len(arms)), layout="constrained")
     axes = figure.add_subplot()
     whole = [run["accuracy"] for run in report["arms"][0]["runs"]]
     for row, arm in enumerate(arms):
         each = [run["accuracy"] - full for run, full in zip(arm["runs"], whole, strict=True)]
         _draw_arm(axes, row, arm, each)
-    axes.axvline(0.0, color="black", linewidth=1.0)
-    axes.axvline(-report["margin"], color=_MARGIN, linewidth=1.0, linestyle="--")
+    axes.axvline(0.0, color=INK, linewidth=1.0)
+    axes.axvline(-report["margin"], color=MUTED, linewidth=1.0, linestyle="--")
     labels = [f"{arm['name']}\n{_cost(arm)}" for arm in arms]
     axes.set_yticks(range(len(arms)), labels, fontsize=8)
     axes.set_ylim(len(arms) - 0.5, -0.5)
@@ -38,11 +49,7 @@ def draw_intervals(folder: Path) -> Path:
     axes.set_xlabel(f"accuracy minus that of full training, points ({num} seed{'s' * (num > 1)}{interval})")
     full = report["arms"][0]
     axes.set_title(f"full training: {full['accuracy']:.2f} %; dashed: the margin of {report['margin']:g}", fontsize=10)
-    axes.grid(axis="x", alpha=0.3)
-    partial = folder / "compare.png.partial"
-    FigureCanvasAgg(figure)
-    figure.savefig(partial, dpi=130, format="png")
-    return partial.replace(folder / "compare.png")
+    axes.grid(visible=False, axis="y")
 
 
 def _draw_arm(axes: Axes, row: int, arm: Mapping[str, Any], each: list[float]) -> None:

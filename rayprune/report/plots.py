@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import pandas as pd
 import yaml
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind readers.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00")
+from rayprune.report.drawing import INK, MUTED, SERIES, Draw, save_png
+
+SIZE = (8.0, 5.0)
 _MARKS = "osD^vPX*"
 _MOST_NAMED = 8
 
@@ -23,43 +21,48 @@ _MOST_NAMED = 8
 def plot_pareto(folder: Path) -> Path:
     """Draw each finished trial's accuracy against its compute, with the Pareto front; return pareto.png.
 
-    Trials that were stopped are drawn hollow. The cost axis is the share of N samples in every epoch, or FLOPs where
-    trials of the sweep have different lengths or networks.
-
     Args:
         folder: of a sweep, with results.parquet.
 
     Raises:
         ValueError: no trial has an accuracy.
     """
+    return save_png(pareto(folder), SIZE, folder / "pareto.png")
+
+
+def pareto(folder: Path) -> Draw:
+    """Return what draws a sweep's plot; see `plot_pareto`.
+
+    Trials that were stopped are drawn hollow. The cost axis is the share of N samples in every epoch, or FLOPs where
+    trials of the sweep have different lengths or networks.
+    """
     table = pd.read_parquet(folder / "results.parquet")
     table = table[table["val_accuracy"].notna() & table["status"].isin(["finished", "stopped"])]
     if table.empty:
         raise ValueError(f"{folder}: no trial has an accuracy to plot")
+    return partial(_draw, table, folder.resolve().name)
+
+
+def _draw(table: pd.DataFrame, title: str, figure: Figure) -> None:
     finished = table[table["status"] == "finished"]
-    each = (finished["flops"] / finished["compute"]).round()
-    alike = finished["epochs"].nunique() <= 1 and each.nunique() <= 1
-    cost, scale = ("compute_share", 100.0) if alike else ("flops", 1.0)
+    cost, scale = "compute_share", 100.0
+    if "flops" in table:
+        each = (finished["flops"] / finished["compute"]).round()
+        if finished["epochs"].nunique() > 1 or each.nunique() > 1:
+            cost, scale = "flops", 1.0
     keys = list(table.columns[1 : list(table.columns).index("status")])
-    figure, axes = plt.subplots(figsize=(8.0, 5.0), layout="constrained")
+    axes = figure.add_subplot()
     _draw_trials(axes, table, keys, cost, scale)
     _draw_front(axes, finished[finished["pareto"]].sort_values(cost), keys, cost, scale)
-    unit = "compute, % of N samples in every epoch" if alike else "FLOPs of training"
-    axes.set(xlabel=unit, ylabel="validation accuracy of the last epoch, %", title=folder.name)
-    axes.grid(alpha=0.25)
+    unit = "compute, % of N samples in every epoch" if cost == "compute_share" else "FLOPs of training"
+    axes.set(xlabel=unit, ylabel="validation accuracy of the last epoch, %", title=title)
     axes.margins(0.08)
     axes.legend(loc="lower right", fontsize=8)
-    file = folder / "pareto.png"
-    partial = folder / "pareto.png.partial"
-    figure.savefig(partial, dpi=150, format="png")
-    plt.close(figure)
-    partial.replace(file)
-    return file
 
 
 def _draw_trials(axes: Axes, table: pd.DataFrame, keys: list[str], cost: str, scale: float) -> None:
     for number, (name, group) in enumerate(table.groupby(table.apply(_method, axis=1, keys=keys))):
-        colour, mark = _COLOURS[number % len(_COLOURS)], _MARKS[number % len(_MARKS)]
+        colour, mark = SERIES[number % len(SERIES)], _MARKS[number % len(_MARKS)]
         for status, faces in (("finished", colour), ("stopped", "none")):
             some = group[group["status"] == status]
             if len(some):
@@ -77,8 +80,8 @@ def _draw_trials(axes: Axes, table: pd.DataFrame, keys: list[str], cost: str, sc
 
 def _draw_front(axes: Axes, front: pd.DataFrame, keys: list[str], cost: str, scale: float) -> None:
     x, y = front[cost] * scale, front["val_accuracy"] * 100
-    axes.step(x, y, where="post", color="0.4", linewidth=1.2, zorder=1, label="Pareto front")
-    axes.scatter(x, y, s=130, facecolors="none", edgecolors="0.2", linewidths=1.2, zorder=4)
+    axes.step(x, y, where="post", color=MUTED, linewidth=1.2, zorder=1, label="Pareto front")
+    axes.scatter(x, y, s=130, facecolors="none", edgecolors=INK, linewidths=1.2, zorder=4)
     # Trials that reached the same at the same cost share a label, a line each.
     labels: dict[tuple[float, float], list[str]] = {}
     for _, row in front.iterrows():
