@@ -19,9 +19,9 @@ demo: setup
 	$(BIN)/rayprune train configs/digits_full.yaml configs/digits_infobatch.yaml run.storage_path=runs/demo
 	$(BIN)/rayprune report runs/demo
 
-# Two processes, file by file: tests that wait for Ray leave the processor to those that compute.
+# Two processes, file by file, the long files of tests/integration first: who waits for Ray leaves the processor to others.
 test: setup
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 # Kills 56 times inside epochs; some 18 minutes on two cores.
 torture: setup
