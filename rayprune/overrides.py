@@ -76,10 +76,10 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in top.items():
         old = merged.get(key)
         if isinstance(value, Mapping) and isinstance(old, Mapping):
-            # Another method, model or source has keys of its own: those of the old one would only be refused.
-            switch = {"method": "name", "model": "name", "data": "source"}.get(key)
+            # Another method, model, source or train step has keys of its own: the old one's would only be refused.
+            switch = {"method": "name", "model": "name", "data": "source", "step": "name"}.get(key)
             renamed = switch in value and old.get(switch) != value[switch]
-            shared = {"limit", "augment"} if key == "data" else set()
+            shared = {"limit", "augment", "hold_out", "cache"} if key == "data" else set()
             kept = {k: v for k, v in old.items() if not renamed or k in shared}
             merged[key] = merge(kept, value)
         else:

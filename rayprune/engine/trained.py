@@ -48,8 +48,10 @@ class TrainedRun:
     @property
     def trained(self) -> str:
         """How far it is trained, in words."""
-        steps = f" and {self.steps} steps" if self.steps else ""
-        return f"after {self.epochs}{steps} of {self.config.train.epochs} epochs"
+        total = self.config.train.epochs
+        if not self.steps:
+            return f"after {self.epochs} of {total} epochs"
+        return f"after {self.epochs} of {total} epochs and {self.steps} steps of the next"
 
     @property
     def finished(self) -> bool:

@@ -193,3 +193,12 @@ def test_a_data_sets_function_is_found_from_any_folder(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     config = make_config({"data": {"source": "torch_dataset", "dataset": "mine.py:make", "path": "images"}})
     assert config.data.source_keys == {"dataset": f"{tmp_path}/mine.py:make", "path": "images"}
+
+
+def test_another_train_step_drops_the_old_ones_options(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("train: {step: {name: l2w, epsilon: 0.5}}\ndata: {source: digits, hold_out: 0.2}\n")
+    other = load_config(file, ["train.step={name: exits, score: mean}", "data.source=cifar10"])
+    assert other.train.step_options == {"score": "mean", "confident": 0.9}
+    assert other.data.hold_out == 0.2
+    assert load_config(file, ["train.step.p=20"]).train.step_options["epsilon"] == 0.5

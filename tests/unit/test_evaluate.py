@@ -126,7 +126,7 @@ def test_what_another_checkpoint_left_is_deleted(tmp_path: Path) -> None:
     (moved / "exits").rename(folder / "exits")
     done = inside(folder, "--mode", "anytime", "--device", "cpu")
     assert done.exception is None, done.output
-    assert "not finished: this is its network after 3 and 5 steps of 4 epochs" in done.output
+    assert "not finished: this is its network after 3 of 4 epochs and 5 steps of the next" in done.output
     left = {path.name for path in (folder / "exits").iterdir()}
     assert left == {"anytime.csv", "latency.csv", "accuracy_macs.png"}
 
