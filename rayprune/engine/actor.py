@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from rayprune.core.plan import LastBatch, Plan, block_rows
 from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
+from rayprune.core.spread import column_quantiles
 from rayprune.engine.checkpoint import load_selector_state
 from rayprune.engine.protocol import ClosedEpoch, Layout, PlanHeader, Pulse, StaleGeneration, Turn, unpack
 from rayprune.engine.run_folder import write_selection
@@ -230,7 +231,8 @@ class ScoreActor:
     def _closed(self, select_s: float) -> ClosedEpoch:
         assert self._selector is not None
         selector = self._selector
-        return ClosedEpoch(selector.state_dict(), select_s, selector.num_nonfinite, selector.nonfinite_ids)
+        spread = column_quantiles(selector.table)
+        return ClosedEpoch(selector.state_dict(), select_s, selector.num_nonfinite, selector.nonfinite_ids, spread)
 
     def progress(self) -> tuple[int, int, int]:
         """Return (epoch, samples observed in it, samples its plan holds), for a progress display."""

@@ -9,7 +9,7 @@ once and one that got lost is asked for again.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -95,12 +95,13 @@ class PlanHeader:
 
 @dataclass(frozen=True)
 class ClosedEpoch:
-    """What rank 0 gets when every observation of an epoch has arrived."""
+    """What rank 0 gets when every observation of an epoch has arrived; `spread` as of `column_quantiles`."""
 
     state: dict[str, NDArray[Any]]
     select_s: float
     num_nonfinite: int
     nonfinite_ids: list[int]
+    spread: Mapping[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

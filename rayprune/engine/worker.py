@@ -122,7 +122,9 @@ class Worker:
                 validation = self._forward(epoch, "validate", record=False)
         closed = self._collected(epoch, "close_epoch")
         record = self._metrics(epoch, header, sums, forwarded, validation, lr)
-        self._seconds["select"] += closed.select_s if closed else 0.0
+        if closed is not None:
+            record["score_quantiles"] = dict(closed.spread)
+            self._seconds["select"] += closed.select_s
         self._save(epoch, record, closed, start)
 
     def _announce(self, epoch: int, phase: Phase) -> PlanHeader:

@@ -5,8 +5,9 @@ Shapes: N samples, C classes, E epochs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -37,8 +38,10 @@ def sample_plots(runs: Sequence[RunRecord]) -> tuple[list[Plot], list[str]]:
     if any("threshold" in facts_of(line) for run in runs for line in run.metrics):
         note = "The score at which the choice of an epoch was cut."
         plots.append(Plot("threshold", "Score threshold by epoch", partial(_draw_threshold, runs), note=note))
-    if names:
-        missing.append("Scores are stored once, at the end: how they were distributed in earlier epochs is not known.")
+    spreads = list(dict.fromkeys(name for run in runs for line in run.metrics for name in quantiles_of(line)))
+    for number, name in enumerate(spreads[:_MOST_SCORES]):
+        note = "Median, the middle half of the samples as a band, and dotted where the outer 5 % begin at either end."
+        plots.append(Plot(f"spread_{number}", f"{name} over epochs", partial(_draw_spread, runs, name), note=note))
     if any(times_pruned(run) is not None for run in runs):
         note = "0: in every epoch that trained."
         plots.append(Plot("times_pruned", "How often samples were pruned", partial(_draw_times, runs), note=note))
@@ -50,6 +53,11 @@ def sample_plots(runs: Sequence[RunRecord]) -> tuple[list[Plot], list[str]]:
     else:
         missing.append("No class balance: the runs' metrics hold no kept share of each class.")
     return plots, missing
+
+
+def quantiles_of(record: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Return name → the seven quantiles of a score at the end of an epoch; nothing of a run that does not tell."""
+    return dict(record.get("score_quantiles") or {})
 
 
 def score_names(run: RunRecord) -> list[str]:
@@ -103,6 +111,23 @@ def _draw_score(runs: Sequence[RunRecord], name: str, figure: Figure) -> None:
     axes.set_xlabel(f"{name}, logarithmic" if logarithmic else name)
     axes.set_ylabel("% of the samples")
     axes.set_ylim(bottom=0)
+
+
+def _draw_spread(runs: Sequence[RunRecord], name: str, figure: Figure) -> None:
+    axes = figure.add_subplot()
+    for number, run in enumerate(runs):
+        known = [(line["epoch"] + 1, quantiles_of(line)[name]) for line in run.metrics if name in quantiles_of(line)]
+        if not known:
+            continue
+        colour, style = series(number)
+        epochs = [epoch for epoch, _ in known]
+        _, low, first, middle, third, high, _ = np.array([values for _, values in known]).T
+        axes.fill_between(epochs, first, third, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(epochs, middle, style, color=colour, marker="o", markersize=3)
+        for edge in (low, high):
+            axes.plot(epochs, edge, ":", color=colour, linewidth=0.9)
+    axes.set(xlabel="epochs", ylabel=name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _draw_threshold(runs: Sequence[RunRecord], figure: Figure) -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from rayprune.config import Config
 from rayprune.core import Plan, Selector
+from rayprune.core.spread import QUANTILES
 from rayprune.engine.preparation import input_spec
 from rayprune.engine.run_folder import read_selection
 from rayprune.engine.tally import add_batch, new_sums, validated
@@ -305,3 +306,13 @@ def test_classes_are_counted_exactly_and_without_padding() -> None:
     assert found["val_class_accuracy"] == [0.5, None, 1.0]
     assert found["val_accuracy"] == pytest.approx(2 / 3)
     assert validated(None) == dict.fromkeys(found)
+
+
+def test_each_epoch_says_how_its_scores_are_spread(tmp_path: Path) -> None:
+    result = train(run_config(tmp_path))
+    for line in result.metrics:
+        loss = line["score_quantiles"]["loss"]
+        assert len(loss) == 7
+        assert loss == sorted(loss)
+    scores = scores_of(result.folder)["loss"]
+    assert loss == pytest.approx(np.quantile(scores, QUANTILES), abs=1e-5)

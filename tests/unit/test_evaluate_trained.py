@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,15 @@ def test_a_dynamic_row_is_what_inference_that_stops_early_gives(trained: Path) -
         # A confidence at its threshold may be rounded to the other side in a batch of another size.
         assert float((logits.argmax(1).numpy() == labels).mean()) == pytest.approx(float(row["top1"]), abs=2 / 360)
         assert np.mean([macs[exit_] for exit_ in exits]) == pytest.approx(float(row["macs"]), rel=0.01)
+
+
+def test_the_pages_python_runs(trained: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "early_exit.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    run = open_run(trained, CPU)
+    names = {"network": run.network, "inputs": torch.zeros(2, *run.input.shape)}
+    exec(block.replace("runs/NAME", str(trained)), names)
+    assert tuple(names["logits"].shape) == (2, 10)
 
 
 def test_more_for_early_exits_costs_less(trained: Path) -> None:
