@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,7 @@ def _show(found: Any) -> None:
         highlight=False,
         markup=False,
     )
-    for number, line in enumerate(exit_lines(found)):
-        console.print(line, style="bold" if number == 0 else None, highlight=False, markup=False)
+    _print_table(exit_lines(found))
     for line in (accuracy_line(found), latency_line(found)):
         console.print(line, style="dim", highlight=False, markup=False)
     if not found.dynamic:
@@ -68,5 +68,9 @@ def _show(found: Any) -> None:
         highlight=False,
         markup=False,
     )
-    for number, line in enumerate(budget_lines(found)):
+    _print_table(budget_lines(found))
+
+
+def _print_table(lines: Iterable[str]) -> None:
+    for number, line in enumerate(lines):
         console.print(line, style="bold" if number == 0 else None, highlight=False, markup=False)

@@ -24,7 +24,7 @@ from rayprune.core.comparison import ArmRuns, RunOutcome, summary
 from rayprune.engine.arms import Arm, arms_of, digest_of
 from rayprune.engine.compare_runs import ComparedRuns, Watching
 from rayprune.engine.connecting import cluster_address
-from rayprune.engine.ending import sigterm_as_sigint
+from rayprune.engine.ending import on_sigterm
 from rayprune.engine.opening import run_folder_of, sole_use
 from rayprune.engine.resources import start_ray
 from rayprune.engine.run_folder import write_whole
@@ -75,7 +75,7 @@ def compare(config: Config, watching: Watching | None = None, *, debug: bool = F
         write_whole(folder / "threads.json", json.dumps(_threads(config, share)) + "\n")
         write_whole(folder / "compare.yaml", config.to_yaml())
         runs = ComparedRuns(config, folder, splits.train.fingerprint, watching, share, debug)
-        with sigterm_as_sigint():
+        with on_sigterm():
             by_arm = runs.all_of(arms, config.compare.all_seeds)
         all_runs = [
             ArmRuns(arm.name, arm.baseline, arm.method_arm, by_arm[arm.name], _caveat(config, arm)) for arm in arms

@@ -23,7 +23,7 @@ from rayprune.config import Config, make_config
 from rayprune.core.comparison import RunOutcome
 from rayprune.engine.arms import Arm, Spent, Terms, run_config, terms_of
 from rayprune.engine.costs import Costs, costs_of
-from rayprune.engine.ending import sigterm_as_sigint
+from rayprune.engine.ending import on_sigterm
 from rayprune.engine.opening import check_folder, run_folder_of
 from rayprune.engine.resources import start_ray
 from rayprune.engine.run_folder import read_metrics, write_whole
@@ -137,7 +137,7 @@ class ComparedRuns:
             assert self._share is not None
             ours = not ray.is_initialized() and self._config.scaling.num_workers == 0
             start_ray(self._debug, dashboard=self._config.scaling.num_workers != 0, address=self._config.run.address)
-            with sigterm_as_sigint():  # anew: Ray's own handler, which aborts, has taken the place of an older one
+            with on_sigterm():  # anew: Ray's own handler, which aborts, has taken the place of an older one
                 self._mark_shared(job.name for job in left)
                 configs = [job.config for job in left]
                 train_side_by_side(configs, self._share, lambda number: self._announce(left[number]))

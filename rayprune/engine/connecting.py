@@ -15,6 +15,8 @@ import ray
 from ray._private.grpc_utils import init_grpc_channel
 
 _ANSWER_S = 5.0
+# What Ray's own processes ask a head node, to hear whether it is alive.
+_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 _CURES = (
     "start it (ray start --head), correct run.address or RAY_ADDRESS, or train on this machine alone with "
     "run.address=local"
@@ -53,11 +55,8 @@ def connect(address: str, **options: Any) -> None:
     except (OSError, RuntimeError, ValueError) as error:
         ray.shutdown()
         where = "on this machine" if address == "auto" else f"at {address}"
-        if _asks_for_token(error):
-            raise ValueError(
-                f"the Ray cluster {where} asks for a token that this process does not send: set RAY_AUTH_MODE=token "
-                "and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, here and on every machine of the cluster"
-            ) from error
+        if _is_about_a_token(error):
+            raise _asks_for_a_token(where) from error
         raise ValueError(f"no Ray cluster can be joined {where} ({first_line(error)}): {_CURES}") from error
 
 
@@ -66,7 +65,14 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _asks_for_token(error: BaseException | None) -> bool:
+def _asks_for_a_token(where: str) -> ValueError:
+    return ValueError(
+        f"the Ray cluster {where} asks for a token that this process does not send: set RAY_AUTH_MODE=token and "
+        "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, here and on every machine of the cluster"
+    )
+
+
+def _is_about_a_token(error: BaseException | None) -> bool:
     while error is not None and "AuthenticationError" not in str(error):
         error = error.__cause__ or error.__context__
     return error is not None
@@ -81,8 +87,14 @@ def _check_answer(address: str) -> None:
         # Something listens; Ray would wait for minutes to hear that it is no head node, or one that hangs.
         channel = init_grpc_channel(address)
         with contextlib.closing(channel):
-            grpc.channel_ready_future(channel).result(_ANSWER_S)
-    except (OSError, OverflowError, grpc.FutureTimeoutError) as error:
-        late = f"nothing within {_ANSWER_S:g} s"
-        why = late if isinstance(error, grpc.FutureTimeoutError) else first_line(error)
+            channel.unary_unary(_ALIVE)(b"", timeout=_ANSWER_S)
+    except grpc.RpcError as error:
+        if error.code() in {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}:
+            raise _asks_for_a_token(f"at {address}") from None
+        late = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        why = f"nothing within {_ANSWER_S:g} s" if late else "what listens there is no head node of Ray"
         raise ValueError(f"no Ray cluster answers at {address} ({why}): {_CURES}") from None
+    except UnicodeError:
+        raise ValueError(f"Ray address {address!r} names no host: {_CURES}") from None
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"no Ray cluster answers at {address} ({first_line(error)}): {_CURES}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ray.exceptions import RayError
@@ -21,12 +21,17 @@ def _interrupt(*_: object) -> None:
 
 
 @contextmanager
-def sigterm_as_sigint() -> Iterator[None]:
-    """Let SIGTERM end what runs here as Ctrl-C does: runs are told to save and leave."""
+def on_sigterm(handler: Callable[..., None] = _interrupt) -> Iterator[None]:
+    """Let SIGTERM, which a cluster sends before it takes a machine back, call a handler instead of ending the process.
+
+    Args:
+        handler: called with the signal's number and frame; without one, SIGTERM ends what runs here as Ctrl-C does:
+            runs are told to save and leave.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # Python takes signals in the main thread only
         return
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:

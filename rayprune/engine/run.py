@@ -6,11 +6,9 @@ What workers report comes back through the run folder and the actor; Ray restart
 from __future__ import annotations
 
 import functools
-import signal
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from rayprune.core.selection import Selection
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.checkpoint import forget_ray_records, remove_old_checkpoints
 from rayprune.engine.client import LocalScores, RemoteScores, ScoreClient
+from rayprune.engine.ending import on_sigterm
 from rayprune.engine.progress import Watcher
 from rayprune.engine.protocol import TrainingStopped
 from rayprune.engine.resources import Resources
@@ -129,7 +128,7 @@ class Run:
         try:
             stall_s = self._config.run.stall_seconds
             watcher = Watcher(self._folder, self.scores, on_epoch, on_progress, on_notice, stall_s, pause)
-            with watcher, _on_sigterm(watcher.request_pause):
+            with watcher, on_sigterm(watcher.request_pause):
                 self._trainer().fit()
         except Exception as error:  # without workers the loop's own errors come through as they are
             failure = error
@@ -181,19 +180,6 @@ class Run:
             ),
             datasets=datasets,
         )
-
-
-@contextmanager
-def _on_sigterm(pause: Callable[..., None]) -> Iterator[None]:
-    """Let SIGTERM, which a cluster sends before it takes a machine back, pause the run instead of ending it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python takes signals in the main thread only
-        return
-    before = signal.signal(signal.SIGTERM, pause)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _ray_loop(spec: WorkerSpec) -> None:

@@ -15,7 +15,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from rayprune.config import Config
 from rayprune.config_trials import Point, probe_points, trial_config, trial_name
-from rayprune.engine.ending import one_line, sigterm_as_sigint
+from rayprune.engine.ending import on_sigterm, one_line
 from rayprune.engine.run_folder import read_metrics
 from rayprune.engine.shares import Share
 from rayprune.engine.sweep_folder import (
@@ -114,7 +114,7 @@ def run_trials(
             verbose=0,
         ),
     )
-    with sigterm_as_sigint():
+    with on_sigterm():
         tuner.fit()
     shutil.rmtree(storage, ignore_errors=True)
 

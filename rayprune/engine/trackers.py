@@ -51,7 +51,8 @@ def check_trackers(config: Config) -> None:
         ValueError: one line with the cure.
     """
     for name in config.run.trackers:
-        if importlib.util.find_spec(name) is None:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # a plain folder of that name is no package
             raise ValueError(f"run.trackers has {name}, which is not installed: pip install 'rayprune[{name}]'")
 
 

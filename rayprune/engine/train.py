@@ -252,9 +252,11 @@ def _run(config: Config, splits: Splits, choice: Choice, listeners: Listeners) -
             for line in notices(config, spec, len(splits.train), choice.method, resources.use_gpu):
                 listeners.on_notice(line)
             run = Run(config, splits, spec, resources, folder, choice)
-            run.fit(listeners.on_epoch, listeners.on_progress, listeners.on_notice, listeners.pause)
-            for line in failures(folder, config):
-                listeners.on_notice(line)
+            try:
+                run.fit(listeners.on_epoch, listeners.on_progress, listeners.on_notice, listeners.pause)
+            finally:  # also where training itself has failed
+                for line in failures(folder, config):
+                    listeners.on_notice(line)
             remove_old_checkpoints(folder, config.run.keep_checkpoints)
             epoch, step = newest_position(folder)
             if epoch < config.last_epoch:

@@ -99,8 +99,8 @@ class InfoBatch(Method):
             self._check_reachable(self.target_saving, end, context.num_epochs)
         elif context.epoch == 0 and end <= 1 and self._means_to_prune(context.num_epochs):
             warn_once(
-                f"infobatch never prunes in {context.num_epochs} epochs: epoch 0 is full, and from epoch {end} on "
-                f"(anneal_start {self.anneal_start:g}) all data is used; raise train.epochs or anneal_start"
+                f"infobatch never prunes with num_epochs = {context.num_epochs}: epoch 0 is full, and from epoch {end} "
+                f"on (anneal_start {self.anneal_start:g}) all data is used; raise train.epochs or anneal_start"
             )
         if not 0 < context.epoch < end:
             return Selection.full(context.num_samples)

@@ -6,8 +6,10 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 import ray
 
@@ -64,6 +66,20 @@ def test_a_port_of_something_else_is_refused_within_seconds() -> None:
     assert time.monotonic() - start < 15
 
 
+def test_a_server_that_is_no_head_node_is_refused_at_once() -> None:
+    """It speaks the head node's protocol, so Ray itself would try for most of a minute."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    start = time.monotonic()
+    try:
+        with pytest.raises(ValueError, match=r"\(what listens there is no head node of Ray\): start it"):
+            connect(f"127.0.0.1:{port}")
+    finally:
+        server.stop(None).wait()
+    assert time.monotonic() - start < 5
+
+
 @pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265"])
 def test_a_clients_address_is_refused_with_the_way_to_submit(address: str) -> None:
     with pytest.raises(ValueError, match=r"is one for clients.*ray job submit"):
@@ -71,6 +87,8 @@ def test_a_clients_address_is_refused_with_the_way_to_submit(address: str) -> No
 
 
 def test_what_is_no_address_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'..:6379' names no host: start it"):
+        connect("..:6379")
     with pytest.raises(ValueError, match=r"'head' is none of auto, local, HOST:PORT"):
         connect("head")
 

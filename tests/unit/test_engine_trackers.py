@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import struct
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import assert_same_run, run_config, tracked
+from engine_runs import assert_same_run, run_config, tracked, user
 
 from rayprune.config import make_config
 from rayprune.engine import trackers
+from rayprune.engine.protocol import TrainingStopped
 from rayprune.engine.run_folder import read_metrics
+from rayprune.engine.trackers import check_trackers
 from rayprune.engine.train import train
 
 
@@ -143,6 +147,19 @@ def test_what_a_failed_tracker_missed_comes_at_the_next_start(tmp_path: Path, mo
     assert Fails.taken == [0, 1, 2, -1], "each epoch once"
 
 
+def test_a_tracker_that_failed_is_named_also_where_training_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(trackers._OPEN, "tensorboard", Fails)
+    monkeypatch.setattr(Fails, "taken", [])
+    notices: list[str] = []
+    spoilt = {"name": user("nan_rows"), "rows": 1}
+    config = run_config(tmp_path, model=spoilt, train={"max_nonfinite": 25})
+    with pytest.raises(TrainingStopped, match="NaN or infinite"):
+        train(config, on_notice=notices.append)
+    assert notices[-1].startswith("tensorboard has failed (OSError: no space left on device)")
+
+
 def test_a_tracker_that_is_not_installed_is_refused_with_the_cure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +167,15 @@ def test_a_tracker_that_is_not_installed_is_refused_with_the_cure(
     with pytest.raises(ValueError, match=r"wandb, which is not installed: pip install 'rayprune\[wandb\]'$"):
         train(run_config(tmp_path, run={"trackers": ["wandb"]}))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plain_folder_of_its_name_is_no_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb").mkdir()  # as W&B itself leaves one in the working directory
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    importlib.invalidate_caches()
+    with pytest.raises(ValueError, match=r"wandb, which is not installed"):
+        check_trackers(make_config({"run": {"trackers": ["wandb"]}}))
 
 
 def test_trackers_are_no_part_of_the_run() -> None:

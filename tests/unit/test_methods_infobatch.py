@@ -36,7 +36,7 @@ def test_a_run_too_short_to_prune_is_said_once(
     num_epochs: int, options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     (line,) = first_lines(caplog, num_epochs, options)
-    assert line.startswith(f"infobatch never prunes in {num_epochs} epochs: epoch 0 is full")
+    assert line.startswith(f"infobatch never prunes with num_epochs = {num_epochs}: epoch 0 is full")
     assert "anneal_start" in line
     assert "\n" not in line
 
