@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 from rayprune.sources import (
     SOURCES,
@@ -18,6 +19,7 @@ from rayprune.sources import (
     Splits,
     Subset,
     default_augment,
+    digits,
     holdout,
     input_statistics,
     open_data,
@@ -60,6 +62,23 @@ def test_digits_split_is_fixed_and_stratified():
     assert batch["image"].max() <= 240
     np.testing.assert_array_equal(batch["label"], first.train.labels[[5, 0, 5]])
     assert first.train.schema.class_names == tuple("0123456789")
+
+
+@pytest.mark.parametrize("in_package", [True, False], ids=["file", "scikit-learn"])
+def test_digits_are_scikit_learns(in_package, monkeypatch):
+    if not in_package:
+        monkeypatch.setattr(digits.importlib.util, "find_spec", lambda name: None)
+    arrays, expected = digits.load_arrays(), load_digits()
+    np.testing.assert_array_equal(arrays["image"][..., 0], expected.images * 15)
+    np.testing.assert_array_equal(arrays["label"], expected.target)
+    assert (arrays["image"].dtype, arrays["label"].dtype) == (np.uint8, np.int64)
+
+
+def test_opening_digits_imports_no_scikit_learn():
+    code = (
+        "import sys; from rayprune.sources import open_data; open_data('digits'); assert 'sklearn' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_digits_pickle_carries_no_pixels():
