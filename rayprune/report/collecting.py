@@ -69,10 +69,15 @@ def collect(folders: Sequence[Path]) -> Collected:
                 groups.append(read_group(folder, len(groups), name))
             else:
                 runs.append(checked_run(folder, name))
-        except ValueError as error:
+        except (OSError, ValueError) as error:
+            line = (
+                f"{error.filename or folder} can't be read ({error.strerror}): allow it"
+                if isinstance(error, OSError)
+                else str(error)
+            )
             if members[folder]:
-                raise
-            left_out.append(f"{name} was left out: {error}")
+                raise ValueError(line) from None
+            left_out.append(f"{name} was left out: {line}")
     if not groups and not runs:
         raise ValueError(f"{folders[0]} holds nothing that can be shown; {left_out[0]}")
     title = " and ".join(dict.fromkeys(folder.resolve().name for folder in folders))
@@ -94,10 +99,13 @@ def _members(folders: Sequence[Path]) -> dict[Path, bool]:
 
 
 def _is_one(folder: Path) -> bool:
-    """Whether a folder is that of a run, a sweep or a comparison."""
-    return folder.is_dir() and (
-        (folder / "metrics.jsonl").exists() or (folder / "config.yaml").exists() or is_group(folder)
-    )
+    """Whether a folder is that of a run, a sweep or a comparison, as far as one may look into it."""
+    try:
+        return folder.is_dir() and (
+            (folder / "metrics.jsonl").exists() or (folder / "config.yaml").exists() or is_group(folder)
+        )
+    except OSError:  # beside results there may be what belongs to others, such as lost+found
+        return False
 
 
 def _names(folders: Sequence[Path]) -> list[tuple[Path, str]]:

@@ -223,6 +223,24 @@ def test_of_a_folder_of_runs_what_is_damaged_is_left_out_and_told(runs: list[Pat
             collect([tmp_path, tmp_path / folder])
 
 
+def test_what_may_not_be_read_is_left_out_and_told(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    forbidden, look, read = runs[1], Path.stat, Path.read_text
+
+    def refuse(wanted: Path) -> None:
+        if forbidden in wanted.parents:
+            raise PermissionError(13, "Permission denied", str(wanted))
+
+    monkeypatch.setattr(Path, "read_text", lambda path, **options: refuse(path) or read(path, **options))
+    found = collect([runs[1].parent])
+    assert [record.folder for record in found.runs] == [runs[0]]
+    assert found.left_out[0].startswith("pruned was left out: ")
+    assert "(Permission denied): allow it" in found.left_out[0]
+    with pytest.raises(ValueError, match=r"pruned.*can't be read"):
+        collect([runs[1]])
+    monkeypatch.setattr(Path, "stat", lambda path, **options: refuse(path) or look(path, **options))
+    assert collect([runs[1].parent]).left_out == []  # a folder of others
+
+
 def test_a_folder_of_damaged_runs_alone_is_one_line(run: Path) -> None:
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"nothing that can be shown.*holds no finished epoch"):
