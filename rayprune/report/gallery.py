@@ -67,10 +67,10 @@ def _epochs(value: Any) -> str:
     return "– epochs" if as_count(value) is None else count_of(value, "epoch")
 
 
-def _named(label: int | None, name: str | None) -> str | None:
+def _named(label: Any, name: Any) -> str | None:
     if label is None:
         return None
-    return str(label) if name in (None, "", str(label)) else f"{name} ({label})"
+    return str(label) if not isinstance(name, str) or name in ("", str(label)) else f"{name} ({label})"
 
 
 def _data(folder: Path, name: str | None) -> str | None:

@@ -105,7 +105,7 @@ def _method(row: Any, keys: list[str]) -> str:
     names = []
     for section in ("method", "model"):
         if f"{section}.name" in keys:
-            names.append(str(row[f"{section}.name"]))
+            names.append(_shown(row[f"{section}.name"]))
         elif section in keys:
             value = _read(row[section])
             names.append(str(value.get("name")) if isinstance(value, dict) else str(value))
@@ -120,5 +120,7 @@ def _read(text: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return "–"
     text = f"{value:.3g}" if isinstance(value, float) else str(value).strip("{}").replace("schedule: ", "")
     return short(text, 60)

@@ -77,8 +77,8 @@ def facts(run: RunRecord) -> Facts:
             ", ".join(f"{name} {versions[name]}" for name in ("rayprune", "torch", "ray") if name in versions),
         ),
     ]
-    if budget := facts_of(last).get("budget_so_far"):
-        found.append(("kept so far", f"{budget:.1%} of all visits of the whole run"))
+    if budget := facts_of(last)["budget_so_far"]:
+        found.append(("kept so far", f"{share(budget, 1)} of all visits of the whole run"))
     return [(name, str(value)) for name, value in found]
 
 

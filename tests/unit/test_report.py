@@ -154,6 +154,7 @@ def _change(file: Path, **values: object) -> None:
         {"pruned_fraction": None, "requested_prune_ratio": "half"},
         {"num_samples": None, "samples_trained": "many"},
         {"selection": {"threshold": "high", "class_kept": ["a"], "budget_so_far": "all"}},
+        {"selection": {"budget_so_far": float("nan")}},
         {"score_quantiles": {"loss": [None] * 7, "other": "?"}},
         {"val_accuracy": [1], "train_loss": True, "val_loss": float("inf"), "world_size": -1},
     ],

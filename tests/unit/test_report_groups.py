@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,15 @@ def test_a_sweep_of_an_older_version_is_shown_with_gaps(sweep: Path, tmp_path: P
     text = render(collect([tmp_path]))
     assert "3 trials: 2 finished, 1 failed" in text
     assert "–" in text
+
+
+def test_swept_values_that_are_missing_or_long_are_drawn(sweep: Path, tmp_path: Path) -> None:
+    table = pd.read_parquet(sweep / "results.parquet")
+    table["method.name"] = [None, "x" * 5000, "y"]
+    table.to_parquet(tmp_path / "results.parquet")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ">None<" not in render(collect([tmp_path]))
 
 
 def test_a_damaged_sweep_names_file_and_cure(sweep: Path, tmp_path: Path) -> None:
