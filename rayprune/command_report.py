@@ -17,7 +17,7 @@ console = Console(soft_wrap=True)
 @click.option("--png", metavar="DIR", help="Write the plots alone, as PNG files, and no page.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def report(paths: tuple[str, ...], output: str | None, png: str | None) -> None:
-    """Show what each PATH holds on one page: the folder of a run, a sweep, a comparison, or of several runs.
+    """Show what each PATH holds on one page: the folder of a run, a sweep, a comparison, or of several of them.
 
     The page needs nothing outside itself. Running runs are shown as far as they are.
     """
@@ -48,6 +48,8 @@ def report(paths: tuple[str, ...], output: str | None, png: str | None) -> None:
         ) from None
     for note in found.notes:
         console.print(note, style="yellow", highlight=False, markup=False)
+    if found.gallery_note:
+        console.print(found.gallery_note, style="dim", highlight=False, markup=False)
     console.print(f"report: {target}", highlight=False, markup=False)
 
 

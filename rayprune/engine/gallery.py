@@ -123,7 +123,7 @@ def _mislabelled(said: Mapping[int, Mapping[str, Any]], candidates: list[int]) -
     suspects = [
         sample
         for sample in candidates
-        if said[sample]["prediction"] != said[sample]["label"]
+        if said[sample]["prediction"] not in (None, said[sample]["label"])
         and said[sample]["probability"] >= _SURE
         and said[sample]["label_probability"] <= _UNBELIEVED
     ]
@@ -154,16 +154,17 @@ def _predictions(
 
 
 def _said(source: SampleSource, spec: InputSpec, sample: int, probs_C: NDArray[np.float64]) -> dict[str, Any]:
-    label, prediction = int(source.labels[sample]), int(probs_C.argmax())
-    believed = float(probs_C[label])
+    label, believed = int(source.labels[sample]), float(probs_C[source.labels[sample]])
+    # A network that has diverged puts out NaN, of which argmax makes a class like any other.
+    prediction = int(probs_C.argmax()) if np.isfinite(probs_C).all() else None
     names = source.schema.class_names
     return {
         "id": sample,
         "label": label,
         "label_name": names[label] if label < len(names) else None,
         "prediction": prediction,
-        "prediction_name": names[prediction] if prediction < len(names) else None,
-        "probability": _or_none(float(probs_C[prediction])),
+        "prediction_name": names[prediction] if prediction is not None and prediction < len(names) else None,
+        "probability": None if prediction is None else _or_none(float(probs_C[prediction])),
         "label_probability": _or_none(believed),
         "loss_now": _or_none(-float(np.log(max(believed, 1e-300)))),
     }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rayprune.report.cells import number, share
+
 HEADS = ("arm", "accuracy", "to full", "worst class", "epochs", "samples", "compute", "FLOPs", "time", "seconds")
 
 
@@ -15,23 +17,23 @@ def compare_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _row(arm: Mapping[str, Any], report: Mapping[str, Any]) -> tuple[str, ...]:
     spread = "" if arm["accuracy_sd"] is None else f" ± {arm['accuracy_sd']:.2f}"
-    whole = report["arms"][0]["compute"]
+    whole, compute = report["arms"][0]["compute"], arm["compute"]
     return (
         arm["name"],
         f"{arm['accuracy']:.2f}{spread}",
         "" if arm["baseline"] == "full" else _difference(arm["to_full"]),
-        f"{arm['worst_class']:.2f}",
+        number(arm["worst_class"], ".2f"),
         "–".join(str(epochs) for epochs in (arm["epochs"][0], arm["epochs"][-1])[: len(arm["epochs"])]),
-        f"{arm['samples_trained']:,.0f}",
-        f"{arm['compute'] / whole:.1%}",
-        f"{arm['flops']:.2e}",
-        f"{arm['seconds_to_full']['mean']:.1%}",
-        f"{arm['seconds']:.1f}",
+        number(arm["samples_trained"], ",.0f"),
+        share(compute / whole if whole and compute is not None else None, 1),
+        number(arm["flops"], ".2e"),
+        share(arm["seconds_to_full"]["mean"], 1),
+        number(arm["seconds"], ".1f"),
     )
 
 
 def _difference(found: Mapping[str, float | None]) -> str:
-    if found["low"] is None:
+    if found["low"] is None or found["high"] is None:
         return f"{found['mean']:+.2f}"
     return f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
 

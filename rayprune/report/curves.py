@@ -11,8 +11,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from rayprune.report.cells import short
 from rayprune.report.drawing import INK, SERIES, Draw, series
-from rayprune.report.reading import Line, RunRecord
+from rayprune.report.lines import Line
+from rayprune.report.reading import RunRecord
 
 WIDE = (4.4, 2.9)
 # What an epoch's seconds are made of, in the order of the bar.
@@ -27,8 +29,8 @@ _PARTS = {
 }
 _AXES: dict[str, tuple[str, Callable[[Line], float]]] = {
     "epoch": ("epochs", lambda line: line["epoch"] + 1),
-    "samples": ("samples trained", lambda line: line["samples_trained"]),
-    "seconds": ("seconds", lambda line: line.get("wall_time", np.nan)),
+    "samples": ("samples trained", lambda line: _number(line["samples_trained"])),
+    "seconds": ("seconds", lambda line: _number(line["wall_time"])),
 }
 
 
@@ -43,6 +45,7 @@ class Plot:
         size: inches.
         note: a sentence below it, or "".
         runs: whether each run has its colour, so that a legend of the runs is needed.
+        pan: whether it is too dense for a phone's width, where it scrolls.
     """
 
     key: str
@@ -51,6 +54,7 @@ class Plot:
     size: tuple[float, float] = WIDE
     note: str = ""
     runs: bool = True
+    pan: bool = False
 
 
 def curve_plots(runs: Sequence[RunRecord]) -> list[Plot]:
@@ -78,12 +82,11 @@ def seconds_plot(runs: Sequence[RunRecord]) -> Plot:
 
 def spent(metrics: Sequence[Line]) -> dict[str, float]:
     """Return the seconds of each part of a run, what scored its samples included."""
-    before = metrics[-1].get("seconds_collected", {})
-    total = {
-        key: sum(line.get("seconds", {}).get(key, 0.0) for line in metrics) + before.get(key, 0.0)
+    before = metrics[-1]["seconds_collected"]
+    return {
+        key: sum(line["seconds"].get(key, 0.0) for line in metrics) + before.get(key, 0.0)
         for key in (*_PARTS.values(), "epoch")
     }
-    return total
 
 
 def _parts(metrics: Sequence[Line]) -> dict[str, float]:
@@ -104,7 +107,7 @@ def _draw_curves(runs: Sequence[RunRecord], what: str, place: str, figure: Figur
         colour, line = series(number)
         x = [position(record) for record in run.metrics]
         for part, width in (("train", 0.9), ("val", 1.9)):
-            y = [_number(record.get(f"{part}_{what}")) * scale for record in run.metrics]
+            y = [_number(record[f"{part}_{what}"]) * scale for record in run.metrics]
             shown = np.isfinite(y)
             size = 3.0 if len(x) <= 30 else 0.0
             style = "--" if part == "train" else line
@@ -124,8 +127,8 @@ def _draw_pruning(runs: Sequence[RunRecord], figure: Figure) -> None:
     for number, run in enumerate(runs):
         colour, line = series(number)
         epochs = [record["epoch"] + 1 for record in run.metrics]
-        asked = [100 * _number(record.get("requested_prune_ratio")) for record in run.metrics]
-        real = [100 * _number(record.get("pruned_fraction")) for record in run.metrics]
+        asked = [100 * _number(record["requested_prune_ratio"]) for record in run.metrics]
+        real = [100 * _number(record["pruned_fraction"]) for record in run.metrics]
         axes.plot(epochs, asked, "--", color=colour, linewidth=0.9)
         axes.plot(epochs, real, line, color=colour, linewidth=1.9, marker="o", markersize=3 if len(real) <= 30 else 0)
     axes.set_xlabel("epochs")
@@ -150,7 +153,8 @@ def _draw_seconds(runs: Sequence[RunRecord], figure: Figure) -> None:
     axes.set_ylim(len(runs) - 0.4, -0.6)
     axes.set_xlabel("seconds of all epochs")
     axes.grid(visible=False, axis="y")
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    if axes.patches:
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8)
 
 
 def legend(figure: Figure, runs: Sequence[RunRecord]) -> None:
@@ -163,17 +167,11 @@ def legend(figure: Figure, runs: Sequence[RunRecord]) -> None:
     figure.legend(handles, names, loc="outside lower center", ncols=1 if len(runs) < 5 else 2, labelcolor=INK)
 
 
-def short(name: str, most: int) -> str:
-    """Return a name cut in its middle to at most so many characters."""
-    half = (most - 1) // 2
-    return name if len(name) <= most else f"{name[:half]}…{name[-half:]}"
-
-
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else float("nan")
+    return float("nan") if value is None else float(value)
 
 
 def facts_of(line: Line) -> Mapping[str, Any]:
     """Return what the selection of an epoch says of itself."""
-    facts = line.get("selection")
-    return facts if isinstance(facts, Mapping) else {}
+    facts: Mapping[str, Any] = line["selection"]
+    return facts

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def svg(draw: Draw, size: tuple[float, float], key: str) -> str:
     """
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": key}):
         stream = io.StringIO()
-        _figure(draw, size).savefig(stream, format="svg", metadata={"Date": None}, transparent=True)
+        _save(draw, size, stream, format="svg", metadata={"Date": None}, transparent=True)
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     # A style inside an SVG holds for the whole page: the page has its own for all of them.
@@ -87,12 +88,15 @@ def save_png(draw: Draw, size: tuple[float, float], file: Path, dpi: int = 150) 
     """Write a figure as a PNG file on white, whole or not at all; return the file."""
     partial = file.with_name(f"{file.name}.partial")
     with matplotlib.rc_context(_STYLE):
-        _figure(draw, size).savefig(partial, dpi=dpi, format="png", facecolor=PAPER)
+        _save(draw, size, partial, dpi=dpi, format="png", facecolor=PAPER)
     return partial.replace(file)
 
 
-def _figure(draw: Draw, size: tuple[float, float]) -> Figure:
+def _save(draw: Draw, size: tuple[float, float], target: Any, **options: Any) -> None:
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    draw(figure)
-    return figure
+    with warnings.catch_warnings():
+        # Names may be in any script: in an SVG the page's fonts have it, and for a PNG nothing can be done about it.
+        warnings.filterwarnings("ignore", message=r"(?s)(Glyph \d+|Matplotlib currently does not support)")
+        draw(figure)
+        figure.savefig(target, **options)

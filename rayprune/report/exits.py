@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pandas.api.types import is_numeric_dtype
 
 from rayprune.report.drawing import INK, PAPER, SERIES, save_png
 
@@ -41,7 +43,7 @@ def read_exits(run_folder: Path) -> dict[str, pd.DataFrame]:
         ValueError: one is damaged.
     """
     tables = {}
-    for name in ("anytime", "dynamic"):
+    for name, own in (("anytime", "exit"), ("dynamic", "p")):
         file = run_folder / _FOLDER / f"{name}.csv"
         if not file.exists():
             continue
@@ -49,10 +51,17 @@ def read_exits(run_folder: Path) -> dict[str, pd.DataFrame]:
             table = pd.read_csv(file)
         except ValueError as error:
             raise ValueError(f"{file} is no table ({' '.join(str(error).split())}): evaluate the run again") from None
-        if table.empty or not {"macs", "top1", "samples", "checkpoint"} <= set(table.columns):
+        if not _is_evaluation(table, own):
             raise ValueError(f"{file} is not what rayprune evaluate writes: evaluate the run again")
         tables[name] = table
     return tables
+
+
+def _is_evaluation(table: pd.DataFrame, own: str) -> bool:
+    if table.empty or not {"macs", "top1", "samples", "checkpoint", own} <= set(table.columns):
+        return False
+    numbers = table[["macs", "top1", "samples", own]]
+    return all(is_numeric_dtype(kind) for kind in numbers.dtypes) and bool(np.isfinite(numbers).all(axis=None))
 
 
 def draw(tables: Mapping[str, pd.DataFrame], name: str, figure: Figure) -> None:

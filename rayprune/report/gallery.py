@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rayprune.report.cells import as_count, count_of, number, share
 from rayprune.report.reading import RunRecord
-from rayprune.report.summary import number, share
 
 _TITLES = {
     "hardest": "Hardest",
@@ -36,10 +36,10 @@ def gallery_of(run: RunRecord) -> dict[str, Any] | None:
         ]
         text = (
             f"Label → prediction. Hardest and easiest by {run.gallery['by']}; predictions are the network's after "
-            f"{run.gallery['epochs']} epochs. Probably mislabelled: hard, and it is sure of another class and "
+            f"{_epochs(run.gallery['epochs'])}. Probably mislabelled: hard, and it is sure of another class and "
             "hardly believes the label."
         )
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, ValueError, OSError):
         raise ValueError(f"{file} is not what a run writes: delete its folder, the report does without") from None
     empty = [kind["title"].lower() for kind in kinds if not kind["samples"]]
     if empty:
@@ -49,7 +49,7 @@ def gallery_of(run: RunRecord) -> dict[str, Any] | None:
 
 def _sample(folder: Path, sample: Mapping[str, Any]) -> dict[str, Any]:
     sure = f"sure {share(sample['probability'], 1)}"
-    if sample["prediction"] != sample["label"]:
+    if sample["prediction"] not in (None, sample["label"]):
         sure += f", label {share(sample['label_probability'], 1)}"
     lines = [f"id {sample['id']}", sure, f"loss {number(sample['loss'], '.3g')}"]
     if sample["times_pruned"]:
@@ -63,8 +63,14 @@ def _sample(folder: Path, sample: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _named(label: int, name: str | None) -> str:
-    return str(label) if name in (None, "", str(label)) else f"{name} ({label})"
+def _epochs(value: Any) -> str:
+    return "– epochs" if as_count(value) is None else count_of(value, "epoch")
+
+
+def _named(label: Any, name: Any) -> str | None:
+    if label is None:
+        return None
+    return str(label) if not isinstance(name, str) or name in ("", str(label)) else f"{name} ({label})"
 
 
 def _data(folder: Path, name: str | None) -> str | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,13 +13,19 @@ from typing import Any
 import pandas as pd
 
 from rayprune.report import intervals
+from rayprune.report.cells import count_of, share
 from rayprune.report.compared import HEADS, compare_rows, explanation, verdict_lines
+from rayprune.report.comparison_file import read_comparison
 from rayprune.report.curves import Plot
+from rayprune.report.exits import read_exits
+from rayprune.report.gallery import gallery_of
 from rayprune.report.plots import SIZE, pareto
 from rayprune.report.reading import RunRecord, read_run
 from rayprune.report.summary import Table
-from rayprune.report.swept import sweep_cells
+from rayprune.report.swept import Row, read_results, sweep_cells
+from rayprune.sources.storage import one_line
 
+_COMPARISON, _SWEEP = ("compare.yaml", "compare.json"), ("sweep.yaml", "results.parquet")  # either makes it one
 _MOST_RUNS = 8  # of a group are laid over each other: as many colours as there are
 
 
@@ -28,7 +34,7 @@ class Group:
     """A sweep or a comparison.
 
     Attributes:
-        name: of its folder.
+        name: of its folder, told apart from the others on the page.
         kind: "sweep" or "comparison".
         verdict: sentences that come first.
         plots: its pictures.
@@ -50,94 +56,117 @@ class Group:
     runs_text: str = ""
 
 
-def read_group(folder: Path, number: int = 0) -> Group | None:
-    """Read the folder of a sweep or a comparison; None where it is neither.
+def is_group(folder: Path) -> bool:
+    """Whether a folder is that of a sweep or a comparison."""
+    return any((folder / name).exists() for name in (*_COMPARISON, *_SWEEP))
+
+
+def read_group(folder: Path, number: int = 0, name: str | None = None) -> Group:
+    """Read the folder of a sweep or a comparison.
 
     Args:
-        folder: any.
+        folder: one that `is_group`.
         number: of the group in its report: plots of two sweeps have different keys.
+        name: what to call it; the folder's name where None.
 
     Raises:
         ValueError: it has not come far enough, or is damaged; one line with the cure.
     """
-    try:
-        if (folder / "compare.yaml").exists() or (folder / "compare.json").exists():
-            return _comparison(folder, number)
-        if (folder / "sweep.yaml").exists() or (folder / "results.parquet").exists():
-            return _sweep(folder, number)
-    except (KeyError, TypeError, IndexError) as error:
-        line = " ".join(str(error).split())
-        raise ValueError(f"{folder} was not written by this version ({line}): run its command again") from None
-    return None
+    name = name or folder.resolve().name
+    if any((folder / file).exists() for file in _COMPARISON):
+        return _comparison(folder, number, name)
+    return _sweep(folder, number, name)
 
 
-def _comparison(folder: Path, number: int) -> Group:
+def _comparison(folder: Path, number: int, name: str) -> Group:
     file = folder / "compare.json"
     if not file.exists():
         raise ValueError(
             f"{folder} has no compare.json, which is written when all runs have ended: rayprune report {folder}/runs "
             "shows those that there are"
         )
-    try:
-        report: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{file} is no JSON: run the same rayprune compare again") from None
+    report = read_comparison(file)
     key = f"intervals{number or ''}"
     plot = Plot(key, "Accuracy against full training", partial(intervals.draw, report), intervals.size_of(report))
     firsts = [(arm["name"], folder / "runs" / arm["runs"][0]["folder"]) for arm in report["arms"]]
     # Arms that turned out as full training share its run.
     firsts = [pair for place, pair in enumerate(firsts) if pair[1] not in [path for _, path in firsts[:place]]]
+    runs, left_out = _readable(firsts)
     return Group(
-        name=folder.resolve().name,
+        name=name,
         kind="comparison",
         verdict=list(verdict_lines(report)),
         plots=[plot],
         table=Table(HEADS, compare_rows(report)),
         explanation=list(explanation(report)),
-        notes=list(report["notes"]),
-        runs=_readable(firsts),
+        notes=[*report["notes"], *left_out],
+        runs=runs,
         runs_text=f"Of each arm the run of seed {report['seeds'][0]}.",
     )
 
 
-def _sweep(folder: Path, number: int) -> Group:
+def _sweep(folder: Path, number: int, name: str) -> Group:
     file = folder / "results.parquet"
     if not file.exists():
         raise ValueError(f"{folder} has no results.parquet yet: try again when its first trial has ended")
-    table = pd.read_parquet(file)
-    keys = list(table.columns[1 : list(table.columns).index("status")])
+    table, keys = read_results(file)
     rows = [{str(name): _plain(value) for name, value in row.items()} for row in table.to_dict("records")]
     head, *cells = sweep_cells(rows, keys)
     front = [row for row in rows if row["pareto"]]
-    best = max(front, key=lambda row: row["val_accuracy"], default=None)
-    counts = pd.Series([row["status"] for row in rows]).value_counts()
-    told = ", ".join(f"{count} {status}" for status, count in counts.items())
-    lines = [f"{len(rows)} trials: {told}. On the Pareto front of accuracy against compute: {len(front)}."]
-    if best is not None:
-        point = ", ".join(f"{key} {best[key]}" for key in keys)
-        lines.append(
-            f"The most accurate: {best['val_accuracy']:.2%} with {point}, at {best['compute_share']:.1%} of the "
-            "compute of a full run as long."
-        )
-    drawn = any(row["val_accuracy"] is not None and row["status"] in ("finished", "stopped") for row in rows)
-    plots = [Plot(f"pareto{number or ''}", "Accuracy against compute", pareto(folder), SIZE)] if drawn else []
+    draw = pareto(table, keys, name)
     shown = [(f"{row['trial']} {' '.join(str(row[key]) for key in keys)}", row["trial"]) for row in front[:_MOST_RUNS]]
+    runs, left_out = _readable([(label, folder / "trials" / trial) for label, trial in shown])
     return Group(
-        name=folder.resolve().name,
+        name=name,
         kind="sweep",
-        verdict=lines,
-        plots=plots,
+        verdict=_found(rows, front, keys),
+        plots=[] if draw is None else [Plot(f"pareto{number or ''}", "Accuracy against compute", draw, SIZE, pan=True)],
         table=Table(head, cells, words=1 + len(keys)),
         explanation=["*: on the Pareto front. Each figure is of a trial's last epoch, never of its best."],
-        notes=[f"{row['trial']} failed: {row['error']}" for row in rows if row["error"]],
-        runs=_readable([(name, folder / "trials" / trial) for name, trial in shown]),
+        notes=[*(f"{row['trial']} failed: {row['error']}" for row in rows if row["error"]), *left_out],
+        runs=runs,
         runs_text="The finished trials on the Pareto front" + (f", {_MOST_RUNS} of them." if len(front) > 8 else "."),
     )
 
 
-def _readable(named: Sequence[tuple[str, Path]]) -> list[RunRecord]:
-    """Read the runs that are still there: a group's own figures do not need them."""
-    return [read_run(folder, name) for name, folder in named[:_MOST_RUNS] if (folder / "metrics.jsonl").exists()]
+def _found(rows: Sequence[Row], front: Sequence[Row], keys: Sequence[str]) -> list[str]:
+    """Return what a sweep came to, in sentences."""
+    counts = Counter(row["status"] for row in rows)
+    told = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+    lines = [f"{count_of(len(rows), 'trial')}: {told}. On the Pareto front of accuracy against compute: {len(front)}."]
+    if front:
+        best = max(front, key=lambda row: row["val_accuracy"])
+        point = ", ".join(f"{key} {best[key]}" for key in keys)
+        lines.append(
+            f"The most accurate: {share(best['val_accuracy'])} with {point}, at {share(best['compute_share'], 1)} of "
+            "the compute of a full run as long."
+        )
+    return lines
+
+
+def _readable(named: Sequence[tuple[str, Path]]) -> tuple[list[RunRecord], list[str]]:
+    """Read the runs that are still there, and say which can't be: a group's own figures do not need them."""
+    runs, left_out = [], []
+    for name, folder in named[:_MOST_RUNS]:
+        try:
+            if (folder / "metrics.jsonl").exists():
+                runs.append(checked_run(folder, name))
+        except (OSError, ValueError) as error:
+            left_out.append(f"{name} is not among the runs below: {one_line(error, 400)}")
+    return runs, left_out
+
+
+def checked_run(folder: Path, name: str) -> RunRecord:
+    """Read a run with all that the page shows of it.
+
+    Raises:
+        ValueError: some of it is damaged; one line with the cure.
+    """
+    run = read_run(folder, name)
+    # The page reads them when it draws: too late to leave this run out.
+    gallery_of(run)
+    read_exits(folder)
+    return run
 
 
 def _plain(value: Any) -> Any:

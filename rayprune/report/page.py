@@ -70,7 +70,7 @@ def sections_of(runs: Sequence[RunRecord]) -> list[Section]:
     evaluated = [(run, tables) for run in runs if (tables := read_exits(run.folder))]
     if evaluated:
         plots = [
-            Plot(f"exits{number or ''}", run.name, partial(draw_exits, tables, run.name), SIZE, runs=False)
+            Plot(f"exits{number or ''}", run.name, partial(draw_exits, tables, run.name), SIZE, runs=False, pan=True)
             for number, (run, tables) in enumerate(evaluated)
         ]
         sections.append(Section("Early exits: accuracy against multiply-adds", plots, colours=False, single=True))
@@ -98,9 +98,11 @@ def render(found: Collected) -> str:
         groups=[_group(group) for group in found.groups],
         runs=shown,
         runs_title="Runs" if len(runs) > 1 else "Result",
-        runs_text=" ".join(group.runs_text for group in found.groups if group.runs),
+        runs_text=found.runs_text,
         runs_table=summary.runs_table(runs),
+        left_out=found.left_out,
         notes=_notes(runs),
+        gallery_note=found.gallery_note,
         sections=[
             {
                 "title": section.title,
@@ -140,7 +142,7 @@ def _shown(plot: Plot) -> dict[str, Any]:
     # The only text that is not escaped here: matplotlib escapes what it writes into an SVG.
     picture = svg(plot.draw, plot.size, plot.key.replace("_", ""))
     picture = picture.replace("<svg", f'<svg role="img" aria-label="{Markup.escape(plot.title)}"', 1)
-    return {"title": plot.title, "svg": Markup(picture), "note": plot.note}
+    return {"title": plot.title, "svg": Markup(picture), "note": plot.note, "pan": plot.pan}
 
 
 def _group(group: Group) -> dict[str, Any]:
@@ -156,16 +158,22 @@ def _group(group: Group) -> dict[str, Any]:
 
 
 def _lead(found: Collected) -> str:
-    runs = found.runs
-    if not runs:
-        return ", ".join(f"{group.kind} of {len(group.table.rows)} rows" for group in found.groups)
+    """Return what the page shows and what that was trained on, each group by its own runs."""
+    parts = [(f"a {group.kind}", _trained(group.runs)) for group in found.groups]
+    if found.named:
+        runs = found.runs
+        count = f"{len(runs)} runs" if len(runs) > 1 else f"{runs[0].setting('method', 'name')}, {runs[0].progress}"
+        parts.append((f"a run of {count}" if len(runs) == 1 and found.groups else count, _trained(runs)))
+    together: dict[str, list[str]] = {}
+    for what, trained in parts:
+        together.setdefault(trained, []).append(what)
+    return "; ".join(f"{' and '.join(whats)}{trained}" for trained, whats in together.items())
+
+
+def _trained(runs: Sequence[RunRecord]) -> str:
     data = sorted({str(run.setting("data", "source")) for run in runs})
     models = sorted({str(run.setting("model", "name")) for run in runs})
-    if found.groups:
-        count = " and ".join(f"a {group.kind}" for group in found.groups)
-        return f"{count} on {', '.join(data)}, {', '.join(models)}"
-    count = f"{len(runs)} runs" if len(runs) > 1 else f"{runs[0].setting('method', 'name')}, {runs[0].progress}"
-    return f"{count} on {', '.join(data)}, {', '.join(models)}"
+    return f" on {', '.join(data)}, {', '.join(models)}" if runs else ""
 
 
 def _notes(runs: Sequence[RunRecord]) -> list[str]:

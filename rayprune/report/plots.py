@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rayprune.overrides import read_yaml
+from rayprune.report.cells import short
 from rayprune.report.drawing import INK, MUTED, SERIES, Draw, save_png
+from rayprune.report.swept import read_results
 
 SIZE = (8.0, 5.0)
 _MARKS = "osD^vPX*"
@@ -27,30 +29,30 @@ def plot_pareto(folder: Path) -> Path:
     Raises:
         ValueError: no trial has an accuracy.
     """
-    return save_png(pareto(folder), SIZE, folder / "pareto.png")
+    table, keys = read_results(folder / "results.parquet")
+    draw = pareto(table, keys, folder.resolve().name)
+    if draw is None:
+        raise ValueError(f"{folder}: no trial has an accuracy to plot")
+    return save_png(draw, SIZE, folder / "pareto.png")
 
 
-def pareto(folder: Path) -> Draw:
-    """Return what draws a sweep's plot; see `plot_pareto`.
+def pareto(table: pd.DataFrame, keys: list[str], title: str) -> Draw | None:
+    """Return what draws a sweep's plot, see `plot_pareto`; None where no trial has an accuracy.
 
     Trials that were stopped are drawn hollow. The cost axis is the share of N samples in every epoch, or FLOPs where
     trials of the sweep have different lengths or networks.
     """
-    table = pd.read_parquet(folder / "results.parquet")
     table = table[table["val_accuracy"].notna() & table["status"].isin(["finished", "stopped"])]
-    if table.empty:
-        raise ValueError(f"{folder}: no trial has an accuracy to plot")
-    return partial(_draw, table, folder.resolve().name)
+    return None if table.empty else partial(_draw, table, keys, title)
 
 
-def _draw(table: pd.DataFrame, title: str, figure: Figure) -> None:
+def _draw(table: pd.DataFrame, keys: list[str], title: str, figure: Figure) -> None:
     finished = table[table["status"] == "finished"]
     cost, scale = "compute_share", 100.0
-    if "flops" in table:
+    if finished["flops"].notna().any():
         each = (finished["flops"] / finished["compute"]).round()
         if finished["epochs"].nunique() > 1 or each.nunique() > 1:
             cost, scale = "flops", 1.0
-    keys = list(table.columns[1 : list(table.columns).index("status")])
     axes = figure.add_subplot()
     _draw_trials(axes, table, keys, cost, scale)
     _draw_front(axes, finished[finished["pareto"]].sort_values(cost), keys, cost, scale)
@@ -103,12 +105,22 @@ def _method(row: Any, keys: list[str]) -> str:
     names = []
     for section in ("method", "model"):
         if f"{section}.name" in keys:
-            names.append(str(row[f"{section}.name"]))
+            names.append(_shown(row[f"{section}.name"]))
         elif section in keys:
-            value = yaml.safe_load(row[section])
+            value = _read(row[section])
             names.append(str(value.get("name")) if isinstance(value, dict) else str(value))
-    return ", ".join(names) or "trials"
+    return short(", ".join(names), 60) or "trials"
+
+
+def _read(text: Any) -> Any:
+    try:
+        return read_yaml(str(text))
+    except ValueError:
+        return text
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value).strip("{}").replace("schedule: ", "")
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return "–"
+    text = f"{value:.3g}" if isinstance(value, float) else str(value).strip("{}").replace("schedule: ", "")
+    return short(text, 60)

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from rayprune.overrides import read_yaml
+from rayprune.report.cells import as_count, count_of
+from rayprune.report.lines import Line, read_lines
 from rayprune.sources.score_file import ScoreFile, read_scores
+from rayprune.sources.storage import one_line
 
 RUN_SCHEMA = 1  # the newest environment.json and gallery.json that is read here
-Line = Mapping[str, Any]
-_NEEDED = ("epoch", "num_samples", "samples_trained", "pruned_fraction")  # anything else of a line may be missing
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +52,8 @@ class RunRecord:
     @property
     def num_epochs(self) -> int:
         """How many epochs it was to train; those that are there, where config.yaml does not say."""
-        planned = self.setting("train", "stop_after", None) or self.setting("train", "epochs", None)
-        return planned if isinstance(planned, int) else len(self.metrics)
+        planned = (as_count(self.setting("train", key, None)) for key in ("stop_after", "epochs"))
+        return next((epochs for epochs in planned if epochs), len(self.metrics))
 
     @property
     def finished(self) -> bool:
@@ -63,7 +64,7 @@ class RunRecord:
     def progress(self) -> str:
         """How far it has come, in words."""
         done = self.metrics[-1]["epoch"] + 1
-        return f"{done} epochs" if self.finished else f"{done} of {self.num_epochs} epochs so far"
+        return count_of(done, "epoch") if self.finished else f"{done} of {count_of(self.num_epochs, 'epoch')} so far"
 
 
 def read_run(folder: Path, name: str | None = None) -> RunRecord:
@@ -78,8 +79,8 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
     """
     environment = _json(folder / "environment.json")
     check_schema(environment, folder / "environment.json")
-    metrics, notes = _metrics(folder / "metrics.jsonl")
-    scores = read_scores(folder) if (folder / "scores.parquet").exists() else None
+    metrics, notes = read_lines(folder / "metrics.jsonl")
+    scores = _scores(folder)
     gallery = _json(folder / "gallery" / "gallery.json") or None
     if gallery is not None:
         check_schema(gallery, folder / "gallery" / "gallery.json")
@@ -89,10 +90,10 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         notes.append("config.yaml is missing: settings are not shown")
     if not record.finished:
         notes.append(f"the run has not ended: {record.progress}")
-    if scores is None:
+    if scores is None and record.finished:
+        notes.append("no scores: scores.parquet, which a run writes when it ends, is not there")
+    elif scores is None:
         notes.append("no scores yet: scores.parquet is written when a run ends")
-    elif gallery is None:
-        notes.append("no gallery of telling samples: its folder is written when a run ends")
     given = (config, environment, metrics, scores, gallery)
     return RunRecord(folder, record.name, *given, notes=tuple(notes))
 
@@ -101,35 +102,23 @@ def check_schema(facts: Mapping[str, Any], file: Path) -> None:
     """Refuse a file of a newer schema.
 
     Raises:
-        ValueError: it is.
+        ValueError: it is, or what it says of its schema is no number.
     """
     schema = facts.get("schema", 0)
-    if not isinstance(schema, int) or schema > RUN_SCHEMA:
+    if not isinstance(schema, int):
+        raise ValueError(f"{file} is of no schema ({schema!r}), which is a whole number: restore the file")
+    if schema > RUN_SCHEMA:
         raise ValueError(f"{file} is of schema {schema}, this version reads up to {RUN_SCHEMA}: upgrade rayprune")
 
 
-def _metrics(file: Path) -> tuple[list[Line], list[str]]:
-    """Return each epoch's last line, and notes; a torn last line is left out."""
-    if not file.is_file():
-        if (file.parent / "config.yaml").is_file():
-            raise ValueError(f"{file.parent} has no metrics.jsonl: its first epoch has not ended, try again later")
-        raise ValueError(f"{file.parent} is no run folder (it has no metrics.jsonl): name one, such as runs/NAME")
-    by_epoch: dict[int, Line] = {}
-    notes = []
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            if lacking := [key for key in _NEEDED if key not in record]:
-                raise KeyError(lacking[0])
-            by_epoch[int(record["epoch"])] = record
-        except (ValueError, TypeError, KeyError):
-            if number < len(lines):
-                raise ValueError(f"{file}, line {number} is no epoch's record of a run: restore the file") from None
-            notes.append(f"the last line of metrics.jsonl (line {number}) is torn and was left out")
-    if not by_epoch:
-        raise ValueError(f"{file} holds no finished epoch: try again when the first has ended")
-    return [by_epoch[epoch] for epoch in sorted(by_epoch)], notes
+def _scores(folder: Path) -> ScoreFile | None:
+    file = folder / "scores.parquet"
+    if not file.exists():
+        return None
+    try:
+        return read_scores(folder)
+    except OSError as error:  # pages that are damaged, under a footer that is not
+        raise ValueError(f"{file} can't be read ({one_line(error, 120)}): restore or delete it") from None
 
 
 def _config(file: Path) -> Mapping[str, Any]:
@@ -147,5 +136,5 @@ def _json(file: Path) -> dict[str, Any]:
         return {}
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise ValueError(f"{file} is no JSON object: restore or delete it") from None

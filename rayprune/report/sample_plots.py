@@ -5,9 +5,8 @@ Shapes: N samples, C classes, E epochs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from rayprune.report.curves import Plot, facts_of
 from rayprune.report.drawing import series
+from rayprune.report.lines import Line
 from rayprune.report.reading import RunRecord
 
 _COUNTS = ("last_visit", "times_pruned")
@@ -55,9 +55,9 @@ def sample_plots(runs: Sequence[RunRecord]) -> tuple[list[Plot], list[str]]:
     return plots, missing
 
 
-def quantiles_of(record: Mapping[str, Any]) -> dict[str, list[float]]:
+def quantiles_of(record: Line) -> dict[str, list[float | None]]:
     """Return name → the seven quantiles of a score at the end of an epoch; nothing of a run that does not tell."""
-    return dict(record.get("score_quantiles") or {})
+    return dict(record["score_quantiles"])
 
 
 def score_names(run: RunRecord) -> list[str]:
@@ -121,7 +121,7 @@ def _draw_spread(runs: Sequence[RunRecord], name: str, figure: Figure) -> None:
             continue
         colour, style = series(number)
         epochs = [epoch for epoch, _ in known]
-        _, low, first, middle, third, high, _ = np.array([values for _, values in known]).T
+        _, low, first, middle, third, high, _ = np.array([values for _, values in known], dtype=np.float64).T
         axes.fill_between(epochs, first, third, color=colour, alpha=0.15, linewidth=0)
         axes.plot(epochs, middle, style, color=colour, marker="o", markersize=3)
         for edge in (low, high):

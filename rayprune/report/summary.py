@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from rayprune.core.objects import closest
+from rayprune.report.cells import number, share
 from rayprune.report.curves import facts_of, spent
+from rayprune.report.lines import as_mapping
 from rayprune.report.reading import RunRecord
 
 Facts = list[tuple[str, str]]
@@ -36,18 +38,19 @@ def runs_table(runs: Sequence[RunRecord]) -> Table:
     rows = []
     for run in runs:
         last, seconds = run.metrics[-1], spent(run.metrics)
-        pruned = float(np.mean([line["pruned_fraction"] for line in run.metrics]))
+        pruned = [line["pruned_fraction"] for line in run.metrics if line["pruned_fraction"] is not None]
+        whole = seconds["epoch"] if last["wall_time"] is None else last["wall_time"]
         rows.append(
             (
                 run.name,
                 str(run.setting("method", "name")),
-                share(last.get("val_accuracy")),
-                number(last.get("train_loss")),
+                share(last["val_accuracy"]),
+                number(last["train_loss"]),
                 f"{last['epoch'] + 1}/{run.num_epochs}",
-                share(pruned, 1),
-                f"{last['samples_trained']:,}",
-                f"{seconds['select'] + seconds['record'] + seconds['forward_only']:.2f}",
-                f"{last.get('wall_time', seconds['epoch']):.1f}",
+                share(float(np.mean(pruned)) if pruned else None, 1),
+                number(last["samples_trained"], ",.0f"),
+                number(sum(seconds[part] for part in ("select", "record", "forward_only")), ".2f"),
+                number(whole, ".1f"),
             )
         )
     return Table(head, rows, words=2)
@@ -56,26 +59,26 @@ def runs_table(runs: Sequence[RunRecord]) -> Table:
 def facts(run: RunRecord) -> Facts:
     """Return what a run is, name by name."""
     environment = run.environment
-    versions = environment.get("versions", {})
-    kept = {key: value for key, value in run.config.get("method", {}).items() if key != "name"}
+    versions = as_mapping(environment.get("versions"))
+    kept = {key: value for key, value in as_mapping(run.config.get("method")).items() if key != "name"}
     last = run.metrics[-1]
     found = [
         ("folder", str(run.folder)),
         ("state", f"finished, {run.progress}" if run.finished else run.progress),
-        ("data", f"{run.setting('data', 'source')}, {last['num_samples']:,} samples"),
+        ("data", f"{run.setting('data', 'source')}, {number(last['num_samples'], ',.0f')} samples"),
         ("model", str(run.setting("model", "name"))),
         ("method", f"{run.setting('method', 'name')} ({_listed(kept)})" if kept else run.setting("method", "name")),
         ("batch size", str(run.setting("train", "batch_size"))),
         ("seed", str(run.setting("train", "seed"))),
-        ("workers", f"{last.get('world_size', '–')}, stream {environment.get('stream', '–')}"),
+        ("workers", f"{number(last['world_size'], 'd')}, stream {environment.get('stream', '–')}"),
         ("device", str(environment.get("gpu") or "CPU")),
         (
             "versions",
             ", ".join(f"{name} {versions[name]}" for name in ("rayprune", "torch", "ray") if name in versions),
         ),
     ]
-    if budget := facts_of(last).get("budget_so_far"):
-        found.append(("kept so far", f"{budget:.1%} of all visits of the whole run"))
+    if budget := facts_of(last)["budget_so_far"]:
+        found.append(("kept so far", f"{share(budget, 1)} of all visits of the whole run"))
     return [(name, str(value)) for name, value in found]
 
 
@@ -85,14 +88,14 @@ def epochs_table(run: RunRecord) -> Table:
     rows = [
         (
             str(line["epoch"] + 1),
-            share(line.get("requested_prune_ratio"), 1),
-            share(line.get("pruned_fraction"), 1),
-            number(line.get("train_loss")),
-            share(line.get("train_accuracy")),
-            number(line.get("val_loss")),
-            share(line.get("val_accuracy")),
-            number(line.get("lr"), ".2e"),
-            number(line.get("seconds", {}).get("epoch"), ".2f"),
+            share(line["requested_prune_ratio"], 1),
+            share(line["pruned_fraction"], 1),
+            number(line["train_loss"]),
+            share(line["train_accuracy"]),
+            number(line["val_loss"]),
+            share(line["val_accuracy"]),
+            number(line["lr"], ".2e"),
+            number(line["seconds"].get("epoch"), ".2f"),
         )
         for line in run.metrics
     ]
@@ -131,16 +134,6 @@ def samples_table(run: RunRecord, sort: str | None = None, top: int = 20, ascend
         cells = [number(float(columns[name][sample]), ".6g") for name in names]
         rows.append((str(sample), "–" if labels is None else str(labels[sample]), *cells))
     return Table(("id", "label", *names), rows, words=0)
-
-
-def share(value: Any, digits: int = 2) -> str:
-    """Return a share as a percentage, – where there is none."""
-    return f"{value:.{digits}%}" if isinstance(value, int | float) else "–"
-
-
-def number(value: Any, form: str = ".4f") -> str:
-    """Return a number as text, – where there is none."""
-    return format(value, form) if isinstance(value, int | float) and value == value else "–"
 
 
 def _listed(settings: Mapping[str, Any]) -> str:

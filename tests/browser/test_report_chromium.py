@@ -112,6 +112,21 @@ def test_the_report_is_legible(page: Path, browser: Any, width: int, scheme: str
     assert [(round(contrast, 2), text) for contrast, text in texts if contrast < 4.5] == []
 
 
+def test_the_intervals_fit_a_phone(page: Path, browser: Any) -> None:
+    size = {"width": 390, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(page.as_uri())
+    sides = (
+        "const box = document.querySelector('figure.single svg').getBoundingClientRect(); return [box.left, box.right]"
+    )
+    left, right = browser.execute_script(sides)
+    assert left >= 0
+    assert right <= 390
+    letters = "return Math.min(...[...document.querySelectorAll('figure.single svg text')].map(t => t.getBBox().height"
+    scale = "document.querySelector('figure.single svg').getScreenCTM().a"
+    assert browser.execute_script(f"{letters} * {scale}))") > 8
+
+
 def test_the_page_has_its_parts_in_order(page: Path, browser: Any) -> None:
     browser.get(page.as_uri())
     heads = browser.execute_script("return [...document.querySelectorAll('h1, h2')].map(h => h.textContent)")

@@ -127,3 +127,21 @@ def test_a_damaged_gallery_is_one_line(run: Path, tmp_path: Path, content: str) 
     (folder / "gallery" / "gallery.json").write_text('{"schema": 7}')
     with pytest.raises(ValueError, match="upgrade rayprune"):
         collect([folder])
+
+
+def test_a_network_of_nan_has_no_predictions_and_no_suspects(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    opened = open_run(folder, find_device("cpu"))
+    source = open_splits(opened.config).train
+    monkeypatch.setattr(gallery, "_predictions", lambda *given: np.full((len(given[-1]), 10), np.nan))
+    told: list[str] = []
+    gallery.write_gallery(opened.config, source, opened.input, folder, told.append)
+    assert told == []
+    kinds = kinds_of(folder)
+    assert kinds["probably_mislabelled"] == []
+    assert [sample["prediction"] for sample in kinds["hardest"]] == [None] * gallery.SAMPLES_OF_A_KIND
+    text = render(collect([folder]))
+    assert "→ None" not in text
+    assert "sure –" in text

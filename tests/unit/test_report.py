@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -136,6 +137,141 @@ def test_what_cannot_be_reported_is_said_in_one_line(run: Path, damage: object, 
     with pytest.raises(ValueError, match=told) as error:
         collect([run])
     assert "\n" not in str(error.value)
+
+
+def _change(file: Path, **values: object) -> None:
+    """Lay values over every line of a metrics.jsonl."""
+    lines = [json.loads(line) | values for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"seconds": None, "seconds_collected": None},
+        {"seconds": {"epoch": None, "train": "3", "select": [1]}},
+        {"wall_time": None},
+        {"pruned_fraction": None, "requested_prune_ratio": "half"},
+        {"num_samples": None, "samples_trained": "many"},
+        {"selection": {"threshold": "high", "class_kept": ["a"], "budget_so_far": "all"}},
+        {"selection": {"budget_so_far": float("nan")}},
+        {"score_quantiles": {"loss": [None] * 7, "other": "?"}},
+        {"val_accuracy": [1], "train_loss": True, "val_loss": float("inf"), "world_size": -1},
+    ],
+)
+def test_odd_values_of_an_epoch_are_shown_as_missing(run: Path, values: dict[str, object]) -> None:
+    _change(run / "metrics.jsonl", **values)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text = render(collect([run]))
+    assert ">None<" not in text
+    assert ">nan" not in text
+    assert CliRunner().invoke(cli, ["show", str(run)], catch_exceptions=False).exit_code == 0
+
+
+@pytest.mark.parametrize("line", ["[1, 2]", "3", "null", '"text"', '{"epoch": null}', "[" * 99999])
+def test_a_line_that_is_no_epoch_is_refused_by_its_number(run: Path, line: str) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 .*restore") as error:
+        collect([run])
+    assert "\n" not in str(error.value)
+
+
+def test_odd_settings_and_versions_are_shown_as_missing(run: Path) -> None:
+    (run / "environment.json").write_text('{"schema": 1, "versions": null, "gpu": [1]}')
+    (run / "config.yaml").write_text("method: infobatch\ntrain: {epochs: many, stop_after: true}\ndata: null\n")
+    assert "4 epochs" in render(collect([run]))
+    (run / "environment.json").write_text('{"schema": null}')
+    with pytest.raises(ValueError, match=r"environment.json is of no schema \(None\).*restore"):
+        collect([run])
+
+
+def test_one_epoch_is_one(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text(lines[0] + "\n")
+    (run / "config.yaml").write_text("train: {epochs: 1}\n")
+    text = render(collect([run]))
+    assert "1 epoch on" in text
+    assert "1 epochs" not in text
+
+
+def test_of_a_folder_of_runs_what_is_damaged_is_left_out_and_told(runs: list[Path], tmp_path: Path) -> None:
+    for name in ("sound", "no_line", "newer", "gallery", "unstarted"):
+        shutil.copytree(runs[1], tmp_path / name, ignore=shutil.ignore_patterns("checkpoints"))
+    (tmp_path / "no_line" / "metrics.jsonl").write_text('{"epo')
+    (tmp_path / "newer" / "environment.json").write_text('{"schema": 99}')
+    (tmp_path / "gallery" / "gallery" / "gallery.json").write_text('{"schema": 1, "kinds": []}')
+    (tmp_path / "unstarted" / "metrics.jsonl").unlink()
+    (tmp_path / "old_comparison").mkdir()
+    (tmp_path / "old_comparison" / "compare.json").write_text("{}")
+    found = collect([tmp_path])
+    assert [record.name for record in found.runs] == ["sound"]
+    assert [note.split()[0] for note in found.left_out] == [
+        "old_comparison",
+        "gallery",
+        "newer",
+        "no_line",
+        "unstarted",
+    ]
+    assert all(str(tmp_path / note.split()[0]) in note for note in found.left_out)
+    done = CliRunner().invoke(cli, ["report", str(tmp_path)], catch_exceptions=False)
+    assert done.output.count(" was left out: ") == 5
+    assert (tmp_path / "report.html").read_text().count(" was left out: ") == 5
+    # Named itself, it is what was asked for.
+    for folder in ("newer", "gallery", "no_line"):
+        with pytest.raises(ValueError, match=folder):
+            collect([tmp_path, tmp_path / folder])
+
+
+def test_what_may_not_be_read_is_left_out_and_told(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    forbidden, look, read = runs[1], Path.stat, Path.read_text
+
+    def refuse(wanted: Path) -> None:
+        if forbidden in wanted.parents:
+            raise PermissionError(13, "Permission denied", str(wanted))
+
+    monkeypatch.setattr(Path, "read_text", lambda path, **options: refuse(path) or read(path, **options))
+    found = collect([runs[1].parent])
+    assert [record.folder for record in found.runs] == [runs[0]]
+    assert found.left_out[0].startswith("pruned was left out: ")
+    assert "(Permission denied): allow it" in found.left_out[0]
+    with pytest.raises(ValueError, match=r"pruned.*can't be read"):
+        collect([runs[1]])
+    monkeypatch.setattr(Path, "stat", lambda path, **options: refuse(path) or look(path, **options))
+    assert collect([runs[1].parent]).left_out == []  # a folder of others
+
+
+def test_a_folder_of_damaged_runs_alone_is_one_line(run: Path) -> None:
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"nothing that can be shown.*holds no finished epoch"):
+        collect([run.parent])
+
+
+def test_runs_of_one_name_are_told_apart(run: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / "x" / "same" / "run", tmp_path / "y" / "same" / "run", tmp_path / "y" / "other"]
+    for folder in folders:
+        shutil.copytree(run, folder)
+    found = collect([*folders, tmp_path / "y" / ".." / "y" / "other"])  # the same folder twice is one
+    assert [record.name for record in found.runs] == ["x/same/run", "y/same/run", "other"]
+
+
+def test_runs_without_a_gallery_are_told_once_and_not_as_a_fault(runs: list[Path], tmp_path: Path) -> None:
+    for number in range(2):
+        shutil.copytree(runs[1], tmp_path / f"old{number}", ignore=shutil.ignore_patterns("checkpoints", "gallery"))
+    found = collect([tmp_path])
+    assert found.notes == []
+    assert found.gallery_note.startswith("old0, old1: no gallery")
+    done = CliRunner().invoke(cli, ["report", str(tmp_path)], catch_exceptions=False)
+    assert done.output.count("no gallery") == (tmp_path / "report.html").read_text().count("no gallery") == 1
+
+
+def test_names_in_any_script_warn_of_no_glyphs(run: Path, tmp_path: Path) -> None:
+    folders = [Path(shutil.copytree(run, tmp_path / name)) for name in ("跑一次", "🚀 नमस्ते")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "跑一次" in render(collect(folders))
+        write_pngs(collect(folders), tmp_path / "png")
 
 
 def test_the_engine_writes_the_schema_that_is_read(run: Path) -> None:

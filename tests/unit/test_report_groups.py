@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 from engine_runs import run_config
@@ -76,6 +78,104 @@ def test_groups_and_runs_share_a_page(sweep: Path, comparison: Path, tmp_path: P
     render(found)
     names = [file.name for file in write_pngs(found, tmp_path)]
     assert {"pareto.png", "intervals1.png", "loss_by_epoch.png"} <= set(names)
+
+
+def _copied(folder: Path, target: Path) -> Path:
+    return Path(shutil.copytree(folder, target, ignore=shutil.ignore_patterns("checkpoints")))
+
+
+def test_a_mixed_report_says_of_what_each_part_is(comparison: Path, tmp_path: Path) -> None:
+    folder = _copied(next((comparison / "runs").glob("full-seed0")), tmp_path / "foreign")
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("source: digits", "source: cifar10"))
+    text = render(collect([comparison, folder]))
+    lead = text.split('class="lead">')[1].split("<")[0]
+    assert lead.startswith("a comparison on digits, ")
+    assert "; a run of full, 2 epochs on cifar10" in lead
+    assert "Of each arm the run" not in text
+    assert "Of each arm the run of seed 0." in render(collect([comparison]))
+
+
+def test_runs_of_two_comparisons_are_told_apart(comparison: Path, tmp_path: Path) -> None:
+    folders = [_copied(comparison, tmp_path / side / "same") for side in ("a", "b")]
+    found = collect(folders)
+    names = [run.name for run in found.runs]
+    assert len(names) == len(set(names)) == 4
+    assert names[0] == "a/same: full"
+    assert "a/same: Of each arm the run of seed 0. b/same: Of each" in found.runs_text
+    assert "Comparison b/same" in render(found)
+    assert [group.name for group in collect([tmp_path / "a"]).groups] == ["same"]  # a folder of results
+
+
+def test_a_damaged_run_costs_a_comparison_only_its_curves(comparison: Path, tmp_path: Path) -> None:
+    folder = _copied(comparison, tmp_path / "compared")
+    (folder / "runs" / "full-seed0" / "environment.json").write_text("{")
+    found = collect([folder])
+    assert len(found.runs) == 1
+    assert any("full is not among" in note and "environment.json" in note for note in found.groups[0].notes)
+
+
+def test_a_comparison_of_an_older_version_is_shown_with_gaps(comparison: Path, tmp_path: Path) -> None:
+    report = json.loads((comparison / "compare.json").read_text())
+    for arm in report["arms"]:
+        for key in ("flops", "worst_class", "compute_saved"):
+            del arm[key]
+    (tmp_path / "compare.json").write_text(json.dumps(report))
+    found = collect([tmp_path])
+    assert {row[7] for row in found.groups[0].table.rows} == {"–"}
+    render(found)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda report: report["arms"][1]["runs"].pop(), "1 runs of .* for 2 seeds"),
+        (lambda report: report["arms"][1].update(accuracy=None), "arms.1.accuracy"),
+        (lambda report: report["arms"][0].update(epochs=[]), "arms.0.epochs"),
+        (lambda report: report["arms"].pop(0), "full training"),
+        (lambda report: report.update(verdict="yes"), "verdict"),
+    ],
+)
+def test_a_comparison_that_lacks_something_names_file_and_cure(
+    comparison: Path, tmp_path: Path, change: Any, told: str
+) -> None:
+    report = json.loads((comparison / "compare.json").read_text())
+    change(report)
+    (tmp_path / "compare.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=f"compare.json .*{told}.*again"):
+        collect([tmp_path])
+
+
+def test_a_sweep_of_an_older_version_is_shown_with_gaps(sweep: Path, tmp_path: Path) -> None:
+    table = pd.read_parquet(sweep / "results.parquet").drop(columns=["flops", "error", "seconds"])
+    table.to_parquet(tmp_path / "results.parquet")
+    text = render(collect([tmp_path]))
+    assert "3 trials: 2 finished, 1 failed" in text
+    assert "–" in text
+
+
+def test_swept_values_that_are_missing_or_long_are_drawn(sweep: Path, tmp_path: Path) -> None:
+    table = pd.read_parquet(sweep / "results.parquet")
+    table["method.name"] = [None, "x" * 5000, "y"]
+    table.to_parquet(tmp_path / "results.parquet")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ">None<" not in render(collect([tmp_path]))
+
+
+def test_a_damaged_sweep_names_file_and_cure(sweep: Path, tmp_path: Path) -> None:
+    file = tmp_path / "results.parquet"
+    table = pd.read_parquet(sweep / "results.parquet")
+    content = (sweep / "results.parquet").read_bytes()
+    damaged = [content[:-40], content[:3000].replace(content[8:200], b"x" * 192) + content[3000:], b""]
+    for bad in damaged:
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"results.parquet .*run the same rayprune sweep again"):
+            collect([tmp_path])
+    for changed in (table.drop(columns="status"), table.assign(seconds="long"), table[:0]):
+        changed.to_parquet(file)
+        with pytest.raises(ValueError, match=r"results.parquet .*run the same rayprune sweep again"):
+            collect([tmp_path])
 
 
 def test_an_unfinished_comparison_tells_what_can_be_shown(comparison: Path, tmp_path: Path) -> None:
