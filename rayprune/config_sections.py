@@ -175,7 +175,9 @@ class ScalingSection(Section):
     use_gpu: Auto | bool = "auto"
     cpus_per_worker: Auto | float = "auto"
     threads: Auto | int = "auto"
-    stream: Literal["auto", "ray", "local"] = "auto"
+    stream: Literal["auto", "ray", "local", "device"] = Field(
+        "auto", description="ray: through Ray Data; local: each worker reads; device: decoded once, kept on the device"
+    )
 
     @property
     def worker_range(self) -> tuple[int, int]:

@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rayprune.config import Config
 from rayprune.config_sections import TrainSection
 from rayprune.core.objects import closest
 from rayprune.engine.client import ScoreClient
-from rayprune.engine.stream import Batch
 from rayprune.methods import Method
 from rayprune.nn.augment import Augment
 from rayprune.nn.boundary import last_linear
@@ -254,20 +252,3 @@ def rate_at(config: Config, epoch: int, step: int, num_steps: int, lr_scale: flo
     # The middle of the step: neither the first step of a warm-up nor the last of an annealing is one at rate 0.
     progress = (epoch + (step + 0.5) / num_steps) / config.train.epochs
     return learning_rate(optim.schedule, progress, peak=optim.lr, warmup=optim.warmup, **shape) * lr_scale
-
-
-class DeviceBatch:
-    """A batch's tensors on the worker's device."""
-
-    def __init__(self, batch: Batch, spec: InputSpec, device: torch.device) -> None:
-        self.inputs = _to_device(batch.columns[spec.column], device)
-        self.targets = _to_device(batch.columns["label"], device)
-        self.weights = _to_device(batch.weights, device)
-        self.ids = _to_device(batch.ids, device)
-        self.real = _to_device(batch.real, device)
-
-
-def _to_device(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
-    # Arrays out of the object store are read-only; the copy is small beside the step that follows.
-    tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
