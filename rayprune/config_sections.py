@@ -109,6 +109,7 @@ class TrainSection(Section):
     clip_norm: float | None = Field(None, gt=0, description="largest gradient norm")
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     channels_last: Auto | bool = "auto"
+    compile: bool = Field(False, description="torch.compile the network; the first epoch pays for it")
     validate_every: int = Field(1, ge=1, description="epochs between validations; the last epoch always validates")
     step: str | dict[str, Any] = Field("plain", description="plain | exits | l2w, or {name: …} with its options")
     stop_after: int | None = Field(None, ge=1, description="end after so many epochs of the schedule of all epochs")

@@ -21,7 +21,7 @@ from rayprune.nn.exits import count_exits
 from rayprune.nn.models import build_model
 from rayprune.nn.optim import build_optimizer, learning_rate
 from rayprune.nn.signals import BOUNDARY_SIGNALS
-from rayprune.nn.steps import MULTI_EXIT_STEPS, SEEDED_STEPS, STEPS, TrainStep
+from rayprune.nn.steps import COMPILED_STEPS, MULTI_EXIT_STEPS, SEEDED_STEPS, STEPS, TrainStep
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,14 @@ def network_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimiz
 
 
 def build_step(
-    config: Config, network: nn.Module, spec: InputSpec, terms: StepTerms, world_size: int, device: torch.device
+    config: Config,
+    network: nn.Module,
+    spec: InputSpec,
+    terms: StepTerms,
+    world_size: int,
+    device: torch.device,
+    *,
+    compiled: bool = True,
 ) -> TrainStep:
     """Build the train step with its optimiser, wrapped in DDP where there is more than one rank.
 
@@ -198,6 +205,7 @@ def build_step(
         terms: what the method asks for.
         world_size: the number of ranks.
         device: where the step runs.
+        compiled: as `train.compile` says; False for a look at the step.
 
     Raises:
         ValueError: the step does not fit the network.
@@ -208,15 +216,22 @@ def build_step(
         options = {**options, "seed": train.seed}
     step = STEPS[name]
     needs_head = any(signal in BOUNDARY_SIGNALS for signal in (*terms.signals, *terms.sweep_signals))
+    head = last_linear(network, torch.zeros(2, *spec.shape, device=device)) if needs_head else None
+    module = step.module_of(network, spec.shape, **options)
+    if train.compile:
+        if name not in COMPILED_STEPS:
+            raise ValueError(f"train.compile = True: train step {name!r} is not for compiled networks: leave it out")
+        if compiled:
+            module.compile()  # type: ignore[no-untyped-call]  # in place, when first called: names in checkpoints stay
     return step(
-        wrap_for_ranks(step.module_of(network, spec.shape, **options), world_size, device),
+        wrap_for_ranks(module, world_size, device),
         network_optimizer(config, network),
         signals=terms.signals,
         label_smoothing=train.label_smoothing,
         accumulate=train.accumulate,
         clip_norm=train.clip_norm,
         autocast=pick_precision(train.precision, device),
-        head=last_linear(network, torch.zeros(2, *spec.shape, device=device)) if needs_head else None,
+        head=head,
         **options,
     )
 
