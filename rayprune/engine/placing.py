@@ -76,6 +76,11 @@ def host_tensor(array: NDArray[Any] | Tensor, *, pin: bool = False) -> Tensor:
     return tensor.pin_memory() if pin else tensor
 
 
+def pinned(column: NDArray[Any]) -> NDArray[Any] | Tensor:
+    """Return a column as a tensor in memory that a GPU copies from by itself; text and objects stay what they are."""
+    return host_tensor(column, pin=True) if column.dtype.kind in "biufc" else column
+
+
 class Copies:
     """Copy tensors of the host to one device, beside the work that it has."""
 

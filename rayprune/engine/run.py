@@ -26,7 +26,7 @@ from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.checkpoint import forget_ray_records, remove_old_checkpoints
 from rayprune.engine.client import LocalScores, RemoteScores, ScoreClient
 from rayprune.engine.device_stream import DeviceStream
-from rayprune.engine.placing import host_tensor
+from rayprune.engine.placing import pinned
 from rayprune.engine.progress import Watcher
 from rayprune.engine.protocol import TrainingStopped
 from rayprune.engine.resources import Resources
@@ -202,7 +202,7 @@ def _ray_loop(spec: WorkerSpec) -> None:
 
 
 def _local_loop(spec: WorkerSpec, sources: Mapping[str, SampleSource]) -> None:
-    Worker(spec, LocalStream(sources, functools.partial(host_tensor, pin=True) if spec.use_gpu else None)).run()
+    Worker(spec, LocalStream(sources, pinned if spec.use_gpu else None)).run()
 
 
 def _device_loop(spec: WorkerSpec, sources: Mapping[str, SampleSource]) -> None:

@@ -131,7 +131,7 @@ class LocalStream:
     resumes_inside = True
 
     def __init__(
-        self, sources: Mapping[str, SampleSource], made: Callable[[NDArray[Any]], Tensor] | None = None
+        self, sources: Mapping[str, SampleSource], made: Callable[[NDArray[Any]], NDArray[Any] | Tensor] | None = None
     ) -> None:
         self._sources, self._made = sources, made
 

@@ -18,7 +18,7 @@ from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.checkpoint import newest_position
 from rayprune.engine.client import LocalScores
 from rayprune.engine.device_stream import DeviceStream, check_columns
-from rayprune.engine.placing import Placer, packed, unpacked
+from rayprune.engine.placing import Placer, host_tensor, packed, unpacked
 from rayprune.engine.protocol import Turn
 from rayprune.engine.stream import Batch, LocalStream, Transport, plan_batches
 from rayprune.engine.train import RunResult, train
@@ -55,6 +55,15 @@ def test_batches_are_those_of_the_local_stream(monkeypatch: pytest.MonkeyPatch, 
             assert np.array_equal(getattr(ours, name), expected)
             assert torch.equal(getattr(one.rows, name), torch.from_numpy(expected))
             assert torch.equal(getattr(other.rows, name), torch.from_numpy(expected))
+
+
+def test_what_the_reading_thread_makes_is_what_comes() -> None:
+    turn, place = Turn(0, "train", 1), Placer("image", CPU)
+    made, plain = (read(LocalStream(SOURCES, how), turn) for how in (host_tensor, None))
+    for ours, theirs in zip(made, plain, strict=True):
+        assert isinstance(ours.columns["image"], torch.Tensor)
+        assert ours.num_bytes == theirs.num_bytes
+        assert torch.equal(place(ours).inputs, place(theirs).inputs)
 
 
 def test_bytes_are_counted_once_when_they_are_read() -> None:
