@@ -1,4 +1,7 @@
-"""Run benchmarks by name, or all: `python -m benchmarks [plan actor recording boundary stream decoding tdds l2w]`."""
+"""Run benchmarks by name, or all.
+
+python -m benchmarks [plan actor recording boundary stream decoding tdds l2w gpu]
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import sys
 
 from benchmarks.harness import HEADER, machine
 
-NAMES = ("plan", "actor", "recording", "boundary", "stream", "decoding", "tdds", "l2w")
+NAMES = ("plan", "actor", "recording", "boundary", "stream", "decoding", "tdds", "l2w", "gpu")
 
 
 def main() -> int:

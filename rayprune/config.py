@@ -134,6 +134,8 @@ class Config(Strict):
         left_out["train"] = {"stop_after"}  # a later command with more of them goes on
         if not self.train.record:
             left_out["train"].add("record")  # at its default it is nothing, as in versions that did not have it
+        if not self.train.compile:
+            left_out["train"].add("compile")
         if self.train.step == {"name": "plain"}:
             left_out["train"].add("step")
         if self.data.hold_out is None:

@@ -109,6 +109,7 @@ class TrainSection(Section):
     clip_norm: float | None = Field(None, gt=0, description="largest gradient norm")
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     channels_last: Auto | bool = "auto"
+    compile: bool = Field(False, description="torch.compile the network; the first epoch pays for it")
     validate_every: int = Field(1, ge=1, description="epochs between validations; the last epoch always validates")
     step: str | dict[str, Any] = Field("plain", description="plain | exits | l2w, or {name: …} with its options")
     stop_after: int | None = Field(None, ge=1, description="end after so many epochs of the schedule of all epochs")
@@ -175,7 +176,9 @@ class ScalingSection(Section):
     use_gpu: Auto | bool = "auto"
     cpus_per_worker: Auto | float = "auto"
     threads: Auto | int = "auto"
-    stream: Literal["auto", "ray", "local"] = "auto"
+    stream: Literal["auto", "ray", "local", "device"] = Field(
+        "auto", description="ray: through Ray Data; local: each worker reads; device: decoded once, kept on the device"
+    )
 
     @property
     def worker_range(self) -> tuple[int, int]:

@@ -153,7 +153,8 @@ class Epoch:
         self._record(current, losses_B, needed, self._shard.terms.signals)
         self._batch = self._given = None
         self._num_weighed += 1
-        weights_B = torch.from_numpy(current.weights.copy()).to(losses_B.device, non_blocking=True)
+        weights_B = torch.from_numpy(current.weights.copy()) if current.placed is None else current.placed.weights
+        weights_B = weights_B.to(losses_B.device, non_blocking=True)
         return weighted_mean(losses_B, weights_B, self._shard.batch_rows)
 
     def _needed(self, batch: Any, logits: Any, targets: Any, embeddings: Any, head: Any) -> dict[str, Any]:

@@ -21,8 +21,10 @@ from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.client import LocalScores, RemoteScores
+from rayprune.engine.device_stream import DeviceStream, check_columns
 from rayprune.engine.filtered import GUARANTEES, FilteredStream, IdColumn, Pick
 from rayprune.engine.loop_actor import LoopActor, LoopTerms
+from rayprune.engine.resources import Stream
 from rayprune.engine.shard import Shard
 from rayprune.engine.stored import Facts, stored
 from rayprune.engine.stream import LocalStream, RayStream, Transport, plan_dataset, row_bytes
@@ -42,7 +44,7 @@ class _Told:
     """What a pruned data set tells the workers: where its scores are, and how rows come."""
 
     scores: RemoteScores
-    stream: Literal["ray", "local", "filtered"]
+    stream: Stream | Literal["filtered"]
     source: SampleSource | None = None
 
 
@@ -82,7 +84,7 @@ def prune(
     seed: int = 0,
     *,
     last_batch: LastBatch = "pad",
-    stream: Literal["ray", "local"] = "ray",
+    stream: Stream = "ray",
     id_column: str = "id",
 ) -> PrunedData:
     """Prune a data set for a Ray Train loop.
@@ -96,13 +98,16 @@ def prune(
         seed: with the observations it fixes every selection and order.
         last_batch: `pad` fills the last global batch with rows of weight 0, `drop` leaves it out.
         stream: `ray` sends decoded rows through Ray Data, and workers never open the source; with `local` each worker
-            reads its own rows, which is faster for memory-mapped ones, and `dataset` is a token that can't be mapped.
+            reads its own rows, which is faster for memory-mapped ones, and `dataset` is a token that can't be mapped;
+            so it is with `device`, where each worker keeps all decoded rows on its device: for data that fit there.
         id_column: of a `ray.data.Dataset`: each of 0..N−1 once, in any order.
 
     Raises:
         ValueError: what the source, the method or the sizes do not allow; one line with the cure.
     """
     filtered = isinstance(source, ray.data.Dataset)
+    if filtered and stream == "device":
+        raise ValueError("stream='device' reads samples by id, and a ray.data.Dataset is filtered: leave stream out")
     if filtered and last_batch == "drop":
         raise ValueError("last_batch='drop' needs a plan, which a ray.data.Dataset is filtered without: use 'pad'")
     if not ray.is_initialized():
@@ -132,9 +137,9 @@ def _filtered(dataset: Any, scores: RemoteScores, id_column: str) -> Any:
     return dataset.map_batches(pick, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
 
 
-def _planned(samples: SampleSource, scores: RemoteScores, stream: Literal["ray", "local"]) -> Any:
+def _planned(samples: SampleSource, scores: RemoteScores, stream: Stream) -> Any:
     context = ray.data.DataContext.get_current()
-    context.set_config(_KEY, _Told(scores, stream, samples if stream == "local" else None))
+    context.set_config(_KEY, _Told(scores, stream, None if stream == "ray" else samples))
     try:
         return plan_dataset(scores, {"train": samples})
     finally:
@@ -148,8 +153,10 @@ def _counts_classes(method: Any) -> bool:
 def _check(samples: SampleSource, method: Method, num_epochs: int, batch_size: int, seed: int, stream: str) -> None:
     if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise ValueError(f"batch_size {batch_size!r} must be an integer of at least 1: it is the global batch")
-    if stream not in {"ray", "local"}:
-        raise ValueError(f"stream {stream!r} must be 'ray' or 'local'")
+    if stream not in {"ray", "local", "device"}:
+        raise ValueError(f"stream {stream!r} must be 'ray', 'local' or 'device'")
+    if stream == "device":
+        check_columns(samples.schema)
     few = min(len(samples), 1_000)
     labels = samples.labels[:few] if _counts_classes(method) else None
     Selector(method, few, num_epochs, seed, labels=labels)  # refuses what does not fit before anything starts
@@ -211,13 +218,16 @@ def get_dataset_shard(name: str = "train") -> Shard:
     rank = context.get_world_rank()
     terms: LoopTerms = scores.call("terms")
     transport: Transport
+    device = _worker_device()
     if told.stream == "local":
         transport = LocalStream({"train": told.source})
+    elif told.stream == "device":
+        transport = DeviceStream({"train": told.source}, device or torch.device("cpu"))
     else:
         transport = FilteredStream(iterator) if told.stream == "filtered" else RayStream(iterator)
     generation = max(scores.call("generation") + 1, time.time_ns()) if rank == 0 else 0
     generation = broadcast_from_rank_zero(generation)
-    return Shard(scores, transport, terms, rank, context.get_world_size(), generation, _worker_device())
+    return Shard(scores, transport, terms, rank, context.get_world_size(), generation, device)
 
 
 def _worker_device() -> torch.device | None:
@@ -235,6 +245,7 @@ def local_loader(
     seed: int = 0,
     *,
     last_batch: LastBatch = "pad",
+    stream: Literal["local", "device"] = "local",
     device: torch.device | str | None = None,
 ) -> Shard:
     """Prune a data set for a plain PyTorch loop in this process, without a Ray cluster.
@@ -243,6 +254,7 @@ def local_loader(
 
     Args:
         source, method, num_epochs, batch_size, seed, last_batch: as for `prune`.
+        stream: `local` reads rows as they are needed; `device` keeps all decoded rows on the device, where they fit.
         device: where batches go; None leaves them on the host.
 
     Returns:
@@ -261,8 +273,10 @@ def local_loader(
     ['last_visit', 'loss', 'times_pruned']
     """
     samples = as_source(source)
-    _check(samples, method, num_epochs, batch_size, seed, "local")
+    _check(samples, method, num_epochs, batch_size, seed, stream)
     scores = LocalScores(_spec(samples, method, num_epochs, batch_size, seed, last_batch), LoopActor)
     where = None if device is None else torch.device(device)
     terms: LoopTerms = scores.call("terms")
-    return Shard(scores, LocalStream({"train": samples}), terms, 0, 1, next(_generations), where)
+    own = {"train": samples}
+    via = DeviceStream(own, where or torch.device("cpu")) if stream == "device" else LocalStream(own)
+    return Shard(scores, via, terms, 0, 1, next(_generations), where)

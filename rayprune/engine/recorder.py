@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rayprune.engine.client import ScoreClient
+from rayprune.engine.placing import Copies
 from rayprune.engine.protocol import Layout, ObservationsLost, pack
 
 PUSH_ROWS = 262_144
@@ -80,8 +81,9 @@ class Recorder:
             return
         if not real.all():
             ids = ids[real]
-            mask = torch.tensor(real).to(signals[self._signals[0]].device)
-            signals = {name: signals[name][mask] for name in self._signals}
+            # By places, which the host knows: a mask would wait for the device to count it.
+            (places,) = Copies(signals[self._signals[0]].device)(torch.from_numpy(np.flatnonzero(real)))
+            signals = {name: signals[name].index_select(0, places) for name in self._signals}
         if not self._buffers:
             self._allocate(real.size, signals)
         if self._rows + ids.size > self._ids.size:

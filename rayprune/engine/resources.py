@@ -11,10 +11,13 @@ import torch
 
 from rayprune.config import Config
 from rayprune.engine.connecting import cluster_address, connect, first_line
+from rayprune.engine.device_stream import check_columns
 from rayprune.sources import SampleSource
 
 # Below this an automatic share means that the machine is far too small for so many workers.
 _LEAST_AUTO_CPUS = 0.5
+
+Stream = Literal["ray", "local", "device"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Resources:
     use_gpu: bool
     cpus_per_worker: float
     threads: int
-    stream: Literal["ray", "local"]
+    stream: Stream
     why: str
 
 
@@ -76,11 +79,16 @@ def resolve_resources(config: Config, source: SampleSource) -> Resources:
         ValueError: the cluster can never place the workers, in one line with the cure.
     """
     scaling = config.scaling
+    if scaling.stream == "device":
+        check_columns(source.schema)
     if scaling.num_workers == 0:
-        why = "stream ray needs workers" if scaling.stream == "ray" else "no workers"
+        device = scaling.stream == "device"
+        why = "stream ray needs workers" if scaling.stream == "ray" else "as configured" if device else "no workers"
         use_gpu = torch.cuda.is_available() if scaling.use_gpu == "auto" else scaling.use_gpu
         threads = len(os.sched_getaffinity(0)) if scaling.threads == "auto" else int(scaling.threads)
-        return Resources(0, _checked_gpu(use_gpu, torch.cuda.device_count(), 1), 0.0, threads, "local", why)
+        return Resources(
+            0, _checked_gpu(use_gpu, torch.cuda.device_count(), 1), 0.0, threads, "device" if device else "local", why
+        )
     total = ray.cluster_resources()
     cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
     use_gpu = gpus > 0 if scaling.use_gpu == "auto" else scaling.use_gpu
@@ -94,11 +102,9 @@ def resolve_resources(config: Config, source: SampleSource) -> Resources:
     return Resources(scaling.num_workers, use_gpu, cpus_per_worker, threads, stream, why)
 
 
-def _pick_stream(stream: str, source: SampleSource) -> tuple[Literal["ray", "local"], str]:
-    if stream == "ray":
-        return "ray", "as configured"
-    if stream == "local":
-        return "local", "as configured"
+def _pick_stream(stream: Literal["auto", "ray", "local", "device"], source: SampleSource) -> tuple[Stream, str]:
+    if stream != "auto":
+        return stream, "as configured"
     if source.row_cost == "cheap":
         return "local", "rows are cheap to read: memory-mapped or in memory"
     return "ray", "rows are expensive to read: Ray Data spreads the decoding"

@@ -23,11 +23,13 @@ from rayprune.core.selection import Selection
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.checkpoint import forget_ray_records, remove_old_checkpoints
 from rayprune.engine.client import LocalScores, RemoteScores, ScoreClient
+from rayprune.engine.device_stream import DeviceStream
 from rayprune.engine.ending import on_sigterm
+from rayprune.engine.placing import pinned
 from rayprune.engine.progress import Watcher
 from rayprune.engine.protocol import TrainingStopped
 from rayprune.engine.resources import Resources
-from rayprune.engine.setup import Before, InputSpec, StepTerms, WorkerSpec, recorded_signals
+from rayprune.engine.setup import Before, InputSpec, StepTerms, WorkerSpec, pick_device, recorded_signals
 from rayprune.engine.stream import LocalStream, RayStream, plan_dataset, row_bytes, shuffle_name
 from rayprune.engine.worker import Worker
 from rayprune.methods import Method
@@ -74,9 +76,7 @@ class Run:
         self._config, self._resources, self._folder = config, resources, folder
         method = choice.method
         needs_labels = method.class_floor > 0 or method.needs_labels
-        self._sources: dict[str, SampleSource] = {"train": splits.train}
-        if splits.validation is not None:
-            self._sources["validation"] = splits.validation
+        self._sources = splits.by_name
         record = recorded_signals(config, spec)
         score_spec = ScoreSpec(
             method=method.to_config(),
@@ -160,7 +160,8 @@ class Run:
             # The sources stay behind: rows reach these workers through Ray Data only.
             loop = functools.partial(_ray_loop, self._worker_spec)
         else:
-            loop = functools.partial(_local_loop, self._worker_spec, self._sources)
+            own = _device_loop if resources.stream == "device" else _local_loop
+            loop = functools.partial(own, self._worker_spec, self._sources)
         forget_ray_records(self._folder)
         remove_old_checkpoints(self._folder, self._config.run.keep_checkpoints)
         each = {"CPU": resources.cpus_per_worker, **({"GPU": 1.0} if resources.use_gpu else {})}
@@ -187,7 +188,11 @@ def _ray_loop(spec: WorkerSpec) -> None:
 
 
 def _local_loop(spec: WorkerSpec, sources: Mapping[str, SampleSource]) -> None:
-    Worker(spec, LocalStream(sources)).run()
+    Worker(spec, LocalStream(sources, pinned if spec.use_gpu else None)).run()
+
+
+def _device_loop(spec: WorkerSpec, sources: Mapping[str, SampleSource]) -> None:
+    Worker(spec, DeviceStream(sources, pick_device(spec.use_gpu))).run()
 
 
 def _first_cause(error: BaseException) -> str:

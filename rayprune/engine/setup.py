@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rayprune.config import Config
 from rayprune.config_sections import TrainSection
 from rayprune.core.objects import closest
 from rayprune.engine.client import ScoreClient
-from rayprune.engine.stream import Batch
 from rayprune.methods import Method
 from rayprune.nn.augment import Augment
 from rayprune.nn.boundary import last_linear
@@ -23,7 +21,7 @@ from rayprune.nn.exits import count_exits
 from rayprune.nn.models import build_model
 from rayprune.nn.optim import build_optimizer, learning_rate
 from rayprune.nn.signals import BOUNDARY_SIGNALS
-from rayprune.nn.steps import MULTI_EXIT_STEPS, SEEDED_STEPS, STEPS, TrainStep
+from rayprune.nn.steps import COMPILED_STEPS, MULTI_EXIT_STEPS, SEEDED_STEPS, STEPS, TrainStep
 
 
 @dataclass(frozen=True)
@@ -189,7 +187,14 @@ def network_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimiz
 
 
 def build_step(
-    config: Config, network: nn.Module, spec: InputSpec, terms: StepTerms, world_size: int, device: torch.device
+    config: Config,
+    network: nn.Module,
+    spec: InputSpec,
+    terms: StepTerms,
+    world_size: int,
+    device: torch.device,
+    *,
+    compiled: bool = True,
 ) -> TrainStep:
     """Build the train step with its optimiser, wrapped in DDP where there is more than one rank.
 
@@ -200,6 +205,7 @@ def build_step(
         terms: what the method asks for.
         world_size: the number of ranks.
         device: where the step runs.
+        compiled: as `train.compile` says; False for a look at the step.
 
     Raises:
         ValueError: the step does not fit the network.
@@ -210,15 +216,22 @@ def build_step(
         options = {**options, "seed": train.seed}
     step = STEPS[name]
     needs_head = any(signal in BOUNDARY_SIGNALS for signal in (*terms.signals, *terms.sweep_signals))
+    head = last_linear(network, torch.zeros(2, *spec.shape, device=device)) if needs_head else None
+    module = step.module_of(network, spec.shape, **options)
+    if train.compile:
+        if name not in COMPILED_STEPS:
+            raise ValueError(f"train.compile = True: train step {name!r} is not for compiled networks: leave it out")
+        if compiled:
+            module.compile()  # type: ignore[no-untyped-call]  # in place, when first called: names in checkpoints stay
     return step(
-        wrap_for_ranks(step.module_of(network, spec.shape, **options), world_size, device),
+        wrap_for_ranks(module, world_size, device),
         network_optimizer(config, network),
         signals=terms.signals,
         label_smoothing=train.label_smoothing,
         accumulate=train.accumulate,
         clip_norm=train.clip_norm,
         autocast=pick_precision(train.precision, device),
-        head=last_linear(network, torch.zeros(2, *spec.shape, device=device)) if needs_head else None,
+        head=head,
         **options,
     )
 
@@ -254,20 +267,3 @@ def rate_at(config: Config, epoch: int, step: int, num_steps: int, lr_scale: flo
     # The middle of the step: neither the first step of a warm-up nor the last of an annealing is one at rate 0.
     progress = (epoch + (step + 0.5) / num_steps) / config.train.epochs
     return learning_rate(optim.schedule, progress, peak=optim.lr, warmup=optim.warmup, **shape) * lr_scale
-
-
-class DeviceBatch:
-    """A batch's tensors on the worker's device."""
-
-    def __init__(self, batch: Batch, spec: InputSpec, device: torch.device) -> None:
-        self.inputs = _to_device(batch.columns[spec.column], device)
-        self.targets = _to_device(batch.columns["label"], device)
-        self.weights = _to_device(batch.weights, device)
-        self.ids = _to_device(batch.ids, device)
-        self.real = _to_device(batch.real, device)
-
-
-def _to_device(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
-    # Arrays out of the object store are read-only; the copy is small beside the step that follows.
-    tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -85,7 +85,8 @@ def _in_process(config: Config, num_runs: int, asked: Asked, cpus: float, gpus: 
         threads = max(1, int(cpus // concurrent))
     reserved = {"CPU": float(threads), **({"GPU": 1.0} if use_gpu else {})}
     text = f"{concurrent} at once, {threads} thread{'s' if threads > 1 else ''} each" + (", a GPU each" * use_gpu)
-    return Share(concurrent, reserved, {"threads": threads, "use_gpu": use_gpu, "stream": "local"}, text)
+    stream = "device" if scaling.stream == "device" else "local"
+    return Share(concurrent, reserved, {"threads": threads, "use_gpu": use_gpu, "stream": stream}, text)
 
 
 def _with_workers(config: Config, source: SampleSource, num_runs: int, asked: Asked, cpus: float, gpus: float) -> Share:

@@ -1,17 +1,18 @@
-"""Both transports of a plan, one interface: this rank's batches, in the plan's order.
+"""The transports of a plan, one interface: this rank's batches, in the plan's order.
 
 `stream: ray`: a Datasource whose read tasks are the blocks of the ScoreActor's current plan; the decoded rows travel
 through Ray Data and workers never open the source. One Dataset and one streaming_split serve the whole run, because the
 split coordinator plans anew for every iteration. `stream: local`: the worker reads its rows from the SampleSource, a
-thread ahead. `Datasource` and `ReadTask` are no stable API of Ray: they are used here and nowhere else.
+thread ahead. `stream: device`, whose rows lie on the device, has a module of its own. `Datasource` and `ReadTask` are
+no stable API of Ray: they are used here and nowhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import ray
@@ -25,7 +26,13 @@ from rayprune.engine.protocol import PlanHeader, PlanMismatch, Turn
 from rayprune.sources import SampleSource, Schema
 from rayprune.sources.fingerprint import digest
 
-Columns = Mapping[str, NDArray[Any]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rayprune.engine.placing import PlacedRows
+
+Columns = Mapping[str, "NDArray[Any] | Tensor"]
+_Rows = tuple[Columns, int]
 Share = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]
 
 # Rows that a worker reads or asks the plan for at once: enough to make the cost a call vanish, little to hold.
@@ -45,11 +52,12 @@ class Batch:
     """One rank's share of a global batch.
 
     Attributes:
-        columns: name → (B, …) as the source delivers them.
+        columns: name → (B, …) as the source delivers them, arrays or tensors.
         ids: (B,) int64.
         weights: (B,) float32, 0 for padding.
         real: (B,) False for padding.
         num_bytes: what was read from storage since the batch before; the first batch of what is read at once has all.
+        placed: ids, weights and real on the device, where the transport has put them and the columns there.
     """
 
     columns: Columns
@@ -57,6 +65,7 @@ class Batch:
     weights: NDArray[np.float32]
     real: NDArray[np.bool_]
     num_bytes: int = 0
+    placed: PlacedRows | None = None
 
 
 class Transport(Protocol):
@@ -112,12 +121,19 @@ def plan_batches(
 
 
 class LocalStream:
-    """Read rows in this process, a thread ahead of training."""
+    """Read rows in this process, a thread ahead of training.
+
+    Args:
+        sources: "train" and, where there is one, "validation".
+        made: what the reading thread makes of each column of many rows; None leaves it an array.
+    """
 
     resumes_inside = True
 
-    def __init__(self, sources: Mapping[str, SampleSource]) -> None:
-        self._sources = sources
+    def __init__(
+        self, sources: Mapping[str, SampleSource], made: Callable[[NDArray[Any]], NDArray[Any] | Tensor] | None = None
+    ) -> None:
+        self._sources, self._made = sources, made
 
     def batches(self, turn: Turn, shares: Iterator[Share], batch_rows: int) -> Iterator[Batch]:
         """See Transport."""
@@ -125,18 +141,24 @@ class LocalStream:
         budget = max(1, _LOCAL_READ_BYTES // max(1, row_bytes(source.schema)))
         read_rows = max(1, min(LOCAL_READ_ROWS, budget) // batch_rows) * batch_rows
         with ThreadPoolExecutor(1, thread_name_prefix="rayprune-read") as reader:
-            waiting: list[tuple[Future[tuple[dict[str, NDArray[Any]], int]], Share]] = []
+            waiting: list[tuple[Future[_Rows], Share]] = []
             for ids, weights, real in shares:
                 for start in range(0, ids.size, read_rows):
                     part = slice(start, start + read_rows)
-                    waiting.append((reader.submit(source.read, ids[part]), (ids[part], weights[part], real[part])))
+                    waiting.append(
+                        (reader.submit(self._read, source, ids[part]), (ids[part], weights[part], real[part]))
+                    )
                     if len(waiting) > _AHEAD:
                         yield from _cut(*waiting.pop(0), batch_rows)
             for read in waiting:
                 yield from _cut(*read, batch_rows)
 
+    def _read(self, source: SampleSource, ids: NDArray[np.int64]) -> _Rows:
+        columns, num_bytes = source.read(ids)
+        return columns if self._made is None else {n: self._made(c) for n, c in columns.items()}, num_bytes
 
-def _cut(read: Future[tuple[dict[str, NDArray[Any]], int]], share: Share, batch_rows: int) -> Iterator[Batch]:
+
+def _cut(read: Future[_Rows], share: Share, batch_rows: int) -> Iterator[Batch]:
     (columns, num_bytes), (ids, weights, real) = read.result(), share
     for start in range(0, ids.size, batch_rows):
         part = slice(start, start + batch_rows)

@@ -64,6 +64,26 @@ def add_batch(
     sums[sums.numel() - exits.numel() :] += exits.to(sums.device)
 
 
+def over_ranks(sums: Tensor, world_size: int) -> Tensor:
+    """Add up the ranks' sums, in place, and wait for the device: a phase's seconds are then its own."""
+    if world_size > 1:
+        torch.distributed.all_reduce(sums)
+    if sums.device.type == "cuda":
+        torch.cuda.synchronize(sums.device)
+    return sums
+
+
+def gathered(count: int, rank: int, world_size: int, device: torch.device) -> list[int]:
+    """Return every rank's count."""
+    if world_size == 1:
+        return [count]
+    counts = torch.zeros(world_size, dtype=torch.int64, device=device)
+    counts[rank] = count
+    torch.distributed.all_reduce(counts)
+    every: list[int] = counts.tolist()
+    return every
+
+
 def _exit_sums(signals: dict[str, Tensor], real_B: Tensor) -> Tensor:
     """Return a batch's (3K,) float64 sums over its exits; none of a network with one."""
     if "exit_loss" not in signals:

@@ -38,18 +38,25 @@ class BatchForm:
     def __call__(self, batch: Batch) -> Any:
         """Return the loop's batch."""
         # Copies: what a loop does to its batch in place must not reach the plan's ids and weights.
-        columns = {**batch.columns, "id": np.array(batch.ids), "weight": np.array(batch.weights)}
+        columns: dict[str, Any] = {**batch.columns, "id": np.array(batch.ids), "weight": np.array(batch.weights)}
         if isinstance(self.dtypes, Mapping) and (unknown := self.dtypes.keys() - columns.keys()):
             raise ValueError(f"dtypes names {sorted(unknown)}, the columns are {sorted(columns)}")
         if self.collate_fn is not None:
+            if batch.placed is not None:
+                raise ValueError(
+                    "collate_fn is given NumPy columns, and stream='device' has tensors on the device: leave it out "
+                    "and change the batch in the loop, or use prune(stream='local')"
+                )
             # Arrays out of the object store are read-only, which torch warns about and in-place code trips over.
             return _moved(self.collate_fn({name: _writable(array) for name, array in columns.items()}), self.device)
         return {name: self._tensor(name, array) for name, array in columns.items()}
 
-    def _tensor(self, name: str, array: NDArray[Any]) -> Any:
-        if array.dtype.kind not in "biufc":
-            return array  # text and objects stay what they are; tensors cannot hold them
-        tensor = torch.from_numpy(_writable(array))
+    def _tensor(self, name: str, column: NDArray[Any] | torch.Tensor) -> Any:
+        if not isinstance(column, torch.Tensor):
+            if column.dtype.kind not in "biufc":
+                return column  # text and objects stay what they are; tensors cannot hold them
+            column = torch.from_numpy(_writable(column))
+        tensor = column
         if isinstance(self.dtypes, Mapping):
             dtype = self.dtypes.get(name)
         else:  # labels and tokens stay integers

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 
 from rayprune.config import Config
 from rayprune.core.objects import USER_MODULE_PREFIX
 from rayprune.core.selector import Selector
 from rayprune.engine.checkpoint import load_selector_state, newest_position, remove_old_checkpoints
+from rayprune.engine.device_stream import check_room
 from rayprune.engine.gallery import write_gallery
 from rayprune.engine.opening import adopt_scoring, check_folder, check_start, open_folder
 from rayprune.engine.preparation import (
@@ -239,6 +241,8 @@ def _check_training(config: Config, splits: Splits, method: Method) -> None:
 def _run(config: Config, splits: Splits, choice: Choice, listeners: Listeners) -> RunResult:
     spec = input_spec(config, splits.train)
     resources = resolve_resources(config, splits.train)
+    if resources.stream == "device" and resources.num_workers == 0:  # workers look for themselves, where they are
+        check_room(splits.by_name, torch.device("cuda" if resources.use_gpu else "cpu"))
     check_subset(config, choice)
     flops = forward_flops(config, spec)
     with open_folder(config, splits.train, resources, forward_flops_per_sample=flops) as (folder, start_epoch):

@@ -21,14 +21,27 @@ from rayprune.core.roles import num_meta_batches, train_step_of
 from rayprune.engine.checkpoint import newest_position
 from rayprune.engine.meta_batches import with_meta_batches
 from rayprune.engine.pacing import Pacer
+from rayprune.engine.placing import DeviceBatch, Placer
 from rayprune.engine.protocol import ClosedEpoch, Phase, PlanHeader, TrainingPaused, TrainingStopped, Turn
 from rayprune.engine.recorder import Recorder
 from rayprune.engine.saving import Saver
-from rayprune.engine.setup import DeviceBatch, WorkerSpec, build_network, build_step, pick_device, rate_at
+from rayprune.engine.setup import WorkerSpec, build_network, build_step, pick_device, rate_at
 from rayprune.engine.stall import Pulsing
 from rayprune.engine.stopping import nothing_to_train, too_many_nonfinite
 from rayprune.engine.stream import Batch, Transport, plan_batches
-from rayprune.engine.tally import BYTES, PADDED, REAL, add_batch, compute, means, new_sums, resumed_sums, validated
+from rayprune.engine.tally import (
+    BYTES,
+    PADDED,
+    REAL,
+    add_batch,
+    compute,
+    gathered,
+    means,
+    new_sums,
+    over_ranks,
+    resumed_sums,
+    validated,
+)
 from rayprune.nn.augment import step_seed
 
 logger = logging.getLogger(__name__)
@@ -47,6 +60,7 @@ class Worker:
         self._spec, self._config, self._transport = spec, spec.config, transport
         torch.set_num_threads(spec.threads)
         self._device = pick_device(spec.use_gpu)
+        self._place = Placer(spec.input.column, self._device)
         network = build_network(self._config, spec.input, self._device)
         self._saver = Saver(Path(spec.run_folder), self._config, spec.fingerprint, spec.shuffle, self.rank, spec.before)
         # Rank 0 decides for all: another rank might see a checkpoint that is just being written.
@@ -160,26 +174,26 @@ class Worker:
             for group in self._step.optimizer.param_groups:
                 group["lr"] = lr
             torch.manual_seed(step_seed(seed, epoch, step, self.rank))
-            on_device = DeviceBatch(batch, self._spec.input, self._device)
+            on_device = self._place(batch)
             inputs = self._augmented(on_device, epoch)
             more: dict[str, Any] = {"learns": step % self._meta_interval == 0} if self._meta_interval else {}
             if meta is not None:  # the step's own batches are a selection: it learns from what came beside them
-                beside = DeviceBatch(meta, self._spec.input, self._device)
+                beside = self._place(meta)
                 more["meta"] = (self._augmented(beside, epoch), beside.targets)
-            signals = self._step(inputs, on_device.targets, on_device.weights, **more)
+            signals = self._step(inputs, on_device.targets, on_device.rows.weights, **more)
             self._record(batch, signals)
-            add_batch(sums, signals, on_device.real, batch.num_bytes + (meta.num_bytes if meta else 0))
-        return self._over_ranks(sums), lr
+            add_batch(sums, signals, on_device.rows.real, batch.num_bytes + (meta.num_bytes if meta else 0))
+        return over_ranks(sums, self.world_size), lr
 
     def _augmented(self, batch: DeviceBatch, epoch: int) -> Tensor:
-        return self._spec.input.augment.train(batch.inputs, batch.ids, seed=self._config.train.seed, epoch=epoch)
+        return self._spec.input.augment.train(batch.inputs, batch.rows.ids, seed=self._config.train.seed, epoch=epoch)
 
     def _save_if_due(self, epoch: int, place: int, step: int, sums: Tensor) -> None:
         verdict = self._pacer.verdict(step)
         if verdict == "go on":
             return
         with self._timed("checkpoint"):
-            total = self._over_ranks(sums.clone()).tolist()
+            total = over_ranks(sums.clone(), self.world_size).tolist()
             inside = self._collected(epoch, "snapshot")
             if inside is not None:
                 state = inside.state
@@ -194,13 +208,13 @@ class Worker:
         sums = new_sums(self._device, *places)
         named: dict[str, Any] = {"signals": terms.sweep_signals, "part": terms.sweep_part} if record else {}
         for batch in self._batches(header):
-            on_device = DeviceBatch(batch, self._spec.input, self._device)
+            on_device = self._place(batch)
             inputs = self._spec.input.augment.evaluate(on_device.inputs)
             signals = self._step.evaluate(inputs, on_device.targets, smoothed=record, **named)
             if record:
                 self._record(batch, signals)
-            add_batch(sums, signals, on_device.real, batch.num_bytes, on_device.targets)
-        return self._over_ranks(sums)
+            add_batch(sums, signals, on_device.rows.real, batch.num_bytes, on_device.targets)
+        return over_ranks(sums, self.world_size)
 
     def _record(self, batch: Batch, signals: dict[str, Tensor]) -> None:
         with self._timed("record"):
@@ -213,7 +227,7 @@ class Worker:
         self._pulse.doing("waits for the ScoreActor or the other ranks")
         while True:
             with self._timed("record"):
-                counts = self._gather(self._recorder.flush())
+                counts = gathered(self._recorder.flush(), self.rank, self.world_size, self._device)
             closed: ClosedEpoch | None = None
             if self.rank == 0:
                 closed = self._spec.scores.call(then, self._generation, epoch, counts, self._base_step)
@@ -275,19 +289,6 @@ class Worker:
         if self.world_size > 1:
             for buffer in (*self._network.buffers(), *self._step.buffers()):
                 torch.distributed.broadcast(buffer, src=0)
-
-    def _over_ranks(self, sums: Tensor) -> Tensor:
-        if self.world_size > 1:
-            torch.distributed.all_reduce(sums)
-        return sums
-
-    def _gather(self, count: int) -> list[int]:
-        if self.world_size == 1:
-            return [count]
-        counts = torch.zeros(self.world_size, dtype=torch.int64, device=self._device)
-        counts[self.rank] = count
-        torch.distributed.all_reduce(counts)
-        return [int(value) for value in counts]
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

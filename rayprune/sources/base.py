@@ -116,6 +116,11 @@ class Splits:
     train: SampleSource
     validation: SampleSource | None
 
+    @property
+    def by_name(self) -> dict[str, SampleSource]:
+        """The sources there are, as "train" and "validation"."""
+        return {"train": self.train, **({"validation": self.validation} if self.validation is not None else {})}
+
 
 def check_ids(ids: np.ndarray, num_samples: int) -> None:
     """Refuse ids that are not in 0..num_samples-1.

@@ -137,7 +137,7 @@ def test_a_killed_worker_and_a_killed_score_actor_take_the_loop_back_to_its_own_
 def test_fsdp2_shards_the_parameters_and_changes_no_plan_of_the_first_epochs(
     tmp_path: Path, together: tuple[Path, dict[str, np.ndarray]]
 ) -> None:
-    data = prune(stream="local", num_epochs=2)
+    data = prune(stream="device", num_epochs=2)
     fit(data.dataset, tmp_path, 2, fsdp=True)
     ours = [batch for batch in joined(seen(tmp_path, 2)) if batch[0][0] == 0]
     assert ours == [batch for batch in joined(seen(together[0], 2)) if batch[0][0] == 0]

@@ -180,12 +180,14 @@ def test_sweeps_through_a_proxy_survive_a_dead_worker(tmp_path: Path) -> None:
     assert killed.metrics[-1]["selection"]["budget_so_far"] == pytest.approx(0.7, abs=0.01)
 
 
-def test_learned_weights_are_the_same_by_both_transports_with_pruning(tmp_path: Path) -> None:
+def test_learned_weights_are_the_same_by_every_transport_with_pruning(tmp_path: Path) -> None:
     step = {"name": "l2w", "hidden": 16, "meta_interval": 2, "scope": "global"}
     base = {"train": {"epochs": 2, "batch_size": 32, "step": step}, "model": {"name": f"{MODELS}:tower"}}
-    streamed, local = (train(workers_config(tmp_path, stream, 2, stream, **base)) for stream in ("ray", "local"))
+    streams = ("ray", "local", "device")
+    streamed, local, resident = (train(workers_config(tmp_path, stream, 2, stream, **base)) for stream in streams)
     assert streamed.metrics[-1]["samples_meta"] > 0
     assert_same_run(streamed, local)
+    assert_same_run(local, resident)
 
 
 def test_a_run_killed_inside_an_epoch_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:

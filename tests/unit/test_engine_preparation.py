@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from engine_runs import run_config, same_weights, user
+import torch
+from engine_runs import assert_same_run, run_config, same_weights, user
 
 from rayprune.core import Plan, Selection
 from rayprune.engine.protocol import TrainingStopped
@@ -40,6 +41,10 @@ BEFORE = {
         {"method": {"name": user("TrainsBy"), "train_step": "psp", "width": 0.001}},
         "leaves no channel of layer 'layers.0', which has 256: use at least 0.004",
     ),
+    "a compiled network with a proxy": (
+        {"method": {"name": user("TrainsBy"), "train_step": "psp"}, "train": {"compile": True}},
+        "train.compile = True: train step 'psp' is not for compiled networks: leave it out",
+    ),
     "an unknown train step": (
         {"method": {"name": user("TrainsBy"), "train_step": "spp"}},
         r"unknown train step 'spp' of method '.*': did you mean 'psp'\?",
@@ -54,6 +59,23 @@ def test_a_mistake_is_refused_before_anything_is_written(case: str, tmp_path: Pa
         train(run_config(tmp_path, **sections))
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compiled_network_goes_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced and called by dynamo, without the compiler itself, which takes long."""
+    calls: list[str] = []
+
+    def compiled(self: torch.nn.Module) -> None:
+        calls.append(type(self).__name__)
+        self._compiled_call_impl = torch.compile(self._call_impl, backend="eager")
+
+    train_section = {"train": {"epochs": 2}, "method": {"name": "full"}}
+    plain = train(run_config(tmp_path, "plain", **train_section))
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+    train_section["train"]["compile"] = True
+    traced = train(run_config(tmp_path, "traced", **train_section))
+    assert calls == ["MLP"]
+    assert_same_run(plain, traced)
 
 
 def test_a_network_trains_together_with_its_proxy(tmp_path: Path) -> None:

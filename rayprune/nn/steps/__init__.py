@@ -12,8 +12,11 @@ STEPS: dict[str, type[PlainStep]] = {"plain": PlainStep, "psp": PspStep, "exits"
 MULTI_EXIT_STEPS = ("exits", "l2w")
 # Those with parameters of their own, drawn by the seed that they take.
 SEEDED_STEPS = ("l2w",)
+# Those that call the network as a whole and no derivative of it by hand: it may be compiled.
+COMPILED_STEPS = ("plain", "exits")
 
 __all__ = [
+    "COMPILED_STEPS",
     "MULTI_EXIT_STEPS",
     "SEEDED_STEPS",
     "STEPS",

@@ -1,0 +1,149 @@
+"""A worker's steps in this process, to be counted and looked at: as rayprune.engine.worker takes them, but no files.
+
+Shapes: B rows of a batch, N samples.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+from torch.autograd import DeviceType
+from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
+
+from rayprune.config import Config
+from rayprune.engine.actor import ScoreSpec
+from rayprune.engine.client import LocalScores
+from rayprune.engine.device_stream import DeviceStream
+from rayprune.engine.placing import Placer
+from rayprune.engine.preparation import input_spec
+from rayprune.engine.protocol import Turn
+from rayprune.engine.recorder import Recorder
+from rayprune.engine.setup import StepTerms, build_network, build_step, network_optimizer, pick_precision
+from rayprune.engine.stream import Batch, plan_batches, row_bytes
+from rayprune.engine.tally import add_batch, new_sums
+from rayprune.methods import InfoBatch
+from rayprune.nn.augment import step_seed
+from rayprune.sources import SampleSource
+
+_EPOCHS = 1_000_000
+
+
+class EngineSteps:
+    """Steps of InfoBatch at ratio 0, which records every loss, over as many epochs as it takes; by `stream: device`."""
+
+    def __init__(self, config: Config, source: SampleSource, device: torch.device) -> None:
+        self._spec, self._seed, self._batch_size = (
+            input_spec(config, source),
+            config.train.seed,
+            config.train.batch_size,
+        )
+        network, method = build_network(config, self._spec, device), InfoBatch(prune_ratio=0.0)
+        self._step = build_step(config, network, self._spec, StepTerms.of(method, config.train), 1, device)
+        spec = ScoreSpec(
+            method.to_config(), source, 0, _EPOCHS, 0, self._batch_size, "pad", row_bytes(source.schema), None, 0
+        )
+        self._scores, self._via = LocalScores(spec), DeviceStream({"train": source}, device)
+        self._place, self._sums = Placer(self._spec.column, device), new_sums(device)
+        self._recorder = Recorder(self._scores, 1, 0, ("loss",))
+        self._batches = self._all_batches()
+        self._number = 0
+
+    def _all_batches(self) -> Iterator[tuple[int, Batch]]:
+        for epoch in range(_EPOCHS):
+            self._recorder.start_epoch(epoch)
+            turn = Turn(epoch, "train", 1)
+            header = self._scores.call("announce", 1, turn)
+            for batch in plan_batches(self._scores, 1, turn, header, 0, self._batch_size, self._via):
+                yield epoch, batch
+            self._scores.call("close_epoch", 1, epoch, [self._recorder.flush()])
+
+    def take(self, number: int, *, record: bool = True) -> None:
+        """Take so many steps; without `record` their losses are not kept."""
+        for _ in range(number):
+            epoch, batch = next(self._batches)
+            self._number += 1
+            torch.manual_seed(step_seed(self._seed, epoch, self._number, 0))
+            placed = self._place(batch)
+            inputs = self._spec.augment.train(placed.inputs, placed.rows.ids, seed=self._seed, epoch=epoch)
+            signals = self._step(inputs, placed.targets, placed.rows.weights)
+            if record:
+                self._recorder.record(batch.ids, batch.real, signals)
+            add_batch(self._sums, signals, placed.rows.real, batch.num_bytes)
+
+
+def plain_epochs(config: Config, source: SampleSource, device: torch.device) -> Iterator[float]:
+    """Yield the samples a second of each epoch of the loop that one would write: the data on the device, no selection.
+
+    Network, optimiser, augmentation, batch and precision are the engine's; what does not fill a batch is left out.
+    """
+    spec, batch = input_spec(config, source), config.train.batch_size
+    every = source.take(np.arange(len(source), dtype=np.int64))
+    images, labels = (torch.from_numpy(every[name]).to(device) for name in (spec.column, "label"))
+    model = build_network(config, spec, device).train()
+    if config.train.compile:
+        model.compile()
+    optimizer, precision = network_optimizer(config, model), pick_precision(config.train.precision, device)
+    for epoch in range(_EPOCHS):
+        start = time.perf_counter()
+        order = torch.randperm(len(labels), device=device)
+        for first in range(0, len(order) - batch + 1, batch):
+            ids = order[first : first + batch]
+            inputs = spec.augment.train(images[ids], ids, seed=0, epoch=epoch)
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, precision, enabled=precision is not None):
+                logits = model(inputs)
+            functional.cross_entropy(logits.float(), labels[ids]).backward()
+            optimizer.step()
+        wait(device)
+        yield len(order) // batch * batch / (time.perf_counter() - start)
+
+
+def wait(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def elapsed_ms(device: torch.device, action: Callable[[], object]) -> float:
+    """Return the milliseconds that an action takes on the device: by CUDA's events, by the clock without a GPU."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        action()
+        return (time.perf_counter() - start) * 1e3
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    before.record()
+    action()
+    after.record()
+    after.synchronize()
+    return float(before.elapsed_time(after))
+
+
+def idle_share(device: torch.device, action: Callable[[], object]) -> float:
+    """Return the share of an action's time in which the device works on nothing, kernels and copies counted."""
+    on_gpu = device.type == "cuda"
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    wait(device)
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
+        start = time.perf_counter()
+        action()
+        wait(device)
+        wall_us = (time.perf_counter() - start) * 1e6
+    ranges = ((event.time_range.start, event.time_range.end) for event in seen.events() if event.device_type == kind)
+    return max(0.0, 1.0 - covered(ranges) / wall_us)
+
+
+def covered(ranges: Iterable[tuple[float, float]]) -> float:
+    """Return how much of a line intervals cover; what overlaps counts once.
+
+    >>> covered([(4.0, 5.0), (0.0, 2.0), (1.0, 3.0)])
+    4.0
+    """
+    total, end = 0.0, float("-inf")
+    for first, last in sorted(ranges):
+        total += max(0.0, last - max(first, end))
+        end = max(end, last)
+    return total
