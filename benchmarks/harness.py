@@ -49,7 +49,8 @@ class Figure:
         """Return the figure as a line of the table."""
         low, high = min(self.values), max(self.values)
         spread = f"{low:.4g} … {high:.4g}"
-        return f"{self.name:<{NAME_WIDTH}} {len(self.values):>3} {self.median:>10.4g}   {spread:<22} {self.goal:<8} {self.holds}"
+        named = f"{self.name:<{NAME_WIDTH}} {len(self.values):>3}"
+        return f"{named} {self.median:>10.4g}   {spread:<22} {self.goal:<8} {self.holds}"
 
 
 HEADER = f"{'figure':<{NAME_WIDTH}} {'n':>3} {'median':>10}   {'spread':<22} {'goal':<8} holds"
