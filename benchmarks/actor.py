@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from benchmarks.harness import Figure
+from benchmarks.harness import Figure, seconds
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.client import RemoteScores
 from rayprune.engine.protocol import Turn, pack
@@ -19,7 +19,7 @@ from rayprune.sources import open_data
 
 NUM_SAMPLES = 4_000_000
 CALLS = ((4_096, ""), (65_536, ""), (262_144, "≥ 30"), (1_048_576, "≥ 30"))
-REPETITIONS = 7
+REPETITIONS, EMPTY_CALLS = 7, 50
 
 
 def figures() -> Iterator[Figure]:
@@ -27,10 +27,16 @@ def figures() -> Iterator[Figure]:
     start_ray()
     with tempfile.TemporaryDirectory() as folder:
         for rows, goal in CALLS:
-            yield Figure(f"actor intake in calls of {rows:,}, million samples/s", _intake(Path(folder), rows), goal)
+            rates, _ = intake(Path(folder), rows)
+            yield Figure(f"actor intake in calls of {rows:,}, million samples/s", rates, goal)
 
 
-def _intake(folder: Path, rows: int) -> list[float]:
+def intake(folder: Path, rows: int) -> tuple[list[float], list[float]]:
+    """Return million samples a second in calls of `rows`, and the seconds of calls that carry nothing.
+
+    Args:
+        folder: an existing one for the arrays that stand for a data set.
+    """
     features = folder / "x_train.npy"
     if not features.exists():
         np.save(features, np.zeros((NUM_SAMPLES, 1), np.float32))
@@ -44,7 +50,7 @@ def _intake(folder: Path, rows: int) -> list[float]:
     losses = rng.exponential(size=NUM_SAMPLES).astype(np.float32)
     pushes = [np.sort(order[start : start + rows]) for start in range(0, NUM_SAMPLES, rows)]
     packed = [pack(ids, {"loss": losses[ids]}) for ids in pushes]
-    rates = []
+    rates, latencies = [], []
     for epoch in range(REPETITIONS + 1):
         client.call("announce", generation, Turn(epoch, "train", 1))
         start = time.perf_counter()
@@ -52,6 +58,7 @@ def _intake(folder: Path, rows: int) -> list[float]:
             client.post("observe", generation, epoch, 0, sequence, layout, buffer)
         assert client.call("missing", generation, epoch, 0, len(packed)) == []
         rates.append(NUM_SAMPLES / (time.perf_counter() - start) / 1e6)
+        latencies.append(seconds(lambda: [client.call("generation") for _ in range(EMPTY_CALLS)]) / EMPTY_CALLS)
         assert client.call("close_epoch", generation, epoch, [len(packed)]) is not None
     ray.kill(handle)
-    return rates[1:]
+    return rates[1:], latencies[1:]

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+NAME_WIDTH = 86
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -47,10 +49,11 @@ class Figure:
         """Return the figure as a line of the table."""
         low, high = min(self.values), max(self.values)
         spread = f"{low:.4g} … {high:.4g}"
-        return f"{self.name:<62} {len(self.values):>3} {self.median:>10.4g}   {spread:<22} {self.goal:<8} {self.holds}"
+        named = f"{self.name:<{NAME_WIDTH}} {len(self.values):>3}"
+        return f"{named} {self.median:>10.4g}   {spread:<22} {self.goal:<8} {self.holds}"
 
 
-HEADER = f"{'figure':<62} {'n':>3} {'median':>10}   {'spread':<22} {'goal':<8} holds"
+HEADER = f"{'figure':<{NAME_WIDTH}} {'n':>3} {'median':>10}   {'spread':<22} {'goal':<8} holds"
 
 
 def seconds(action: Callable[[], object]) -> float:

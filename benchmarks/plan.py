@@ -13,7 +13,12 @@ import numpy as np
 from benchmarks.harness import Figure, seconds
 from rayprune import InfoBatch, Plan, Selection, Selector
 
-CASES = ((1_000_000, 9, "≤ 0.06", ""), (100_000_000, 3, "≤ 10", "≤ 24"))
+CASES = (
+    (100_000, 9, "", ""),
+    (1_000_000, 9, "≤ 0.06", ""),
+    (10_000_000, 5, "", ""),
+    (100_000_000, 3, "≤ 10", "≤ 24"),
+)
 
 
 def figures() -> Iterator[Figure]:

@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer
 
 from benchmarks.harness import Figure
 from rayprune.engine.actor import ScoreSpec
-from rayprune.engine.client import RemoteScores
+from rayprune.engine.client import RemoteScores, ScoreClient
 from rayprune.engine.protocol import Turn
 from rayprune.engine.resources import start_ray
 from rayprune.engine.stream import LocalStream, RayStream, Transport, plan_batches, plan_dataset, row_bytes
@@ -77,10 +77,11 @@ def _run(
     return seen
 
 
-class _Epochs:
+class Epochs:
     """Give out one plan after the other and time how it is streamed."""
 
-    def __init__(self, scores: RemoteScores) -> None:
+    def __init__(self, scores: ScoreClient) -> None:
+        self.bytes_a_row = 0.0  # read from storage in the epoch streamed last
         self._scores, self._epoch, self._generation = scores, -1, time.time_ns()
 
     def stream(self, via: Transport) -> tuple[float, float]:
@@ -89,10 +90,12 @@ class _Epochs:
         start = time.perf_counter()
         turn = Turn(self._epoch, "train", 1)
         header = self._scores.call("announce", self._generation, turn)
-        rows, first = 0, 0.0
+        rows, first, num_bytes = 0, 0.0, 0
         for batch in plan_batches(self._scores, self._generation, turn, header, 0, BATCH, via):
             first = first or time.perf_counter() - start
             rows += batch.ids.size
+            num_bytes += batch.num_bytes
+        self.bytes_a_row = num_bytes / rows
         seconds = time.perf_counter() - start
         assert rows == header.num_steps * BATCH
         self._scores.call("close_epoch", self._generation, self._epoch, [0])
@@ -100,7 +103,7 @@ class _Epochs:
 
 
 def _throughput(scores: RemoteScores, source: SampleSource, folder: Path, epochs: int) -> dict[str, list[float]]:
-    plans = _Epochs(scores)
+    plans = Epochs(scores)
     streams = {"local": LocalStream({"train": source}), "ray": RayStream(ray.train.get_dataset_shard("train"))}
     seen: dict[str, list[float]] = {"bare": [], "local": [], "ray": []}
     for epoch in range(epochs + 1):
@@ -126,7 +129,7 @@ def _bare_loop(folder: Path, epoch: int) -> float:
 
 
 def _starts(scores: RemoteScores, source: SampleSource, folder: Path, epochs: int) -> dict[str, list[float]]:
-    plans = _Epochs(scores)
+    plans = Epochs(scores)
     streams = {"local": LocalStream({"train": source}), "ray": RayStream(ray.train.get_dataset_shard("train"))}
     seen = {name: [plans.stream(via)[0] for _ in range(epochs)][1:] for name, via in streams.items()}
     return seen

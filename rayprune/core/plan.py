@@ -164,15 +164,19 @@ class Plan:
         """Return the float32 weights of rows [start, stop); 0 for padding and meta rows."""
         if self.selection is not None and self.selection.batch_mean_weights:
             return self._batch_mean_weights(start, stop)
-        rows = self.order[start:stop]
-        weights = np.ones(rows.size, np.float32) if self.selection is None else self.selection.weights_of(rows)
-        weights[self.roles(start, stop) != TRAIN] = 0.0
+        return self._weights_of(self.order[start:stop], self.roles(start, stop) == TRAIN)
+
+    def _weights_of(self, ids: NDArray[Any], trains: NDArray[np.bool_]) -> NDArray[np.float32]:
+        weights = np.ones(ids.size, np.float32) if self.selection is None else self.selection.weights_of(ids)
+        weights[~trains] = 0.0
         return weights
 
     def roles(self, start: int, stop: int) -> NDArray[np.int8]:
         """Return PADDING, TRAIN or META of rows [start, stop)."""
-        stop = min(stop, self.order.size)
-        return row_roles(start, stop, self.batch_size, self.num_rows, self.meta_every)
+        return self._roles_of(np.arange(start, min(stop, self.order.size)))
+
+    def _roles_of(self, rows: NDArray[np.int64]) -> NDArray[np.int8]:
+        return row_roles(rows, self.batch_size, self.num_rows, self.meta_every)
 
     def _batch_mean_weights(self, start: int, stop: int) -> NDArray[np.float32]:
         assert self.selection is not None
@@ -194,15 +198,16 @@ class Plan:
             ids int64, weights float32, and True where a row is trained on (False: padding, meta rows); each
             ((stop − start)·GB/W,).
         """
-        start, stop = start_step * self.batch_size, stop_step * self.batch_size
         size = self._rows_of_rank(world_size)
         mine = slice(rank * size, (rank + 1) * size)
-
-        def slices(rows: NDArray[Any]) -> NDArray[Any]:
-            return rows.reshape(-1, self.batch_size)[:, mine].ravel()
-
-        ids = slices(self.order[start:stop]).astype(np.int64)
-        return ids, slices(self.weights(start, stop)), slices(self.roles(start, stop) == TRAIN)
+        ids = self.order.reshape(-1, self.batch_size)[start_step:stop_step, mine].astype(np.int64).ravel()
+        starts = np.arange(start_step, start_step + ids.size // size) * self.batch_size + mine.start
+        trains = self._roles_of((starts[:, None] + np.arange(size)).ravel()) == TRAIN
+        if self.selection is not None and self.selection.batch_mean_weights:
+            whole = self._batch_mean_weights(start_step * self.batch_size, stop_step * self.batch_size)
+            return ids, whole.reshape(-1, self.batch_size)[:, mine].ravel(), trains
+        # Of this rank's rows alone: what all ranks together ask of the one actor then does not grow with their number.
+        return ids, self._weights_of(ids, trains), trains
 
     def blocks(self, world_size: int, row_bytes: int, start_step: int = 0) -> list[Block]:
         """Cut the steps from start_step on into blocks of at most BLOCK_ROWS rows and BLOCK_BYTES bytes.

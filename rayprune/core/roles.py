@@ -47,17 +47,17 @@ def train_step_of(step: int, meta_every: int) -> int:
     return step - num_meta_batches(step, meta_every + 1) if meta_every else step
 
 
-def row_roles(start: int, stop: int, batch_size: int, num_rows: int, meta_every: int) -> NDArray[np.int8]:
-    """Return PADDING, TRAIN or META of a plan's rows [start, stop).
+def row_roles(rows: NDArray[np.int64], batch_size: int, num_rows: int, meta_every: int) -> NDArray[np.int8]:
+    """Return PADDING, TRAIN or META of rows of a plan.
 
     Args:
+        rows: their positions in it.
         batch_size: GB.
         num_rows: rows of the selection; the padding of its last batch comes behind them.
         meta_every: K, 0 for none.
     """
-    rows = np.arange(start, stop)
     if not meta_every:
-        return np.where(rows < num_rows, TRAIN, PADDING).astype(np.int8)
+        return np.where(rows < num_rows, np.int8(TRAIN), np.int8(PADDING))
     steps = rows // batch_size
     before = -(-steps // (meta_every + 1))  # meta batches before each row's step
     real = rows - before * batch_size < num_rows

@@ -9,6 +9,7 @@ no stable API of Ray: they are used here and nowhere else.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ _CURE = (
 )
 # A user's map may see it and must not mistake it for a column of the data.
 _BYTES_READ = "__bytes_read"
+# A source that holds its data is not sent with each read task.
+_LARGE_SOURCE_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,8 @@ class PlanDatasource(Datasource):
 
     def __init__(self, scores: RemoteScores, sources: Mapping[str, SampleSource]) -> None:
         super().__init__()
-        self._scores, self._sources = scores, dict(sources)
+        self._scores = scores
+        self._sources = {name: _sent(source) for name, source in sources.items()}
 
     def get_name(self) -> str:
         """Return the name that Ray shows."""
@@ -234,16 +238,32 @@ class PlanDatasource(Datasource):
         return [ReadTask(_Read(source, ids, weights), metadata) for ids, weights in blocks]
 
 
+def _sent(source: SampleSource) -> SampleSource | ray.ObjectRef:
+    """Return what read tasks carry of a source: itself, or where it is large a reference, sent to each node once."""
+    return ray.put(source) if len(ray.cloudpickle.dumps(source)) > _LARGE_SOURCE_BYTES else source
+
+
+@functools.lru_cache(maxsize=4)
+def _fetched(reference: ray.ObjectRef) -> SampleSource:
+    """Return a source, one for all tasks of this process."""
+    source: SampleSource = ray.get(reference)
+    return source
+
+
 @dataclass(frozen=True)
 class _Read:
     """Read one block; holds a copy of its ids, so that no task depends on an object that the actor owns."""
 
-    source: SampleSource
+    source: SampleSource | ray.ObjectRef
     ids: NDArray[np.int64]
     weights: NDArray[np.float32]
 
+    # By this name Ray warns of tasks above 1 MiB, and fails where a task that is no function has none.
+    __name__ = "Plan"
+
     def __call__(self) -> list[Any]:
-        columns, num_bytes = self.source.read(self.ids)
+        source = _fetched(self.source) if isinstance(self.source, ray.ObjectRef) else self.source
+        columns, num_bytes = source.read(self.ids)
         # The count travels with the rows: all of it with the first one.
         read = np.zeros(self.ids.size, dtype=np.int64)
         read[:1] = num_bytes

@@ -1,0 +1,65 @@
+"""InfoBatch's selection over 1e9 samples: seconds, and bytes a sample at the peak.
+
+By name only (`python -m benchmarks billion`): a minute or two and up to 14 GB. Where less is free, the largest of the
+sizes that fits is measured, and a row says what was left out. In a process of its own, one repetition an epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import psutil
+
+from benchmarks.harness import Figure, seconds
+from rayprune import InfoBatch, Selector
+
+SIZES = (1_000_000_000, 500_000_000, 200_000_000)
+BYTES_A_SAMPLE = 14  # that must be free
+COUNT, PUSH_ROWS = 2, 1 << 20
+
+
+def figures() -> Iterator[Figure]:
+    """Yield the figures of the largest size that fits."""
+    free = psutil.virtual_memory().available
+    for size in SIZES:
+        if size * BYTES_A_SAMPLE > free:
+            yield Figure(
+                f"{size:.0e} samples skipped: {size * BYTES_A_SAMPLE / 1e9:.0f} GB needed; GB free", [free / 1e9]
+            )
+            continue
+        command = [sys.executable, "-m", "benchmarks.billion", str(size)]
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode:
+            yield Figure(f"{size:.0e} samples failed (memory); exit code", [run.returncode])
+            continue
+        seen = json.loads(run.stdout)
+        yield Figure(f"InfoBatch selection, {size:.0e} samples, s", seen["select"])
+        yield Figure(f"folding all losses in, {size:.0e} samples, s", seen["fold"])
+        yield Figure(f"score table and selection, {size:.0e} samples, peak bytes a sample", seen["bytes"])
+        return
+
+
+def _measure(num_samples: int) -> dict[str, list[float]]:
+    before = _peak_bytes()
+    selector = Selector(InfoBatch(), num_samples, num_epochs=COUNT + 20, seed=0)
+    selector.begin_epoch(0)
+    losses = np.random.default_rng(0).exponential(size=PUSH_ROWS).astype(np.float32)
+    fold = 0.0
+    for start in range(0, num_samples, PUSH_ROWS):
+        ids = np.arange(start, min(start + PUSH_ROWS, num_samples))
+        fold += seconds(lambda ids=ids: selector.observe(ids, {"loss": losses[: ids.size]}, epoch=0))
+    selects = [seconds(lambda epoch=epoch: selector.begin_epoch(epoch)) for epoch in range(1, COUNT + 1)]
+    return {"select": selects, "fold": [fold], "bytes": [(_peak_bytes() - before) / num_samples]}
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(int(sys.argv[1]))))

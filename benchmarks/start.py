@@ -1,0 +1,137 @@
+"""From the command to the first training step, and what of it is Ray, torch and ours.
+
+A real `python -m rayprune train` on the digits, as a process of its own, for num_workers 0, 1 and 2. Its model (`noted`
+here) writes down the clock at its forwards; the first one on a whole batch in training mode is the first step. Beside
+it, in turns, a program that does with Ray and torch what any such run must: it imports torch, Ray, Ray Train and Ray
+Data, starts Ray with the same options, and lets a TorchTrainer with as many workers run a function that writes down
+the clock. "Ours" is the one less the other: the rest of the imports, reading the config and the data, the checks, the
+run folder, the ScoreActor, the model, the first batch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import Figure
+
+BATCH, ROWS, REPETITIONS = 64, 512, 3
+WORKERS = (0, 1, 2)
+NOTES = "RAYPRUNE_BENCH_NOTES"
+_ROOT = Path(__file__).parents[1]
+
+
+def figures() -> Iterator[Figure]:
+    """Yield the seconds of each number of workers, their parts, and what is ours."""
+    for workers in WORKERS:
+        totals, parts = [], []
+        for turn in range(REPETITIONS + 1):
+            total, part = _command(workers), _reference(workers)
+            if turn:  # the first one fills the page cache
+                totals.append(total)
+                parts.append(part)
+        name = f"num_workers {workers}"
+        yield Figure(f"command to first step, {name}, s", totals)
+        for part in parts[0]:
+            yield Figure(f"  of it: {part}, s", [each[part] for each in parts])
+        ours = [total - sum(part.values()) for total, part in zip(totals, parts, strict=True)]
+        yield Figure(f"  of it: ours, {name}, s", ours, "≤ 1")
+
+
+def noted(num_classes: int, input_shape: tuple[int, ...]) -> Any:
+    """Build the model of the command: an MLP that appends a line to NOTES at each forward of a training batch."""
+    import torch
+
+    class Noted(torch.nn.Sequential):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            if self.training and torch.is_grad_enabled():
+                with Path(os.environ[NOTES]).open("a") as file:
+                    file.write(f"{time.time()} {len(inputs)}\n")
+            logits: torch.Tensor = super().forward(inputs)
+            return logits
+
+    size = 1
+    for length in input_shape:
+        size *= length
+    return Noted(torch.nn.Flatten(), torch.nn.Linear(size, 64), torch.nn.ReLU(), torch.nn.Linear(64, num_classes))
+
+
+def _command(workers: int) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        config, notes = Path(folder) / "start.yaml", Path(folder) / "notes"
+        options = {NOTES: str(notes), "RAY_USAGE_STATS_ENABLED": "0"}
+        config.write_text(
+            json.dumps(
+                {
+                    "data": {"source": "digits", "limit": ROWS},
+                    "model": {"name": f"{__file__}:noted"},
+                    "method": {"name": "infobatch"},
+                    "train": {"epochs": 3, "batch_size": BATCH, "stop_after": 1},
+                    "scaling": {"num_workers": workers, "use_gpu": False},
+                    "run": {"storage_path": folder, "name": "run"},
+                }
+            )
+        )
+        started = time.time()
+        command = [sys.executable, "-m", "rayprune", "train", str(config)]
+        subprocess.run(command, check=True, capture_output=True, cwd=_ROOT, env={**os.environ, **options})
+        steps = [line.split() for line in notes.read_text().splitlines()]
+        return min(float(at) for at, rows in steps if int(rows) == BATCH // max(1, workers)) - started
+
+
+def _reference(workers: int) -> dict[str, float]:
+    """Return part → seconds of the program that does only what Ray and torch need."""
+    started = time.time()
+    command = [sys.executable, "-m", "benchmarks.start", str(workers)]
+    seen = subprocess.run(command, check=True, capture_output=True, text=True, cwd=_ROOT)
+    marks: dict[str, float] = json.loads(seen.stdout.splitlines()[-1])
+    parts, last = {}, started
+    for name, at in marks.items():
+        parts[name], last = at - last, at
+    return parts
+
+
+def _bare_run(workers: int) -> dict[str, float]:
+    """Return mark → clock, in order."""
+    marks = {"Python": time.time()}
+    import torch
+
+    marks["import torch"] = time.time()
+    import ray
+
+    marks["import ray"] = time.time()
+    import ray.data
+    import ray.train.torch
+
+    marks["import ray.train, ray.data"] = time.time()
+    if workers:
+        os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+        ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="ERROR")
+        marks["ray.init"] = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        note = Path(folder) / "note"
+
+        def loop() -> None:
+            torch.zeros(1)
+            if ray.train.get_context().get_world_rank() == 0:
+                note.write_text(str(time.time()))
+
+        scaling = ray.train.ScalingConfig(
+            num_workers=workers,
+            resources_per_worker={"CPU": 0.5} if workers else None,
+        )
+        run = ray.train.RunConfig(storage_path=folder, name="bare")
+        ray.train.torch.TorchTrainer(loop, scaling_config=scaling, run_config=run).fit()
+        marks["workers"] = float(note.read_text())
+    return marks
+
+
+if __name__ == "__main__":
+    print(json.dumps(_bare_run(int(sys.argv[1]))))
