@@ -1,6 +1,7 @@
 """Gather per-sample signals on the device and push them to the ScoreActor in large pieces.
 
-A push of every step would cost 0.5–1 ms; a buffer on the device and a push of 262,144 samples costs some µs a step. A
+A push of every step would cost 0.5–1 ms; a buffer on the device and a push of 262,144 samples costs some µs a step.
+Nothing waits for a GPU: what is pushed is copied behind the steps that it has to do, and sent when it has arrived. A
 push is sorted by id: the one actor then writes to rising addresses, several times faster, and the many workers do the
 sorting. What was pushed in an epoch is kept until the epoch is closed, because an actor that dies loses calls that
 it acknowledged. Signals that are vectors (probabilities, embeddings) are too large to keep: when they are lost with the
@@ -29,6 +30,32 @@ PUSH_SECONDS = 2.0
 _PUSH_BYTES = 64 * 1024 * 1024
 
 
+class Arriving:
+    """Rows on their way from the device to the host; where that is one, they are here and must be taken at once.
+
+    Args:
+        ids: (R,) on the host.
+        signals: name → (R, …) on the device; what is written there later comes after the copy.
+        sweep: whether a forward-only pass reports them.
+    """
+
+    def __init__(self, ids: NDArray[np.int64], signals: dict[str, Tensor], sweep: bool) -> None:
+        self.ids, self.sweep = ids, sweep
+        self._copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in signals.items()}
+        on_gpu = next((tensor.device for tensor in signals.values() if tensor.is_cuda), None)
+        self._copied = None if on_gpu is None else torch.cuda.current_stream(on_gpu).record_event()
+
+    def here(self) -> bool:
+        """Return whether they have arrived."""
+        return self._copied is None or self._copied.query()
+
+    def signals(self) -> dict[str, NDArray[Any]]:
+        """Return name → (R, …), once they have arrived."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return {name: copy.numpy() for name, copy in self._copies.items()}
+
+
 class Recorder:
     """Buffer, push and log one rank's observations.
 
@@ -46,6 +73,7 @@ class Recorder:
         self._ids = np.empty(0, dtype=np.int64)
         self._buffers: dict[str, Tensor] = {}
         self._rows = 0
+        self._arriving: Arriving | None = None
         self._epoch, self._base_step = -1, 0
         self._pushed_at = 0.0
         self._log: list[tuple[Layout, NDArray[np.uint8], bool] | None] = []
@@ -54,7 +82,7 @@ class Recorder:
 
     def start_epoch(self, epoch: int, base_step: int = 0) -> None:
         """Begin an epoch, at the step this attempt has of it; what was logged of the last one is let go."""
-        self._epoch, self._base_step, self._rows, self._log = epoch, base_step, 0, []
+        self._epoch, self._base_step, self._rows, self._arriving, self._log = epoch, base_step, 0, None, []
         self._pushed_at = time.perf_counter()
         self.num_nonfinite, self.nonfinite_ids = 0, []
         self._buffer_for(self._trained, sweep=False)
@@ -87,14 +115,15 @@ class Recorder:
         if not self._buffers:
             self._allocate(real.size, signals)
         if self._rows + ids.size > self._ids.size:
-            self.push()
+            self._copy()
         rows = slice(self._rows, self._rows + ids.size)
         self._ids[rows] = ids
         for name, buffer in self._buffers.items():
             buffer[rows].copy_(signals[name])
         self._rows += ids.size
         if time.perf_counter() - self._pushed_at > PUSH_SECONDS:
-            self.push()
+            self._copy()
+        self._send_what_is_here()
 
     def _allocate(self, batch_rows: int, signals: dict[str, Tensor]) -> None:
         """Size the buffers by the first batch: fewer rows where a signal is a long vector, at least two batches."""
@@ -106,26 +135,44 @@ class Recorder:
             self._buffers[name] = torch.empty(shape, dtype=torch.float32, device=signals[name].device)
 
     def push(self) -> None:
-        """Send what is buffered; the device is waited for here and nowhere else."""
+        """Send what is buffered, and wait until the device has done what it takes."""
+        self._copy()
+        self._send()
+
+    def _copy(self) -> None:
+        """Let what is buffered leave the device, and make room for more."""
         self._pushed_at = time.perf_counter()
-        if not self._rows:
+        self._send()  # one after the other
+        if self._rows:
+            signals = {name: buffer[: self._rows] for name, buffer in self._buffers.items()}
+            self._arriving = Arriving(self._ids[: self._rows].copy(), signals, self._sweep)
+            self._rows = 0
+            self._send_what_is_here()
+
+    def _send_what_is_here(self) -> None:
+        if self._arriving is not None and self._arriving.here():
+            self._send()
+
+    def _send(self) -> None:
+        """Send what has left the device, when it has arrived."""
+        arriving, self._arriving = self._arriving, None
+        if arriving is None:
             return
-        seen = {name: buffer[: self._rows].cpu().numpy() for name, buffer in self._buffers.items()}
-        finite = np.ones(self._rows, dtype=bool)
+        seen, rows = arriving.signals(), arriving.ids
+        finite = np.ones(rows.size, dtype=bool)
         for array in seen.values():
-            finite &= np.isfinite(array).reshape(self._rows, -1).all(axis=1)
+            finite &= np.isfinite(array).reshape(rows.size, -1).all(axis=1)
         # Rows that never enter the table come last, as they occurred: the first of them is where to look.
         sound, bad = np.flatnonzero(finite), np.flatnonzero(~finite)
-        order = np.concatenate([sound[np.argsort(self._ids[sound])], bad])
-        ids = self._ids[order]
+        order = np.concatenate([sound[np.argsort(rows[sound])], bad])
+        ids = rows[order]
         signals: dict[str, NDArray[Any]] = {name: array[order] for name, array in seen.items()}
         self.num_nonfinite += bad.size
-        self.nonfinite_ids += self._ids[bad][:5].tolist()
-        self._log.append((*pack(ids, signals), self._sweep))
+        self.nonfinite_ids += rows[bad][:5].tolist()
+        self._log.append((*pack(ids, signals), arriving.sweep))
         self._client.post("observe", *self._push(len(self._log) - 1))
         if any(array.ndim > 1 for array in signals.values()):
             self._log[-1] = None
-        self._rows = 0
 
     def _push(self, sequence: int) -> tuple[Any, ...]:
         logged = self._log[sequence]

@@ -12,7 +12,7 @@ from engine_runs import run_config, scores_of, user
 
 from rayprune.engine import recorder
 from rayprune.engine.protocol import TrainingStopped, unpack
-from rayprune.engine.recorder import Recorder
+from rayprune.engine.recorder import Arriving, Recorder
 from rayprune.engine.run_folder import read_metrics
 from rayprune.engine.train import train
 
@@ -57,6 +57,30 @@ def test_pushes_are_whole_batches_and_at_least_two_of_them(
     assert np.concatenate([push["id"] for push in client.pushes]).tolist() == list(range(50))
     assert np.array_equal(np.concatenate([push["loss"] for push in client.pushes]), losses)
     assert all(set(push) == {"id", "loss"} for push in client.pushes)
+
+
+@pytest.mark.parametrize("late", [1, 2, 3, 100])
+def test_what_leaves_the_device_late_is_pushed_whole_and_in_order(monkeypatch: pytest.MonkeyPatch, late: int) -> None:
+    """As on a GPU: a copy takes the time of `late` batches, in which the buffers are written again."""
+
+    class Late(Arriving):
+        def __init__(self, ids: np.ndarray, signals: dict[str, torch.Tensor], sweep: bool) -> None:
+            super().__init__(ids, {name: tensor.clone() for name, tensor in signals.items()}, sweep)
+            self.asked = 0
+
+        def here(self) -> bool:
+            self.asked += 1
+            return self.asked > late
+
+    monkeypatch.setattr(recorder, "PUSH_ROWS", 20)
+    monkeypatch.setattr(recorder, "Arriving", Late)
+    client, losses = KeptPushes(), np.arange(50, dtype=np.float32)
+    losses[33] = np.nan
+    one = record_all(client, losses, 5, np.ones(50, dtype=bool))
+    assert [push["id"].size for push in client.pushes] == [20, 20, 10]
+    assert np.concatenate([np.sort(push["id"]) for push in client.pushes]).tolist() == list(range(50))
+    assert all(np.array_equal(losses[push["id"]], push["loss"], equal_nan=True) for push in client.pushes)
+    assert (one.num_nonfinite, one.nonfinite_ids) == (1, [33])
 
 
 def test_padding_is_never_recorded() -> None:
