@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from rayprune.engine.resources import start_ray
 from rayprune.engine.stream import Batch, PlanDatasource, RayStream, Share, plan_batches, plan_dataset
 from rayprune.methods import build_method
 from rayprune.sources import open_data
+from rayprune.sources.rows import RowSource
 
 METHOD = {"name": "random_epoch", "prune_ratio": 0.4}
 SEED, EPOCHS = 3, 3
@@ -121,6 +123,24 @@ def test_many_small_blocks_keep_their_order() -> None:
         for rank, batches in enumerate(stream_turn(scores, shards, 0, "train", 8)):
             assert_is_share(batches, plan, rank, 2, sources["train"])
         assert len(scores.call("blocks")[1]) >= 20
+
+
+@pytest.mark.parametrize("sent_once", [True, False])
+def test_trap_a_large_read_task_without_a_name_fails(monkeypatch: pytest.MonkeyPatch, sent_once: bool) -> None:
+    """A source that holds its data is sent once; and were it sent with each task, Ray warns by the task's name."""
+    digits = sources_of(97)["train"]
+    rows = partial(digits.take, np.arange(97))
+    heavy = RowSource(rows, digits.schema, digits.fingerprint, np.asarray(digits.labels))
+    vars(heavy)["ballast"] = bytes(3 * 2**20)  # goes wherever the source is sent
+    if not sent_once:
+        monkeypatch.setattr(stream, "_LARGE_SOURCE_BYTES", 2**40)
+    with actor_of(spec_of(97, 6)) as scores:
+        shards = plan_dataset(scores, {"train": heavy}).streaming_split(2, equal=True)
+        plan = plans_of(97, 6)[0]
+        for rank, batches in enumerate(stream_turn(scores, shards, 0, "train", 6)):
+            assert_is_share(batches, plan, rank, 2, digits)
+        tasks = PlanDatasource(scores, {"train": heavy}).get_read_tasks(1)
+        assert (len(ray.cloudpickle.dumps(tasks[0])) < 2**20) == sent_once
 
 
 def test_trap_order_is_set_in_the_data_context_before_the_trainer_exists() -> None:
