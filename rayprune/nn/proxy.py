@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from rayprune.nn.boundary import eval_mode, last_linear
 from rayprune.nn.narrow import WITHOUT_PROXY, Narrow, NarrowNorm, check_width, narrow, sliceable_layers
@@ -101,6 +100,8 @@ class Proxy(nn.Module):
 
 def num_macs(model: Callable[[Tensor], Tensor], example: Tensor) -> int:
     """Count the multiply-adds of one forward, of convolutions and matrix products."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, which no training needs
+
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(example)
     return int(counter.get_total_flops()) // 2

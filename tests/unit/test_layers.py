@@ -188,6 +188,13 @@ def test_an_allowed_import_is_let_through(layer: str, text: str) -> None:
     assert violations(layer, imports_of(ast.parse(text), f"rayprune.{layer}")) == []
 
 
+def test_the_score_actor_and_read_tasks_do_without_torch() -> None:
+    """It would cost each of their processes 0.4 GB, and the first batch a second."""
+    code = "import sys, rayprune.engine.actor, rayprune.engine.stream, rayprune.sources; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "False", done.stderr
+
+
 @pytest.mark.parametrize(
     "statement",
     ["import rayprune", "import rayprune.core", "import rayprune.methods", "dir(rayprune)"],
