@@ -1,7 +1,7 @@
 """CIFAR-10's images for the benchmarks that train: the real ones where RAYPRUNE_CIFAR10 names their folder.
 
 The folder holds Parquet files as the Hugging Face hub has them: a column of encoded images, one of labels. Without it,
-random images of the same size in the same layout, PNG-encoded, stand in: what is timed does not depend on what they
+random images of the same size in the same layout, JPEG-encoded, stand in: what is timed does not depend on what they
 show, except that InfoBatch finds other samples well learned. The names of the rows say which were used.
 """
 
@@ -70,7 +70,7 @@ def write_random(scratch: Path, rows: int) -> Path:
 
 
 def random_images(rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (rows, 32, 32, 3) uint8 smooth noise, which PNG compresses about as it does photographs, and labels."""
+    """Return (rows, 32, 32, 3) uint8 smooth noise that compresses about as photographs do, and labels."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 224, (rows, PIXELS // 4, PIXELS // 4, 3), dtype=np.uint8)
     images = coarse.repeat(4, axis=1).repeat(4, axis=2)
@@ -79,7 +79,7 @@ def random_images(rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def encoded(image: np.ndarray) -> bytes:
-    """Return an image as PNG."""
+    """Return an image as JPEG, as the hub has them."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
+    Image.fromarray(image).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()

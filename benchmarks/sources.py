@@ -1,11 +1,12 @@
 """Rows a second and bytes a row of every kind of source, over both transports, against a DataLoader and a bare loop.
 
-8,192 random images of 32×32×3 bytes: as arrays (memory-mapped); as PNG files in class folders, PNGs in Parquet, in tar
-shards (WebDataset), in a saved data set of `datasets`, and as a torch Dataset over the PNGs, each decoded at every
+8,192 random images of 32×32×3 bytes: as arrays (memory-mapped); as JPEG files in class folders; JPEGs in Parquet, in
+tar shards (WebDataset), in a saved data set of `datasets`, and as a torch Dataset over the JPEGs, each decoded at every
 visit (cache none); and Parquet once more out of the decoded cache (cache disk). Batches of 128.
 
-In turns in this process: the local transport, a DataLoader over the PNGs in memory with 0 and with 2 workers, which
-decodes with Pillow (for arrays: over the memory map, item by item), and a bare loop that does the same without a
+In turns in this process: the local transport, a DataLoader over the JPEGs in memory with 0 and with 2 workers, which
+decodes with Pillow (for image_folder and torch_dataset: over the files, opened one by one; for arrays: over the memory
+map, item by item), and a bare loop that does the same without a
 DataLoader. The ray transport runs in one Ray worker, in turns with the local one there: "ray ÷ local" is of that
 process. Bytes a row are those read from storage as metrics.jsonl counts them, per row delivered.
 """
@@ -47,11 +48,13 @@ def figures() -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         images, labels = random_images(ROWS)
-        pngs = [encoded(image) for image in images]
-        sources = _write(root, images, labels, pngs)
-        loops = {
+        jpegs = [encoded(image) for image in images]
+        sources = _write(root, images, labels, jpegs)
+        loops: dict[str, Dataset[tuple[np.ndarray, int]]] = {
             "arrays": _Rows(np.load(root / "arrays" / "x_train.npy", mmap_mode="r"), labels),
-            "": _Pngs(pngs, labels),
+            "image_folder": _Files(str(root / "folders")),
+            "torch_dataset": _Files(str(root / "folders")),
+            "": _Encoded(jpegs, labels),
         }
         rates = {name: _here(source, loops.get(name, loops[""])) for name, source in sources.items()}
         start_ray()
@@ -67,15 +70,15 @@ def figures() -> Iterator[Figure]:
 
 
 @dataclass(frozen=True)
-class _Pngs(Dataset[tuple[np.ndarray, int]]):
-    pngs: list[bytes]
+class _Encoded(Dataset[tuple[np.ndarray, int]]):
+    jpegs: list[bytes]
     labels: np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
-        with Image.open(io.BytesIO(self.pngs[position])) as image:
+        with Image.open(io.BytesIO(self.jpegs[position])) as image:
             return np.array(image.convert("RGB")), int(self.labels[position])
 
 
@@ -100,35 +103,35 @@ class _Files(Dataset[tuple[np.ndarray, int]]):
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
         label = position % CLASSES
-        with Image.open(f"{self.folders}/{label}/{position:05}.png") as image:
+        with Image.open(f"{self.folders}/{label}/{position:05}.jpg") as image:
             return np.array(image.convert("RGB")), label
 
 
 def pictures(folders: str) -> Dataset[tuple[np.ndarray, int]]:
-    """Return the torch Dataset that the source `torch_dataset` names: the PNG files, opened one by one."""
+    """Return the torch Dataset that the source `torch_dataset` names: the JPEG files, opened one by one."""
     return _Files(folders)
 
 
-def _write(root: Path, images: np.ndarray, labels: np.ndarray, pngs: list[bytes]) -> dict[str, SampleSource]:
+def _write(root: Path, images: np.ndarray, labels: np.ndarray, jpegs: list[bytes]) -> dict[str, SampleSource]:
     """Write the images in every form and open them."""
     (root / "arrays").mkdir()
     np.save(root / "arrays" / "x_train.npy", images)
     np.save(root / "arrays" / "y_train.npy", labels)
     parquet = write_random(root, ROWS)
-    for row, (png, label) in enumerate(zip(pngs, labels, strict=True)):
-        file = root / "folders" / str(label) / f"{row:05}.png"
+    for row, (jpg, label) in enumerate(zip(jpegs, labels, strict=True)):
+        file = root / "folders" / str(label) / f"{row:05}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(png)
+        file.write_bytes(jpg)
     (root / "shards").mkdir()
     with tarfile.open(root / "shards" / "train-0.tar", "w") as archive:
-        for row, (png, label) in enumerate(zip(pngs, labels, strict=True)):
-            for suffix, content in (("png", png), ("cls", str(label).encode())):
+        for row, (jpg, label) in enumerate(zip(jpegs, labels, strict=True)):
+            for suffix, content in (("jpg", jpg), ("cls", str(label).encode())):
                 member = tarfile.TarInfo(f"{row:05}.{suffix}")
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
     datasets.disable_progress_bars()
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    columns = {"image": [{"bytes": png, "path": None} for png in pngs], "label": labels}
+    columns = {"image": [{"bytes": jpg, "path": None} for jpg in jpegs], "label": labels}
     datasets.Dataset.from_dict(columns, features).save_to_disk(str(root / "saved"))
     by_torch = {"dataset": "benchmarks.sources:pictures", "options": {"folders": str(root / "folders")}}
     kinds: dict[str, dict[str, Any]] = {

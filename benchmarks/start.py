@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.harness import Figure
 
-BATCH, ROWS, REPETITIONS = 64, 512, 3
+BATCH, ROWS, REPETITIONS = 64, 512, 2
 WORKERS = (0, 1, 2)
 NOTES = "RAYPRUNE_BENCH_NOTES"
 _ROOT = Path(__file__).parents[1]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayprune.sources.images import UnreadableImage, decode_image
+from rayprune.sources.unlocked import decode_in_threads
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,19 @@ class ImageShape:
     shape: tuple[int, ...]
     size: int | None
 
-    def decode(self, encoded: bytes | None) -> np.ndarray:
+    def decode(self, encoded: bytes | None, pixels: np.ndarray | None = None) -> np.ndarray:
         """Return one image's pixels, of this shape.
+
+        Args:
+            encoded: the image.
+            pixels: what it has been decoded to, where it has.
 
         Raises:
             UnreadableImage: its bytes are missing, no image or damaged.
             ValueError: it has another size, or more than 8 bits a channel.
         """
-        pixels = decode_image(encoded, self.shape[2], self.size)
+        if pixels is None:
+            pixels = decode_image(encoded, self.shape[2], self.size)
         if pixels.shape != self.shape:
             (height, width), (first_height, first_width) = pixels.shape[:2], self.shape[:2]
             raise ValueError(
@@ -97,9 +103,10 @@ def decode_rows(encoded: Sequence[bytes | None], images: ImageShape, named: Call
         ValueError: an image can't be read, or is of another shape.
     """
     rows = np.empty((len(encoded), *images.shape), np.uint8)
-    for position, content in enumerate(encoded):
+    decoded = decode_in_threads(encoded, images.shape[2], images.size)
+    for position, (content, pixels) in enumerate(zip(encoded, decoded, strict=True)):
         try:
-            rows[position] = images.decode(content)
+            rows[position] = images.decode(content, pixels)
         except UnreadableImage as error:
             raise _unreadable(named(position), error) from None
         except ValueError as error:

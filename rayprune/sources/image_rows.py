@@ -5,10 +5,7 @@ Shapes: N samples, B batch, H height, W width, C channels, S pixels a side.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 
@@ -17,17 +14,14 @@ from rayprune.sources.fingerprint import WHOLE_BYTES, digest
 from rayprune.sources.image_files import ImageFiles
 from rayprune.sources.images import UnreadableImage, decode_image
 from rayprune.sources.storage import one_line
-from rayprune.sources.unlocked import decode_all
+from rayprune.sources.threads import in_threads, num_cpus
+from rayprune.sources.unlocked import ROWS_PER_TASK, decode_all
 
-ROWS_PER_TASK = 32
 # A remote file system answers late rather than slowly.
 REMOTE_THREADS = 16
 LEFT_OUT = "or leave it out with data.on_error=skip"
 # How many files the fingerprint reads of more than 1 GiB, so that a million are opened in seconds.
 SAMPLED_FILES = 256
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class ImageRows(SampleSource):
@@ -173,14 +167,4 @@ def sampled_digest(files: ImageFiles, sizes: np.ndarray) -> str:
 
 def num_threads(files: ImageFiles) -> int:
     """Return how many threads read and decode: one a CPU of the process, more where files lie elsewhere."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cpus if files.storage.is_local else max(cpus, REMOTE_THREADS)
-
-
-def in_threads(function: Callable[[Item], Result], items: Iterable[Item], count: int) -> list[Result]:
-    """Call a function for every item in a few threads; results come in the items' order, the first error is raised."""
-    items = list(items)
-    if min(count, len(items)) <= 1:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(min(count, len(items)), thread_name_prefix="rayprune-decode") as pool:
-        return list(pool.map(function, items))
+    return num_cpus() if files.storage.is_local else max(num_cpus(), REMOTE_THREADS)

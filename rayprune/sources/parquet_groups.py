@@ -31,6 +31,7 @@ from rayprune.sources.parquet_rows import (
     not_finite,
     read_labels,
 )
+from rayprune.sources.unlocked import decode_in_threads
 
 logger = logging.getLogger(__name__)
 
@@ -166,9 +167,11 @@ class ParquetGroups(SampleSource):
             bad = [(int(rows[place]), reason) for place, reason in not_finite(self._rows, values)]
             return {self._schema.input: values, "label": labels}, bad
         values, bad = np.empty((rows.size, *self._rows.shape), np.uint8), []
+        contents = encoded.inputs.take(pa.array(rows)).to_pylist()
+        decoded = decode_in_threads(contents, self._rows.shape[2], self._rows.image_size)
         for place, row in enumerate(rows.tolist()):
             try:
-                values[place] = decode_row(self._rows, file, first + row, encoded.inputs[row].as_py())
+                values[place] = decode_row(self._rows, file, first + row, contents[place], decoded[place])
             except UnreadableImage as error:
                 bad.append((row, f"is no readable image ({error})"))
         return {self._schema.input: values, "label": labels}, bad

@@ -206,15 +206,18 @@ def _decode_into(
     return bad
 
 
-def decode_row(rows: ParquetRows, file: ShardFile, row: int, content: bytes | None) -> np.ndarray:
-    """Decode the image of a row into the shape of all.
+def decode_row(
+    rows: ParquetRows, file: ShardFile, row: int, content: bytes | None, pixels: np.ndarray | None = None
+) -> np.ndarray:
+    """Decode the image of a row into the shape of all; `pixels` are what it has been decoded to, where it has.
 
     Raises:
         UnreadableImage: as `decode_image`.
         ValueError: the image is deeper than 8 bits, or of another size than the first one.
     """
     try:
-        pixels = decode_image(content, rows.shape[2], rows.image_size)
+        if pixels is None:
+            pixels = decode_image(content, rows.shape[2], rows.image_size)
     except UnreadableImage:
         raise
     except ValueError as error:

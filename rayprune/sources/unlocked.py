@@ -16,7 +16,10 @@ import numpy as np
 from PIL import Image
 
 from rayprune.sources.images import square
+from rayprune.sources.threads import in_threads, num_cpus
 
+# What a thread decodes under one release of the lock.
+ROWS_PER_TASK = 32
 JPEG = b"\xff\xd8"
 # Start-of-frame markers: 0xC0 to 0xCF without the Huffman tables, the reserved one and the arithmetic conditioning.
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -50,6 +53,23 @@ def decode_all(encoded: Sequence[bytes], num_channels: int, size: int | None = N
     rows = [row for row, content in enumerate(encoded) if _is_plain(content, num_channels, size)]
     for row, pixels in zip(rows, _decode([encoded[row] for row in rows], mode), strict=True):
         found[row] = pixels if pixels is None or size is None else _scaled(pixels, size)
+    return found
+
+
+def decode_in_threads(
+    encoded: Sequence[bytes | None], num_channels: int, size: int | None = None
+) -> list[np.ndarray | None]:
+    """Decode as `decode_all` does, on all CPUs of the process; None also for what is missing."""
+    found: list[np.ndarray | None] = [None] * len(encoded)
+    rows = [row for row, content in enumerate(encoded) if content is not None and content.startswith(JPEG)]
+    parts = [rows[start : start + ROWS_PER_TASK] for start in range(0, len(rows), ROWS_PER_TASK)]
+
+    def decode(part: list[int]) -> list[np.ndarray | None]:
+        return decode_all([encoded[row] or b"" for row in part], num_channels, size)
+
+    for part, decoded in zip(parts, in_threads(decode, parts, num_cpus()), strict=True):
+        for row, pixels in zip(part, decoded, strict=True):
+            found[row] = pixels
     return found
 
 
@@ -93,8 +113,7 @@ def jpeg_frame(encoded: bytes) -> Frame | None:
 
 
 def _decode(encoded: Sequence[bytes], mode: int) -> list[np.ndarray | None]:
-    loop = _loop()
-    if not encoded or loop is None:
+    if not encoded or (loop := _loop()) is None:  # without a JPEG torch is not even imported
         return [None] * len(encoded)
     import torch
 

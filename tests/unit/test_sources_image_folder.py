@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from rayprune.sources import image_rows, open_data
+from rayprune.sources.encoded import ImageShape, decode_rows
 from rayprune.sources.image_files import FileNames
 from rayprune.sources.images import decode_image
-from rayprune.sources.unlocked import decode_unlocked, jpeg_frame
+from rayprune.sources.unlocked import decode_in_threads, decode_unlocked, jpeg_frame
 
 PNG_WITHOUT_HEADER = b"\x89PNG\r\n\x1a\n" + bytes(40)
 
@@ -330,6 +331,19 @@ def test_jpeg_decoder_agrees_with_pillow(options, size):
             continue
         assert decoded.shape == expected.shape
         assert np.abs(decoded.astype(int) - expected).max() <= 2
+
+
+def test_threads_decode_every_row_to_its_own_place():
+    jpegs = [encode(pixels(seed, (24, 24)), "JPEG") for seed in range(150)]
+    mixed = [*jpegs[:70], None, b"", encode(pixels(1, (24, 24))), jpegs[70][:200], *jpegs[70:]]
+    found = decode_in_threads(mixed, 3)
+    assert [pixels is None for pixels in found] == [False] * 70 + [True] * 4 + [False] * 80
+    whole = ImageShape((24, 24, 3), None)
+    rows = decode_rows(jpegs, whole, str)
+    for row, expected in zip(rows, (decode_image(jpeg, 3) for jpeg in jpegs), strict=True):
+        assert np.abs(row.astype(int) - expected).max() <= 2
+    with pytest.raises(ValueError, match="row 70 is no readable image"):
+        decode_rows(mixed, whole, lambda position: f"row {position}")
 
 
 def test_what_the_unlocked_decoders_leave_to_pillow():
