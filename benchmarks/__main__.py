@@ -6,6 +6,8 @@ import importlib
 import sys
 import time
 
+import ray
+
 from benchmarks.harness import HEADER, machine
 
 NAMES = (
@@ -30,6 +32,7 @@ def main() -> int:
         for figure in importlib.import_module(f"benchmarks.{name}").figures():
             print(figure.row(), flush=True)
             missed |= figure.holds == "NO"
+        ray.shutdown()  # the next one has the machine to itself, and a Ray of its own
         print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     return int(missed)
 
