@@ -63,8 +63,9 @@ def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = F
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not dashboard:
-        # Nobody looks at Ray's metrics then, and Ray Data keeps some MB of them for every epoch, for ever.
+        # Nobody looks at Ray's metrics and its record of tasks then; they grow by some 3 MB an epoch, for ever.
         os.environ.setdefault("RAY_enable_metrics_collection", "0")
+        os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     allowed = len(os.sched_getaffinity(0))  # Ray does not look at that by itself
     if allowed < (os.cpu_count() or allowed):
         quiet["num_cpus"] = allowed
