@@ -32,6 +32,8 @@ def report(paths: tuple[str, ...], output: str | None, png: str | None) -> None:
     target = Path(png or output or _common(folders) / "report.html").expanduser()
     if not png and target.is_dir():
         raise ValueError(f"{target} is a folder: name a file, such as --output {target}/report.html")
+    if not png and target.exists() and not target.is_file():  # a device or a pipe, which the page would replace
+        raise ValueError(f"{target} is no regular file: name another by --output")
     try:
         if png:
             for file in write_pngs(found, target):

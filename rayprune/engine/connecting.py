@@ -15,6 +15,7 @@ import ray
 from ray._private.grpc_utils import init_grpc_channel
 
 _ANSWER_S = 5.0
+_LAST_PORT = 65_535
 # What Ray's own processes ask a head node, to hear whether it is alive.
 _ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 _CURES = (
@@ -80,7 +81,7 @@ def _is_about_a_token(error: BaseException | None) -> bool:
 
 def _check_answer(address: str) -> None:
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or int(port) > _LAST_PORT:
         raise ValueError(f"Ray address {address!r} is none of auto, local, HOST:PORT (such as 10.0.0.1:6379)")
     try:
         socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()

@@ -150,11 +150,19 @@ def _counts_classes(method: Any) -> bool:
     return bool(getattr(method, "class_floor", 0) > 0 or getattr(method, "needs_labels", False))
 
 
-def _check(samples: SampleSource, method: Method, num_epochs: int, batch_size: int, seed: int, stream: str) -> None:
+def _check(
+    samples: SampleSource,
+    method: Method,
+    num_epochs: int,
+    batch_size: int,
+    seed: int,
+    stream: str,
+    streams: tuple[str, ...] = ("ray", "local", "device"),
+) -> None:
     if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise ValueError(f"batch_size {batch_size!r} must be an integer of at least 1: it is the global batch")
-    if stream not in {"ray", "local", "device"}:
-        raise ValueError(f"stream {stream!r} must be 'ray', 'local' or 'device'")
+    if stream not in streams:
+        raise ValueError(f"stream {stream!r} is not one of {', '.join(streams)} here: choose one of these")
     if stream == "device":
         check_columns(samples.schema)
     few = min(len(samples), 1_000)
@@ -273,9 +281,11 @@ def local_loader(
     ['last_visit', 'loss', 'times_pruned']
     """
     samples = as_source(source)
-    _check(samples, method, num_epochs, batch_size, seed, stream)
+    _check(samples, method, num_epochs, batch_size, seed, stream, ("local", "device"))
     scores = LocalScores(_spec(samples, method, num_epochs, batch_size, seed, last_batch), LoopActor)
     where = None if device is None else torch.device(device)
+    if where is not None and where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r}: torch finds no GPU here: leave device out, or install its driver")
     terms: LoopTerms = scores.call("terms")
     own = {"train": samples}
     via = DeviceStream(own, where or torch.device("cpu")) if stream == "device" else LocalStream(own)

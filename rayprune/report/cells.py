@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,17 +10,18 @@ _MOST = 2**53  # of a count: above it a float is another number
 
 
 def as_number(value: Any) -> float | None:
-    """Return a number as a float, None for anything else.
+    """Return a number as a float, None for anything else and for an infinite one.
 
-    >>> as_number(2), as_number("2"), as_number(True), as_number(10**400)
-    (2.0, None, None, None)
+    >>> as_number(2), as_number("2"), as_number(True), as_number(10**400), as_number(float("inf"))
+    (2.0, None, None, None, None)
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
-        return float(value)
+        found = float(value)
     except OverflowError:
         return None
+    return None if math.isinf(found) else found
 
 
 def as_count(value: Any) -> int | None:

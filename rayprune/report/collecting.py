@@ -9,6 +9,8 @@ from pathlib import Path
 from rayprune.report.groups import Group, checked_run, is_group, read_group
 from rayprune.report.reading import RunRecord
 
+_OWN_RUNS = "The runs of a sweep or a comparison are shown where no others are named beside it."
+
 
 @dataclass(frozen=True)
 class Collected:
@@ -44,8 +46,10 @@ class Collected:
 
     @property
     def runs_text(self) -> str:
-        """Which runs of the groups are shown, "" where they were named."""
-        groups = [] if self.named else [group for group in self.groups if group.runs]
+        """Which runs of the groups are shown; "" where there are none."""
+        groups = [group for group in self.groups if group.runs]
+        if self.named:
+            return f"Those that were named. {_OWN_RUNS}" if groups else ""
         return " ".join(f"{group.name}: {group.runs_text}" if len(groups) > 1 else group.runs_text for group in groups)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rayprune.report.cells import as_count, as_mapping, as_number
+from rayprune.report.cells import as_count, as_mapping, as_number, count_of
 
 Line = Mapping[str, Any]
 _NEEDED = ("epoch", "num_samples", "samples_trained", "pruned_fraction")  # anything else of a line may be missing
@@ -55,7 +55,9 @@ def read_lines(file: Path) -> tuple[list[Line], list[str]]:
         else:
             notes.append(f"the last line of metrics.jsonl (line {number}) is torn and was left out")
     if not by_epoch:
-        raise ValueError(f"{file} holds no finished epoch: try again when the first has ended")
+        raise ValueError(f"{file} holds no finished epoch: try again when the first has ended, or restore the file")
+    if lacking := max(by_epoch) + 1 - len(by_epoch):
+        notes.append(f"metrics.jsonl has no line of {count_of(lacking, 'epoch')} before the last")
     return [by_epoch[epoch] for epoch in sorted(by_epoch)], notes
 
 

@@ -137,4 +137,7 @@ def samples_table(run: RunRecord, sort: str | None = None, top: int = 20, ascend
 
 
 def _listed(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in settings.items() if value not in (None, [], {}, ""))
+    told = {key: value for key, value in settings.items() if value not in (None, [], {}, "")}
+    return ", ".join(
+        f"{key} ({_listed(value)})" if isinstance(value, Mapping) else f"{key} {value}" for key, value in told.items()
+    )

@@ -89,8 +89,9 @@ def test_a_clients_address_is_refused_with_the_way_to_submit(address: str) -> No
 def test_what_is_no_address_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'..:6379' names no host: start it"):
         connect("..:6379")
-    with pytest.raises(ValueError, match=r"'head' is none of auto, local, HOST:PORT"):
-        connect("head")
+    for address in ("head", "127.0.0.1:99999"):
+        with pytest.raises(ValueError, match=rf"'{address}' is none of auto, local, HOST:PORT"):
+            connect(address)
 
 
 def test_a_cluster_that_asks_for_a_token_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import warnings
 from html.parser import HTMLParser
@@ -157,6 +159,7 @@ def _change(file: Path, **values: object) -> None:
         {"selection": {"budget_so_far": float("nan")}},
         {"score_quantiles": {"loss": [None] * 7, "other": "?"}},
         {"val_accuracy": [1], "train_loss": True, "val_loss": float("inf"), "world_size": -1},
+        {"val_accuracy": float("inf"), "pruned_fraction": -float("inf"), "wall_time": float("inf")},
     ],
 )
 def test_odd_values_of_an_epoch_are_shown_as_missing(run: Path, values: dict[str, object]) -> None:
@@ -166,6 +169,7 @@ def test_odd_values_of_an_epoch_are_shown_as_missing(run: Path, values: dict[str
         text = render(collect([run]))
     assert ">None<" not in text
     assert ">nan" not in text
+    assert re.search(r">-?inf[%<]", text) is None
     assert CliRunner().invoke(cli, ["show", str(run)], catch_exceptions=False).exit_code == 0
 
 
@@ -176,6 +180,18 @@ def test_a_line_that_is_no_epoch_is_refused_by_its_number(run: Path, line: str) 
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 .*restore") as error:
         collect([run])
     assert "\n" not in str(error.value)
+
+
+def test_epochs_that_are_missing_are_told(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join([lines[0], *lines[3:]]) + "\n")
+    assert "metrics.jsonl has no line of 2 epochs before the last" in render(collect([run]))
+
+
+def test_a_method_within_a_method_is_listed_without_what_is_unset(run: Path) -> None:
+    inner = "{name: infobatch, prune_ratio: 0.5, target_saving: null, quantiles: []}"
+    (run / "config.yaml").write_text(f"method: {{name: shuffled, of: {inner}}}\ntrain: {{epochs: 4}}\n")
+    assert "shuffled (of (name infobatch, prune_ratio 0.5))" in render(collect([run]))
 
 
 def test_odd_settings_and_versions_are_shown_as_missing(run: Path) -> None:
@@ -308,10 +324,12 @@ def test_report_writes_next_to_the_runs_and_pngs_where_asked(runs: list[Path], t
 
 def test_a_place_that_cannot_be_written_is_one_line(runs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
     for words, told in (
         (["--output", f"{tmp_path}/file/page.html"], "name another place"),
         (["--png", f"{tmp_path}/file"], "name another place"),
         (["--output", str(tmp_path)], "is a folder"),
+        (["--output", f"{tmp_path}/pipe"], "is no regular file"),
         (["--output", "a.html", "--png", "b"], "leave --output out"),
     ):
         done = CliRunner().invoke(cli, ["report", str(runs[0]), *words])

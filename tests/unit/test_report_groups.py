@@ -93,6 +93,7 @@ def test_a_mixed_report_says_of_what_each_part_is(comparison: Path, tmp_path: Pa
     assert lead.startswith("a comparison on digits, ")
     assert "; a run of full, 2 epochs on cifar10" in lead
     assert "Of each arm the run" not in text
+    assert "Those that were named. The runs of a sweep or a comparison are shown where" in text
     assert "Of each arm the run of seed 0." in render(collect([comparison]))
 
 
