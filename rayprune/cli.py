@@ -139,11 +139,12 @@ def score(debug: bool, words: tuple[str, ...], debug_here: bool) -> None:
 
 def _listeners(display: Any) -> dict[str, Any]:
     from rayprune.engine.run_folder import read_metrics
+    from rayprune.report.cells import count_of
 
     def started(start: Any) -> None:
         config, resources, first = start.config, start.resources, start.first_epoch
         fewest, most = config.scaling.worker_range
-        workers = _count(most, "worker") if fewest == most else f"{fewest} to {most} workers"
+        workers = count_of(most, "worker") if fewest == most else f"{fewest} to {most} workers"
         workers = workers if most else "in this process"
         stops = config.train.stop_after
         length = f", {stops} of {config.train.epochs} epochs" if stops else ""
@@ -226,10 +227,6 @@ def doctor(debug: bool, debug_here: bool) -> None:
         console.print(f"{mark} {finding.name:<14} {finding.text}", highlight=False)
     if not sound:
         raise RuntimeError("something is missing: see above")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _or_raise(error: Exception, debug: bool) -> None:

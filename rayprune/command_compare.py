@@ -47,7 +47,11 @@ def compare(debug: bool, words: tuple[str, ...], debug_here: bool) -> None:
 
 
 def _announce(number: str, arm: Any, seed: int, finished: bool, terms: Any) -> None:
-    state = "the same as full" if terms.same_as_full else "finished before" if finished else f"{terms.epochs} epochs"
+    from rayprune.report.cells import count_of
+
+    state = (
+        "the same as full" if terms.same_as_full else "finished before" if finished else count_of(terms.epochs, "epoch")
+    )
     matched = f", {terms.matched}" if terms.matched and not terms.same_as_full else ""
     console.print(f"{number:>7} {arm.name}, seed {seed}: {state}{matched}", highlight=False, markup=False)
 

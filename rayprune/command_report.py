@@ -27,6 +27,7 @@ def report(paths: tuple[str, ...], output: str | None, png: str | None) -> None:
 
     folders = [Path(path).expanduser() for path in paths]
     found = collect(folders)
+    from rayprune.engine.run_folder import write_whole
     from rayprune.report.page import render, write_pngs
 
     target = Path(png or output or _common(folders) / "report.html").expanduser()
@@ -41,9 +42,7 @@ def report(paths: tuple[str, ...], output: str | None, png: str | None) -> None:
             return
         text = render(found)
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(target)
+        write_whole(target, text)
     except OSError as error:
         raise ValueError(
             f"{target} can't be written ({error.strerror}): name another place by --output or --png"

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from rayprune.config_trials import shown_value
+from rayprune.report.cells import count_of
 from rayprune.report.swept import by_accuracy, sweep_cells
 
 _MOST_SHOWN = 20  # running and newest trials on a terminal
@@ -64,7 +65,7 @@ class SweepDisplay:
         figures = f": {row['error']}"
         if row["status"] != "failed":
             figures = (
-                f" after {row['epochs']} epochs: accuracy {_share(row['val_accuracy'])}, "
+                f" after {count_of(row['epochs'], 'epoch')}: accuracy {_share(row['val_accuracy'])}, "
                 f"compute {_share(row['compute_share'])}, {row['seconds']:.1f} s"
             )
         self._say(f"{self._num_ended:>3}/{self._num_trials:<3} {row['trial']} {values} {row['status']}{figures}")

@@ -24,8 +24,17 @@ from rayprune.core.plan import LastBatch, Plan, block_rows
 from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
 from rayprune.core.spread import column_quantiles
-from rayprune.engine.checkpoint import load_selector_state
-from rayprune.engine.protocol import ClosedEpoch, Layout, PlanHeader, Pulse, StaleGeneration, Turn, unpack
+from rayprune.engine.checkpoint import checkpoint_path, is_written, load_selector_state
+from rayprune.engine.protocol import (
+    ClosedEpoch,
+    Layout,
+    PlanHeader,
+    Pulse,
+    StaleGeneration,
+    StateOnItsWay,
+    Turn,
+    unpack,
+)
 from rayprune.engine.run_folder import write_selection
 from rayprune.methods import Method, build_method
 from rayprune.sources import SampleSource
@@ -100,7 +109,10 @@ class ScoreActor:
             selector = self._spec.selector()
             if epoch > 0 or base_step > 0:
                 assert self._spec.run_folder is not None
-                selector.load_state_dict(load_selector_state(Path(self._spec.run_folder), epoch, base_step))
+                folder = Path(self._spec.run_folder)
+                if not is_written(checkpoint_path(folder, epoch, base_step)):
+                    raise StateOnItsWay(f"the checkpoint before step {base_step} of epoch {epoch} is not written yet")
+                selector.load_state_dict(load_selector_state(folder, epoch, base_step))
             selector.begin_epoch(epoch)
             self._selector, self._generation = selector, generation
             self._start_epoch()
@@ -179,7 +191,7 @@ class ScoreActor:
         """Fold one push; a sequence number that has been seen in this epoch is dropped."""
         try:
             selector = self._enter(generation, epoch, base_step)
-        except StaleGeneration as error:
+        except (StaleGeneration, StateOnItsWay) as error:  # at the flush what is missing is pushed again
             logger.info("a push was refused: %s", error)
             return
         received = self._received.setdefault(rank, set())

@@ -123,6 +123,11 @@ def newest_position(run_folder: Path) -> tuple[int, int]:
     return int(position["epoch"]), int(position["step"])
 
 
+def is_written(folder: Path) -> bool:
+    """Return whether a checkpoint is whole, without reading it: its manifest comes last."""
+    return (folder / _MANIFEST).exists()
+
+
 def load_selector_state(run_folder: Path, epoch: int, step: int = 0) -> dict[str, NDArray[Any]]:
     """Return the Selector's state before a step of an epoch.
 

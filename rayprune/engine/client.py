@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
 
 from rayprune.engine.actor import ScoreActor, ScoreSpec
+from rayprune.engine.protocol import StateOnItsWay
 
 logger = logging.getLogger(__name__)
+
+_STATE_S, _AGAIN_S = 600.0, 0.2
 
 
 class ScoreClient(Protocol):
@@ -72,8 +76,19 @@ class RemoteScores:
         return _HANDLES[key]
 
     def call(self, method: str, *args: Any) -> Any:
-        """Call and wait; while the actor restarts, Ray holds the call back and sends it again."""
-        return ray.get(getattr(self.handle, method).remote(*args))
+        """Call and wait; while the actor restarts, Ray holds the call back and sends it again.
+
+        Raises:
+            StateOnItsWay: the checkpoint that a restarted actor needs was not there after 10 minutes.
+        """
+        deadline = time.monotonic() + _STATE_S
+        while True:
+            try:
+                return ray.get(getattr(self.handle, method).remote(*args))
+            except StateOnItsWay:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_AGAIN_S)
 
     def post(self, method: str, *args: Any) -> None:
         """Send without waiting."""

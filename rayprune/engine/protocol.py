@@ -25,6 +25,10 @@ class StaleGeneration(RuntimeError):
     """A call of a worker group that has been replaced."""
 
 
+class StateOnItsWay(RuntimeError):
+    """The checkpoint that a restarted ScoreActor begins with is still being written; ask again."""
+
+
 class PlanMismatch(RuntimeError):
     """The stream delivered other samples than the plan says."""
 

@@ -1,20 +1,22 @@
 """What a worker writes and reads back: checkpoints, metrics.jsonl, reports to Ray Train; its lines go to trackers.
 
-Every rank holds a Saver; only rank 0 writes. A checkpoint inside an epoch is copied at once and written by a thread:
-training waits for the copy only.
+Every rank holds a Saver; only rank 0 writes. A checkpoint is copied at once and written by a thread: training waits
+for the copy only. The line of an epoch follows its checkpoint in the same thread, and Ray Train hears of both when the
+next epoch ends: nothing is told of that is not on disk.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import ray.train
 import torch
 from numpy.typing import NDArray
@@ -28,6 +30,7 @@ from rayprune.engine.checkpoint import (
     remove_old_steps,
     write_checkpoint,
 )
+from rayprune.engine.copying import host_copy
 from rayprune.engine.run_folder import append_metrics, mend_metrics
 from rayprune.engine.setup import Before
 from rayprune.engine.trackers import Trackers
@@ -35,7 +38,25 @@ from rayprune.nn.steps import TrainStep
 
 logger = logging.getLogger(__name__)
 
+# A score table is copied where this many of it would fit into the memory that is free.
+_ROOM = 4
 _COUNTS = ("samples_trained", "samples_forwarded", "samples_padded", "bytes_read", "samples_meta")
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A state for the thread that writes it.
+
+    Attributes:
+        model, trainer: network, and optimiser and step, on the host.
+        selector: the Selector's arrays.
+        changing: whether those are its own, too large for a copy: training waits until they are written.
+    """
+
+    model: dict[str, Any]
+    trainer: dict[str, Any]
+    selector: Mapping[str, NDArray[Any]]
+    changing: bool = False
 
 
 class Saver:
@@ -61,6 +82,7 @@ class Saver:
         self._last_line: dict[str, Any] | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="rayprune-checkpoint")
         self._writing: Future[None] | None = None
+        self._untold: tuple[int, dict[str, Any]] | None = None
 
     def restore(
         self, epoch: int, step: int, network: torch.nn.Module, train_step: TrainStep, device: torch.device
@@ -98,53 +120,95 @@ class Saver:
         """What a run that scored the samples before has cost; its samples are in the counts already."""
         return self._collected
 
-    def save(
-        self,
-        epoch: int,
-        network: torch.nn.Module,
-        train_step: TrainStep,
-        selector: Mapping[str, NDArray[Any]],
-        metrics: dict[str, Any],
-        seconds: dict[str, float],
-    ) -> None:
-        """Write the checkpoint of the state before `epoch` (rank 0)."""
-        self.wait()
-        self._last_line = {**metrics, "seconds": _rounded(seconds), "wall_time": round(self._wall_time(), 3)}
-        self._write(epoch, 0, network.state_dict(), _trainer_state(train_step), selector, self._position([]))
+    def copied(self, network: torch.nn.Module, train_step: TrainStep, selector: Mapping[str, NDArray[Any]]) -> Copied:
+        """Copy what training changes from here on."""
+        trainer = {"optimizer": train_step.optimizer.state_dict(), "step": train_step.state_dict()}
+        # What came from another process is nobody's but ours already.
+        own = {name: array for name, array in selector.items() if array.flags.writeable}
+        too_large = sum(array.nbytes for array in own.values()) > psutil.virtual_memory().available / _ROOM
+        table = selector if too_large else {**selector, **{name: np.array(array) for name, array in own.items()}}
+        return Copied(host_copy(network.state_dict()), host_copy(trainer), table, changing=too_large)
 
-    def save_inside(
-        self,
-        epoch: int,
-        step: int,
-        network: torch.nn.Module,
-        train_step: TrainStep,
-        selector: Mapping[str, NDArray[Any]],
-        sums: list[float],
-        base_step: int,
-    ) -> None:
-        """Copy the state before a step of an epoch and write it behind training's back (rank 0).
+    def save(self, epoch: int, metrics: dict[str, Any], seconds: Mapping[str, float], state: Copied | None) -> None:
+        """Let the state before `epoch` be written, then the line of the epoch before it.
+
+        Args:
+            epoch: the epoch that comes.
+            metrics, seconds: the line.
+            state: on rank 0.
+        """
+        self._untold = (epoch, metrics)
+        if state is None:
+            return
+        line = {**metrics, "seconds": _rounded(seconds), "wall_time": round(self._wall_time(), 3)}
+        self._last_line = line
+        position = self._position([])  # made here: the counts go on while the thread writes
+
+        def write() -> None:
+            self._write(epoch, 0, state, position)
+            append_metrics(self._folder, line)
+            self._trackers.log(line)
+            remove_old_steps(self._folder, epoch, 0, 0)
+            if self._config.scaling.num_workers == 0:  # Ray Train deletes old ones itself, but not in its local mode
+                remove_old_checkpoints(self._folder, self._config.run.keep_checkpoints)
+
+        self._submit(write, state)
+
+    def save_inside(self, epoch: int, step: int, state: Copied, sums: list[float], base_step: int) -> None:
+        """Let the state before a step of an epoch be written (rank 0).
 
         A write that fails is logged: the run goes on and tries again at the next one.
         """
         self.wait()
-        model, trainer = copy.deepcopy((network.state_dict(), _trainer_state(train_step)))
-        table = {name: np.array(array) for name, array in selector.items()}
-        position = self._position(sums)  # made here: the counts go on while the thread writes
+        position = self._position(sums)
 
         def write() -> None:
-            self._write(epoch, step, model, trainer, table, position)
-            remove_old_steps(self._folder, epoch, self._config.run.keep_checkpoints, base_step)
-
-        self._writing = self._writer.submit(write)
-
-    def wait(self) -> None:
-        """Wait until the checkpoint under way is on disk, or say why it is not."""
-        if self._writing is not None:
             try:
-                self._writing.result()
+                self._write(epoch, step, state, position)
             except OSError as error:
                 logger.warning("a checkpoint inside the epoch could not be written (%s); training goes on", error)
-            self._writing = None
+            else:
+                remove_old_steps(self._folder, epoch, self._config.run.keep_checkpoints, base_step)
+
+        self._submit(write, state)
+
+    def _submit(self, write: Callable[[], None], state: Copied) -> None:
+        self._writing = self._writer.submit(write)
+        if state.changing:
+            self.wait()
+
+    def look(self) -> None:
+        """Raise what writing raised, if it has ended."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until what is under way is on disk.
+
+        Raises:
+            OSError: the checkpoint of an epoch's end could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def report(self) -> None:
+        """Tell Ray Train of the epoch that was saved last, if it does not know (a barrier of all ranks)."""
+        self.wait()
+        if self._untold is None:
+            return
+        (epoch, metrics), self._untold = self._untold, None
+        checkpoint = None
+        if self._rank == 0:
+            checkpoint = ray.train.Checkpoint.from_directory(str(checkpoint_path(self._folder, epoch)))
+        ray.train.report(  # the files are in its folder already
+            metrics, checkpoint=checkpoint, checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD
+        )
+
+    def close(self) -> None:
+        """End the writing and let the trackers end: no more epochs come."""
+        self._writer.shutdown()
+        self._trackers.close()
 
     def _position(self, sums: list[float]) -> dict[str, Any]:
         return {
@@ -157,54 +221,19 @@ class Saver:
             "sums": sums,
         }
 
-    def _write(
-        self,
-        epoch: int,
-        step: int,
-        model: Mapping[str, Any],
-        trainer: Mapping[str, Any],
-        selector: Mapping[str, NDArray[Any]],
-        position: Mapping[str, Any],
-    ) -> None:
+    def _write(self, epoch: int, step: int, state: Copied, position: Mapping[str, Any]) -> None:
         write_checkpoint(
             self._folder,
             epoch,
             step,
-            model=model,
-            trainer=trainer,
-            selector=selector,
+            model=state.model,
+            trainer=state.trainer,
+            selector=state.selector,
             position=position,
         )
 
-    def report(self, epoch: int, metrics: dict[str, Any]) -> None:
-        """Tell Ray Train (a barrier of all ranks); the files are in its folder already."""
-        checkpoint = None
-        if self._rank == 0:
-            checkpoint = ray.train.Checkpoint.from_directory(str(checkpoint_path(self._folder, epoch)))
-        ray.train.report(
-            metrics, checkpoint=checkpoint, checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD
-        )
-        if self._rank == 0:
-            remove_old_steps(self._folder, epoch, 0, 0)
-        if self._config.scaling.num_workers == 0:  # Ray Train deletes old ones itself, but not in its local mode
-            remove_old_checkpoints(self._folder, self._config.run.keep_checkpoints)
-
-    def append_metrics(self, metrics: dict[str, Any], seconds: dict[str, float]) -> None:
-        """Write the epoch's line to metrics.jsonl and pass it on to the trackers (rank 0)."""
-        line = {**metrics, "seconds": _rounded(seconds), "wall_time": round(self._wall_time(), 3)}
-        append_metrics(self._folder, line)
-        self._trackers.log(line)
-
-    def close(self) -> None:
-        """Let the trackers end: no more epochs come."""
-        self._trackers.close()
-
     def _wall_time(self) -> float:
         return self._wall_before + time.perf_counter() - self._started
-
-
-def _trainer_state(train_step: TrainStep) -> dict[str, Any]:
-    return {"optimizer": train_step.optimizer.state_dict(), "step": train_step.state_dict()}
 
 
 def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -97,7 +97,8 @@ class Worker:
                 self._run_epoch(epoch)
                 self._base_step = 0
                 if self._pacer.leave_now():
-                    return
+                    break
+            self._saver.report()
         except TrainingPaused:
             self._saver.wait()
         except TrainingStopped as error:
@@ -189,6 +190,7 @@ class Worker:
         return self._spec.input.augment.train(batch.inputs, batch.rows.ids, seed=self._config.train.seed, epoch=epoch)
 
     def _save_if_due(self, epoch: int, place: int, step: int, sums: Tensor) -> None:
+        self._saver.look()
         verdict = self._pacer.verdict(step)
         if verdict == "go on":
             return
@@ -196,8 +198,8 @@ class Worker:
             total = over_ranks(sums.clone(), self.world_size).tolist()
             inside = self._collected(epoch, "snapshot")
             if inside is not None:
-                state = inside.state
-                self._saver.save_inside(epoch, place, self._network, self._step, state, total, self._base_step)
+                state = self._saver.copied(self._network, self._step, inside.state)
+                self._saver.save_inside(epoch, place, state, total, self._base_step)
         if verdict == "leave":
             raise TrainingPaused(f"before step {step} of epoch {epoch}")
 
@@ -274,15 +276,12 @@ class Worker:
         }
 
     def _save(self, epoch: int, record: dict[str, Any], closed: ClosedEpoch | None, start: float) -> None:
-        self._seconds["epoch"] = time.perf_counter() - start
         self._pulse.doing("saves, or waits for rank 0 to save")
         with self._timed("checkpoint"):
-            if closed is not None:
-                self._saver.save(epoch + 1, self._network, self._step, closed.state, record, self._seconds)
-            self._saver.report(epoch + 1, record)
+            self._saver.report()  # the epoch before this one: its files were written meanwhile
+            state = self._saver.copied(self._network, self._step, closed.state) if closed is not None else None
         self._seconds["epoch"] = time.perf_counter() - start
-        if self.rank == 0:
-            self._saver.append_metrics(record, self._seconds)
+        self._saver.save(epoch + 1, record, self._seconds, state)
 
     def _share_buffers(self) -> None:
         """Give every rank rank 0's running statistics: the validation is one network's, and it is the saved one."""

@@ -6,11 +6,14 @@ Shapes: N samples, W ranks.
 from __future__ import annotations
 
 import os
+import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from rayprune.core import Plan, Selector
 from rayprune.core.plan import BLOCK_BYTES
 from rayprune.engine import stream
 from rayprune.engine.actor import ScoreSpec
+from rayprune.engine.checkpoint import write_checkpoint
 from rayprune.engine.client import LocalScores, RemoteScores
 from rayprune.engine.protocol import Phase, PlanMismatch, Turn
 from rayprune.engine.resources import start_ray
@@ -219,3 +223,17 @@ def test_other_rows_than_the_plans_are_noticed(streamed: int, planned: list[int]
     shard = ray.data.range(streamed, override_num_blocks=1).iterator()
     with pytest.raises(PlanMismatch, match=f"epoch 2, train: .*{message}"):
         list(RayStream(shard).batches(Turn(2, "train", 1), share_of(planned), 4))
+
+
+def test_an_actor_killed_while_its_checkpoint_is_being_written_is_asked_again(tmp_path: Path) -> None:
+    with actor_of(replace(spec_of(64, 8), run_folder=str(tmp_path))) as scores:
+        first = scores.call("announce", 1, Turn(0, "train", 1)).hash
+        closed = scores.call("close_epoch", 1, 0, [0])
+        second = scores.call("announce", 1, Turn(1, "train", 1)).hash
+        ray.kill(scores.handle, no_restart=False)
+        (tmp_path / "checkpoints").mkdir()
+        state = {"model": {}, "trainer": {}, "selector": closed.state, "position": {}}
+        late = threading.Timer(3.0, write_checkpoint, (tmp_path, 1), state)
+        late.start()
+        assert scores.call("announce", 1, Turn(1, "train", 1)).hash == second != first
+        assert not late.is_alive(), "it answered without its checkpoint"

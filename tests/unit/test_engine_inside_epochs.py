@@ -6,20 +6,16 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from engine_runs import assert_same_run, run_config, user
 
 from rayprune.config import Config
-from rayprune.engine.checkpoint import checkpoint_path, newest_checkpoint, newest_position, read_position
-from rayprune.engine.saving import Saver
+from rayprune.engine.checkpoint import newest_checkpoint, newest_position
 from rayprune.engine.train import RunResult, train
-from rayprune.nn.steps import PlainStep
 
 EVERY, BATCH, EPOCHS = 3, 16, 4
 SCRIPT = """
@@ -163,21 +159,3 @@ def test_a_path_that_cannot_be_resumed_is_refused(
 def undisturbed_model(undisturbed: tuple[RunResult, list[int]]) -> dict[str, Any]:
     """Return the model section of the undisturbed run."""
     return {"name": user("counted"), "log": str(undisturbed[0].folder.parent / "whole.steps")}
-
-
-def test_a_checkpoint_holds_the_counts_of_its_moment_however_late_it_is_written(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").mkdir()
-    saver = Saver(tmp_path, run_config(tmp_path), "fingerprint", "", rank=0)
-    network = torch.nn.Linear(2, 2)
-    step = PlainStep(network, torch.optim.SGD(network.parameters(), lr=0.1))
-    late = threading.Event()
-    saver._writer.submit(late.wait, 30)  # the disk is slow
-    saver.save_inside(0, 3, network, step, {}, [0.0] * 5, base_step=0)
-    saver.count(1000, 0, 0, 0, 0)  # the epoch ends meanwhile
-    with torch.no_grad():
-        network.weight.fill_(7.0)
-    late.set()
-    saver.wait()
-    folder = checkpoint_path(tmp_path, 0, 3)
-    assert read_position(folder)["counts"]["samples_trained"] == 0
-    assert not (torch.load(folder / "model.pt", weights_only=True)["weight"] == 7.0).any()

@@ -6,6 +6,8 @@ Shapes: N samples, B rows of a push.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from rayprune.core import Plan, Selector
 from rayprune.engine import recorder
 from rayprune.engine.actor import ScoreActor, ScoreSpec
 from rayprune.engine.checkpoint import write_checkpoint
-from rayprune.engine.protocol import StaleGeneration, Turn, pack, unpack
+from rayprune.engine.protocol import StaleGeneration, StateOnItsWay, Turn, pack, unpack
 from rayprune.engine.recorder import Recorder
 from rayprune.engine.run_folder import read_selection
 from rayprune.methods import InfoBatch
@@ -53,13 +55,15 @@ class FaultyScores:
     """A ScoreClient whose pushes meet a schedule of faults; when the schedule is used up, everything arrives.
 
     Faults: "lose" a push, deliver it "twice", "late" (after the next call that waits), "restart" the actor before it,
-    or "forget" (the actor dies just after it has answered, and Ray asks the next one again).
+    or "forget" (the actor dies just after it has answered, and Ray asks the next one again). A checkpoint is being
+    written (`writing`) until somebody needs it, or the next one comes.
     """
 
     def __init__(self, spec: ScoreSpec, faults: list[str]) -> None:
         self._spec, self._faults = spec, iter(faults)
         self._actor = ScoreActor(spec)
         self._late: list[tuple[Any, ...]] = []
+        self.writing: Callable[[], object] = lambda: None
 
     def _perform(self, method: str, *args: Any) -> Any:
         fault = next(self._faults, "none")
@@ -74,7 +78,11 @@ class FaultyScores:
         return answer
 
     def call(self, method: str, *args: Any) -> Any:
-        answer = self._perform(method, *args)
+        try:
+            answer = self._perform(method, *args)
+        except StateOnItsWay:
+            self.writing()
+            answer = self._perform(method, *args)
         late, self._late = self._late, []
         for overdue in reversed(late):
             self._actor.observe(*overdue)
@@ -119,7 +127,10 @@ def train_epochs(client: Any, folder: Path, generation: int, first: int, stop: i
             while closed is None:
                 counts = [rank_recorder.flush() for rank_recorder in recorders]
                 closed = client.call("close_epoch", generation, epoch, counts)
-            save(folder, epoch + 1, closed.state)
+            client.writing()
+            state = {name: array.copy() for name, array in closed.state.items()}
+            client.writing = partial(save, folder, epoch + 1, state)
+        client.writing()
     return hashes, closed.state
 
 
@@ -244,6 +255,19 @@ def test_a_newer_generation_starts_from_the_checkpoint(tmp_path: Path, epoch: in
         record_epoch(client, recorders, 1, epoch, share=0.5)  # what this attempt saw of the epoch is forgotten
     rest, state = train_epochs(client, tmp_path, 2, epoch, NUM_EPOCHS)
     assert_equals_oracle(tmp_path, hashes + rest, state)
+
+
+def test_a_restarted_actor_waits_for_the_checkpoint_that_is_being_written(tmp_path: Path) -> None:
+    client = FaultyScores(make_spec(tmp_path), [])
+    _, state = train_epochs(client, tmp_path, 1, 0, 1)
+    (tmp_path / "checkpoints" / "epoch-000001" / "manifest.json").unlink()
+    restarted = ScoreActor(make_spec(tmp_path))
+    with pytest.raises(StateOnItsWay, match="before step 0 of epoch 1 is not written yet"):
+        restarted.announce(1, train_turn(1))
+    restarted.observe(1, 1, 0, 0, *push(np.arange(4), 1))  # refused without a word: the flush will find it missing
+    save(tmp_path, 1, state)
+    assert restarted.missing(1, 1, 0, 1) == [0]
+    assert restarted.announce(1, train_turn(1)).hash == client.call("announce", 1, train_turn(1)).hash
 
 
 def test_selector_and_score_actor_agree(tmp_path: Path) -> None:
