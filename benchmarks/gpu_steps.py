@@ -24,9 +24,9 @@ from rayprune.engine.protocol import Turn
 from rayprune.engine.recorder import Recorder
 from rayprune.engine.setup import StepTerms, build_network, build_step, network_optimizer, pick_precision
 from rayprune.engine.stream import Batch, plan_batches, row_bytes
-from rayprune.engine.tally import add_batch, new_sums
+from rayprune.engine.tally import Tally
 from rayprune.methods import InfoBatch
-from rayprune.nn.augment import step_seed
+from rayprune.nn.augment import seed_generators, step_seed
 from rayprune.sources import SampleSource
 
 _EPOCHS = 1_000_000
@@ -47,10 +47,10 @@ class EngineSteps:
             method.to_config(), source, 0, _EPOCHS, 0, self._batch_size, "pad", row_bytes(source.schema), None, 0
         )
         self._scores, self._via = LocalScores(spec), DeviceStream({"train": source}, device)
-        self._place, self._sums = Placer(self._spec.column, device), new_sums(device)
+        self._place, self._sums = Placer(self._spec.column, device), Tally(device)
         self._recorder = Recorder(self._scores, 1, 0, ("loss",))
         self._batches = self._all_batches()
-        self._number = 0
+        self._number, self._device = 0, device
 
     def _all_batches(self) -> Iterator[tuple[int, Batch]]:
         for epoch in range(_EPOCHS):
@@ -66,13 +66,14 @@ class EngineSteps:
         for _ in range(number):
             epoch, batch = next(self._batches)
             self._number += 1
-            torch.manual_seed(step_seed(self._seed, epoch, self._number, 0))
-            placed = self._place(batch)
-            inputs = self._spec.augment.train(placed.inputs, placed.rows.ids, seed=self._seed, epoch=epoch)
+            seed_generators(step_seed(self._seed, epoch, self._number, 0), self._device)
+            augment, shape = self._spec.augment, self._spec.shape
+            placed = self._place(batch, augment.draws(batch.ids, shape, seed=self._seed, epoch=epoch))
+            inputs = augment.train(placed.inputs, placed.draws)
             signals = self._step(inputs, placed.targets, placed.rows.weights)
             if record:
                 self._recorder.record(batch.ids, batch.real, signals)
-            add_batch(self._sums, signals, placed.rows.real, batch.num_bytes)
+            self._sums.add(signals, placed.rows, batch.real, batch.num_bytes)
 
 
 def plain_epochs(config: Config, source: SampleSource, device: torch.device) -> Iterator[float]:
@@ -89,10 +90,12 @@ def plain_epochs(config: Config, source: SampleSource, device: torch.device) -> 
     optimizer, precision = network_optimizer(config, model), pick_precision(config.train.precision, device)
     for epoch in range(_EPOCHS):
         start = time.perf_counter()
-        order = torch.randperm(len(labels), device=device)
+        order = torch.randperm(len(labels))
+        draws = spec.augment.draws(order.numpy(), spec.shape, seed=0, epoch=epoch)
+        drawn, order = None if draws is None else torch.from_numpy(draws).to(device), order.to(device)
         for first in range(0, len(order) - batch + 1, batch):
             ids = order[first : first + batch]
-            inputs = spec.augment.train(images[ids], ids, seed=0, epoch=epoch)
+            inputs = spec.augment.train(images[ids], None if drawn is None else drawn[first : first + batch])
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, precision, enabled=precision is not None):
                 logits = model(inputs)

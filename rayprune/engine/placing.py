@@ -38,11 +38,15 @@ class PlacedRows:
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """A batch on the worker's device: inputs (B, …) as the source has them, targets (B,) int64, and the plan's rows."""
+    """A batch on the worker's device: inputs (B, …) as the source has them, targets (B,) int64, and the plan's rows.
+
+    `draws` (B,) int64 is what the augmentation has drawn for them, if it has.
+    """
 
     inputs: Tensor
     targets: Tensor
     rows: PlacedRows
+    draws: Tensor | None = None
 
 
 def packed(ids: NDArray[np.int64], weights: NDArray[np.float32], real: NDArray[np.bool_]) -> Tensor:
@@ -115,10 +119,12 @@ class Placer:
     def __init__(self, column: str, device: torch.device) -> None:
         self._column, self._copies = column, Copies(device)
 
-    def __call__(self, batch: Batch) -> DeviceBatch:
-        """Return the batch on the device, or as it is where a transport has put it there."""
+    def __call__(self, batch: Batch, draws: NDArray[np.int64] | None = None) -> DeviceBatch:
+        """Return the batch on the device, and what was drawn for it; what a transport has put there stays as it is."""
         inputs, targets = (host_tensor(batch.columns[name]) for name in (self._column, "label"))
+        drawn = [] if draws is None else [torch.from_numpy(draws)]
         if batch.placed is not None:
-            return DeviceBatch(inputs, targets, batch.placed)
-        inputs, targets, rows = self._copies(inputs, targets, packed(batch.ids, batch.weights, batch.real))
-        return DeviceBatch(inputs, targets, unpacked(rows))
+            return DeviceBatch(inputs, targets, batch.placed, *self._copies(*drawn))
+        plan = packed(batch.ids, batch.weights, batch.real)
+        inputs, targets, rows, *placed = self._copies(inputs, targets, plan, *drawn)
+        return DeviceBatch(inputs, targets, unpacked(rows), *placed)

@@ -5,72 +5,91 @@ Shapes: B rows of a batch, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from rayprune.engine.placing import PlacedRows
 from rayprune.engine.setup import Before
 from rayprune.nn.steps import TrainStep
 
 # Places in the sums: loss, correct, rows with a finite loss, real rows, padding rows, bytes read (exact up to 2^53).
 LOSS, CORRECT, FINITE, REAL, PADDED, BYTES = range(6)
+_ON_DEVICE = 3  # the first ones; the host knows the others without asking
 
 
-def new_sums(device: torch.device, num_classes: int = 0, num_exits: int = 1) -> Tensor:
-    """Return (6 + 2C,) float64 zeros: the places above, then each class's correct rows, then its real rows.
-
-    With K > 1 exits there are 3K more: each exit's loss, its rows with a finite one, its correct rows.
-    """
-    exits = 3 * num_exits if num_exits > 1 else 0
-    return torch.zeros(6 + 2 * num_classes + exits, dtype=torch.float64, device=device)
-
-
-def resumed_sums(stored: list[float], device: torch.device) -> Tensor:
-    """Return the sums of a checkpoint inside an epoch; places that an older one does not have are 0."""
-    sums = new_sums(device)
-    sums[: len(stored)] = torch.tensor(stored, dtype=sums.dtype, device=device)
-    return sums
-
-
-def add_batch(
-    sums: Tensor, signals: dict[str, Tensor], real_B: Tensor, num_bytes: int, labels_B: Tensor | None = None
-) -> None:
-    """Add a batch to the sums on the device, without waiting for it.
+class Tally:
+    """Sums of a phase: those of losses are added up on the device, without waiting for it, counts on the host.
 
     Args:
-        sums: changed in place.
-        signals: per sample; `loss` and `correct` are counted, or `metric_loss` and `metric_correct` where there are.
-        real_B: False for padding.
-        num_bytes: read from storage for the batch.
-        labels_B: int64 in [0, C), read where the sums have places for classes (and exits).
+        device: where the signals are.
+        num_classes: C classes to count the rows of, 0 for none.
+        num_exits: K exits to sum over where there are several.
+        stored: `total` of a checkpoint inside the epoch; places that an older one does not have are 0.
     """
-    real = real_B.to(torch.float64)
-    count = real.sum()
-    losses_B, right_B = (signals.get(f"metric_{name}", signals[name]) for name in ("loss", "correct"))
-    # Left out by selection, not by a product (0 · NaN is NaN): padding, and the few NaN losses that a run tolerates.
-    counted_B = real_B & losses_B.isfinite()
-    loss = torch.where(counted_B, losses_B.double(), 0.0).sum()
-    correct_B = right_B.double() * real
-    read = torch.full_like(count, num_bytes)
-    sums[:6] += torch.stack([loss, correct_B.sum(), counted_B.sum().double(), count, real_B.numel() - count, read])
-    if sums.numel() == 6 or labels_B is None:
-        return
-    exits = _exit_sums(signals, real_B)
-    by_class = sums[6 : sums.numel() - exits.numel()]
-    by_class.index_add_(0, labels_B, correct_B)
-    by_class[by_class.numel() // 2 :].index_add_(0, labels_B, real)
-    sums[sums.numel() - exits.numel() :] += exits.to(sums.device)
 
+    def __init__(
+        self, device: torch.device, num_classes: int = 0, num_exits: int = 1, stored: Sequence[float] = ()
+    ) -> None:
+        size = 6 + 2 * num_classes + (3 * num_exits if num_exits > 1 else 0)
+        values = [*stored, *[0.0] * (size - len(stored))]
+        self._counts = values[_ON_DEVICE:6]
+        self._sums = torch.tensor([*values[:_ON_DEVICE], *values[6:]], dtype=torch.float64, device=device)
+        self._num_classes = num_classes
 
-def over_ranks(sums: Tensor, world_size: int) -> Tensor:
-    """Add up the ranks' sums, in place, and wait for the device: a phase's seconds are then its own."""
-    if world_size > 1:
-        torch.distributed.all_reduce(sums)
-    if sums.device.type == "cuda":
-        torch.cuda.synchronize(sums.device)
-    return sums
+    def add(
+        self,
+        signals: Mapping[str, Tensor],
+        rows: PlacedRows,
+        real: NDArray[np.bool_],
+        num_bytes: int,
+        labels_B: Tensor | None = None,
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            signals: per sample; `loss` and `correct` count, or `metric_loss` and `metric_correct` where there are.
+            rows: the batch's rows on the device.
+            real: (B,) the same marks on the host.
+            num_bytes: read from storage for the batch.
+            labels_B: int64 in [0, C), read where classes (and exits) are counted.
+        """
+        num_real = int(np.count_nonzero(real))
+        for place, more in enumerate((num_real, real.size - num_real, num_bytes)):
+            self._counts[place] += more
+        losses_B, right_B = (signals.get(f"metric_{name}", signals[name]) for name in ("loss", "correct"))
+        # Left out by selection, not by a product (0 · NaN is NaN): padding, and the few NaN losses that are tolerated.
+        counted_B = losses_B.abs() < math.inf
+        if num_real < real.size:
+            counted_B, right_B = counted_B & rows.real, right_B * rows.real
+        told = torch.stack([losses_B.where(counted_B, 0.0), right_B, counted_B.to(losses_B.dtype)])
+        self._sums[:_ON_DEVICE] += told.sum(1, dtype=torch.float64)
+        if self._sums.numel() == _ON_DEVICE or labels_B is None:
+            return
+        end = _ON_DEVICE + 2 * self._num_classes
+        correct, every = self._sums[_ON_DEVICE:end].view(2, -1)
+        correct.index_add_(0, labels_B, right_B.double())
+        every.index_add_(0, labels_B, rows.real.double())
+        if end < self._sums.numel():
+            self._sums[end:] += _exit_sums(signals, rows.real)
+
+    def total(self, world_size: int) -> Tensor:
+        """Return the sums over all ranks, (6 + 2C + 3K,) float64 on the device, and wait for it: a phase's seconds
+        are then its own. The places above come first, then each class's correct rows, then its real rows; then, of
+        several exits, each one's loss, its rows with a finite one, its correct rows.
+        """
+        counts = torch.tensor(self._counts, dtype=torch.float64, device=self._sums.device)
+        total = torch.cat([self._sums[:_ON_DEVICE], counts, self._sums[_ON_DEVICE:]])
+        if world_size > 1:
+            torch.distributed.all_reduce(total)
+        if total.device.type == "cuda":
+            torch.cuda.synchronize(total.device)
+        return total
 
 
 def gathered(count: int, rank: int, world_size: int, device: torch.device) -> list[int]:
@@ -84,10 +103,8 @@ def gathered(count: int, rank: int, world_size: int, device: torch.device) -> li
     return every
 
 
-def _exit_sums(signals: dict[str, Tensor], real_B: Tensor) -> Tensor:
-    """Return a batch's (3K,) float64 sums over its exits; none of a network with one."""
-    if "exit_loss" not in signals:
-        return torch.zeros(0, dtype=torch.float64)
+def _exit_sums(signals: Mapping[str, Tensor], real_B: Tensor) -> Tensor:
+    """Return a batch's (3K,) float64 sums over its exits."""
     losses_BK = signals["exit_loss"].double()
     counted_BK = real_B[:, None] & losses_BK.isfinite()
     correct_BK = signals["exit_correct"].double() * real_B[:, None]

@@ -33,16 +33,13 @@ from rayprune.engine.tally import (
     BYTES,
     PADDED,
     REAL,
-    add_batch,
+    Tally,
     compute,
     gathered,
     means,
-    new_sums,
-    over_ranks,
-    resumed_sums,
     validated,
 )
-from rayprune.nn.augment import step_seed
+from rayprune.nn.augment import seed_generators, step_seed
 
 logger = logging.getLogger(__name__)
 
@@ -164,9 +161,8 @@ class Worker:
     def _train(self, epoch: int, header: PlanHeader) -> tuple[Tensor, float]:
         if header.num_steps == 0:
             raise nothing_to_train(self._config, epoch, header)
-        seed, sums, lr = self._config.train.seed, new_sums(self._device), 0.0
-        if self._resumed_sums and self._base_step:
-            sums += resumed_sums(self._resumed_sums, self._device)
+        seed, lr = self._config.train.seed, 0.0
+        sums = Tally(self._device, stored=self._resumed_sums if self._base_step else ())
         for turned in with_meta_batches(self._batches(header), self._base_step, header.meta_every):
             step, batch, meta = turned.step, turned.batch, turned.meta
             if turned.place > self._base_step:
@@ -174,28 +170,29 @@ class Worker:
             lr = rate_at(self._config, epoch, step, header.num_train_steps, header.lr_scale)
             for group in self._step.optimizer.param_groups:
                 group["lr"] = lr
-            torch.manual_seed(step_seed(seed, epoch, step, self.rank))
-            on_device = self._place(batch)
-            inputs = self._augmented(on_device, epoch)
+            seed_generators(step_seed(seed, epoch, step, self.rank), self._device)
+            on_device, inputs = self._augmented(batch, epoch)
             more: dict[str, Any] = {"learns": step % self._meta_interval == 0} if self._meta_interval else {}
             if meta is not None:  # the step's own batches are a selection: it learns from what came beside them
-                beside = self._place(meta)
-                more["meta"] = (self._augmented(beside, epoch), beside.targets)
+                beside, beside_inputs = self._augmented(meta, epoch)
+                more["meta"] = (beside_inputs, beside.targets)
             signals = self._step(inputs, on_device.targets, on_device.rows.weights, **more)
             self._record(batch, signals)
-            add_batch(sums, signals, on_device.rows.real, batch.num_bytes + (meta.num_bytes if meta else 0))
-        return over_ranks(sums, self.world_size), lr
+            sums.add(signals, on_device.rows, batch.real, batch.num_bytes + (meta.num_bytes if meta else 0))
+        return sums.total(self.world_size), lr
 
-    def _augmented(self, batch: DeviceBatch, epoch: int) -> Tensor:
-        return self._spec.input.augment.train(batch.inputs, batch.rows.ids, seed=self._config.train.seed, epoch=epoch)
+    def _augmented(self, batch: Batch, epoch: int) -> tuple[DeviceBatch, Tensor]:
+        spec, seed = self._spec.input, self._config.train.seed
+        placed = self._place(batch, spec.augment.draws(batch.ids, spec.shape, seed=seed, epoch=epoch))
+        return placed, spec.augment.train(placed.inputs, placed.draws)
 
-    def _save_if_due(self, epoch: int, place: int, step: int, sums: Tensor) -> None:
+    def _save_if_due(self, epoch: int, place: int, step: int, sums: Tally) -> None:
         self._saver.look()
         verdict = self._pacer.verdict(step)
         if verdict == "go on":
             return
         with self._timed("checkpoint"):
-            total = over_ranks(sums.clone(), self.world_size).tolist()
+            total = sums.total(self.world_size).tolist()
             inside = self._collected(epoch, "snapshot")
             if inside is not None:
                 state = self._saver.copied(self._network, self._step, inside.state)
@@ -207,7 +204,7 @@ class Worker:
         """Pass over a plan in eval mode without augmentation; return the sums over all ranks."""
         header, terms = self._announce(epoch, phase), self._spec.terms
         places = () if record else (self._spec.input.num_classes, self._step.num_exits)
-        sums = new_sums(self._device, *places)
+        sums = Tally(self._device, *places)
         named: dict[str, Any] = {"signals": terms.sweep_signals, "part": terms.sweep_part} if record else {}
         for batch in self._batches(header):
             on_device = self._place(batch)
@@ -215,8 +212,8 @@ class Worker:
             signals = self._step.evaluate(inputs, on_device.targets, smoothed=record, **named)
             if record:
                 self._record(batch, signals)
-            add_batch(sums, signals, on_device.rows.real, batch.num_bytes, on_device.targets)
-        return over_ranks(sums, self.world_size)
+            sums.add(signals, on_device.rows, batch.real, batch.num_bytes, on_device.targets)
+        return sums.total(self.world_size)
 
     def _record(self, batch: Batch, signals: dict[str, Tensor]) -> None:
         with self._timed("record"):

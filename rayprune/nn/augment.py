@@ -3,7 +3,8 @@
 Every draw is a hash of its key and no generator exists: a sample looks the same in an epoch whatever the batch it came
 in, the order, the number of workers or the device, and a resumed run has no state to restore. The hash is SplitMix64
 (Steele, Lea, Flood, OOPSLA 2014); one 64-bit word a sample gives the flip (bit 63) and the two offsets of the crop
-(31 bits each).
+(31 bits each). Drawing is arithmetic on a few hundred integers: the host does it in some microseconds, where a GPU
+would be given thirty kernels.
 
 The augmentation is the usual one of small images (He et al., arXiv 1512.03385, section 4.2), with the flip before the
 zero padding and crop: the distribution is the same, and the crop is then one gather of whole rows. The padding is 0 in
@@ -18,7 +19,9 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -40,6 +43,17 @@ def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
     return hash_key(seed, epoch, step, rank) >> 1
 
 
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the generators that a step on this device draws from, as torch.manual_seed does.
+
+    torch.manual_seed itself, on a machine where CUDA is not in use, keeps the call for later with the text of its
+    stack, for three kinds of device: a third of a millisecond, at every step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
 def hash_key(*parts: int) -> int:
     """Hash integers, in order, into one in [0, 2**64)."""
     state = 0
@@ -51,7 +65,7 @@ def hash_key(*parts: int) -> int:
     return state
 
 
-def hash_ids(ids_B: Tensor, key: int) -> Tensor:
+def hash_ids(ids_B: NDArray[np.int64], key: int) -> NDArray[np.uint64]:
     """Hash ids under a key: the id-th word of the SplitMix64 stream that starts at the key.
 
     Args:
@@ -59,12 +73,12 @@ def hash_ids(ids_B: Tensor, key: int) -> Tensor:
         key: in [0, 2**64).
 
     Returns:
-        (B,) int64: the words in two's complement.
+        (B,) uint64.
     """
-    word_B = (ids_B + 1) * _signed(GOLDEN_GAMMA) + _signed(key)
-    word_B = (word_B ^ _shift_right(word_B, 30)) * _signed(MULTIPLIER_1)
-    word_B = (word_B ^ _shift_right(word_B, 27)) * _signed(MULTIPLIER_2)
-    return word_B ^ _shift_right(word_B, 31)
+    word_B = (ids_B.astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN_GAMMA) + np.uint64(key)
+    word_B = (word_B ^ (word_B >> np.uint64(30))) * np.uint64(MULTIPLIER_1)
+    word_B = (word_B ^ (word_B >> np.uint64(27))) * np.uint64(MULTIPLIER_2)
+    return word_B ^ (word_B >> np.uint64(31))
 
 
 @dataclass(frozen=True)
@@ -94,30 +108,51 @@ class Augment:
         if not all(value > 0.0 and math.isfinite(value) for value in self.std):
             raise ValueError(f"std must be above 0, got {self.std}")
 
+    def draws(
+        self, ids_B: NDArray[np.int64], shape: tuple[int, ...], *, seed: int, epoch: int
+    ) -> NDArray[np.int64] | None:
+        """Draw on the host what `train` does to each sample.
+
+        Args:
+            ids_B: (B,) int64 sample ids.
+            shape: of a network's input: (C, H, W), or (F,) for features.
+            seed: of the run.
+            epoch: from 0.
+
+        Returns:
+            (B,) int64: where each sample's first row of pixels lies among its two sides; None where nothing is drawn.
+
+        Raises:
+            ValueError: ids of another dtype or shape.
+        """
+        if ids_B.dtype != np.int64 or ids_B.ndim != 1:
+            raise ValueError(f"ids must be int64, one a sample, got {ids_B.dtype} {ids_B.shape}")
+        if len(shape) != 3 or not (self.crop or self.flip):
+            return None
+        words_B = hash_ids(ids_B, hash_key(seed, epoch))
+        rows, width = (size + 2 * self.crop for size in shape[1:])
+        starts_B = _offsets(words_B, self.crop) * width + _offsets(words_B >> np.uint64(31), self.crop)
+        return starts_B + (words_B >> np.uint64(63)).astype(np.int64) * (rows * width) if self.flip else starts_B
+
     @torch.no_grad()
-    def train(self, images_BHWC: Tensor, ids_B: Tensor, *, seed: int, epoch: int) -> Tensor:
+    def train(self, images_BHWC: Tensor, draws_B: Tensor | None) -> Tensor:
         """Augment and normalise a training batch.
 
         Args:
             images_BHWC: (B, H, W, C) uint8, or features (B, F) of any real dtype, which are only standardised.
-            ids_B: (B,) int64 sample ids, on any device.
-            seed: of the run.
-            epoch: from 0.
+            draws_B: what `draws` gave for their ids and shape, on the images' device.
 
         Returns:
             (B, C, H, W) float32 in channels_last memory layout, or (B, F) float32, on the images' device.
 
         Raises:
-            ValueError: a wrong shape or dtype, or a mean or std of another length.
+            ValueError: a wrong shape or dtype, a mean or std of another length, or draws of other samples.
         """
-        if ids_B.dtype != torch.int64 or ids_B.shape != images_BHWC.shape[:1]:
-            raise ValueError(
-                f"ids must be int64, one a sample ({len(images_BHWC)}), got {ids_B.dtype} {tuple(ids_B.shape)}"
-            )
-        if images_BHWC.ndim == 4 and (self.crop or self.flip):
+        if draws_B is not None:
             _check_images(images_BHWC)
-            words_B = hash_ids(ids_B, hash_key(seed, epoch)).to(images_BHWC.device)
-            images_BHWC = self._flip_and_crop(images_BHWC, words_B)
+            if draws_B.shape != images_BHWC.shape[:1]:
+                raise ValueError(f"there are draws for {len(draws_B)} samples, and {len(images_BHWC)} samples")
+            images_BHWC = self._flip_and_crop(images_BHWC, draws_B)
         return self.evaluate(images_BHWC)
 
     @torch.no_grad()
@@ -144,42 +179,33 @@ class Augment:
         rows = images_BHWC.reshape(batch, height, width * channels).float().mul_(scale).add_(shift)
         return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
-    def _flip_and_crop(self, images_BHWC: Tensor, words_B: Tensor) -> Tensor:
+    def _flip_and_crop(self, images_BHWC: Tensor, draws_B: Tensor) -> Tensor:
         batch, height, width, channels = images_BHWC.shape
-        padded_height, padded_width = height + 2 * self.crop, width + 2 * self.crop
-        starts_B = torch.arange(batch, device=images_BHWC.device)
-        pool = images_BHWC
+        sides = images_BHWC[:, None]
         if self.flip:
             mirrored = images_BHWC.permute(0, 3, 1, 2).flip(3).permute(0, 2, 3, 1)
-            pool = torch.cat((images_BHWC, mirrored))
-            starts_B = starts_B + (words_B < 0) * batch
-        starts_B = starts_B * padded_height
+            sides = torch.stack((images_BHWC, mirrored), dim=1)
         if self.crop:
-            pool = functional.pad(pool, (0, 0, self.crop, self.crop, self.crop, self.crop))
-            starts_B = starts_B + _offsets(words_B, self.crop)
-        starts_B = starts_B * padded_width
-        if self.crop:
-            starts_B = starts_B + _offsets(words_B >> 31, self.crop)
+            sides = functional.pad(sides, (0, 0, self.crop, self.crop, self.crop, self.crop))
+        sides = sides.contiguous()
         # Every run of W pixels is a row of this overlapping view, so that a crop is H rows copied whole.
-        pool = pool.contiguous()
-        runs = pool.as_strided((pool.numel() // channels - width + 1, width * channels), (channels, 1))
-        rows_BH = starts_B[:, None] + torch.arange(height, device=starts_B.device) * padded_width
+        runs = sides.as_strided((sides.numel() // channels - width + 1, width * channels), (channels, 1))
+        firsts_BH = _firsts(batch, height, sides.numel() // (batch * channels), sides.shape[3], draws_B.device)
+        rows_BH = firsts_BH + draws_B[:, None]
         return runs.index_select(0, rows_BH.view(-1)).view(batch, height, width, channels)
 
 
-def _offsets(words_B: Tensor, crop: int) -> Tensor:
+def _offsets(words_B: NDArray[np.uint64], crop: int) -> NDArray[np.int64]:
     """Map the low 31 bits to 0..2·crop, uniformly."""
-    return ((words_B & 0x7FFFFFFF) * (2 * crop + 1)) >> 31
+    return ((words_B & np.uint64(0x7FFFFFFF)).astype(np.int64) * (2 * crop + 1)) >> 31
 
 
-def _signed(word: int) -> int:
-    return word - 2**64 if word >= 2**63 else word
-
-
-def _shift_right(words_B: Tensor, bits: int) -> Tensor:
-    # torch shifts int64 arithmetically: drop the copies of the sign.
-    logical_B: Tensor = (words_B >> bits) & (2 ** (64 - bits) - 1)
-    return logical_B
+@lru_cache(maxsize=16)
+def _firsts(batch: int, height: int, sample: int, width: int, device: torch.device) -> Tensor:
+    """Return (B, H) int64: where row h of sample b's first side begins, in pixels, with its padding."""
+    with torch.inference_mode(False):
+        samples_B = torch.arange(batch, device=device) * sample
+        return samples_B[:, None] + torch.arange(height, device=device) * width
 
 
 @lru_cache(maxsize=64)

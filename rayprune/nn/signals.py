@@ -11,6 +11,7 @@ Shapes: B batch, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -148,9 +149,9 @@ def loss(outputs: Outputs) -> Tensor:
 @register_signal
 def correct(outputs: Outputs) -> Tensor:
     """Give 1 where the largest logit is the label's, else 0."""
-    hit_B = outputs.logits_BC.argmax(dim=1) == outputs.targets_B
-    # argmax takes NaN for the largest: a diverged row would count as a correct class 0.
-    return hit_B & ~outputs.prob_label_B.isnan()
+    largest_B, class_B = outputs.logits_BC.max(dim=1)
+    # The largest of a diverged row is NaN or infinite: it would count as a correct class 0.
+    return (class_B == outputs.targets_B) & (largest_B.abs() < math.inf)
 
 
 @register_signal

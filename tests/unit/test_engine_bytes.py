@@ -15,8 +15,9 @@ from engine_runs import run_config, user
 
 from rayprune.config import Config
 from rayprune.engine.checkpoint import checkpoint_path
+from rayprune.engine.placing import PlacedRows
 from rayprune.engine.run_folder import read_selection
-from rayprune.engine.tally import BYTES, PADDED, add_batch, new_sums, resumed_sums
+from rayprune.engine.tally import BYTES, PADDED, Tally
 from rayprune.engine.train import RunResult, train
 from rayprune.sources import SampleSource, Schema, Splits, open_data
 
@@ -134,11 +135,13 @@ def forget_bytes(checkpoint: Path) -> None:
 
 
 def test_sums_inside_an_epoch_keep_the_bytes_exactly() -> None:
-    device, sums = torch.device("cpu"), new_sums(torch.device("cpu"))
-    signals = {"loss": torch.ones(2), "correct": torch.ones(2)}
+    device, real = torch.device("cpu"), torch.tensor([True, False])
+    signals, rows = {"loss": torch.ones(2), "correct": torch.ones(2)}, PlacedRows(torch.arange(2), torch.ones(2), real)
+    sums = Tally(device)
     for _ in range(3):
-        add_batch(sums, signals, torch.tensor([True, False]), 2**50 + 1)
-    again = resumed_sums(sums.tolist(), device)
+        sums.add(signals, rows, real.numpy(), 2**50 + 1)
+    stored = sums.total(1).tolist()
+    again = Tally(device, stored=stored).total(1)
     assert int(again[BYTES]) == 3 * (2**50 + 1)
-    assert resumed_sums(sums.tolist()[:BYTES], device).tolist() == [*sums.tolist()[:BYTES], 0]
+    assert Tally(device, stored=stored[:BYTES]).total(1).tolist() == [*stored[:BYTES], 0]
     assert int(again[PADDED]) == 3

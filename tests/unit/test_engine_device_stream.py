@@ -21,6 +21,7 @@ from rayprune.engine.device_stream import DeviceStream, check_columns
 from rayprune.engine.placing import Placer, host_tensor, packed, unpacked
 from rayprune.engine.protocol import Turn
 from rayprune.engine.stream import Batch, LocalStream, Transport, plan_batches
+from rayprune.engine.tally import Tally
 from rayprune.engine.train import RunResult, train
 from rayprune.sources import SampleSource, Schema, open_data
 from rayprune.sources.base import Column
@@ -119,7 +120,7 @@ def test_a_run_resumes_inside_an_epoch(tmp_path: Path, monkeypatch: pytest.Monke
     whole = train(run_config(tmp_path, "whole", **sections))
     config = run_config(tmp_path, "broken", **merge(sections, {"scaling": {"stream": "device"}}))
     with monkeypatch.context() as patched:
-        patched.setattr("rayprune.engine.worker.add_batch", _fails_after(13))
+        patched.setattr(Tally, "add", _fails_after(13))
         with pytest.raises(Exception, match="pulled the plug"):
             train(config)
     assert newest_position(tmp_path / "broken")[1] > 0
@@ -127,14 +128,12 @@ def test_a_run_resumes_inside_an_epoch(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def _fails_after(steps: int) -> Any:
-    from rayprune.engine.tally import add_batch
-
-    calls = iter(range(steps))
+    calls, add = iter(range(steps)), Tally.add
 
     def counted(*args: Any) -> None:
         if next(calls, None) is None:
             raise OSError("pulled the plug")
-        add_batch(*args)
+        add(*args)
 
     return counted
 

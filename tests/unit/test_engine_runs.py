@@ -20,9 +20,10 @@ from torch.nn import functional
 from rayprune.config import Config
 from rayprune.core import Plan, Selector
 from rayprune.core.spread import QUANTILES
+from rayprune.engine.placing import PlacedRows
 from rayprune.engine.preparation import input_spec
 from rayprune.engine.run_folder import read_selection
-from rayprune.engine.tally import add_batch, new_sums, validated
+from rayprune.engine.tally import Tally, validated
 from rayprune.engine.train import RunResult, TrainingFailed, train
 from rayprune.nn.models import build_model
 from rayprune.nn.steps import PlainStep
@@ -297,12 +298,12 @@ def test_val_accuracy_is_that_of_the_saved_network(infobatch: RunResult) -> None
 
 
 def test_classes_are_counted_exactly_and_without_padding() -> None:
-    sums = new_sums(torch.device("cpu"), 3)
+    sums = Tally(torch.device("cpu"), 3)
     signals = {"loss": torch.ones(5), "correct": torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0])}
     real, labels = torch.tensor([True, True, True, False, False]), torch.tensor([0, 0, 2, 0, 1])
     for _ in range(2):
-        add_batch(sums, signals, real, 0, labels)
-    found = validated(sums)
+        sums.add(signals, PlacedRows(labels, signals["loss"], real), real.numpy(), 0, labels)
+    found = validated(sums.total(1))
     assert found["val_class_accuracy"] == [0.5, None, 1.0]
     assert found["val_accuracy"] == pytest.approx(2 / 3)
     assert validated(None) == dict.fromkeys(found)

@@ -19,10 +19,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rayprune.config import merge
-from rayprune.engine import run, tally, worker
-from rayprune.engine.placing import Copies
+from rayprune.engine import run, worker
+from rayprune.engine.placing import Copies, PlacedRows
 from rayprune.engine.protocol import TrainingPaused
 from rayprune.engine.recorder import Recorder
+from rayprune.engine.tally import Tally
 from rayprune.engine.train import train
 from rayprune.nn.steps import PlainStep
 
@@ -107,7 +108,7 @@ def listen(monkeypatch: pytest.MonkeyPatch) -> Listening:
     for name in ("push", "_copy", "_send"):
         monkeypatch.setattr(Recorder, name, unheard(getattr(Recorder, name)))
     monkeypatch.setattr(Copies, "__call__", unheard(Copies.__call__))  # to the device, which is the CPU here
-    monkeypatch.setattr(worker, "over_ranks", unheard(tally.over_ranks))
+    monkeypatch.setattr(Tally, "total", unheard(Tally.total))
     return to
 
 
@@ -136,12 +137,12 @@ def test_a_step_asks_the_device_nothing(
 
 
 def test_what_asks_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def asking(sums: torch.Tensor, signals: dict[str, torch.Tensor], real: torch.Tensor, *rest: Any) -> None:
+    def asking(sums: Tally, signals: dict[str, torch.Tensor], rows: PlacedRows, *rest: Any) -> None:
         assert signals["loss"].mean().item() > 0
-        assert len(signals["loss"][real])
+        assert len(signals["loss"][rows.real])
 
     to = listen(monkeypatch)
-    monkeypatch.setattr(worker, "add_batch", asking)
+    monkeypatch.setattr(Tally, "add", asking)
     train(run_config(tmp_path, **merge(SMALL, {"train": {"epochs": 1}})))
     assert {"item", "_local_scalar_dense", "index.Tensor"} <= {what.partition(" ")[0] for what in to.heard}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rayprune.nn.augment import Augment, hash_ids, hash_key, step_seed
+from rayprune.nn.augment import Augment, hash_ids, hash_key, seed_generators, step_seed
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -25,6 +25,13 @@ def _one_thread() -> None:
 def make_images(batch: int, height: int = 12, width: int = 10, channels: int = 3) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, 256, (batch, height, width, channels), dtype=torch.uint8, generator=generator)
+
+
+def augmented(augment: Augment, images: Tensor, ids: npt.ArrayLike, seed: int, epoch: int) -> Tensor:
+    """Draw and augment as a worker does."""
+    shape = (images.shape[-1], *images.shape[1:-1])
+    draws = augment.draws(np.asarray(ids), shape, seed=seed, epoch=epoch)
+    return augment.train(images, None if draws is None else torch.from_numpy(draws).to(images.device))
 
 
 def naive_splitmix64(state: int) -> int:
@@ -52,13 +59,12 @@ def naive_augment(image: npt.NDArray[np.uint8], word: int, crop: int, flip: bool
     return np.asarray(((pixels / 255 - MEAN) / STD).transpose(2, 0, 1))
 
 
-def test_hash_is_splitmix64_in_twos_complement() -> None:
+def test_hash_is_splitmix64() -> None:
     first = 0xE220A8397B1DCDAF  # the published first output of SplitMix64 from state 0
     assert hash_key(0) == naive_splitmix64(0) == first
     ids = [0, 1, 2, 12345, 2**31, 2**62 + 17, 2**63 - 1]
     for key in (0, 1, 2**63, 2**64 - 1, hash_key(3, 4)):
-        words = hash_ids(torch.tensor(ids), key).tolist()
-        assert [word % 2**64 for word in words] == [
+        assert hash_ids(np.array(ids), key).tolist() == [
             naive_splitmix64((key + sample * 0x9E3779B97F4A7C15) % 2**64) for sample in ids
         ]
 
@@ -68,7 +74,7 @@ def test_hash_is_splitmix64_in_twos_complement() -> None:
 def test_train_equals_a_naive_transcription(crop: int, flip: bool, device: str) -> None:
     images, ids_B = make_images(24), torch.arange(24) * 977 + 3
     augment = Augment(crop=crop, flip=flip, mean=MEAN, std=STD)
-    found = augment.train(images.to(device), ids_B, seed=5, epoch=2)
+    found = augmented(augment, images.to(device), ids_B, seed=5, epoch=2)
     assert found.dtype == torch.float32
     assert found.shape == (24, 3, 12, 10)
     assert found.is_contiguous(memory_format=torch.channels_last)
@@ -81,17 +87,17 @@ def test_train_equals_a_naive_transcription(crop: int, flip: bool, device: str) 
 def test_a_sample_does_not_depend_on_its_batch(channels: int) -> None:
     images, ids_B = make_images(40, channels=channels), torch.arange(100, 140)
     augment = Augment(crop=2, flip=True, mean=(0.5,), std=(0.25,))
-    whole = augment.train(images, ids_B, seed=0, epoch=3)
+    whole = augmented(augment, images, ids_B, seed=0, epoch=3)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(augment.train(images[order], ids_B[order], seed=0, epoch=3), whole[order])
-    halves = [augment.train(images[part], ids_B[part], seed=0, epoch=3) for part in (slice(13), slice(13, 40))]
+    assert torch.equal(augmented(augment, images[order], ids_B[order], seed=0, epoch=3), whole[order])
+    halves = [augmented(augment, images[part], ids_B[part], seed=0, epoch=3) for part in (slice(13), slice(13, 40))]
     assert torch.equal(torch.cat(halves), whole)
 
 
 def test_epochs_and_seeds_differ() -> None:
     images, ids_B = make_images(64), torch.arange(64)
     augment = Augment(crop=4, flip=True)
-    runs = [augment.train(images, ids_B, seed=s, epoch=e) for s, e in ((0, 0), (0, 1), (1, 0))]
+    runs = [augmented(augment, images, ids_B, seed=s, epoch=e) for s, e in ((0, 0), (0, 1), (1, 0))]
     for first, second in ((0, 1), (0, 2), (1, 2)):
         same = sum(torch.equal(a, b) for a, b in zip(runs[first], runs[second], strict=True))
         assert same <= 6  # one draw in 162 is alike by chance
@@ -104,8 +110,8 @@ def test_draws_are_uniform_and_independent() -> None:
     rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     image = torch.stack((rows + 1, columns + 1), dim=2).to(torch.uint8)
     images = image.expand(num_samples, size, size, 2)
-    centre = Augment(crop=crop, flip=True).train(images, torch.arange(num_samples), seed=9, epoch=0)[:, :, crop, crop]
-    neighbour = Augment(crop=crop, flip=True).train(images, torch.arange(num_samples), seed=9, epoch=0)[..., crop, :]
+    drawn = augmented(Augment(crop=crop, flip=True), images, np.arange(num_samples), seed=9, epoch=0)
+    centre, neighbour = drawn[:, :, crop, crop], drawn[..., crop, :]
     row, column = (centre * 255).round().long().sub(1).unbind(1)
     flipped = ((neighbour[:, 1] * 255).round().diff(dim=1) == -1).any(dim=1)
     assert flipped.float().mean().item() == pytest.approx(0.5, abs=0.01)
@@ -129,7 +135,7 @@ def test_evaluate_only_normalises() -> None:
 def test_features_are_standardised_and_left_alone() -> None:
     features = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
     augment = Augment(crop=4, flip=True, mean=(1.0, 2.0), std=(2.0, 4.0))
-    found = augment.train(features, torch.arange(2), seed=0, epoch=0)
+    found = augmented(augment, features, np.arange(2), seed=0, epoch=0)
     assert found.tolist() == [[0.0, 0.0], [1.0, 1.0]]
     assert features.tolist() == [[1.0, 2.0], [3.0, 6.0]]
     assert torch.equal(augment.evaluate(features.double()), found)
@@ -159,13 +165,13 @@ def test_wrong_values_are_refused(options: dict[str, object], message: str) -> N
 
 
 def test_wrong_batches_are_refused() -> None:
-    images, ids_B = make_images(2), torch.arange(2)
-    with pytest.raises(ValueError, match=r"ids must be int64, one a sample \(2\), got torch.float32"):
-        Augment(flip=True).train(images, ids_B.float(), seed=0, epoch=0)
-    with pytest.raises(ValueError, match="one a sample"):
-        Augment(flip=True).train(images, torch.arange(3), seed=0, epoch=0)
+    images, flip = make_images(2), Augment(flip=True)
+    with pytest.raises(ValueError, match="ids must be int64, one a sample, got float32"):
+        augmented(flip, images, np.arange(2, dtype=np.float32), seed=0, epoch=0)
+    with pytest.raises(ValueError, match="draws for 3 samples, and 2 samples"):
+        augmented(flip, images, np.arange(3), seed=0, epoch=0)
     with pytest.raises(ValueError, match="images must be uint8"):
-        Augment(flip=True).train(images.float(), ids_B, seed=0, epoch=0)
+        augmented(flip, images.float(), np.arange(2), seed=0, epoch=0)
     with pytest.raises(ValueError, match="mean must have 1 or 3 values for 3 channels, got 2"):
         Augment(mean=(0.1, 0.2)).evaluate(images)
 
@@ -179,3 +185,20 @@ def test_step_seeds_are_distinct_stable_and_fit_torch() -> None:
     for part in (7, 1, 2, 3):
         state = naive_splitmix64((state + part) % 2**64)
     assert step_seed(7, 1, 2, 3) == state >> 1
+
+
+def test_generators_are_seeded_as_torch_seeds_them() -> None:
+    torch.manual_seed(2**63 - 5)
+    expected = torch.rand(4), torch.randperm(9)
+    torch.rand(3)
+    seed_generators(2**63 - 5, torch.device("cpu"))
+    assert torch.equal(torch.rand(4), expected[0])
+    assert torch.equal(torch.randperm(9), expected[1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpus_generator_is_seeded_too() -> None:
+    torch.manual_seed(11)
+    expected = torch.rand(4, device="cuda")
+    seed_generators(11, torch.device("cuda"))
+    assert torch.equal(torch.rand(4, device="cuda"), expected)

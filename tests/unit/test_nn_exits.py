@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rayprune.config import make_config
-from rayprune.engine.tally import add_batch, new_sums, validated
+from rayprune.engine.placing import PlacedRows
+from rayprune.engine.tally import Tally, validated
 from rayprune.engine.train import train
 from rayprune.nn.steps import ExitStep
 
@@ -83,9 +84,9 @@ def test_a_diverged_sample_has_no_depth() -> None:
 def test_metrics_of_each_exit_leave_padding_out() -> None:
     inputs, targets, _ = batch()
     seen = exits(network(), score="depth").evaluate(inputs, targets, smoothed=False)
-    sums, real = new_sums(torch.device("cpu"), 4, 3), torch.tensor([True] * 4 + [False] * 2)
-    add_batch(sums, seen, real, 0, targets)
-    found = validated(sums, 3)
+    sums, real = Tally(torch.device("cpu"), 4, 3), torch.tensor([True] * 4 + [False] * 2)
+    sums.add(seen, PlacedRows(targets, torch.ones(6), real), real.numpy(), 0, targets)
+    found = validated(sums.total(1), 3)
     assert found["val_exit_loss"] == pytest.approx(seen["exit_loss"][:4].mean(0).tolist())
     assert found["val_exit_accuracy"] == pytest.approx(seen["exit_correct"][:4].mean(0).tolist())
     assert found["val_loss"] == pytest.approx(found["val_exit_loss"][-1])

@@ -109,6 +109,22 @@ def test_an_evaluation_is_in_eval_mode_and_changes_nothing(smoothing: float) -> 
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
+def test_modes_follow_the_step_whoever_changed_them() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    network[2].eval()  # before training: model.train() of a plain loop ends that
+    step = PlainStep(network, torch.optim.SGD(network.parameters(), lr=0.1))
+    batch = torch.rand(6, 4), torch.arange(6) % 4
+    step(*batch, torch.ones(6))
+    assert network[2].training
+    network.eval()  # somebody looks at the network meanwhile
+    step(*batch, torch.ones(6))
+    assert network[2].training
+    step.evaluate(*batch, smoothed=False)
+    assert not network[2].training
+    step(*batch, torch.ones(6))
+    assert network[2].training
+
+
 def test_boundaries_are_those_of_the_weights_that_made_the_logits() -> None:
     network = resnet()
     step = plain(network, signals=("boundary",))

@@ -131,7 +131,7 @@ class L2wStep(ExitStep):
         Returns:
             signal name → (B, …) float32, detached, on the device: those of the exits, and `weight_exit_1` to K.
         """
-        self.model.train()
+        self._mode(training=True)
         (group,) = self.meta_optimizer.param_groups
         group["lr"] = self.options.meta_lr * self.optimizer.param_groups[0]["lr"] / self._peak
         halves = halves_of(inputs, targets_B, weights_B)

@@ -60,6 +60,7 @@ class PlainStep:
         self._label_smoothing, self._accumulate, self._clip_norm = label_smoothing, accumulate, clip_norm
         self._autocast, self._head = autocast, head
         self._tables = {"model": PairDistances()}
+        self._training: bool | None = None
 
     @staticmethod
     def module_of(network: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
@@ -76,7 +77,7 @@ class PlainStep:
         Returns:
             signal name → (B, …) float32, detached, on the device.
         """
-        self.model.train()
+        self._mode(training=True)
         self.optimizer.zero_grad(set_to_none=True)
         rows = targets_B.shape[0]
         size = rows // self._accumulate
@@ -111,7 +112,7 @@ class PlainStep:
         Raises:
             ValueError: an unknown part or signal.
         """
-        self.model.eval()
+        self._mode(training=False)
         with self._mixed(inputs):
             logits = self._evaluated(inputs, self._known(part))
         losses = self._losses(logits, targets_B, self._label_smoothing if smoothed else 0.0)
@@ -142,6 +143,12 @@ class PlainStep:
         """
         self._known(part)
         return 1.0
+
+    def _mode(self, *, training: bool) -> None:
+        # Only where it changes: a walk through all modules at every step takes as long as some of their kernels.
+        if not (self._training is self.model.training is self._module.training is training):
+            self.model.train(training)
+            self._training = training
 
     def _evaluated(self, inputs: Tensor, part: str) -> Tensor:
         return self._logits(self._module(inputs))
