@@ -35,8 +35,9 @@ from benchmarks.images import CLASSES, encoded, random_images, write_random
 from benchmarks.stream import Epochs
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.client import LocalScores, RemoteScores
+from rayprune.engine.plan_dataset import plan_dataset
 from rayprune.engine.resources import start_ray
-from rayprune.engine.stream import LocalStream, RayStream, plan_dataset, row_bytes
+from rayprune.engine.stream import LocalStream, RayStream, row_bytes
 from rayprune.sources import SampleSource, open_data
 
 ROWS, BATCH, EPOCHS = 8_192, 128, 3

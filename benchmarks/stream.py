@@ -20,9 +20,10 @@ from ray.train.torch import TorchTrainer
 from benchmarks.harness import Figure
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.client import RemoteScores, ScoreClient
+from rayprune.engine.plan_dataset import plan_dataset
 from rayprune.engine.protocol import Turn
 from rayprune.engine.resources import start_ray
-from rayprune.engine.stream import LocalStream, RayStream, Transport, plan_batches, plan_dataset, row_bytes
+from rayprune.engine.stream import LocalStream, RayStream, Transport, plan_batches, row_bytes
 from rayprune.sources import SampleSource, open_data
 
 ROWS, BATCH, EPOCHS = 500_000, 128, 5

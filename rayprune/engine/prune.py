@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,10 +24,11 @@ from rayprune.engine.client import LocalScores, RemoteScores
 from rayprune.engine.device_stream import DeviceStream, check_columns
 from rayprune.engine.filtered import GUARANTEES, FilteredStream, IdColumn, Pick
 from rayprune.engine.loop_actor import LoopActor, LoopTerms
+from rayprune.engine.plan_dataset import plan_dataset, task_rows
 from rayprune.engine.resources import Stream
 from rayprune.engine.shard import Shard
 from rayprune.engine.stored import Facts, stored
-from rayprune.engine.stream import LocalStream, RayStream, Transport, plan_dataset, row_bytes
+from rayprune.engine.stream import LocalStream, RayStream, Transport, row_bytes
 from rayprune.methods import Method
 from rayprune.methods.fixed import Fixed
 from rayprune.sources import SampleSource, as_source
@@ -123,6 +124,7 @@ def prune(
     samples = stored(samples)
     name = f"rayprune-loop-{uuid.uuid4().hex[:8]}"
     spec = _spec(samples, method, num_epochs, batch_size, seed, last_batch)
+    spec = replace(spec, block_rows=task_rows(samples, ray.cluster_resources().get("CPU", 1.0)))
     scores, _ALIVE[name] = RemoteScores.create(spec, name, LoopActor)
     if filtered:
         return PrunedData(_filtered(source, scores, id_column), scores, len(samples), GUARANTEES)

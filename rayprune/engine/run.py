@@ -9,7 +9,7 @@ import functools
 import threading
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ from rayprune.engine.client import LocalScores, RemoteScores, ScoreClient
 from rayprune.engine.device_stream import DeviceStream
 from rayprune.engine.ending import on_sigterm
 from rayprune.engine.placing import pinned
+from rayprune.engine.plan_dataset import plan_dataset, task_rows
 from rayprune.engine.progress import Watcher
 from rayprune.engine.protocol import TrainingStopped
 from rayprune.engine.resources import Resources
 from rayprune.engine.setup import Before, InputSpec, StepTerms, WorkerSpec, pick_device, recorded_signals
-from rayprune.engine.stream import LocalStream, RayStream, plan_dataset, row_bytes, shuffle_name
+from rayprune.engine.stream import LocalStream, RayStream, row_bytes, shuffle_name
 from rayprune.engine.worker import Worker
 from rayprune.methods import Method
 from rayprune.sources import SampleSource, Splits
@@ -97,6 +98,9 @@ class Run:
         )
         self._handle: Any = None
         self.scores: ScoreClient
+        if resources.stream == "ray":
+            rows = task_rows(splits.train, ray.cluster_resources().get("CPU", 1.0))
+            score_spec = replace(score_spec, block_rows=rows)
         if resources.num_workers == 0:
             self.scores = LocalScores(score_spec)
         else:
@@ -184,7 +188,7 @@ class Run:
 
 
 def _ray_loop(spec: WorkerSpec) -> None:
-    Worker(spec, RayStream(ray.train.get_dataset_shard("train"))).run()
+    Worker(spec, RayStream(ray.train.get_dataset_shard("train"), pinned if spec.use_gpu else None)).run()
 
 
 def _local_loop(spec: WorkerSpec, sources: Mapping[str, SampleSource]) -> None:

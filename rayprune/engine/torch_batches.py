@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rayprune.engine.ahead import ahead
 from rayprune.engine.stream import Batch
 
 Collate = Callable[[dict[str, NDArray[Any]]], Any]
@@ -85,26 +85,14 @@ def _moved(value: Any, device: torch.device | None) -> Any:
     return value
 
 
-def formed(batches: Iterator[Batch], form: BatchForm, ahead: int) -> Iterator[tuple[Batch, Any]]:
-    """Yield each batch with its form, made in a thread up to `ahead` batches before it is asked for."""
-    if ahead < 1:
-        for batch in batches:
-            yield batch, form(batch)
+def formed(batches: Iterator[Batch], form: BatchForm, num_ahead: int) -> Iterator[tuple[Batch, Any]]:
+    """Yield each batch with its form, made in a thread up to `num_ahead` batches before it is asked for."""
+    pairs = ((batch, form(batch)) for batch in batches)
+    if num_ahead < 1:
+        yield from pairs
         return
-
-    def make() -> tuple[Batch, Any] | None:
-        batch = next(batches, None)
-        return None if batch is None else (batch, form(batch))
-
-    with ThreadPoolExecutor(1, thread_name_prefix="rayprune-batch") as maker:
-        waiting: list[Future[tuple[Batch, Any] | None]] = [maker.submit(make) for _ in range(ahead)]
-        try:
-            while (pair := waiting.pop(0).result()) is not None:
-                waiting.append(maker.submit(make))
-                yield pair
-        finally:  # also where the loop stops early: the readers behind the batches end with it
-            for future in waiting:
-                future.cancel()
-            maker.shutdown()
-            if isinstance(batches, Generator):
-                batches.close()
+    try:
+        yield from ahead(pairs, num_ahead, "rayprune-batch")
+    finally:  # also where the loop stops early: the readers behind the batches end with it
+        if isinstance(batches, Generator):
+            batches.close()

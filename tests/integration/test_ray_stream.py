@@ -27,9 +27,10 @@ from rayprune.engine import stream
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.checkpoint import write_checkpoint
 from rayprune.engine.client import LocalScores, RemoteScores
+from rayprune.engine.plan_dataset import PlanDatasource, plan_dataset, task_rows
 from rayprune.engine.protocol import Phase, PlanMismatch, Turn
 from rayprune.engine.resources import start_ray
-from rayprune.engine.stream import Batch, PlanDatasource, RayStream, Share, plan_batches, plan_dataset
+from rayprune.engine.stream import Batch, RayStream, Share, plan_batches
 from rayprune.methods import build_method
 from rayprune.sources import open_data
 from rayprune.sources.rows import RowSource
@@ -137,7 +138,7 @@ def test_trap_a_large_read_task_without_a_name_fails(monkeypatch: pytest.MonkeyP
     heavy = RowSource(rows, digits.schema, digits.fingerprint, np.asarray(digits.labels))
     vars(heavy)["ballast"] = bytes(3 * 2**20)  # goes wherever the source is sent
     if not sent_once:
-        monkeypatch.setattr(stream, "_LARGE_SOURCE_BYTES", 2**40)
+        monkeypatch.setattr("rayprune.engine.plan_dataset._LARGE_SOURCE_BYTES", 2**40)
     with actor_of(spec_of(97, 6)) as scores:
         shards = plan_dataset(scores, {"train": heavy}).streaming_split(2, equal=True)
         plan = plans_of(97, 6)[0]
@@ -237,3 +238,16 @@ def test_an_actor_killed_while_its_checkpoint_is_being_written_is_asked_again(tm
         late.start()
         assert scores.call("announce", 1, Turn(1, "train", 1)).hash == second != first
         assert not late.is_alive(), "it answered without its checkpoint"
+
+
+def test_decoded_rows_are_spread_over_the_cpus_and_cheap_ones_are_not() -> None:
+    cheap = sources_of(97)["train"]
+    assert task_rows(cheap, 64) == 32_768
+
+    class Decoded:
+        row_cost, groups = "expensive", None
+
+        def __len__(self) -> int:
+            return 100_000
+
+    assert [task_rows(Decoded(), cpus) for cpus in (1, 8, 16, 64)] == [8_192, 6_250, 3_125, 2_048]  # type: ignore[arg-type]

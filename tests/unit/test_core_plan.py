@@ -232,3 +232,14 @@ def test_real_block_limits_stay_below_what_ray_splits() -> None:
         assert sum(rows) == plan.order.size
         assert max(rows) <= 32_768
         assert max(rows) * row_bytes <= max(64 * 1024 * 1024, 512 // world_size * row_bytes)
+
+
+def test_the_first_blocks_are_small_and_none_is_larger_than_asked_for() -> None:
+    plan = Plan.of_selection(Selection.full(60_000), 128, seed=0, epoch=0)
+    for most in (32_768, 8_192):
+        rows = [(b.stop_step - b.start_step) * 64 for b in plan.blocks(2, 3_080, most_rows=most)]
+        assert rows[::2] == rows[1::2], "a span is as long on every rank"
+        assert sum(rows) == plan.order.size
+        assert max(rows) <= most
+        assert rows[0] == 2_048
+        assert all(b in (a, 2 * a) for a, b in zip(rows[::2], rows[2:-2:2], strict=False))
