@@ -12,7 +12,7 @@ from benchmarks.harness import HEADER, machine
 
 NAMES = (
     *("plan", "actor", "recording", "boundary", "stream", "sources", "decoding", "tdds", "l2w"),
-    *("overhead", "plain", "start", "psp", "scaling", "gpu"),
+    *("host", "overhead", "plain", "start", "psp", "scaling", "gpu"),
 )
 # Long, or in need of memory that others may use: only when they are named.
 BY_NAME = ("soak", "billion")

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from benchmarks.images import CLASSES, encoded, random_images, write_random
 from benchmarks.stream import Epochs
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.client import LocalScores, RemoteScores
-from rayprune.engine.plan_dataset import plan_dataset
+from rayprune.engine.plan_dataset import plan_dataset, task_rows
 from rayprune.engine.resources import start_ray
 from rayprune.engine.stream import LocalStream, RayStream, row_bytes
 from rayprune.sources import SampleSource, open_data
@@ -153,7 +154,9 @@ def _write(root: Path, images: np.ndarray, labels: np.ndarray, jpegs: list[bytes
 
 
 def _spec(source: SampleSource) -> ScoreSpec:
-    return ScoreSpec({"name": "full"}, source, 0, 99, 0, BATCH, "pad", row_bytes(source.schema), None, 0)
+    rows = task_rows(source, len(os.sched_getaffinity(0)))
+    spec = ScoreSpec({"name": "full"}, source, 0, 99, 0, BATCH, "pad", row_bytes(source.schema), None, 0)
+    return replace(spec, block_rows=rows)
 
 
 def _here(source: SampleSource, rows: Dataset[tuple[np.ndarray, int]]) -> dict[str, list[float]]:
