@@ -11,7 +11,7 @@ import ray
 from benchmarks.harness import HEADER, machine
 
 NAMES = (
-    *("plan", "actor", "recording", "boundary", "stream", "sources", "decoding", "tdds", "l2w"),
+    *("plan", "actor", "recording", "saving", "boundary", "stream", "sources", "decoding", "tdds", "l2w"),
     *("host", "overhead", "plain", "start", "psp", "scaling", "gpu"),
 )
 # Long, or in need of memory that others may use: only when they are named.

@@ -64,6 +64,7 @@ def figures() -> Iterator[Figure]:
     for name, seen in rates.items():
         yield Figure(f"{name}: local, rows/s", seen["local"])
         yield Figure(f"{name}: ray, rows/s", there[name]["ray"])
+        yield Figure(f"{name}: ray, plan to first batch, s", there[name]["first"])
         yield Figure(f"{name}: bytes/row read", seen["bytes"])
         for loop in ("bare loop", *(f"DataLoader, {workers} workers" for workers in LOADERS)):
             yield Figure(f"{name}: local ÷ {loop}", [a / b for a, b in zip(seen["local"], seen[loop], strict=True)])
@@ -196,7 +197,7 @@ def _bare_loop(rows: Any, epoch: int) -> float:
 
 
 def _in_a_worker(root: Path, sources: dict[str, SampleSource]) -> dict[str, dict[str, list[float]]]:
-    """Return rows/s of both transports of each source, in turns in one Ray worker."""
+    """Return rows/s of both transports of each source, in turns in one Ray worker, and seconds to Ray's first batch."""
     actors = {name: RemoteScores.create(_spec(source), f"bench-{name}") for name, source in sources.items()}
     out = root / "seen.json"
 
@@ -205,8 +206,9 @@ def _in_a_worker(root: Path, sources: dict[str, SampleSource]) -> dict[str, dict
         for name, source in sources.items():
             epochs = Epochs(actors[name][0])
             via = {"local": LocalStream({"train": source}), "ray": RayStream(ray.train.get_dataset_shard(name))}
-            turns = [{kind: epochs.stream(stream)[1] for kind, stream in via.items()} for _ in range(EPOCHS + 1)]
-            seen[name] = {kind: [turn[kind] for turn in turns[1:]] for kind in via}
+            turns = [{kind: epochs.stream(stream) for kind, stream in via.items()} for _ in range(EPOCHS + 1)]
+            seen[name] = {kind: [turn[kind][1] for turn in turns[1:]] for kind in via}
+            seen[name]["first"] = [turn["ray"][0] for turn in turns[1:]]
         out.write_text(json.dumps(seen))
 
     TorchTrainer(

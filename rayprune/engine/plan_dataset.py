@@ -24,6 +24,7 @@ from rayprune.sources import SampleSource
 
 # Some 0.2 s of decoding small images: what the first step of an epoch waits for.
 _DECODED_ROWS = 8_192
+_MOST_TASKS = 4_096  # an epoch, as Ray plans them one by one
 # A source that holds its data is not sent with each read task.
 _LARGE_SOURCE_BYTES = 256 * 1024
 
@@ -107,7 +108,8 @@ def task_rows(source: SampleSource, num_cpus: float) -> int:
     """
     if source.row_cost == "cheap" or source.groups is not None:
         return BLOCK_ROWS
-    return max(FIRST_ROWS, min(_DECODED_ROWS, int(len(source) / (2 * max(num_cpus, 1)))))
+    spread = min(_DECODED_ROWS, int(len(source) / (2 * max(num_cpus, 1))))
+    return max(FIRST_ROWS, spread, min(BLOCK_ROWS, len(source) // _MOST_TASKS))
 
 
 def plan_dataset(scores: RemoteScores, sources: Mapping[str, SampleSource], *, elastic: bool = False) -> Any:

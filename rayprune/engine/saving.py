@@ -121,7 +121,8 @@ class Saver:
         return self._collected
 
     def copied(self, network: torch.nn.Module, train_step: TrainStep, selector: Mapping[str, NDArray[Any]]) -> Copied:
-        """Copy what training changes from here on."""
+        """Copy what training changes from here on; the copy before this one is let go first."""
+        self.wait()
         trainer = {"optimizer": train_step.optimizer.state_dict(), "step": train_step.state_dict()}
         # What came from another process is nobody's but ours already.
         own = {name: array for name, array in selector.items() if array.flags.writeable}

@@ -247,7 +247,12 @@ def test_decoded_rows_are_spread_over_the_cpus_and_cheap_ones_are_not() -> None:
     class Decoded:
         row_cost, groups = "expensive", None
 
-        def __len__(self) -> int:
-            return 100_000
+        size = 100_000
 
-    assert [task_rows(Decoded(), cpus) for cpus in (1, 8, 16, 64)] == [8_192, 6_250, 3_125, 2_048]  # type: ignore[arg-type]
+        def __len__(self) -> int:
+            return self.size
+
+    decoded: Any = Decoded()
+    assert [task_rows(decoded, cpus) for cpus in (1, 8, 16, 64)] == [8_192, 6_250, 3_125, 2_048]
+    for Decoded.size, rows in ((50_000_000, 12_207), (10**9, 32_768)):
+        assert task_rows(decoded, 64) == rows, "Ray plans every task"
