@@ -7,7 +7,6 @@ sizes that fits is measured, and a row says what was left out. In a process of i
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 import psutil
 
-from benchmarks.harness import Figure, seconds
+from benchmarks.harness import Figure, peak_bytes, seconds
 from rayprune import InfoBatch, Selector
 
 SIZES = (1_000_000_000, 500_000_000, 200_000_000)
@@ -45,7 +44,7 @@ def figures() -> Iterator[Figure]:
 
 
 def _measure(num_samples: int) -> dict[str, list[float]]:
-    before = _peak_bytes()
+    before = peak_bytes()
     selector = Selector(InfoBatch(), num_samples, num_epochs=COUNT + 20, seed=0)
     selector.begin_epoch(0)
     losses = np.random.default_rng(0).exponential(size=PUSH_ROWS).astype(np.float32)
@@ -54,11 +53,7 @@ def _measure(num_samples: int) -> dict[str, list[float]]:
         ids = np.arange(start, min(start + PUSH_ROWS, num_samples))
         fold += seconds(lambda ids=ids: selector.observe(ids, {"loss": losses[: ids.size]}, epoch=0))
     selects = [seconds(lambda epoch=epoch: selector.begin_epoch(epoch)) for epoch in range(1, COUNT + 1)]
-    return {"select": selects, "fold": [fold], "bytes": [(_peak_bytes() - before) / num_samples]}
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"select": selects, "fold": [fold], "bytes": [(peak_bytes() - before) / num_samples]}
 
 
 if __name__ == "__main__":

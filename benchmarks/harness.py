@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import statistics
 import sys
 import time
@@ -68,6 +69,14 @@ def repeat(action: Callable[[], object], count: int, warm_up: int = 1) -> list[f
     for _ in range(warm_up):
         action()
     return [seconds(action) for _ in range(count)]
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process has held; a child's ru_maxrss begins with its parent's."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
 
 
 def machine() -> str:

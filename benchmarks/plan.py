@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import numpy as np
 
-from benchmarks.harness import Figure, seconds
+from benchmarks.harness import Figure, peak_bytes, seconds
 from rayprune import InfoBatch, Plan, Selection, Selector
 
 CASES = (
@@ -35,7 +34,7 @@ def figures() -> Iterator[Figure]:
 
 
 def _measure(num_samples: int, count: int) -> dict[str, list[float]]:
-    before = _peak_bytes()
+    before = peak_bytes()
     full = Selection.full(num_samples)
     epochs = iter(range(count))
 
@@ -51,11 +50,7 @@ def _measure(num_samples: int, count: int) -> dict[str, list[float]]:
         ids = np.arange(start, min(start + (1 << 20), num_samples))
         selector.observe(ids, {"loss": rng.exponential(size=ids.size).astype(np.float32)}, epoch=0)
     selects = [seconds(lambda epoch=epoch: selector.begin_epoch(epoch)) for epoch in range(1, count + 1)]
-    return {"plan": plans, "select": selects, "bytes": [(_peak_bytes() - before) / num_samples]}
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"plan": plans, "select": selects, "bytes": [(peak_bytes() - before) / num_samples]}
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ LastBatch = Literal["pad", "drop"]
 
 # Ray splits blocks above its 128 MiB target and the interleaving would silently be lost: stay well below.
 BLOCK_ROWS = 32_768
-FIRST_ROWS, _GROWTH = 2_048, 4
+FIRST_ROWS, _GROWTH = 1_024, 4
 BLOCK_BYTES = 64 * 1024 * 1024
 
 _NO_WINDOWS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
@@ -213,9 +213,9 @@ class Plan:
     def blocks(self, world_size: int, row_bytes: int, start_step: int = 0, most_rows: int = BLOCK_ROWS) -> list[Block]:
         """Cut the steps from start_step on into blocks of at most `most_rows` rows and BLOCK_BYTES bytes.
 
-        A block ends with the last window of groups that it can hold whole. Without groups the first blocks are small,
-        so that the first rows come soon. The blocks of a span of steps stand in order of ranks, all of one size: a
-        round-robin hands rank r its own.
+        A block ends with the last window of groups that it can hold whole. Without groups the first two blocks are
+        small, so that the first rows come soon: a stream may want the second before it gives out the first. The blocks
+        of a span of steps stand in order of ranks, all of one size: a round-robin hands rank r its own.
         """
         size = self._rows_of_rank(world_size)
         most = max(1, min(most_rows, block_rows(row_bytes)) // size)
@@ -225,7 +225,7 @@ class Plan:
         first = start_step
         while first < self.num_steps:
             last = min(first + min(steps, most), self.num_steps)
-            steps *= _GROWTH
+            steps *= _GROWTH if first > start_step else 1
             whole = np.searchsorted(window_stops, last, side="right") - 1
             if last < self.num_steps and whole >= 0 and window_stops[whole] > first:
                 last = int(window_stops[whole])

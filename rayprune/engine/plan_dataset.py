@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockAccessor, BlockMetadata
 
-from rayprune.core.plan import BLOCK_ROWS, FIRST_ROWS
+from rayprune.core.plan import BLOCK_ROWS
 from rayprune.engine.client import RemoteScores
 from rayprune.engine.stream import BYTES_READ
 from rayprune.sources import SampleSource
 
-# Some 0.2 s of decoding small images: what the first step of an epoch waits for.
-_DECODED_ROWS = 8_192
+# From 0.1 to 0.2 s of decoding small images.
+_LEAST_ROWS, _DECODED_ROWS = 2_048, 8_192
 _MOST_TASKS = 4_096  # an epoch, as Ray plans them one by one
 # A source that holds its data is not sent with each read task.
 _LARGE_SOURCE_BYTES = 256 * 1024
@@ -109,7 +109,7 @@ def task_rows(source: SampleSource, num_cpus: float) -> int:
     if source.row_cost == "cheap" or source.groups is not None:
         return BLOCK_ROWS
     spread = min(_DECODED_ROWS, int(len(source) / (2 * max(num_cpus, 1))))
-    return max(FIRST_ROWS, spread, min(BLOCK_ROWS, len(source) // _MOST_TASKS))
+    return max(_LEAST_ROWS, spread, min(BLOCK_ROWS, len(source) // _MOST_TASKS))
 
 
 def plan_dataset(scores: RemoteScores, sources: Mapping[str, SampleSource], *, elastic: bool = False) -> Any:

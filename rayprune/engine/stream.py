@@ -178,8 +178,8 @@ class RayStream:
     def batches(self, turn: Turn, shares: Iterator[Share], batch_rows: int) -> Iterator[Batch]:
         """See Transport."""
         # Whole blocks, cut here: Ray's own cutting costs half a millisecond a batch. And fetched ahead here: Ray gives
-        # the first one only when all that it fetches ahead have come.
-        blocks = iter(self._shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
+        # the first one only when all that it fetches ahead have come. With 0 it leaves a thread behind each time.
+        blocks = iter(self._shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1))
         made = (self._made_of(block) for block in blocks)
         cut = _cut_blocks(ahead(made, _AHEAD, "rayprune-blocks", join=False), batch_rows)
         for ids, weights, real in shares:

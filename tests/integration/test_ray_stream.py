@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -232,6 +233,8 @@ def test_an_actor_killed_while_its_checkpoint_is_being_written_is_asked_again(tm
         closed = scores.call("close_epoch", 1, 0, [0])
         second = scores.call("announce", 1, Turn(1, "train", 1)).hash
         ray.kill(scores.handle, no_restart=False)
+        while scores.call("generation"):  # the killed one may still answer
+            time.sleep(0.02)
         (tmp_path / "checkpoints").mkdir()
         state = {"model": {}, "trainer": {}, "selector": closed.state, "position": {}}
         late = threading.Timer(3.0, write_checkpoint, (tmp_path, 1), state)
@@ -256,3 +259,24 @@ def test_decoded_rows_are_spread_over_the_cpus_and_cheap_ones_are_not() -> None:
     assert [task_rows(decoded, cpus) for cpus in (1, 8, 16, 64)] == [8_192, 6_250, 3_125, 2_048]
     for Decoded.size, rows in ((50_000_000, 12_207), (10**9, 32_768)):
         assert task_rows(decoded, 64) == rows, "Ray plans every task"
+
+
+def test_trap_an_iterator_that_fetches_nothing_ahead_leaves_a_thread() -> None:
+    def left() -> int:
+        deadline = time.monotonic() + 5
+        while (count := sum(thread.name == "Prefetcher" for thread in threading.enumerate())) and not count > before:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        return count - before
+
+    before = sum(thread.name == "Prefetcher" for thread in threading.enumerate())
+    with actor_of(spec_of(97, 6)) as scores:
+        (shard,) = shards = plan_dataset(scores, sources_of(97)).streaming_split(1, equal=True)
+        for epoch in range(EPOCHS):
+            stream_turn(scores, shards, epoch, "train", 6)
+            scores.call("close_epoch", 1, epoch, [0])
+        assert left() <= 0, "RayStream leaves a thread at every turn"
+        scores.call("announce", 2, Turn(0, "train", 1))
+        assert sum(1 for _ in shard.iter_batches(batch_size=None, prefetch_batches=0)) > 0
+        assert left() == 1, "Ray has mended it: RayStream may fetch nothing ahead"

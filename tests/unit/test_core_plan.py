@@ -235,11 +235,12 @@ def test_real_block_limits_stay_below_what_ray_splits() -> None:
 
 
 def test_the_first_blocks_are_small_and_none_is_larger_than_asked_for() -> None:
-    plan = Plan.of_selection(Selection.full(60_000), 128, seed=0, epoch=0)
-    for most in (32_768, 8_192):
-        rows = [(b.stop_step - b.start_step) * 64 for b in plan.blocks(2, 3_080, most_rows=most)]
+    plan = Plan.of_selection(Selection.full(100_000), 128, seed=0, epoch=0)
+    for most in (32_768, 8_192, 512):
+        rows = [(b.stop_step - b.start_step) * 64 for b in plan.blocks(2, 1, start_step=3, most_rows=most)]
         assert rows[::2] == rows[1::2], "a span is as long on every rank"
-        assert sum(rows) == plan.order.size
-        assert max(rows) <= most
-        assert rows[0] == 2_048
-        assert all(b in (4 * a, most) for a, b in zip(rows[::2], rows[2:-2:2], strict=False))
+        assert sum(rows) == plan.order.size - 3 * 128
+        first = min(1_024, most)
+        assert rows[0] == rows[2] == first
+        growing = [min(first * 4**number, most) for number in range(len(rows[2::2]))]
+        assert rows[2:-2:2] == growing[:-1]
