@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -22,12 +23,15 @@ def host_copy(state: Any) -> Any:
 
 def _copied(state: Any, seen: dict[tuple[Any, ...], Tensor]) -> Any:
     if isinstance(state, Tensor):
+        if state.layout is not torch.strided or state.is_conj() or state.is_neg():
+            return state.detach().to("cpu", copy=True)  # sparse ones have no address, lazy views that of their base
         place = (state.data_ptr(), state.device, state.dtype, tuple(state.shape), state.stride())
         if place not in seen:
             seen[place] = state.detach().to("cpu", copy=True)
         return seen[place]
     if isinstance(state, dict):
         return {key: _copied(value, seen) for key, value in state.items()}
-    if type(state) in (list, tuple):
-        return type(state)(_copied(value, seen) for value in state)
+    if isinstance(state, list | tuple):
+        values = [_copied(value, seen) for value in state]
+        return type(state)(*values) if hasattr(state, "_fields") else type(state)(values)
     return copy.deepcopy(state)

@@ -180,7 +180,8 @@ class Run:
             run_config=ray.train.RunConfig(
                 storage_path=str(self._folder),
                 name="checkpoints",
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=self._config.run.keep_checkpoints),
+                # Ray hears of the newest one only when the next epoch has ended.
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=max(1, self._config.run.keep_checkpoints - 1)),
                 failure_config=ray.train.FailureConfig(max_failures=self._config.run.max_failures),
             ),
             datasets=datasets,

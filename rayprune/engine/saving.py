@@ -150,8 +150,10 @@ class Saver:
             append_metrics(self._folder, line)
             self._trackers.log(line)
             remove_old_steps(self._folder, epoch, 0, 0)
-            if self._config.scaling.num_workers == 0:  # Ray Train deletes old ones itself, but not in its local mode
-                remove_old_checkpoints(self._folder, self._config.run.keep_checkpoints)
+            keep = self._config.run.keep_checkpoints
+            # Ray Train deletes old ones itself, but not in its local mode, and not what it has not heard of where
+            # workers were restarted; what it may still delete must be there.
+            remove_old_checkpoints(self._folder, keep if self._config.scaling.num_workers == 0 else 2 * keep + 3)
 
         self._submit(write, state)
 
@@ -209,6 +211,8 @@ class Saver:
     def close(self) -> None:
         """End the writing and let the trackers end: no more epochs come."""
         self._writer.shutdown()
+        if self._writing is not None and (error := self._writing.exception()) is not None:  # beside what ended the run
+            logger.warning("the last checkpoint could not be written: %s", error)
         self._trackers.close()
 
     def _position(self, sums: list[float]) -> dict[str, Any]:

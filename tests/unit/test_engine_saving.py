@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -135,6 +135,34 @@ def test_a_copy_keeps_values_strides_and_what_is_shared() -> None:
     assert copied["decoder"] is copied["encoder"]
     assert torch.equal(copied["inner"][0][0], before[0])
     assert copied["inner"][0][1] == 3
+
+
+def test_tensors_without_an_address_and_lazy_views_are_copied_by_themselves() -> None:
+    sparse, base = torch.eye(3).to_sparse(), torch.tensor([1 + 2j])
+    state = {"sparse": sparse, "base": base, "view": base.conj(), "pair": _Pair(torch.ones(2) * 2, 3)}
+    copied = host_copy(state)
+    assert torch.equal(copied["sparse"].to_dense(), torch.eye(3))
+    assert copied["view"].tolist() == [1 - 2j]
+    assert isinstance(copied["pair"], _Pair)
+    assert copied["pair"].first.tolist() == [2, 2]
+
+
+class _Pair(NamedTuple):
+    first: torch.Tensor
+    second: int
+
+
+def test_what_could_not_be_written_is_told_where_something_else_ended_the_run(
+    slow: Slow, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(saving, "write_checkpoint", full)
+    slow.saver.save(1, {"epoch": 0}, SECONDS, slow.copied())
+    slow.disk.set()
+    slow.saver.close()
+    assert "the last checkpoint could not be written: No space left" in caplog.text
 
 
 def test_a_table_that_nobody_can_change_is_not_copied(slow: Slow) -> None:
