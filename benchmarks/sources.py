@@ -155,9 +155,8 @@ def _write(root: Path, images: np.ndarray, labels: np.ndarray, jpegs: list[bytes
 
 
 def _spec(source: SampleSource) -> ScoreSpec:
-    rows = task_rows(source, len(os.sched_getaffinity(0)))
     spec = ScoreSpec({"name": "full"}, source, 0, 99, 0, BATCH, "pad", row_bytes(source.schema), None, 0)
-    return replace(spec, block_rows=rows)
+    return replace(spec, task_rows=task_rows(source, len(os.sched_getaffinity(0))))
 
 
 def _here(source: SampleSource, rows: Dataset[tuple[np.ndarray, int]]) -> dict[str, list[float]]:

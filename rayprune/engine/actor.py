@@ -60,7 +60,7 @@ class ScoreSpec:
         record: signals whose mean over the visits is kept beside the method's own scores.
         visits_collected: samples trained by a run that scored them before.
         meta_every: what the train step asks for of the unpruned stream, as `Plan.of_selection` takes it.
-        block_rows: of a read task of the stream, at most.
+        task_rows: of a read task of the stream, at most.
     """
 
     method: dict[str, Any] | Method
@@ -78,7 +78,7 @@ class ScoreSpec:
     record: tuple[str, ...] = ()
     visits_collected: int = 0
     meta_every: int = 0
-    block_rows: int = BLOCK_ROWS
+    task_rows: int = BLOCK_ROWS
 
     def selector(self) -> Selector:
         """Return a fresh Selector."""
@@ -175,7 +175,7 @@ class ScoreActor:
         if self._turn is None or self._plan is None:
             return "train", []
         turn, plan = self._turn, self._plan
-        cut = plan.blocks(turn.world_size, self._spec.row_bytes, turn.start_step, self._spec.block_rows)
+        cut = plan.blocks(turn.world_size, self._spec.row_bytes, turn.start_step, self._spec.task_rows)
         shares = [plan.share(b.rank, turn.world_size, b.start_step, b.stop_step)[:2] for b in cut]
         return turn.phase, shares
 

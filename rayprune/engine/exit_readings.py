@@ -6,7 +6,6 @@ Shapes: K exits, N samples, B batch, C classes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rayprune.engine.ahead import ahead
 from rayprune.engine.setup import InputSpec
 from rayprune.sources import SampleSource
 
@@ -80,11 +80,4 @@ def _batches(
         # Rows out of a memory map are read-only, which torch does not take.
         return np.require(rows[spec.column], requirements=["C", "W"]), rows["label"].astype(np.int64)
 
-    starts = range(0, len(source), batch_size)
-    with ThreadPoolExecutor(1, thread_name_prefix="rayprune-evaluate") as reader:
-        coming = reader.submit(read, starts[0])
-        for start in starts:
-            inputs, labels = coming.result()
-            if start + batch_size < len(source):
-                coming = reader.submit(read, start + batch_size)
-            yield inputs, labels
+    yield from ahead(map(read, range(0, len(source), batch_size)), 1, "rayprune-evaluate")

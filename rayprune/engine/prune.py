@@ -124,7 +124,7 @@ def prune(
     samples = stored(samples)
     name = f"rayprune-loop-{uuid.uuid4().hex[:8]}"
     spec = _spec(samples, method, num_epochs, batch_size, seed, last_batch)
-    spec = replace(spec, block_rows=task_rows(samples, ray.cluster_resources().get("CPU", 1.0)))
+    spec = replace(spec, task_rows=task_rows(samples, ray.cluster_resources().get("CPU", 1.0)))
     scores, _ALIVE[name] = RemoteScores.create(spec, name, LoopActor)
     if filtered:
         return PrunedData(_filtered(source, scores, id_column), scores, len(samples), GUARANTEES)

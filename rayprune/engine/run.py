@@ -99,8 +99,8 @@ class Run:
         self._handle: Any = None
         self.scores: ScoreClient
         if resources.stream == "ray":
-            rows = task_rows(splits.train, ray.cluster_resources().get("CPU", 1.0))
-            score_spec = replace(score_spec, block_rows=rows)
+            cpus = ray.cluster_resources().get("CPU", 1.0)
+            score_spec = replace(score_spec, task_rows=task_rows(splits.train, cpus))
         if resources.num_workers == 0:
             self.scores = LocalScores(score_spec)
         else:

@@ -121,7 +121,7 @@ class Saver:
         return self._collected
 
     def copied(self, network: torch.nn.Module, train_step: TrainStep, selector: Mapping[str, NDArray[Any]]) -> Copied:
-        """Copy what training changes from here on; the copy before this one is let go first."""
+        """Copy what training changes from here on, when the copy before it has been written."""
         self.wait()
         trainer = {"optimizer": train_step.optimizer.state_dict(), "step": train_step.state_dict()}
         # What came from another process is nobody's but ours already.
@@ -162,7 +162,6 @@ class Saver:
 
         A write that fails is logged: the run goes on and tries again at the next one.
         """
-        self.wait()
         position = self._position(sums)
 
         def write() -> None:

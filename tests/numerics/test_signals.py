@@ -93,10 +93,12 @@ def test_margin_is_not_the_gap_of_the_two_best() -> None:
 
 
 def test_a_diverged_row_is_not_correct() -> None:
-    logits_BC = torch.tensor([[math.nan, math.nan], [2.0, 1.0]])
-    found = compute_signals(["correct", "entropy"], logits_BC, torch.tensor([0, 0]), torch.zeros(2))
-    assert found["correct"].tolist() == [0.0, 1.0]
-    assert found["entropy"].isnan().tolist() == [True, False]
+    logits_BC = torch.tensor(
+        [[math.nan, math.nan], [2.0, 1.0], [math.inf, 1.0], [-math.inf, -math.inf], [1.0, math.nan]]
+    )
+    found = compute_signals(["correct", "entropy"], logits_BC, torch.tensor([0, 0, 0, 0, 1]), torch.zeros(5))
+    assert found["correct"].tolist() == [0.0, 1.0, 0.0, 0.0, 0.0]
+    assert found["entropy"].isnan().tolist() == [True, False, True, True, True]
 
 
 def test_masked_classes_have_no_probability() -> None:

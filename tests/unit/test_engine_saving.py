@@ -62,6 +62,16 @@ def slow(tmp_path: Path) -> Iterator[Slow]:
     made.saver.close()
 
 
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no checkpoint be written."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(saving, "write_checkpoint", full)
+
+
 def test_a_checkpoint_inside_an_epoch_is_of_its_moment_however_late_it_is_written(slow: Slow) -> None:
     slow.saver.save_inside(0, 3, slow.copied(), [0.0] * 5, base_step=0)
     slow.go_on()
@@ -95,13 +105,8 @@ def test_the_line_of_an_epoch_comes_after_its_checkpoint_and_training_waits_for_
     assert read_position(checkpoint_path(slow.folder, 1))["metrics"] == line
 
 
-def test_an_end_of_an_epoch_that_cannot_be_written_ends_the_attempt_and_leaves_no_line(
-    slow: Slow, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(saving, "write_checkpoint", full)
+@pytest.mark.usefixtures("full_disk")
+def test_an_end_of_an_epoch_that_cannot_be_written_ends_the_attempt_and_leaves_no_line(slow: Slow) -> None:
     slow.saver.save(1, {"epoch": 0}, SECONDS, slow.copied())
     slow.disk.set()
     with pytest.raises(OSError, match="No space left"):
@@ -110,13 +115,10 @@ def test_an_end_of_an_epoch_that_cannot_be_written_ends_the_attempt_and_leaves_n
     assert read_metrics(slow.folder) == []
 
 
+@pytest.mark.usefixtures("full_disk")
 def test_a_checkpoint_inside_an_epoch_that_cannot_be_written_is_told_and_training_goes_on(
-    slow: Slow, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    slow: Slow, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(saving, "write_checkpoint", full)
     slow.saver.save_inside(0, 3, slow.copied(), [0.0] * 5, base_step=0)
     slow.disk.set()
     with caplog.at_level(logging.WARNING):
@@ -152,13 +154,10 @@ class _Pair(NamedTuple):
     second: int
 
 
+@pytest.mark.usefixtures("full_disk")
 def test_what_could_not_be_written_is_told_where_something_else_ended_the_run(
-    slow: Slow, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    slow: Slow, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(saving, "write_checkpoint", full)
     slow.saver.save(1, {"epoch": 0}, SECONDS, slow.copied())
     slow.disk.set()
     slow.saver.close()
