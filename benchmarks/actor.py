@@ -12,7 +12,7 @@ import ray
 
 from benchmarks.harness import Figure, seconds
 from rayprune.engine.actor import ScoreSpec
-from rayprune.engine.client import RemoteScores
+from rayprune.engine.client import ScoreClient
 from rayprune.engine.protocol import Turn, pack
 from rayprune.engine.resources import start_ray
 from rayprune.sources import open_data
@@ -43,7 +43,7 @@ def intake(folder: Path, rows: int) -> tuple[list[float], list[float]]:
         np.save(folder / "y_train.npy", np.arange(NUM_SAMPLES) % 10)
     source = open_data("arrays", path=str(folder), validation_fraction=0).train
     spec = ScoreSpec({"name": "infobatch"}, source, 0, REPETITIONS + 2, 0, 1024, "pad", 4, None, 0)
-    client, handle = RemoteScores.create(spec, f"bench-{rows}")
+    client, handle = ScoreClient.start(spec, f"bench-{rows}")
     generation = time.time_ns()
     rng = np.random.default_rng(0)
     order = rng.permutation(NUM_SAMPLES)
@@ -52,13 +52,13 @@ def intake(folder: Path, rows: int) -> tuple[list[float], list[float]]:
     packed = [pack(ids, {"loss": losses[ids]}) for ids in pushes]
     rates, latencies = [], []
     for epoch in range(REPETITIONS + 1):
-        client.call("announce", generation, Turn(epoch, "train", 1))
+        client.announce(generation, Turn(epoch, "train", 1))
         start = time.perf_counter()
         for sequence, (layout, buffer) in enumerate(packed):
-            client.post("observe", generation, epoch, 0, sequence, layout, buffer)
-        assert client.call("missing", generation, epoch, 0, len(packed)) == []
+            client.observe(generation, epoch, 0, sequence, layout, buffer, wait=False)
+        assert client.missing(generation, epoch, 0, len(packed)) == []
         rates.append(NUM_SAMPLES / (time.perf_counter() - start) / 1e6)
-        latencies.append(seconds(lambda: [client.call("generation") for _ in range(EMPTY_CALLS)]) / EMPTY_CALLS)
-        assert client.call("close_epoch", generation, epoch, [len(packed)]) is not None
+        latencies.append(seconds(lambda: [client.generation() for _ in range(EMPTY_CALLS)]) / EMPTY_CALLS)
+        assert client.close_epoch(generation, epoch, [len(packed)]) is not None
     ray.kill(handle)
     return rates[1:], latencies[1:]

@@ -16,14 +16,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from rayprune.config import Config
 from rayprune.engine.actor import ScoreSpec
-from rayprune.engine.client import LocalScores
+from rayprune.engine.client import ScoreClient
 from rayprune.engine.device_stream import DeviceStream
 from rayprune.engine.placing import Placer
 from rayprune.engine.preparation import input_spec
 from rayprune.engine.protocol import Turn
 from rayprune.engine.recorder import Recorder
 from rayprune.engine.setup import StepTerms, build_network, build_step, network_optimizer, pick_precision
-from rayprune.engine.stream import Batch, plan_batches, row_bytes
+from rayprune.engine.stream import Batch, plan_batches
 from rayprune.engine.tally import Tally
 from rayprune.methods import InfoBatch
 from rayprune.nn.augment import seed_generators, step_seed
@@ -44,9 +44,9 @@ class EngineSteps:
         network, method = build_network(config, self._spec, device), InfoBatch(prune_ratio=0.0)
         self._step = build_step(config, network, self._spec, StepTerms.of(method, config.train), 1, device)
         spec = ScoreSpec(
-            method.to_config(), source, 0, _EPOCHS, 0, self._batch_size, "pad", row_bytes(source.schema), None, 0
+            method.to_config(), source, 0, _EPOCHS, 0, self._batch_size, "pad", source.schema.row_bytes, None, 0
         )
-        self._scores, self._via = LocalScores(spec), DeviceStream({"train": source}, device)
+        self._scores, self._via = ScoreClient.in_process(spec), DeviceStream({"train": source}, device)
         self._place, self._sums = Placer(self._spec.column, device), Tally(device)
         self._recorder = Recorder(self._scores, 1, 0, ("loss",))
         self._batches = self._all_batches()
@@ -56,10 +56,10 @@ class EngineSteps:
         for epoch in range(_EPOCHS):
             self._recorder.start_epoch(epoch)
             turn = Turn(epoch, "train", 1)
-            header = self._scores.call("announce", 1, turn)
+            header = self._scores.announce(1, turn)
             for batch in plan_batches(self._scores, 1, turn, header, 0, self._batch_size, self._via):
                 yield epoch, batch
-            self._scores.call("close_epoch", 1, epoch, [self._recorder.flush()])
+            self._scores.close_epoch(1, epoch, [self._recorder.flush()])
 
     def take(self, number: int, *, record: bool = True) -> None:
         """Take so many steps; without `record` their losses are not kept."""

@@ -11,7 +11,7 @@ import torch
 from benchmarks.harness import Figure
 from rayprune.core.plan import Plan
 from rayprune.core.selection import Selection
-from rayprune.engine.client import ScoreClient
+from rayprune.engine.client import LocalChannel, ScoreClient
 from rayprune.engine.recorder import PUSH_ROWS, Recorder
 from rayprune.nn.models import build_model
 from rayprune.nn.steps import PlainStep
@@ -19,13 +19,17 @@ from rayprune.nn.steps import PlainStep
 BATCH, STEPS = 128, 60
 
 
-class _Sink:
+class _Sink(LocalChannel):
     """Take pushes and drop them: what the actor does with them runs elsewhere."""
 
     def call(self, method: str, *args: object) -> list[int]:
         return []
 
     def post(self, method: str, *args: object) -> None: ...
+
+
+def _client() -> ScoreClient:
+    return ScoreClient(_Sink(None))  # type: ignore[arg-type]
 
 
 def figures() -> Iterator[Figure]:
@@ -36,7 +40,7 @@ def figures() -> Iterator[Figure]:
     images = torch.randn(BATCH, 3, 32, 32).to(memory_format=torch.channels_last)
     targets, weights = torch.randint(10, (BATCH,)), torch.ones(BATCH)
     plan = Plan.of_selection(Selection.full(PUSH_ROWS), BATCH, 0, 0)
-    client: ScoreClient = _Sink()
+    client = _client()
     recorder = Recorder(client, 1, 0, ("loss",))
     recorder.start_epoch(0)
     ratios, steps, records, weighs = [], [], [], []
@@ -67,7 +71,7 @@ _PUSH_S: list[float] = []
 def _push_share(plan: Plan) -> float:
     """Return one step's share of a full push, measured once."""
     if not _PUSH_S:
-        full = Recorder(_Sink(), 1, 0, ("loss",))
+        full = Recorder(_client(), 1, 0, ("loss",))
         full.start_epoch(0)
         for number in range(plan.num_steps):
             ids, _, real = plan.share(0, 1, number, number + 1)

@@ -35,10 +35,10 @@ from benchmarks.harness import Figure
 from benchmarks.images import CLASSES, encoded, random_images, write_random
 from benchmarks.stream import Epochs
 from rayprune.engine.actor import ScoreSpec
-from rayprune.engine.client import LocalScores, RemoteScores
+from rayprune.engine.client import ScoreClient
 from rayprune.engine.plan_dataset import plan_dataset, task_rows
 from rayprune.engine.resources import start_ray
-from rayprune.engine.stream import LocalStream, RayStream, row_bytes
+from rayprune.engine.stream import LocalStream, RayStream
 from rayprune.sources import SampleSource, open_data
 
 ROWS, BATCH, EPOCHS = 8_192, 128, 3
@@ -155,13 +155,13 @@ def _write(root: Path, images: np.ndarray, labels: np.ndarray, jpegs: list[bytes
 
 
 def _spec(source: SampleSource) -> ScoreSpec:
-    spec = ScoreSpec({"name": "full"}, source, 0, 99, 0, BATCH, "pad", row_bytes(source.schema), None, 0)
+    spec = ScoreSpec({"name": "full"}, source, 0, 99, 0, BATCH, "pad", source.schema.row_bytes, None, 0)
     return replace(spec, task_rows=task_rows(source, len(os.sched_getaffinity(0))))
 
 
 def _here(source: SampleSource, rows: Dataset[tuple[np.ndarray, int]]) -> dict[str, list[float]]:
     """Return rows/s of the local transport, the loaders and the bare loop, in turns, and bytes/row."""
-    epochs, stream = Epochs(LocalScores(_spec(source))), LocalStream({"train": source})
+    epochs, stream = Epochs(ScoreClient.in_process(_spec(source))), LocalStream({"train": source})
     loaders = {
         f"DataLoader, {workers} workers": DataLoader(
             rows, BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0
@@ -197,7 +197,7 @@ def _bare_loop(rows: Any, epoch: int) -> float:
 
 def _in_a_worker(root: Path, sources: dict[str, SampleSource]) -> dict[str, dict[str, list[float]]]:
     """Return rows/s of both transports of each source, in turns in one Ray worker, and seconds to Ray's first batch."""
-    actors = {name: RemoteScores.create(_spec(source), f"bench-{name}") for name, source in sources.items()}
+    actors = {name: ScoreClient.start(_spec(source), f"bench-{name}") for name, source in sources.items()}
     out = root / "seen.json"
 
     def loop() -> None:

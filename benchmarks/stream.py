@@ -19,11 +19,11 @@ from ray.train.torch import TorchTrainer
 
 from benchmarks.harness import Figure
 from rayprune.engine.actor import ScoreSpec
-from rayprune.engine.client import RemoteScores, ScoreClient
+from rayprune.engine.client import ScoreClient
 from rayprune.engine.plan_dataset import plan_dataset
 from rayprune.engine.protocol import Turn
 from rayprune.engine.resources import start_ray
-from rayprune.engine.stream import LocalStream, RayStream, Transport, plan_batches, row_bytes
+from rayprune.engine.stream import LocalStream, RayStream, Transport, plan_batches
 from rayprune.sources import SampleSource, open_data
 
 ROWS, BATCH, EPOCHS = 500_000, 128, 5
@@ -63,8 +63,8 @@ def _run(
     del images
     np.save(folder / "y_train.npy", np.arange(rows) % 10)
     source = open_data("arrays", path=str(folder), validation_fraction=0).train
-    spec = ScoreSpec(method, source, 0, 3 * epochs + 3, 0, BATCH, "pad", row_bytes(source.schema), None, 0)
-    scores, handle = RemoteScores.create(spec, f"bench-{folder.name}")
+    spec = ScoreSpec(method, source, 0, 3 * epochs + 3, 0, BATCH, "pad", source.schema.row_bytes, None, 0)
+    scores, handle = ScoreClient.start(spec, f"bench-{folder.name}")
     out = folder / "seen.json"
     trainer = TorchTrainer(
         lambda: out.write_text(json.dumps(measure(scores, source, folder, epochs))),
@@ -90,7 +90,7 @@ class Epochs:
         self._epoch += 1
         start = time.perf_counter()
         turn = Turn(self._epoch, "train", 1)
-        header = self._scores.call("announce", self._generation, turn)
+        header = self._scores.announce(self._generation, turn)
         rows, first, num_bytes = 0, 0.0, 0
         for batch in plan_batches(self._scores, self._generation, turn, header, 0, BATCH, via):
             first = first or time.perf_counter() - start
@@ -99,11 +99,11 @@ class Epochs:
         self.bytes_a_row = num_bytes / rows
         seconds = time.perf_counter() - start
         assert rows == header.num_steps * BATCH
-        self._scores.call("close_epoch", self._generation, self._epoch, [0])
+        self._scores.close_epoch(self._generation, self._epoch, [0])
         return first, rows / seconds
 
 
-def _throughput(scores: RemoteScores, source: SampleSource, folder: Path, epochs: int) -> dict[str, list[float]]:
+def _throughput(scores: ScoreClient, source: SampleSource, folder: Path, epochs: int) -> dict[str, list[float]]:
     plans = Epochs(scores)
     streams = {"local": LocalStream({"train": source}), "ray": RayStream(ray.train.get_dataset_shard("train"))}
     seen: dict[str, list[float]] = {"bare": [], "local": [], "ray": []}
@@ -129,7 +129,7 @@ def _bare_loop(folder: Path, epoch: int) -> float:
     return rows / (time.perf_counter() - start)
 
 
-def _starts(scores: RemoteScores, source: SampleSource, folder: Path, epochs: int) -> dict[str, list[float]]:
+def _starts(scores: ScoreClient, source: SampleSource, folder: Path, epochs: int) -> dict[str, list[float]]:
     plans = Epochs(scores)
     streams = {"local": LocalStream({"train": source}), "ray": RayStream(ray.train.get_dataset_shard("train"))}
     seen = {name: [plans.stream(via)[0] for _ in range(epochs)][1:] for name, via in streams.items()}

@@ -28,8 +28,10 @@ from rayprune.engine.checkpoint import checkpoint_path, is_written, load_selecto
 from rayprune.engine.protocol import (
     ClosedEpoch,
     Layout,
+    PlanBlock,
     PlanHeader,
     Pulse,
+    RankRows,
     StaleGeneration,
     StateOnItsWay,
     Turn,
@@ -161,16 +163,14 @@ class ScoreActor:
             selection, spec.batch_size, spec.seed, turn.epoch, spec.last_batch, groups, window_rows, spec.meta_every
         )
 
-    def share(
-        self, generation: int, turn: Turn, rank: int, start_step: int, stop_step: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]:
+    def share(self, generation: int, turn: Turn, rank: int, start_step: int, stop_step: int) -> RankRows:
         """Return a rank's ids, weights and real-row marks of the steps [start_step, stop_step) of the turn's plan."""
         if turn != self._turn:  # a restarted actor lays the same plan out again
             self.announce(generation, turn)
         assert self._plan is not None
         return self._plan.share(rank, turn.world_size, start_step, stop_step)
 
-    def blocks(self) -> tuple[str, list[tuple[NDArray[np.int64], NDArray[np.float32]]]]:
+    def blocks(self) -> tuple[str, list[PlanBlock]]:
         """Return the turn's phase and its blocks of (ids, weights) for the stream; no blocks before the first turn."""
         if self._turn is None or self._plan is None:
             return "train", []

@@ -1,24 +1,52 @@
-"""One way to call the ScoreActor, whether it is a Ray actor or an object of this process."""
+"""Typed calls to the ScoreActor, whether it is a Ray actor or an object of this process.
+
+`ScoreClient` has one method for each call of a `ScoreActor`, `LoopClient` those of a `LoopActor` too. A channel carries
+the calls: `LocalChannel` inside this process (num_workers 0), `RayChannel` to a Ray actor.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Concatenate, ParamSpec, Protocol, Self, TypeVar
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
 
 from rayprune.engine.actor import ScoreActor, ScoreSpec
-from rayprune.engine.protocol import StateOnItsWay
+from rayprune.engine.loop_actor import Arrival, LoopActor, LoopTerms, Moment, Wanted
+from rayprune.engine.protocol import (
+    ClosedEpoch,
+    Layout,
+    PlanBlock,
+    PlanHeader,
+    Pulse,
+    RankRows,
+    StateOnItsWay,
+    Turn,
+)
 
 logger = logging.getLogger(__name__)
 
-_STATE_S, _AGAIN_S = 600.0, 0.2
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_CHECKPOINT_TIMEOUT_S, _RETRY_S = 600.0, 0.2
 
 
-class ScoreClient(Protocol):
-    """Call the methods of a ScoreActor by name."""
+class Channel(Protocol):
+    """Carry calls to one ScoreActor; `method` is a name of the actor's class.
+
+    Attributes:
+        name: of the actor in its cluster; "" in this process.
+    """
+
+    @property
+    def name(self) -> str:
+        """See the class."""
 
     def call(self, method: str, *args: Any) -> Any:
         """Call and wait for the answer."""
@@ -27,45 +55,39 @@ class ScoreClient(Protocol):
         """Call without waiting; a failure shows at the flush."""
 
     def ask(self, method: str, timeout_s: float) -> Any:
-        """Call and wait for so long; return None when there is no answer."""
+        """Call and wait for at most `timeout_s`; return None when there is no answer."""
 
 
-class LocalScores:
-    """A ScoreActor in this process (num_workers 0)."""
+class LocalChannel:
+    """Call an actor object in this process."""
 
-    def __init__(self, spec: ScoreSpec, actor_class: type[ScoreActor] = ScoreActor) -> None:
-        self._actor = actor_class(spec)
+    name = ""
+
+    def __init__(self, actor: ScoreActor) -> None:
+        self.actor = actor
 
     def call(self, method: str, *args: Any) -> Any:
-        """Call directly."""
-        return getattr(self._actor, method)(*args)
+        """See Channel."""
+        return getattr(self.actor, method)(*args)
 
     def post(self, method: str, *args: Any) -> None:
-        """Call directly."""
-        getattr(self._actor, method)(*args)
+        """See Channel."""
+        self.call(method, *args)
 
     def ask(self, method: str, timeout_s: float) -> Any:
-        """Call directly."""
+        """See Channel; the answer is immediate."""
         return self.call(method)
 
 
 @dataclass(frozen=True)
-class RemoteScores:
-    """A ScoreActor in a Ray actor, found by name; picklable.
+class RayChannel:
+    """Call a Ray actor, found by name; picklable.
 
     The actor belongs to the process that created it and ends with it.
     """
 
     name: str
     namespace: str
-
-    @staticmethod
-    def create(spec: ScoreSpec, name: str, actor_class: type[ScoreActor] = ScoreActor) -> tuple[RemoteScores, Any]:
-        """Start the actor; return the client and the handle that keeps it alive."""
-        # No CPU of its own: selection is short, and a reserved core would be lost to training.
-        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
-        handle = ray.remote(actor_class).options(name=name, **options).remote(spec)
-        return RemoteScores(name, ray.get_runtime_context().namespace), handle
 
     @property
     def handle(self) -> Any:
@@ -76,31 +98,187 @@ class RemoteScores:
         return _HANDLES[key]
 
     def call(self, method: str, *args: Any) -> Any:
-        """Call and wait; while the actor restarts, Ray holds the call back and sends it again.
+        """See Channel; while the actor restarts, Ray holds the call back and sends it again.
 
         Raises:
             StateOnItsWay: the checkpoint that a restarted actor needs was not there after 10 minutes.
         """
-        deadline = time.monotonic() + _STATE_S
+        deadline = time.monotonic() + _CHECKPOINT_TIMEOUT_S
         while True:
             try:
                 return ray.get(getattr(self.handle, method).remote(*args))
             except StateOnItsWay:
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(_AGAIN_S)
+                time.sleep(_RETRY_S)
 
     def post(self, method: str, *args: Any) -> None:
-        """Send without waiting."""
+        """See Channel."""
         getattr(self.handle, method).remote(*args)
 
     def ask(self, method: str, timeout_s: float) -> Any:
-        """Call and wait for so long; return None when the actor is busy, restarting or gone."""
+        """See Channel; there is no answer when the actor is busy, restarting or gone."""
         try:
             return ray.get(getattr(self.handle, method).remote(), timeout=timeout_s)
-        except (ray.exceptions.RayError, ValueError) as error:  # ValueError: no actor of this name
-            logger.debug("%s is not answered: %s", method, error)
+        except (ray.exceptions.RayError, ValueError) as error:  # ValueError: no actor has this name
+            logger.debug("%s was not answered: %s", method, error)
             return None
 
 
 _HANDLES: dict[tuple[str, str], Any] = {}
+
+
+class ScoreClient:
+    """Call a ScoreActor; every method has the actor's arguments and result.
+
+    Args:
+        channel: how calls reach the actor.
+    """
+
+    actor_class: ClassVar[type[ScoreActor]] = ScoreActor
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+
+    @classmethod
+    def in_process(cls, spec: ScoreSpec) -> Self:
+        """Return a client of a new actor object in this process."""
+        return cls(LocalChannel(cls.actor_class(spec)))
+
+    @classmethod
+    def start(cls, spec: ScoreSpec, name: str) -> tuple[Self, Any]:
+        """Start a Ray actor; return its client and the handle that keeps it alive."""
+        # No CPU of its own: selection is short, and a reserved core would be lost to training.
+        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+        handle = ray.remote(cls.actor_class).options(name=name, **options).remote(spec)
+        return cls(RayChannel(name, ray.get_runtime_context().namespace)), handle
+
+    @property
+    def name(self) -> str:
+        """The actor's name in its cluster; "" in this process."""
+        return self.channel.name
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the actor lives in this process."""
+        return isinstance(self.channel, LocalChannel)
+
+    def _call(self, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+        answer: R = self.channel.call(method.__name__, *args)
+        return answer
+
+    def _post(self, method: Callable[Concatenate[Any, P], object], *args: P.args, **kwargs: P.kwargs) -> None:
+        self.channel.post(method.__name__, *args)
+
+    def _ask(self, method: Callable[[Any], R], timeout_s: float) -> R | None:
+        answer: R | None = self.channel.ask(method.__name__, timeout_s)
+        return answer
+
+    def announce(self, generation: int, turn: Turn) -> PlanHeader:
+        """See ScoreActor.announce."""
+        return self._call(ScoreActor.announce, generation, turn)
+
+    def share(self, generation: int, turn: Turn, rank: int, start_step: int, stop_step: int) -> RankRows:
+        """See ScoreActor.share."""
+        return self._call(ScoreActor.share, generation, turn, rank, start_step, stop_step)
+
+    def blocks(self) -> tuple[str, list[PlanBlock]]:
+        """See ScoreActor.blocks."""
+        return self._call(ScoreActor.blocks)
+
+    def observe(
+        self,
+        generation: int,
+        epoch: int,
+        rank: int,
+        sequence: int,
+        layout: Layout,
+        buffer: NDArray[np.uint8],
+        base_step: int = 0,
+        sweep: bool = False,
+        *,
+        wait: bool = True,
+    ) -> None:
+        """See ScoreActor.observe; without `wait`, what goes wrong shows at the flush."""
+        send = self._call if wait else self._post
+        send(ScoreActor.observe, generation, epoch, rank, sequence, layout, buffer, base_step, sweep)
+
+    def missing(self, generation: int, epoch: int, rank: int, count: int, base_step: int = 0) -> list[int]:
+        """See ScoreActor.missing."""
+        return self._call(ScoreActor.missing, generation, epoch, rank, count, base_step)
+
+    def snapshot(self, generation: int, epoch: int, counts: list[int], base_step: int = 0) -> ClosedEpoch | None:
+        """See ScoreActor.snapshot."""
+        return self._call(ScoreActor.snapshot, generation, epoch, counts, base_step)
+
+    def close_epoch(self, generation: int, epoch: int, counts: list[int], base_step: int = 0) -> ClosedEpoch | None:
+        """See ScoreActor.close_epoch."""
+        return self._call(ScoreActor.close_epoch, generation, epoch, counts, base_step)
+
+    def generation(self) -> int:
+        """See ScoreActor.generation."""
+        return self._call(ScoreActor.generation)
+
+    def stop(self, reason: str, failed: bool) -> None:
+        """See ScoreActor.stop."""
+        self._call(ScoreActor.stop, reason, failed)
+
+    def stopped(self) -> tuple[str, bool] | None:
+        """See ScoreActor.stopped."""
+        return self._call(ScoreActor.stopped)
+
+    def pause(self, timeout_s: float) -> None:
+        """See ScoreActor.pause; does nothing when the actor does not answer."""
+        self._ask(ScoreActor.pause, timeout_s)
+
+    def pausing(self) -> bool:
+        """See ScoreActor.pausing."""
+        return self._call(ScoreActor.pausing)
+
+    def progress(self, timeout_s: float) -> tuple[int, int, int] | None:
+        """See ScoreActor.progress; None when the actor does not answer."""
+        return self._ask(ScoreActor.progress, timeout_s)
+
+    def pulse(self, generation: int, rank: int, world_size: int, doing: str, doing_s: float) -> None:
+        """See ScoreActor.pulse; does not wait."""
+        self._post(ScoreActor.pulse, generation, rank, world_size, doing, doing_s)
+
+    def pulses(self, timeout_s: float) -> dict[int, Pulse] | None:
+        """See ScoreActor.pulses; None when the actor does not answer."""
+        return self._ask(ScoreActor.pulses, timeout_s)
+
+
+class LoopClient(ScoreClient):
+    """Call a LoopActor; every method has the actor's arguments and result."""
+
+    actor_class = LoopActor
+
+    def terms(self) -> LoopTerms:
+        """See LoopActor.terms."""
+        return self._call(LoopActor.terms)
+
+    def restore(self, generation: int, epoch: int, state: Mapping[str, NDArray[Any]] | None) -> None:
+        """See LoopActor.restore."""
+        self._call(LoopActor.restore, generation, epoch, state)
+
+    def arrive(
+        self, generation: int, turn: tuple[int, int], rank: int, count: int, world_size: int, moment: Moment, step: int
+    ) -> Arrival:
+        """See LoopActor.arrive."""
+        return self._call(LoopActor.arrive, generation, turn, rank, count, world_size, moment, step)
+
+    def waiting(self) -> list[int]:
+        """See LoopActor.waiting."""
+        return self._call(LoopActor.waiting)
+
+    def answer(self) -> ClosedEpoch:
+        """See LoopActor.answer."""
+        return self._call(LoopActor.answer)
+
+    def wanted(self, known: tuple[Any, ...] | None) -> Wanted | None:
+        """See LoopActor.wanted."""
+        return self._call(LoopActor.wanted, known)
+
+    def scores(self) -> dict[str, NDArray[Any]]:
+        """See LoopActor.scores."""
+        return self._call(LoopActor.scores)

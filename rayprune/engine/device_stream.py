@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from rayprune.engine.placing import Copies, host_tensor, packed, unpacked
-from rayprune.engine.protocol import Turn
-from rayprune.engine.stream import Batch, Share, row_bytes
+from rayprune.engine.protocol import RankRows, Turn
+from rayprune.engine.stream import Batch
 from rayprune.sources import SampleSource, Schema
 
 LOAD_BYTES = 64 * 1024 * 1024
@@ -48,7 +48,7 @@ def check_room(sources: Mapping[str, SampleSource], device: torch.device) -> Non
     Raises:
         ValueError: they do not, with their size and the cure.
     """
-    needed = sum(len(source) * row_bytes(source.schema) for source in sources.values())
+    needed = sum(len(source) * source.schema.row_bytes for source in sources.values())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > _SHARE_OF_FREE * free:
         raise ValueError(
@@ -71,7 +71,7 @@ class DeviceStream:
         self._sources, self._device, self._copies = sources, device, Copies(device)
         self._resident: dict[str, dict[str, Tensor]] = {}
 
-    def batches(self, turn: Turn, shares: Iterator[Share], batch_rows: int) -> Iterator[Batch]:
+    def batches(self, turn: Turn, shares: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
         """See Transport; a batch's columns are tensors on the device, and `placed` is set."""
         columns, num_bytes = self._loaded("validation" if turn.phase == "validate" else "train")
         for ids, weights, real in shares:
@@ -102,7 +102,7 @@ def _load(source: SampleSource, device: torch.device) -> tuple[dict[str, Tensor]
     for name, column in source.schema.columns.items():
         dtype = torch.from_numpy(np.zeros(0, column.dtype)).dtype
         columns[name] = torch.empty((len(source), *column.shape), dtype=dtype, device=device)
-    num_bytes, rows = 0, max(1, LOAD_BYTES // max(1, row_bytes(source.schema)))
+    num_bytes, rows = 0, max(1, LOAD_BYTES // max(1, source.schema.row_bytes))
     for start in range(0, len(source), rows):
         ids = np.arange(start, min(start + rows, len(source)), dtype=np.int64)
         read, size = source.read(ids)

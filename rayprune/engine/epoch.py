@@ -61,9 +61,7 @@ class Epoch:
         return self._exhausted and (self._swept or self._header.num_forward_only == 0)
 
     def _announce(self, turn: Turn) -> PlanHeader:
-        shard = self._shard
-        header: PlanHeader = shard.scores_client.call("announce", shard.generation, turn)
-        return header
+        return self._shard.scores_client.announce(self._shard.generation, turn)
 
     def __index__(self) -> int:
         """Return the epoch's number, so that `int(epoch)` is what it was in `for epoch in range(...)`."""

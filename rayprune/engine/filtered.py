@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rayprune.engine.client import RemoteScores
-from rayprune.engine.protocol import PlanMismatch, Turn
-from rayprune.engine.stream import Batch, Share
+from rayprune.engine.client import LoopClient
+from rayprune.engine.protocol import PlanMismatch, RankRows, Turn
+from rayprune.engine.stream import Batch
 from rayprune.sources import SampleSource, Schema
 from rayprune.sources.fingerprint import digest
 
@@ -106,7 +106,7 @@ def _checked(ids: NDArray[Any], name: str) -> NDArray[np.int64]:
 class Pick:
     """Keep a block's rows that the running turn asks for, with the columns `id` and `weight`."""
 
-    scores: RemoteScores
+    scores: LoopClient
     id_column: str
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -127,9 +127,9 @@ class Pick:
 _NEWEST: dict[str, tuple[tuple[Any, ...], NDArray[np.uint8], NDArray[np.float32]]] = {}
 
 
-def _wanted(scores: RemoteScores) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+def _wanted(scores: LoopClient) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     known = _NEWEST.get(scores.name)
-    told = scores.call("wanted", None if known is None else known[0])
+    told = scores.wanted(None if known is None else known[0])
     if told is not None:
         _NEWEST[scores.name] = known = told
     assert known is not None
@@ -144,7 +144,7 @@ class FilteredStream:
     def __init__(self, shard: Any) -> None:
         self._shard = shard
 
-    def batches(self, turn: Turn, shares: Iterator[Share], batch_rows: int) -> Iterator[Batch]:
+    def batches(self, turn: Turn, shares: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
         """See Transport; the last batch may be short, on all ranks alike."""
         for columns in self._shard.iter_batches(batch_size=batch_rows, batch_format="numpy", prefetch_batches=2):
             for name in ("id", "weight"):

@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from rayprune.core.selector import Selector
 from rayprune.engine.actor import ScoreActor
 from rayprune.engine.protocol import ClosedEpoch, ObservationsLost
-from rayprune.engine.stream import shuffle_name
 from rayprune.methods import build_method
+from rayprune.sources.base import shuffle_name
 
 Moment = Literal["snapshot", "close"]
 Arrival = Literal["wait", "again", "done"]
+# What a filtered stream keeps: a key, codes (N,) (0 = left out), the weight of each code from 1 on.
+Wanted = tuple[tuple[Any, ...], NDArray[np.uint8], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,7 @@ class LoopActor(ScoreActor):
         """Copy a state: ranks that go on at once push before rank 0 has fetched it."""
         return replace(answer, state={name: np.array(array) for name, array in answer.state.items()})
 
-    def wanted(
-        self, known: tuple[Any, ...] | None
-    ) -> tuple[tuple[Any, ...], NDArray[np.uint8], NDArray[np.float32]] | None:
+    def wanted(self, known: tuple[Any, ...] | None) -> Wanted | None:
         """Return what the running turn asks for, for streams that are filtered.
 
         Args:

@@ -15,9 +15,9 @@ from rayprune.config import Config, make_config
 from rayprune.engine.checkpoint import copy_checkpoint, damage, newest_checkpoint, read_position
 from rayprune.engine.resources import Resources
 from rayprune.engine.run_folder import append_metrics, mend_metrics, read_metrics, write_environment
-from rayprune.engine.stream import shuffle_name
 from rayprune.overrides import read_yaml
 from rayprune.sources import SampleSource
+from rayprune.sources.base import shuffle_name
 
 _FREE = {"scaling", "run", "compare", "sweep"}  # sections that do not decide a run's result
 SCORING = "collect"  # the folder, inside a run's, of the run that scored its samples

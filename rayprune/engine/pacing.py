@@ -63,7 +63,7 @@ class Pacer:
     def _due(self, now: float) -> Verdict:
         if self._rank > 0:
             return "go on"  # overwritten by rank 0's
-        if self._scores.call("pausing"):
+        if self._scores.pausing():
             return "leave"
         late = self._every_minutes is not None and now - self._saved_at > 60 * self._every_minutes
         return "save" if late else "go on"

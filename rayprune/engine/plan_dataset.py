@@ -18,7 +18,7 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockAccessor, BlockMetadata
 
 from rayprune.core.plan import BLOCK_ROWS
-from rayprune.engine.client import RemoteScores
+from rayprune.engine.client import ScoreClient
 from rayprune.engine.stream import BYTES_READ
 from rayprune.sources import SampleSource
 
@@ -39,7 +39,7 @@ class PlanDatasource(Datasource):
         asks: whether planning asks for the plan; False for an answer without blocks.
     """
 
-    def __init__(self, scores: RemoteScores, sources: Mapping[str, SampleSource]) -> None:
+    def __init__(self, scores: ScoreClient, sources: Mapping[str, SampleSource]) -> None:
         super().__init__()
         self._scores, self.asks = scores, True
         self._sources = {name: _sent(source) for name, source in sources.items()}
@@ -58,7 +58,7 @@ class PlanDatasource(Datasource):
         """Return one task for each block of the current plan, in the plan's order."""
         if not self.asks:
             return []
-        phase, blocks = self._scores.call("blocks")
+        phase, blocks = self._scores.blocks()
         source = self._sources["validation" if phase == "validate" else "train"]
         metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         return [ReadTask(_Read(source, ids, weights), metadata) for ids, weights in blocks]
@@ -112,7 +112,7 @@ def task_rows(source: SampleSource, num_cpus: float) -> int:
     return max(_LEAST_ROWS, spread, min(BLOCK_ROWS, len(source) // _MOST_TASKS))
 
 
-def plan_dataset(scores: RemoteScores, sources: Mapping[str, SampleSource], *, elastic: bool = False) -> Any:
+def plan_dataset(scores: ScoreClient, sources: Mapping[str, SampleSource], *, elastic: bool = False) -> Any:
     """Return the one Dataset of a run; set the order-keeping option that TorchTrainer's DataConfig picks up.
 
     Args:

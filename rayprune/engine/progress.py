@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rayprune.engine.client import LocalScores, ScoreClient
+from rayprune.engine.client import ScoreClient
 from rayprune.engine.stall import StallWatch
 
 logger = logging.getLogger(__name__)
@@ -65,20 +65,17 @@ class Watcher:
         while not self._done.wait(_POLL_S):
             self._deliver()
             if self._pause.is_set():
-                self._ask("pause")  # again and again: an actor that restarts forgets it
-            if not isinstance(self._scores, LocalScores):  # in this process there is nobody to wait for
+                self._scores.pause(_ANSWER_S)  # again and again: an actor that restarts forgets it
+            if not self._scores.is_local:  # in this process there is nobody to wait for
                 self._look()
 
     def _look(self) -> None:
         if self._on_progress is not None:
-            progress = self._ask("progress")
+            progress = self._scores.progress(_ANSWER_S)
             if progress is not None:
                 self._on_progress(*progress)
-        for line in self._stalls.look(self._ask("pulses")):
+        for line in self._stalls.look(self._scores.pulses(_ANSWER_S)):
             self._on_stall(line)
-
-    def _ask(self, method: str) -> Any:
-        return self._scores.ask(method, _ANSWER_S)
 
     def _deliver(self) -> None:
         if self._on_epoch is None or not self._file.exists():

@@ -20,6 +20,12 @@ Phase = Literal["train", "forward", "validate"]
 # One signal's place in a packed buffer: name, dtype, shape.
 Layout = tuple[tuple[str, str, tuple[int, ...]], ...]
 
+# One rank's rows of a plan: ids (R,), weights (R,), and False where a row is padding (R,).
+RankRows = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]
+
+# One block of the stream: ids (R,), weights (R,).
+PlanBlock = tuple[NDArray[np.int64], NDArray[np.float32]]
+
 
 class StaleGeneration(RuntimeError):
     """A call of a worker group that has been replaced."""

@@ -20,15 +20,14 @@ from rayprune.core.plan import LastBatch
 from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
 from rayprune.engine.actor import ScoreSpec
-from rayprune.engine.client import LocalScores, RemoteScores
+from rayprune.engine.client import LoopClient
 from rayprune.engine.device_stream import DeviceStream, check_columns
 from rayprune.engine.filtered import GUARANTEES, FilteredStream, IdColumn, Pick
-from rayprune.engine.loop_actor import LoopActor, LoopTerms
 from rayprune.engine.plan_dataset import plan_dataset, task_rows
 from rayprune.engine.resources import Stream
 from rayprune.engine.shard import Shard
 from rayprune.engine.stored import Facts, stored
-from rayprune.engine.stream import LocalStream, RayStream, Transport, row_bytes
+from rayprune.engine.stream import LocalStream, RayStream, Transport
 from rayprune.methods import Method
 from rayprune.methods.fixed import Fixed
 from rayprune.sources import SampleSource, as_source
@@ -44,7 +43,7 @@ _generations = itertools.count(1)
 class _Told:
     """What a pruned data set tells the workers: where its scores are, and how rows come."""
 
-    scores: RemoteScores
+    scores: LoopClient
     stream: Stream | Literal["filtered"]
     source: SampleSource | None = None
 
@@ -58,7 +57,7 @@ class PrunedData:
         num_samples: N.
     """
 
-    def __init__(self, dataset: Any, scores: RemoteScores, num_samples: int, guarantees: str) -> None:
+    def __init__(self, dataset: Any, scores: LoopClient, num_samples: int, guarantees: str) -> None:
         self.dataset, self.num_samples = dataset, num_samples
         self._scores, self._guarantees = scores, guarantees
 
@@ -67,8 +66,7 @@ class PrunedData:
 
     def scores(self) -> dict[str, NDArray[Any]]:
         """Return the method's scores, `last_visit` and `times_pruned`, name → (N,); NaN where never visited."""
-        found: dict[str, NDArray[Any]] = self._scores.call("scores")
-        return found
+        return self._scores.scores()
 
     def close(self) -> None:
         """End the ScoreActor; otherwise it ends with this process."""
@@ -125,21 +123,21 @@ def prune(
     name = f"rayprune-loop-{uuid.uuid4().hex[:8]}"
     spec = _spec(samples, method, num_epochs, batch_size, seed, last_batch)
     spec = replace(spec, task_rows=task_rows(samples, ray.cluster_resources().get("CPU", 1.0)))
-    scores, _ALIVE[name] = RemoteScores.create(spec, name, LoopActor)
+    scores, _ALIVE[name] = LoopClient.start(spec, name)
     if filtered:
         return PrunedData(_filtered(source, scores, id_column), scores, len(samples), GUARANTEES)
     guarantees = f"stream {stream}; plans, order and resume inside epochs are exact, bit for bit"
     return PrunedData(_planned(samples, scores, stream), scores, len(samples), guarantees)
 
 
-def _filtered(dataset: Any, scores: RemoteScores, id_column: str) -> Any:
+def _filtered(dataset: Any, scores: LoopClient, id_column: str) -> Any:
     # A data set's context, of which it has its own copy, tells the workers which actor is theirs.
     dataset.context.set_config(_KEY, _Told(scores, "filtered"))
     pick = Pick(scores, id_column)
     return dataset.map_batches(pick, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
 
 
-def _planned(samples: SampleSource, scores: RemoteScores, stream: Stream) -> Any:
+def _planned(samples: SampleSource, scores: LoopClient, stream: Stream) -> Any:
     context = ray.data.DataContext.get_current()
     context.set_config(_KEY, _Told(scores, stream, None if stream == "ray" else samples))
     try:
@@ -193,7 +191,7 @@ def _spec(
         seed=int(seed),
         batch_size=int(batch_size),
         last_batch=last_batch,
-        row_bytes=row_bytes(samples.schema),
+        row_bytes=samples.schema.row_bytes,
         run_folder=None,
         keep_selections=0,
         labelled=_counts_classes(method),
@@ -226,7 +224,7 @@ def get_dataset_shard(name: str = "train") -> Shard:
     scores = told.scores
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    terms: LoopTerms = scores.call("terms")
+    terms = scores.terms()
     transport: Transport
     device = _worker_device()
     if told.stream == "local":
@@ -235,7 +233,7 @@ def get_dataset_shard(name: str = "train") -> Shard:
         transport = DeviceStream({"train": told.source}, device or torch.device("cpu"))
     else:
         transport = FilteredStream(iterator) if told.stream == "filtered" else RayStream(iterator)
-    generation = max(scores.call("generation") + 1, time.time_ns()) if rank == 0 else 0
+    generation = max(scores.generation() + 1, time.time_ns()) if rank == 0 else 0
     generation = broadcast_from_rank_zero(generation)
     return Shard(scores, transport, terms, rank, context.get_world_size(), generation, device)
 
@@ -284,11 +282,11 @@ def local_loader(
     """
     samples = as_source(source)
     _check(samples, method, num_epochs, batch_size, seed, stream, ("local", "device"))
-    scores = LocalScores(_spec(samples, method, num_epochs, batch_size, seed, last_batch), LoopActor)
+    scores = LoopClient.in_process(_spec(samples, method, num_epochs, batch_size, seed, last_batch))
     where = None if device is None else torch.device(device)
     if where is not None and where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r}: torch finds no GPU here: leave device out, or install its driver")
-    terms: LoopTerms = scores.call("terms")
+    terms = scores.terms()
     own = {"train": samples}
     via = DeviceStream(own, where or torch.device("cpu")) if stream == "device" else LocalStream(own)
     return Shard(scores, via, terms, 0, 1, next(_generations), where)

@@ -170,7 +170,7 @@ class Recorder:
         self.num_nonfinite += bad.size
         self.nonfinite_ids += rows[bad][:5].tolist()
         self._log.append((*pack(ids, signals), arriving.sweep))
-        self._client.post("observe", *self._push(len(self._log) - 1))
+        self._client.observe(*self._push(len(self._log) - 1), wait=False)
         if any(array.ndim > 1 for array in signals.values()):
             self._log[-1] = None
 
@@ -191,7 +191,7 @@ class Recorder:
         """
         self.push()
         asked = (self._generation, self._epoch, self._rank)
-        while lost := self._client.call("missing", *asked, len(self._log), self._base_step):
+        while lost := self._client.missing(*asked, len(self._log), self._base_step):
             for sequence in lost:
-                self._client.call("observe", *self._push(sequence))
+                self._client.observe(*self._push(sequence))
         return len(self._log)

@@ -22,7 +22,7 @@ from rayprune.config import Config
 from rayprune.core.selection import Selection
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.checkpoint import forget_ray_records, remove_old_checkpoints
-from rayprune.engine.client import LocalScores, RemoteScores, ScoreClient
+from rayprune.engine.client import ScoreClient
 from rayprune.engine.device_stream import DeviceStream
 from rayprune.engine.ending import on_sigterm
 from rayprune.engine.placing import pinned
@@ -31,10 +31,11 @@ from rayprune.engine.progress import Watcher
 from rayprune.engine.protocol import TrainingStopped
 from rayprune.engine.resources import Resources
 from rayprune.engine.setup import Before, InputSpec, StepTerms, WorkerSpec, pick_device, recorded_signals
-from rayprune.engine.stream import LocalStream, RayStream, row_bytes, shuffle_name
+from rayprune.engine.stream import LocalStream, RayStream
 from rayprune.engine.worker import Worker
 from rayprune.methods import Method
 from rayprune.sources import SampleSource, Splits
+from rayprune.sources.base import shuffle_name
 
 EpochListener = Callable[[dict[str, Any]], None]
 ProgressListener = Callable[[int, int, int], None]
@@ -87,7 +88,7 @@ class Run:
             seed=config.train.seed,
             batch_size=config.train.batch_size,
             last_batch=config.train.last_batch,
-            row_bytes=row_bytes(splits.train.schema),
+            row_bytes=splits.train.schema.row_bytes,
             run_folder=str(folder),
             keep_selections=config.run.keep_selections,
             labelled=needs_labels or len(splits.train) <= _LABELLED_SAMPLES,
@@ -97,15 +98,14 @@ class Run:
             meta_every=config.train.meta_interval,
         )
         self._handle: Any = None
-        self.scores: ScoreClient
         if resources.stream == "ray":
             cpus = ray.cluster_resources().get("CPU", 1.0)
             score_spec = replace(score_spec, task_rows=task_rows(splits.train, cpus))
         if resources.num_workers == 0:
-            self.scores = LocalScores(score_spec)
+            self.scores = ScoreClient.in_process(score_spec)
         else:
             name = f"rayprune-scores-{uuid.uuid4().hex[:8]}"
-            self.scores, self._handle = RemoteScores.create(score_spec, name)
+            self.scores, self._handle = ScoreClient.start(score_spec, name)
         self._worker_spec = WorkerSpec(
             config=config,
             scores=self.scores,
@@ -148,16 +148,14 @@ class Run:
 
     def _stopped_because(self) -> tuple[str, bool] | None:
         try:
-            stopped: tuple[str, bool] | None = self.scores.call("stopped")
+            return self.scores.stopped()
         except ray.exceptions.RayError:  # the actor went down with what failed: that says more
-            stopped = None
-        return stopped
+            return None
 
     def _trainer(self) -> TorchTrainer:
         resources = self._resources
         datasets = {}
         if resources.stream == "ray":
-            assert isinstance(self.scores, RemoteScores)
             datasets["train"] = plan_dataset(
                 self.scores, self._sources, elastic=isinstance(resources.num_workers, tuple)
             )

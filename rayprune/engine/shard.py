@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayprune.engine.client import ScoreClient
+from rayprune.engine.client import LoopClient
 from rayprune.engine.epoch import Epoch
 from rayprune.engine.loop_actor import LoopTerms, Moment
 from rayprune.engine.recorder import Recorder
@@ -45,7 +45,7 @@ class Shard:
 
     def __init__(
         self,
-        scores: ScoreClient,
+        scores: LoopClient,
         transport: Transport,
         terms: LoopTerms,
         rank: int,
@@ -96,9 +96,9 @@ class Shard:
         if self.rank == 0:
             state = None if self._state is None else {n: tensor.cpu().numpy() for n, tensor in self._state.items()}
             # A finished run is restored too: its scores are asked for.
-            self.scores_client.call("restore", self.generation, min(self._epoch, self.num_epochs - 1), state)
+            self.scores_client.restore(self.generation, min(self._epoch, self.num_epochs - 1), state)
         self._state = None
-        while self.scores_client.call("generation") < self.generation:
+        while self.scores_client.generation() < self.generation:
             time.sleep(_POLL_S)  # rank 0 restores first
         self.recorder.start_epoch(self._epoch, self._base_step)
 
@@ -118,8 +118,7 @@ class Shard:
 
         Inside an epoch's body the newest observations may still be under way; between epochs all are in.
         """
-        found: dict[str, Any] = self.scores_client.call("scores")
-        return found
+        return self.scores_client.scores()
 
     def sweep(self, score: Callable[[Any], Any], **form: Any) -> int:
         """Score the samples that the method asks to see without training, such as those left out; no gradients.
@@ -163,7 +162,7 @@ class Shard:
         selector: dict[str, Tensor] = {}
         if self.rank == 0:
             selector = {
-                name: torch.from_numpy(array.copy()) for name, array in self.scores_client.call("answer").state.items()
+                name: torch.from_numpy(array.copy()) for name, array in self.scores_client.answer().state.items()
             }
         return {
             "schema": STATE_SCHEMA,
@@ -205,14 +204,14 @@ class Shard:
         asked = (self.generation, turn, self.rank)
         count = self.recorder.flush()
         while True:
-            said = self.scores_client.call("arrive", *asked, count, self.world_size, moment, step)
+            said = self.scores_client.arrive(*asked, count, self.world_size, moment, step)
             if said == "done":
                 return
             if said == "again":
                 count = self.recorder.flush()
             elif not warned and time.monotonic() - began > _WARN_S:
                 warned = True
-                missing = sorted(set(range(self.world_size)) - set(self.scores_client.call("waiting")))
+                missing = sorted(set(range(self.world_size)) - set(self.scores_client.waiting()))
                 logger.warning(
                     "rank %d waits since %.0f s for ranks %s to end the epoch or call state_dict(): every rank must",
                     self.rank,

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Mapping
 
-from rayprune.engine.client import LocalScores, ScoreClient
+from rayprune.engine.client import ScoreClient
 from rayprune.engine.protocol import Pulse
 
 _PULSE_S = 1.0
@@ -29,7 +29,7 @@ class Pulsing:
         self._scores, self._generation, self._rank, self._world_size = scores, generation, rank, world_size
         self._doing = ("starts", time.monotonic())
         self._done = threading.Event()
-        if not isinstance(scores, LocalScores):
+        if not scores.is_local:
             threading.Thread(target=self._send, name="rayprune-pulse", daemon=True).start()
 
     def doing(self, what: str) -> None:
@@ -44,7 +44,7 @@ class Pulsing:
         while True:
             doing, since = self._doing
             now = time.monotonic()
-            self._scores.post("pulse", self._generation, self._rank, self._world_size, doing, now - since)
+            self._scores.pulse(self._generation, self._rank, self._world_size, doing, now - since)
             if self._done.wait(_PULSE_S):
                 return
 

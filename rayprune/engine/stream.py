@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.plan import block_rows
 from rayprune.engine.ahead import ahead
 from rayprune.engine.client import ScoreClient
-from rayprune.engine.protocol import PlanHeader, PlanMismatch, Turn
-from rayprune.sources import SampleSource, Schema
-from rayprune.sources.fingerprint import digest
+from rayprune.engine.protocol import PlanHeader, PlanMismatch, RankRows, Turn
+from rayprune.sources import SampleSource
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
 Columns = Mapping[str, "NDArray[Any] | Tensor"]
 _Rows = tuple[Columns, int]
 Made = Callable[["NDArray[Any]"], "NDArray[Any] | Tensor"]
-Share = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]
 
 # Rows that a worker reads or asks the plan for at once: enough to make the cost a call vanish, little to hold.
 SPAN_ROWS = 65_536
@@ -75,23 +72,12 @@ class Transport(Protocol):
 
     resumes_inside: bool
 
-    def batches(self, turn: Turn, shares: Iterator[Share], batch_rows: int) -> Iterator[Batch]:
+    def batches(self, turn: Turn, shares: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
         """Yield one Batch for each `batch_rows` rows of the shares, in order.
 
         Raises:
             PlanMismatch: other rows came than the plan says.
         """
-
-
-def row_bytes(schema: Schema) -> int:
-    """Return the bytes of one decoded row."""
-    return sum(int(np.prod(column.shape)) * np.dtype(column.dtype).itemsize for column in schema.columns.values())
-
-
-def shuffle_name(source: SampleSource) -> str:
-    """Return what the order of a plan depends on besides ids and seed: "" or a digest of the source's windows."""
-    groups = source.groups
-    return "" if groups is None else digest("windows", groups, block_rows(row_bytes(source.schema)))
 
 
 def plan_batches(
@@ -109,10 +95,10 @@ def plan_batches(
     rows = batch_size // turn.world_size
     steps = max(1, SPAN_ROWS // rows)
 
-    def shares() -> Iterator[Share]:
+    def shares() -> Iterator[RankRows]:
         for start in range(turn.start_step, header.num_steps, steps):
             stop = min(start + steps, header.num_steps)
-            yield client.call("share", generation, turn, rank, start, stop)
+            yield client.share(generation, turn, rank, start, stop)
 
     if turn.start_step < header.num_steps:
         yield from via.batches(turn, shares(), rows)
@@ -131,13 +117,13 @@ class LocalStream:
     def __init__(self, sources: Mapping[str, SampleSource], made: Made | None = None) -> None:
         self._sources, self._made = sources, made
 
-    def batches(self, turn: Turn, shares: Iterator[Share], batch_rows: int) -> Iterator[Batch]:
+    def batches(self, turn: Turn, shares: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
         """See Transport."""
         source = self._sources["validation" if turn.phase == "validate" else "train"]
-        budget = max(1, _LOCAL_READ_BYTES // max(1, row_bytes(source.schema)))
+        budget = max(1, _LOCAL_READ_BYTES // max(1, source.schema.row_bytes))
         read_rows = max(1, min(LOCAL_READ_ROWS, budget) // batch_rows) * batch_rows
         with ThreadPoolExecutor(1, thread_name_prefix="rayprune-read") as reader:
-            waiting: list[tuple[Future[_Rows], Share]] = []
+            waiting: list[tuple[Future[_Rows], RankRows]] = []
             for ids, weights, real in shares:
                 for start in range(0, ids.size, read_rows):
                     part = slice(start, start + read_rows)
@@ -154,7 +140,7 @@ class LocalStream:
         return columns if self._made is None else {n: self._made(c) for n, c in columns.items()}, num_bytes
 
 
-def _cut(read: Future[_Rows], share: Share, batch_rows: int) -> Iterator[Batch]:
+def _cut(read: Future[_Rows], share: RankRows, batch_rows: int) -> Iterator[Batch]:
     (columns, num_bytes), (ids, weights, real) = read.result(), share
     for start in range(0, ids.size, batch_rows):
         part = slice(start, start + batch_rows)
@@ -175,7 +161,7 @@ class RayStream:
     def __init__(self, shard: Any, made: Made | None = None) -> None:
         self._shard, self._made = shard, made
 
-    def batches(self, turn: Turn, shares: Iterator[Share], batch_rows: int) -> Iterator[Batch]:
+    def batches(self, turn: Turn, shares: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
         """See Transport."""
         # Whole blocks, cut here: Ray's own cutting costs half a millisecond a batch. And fetched ahead here: Ray gives
         # the first one only when all that it fetches ahead have come. With 0 it leaves a thread behind each time.

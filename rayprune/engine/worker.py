@@ -82,12 +82,12 @@ class Worker:
         """
         if not (Path(self._spec.run_folder) / "config.yaml").exists():  # without this the run would begin anew
             raise FileNotFoundError(f"the run folder {self._spec.run_folder} is gone: bring its storage back")
-        generation = max(self._spec.scores.call("generation") + 1, time.time_ns())
+        generation = max(self._spec.scores.generation() + 1, time.time_ns())
         return generation, newest_position(Path(self._spec.run_folder))
 
     def run(self) -> None:
         """Train the epochs that are left."""
-        if self._spec.scores.call("stopped") is not None:
+        if self._spec.scores.stopped() is not None:
             return
         try:
             for epoch in range(self._epoch, self._config.last_epoch):
@@ -99,13 +99,13 @@ class Worker:
         except TrainingPaused:
             self._saver.wait()
         except TrainingStopped as error:
-            self._spec.scores.call("stop", str(error), False)
+            self._spec.scores.stop(str(error), False)
             if self.world_size > 1 and not error.on_all_ranks:
                 raise  # the others wait in a collective call; Ray ends them, and the next attempt leaves at once
         except _WOULD_FAIL_AGAIN as error:
             cause = getattr(error, "cause", None) or error  # what the actor raised, out of Ray's wrapping
             line = next(iter(str(cause).splitlines()), "no message")
-            self._spec.scores.call("stop", f"on rank {self.rank}: {type(cause).__name__}: {line}", True)
+            self._spec.scores.stop(f"on rank {self.rank}: {type(cause).__name__}: {line}", True)
             raise
         finally:
             self._saver.close()
@@ -142,8 +142,7 @@ class Worker:
     def _announce(self, epoch: int, phase: Phase) -> PlanHeader:
         start_step = self._base_step if phase == "train" else 0
         self._turn = Turn(epoch, phase, self.world_size, start_step, self._base_step)
-        header: PlanHeader = self._spec.scores.call("announce", self._generation, self._turn)
-        return header
+        return self._spec.scores.announce(self._generation, self._turn)
 
     def _batches(self, header: PlanHeader) -> Iterator[Batch]:
         """Yield the turn's batches; what training waits for them is counted as data_wait."""
@@ -229,7 +228,8 @@ class Worker:
                 counts = gathered(self._recorder.flush(), self.rank, self.world_size, self._device)
             closed: ClosedEpoch | None = None
             if self.rank == 0:
-                closed = self._spec.scores.call(then, self._generation, epoch, counts, self._base_step)
+                call = self._spec.scores.snapshot if then == "snapshot" else self._spec.scores.close_epoch
+                closed = call(self._generation, epoch, counts, self._base_step)
             told = (closed is not None, closed and closed.num_nonfinite, closed and closed.nonfinite_ids)
             done, nonfinite, ids = broadcast_from_rank_zero(told)
             if done and nonfinite > self._config.train.max_nonfinite:

@@ -6,11 +6,15 @@ Shapes: N samples, B batch, H height, W width, C channels, F features, G groups.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+
+from rayprune.core.plan import block_rows
+from rayprune.sources.fingerprint import digest
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ class Schema:
     def __post_init__(self) -> None:
         if self.num_classes is not None and self.num_classes < 1:
             raise ValueError(f"num_classes is {self.num_classes}: labels must be at least 0, and data.num_classes 1")
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of one decoded row."""
+        return sum(math.prod(column.shape) * np.dtype(column.dtype).itemsize for column in self.columns.values())
 
 
 class SampleSource(abc.ABC):
@@ -120,6 +129,12 @@ class Splits:
     def by_name(self) -> dict[str, SampleSource]:
         """The sources there are, as "train" and "validation"."""
         return {"train": self.train, **({"validation": self.validation} if self.validation is not None else {})}
+
+
+def shuffle_name(source: SampleSource) -> str:
+    """Return what a plan's order depends on besides ids and seed: "" or a digest of the source's windows."""
+    groups = source.groups
+    return "" if groups is None else digest("windows", groups, block_rows(source.schema.row_bytes))
 
 
 def check_ids(ids: np.ndarray, num_samples: int) -> None:

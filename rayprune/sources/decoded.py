@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 from functools import partial
 from pathlib import Path
@@ -50,7 +49,7 @@ def decoded(source: SampleSource, mode: str = "auto", cache_dir: str | None = No
         return source
     if mode == "memory":
         return RowSource(partial(_in_memory, source), source.schema, source.fingerprint, source.labels)
-    num_bytes = len(source) * row_bytes(source)
+    num_bytes = len(source) * source.schema.row_bytes
     root, key = cache_root(cache_dir), f"decoded-{source.fingerprint}"
     # An entry that is there already takes no more room.
     if mode == "auto" and num_bytes > _SHARE_OF_FREE * _free_bytes(root) and not has_entry(key, root):
@@ -63,12 +62,6 @@ def decoded(source: SampleSource, mode: str = "auto", cache_dir: str | None = No
         return source
     open_arrays = partial(cached_arrays, key, root, partial(_build, source), num_bytes)
     return RowSource(open_arrays, source.schema, source.fingerprint, source.labels)
-
-
-def row_bytes(source: SampleSource) -> int:
-    """Return the bytes of one decoded row."""
-    columns = source.schema.columns.values()
-    return sum(math.prod(column.shape) * np.dtype(column.dtype).itemsize for column in columns)
 
 
 def _free_bytes(root: Path) -> int:
@@ -95,7 +88,7 @@ def _build(source: SampleSource, folder: Path) -> None:
 
 
 def _fill(source: SampleSource, arrays: dict[str, np.ndarray] | dict[str, np.memmap]) -> None:
-    rows = max(1, CHUNK_BYTES // max(1, row_bytes(source)))
+    rows = max(1, CHUNK_BYTES // max(1, source.schema.row_bytes))
     for start in range(0, len(source), rows):
         stop = min(start + rows, len(source))
         for name, values in source.take(np.arange(start, stop, dtype=np.int64)).items():

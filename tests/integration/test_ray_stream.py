@@ -27,11 +27,11 @@ from rayprune.core.plan import BLOCK_BYTES
 from rayprune.engine import stream
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.checkpoint import write_checkpoint
-from rayprune.engine.client import LocalScores, RemoteScores
+from rayprune.engine.client import ScoreClient
 from rayprune.engine.plan_dataset import PlanDatasource, plan_dataset, task_rows
-from rayprune.engine.protocol import Phase, PlanMismatch, Turn
+from rayprune.engine.protocol import Phase, PlanMismatch, RankRows, Turn
 from rayprune.engine.resources import start_ray
-from rayprune.engine.stream import Batch, RayStream, Share, plan_batches
+from rayprune.engine.stream import Batch, RayStream, plan_batches
 from rayprune.methods import build_method
 from rayprune.sources import open_data
 from rayprune.sources.rows import RowSource
@@ -53,9 +53,9 @@ def spec_of(num_samples: int, batch_size: int, row_bytes: int = 72) -> ScoreSpec
 
 
 @contextmanager
-def actor_of(spec: ScoreSpec) -> Iterator[RemoteScores]:
+def actor_of(spec: ScoreSpec) -> Iterator[ScoreClient]:
     """Start a ScoreActor and end it."""
-    scores, handle = RemoteScores.create(spec, f"test-scores-{uuid.uuid4().hex[:8]}")
+    scores, handle = ScoreClient.start(spec, f"test-scores-{uuid.uuid4().hex[:8]}")
     try:
         yield scores
     finally:
@@ -68,12 +68,10 @@ def plans_of(num_samples: int, batch_size: int) -> list[Plan]:
     return [Plan.of_selection(selector.begin_epoch(epoch), batch_size, SEED, epoch) for epoch in range(EPOCHS)]
 
 
-def stream_turn(
-    scores: RemoteScores, shards: list[Any], epoch: int, phase: Phase, batch_size: int
-) -> list[list[Batch]]:
+def stream_turn(scores: ScoreClient, shards: list[Any], epoch: int, phase: Phase, batch_size: int) -> list[list[Batch]]:
     """Read one turn on all ranks at once, as workers do; return each rank's batches."""
     turn = Turn(epoch, phase, len(shards))
-    header = scores.call("announce", 1, turn)
+    header = scores.announce(1, turn)
 
     def read(rank: int) -> list[Batch]:
         return list(plan_batches(scores, 1, turn, header, rank, batch_size, RayStream(shards[rank])))
@@ -111,7 +109,7 @@ def test_one_stream_serves_every_epoch_and_rank(
             assert "__bytes_read" not in batches[0].columns
             assert real_ids(by_rank) == plan.selection.ids.tolist(), "the union of ranks is the selection, each id once"
             assert real_ids(stream_turn(scores, shards, epoch, "validate", batch_size)) == list(range(7))
-            assert scores.call("close_epoch", 1, epoch, [0] * ranks) is not None
+            assert scores.close_epoch(1, epoch, [0] * ranks) is not None
 
 
 def real_ids(by_rank: list[list[Batch]]) -> list[int]:
@@ -128,7 +126,7 @@ def test_many_small_blocks_keep_their_order() -> None:
         plan = plans_of(301, 8)[0]
         for rank, batches in enumerate(stream_turn(scores, shards, 0, "train", 8)):
             assert_is_share(batches, plan, rank, 2, sources["train"])
-        assert len(scores.call("blocks")[1]) >= 20
+        assert len(scores.blocks()[1]) >= 20
 
 
 @pytest.mark.parametrize("sent_once", [True, False])
@@ -154,15 +152,15 @@ def test_trap_order_is_set_in_the_data_context_before_the_trainer_exists() -> No
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = False
     assert not DataConfig.default_ingest_options().preserve_order
-    plan_dataset(LocalScores(spec_of(11, 4)), sources_of(11))
+    plan_dataset(ScoreClient.in_process(spec_of(11, 4)), sources_of(11))
     assert context.execution_options.preserve_order
     assert DataConfig.default_ingest_options().preserve_order
 
 
-def announced(num_samples: int = 11, row_bytes: int = 72, batch_size: int = 4) -> LocalScores:
+def announced(num_samples: int = 11, row_bytes: int = 72, batch_size: int = 4) -> ScoreClient:
     """Return a ScoreActor of this process at its first turn, for two ranks."""
-    scores = LocalScores(spec_of(num_samples, batch_size, row_bytes))
-    scores.call("announce", 1, Turn(0, "train", 2))
+    scores = ScoreClient.in_process(spec_of(num_samples, batch_size, row_bytes))
+    scores.announce(1, Turn(0, "train", 2))
     return scores
 
 
@@ -175,11 +173,11 @@ def test_trap_row_counts_of_the_first_plan_would_be_cached() -> None:
 
 
 def test_trap_planning_happens_early_and_often() -> None:
-    scores = LocalScores(spec_of(11, 4))
+    scores = ScoreClient.in_process(spec_of(11, 4))
     datasource = PlanDatasource(scores, sources_of(11))
     assert datasource.get_read_tasks(1) == [], "before the first turn there is nothing to read"
     assert datasource.get_read_tasks(200) == []
-    scores.call("announce", 1, Turn(0, "train", 2))
+    scores.announce(1, Turn(0, "train", 2))
     first, again = (read_ids(datasource.get_read_tasks(parallelism)) for parallelism in (1, 200))
     assert first == again
     plan = plans_of(11, 4)[0]
@@ -194,7 +192,7 @@ def read_ids(tasks: list[Any]) -> list[list[int]]:
 @pytest.mark.parametrize("row_bytes", [72, 3_072, 150_528, 40_000_000])
 def test_trap_ray_splits_blocks_above_its_target(row_bytes: int) -> None:
     assert ray.data.DataContext.get_current().target_max_block_size >= 2 * BLOCK_BYTES
-    _, blocks = announced(1_437, row_bytes, batch_size=8).call("blocks")
+    _, blocks = announced(1_437, row_bytes, batch_size=8).blocks()
     assert sum(ids.size for ids, _ in blocks) >= 1_437 * 0.6
     # A block is whole steps, at least one, and otherwise far below what Ray would split.
     assert all(ids.size % 4 == 0 and ids.size * row_bytes <= max(BLOCK_BYTES, 4 * row_bytes) for ids, _ in blocks)
@@ -209,7 +207,7 @@ def test_trap_the_controller_looks_for_reports_every_two_seconds(monkeypatch: py
     assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "0.5", "the user's own setting stays"
 
 
-def share_of(ids: list[int]) -> Iterator[Share]:
+def share_of(ids: list[int]) -> Iterator[RankRows]:
     return iter([(np.array(ids), np.ones(len(ids), np.float32), np.ones(len(ids), dtype=bool))])
 
 
@@ -229,17 +227,17 @@ def test_other_rows_than_the_plans_are_noticed(streamed: int, planned: list[int]
 
 def test_an_actor_killed_while_its_checkpoint_is_being_written_is_asked_again(tmp_path: Path) -> None:
     with actor_of(replace(spec_of(64, 8), run_folder=str(tmp_path))) as scores:
-        first = scores.call("announce", 1, Turn(0, "train", 1)).hash
-        closed = scores.call("close_epoch", 1, 0, [0])
-        second = scores.call("announce", 1, Turn(1, "train", 1)).hash
-        ray.kill(scores.handle, no_restart=False)
-        while scores.call("generation"):  # the killed one may still answer
+        first = scores.announce(1, Turn(0, "train", 1)).hash
+        closed = scores.close_epoch(1, 0, [0])
+        second = scores.announce(1, Turn(1, "train", 1)).hash
+        ray.kill(scores.channel.handle, no_restart=False)
+        while scores.generation():  # the killed one may still answer
             time.sleep(0.02)
         (tmp_path / "checkpoints").mkdir()
         state = {"model": {}, "trainer": {}, "selector": closed.state, "position": {}}
         late = threading.Timer(3.0, write_checkpoint, (tmp_path, 1), state)
         late.start()
-        assert scores.call("announce", 1, Turn(1, "train", 1)).hash == second != first
+        assert scores.announce(1, Turn(1, "train", 1)).hash == second != first
         assert not late.is_alive(), "it answered without its checkpoint"
 
 
@@ -270,12 +268,12 @@ def test_trap_an_iterator_that_fetches_nothing_ahead_leaves_a_thread() -> None:
         (shard,) = shards = plan_dataset(scores, sources_of(97)).streaming_split(1, equal=True)
         for epoch in range(EPOCHS):
             stream_turn(scores, shards, epoch, "train", 6)
-            scores.call("close_epoch", 1, epoch, [0])
+            scores.close_epoch(1, epoch, [0])
         deadline = time.monotonic() + 5
         while prefetchers() > before:  # each ends a moment after its turn
             assert time.monotonic() < deadline, "RayStream leaves threads behind"
             time.sleep(0.05)
-        scores.call("announce", 2, Turn(0, "train", 1))
+        scores.announce(2, Turn(0, "train", 1))
         assert sum(1 for _ in shard.iter_batches(batch_size=None, prefetch_batches=0)) > 0
         time.sleep(0.5)
         assert prefetchers() > before, "Ray has mended it: RayStream may fetch nothing ahead"

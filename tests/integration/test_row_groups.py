@@ -16,7 +16,6 @@ from PIL import Image
 from rayprune.core import Plan
 from rayprune.core.plan import block_rows
 from rayprune.engine.run_folder import read_selection
-from rayprune.engine.stream import row_bytes
 from rayprune.engine.train import RunResult, train
 from rayprune.sources import open_data
 
@@ -68,7 +67,7 @@ def test_both_transports_give_the_same_run_and_count_what_they_read(tmp_path: Pa
     source = open_data("parquet", path=str(digits), cache="none").train
     assert len(source.groups) == 21
     for epoch, line in enumerate(local.metrics):
-        window_rows = block_rows(row_bytes(source.schema))
+        window_rows = block_rows(source.schema.row_bytes)
         selection = read_selection(local.folder, epoch)
         assert (
             line["plan_hash"] == Plan.of_selection(selection, BATCH, 0, epoch, "pad", source.groups, window_rows).hash

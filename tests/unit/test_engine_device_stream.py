@@ -16,7 +16,7 @@ from rayprune.config import Config, make_config, merge
 from rayprune.engine import device_stream
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.checkpoint import newest_position
-from rayprune.engine.client import LocalScores
+from rayprune.engine.client import ScoreClient
 from rayprune.engine.device_stream import DeviceStream, check_columns
 from rayprune.engine.placing import Placer, host_tensor, packed, unpacked
 from rayprune.engine.protocol import Turn
@@ -31,8 +31,8 @@ SOURCES = open_data("digits", limit=301).by_name
 
 
 def read(via: Transport, turn: Turn, rank: int = 0) -> list[Batch]:
-    scores = LocalScores(ScoreSpec({"name": "full"}, SOURCES["train"], 37, 3, 5, 12, "pad", 72, None, 0))
-    header = scores.call("announce", 1, turn)
+    scores = ScoreClient.in_process(ScoreSpec({"name": "full"}, SOURCES["train"], 37, 3, 5, 12, "pad", 72, None, 0))
+    header = scores.announce(1, turn)
     return list(plan_batches(scores, 1, turn, header, rank, 12, via))
 
 

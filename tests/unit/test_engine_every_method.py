@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rayprune.core import Plan, Selection, Selector
 from rayprune.engine.actor import ScoreSpec
-from rayprune.engine.client import LocalScores
+from rayprune.engine.client import ScoreClient
 from rayprune.engine.protocol import Turn, pack
 from rayprune.engine.stream import Batch, LocalStream, plan_batches
 from rayprune.methods import METHODS, build_method
@@ -27,9 +27,9 @@ def source_of(num_samples: int) -> SampleSource:
     return Subset(DIGITS, np.arange(num_samples))
 
 
-def batches_of(scores: LocalScores, source: SampleSource, turn: Turn, rank: int, batch: int) -> list[Batch]:
+def batches_of(scores: ScoreClient, source: SampleSource, turn: Turn, rank: int, batch: int) -> list[Batch]:
     """Return what one rank is given in a turn."""
-    header = scores.call("announce", 1, turn)
+    header = scores.announce(1, turn)
     return list(plan_batches(scores, 1, turn, header, rank, batch, LocalStream({"train": source})))
 
 
@@ -50,7 +50,7 @@ def test_ranks_share_every_epoch_of_every_method(
     last_batch = "pad" if method.collect_epochs else last_batch  # such a method misses no sample
     chosen = Selection.of_ids(np.arange(0, num_samples, 2), num_samples)
     run: Any = (config, source, 0, EPOCHS, seed, batch, last_batch, 64, None, 0, True, chosen)
-    scores = LocalScores(ScoreSpec(*run))
+    scores = ScoreClient.in_process(ScoreSpec(*run))
     oracle = Selector(method, num_samples, EPOCHS, seed, source.labels, chosen)
     rng = np.random.default_rng(seed)
     for epoch in range(EPOCHS):
@@ -75,7 +75,7 @@ def test_ranks_share_every_epoch_of_every_method(
         assert not weights[~real].any()
         seen = {signal: drawn(rng, signal, trained.size) for signal in method.signals}
         oracle.observe(trained, seen, epoch)
-        scores.call("observe", 1, epoch, 0, 0, *pack(trained, seen))
+        scores.observe(1, epoch, 0, 0, *pack(trained, seen))
         pushes = 1
         if selection.num_scored:
             ids = swept(scores, source, Turn(epoch, "forward", world_size), batch)
@@ -83,14 +83,14 @@ def test_ranks_share_every_epoch_of_every_method(
             assert np.array_equal(ids, expected)
             seen = {signal: drawn(rng, signal, ids.size) for signal in method.sweep_signals or method.signals}
             oracle.observe(ids, seen, epoch, sweep=True)
-            scores.call("observe", 1, epoch, 0, 1, *pack(ids, seen), 0, True)
+            scores.observe(1, epoch, 0, 1, *pack(ids, seen), 0, True)
             pushes = 2
         if epoch + 1 < EPOCHS:
-            assert scores.call("close_epoch", 1, epoch, [pushes]) is not None
+            assert scores.close_epoch(1, epoch, [pushes]) is not None
     assert {"full", "random_epoch", "dynams", "tdds", "fixed"} <= set(METHODS)
 
 
-def swept(scores: LocalScores, source: SampleSource, turn: Turn, batch: int) -> np.ndarray:
+def swept(scores: ScoreClient, source: SampleSource, turn: Turn, batch: int) -> np.ndarray:
     """Return the real ids of a forward-only pass over all ranks, sorted; one that comes twice stands there twice."""
     rows = [b for rank in range(turn.world_size) for b in batches_of(scores, source, turn, rank, batch)]
     return np.sort(np.concatenate([b.ids[b.real] for b in rows]))

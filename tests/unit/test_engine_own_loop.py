@@ -19,7 +19,6 @@ import rayprune
 from rayprune.core import Plan, Selector
 from rayprune.core.plan import block_rows
 from rayprune.engine.shard import Shard
-from rayprune.engine.stream import row_bytes
 from rayprune.sources import open_data
 
 N, EPOCHS, BATCH = 301, 5, 32
@@ -315,7 +314,7 @@ def test_rows_that_are_read_in_groups_mix_in_windows_as_in_an_engines_run(tmp_pa
         0,
         "pad",
         source.groups,
-        block_rows(row_bytes(source.schema)),
+        block_rows(source.schema.row_bytes),
     )
     assert epoch.plan_hash == plan.hash
     for batch in epoch.iter_torch_batches():

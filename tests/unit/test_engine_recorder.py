@@ -11,16 +11,18 @@ import torch
 from engine_runs import run_config, scores_of, user
 
 from rayprune.engine import recorder
+from rayprune.engine.client import ScoreClient
 from rayprune.engine.protocol import TrainingStopped, unpack
 from rayprune.engine.recorder import Arriving, Recorder
 from rayprune.engine.run_folder import read_metrics
 from rayprune.engine.train import train
 
 
-class KeptPushes:
-    """A ScoreClient that keeps what it is sent."""
+class KeptPushes(ScoreClient):
+    """A client whose actor keeps what it is sent."""
 
     def __init__(self) -> None:
+        super().__init__(self)
         self.pushes: list[dict[str, np.ndarray]] = []
 
     def call(self, method: str, *args: Any) -> Any:

@@ -23,6 +23,7 @@ from rayprune.core import Plan, Selector
 from rayprune.engine import recorder
 from rayprune.engine.actor import ScoreActor, ScoreSpec
 from rayprune.engine.checkpoint import write_checkpoint
+from rayprune.engine.client import LocalChannel, ScoreClient
 from rayprune.engine.protocol import StaleGeneration, StateOnItsWay, Turn, pack, unpack
 from rayprune.engine.recorder import Recorder
 from rayprune.engine.run_folder import read_selection
@@ -51,8 +52,8 @@ def save(folder: Path, epoch: int, state: dict[str, Any]) -> None:
     write_checkpoint(folder, epoch, model={}, trainer={}, selector=state, position={})
 
 
-class FaultyScores:
-    """A ScoreClient whose pushes meet a schedule of faults; when the schedule is used up, everything arrives.
+class FaultyChannel(LocalChannel):
+    """A channel whose pushes meet a schedule of faults; when the schedule is used up, everything arrives.
 
     Faults: "lose" a push, deliver it "twice", "late" (after the next call that waits), "restart" the actor before it,
     or "forget" (the actor dies just after it has answered, and Ray asks the next one again). A checkpoint is being
@@ -60,21 +61,21 @@ class FaultyScores:
     """
 
     def __init__(self, spec: ScoreSpec, faults: list[str]) -> None:
+        super().__init__(ScoreActor(spec))
         self._spec, self._faults = spec, iter(faults)
-        self._actor = ScoreActor(spec)
         self._late: list[tuple[Any, ...]] = []
         self.writing: Callable[[], object] = lambda: None
 
     def _perform(self, method: str, *args: Any) -> Any:
         fault = next(self._faults, "none")
         if fault == "restart":
-            self._actor = ScoreActor(self._spec)
-        answer = getattr(self._actor, method)(*args)
+            self.actor = ScoreActor(self._spec)
+        answer = getattr(self.actor, method)(*args)
         if fault == "twice" and method == "observe":
-            self._actor.observe(*args)
+            self.actor.observe(*args)
         if fault == "forget":
-            self._actor = ScoreActor(self._spec)
-            answer = getattr(self._actor, method)(*args)
+            self.actor = ScoreActor(self._spec)
+            answer = getattr(self.actor, method)(*args)
         return answer
 
     def call(self, method: str, *args: Any) -> Any:
@@ -85,7 +86,7 @@ class FaultyScores:
             answer = self._perform(method, *args)
         late, self._late = self._late, []
         for overdue in reversed(late):
-            self._actor.observe(*overdue)
+            self.actor.observe(*overdue)
         return answer
 
     def post(self, method: str, *args: Any) -> None:
@@ -96,27 +97,33 @@ class FaultyScores:
             self._perform(method, *args)
 
 
-def record_epoch(client: Any, recorders: list[Recorder], generation: int, epoch: int, share: float = 1.0) -> str:
+def record_epoch(
+    client: ScoreClient, recorders: list[Recorder], generation: int, epoch: int, share: float = 1.0
+) -> str:
     """Let every rank record this share of its rows, as workers do; return the plan's hash."""
-    header = client.call("announce", generation, train_turn(epoch))
+    header = client.announce(generation, train_turn(epoch))
     steps = int(header.num_steps * share)
     for rank, rank_recorder in enumerate(recorders):
         rank_recorder.start_epoch(epoch)
-        ids, _, real = client.call("share", generation, train_turn(epoch), rank, 0, steps)
+        ids, _, real = client.share(generation, train_turn(epoch), rank, 0, steps)
         for rows in np.split(np.arange(ids.size), steps):
             losses = torch.from_numpy(losses_of(epoch, NUM_SAMPLES)[ids[rows]])
             rank_recorder.record(ids[rows], real[rows], {"loss": losses})
     return str(header.hash)
 
 
-def make_recorders(client: Any, generation: int) -> list[Recorder]:
+def make_recorders(client: ScoreClient, generation: int) -> list[Recorder]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recorder, "PUSH_ROWS", PUSH_ROWS)
         return [Recorder(client, generation, rank, ("loss",)) for rank in range(RANKS)]
 
 
-def train_epochs(client: Any, folder: Path, generation: int, first: int, stop: int) -> tuple[list[str], dict[str, Any]]:
+def train_epochs(
+    client: ScoreClient, folder: Path, generation: int, first: int, stop: int
+) -> tuple[list[str], dict[str, Any]]:
     """Train epochs [first, stop) as workers do; return the plans' hashes and the last state."""
+    channel = client.channel
+    assert isinstance(channel, FaultyChannel)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recorder, "PUSH_ROWS", PUSH_ROWS)
         recorders = make_recorders(client, generation)
@@ -126,11 +133,11 @@ def train_epochs(client: Any, folder: Path, generation: int, first: int, stop: i
             closed = None
             while closed is None:
                 counts = [rank_recorder.flush() for rank_recorder in recorders]
-                closed = client.call("close_epoch", generation, epoch, counts)
-            client.writing()
+                closed = client.close_epoch(generation, epoch, counts)
+            channel.writing()
             state = {name: array.copy() for name, array in closed.state.items()}
-            client.writing = partial(save, folder, epoch + 1, state)
-        client.writing()
+            channel.writing = partial(save, folder, epoch + 1, state)
+        channel.writing()
     return hashes, closed.state
 
 
@@ -247,7 +254,7 @@ def test_an_older_generation_is_refused(half_recorded: tuple[ScoreActor, list[ND
 
 @pytest.mark.parametrize("epoch", [0, 2])
 def test_a_newer_generation_starts_from_the_checkpoint(tmp_path: Path, epoch: int) -> None:
-    client = FaultyScores(make_spec(tmp_path), [])
+    client = ScoreClient(FaultyChannel(make_spec(tmp_path), []))
     hashes, _ = train_epochs(client, tmp_path, 1, 0, epoch) if epoch else ([], {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recorder, "PUSH_ROWS", PUSH_ROWS)
@@ -258,7 +265,7 @@ def test_a_newer_generation_starts_from_the_checkpoint(tmp_path: Path, epoch: in
 
 
 def test_a_restarted_actor_waits_for_the_checkpoint_that_is_being_written(tmp_path: Path) -> None:
-    client = FaultyScores(make_spec(tmp_path), [])
+    client = ScoreClient(FaultyChannel(make_spec(tmp_path), []))
     _, state = train_epochs(client, tmp_path, 1, 0, 1)
     (tmp_path / "checkpoints" / "epoch-000001" / "manifest.json").unlink()
     restarted = ScoreActor(make_spec(tmp_path))
@@ -267,11 +274,11 @@ def test_a_restarted_actor_waits_for_the_checkpoint_that_is_being_written(tmp_pa
     restarted.observe(1, 1, 0, 0, *push(np.arange(4), 1))  # refused without a word: the flush will find it missing
     save(tmp_path, 1, state)
     assert restarted.missing(1, 1, 0, 1) == [0]
-    assert restarted.announce(1, train_turn(1)).hash == client.call("announce", 1, train_turn(1)).hash
+    assert restarted.announce(1, train_turn(1)).hash == client.announce(1, train_turn(1)).hash
 
 
 def test_selector_and_score_actor_agree(tmp_path: Path) -> None:
-    hashes, state = train_epochs(FaultyScores(make_spec(tmp_path), []), tmp_path, 1, 0, NUM_EPOCHS)
+    hashes, state = train_epochs(ScoreClient(FaultyChannel(make_spec(tmp_path), [])), tmp_path, 1, 0, NUM_EPOCHS)
     assert_equals_oracle(tmp_path, hashes, state)
     assert len(set(hashes)) == NUM_EPOCHS
     assert read_selection(tmp_path, 1).realised > 0
@@ -284,7 +291,7 @@ FAULTS = st.lists(st.sampled_from(["none", "none", "lose", "twice", "late", "res
 def test_no_schedule_of_faults_changes_scores_or_selections(faults: list[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        hashes, state = train_epochs(FaultyScores(make_spec(folder), faults), folder, 1, 0, NUM_EPOCHS)
+        hashes, state = train_epochs(ScoreClient(FaultyChannel(make_spec(folder), faults)), folder, 1, 0, NUM_EPOCHS)
         assert_equals_oracle(folder, hashes, state)
 
 
@@ -292,5 +299,5 @@ def test_no_schedule_of_faults_changes_scores_or_selections(faults: list[str]) -
 @pytest.mark.parametrize("period", [2, 3, 7])
 def test_a_fault_at_every_kth_message(tmp_path: Path, fault: str, period: int) -> None:
     faults = [fault if number % period == 0 else "none" for number in range(100)]
-    hashes, state = train_epochs(FaultyScores(make_spec(tmp_path), faults), tmp_path, 1, 0, NUM_EPOCHS)
+    hashes, state = train_epochs(ScoreClient(FaultyChannel(make_spec(tmp_path), faults)), tmp_path, 1, 0, NUM_EPOCHS)
     assert_equals_oracle(tmp_path, hashes, state)

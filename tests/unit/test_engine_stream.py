@@ -10,7 +10,7 @@ import pytest
 from rayprune.core import Plan, Selection
 from rayprune.engine import stream
 from rayprune.engine.actor import ScoreActor, ScoreSpec
-from rayprune.engine.client import LocalScores
+from rayprune.engine.client import ScoreClient
 from rayprune.engine.protocol import Turn
 from rayprune.engine.stream import Batch, LocalStream, plan_batches
 from rayprune.sources import SampleSource, Schema, open_data
@@ -19,14 +19,14 @@ SOURCE = open_data("digits", limit=301).train
 SEED = 5
 
 
-def scores_for(batch_size: int, last_batch: str = "pad") -> LocalScores:
+def scores_for(batch_size: int, last_batch: str = "pad") -> ScoreClient:
     spec = ScoreSpec({"name": "full"}, SOURCE, 37, 3, SEED, batch_size, last_batch, 72, None, 0)
-    return LocalScores(spec)
+    return ScoreClient.in_process(spec)
 
 
 def read(batch_size: int, turn: Turn, rank: int = 0, source: SampleSource = SOURCE) -> list[Batch]:
     scores = scores_for(batch_size)
-    header = scores.call("announce", 1, turn)
+    header = scores.announce(1, turn)
     via = LocalStream({"train": source, "validation": source})
     return list(plan_batches(scores, 1, turn, header, rank, batch_size, via))
 
@@ -104,7 +104,7 @@ def test_an_error_of_the_source_comes_through_and_not_before_its_batch(monkeypat
     plan = Plan.of_selection(Selection.full(301), 8, SEED, 0)
     source = Unreadable(int(plan.order[100]))
     scores, turn = scores_for(8), Turn(0, "train", 1)
-    header = scores.call("announce", 1, turn)
+    header = scores.announce(1, turn)
     batches = plan_batches(scores, 1, turn, header, 0, 8, LocalStream({"train": source}))
     for step in range(100 // 8):
         assert np.array_equal(next(batches).ids, plan.order[step * 8 : step * 8 + 8])
@@ -114,15 +114,15 @@ def test_an_error_of_the_source_comes_through_and_not_before_its_batch(monkeypat
 
 def test_a_restarted_actor_lays_out_the_same_plan() -> None:
     scores, turn = scores_for(8), Turn(0, "train", 2)
-    scores.call("announce", 1, turn)
-    first = scores.call("share", 1, turn, 1, 3, 20)
-    scores._actor = ScoreActor(scores._actor._spec)
-    again = scores.call("share", 1, turn, 1, 3, 20)
+    scores.announce(1, turn)
+    first = scores.share(1, turn, 1, 3, 20)
+    scores.channel.actor = ScoreActor(scores.channel.actor._spec)
+    again = scores.share(1, turn, 1, 3, 20)
     assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
 
 
 def test_blocks_hold_the_plan_and_there_are_none_before_the_first_turn() -> None:
-    actor = scores_for(8)._actor
+    actor = scores_for(8).channel.actor
     assert actor.blocks() == ("train", [])
     actor.announce(1, Turn(0, "train", 2, 2))
     phase, blocks = actor.blocks()

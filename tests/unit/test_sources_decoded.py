@@ -17,7 +17,7 @@ from PIL import Image
 
 from rayprune.sources import open_data
 from rayprune.sources.cache import has_entry
-from rayprune.sources.decoded import decoded, row_bytes
+from rayprune.sources.decoded import decoded
 
 Usage = namedtuple("Usage", "total used free")
 ROW_BYTES = 5 * 6 * 3 + 8
@@ -113,7 +113,7 @@ def test_rows_are_decoded_once_whatever_part_is_read(data, opened, monkeypatch):
 def test_cheap_rows_are_kept_as_they_are():
     digits = open_data("digits").train
     assert decoded(digits, "auto") is digits
-    assert row_bytes(digits) == 72
+    assert digits.schema.row_bytes == 72
 
 
 def test_too_little_room(tmp_path, data, opened, monkeypatch, caplog):

@@ -21,9 +21,9 @@ import re, sys
 from pathlib import Path
 import numpy as np
 from rayprune.engine.actor import ScoreSpec
-from rayprune.engine.client import LocalScores
+from rayprune.engine.client import ScoreClient
 from rayprune.engine.protocol import Turn
-from rayprune.engine.stream import LocalStream, plan_batches, row_bytes
+from rayprune.engine.stream import LocalStream, plan_batches
 from rayprune.sources import open_data
 
 def memory(name):
@@ -31,10 +31,10 @@ def memory(name):
 
 keys = {"validation_fraction": 0, "cache": "none", "buffer_bytes": 2**24}
 source = open_data("parquet", path=sys.argv[1], **keys).train
-size = row_bytes(source.schema)
-scores = LocalScores(ScoreSpec({"name": "full"}, source, 0, 1, 0, 64, "pad", size, None, 0))
+size = source.schema.row_bytes
+scores = ScoreClient.in_process(ScoreSpec({"name": "full"}, source, 0, 1, 0, 64, "pad", size, None, 0))
 turn = Turn(0, "train", 1)
-header = scores.call("announce", 1, turn)
+header = scores.announce(1, turn)
 source.take(np.arange(8))
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of the imports, is forgotten
 before = memory("VmRSS")
