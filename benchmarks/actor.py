@@ -13,7 +13,7 @@ import ray
 from benchmarks.harness import Figure, seconds
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.client import ScoreClient
-from rayprune.engine.protocol import Turn, pack
+from rayprune.engine.protocol import AttemptKey, PlanPass, Push, pack
 from rayprune.engine.resources import start_ray
 from rayprune.sources import open_data
 
@@ -52,13 +52,14 @@ def intake(folder: Path, rows: int) -> tuple[list[float], list[float]]:
     packed = [pack(ids, {"loss": losses[ids]}) for ids in pushes]
     rates, latencies = [], []
     for epoch in range(REPETITIONS + 1):
-        client.announce(generation, Turn(epoch, "train", 1))
+        key = AttemptKey(generation, epoch)
+        client.announce(PlanPass(key, "train", 1))
         start = time.perf_counter()
         for sequence, (layout, buffer) in enumerate(packed):
-            client.observe(generation, epoch, 0, sequence, layout, buffer, wait=False)
-        assert client.missing(generation, epoch, 0, len(packed)) == []
+            client.observe(key, Push(0, sequence, layout, buffer), wait=False)
+        assert client.missing(key, 0, len(packed)) == []
         rates.append(NUM_SAMPLES / (time.perf_counter() - start) / 1e6)
         latencies.append(seconds(lambda: [client.generation() for _ in range(EMPTY_CALLS)]) / EMPTY_CALLS)
-        assert client.close_epoch(generation, epoch, [len(packed)]) is not None
+        assert client.close_epoch(key, [len(packed)]) is not None
     ray.kill(handle)
     return rates[1:], latencies[1:]

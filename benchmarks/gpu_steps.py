@@ -20,7 +20,7 @@ from rayprune.engine.client import ScoreClient
 from rayprune.engine.device_stream import DeviceStream
 from rayprune.engine.placing import Placer
 from rayprune.engine.preparation import input_spec
-from rayprune.engine.protocol import Turn
+from rayprune.engine.protocol import AttemptKey, PlanPass
 from rayprune.engine.recorder import Recorder
 from rayprune.engine.setup import StepTerms, build_network, build_step, network_optimizer, pick_precision
 from rayprune.engine.stream import Batch, plan_batches
@@ -48,18 +48,18 @@ class EngineSteps:
         )
         self._scores, self._via = ScoreClient.in_process(spec), DeviceStream({"train": source}, device)
         self._place, self._sums = Placer(self._spec.column, device), Tally(device)
-        self._recorder = Recorder(self._scores, 1, 0, ("loss",))
+        self._recorder = Recorder(self._scores, 0, ("loss",))
         self._batches = self._all_batches()
         self._number, self._device = 0, device
 
     def _all_batches(self) -> Iterator[tuple[int, Batch]]:
         for epoch in range(_EPOCHS):
-            self._recorder.start_epoch(epoch)
-            turn = Turn(epoch, "train", 1)
-            header = self._scores.announce(1, turn)
-            for batch in plan_batches(self._scores, 1, turn, header, 0, self._batch_size, self._via):
+            plan_pass = PlanPass(AttemptKey(1, epoch), "train", 1)
+            self._recorder.start_epoch(plan_pass.key)
+            header = self._scores.announce(plan_pass)
+            for batch in plan_batches(self._scores, plan_pass, header, 0, self._via):
                 yield epoch, batch
-            self._scores.close_epoch(1, epoch, [self._recorder.flush()])
+            self._scores.close_epoch(plan_pass.key, [self._recorder.flush()])
 
     def take(self, number: int, *, record: bool = True) -> None:
         """Take so many steps; without `record` their losses are not kept."""

@@ -12,6 +12,7 @@ from benchmarks.harness import Figure
 from rayprune.core.plan import Plan
 from rayprune.core.selection import Selection
 from rayprune.engine.client import LocalChannel, ScoreClient
+from rayprune.engine.protocol import AttemptKey
 from rayprune.engine.recorder import PUSH_ROWS, Recorder
 from rayprune.nn.models import build_model
 from rayprune.nn.steps import PlainStep
@@ -41,8 +42,8 @@ def figures() -> Iterator[Figure]:
     targets, weights = torch.randint(10, (BATCH,)), torch.ones(BATCH)
     plan = Plan.of_selection(Selection.full(PUSH_ROWS), BATCH, 0, 0)
     client = _client()
-    recorder = Recorder(client, 1, 0, ("loss",))
-    recorder.start_epoch(0)
+    recorder = Recorder(client, 0, ("loss",))
+    recorder.start_epoch(AttemptKey(1, 0))
     ratios, steps, records, weighs = [], [], [], []
     for number in range(STEPS + 5):
         start = time.perf_counter()
@@ -71,8 +72,8 @@ _PUSH_S: list[float] = []
 def _push_share(plan: Plan) -> float:
     """Return one step's share of a full push, measured once."""
     if not _PUSH_S:
-        full = Recorder(_client(), 1, 0, ("loss",))
-        full.start_epoch(0)
+        full = Recorder(_client(), 0, ("loss",))
+        full.start_epoch(AttemptKey(1, 0))
         for number in range(plan.num_steps):
             ids, _, real = plan.share(0, 1, number, number + 1)
             full.record(ids, real, {"loss": torch.zeros(BATCH)})

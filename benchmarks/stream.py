@@ -21,7 +21,7 @@ from benchmarks.harness import Figure
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.client import ScoreClient
 from rayprune.engine.plan_dataset import plan_dataset
-from rayprune.engine.protocol import Turn
+from rayprune.engine.protocol import AttemptKey, PlanPass
 from rayprune.engine.resources import start_ray
 from rayprune.engine.stream import LocalStream, RayStream, Transport, plan_batches
 from rayprune.sources import SampleSource, open_data
@@ -89,17 +89,17 @@ class Epochs:
         """Return (seconds to the first batch, rows a second after the plan was asked for)."""
         self._epoch += 1
         start = time.perf_counter()
-        turn = Turn(self._epoch, "train", 1)
-        header = self._scores.announce(self._generation, turn)
+        plan_pass = PlanPass(AttemptKey(self._generation, self._epoch), "train", 1)
+        header = self._scores.announce(plan_pass)
         rows, first, num_bytes = 0, 0.0, 0
-        for batch in plan_batches(self._scores, self._generation, turn, header, 0, BATCH, via):
+        for batch in plan_batches(self._scores, plan_pass, header, 0, via):
             first = first or time.perf_counter() - start
             rows += batch.ids.size
             num_bytes += batch.num_bytes
         self.bytes_a_row = num_bytes / rows
         seconds = time.perf_counter() - start
         assert rows == header.num_steps * BATCH
-        self._scores.close_epoch(self._generation, self._epoch, [0])
+        self._scores.close_epoch(plan_pass.key, [0])
         return first, rows / seconds
 
 

@@ -12,6 +12,7 @@ import torch
 
 from rayprune.config import Config, make_config, merge
 from rayprune.engine.checkpoint import newest_checkpoint
+from rayprune.engine.protocol import AttemptKey, Phase, PlanPass
 from rayprune.engine.train import RunResult
 
 USER_CODE = Path(__file__).with_name("engine_user_code.py")
@@ -72,6 +73,13 @@ def assert_same_run(one: RunResult, other: RunResult) -> None:
 def losses_of(epoch: int, num_samples: int) -> np.ndarray:
     """Return made-up losses, (N,) float32; a sample's depend on epoch and id alone."""
     return np.random.default_rng([9, epoch]).random(num_samples, dtype=np.float32)
+
+
+def pass_of(
+    epoch: int = 0, phase: Phase = "train", world_size: int = 1, start_step: int = 0, generation: int = 1
+) -> PlanPass:
+    """Return a pass of the first attempt, which began with its epoch."""
+    return PlanPass(AttemptKey(generation, epoch), phase, world_size, start_step)
 
 
 def tracked(folder: Path) -> tuple[list[Any], dict[str, list[tuple[int, float]]]]:

@@ -17,24 +17,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from rayprune.core.plan import BLOCK_ROWS, LastBatch, Plan, block_rows
 from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
 from rayprune.core.spread import column_quantiles
 from rayprune.engine.checkpoint import checkpoint_path, is_written, load_selector_state
 from rayprune.engine.protocol import (
+    AttemptKey,
     ClosedEpoch,
-    Layout,
     PlanBlock,
     PlanHeader,
+    PlanPass,
     Pulse,
+    Push,
     RankRows,
     StaleGeneration,
     StateOnItsWay,
-    Turn,
     unpack,
 )
 from rayprune.engine.run_folder import write_selection
@@ -97,7 +95,7 @@ class ScoreActor:
         self._generation = 0
         self._selector: Selector | None = None
         self._received: dict[int, set[int]] = {}
-        self._turn: Turn | None = None
+        self._pass: PlanPass | None = None
         self._plan: Plan | None = None
         self._num_observed = 0
         self._stopped: tuple[str, bool] | None = None
@@ -105,36 +103,40 @@ class ScoreActor:
         self._pulses: dict[int, tuple[float, str, float]] = {}
         self._pulse_generation = 0
 
-    def _enter(self, generation: int, epoch: int, base_step: int) -> Selector:
-        """Let a call of `generation` in, back at `base_step` of `epoch` if it is the first of a newer one."""
-        if generation < self._generation:
-            raise StaleGeneration(f"generation {generation} was replaced by {self._generation}")
-        if generation > self._generation or self._selector is None:
-            selector = self._spec.selector()
-            if epoch > 0 or base_step > 0:
-                assert self._spec.run_folder is not None
-                folder = Path(self._spec.run_folder)
-                if not is_written(checkpoint_path(folder, epoch, base_step)):
-                    raise StateOnItsWay(f"the checkpoint before step {base_step} of epoch {epoch} is not written yet")
-                selector.load_state_dict(load_selector_state(folder, epoch, base_step))
-            selector.begin_epoch(epoch)
-            self._selector, self._generation = selector, generation
+    def _enter(self, key: AttemptKey) -> Selector:
+        """Let a call in; the first one of a newer attempt takes the state back to where the attempt began."""
+        if key.generation < self._generation:
+            raise StaleGeneration(f"generation {key.generation} was replaced by {self._generation}")
+        if key.generation > self._generation or self._selector is None:
+            self._selector, self._generation = self._state_before(key.epoch, key.resume_step), key.generation
             self._start_epoch()
-        if epoch != self._selector.epoch:
-            raise StaleGeneration(f"a call of epoch {epoch} in epoch {self._selector.epoch}")
+        if key.epoch != self._selector.epoch:
+            raise StaleGeneration(f"a call of epoch {key.epoch} in epoch {self._selector.epoch}")
         return self._selector
 
-    def _start_epoch(self) -> None:
-        self._received, self._turn, self._plan, self._num_observed = {}, None, None, 0
+    def _state_before(self, epoch: int, step: int) -> Selector:
+        """Return a Selector as it was before a step, from the checkpoint; a fresh one at the run's start."""
+        selector = self._spec.selector()
+        if (epoch, step) > (0, 0):
+            assert self._spec.run_folder is not None
+            folder = Path(self._spec.run_folder)
+            if not is_written(checkpoint_path(folder, epoch, step)):
+                raise StateOnItsWay(f"the checkpoint before step {step} of epoch {epoch} is not written yet")
+            selector.load_state_dict(load_selector_state(folder, epoch, step))
+        selector.begin_epoch(epoch)
+        return selector
 
-    def announce(self, generation: int, turn: Turn) -> PlanHeader:
-        """Lay out the plan of a turn; every rank says the same turn, the first one makes the plan."""
-        selector = self._enter(generation, turn.epoch, turn.base_step)
+    def _start_epoch(self) -> None:
+        self._received, self._pass, self._plan, self._num_observed = {}, None, None, 0
+
+    def announce(self, plan_pass: PlanPass) -> PlanHeader:
+        """Lay out the plan of a pass; every rank announces the same pass, the first one makes the plan."""
+        selector = self._enter(plan_pass.key)
         start = time.perf_counter()
-        if turn != self._turn or self._plan is None:
-            self._plan = self._make_plan(selector, turn)
-            self._turn = turn
-        selection = selector.begin_epoch(turn.epoch)
+        if plan_pass != self._pass or self._plan is None:
+            self._plan = self._make_plan(selector, plan_pass)
+            self._pass = plan_pass
+        selection = selector.begin_epoch(plan_pass.key.epoch)
         return PlanHeader(
             num_steps=self._plan.num_steps,
             num_rows=self._plan.num_rows,
@@ -144,81 +146,72 @@ class ScoreActor:
             requested=selection.requested,
             realised=selection.realised,
             lr_scale=selection.lr_scale,
-            hash=self._plan.hash if turn.phase == "train" else "",
+            hash=self._plan.hash if plan_pass.phase == "train" else "",
             select_s=time.perf_counter() - start,
             facts=selection.facts,
             num_train_steps=self._plan.num_train_steps,
+            batch_rows=self._spec.batch_size // plan_pass.world_size,
             meta_every=self._plan.meta_every,
         )
 
-    def _make_plan(self, selector: Selector, turn: Turn) -> Plan:
-        spec = self._spec
-        if turn.phase == "validate":
+    def _make_plan(self, selector: Selector, plan_pass: PlanPass) -> Plan:
+        spec, epoch = self._spec, plan_pass.key.epoch
+        if plan_pass.phase == "validate":
             return Plan.in_order(spec.num_validation, spec.batch_size)
-        selection = selector.begin_epoch(turn.epoch)
-        if turn.phase == "forward":
+        selection = selector.begin_epoch(epoch)
+        if plan_pass.phase == "forward":
             return Plan.in_order(selection.num_samples, spec.batch_size, selection.scored_ids)
         groups, window_rows = spec.source.groups, block_rows(spec.row_bytes)
         return Plan.of_selection(
-            selection, spec.batch_size, spec.seed, turn.epoch, spec.last_batch, groups, window_rows, spec.meta_every
+            selection, spec.batch_size, spec.seed, epoch, spec.last_batch, groups, window_rows, spec.meta_every
         )
 
-    def share(self, generation: int, turn: Turn, rank: int, start_step: int, stop_step: int) -> RankRows:
-        """Return a rank's ids, weights and real-row marks of the steps [start_step, stop_step) of the turn's plan."""
-        if turn != self._turn:  # a restarted actor lays the same plan out again
-            self.announce(generation, turn)
+    def rank_rows(self, plan_pass: PlanPass, rank: int, start_step: int, stop_step: int) -> RankRows:
+        """Return a rank's rows of the steps [start_step, stop_step) of a pass's plan."""
+        if plan_pass != self._pass:  # a restarted actor lays the same plan out again
+            self.announce(plan_pass)
         assert self._plan is not None
-        return self._plan.share(rank, turn.world_size, start_step, stop_step)
+        return self._plan.share(rank, plan_pass.world_size, start_step, stop_step)
 
     def blocks(self) -> tuple[str, list[PlanBlock]]:
-        """Return the turn's phase and its blocks of (ids, weights) for the stream; no blocks before the first turn."""
-        if self._turn is None or self._plan is None:
+        """Return the running pass's phase and its blocks for the stream; no blocks before the first pass."""
+        if self._pass is None or self._plan is None:
             return "train", []
-        turn, plan = self._turn, self._plan
-        cut = plan.blocks(turn.world_size, self._spec.row_bytes, turn.start_step, self._spec.task_rows)
-        shares = [plan.share(b.rank, turn.world_size, b.start_step, b.stop_step)[:2] for b in cut]
-        return turn.phase, shares
+        running, plan = self._pass, self._plan
+        cut = plan.blocks(running.world_size, self._spec.row_bytes, running.start_step, self._spec.task_rows)
+        rows = [plan.share(b.rank, running.world_size, b.start_step, b.stop_step)[:2] for b in cut]
+        return running.phase, rows
 
-    def observe(
-        self,
-        generation: int,
-        epoch: int,
-        rank: int,
-        sequence: int,
-        layout: Layout,
-        buffer: NDArray[np.uint8],
-        base_step: int = 0,
-        sweep: bool = False,
-    ) -> None:
+    def observe(self, key: AttemptKey, push: Push) -> None:
         """Fold one push; a sequence number that has been seen in this epoch is dropped."""
         try:
-            selector = self._enter(generation, epoch, base_step)
+            selector = self._enter(key)
         except (StaleGeneration, StateOnItsWay) as error:  # at the flush what is missing is pushed again
             logger.info("a push was refused: %s", error)
             return
-        received = self._received.setdefault(rank, set())
-        if sequence in received:
+        received = self._received.setdefault(push.rank, set())
+        if push.sequence in received:
             return
-        signals = unpack(layout, buffer)
+        signals = unpack(push.layout, push.buffer)
         ids = signals.pop("id")
-        selector.observe(ids, signals, epoch, sweep=sweep)
-        received.add(sequence)
+        selector.observe(ids, signals, key.epoch, sweep=push.sweep)
+        received.add(push.sequence)
         self._num_observed += ids.size
 
-    def missing(self, generation: int, epoch: int, rank: int, count: int, base_step: int = 0) -> list[int]:
+    def missing(self, key: AttemptKey, rank: int, count: int) -> list[int]:
         """Return which of a rank's pushes 0 … count − 1 of this epoch have not arrived."""
-        self._enter(generation, epoch, base_step)
+        self._enter(key)
         return sorted(set(range(count)) - self._received.get(rank, set()))
 
-    def snapshot(self, generation: int, epoch: int, counts: list[int], base_step: int = 0) -> ClosedEpoch | None:
+    def snapshot(self, key: AttemptKey, counts: list[int]) -> ClosedEpoch | None:
         """Return the state inside an epoch once all pushes so far are in, or None as `close_epoch` does."""
-        self._enter(generation, epoch, base_step)
+        self._enter(key)
         return self._closed(0.0) if self._complete(counts) else None
 
     def _complete(self, counts: list[int]) -> bool:
         return all(self._received.get(rank, set()) >= set(range(count)) for rank, count in enumerate(counts))
 
-    def close_epoch(self, generation: int, epoch: int, counts: list[int], base_step: int = 0) -> ClosedEpoch | None:
+    def close_epoch(self, key: AttemptKey, counts: list[int]) -> ClosedEpoch | None:
         """Choose the next epoch's samples once all pushes of all ranks are in.
 
         Args:
@@ -228,9 +221,10 @@ class ScoreActor:
             The state that belongs into the checkpoint, the next selection included; None when pushes are missing (the
             actor was restarted since the flush): flush again.
         """
-        if self._selector is not None and generation == self._generation and epoch == self._selector.epoch - 1:
+        epoch = key.epoch
+        if self._selector is not None and key.generation == self._generation and epoch == self._selector.epoch - 1:
             return self._closed(0.0)  # asked again after an answer that got lost
-        selector = self._enter(generation, epoch, base_step)
+        selector = self._enter(key)
         if not self._complete(counts):
             return None
         if self._spec.run_folder is not None:

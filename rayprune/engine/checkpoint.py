@@ -146,19 +146,19 @@ def load_tensors(file: Path, device: torch.device) -> dict[str, Any]:
     return loaded
 
 
-def remove_old_steps(run_folder: Path, epoch: int, keep: int, base_step: int) -> None:
+def remove_old_steps(run_folder: Path, epoch: int, keep: int, resume_step: int) -> None:
     """Delete the checkpoints inside epochs that are not needed any more.
 
     Args:
         run_folder: the run's folder.
         epoch: the running epoch; all of earlier epochs go.
         keep: how many of the running epoch stay.
-        base_step: the step that this attempt began the epoch at; an actor that restarts begins there again, so its
+        resume_step: the step that this attempt began the epoch at; an actor that restarts begins there again, so its
             checkpoint stays as long as the epoch runs.
     """
     inside = sorted((run_folder / _FOLDER).glob("epoch-*-step-*"), reverse=True)
     running = [folder for folder in inside if folder.name.startswith(f"epoch-{epoch:06d}")]
-    needed = {*running[:keep], checkpoint_path(run_folder, epoch, base_step)}
+    needed = {*running[:keep], checkpoint_path(run_folder, epoch, resume_step)}
     for folder in inside:
         if folder not in needed:
             remove_checkpoint(folder)

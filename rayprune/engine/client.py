@@ -12,21 +12,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Concatenate, ParamSpec, Protocol, Self, TypeVar
 
-import numpy as np
 import ray
 from numpy.typing import NDArray
 
 from rayprune.engine.actor import ScoreActor, ScoreSpec
-from rayprune.engine.loop_actor import Arrival, LoopActor, LoopTerms, Moment, Wanted
+from rayprune.engine.loop_actor import Answer, Arrival, LoopActor, LoopTerms, Wanted
 from rayprune.engine.protocol import (
+    AttemptKey,
     ClosedEpoch,
-    Layout,
     PlanBlock,
     PlanHeader,
+    PlanPass,
     Pulse,
+    Push,
     RankRows,
     StateOnItsWay,
-    Turn,
 )
 
 logger = logging.getLogger(__name__)
@@ -174,46 +174,34 @@ class ScoreClient:
         answer: R | None = self.channel.ask(method.__name__, timeout_s)
         return answer
 
-    def announce(self, generation: int, turn: Turn) -> PlanHeader:
+    def announce(self, plan_pass: PlanPass) -> PlanHeader:
         """See ScoreActor.announce."""
-        return self._call(ScoreActor.announce, generation, turn)
+        return self._call(ScoreActor.announce, plan_pass)
 
-    def share(self, generation: int, turn: Turn, rank: int, start_step: int, stop_step: int) -> RankRows:
-        """See ScoreActor.share."""
-        return self._call(ScoreActor.share, generation, turn, rank, start_step, stop_step)
+    def rank_rows(self, plan_pass: PlanPass, rank: int, start_step: int, stop_step: int) -> RankRows:
+        """See ScoreActor.rank_rows."""
+        return self._call(ScoreActor.rank_rows, plan_pass, rank, start_step, stop_step)
 
     def blocks(self) -> tuple[str, list[PlanBlock]]:
         """See ScoreActor.blocks."""
         return self._call(ScoreActor.blocks)
 
-    def observe(
-        self,
-        generation: int,
-        epoch: int,
-        rank: int,
-        sequence: int,
-        layout: Layout,
-        buffer: NDArray[np.uint8],
-        base_step: int = 0,
-        sweep: bool = False,
-        *,
-        wait: bool = True,
-    ) -> None:
-        """See ScoreActor.observe; without `wait`, what goes wrong shows at the flush."""
+    def observe(self, key: AttemptKey, push: Push, *, wait: bool = True) -> None:
+        """See ScoreActor.observe; without `wait`, a failure shows at the flush."""
         send = self._call if wait else self._post
-        send(ScoreActor.observe, generation, epoch, rank, sequence, layout, buffer, base_step, sweep)
+        send(ScoreActor.observe, key, push)
 
-    def missing(self, generation: int, epoch: int, rank: int, count: int, base_step: int = 0) -> list[int]:
+    def missing(self, key: AttemptKey, rank: int, count: int) -> list[int]:
         """See ScoreActor.missing."""
-        return self._call(ScoreActor.missing, generation, epoch, rank, count, base_step)
+        return self._call(ScoreActor.missing, key, rank, count)
 
-    def snapshot(self, generation: int, epoch: int, counts: list[int], base_step: int = 0) -> ClosedEpoch | None:
+    def snapshot(self, key: AttemptKey, counts: list[int]) -> ClosedEpoch | None:
         """See ScoreActor.snapshot."""
-        return self._call(ScoreActor.snapshot, generation, epoch, counts, base_step)
+        return self._call(ScoreActor.snapshot, key, counts)
 
-    def close_epoch(self, generation: int, epoch: int, counts: list[int], base_step: int = 0) -> ClosedEpoch | None:
+    def close_epoch(self, key: AttemptKey, counts: list[int]) -> ClosedEpoch | None:
         """See ScoreActor.close_epoch."""
-        return self._call(ScoreActor.close_epoch, generation, epoch, counts, base_step)
+        return self._call(ScoreActor.close_epoch, key, counts)
 
     def generation(self) -> int:
         """See ScoreActor.generation."""
@@ -261,11 +249,9 @@ class LoopClient(ScoreClient):
         """See LoopActor.restore."""
         self._call(LoopActor.restore, generation, epoch, state)
 
-    def arrive(
-        self, generation: int, turn: tuple[int, int], rank: int, count: int, world_size: int, moment: Moment, step: int
-    ) -> Arrival:
+    def arrive(self, key: AttemptKey, arrival: Arrival) -> Answer:
         """See LoopActor.arrive."""
-        return self._call(LoopActor.arrive, generation, turn, rank, count, world_size, moment, step)
+        return self._call(LoopActor.arrive, key, arrival)
 
     def waiting(self) -> list[int]:
         """See LoopActor.waiting."""

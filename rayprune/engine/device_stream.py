@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rayprune.engine.placing import Copies, host_tensor, packed, unpacked
-from rayprune.engine.protocol import RankRows, Turn
+from rayprune.engine.protocol import PlanPass, RankRows
 from rayprune.engine.stream import Batch
 from rayprune.sources import SampleSource, Schema
 
@@ -71,9 +71,9 @@ class DeviceStream:
         self._sources, self._device, self._copies = sources, device, Copies(device)
         self._resident: dict[str, dict[str, Tensor]] = {}
 
-    def batches(self, turn: Turn, shares: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
+    def batches(self, plan_pass: PlanPass, shares: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
         """See Transport; a batch's columns are tensors on the device, and `placed` is set."""
-        columns, num_bytes = self._loaded("validation" if turn.phase == "validate" else "train")
+        columns, num_bytes = self._loaded("validation" if plan_pass.phase == "validate" else "train")
         for ids, weights, real in shares:
             (buffer,) = self._copies(packed(ids, weights, real))
             rows = unpacked(buffer)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rayprune.engine.protocol import PlanHeader, Turn
+from rayprune.engine.protocol import PlanHeader, PlanPass
 from rayprune.engine.stream import Batch, plan_batches
 from rayprune.engine.torch_batches import BatchForm, Collate, formed
 from rayprune.nn.weighing import losses_per_sample, signals_per_sample, weighted_mean
@@ -38,8 +38,8 @@ class Epoch:
 
     def __init__(self, shard: Shard, index: int, start_step: int) -> None:
         self._shard, self.index, self.start_step = shard, index, start_step
-        self._turn = Turn(index, "train", shard.world_size, start_step, start_step)
-        header = self._announce(self._turn)
+        self._pass = PlanPass(shard.key, "train", shard.world_size, start_step)
+        header = shard.scores_client.announce(self._pass)
         self._header = header
         self.num_steps, self.num_kept, self.num_samples = header.num_steps, header.num_kept, header.num_samples
         self.requested, self.realised = header.requested, header.realised
@@ -59,9 +59,6 @@ class Epoch:
     def finished(self) -> bool:
         """Whether nothing is left to do: all batches were taken, and the sweep made where the method asks for one."""
         return self._exhausted and (self._swept or self._header.num_forward_only == 0)
-
-    def _announce(self, turn: Turn) -> PlanHeader:
-        return self._shard.scores_client.announce(self._shard.generation, turn)
 
     def __index__(self) -> int:
         """Return the epoch's number, so that `int(epoch)` is what it was in `for epoch in range(...)`."""
@@ -98,7 +95,7 @@ class Epoch:
             raise RuntimeError(f"epoch {self.index} was iterated already: its samples are to be trained on once")
         form = BatchForm(self._device(device), dtypes, collate_fn)
         self._iterated = True
-        for batch, given in formed(self._batches(self._turn, self._header), form, prefetch_batches):
+        for batch, given in formed(self._batches(self._pass, self._header), form, prefetch_batches):
             self._batch, self._given = batch, given
             self.step += 1
             yield given
@@ -109,10 +106,9 @@ class Epoch:
             return self._shard.device
         return None if device is None else torch.device(device)
 
-    def _batches(self, turn: Turn, header: PlanHeader) -> Iterator[Batch]:
+    def _batches(self, plan_pass: PlanPass, header: PlanHeader) -> Iterator[Batch]:
         shard = self._shard
-        size = shard.terms.batch_size
-        return plan_batches(shard.scores_client, shard.generation, turn, header, shard.rank, size, shard.transport)
+        return plan_batches(shard.scores_client, plan_pass, header, shard.rank, shard.transport)
 
     def weigh(
         self,
@@ -172,13 +168,14 @@ class Epoch:
         if self._swept:
             raise RuntimeError(f"epoch {self.index} was swept already: its samples are to be scored once")
         self._swept = True
-        turn = Turn(self.index, "forward", self._shard.world_size, 0, self.start_step)
+        forward = PlanPass(self._shard.key, "forward", self._shard.world_size)
+        header = self._shard.scores_client.announce(forward)
         device = self._device(form.pop("device", "auto"))
         ahead = form.pop("prefetch_batches", 1)
         scored, swept = 0, self._shard.terms.sweep_signals
         self._shard.recorder.start_sweep(swept)
         with torch.no_grad():
-            for batch, given in formed(self._batches(turn, self._announce(turn)), BatchForm(device, **form), ahead):
+            for batch, given in formed(self._batches(forward, header), BatchForm(device, **form), ahead):
                 said = score(given)
                 told = dict(said) if isinstance(said, Mapping) else {"losses": said}
                 losses_B = losses_per_sample(told.pop("losses"), batch.ids.size, told.pop("mask", None))

@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rayprune.engine.client import LoopClient
-from rayprune.engine.protocol import PlanMismatch, RankRows, Turn
+from rayprune.engine.protocol import PlanMismatch, PlanPass, RankRows
 from rayprune.engine.stream import Batch
 from rayprune.sources import SampleSource, Schema
 from rayprune.sources.fingerprint import digest
@@ -104,7 +104,7 @@ def _checked(ids: NDArray[Any], name: str) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Pick:
-    """Keep a block's rows that the running turn asks for, with the columns `id` and `weight`."""
+    """Keep a block's rows that the running pass asks for, with the columns `id` and `weight`."""
 
     scores: LoopClient
     id_column: str
@@ -123,7 +123,7 @@ class Pick:
         return table
 
 
-# The newest turn's wishes in this process: tasks of one turn share them.
+# The newest pass's wishes in this process: tasks of one pass share them.
 _NEWEST: dict[str, tuple[tuple[Any, ...], NDArray[np.uint8], NDArray[np.float32]]] = {}
 
 
@@ -144,7 +144,7 @@ class FilteredStream:
     def __init__(self, shard: Any) -> None:
         self._shard = shard
 
-    def batches(self, turn: Turn, shares: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
+    def batches(self, plan_pass: PlanPass, shares: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
         """See Transport; the last batch may be short, on all ranks alike."""
         for columns in self._shard.iter_batches(batch_size=batch_rows, batch_format="numpy", prefetch_batches=2):
             for name in ("id", "weight"):

@@ -15,14 +15,32 @@ from numpy.typing import NDArray
 
 from rayprune.core.selector import Selector
 from rayprune.engine.actor import ScoreActor
-from rayprune.engine.protocol import ClosedEpoch, ObservationsLost
+from rayprune.engine.protocol import AttemptKey, ClosedEpoch, ObservationsLost
 from rayprune.methods import build_method
 from rayprune.sources.base import shuffle_name
 
 Moment = Literal["snapshot", "close"]
-Arrival = Literal["wait", "again", "done"]
+Answer = Literal["wait", "again", "done"]
 # What a filtered stream keeps: a key, codes (N,) (0 = left out), the weight of each code from 1 on.
 Wanted = tuple[tuple[Any, ...], NDArray[np.uint8], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A rank that has flushed its pushes and waits for the others.
+
+    Attributes:
+        rank, count: who, and how many pushes it made in this epoch.
+        world_size: how many ranks must come.
+        moment: what they come for: the state inside the epoch, or its end.
+        step: the step before which they come; ranks must agree.
+    """
+
+    rank: int
+    count: int
+    world_size: int
+    moment: Moment
+    step: int
 
 
 @dataclass(frozen=True)
@@ -81,25 +99,16 @@ class LoopActor(ScoreActor):
         self._start_epoch()
         self._answer = self._kept(self._closed(0.0))
 
-    def _enter(self, generation: int, epoch: int, base_step: int) -> Selector:
-        if (self._selector is None or generation > self._generation) and (epoch, base_step) > (0, 0):
+    def _state_before(self, epoch: int, step: int) -> Selector:
+        if (epoch, step) > (0, 0):
             raise ObservationsLost(
                 "the ScoreActor was lost with its scores: the loop goes back to its last checkpoint "
                 "(save shard.state_dict(), and give FailureConfig(max_failures=…))"
             )
-        return super()._enter(generation, epoch, base_step)
+        return super()._state_before(epoch, step)
 
-    def arrive(
-        self, generation: int, turn: tuple[int, int], rank: int, count: int, world_size: int, moment: Moment, step: int
-    ) -> Arrival:
+    def arrive(self, key: AttemptKey, arrival: Arrival) -> Answer:
         """Note that a rank has flushed its pushes and waits for the others; asked again until it is "done".
-
-        Args:
-            turn: (epoch, base_step).
-            rank, count: who, and how many pushes it made in this epoch.
-            world_size: how many ranks must come.
-            moment: what they come for: the state inside the epoch, or its end.
-            step: the step before which they come; ranks must agree.
 
         Returns:
             "again" where pushes of this rank are missing (the actor was restarted): flush and come again.
@@ -107,28 +116,27 @@ class LoopActor(ScoreActor):
         Raises:
             ValueError: ranks came for different moments.
         """
-        key = (generation, *turn, moment, step)
-        if key == self._passed:
+        point = (key, arrival.moment, arrival.step)
+        if point == self._passed:
             return "done"
-        epoch, base_step = turn
-        if self.missing(generation, epoch, rank, count, base_step):
+        if self.missing(key, arrival.rank, arrival.count):
             return "again"
-        if self._awaited != key:
-            if self._awaited is not None and self._awaited[0] == generation:
+        if self._awaited != point:
+            if self._awaited is not None and self._awaited[0] == key:
                 raise ValueError(
-                    f"rank {rank} is at {key[2:]} while others are at {self._awaited[2:]} (base step, moment, step): "
+                    f"rank {arrival.rank} is at {point[1:]} while others are at {self._awaited[1:]} (moment, step): "
                     "all ranks must take the same batches and call state_dict() at the same step"
                 )
-            self._awaited, self._arrived = key, {}
-        self._arrived[rank] = count
-        if len(self._arrived) < world_size:
+            self._awaited, self._arrived = point, {}
+        self._arrived[arrival.rank] = arrival.count
+        if len(self._arrived) < arrival.world_size:
             return "wait"
-        counts = [self._arrived[one] for one in range(world_size)]
-        call = self.snapshot if moment == "snapshot" else self.close_epoch
-        answer = call(generation, epoch, counts, base_step)
+        counts = [self._arrived[rank] for rank in range(arrival.world_size)]
+        call = self.snapshot if arrival.moment == "snapshot" else self.close_epoch
+        answer = call(key, counts)
         assert answer is not None, "every rank's pushes are in"
         self._answer = self._kept(answer)
-        self._passed, self._awaited = key, None
+        self._passed, self._awaited = point, None
         return "done"
 
     @staticmethod
@@ -137,7 +145,7 @@ class LoopActor(ScoreActor):
         return replace(answer, state={name: np.array(array) for name, array in answer.state.items()})
 
     def wanted(self, known: tuple[Any, ...] | None) -> Wanted | None:
-        """Return what the running turn asks for, for streams that are filtered.
+        """Return what the running pass asks for, for streams that are filtered.
 
         Args:
             known: the key of what the asker has; where it is still that, the answer is None.
@@ -145,14 +153,15 @@ class LoopActor(ScoreActor):
         Returns:
             A key, codes (N,) uint8 (0 = not wanted), and the weight of each code from 1 on.
         """
-        # Before the first turn Ray Data may look at a data set's schema: it sees all of it.
-        if self._turn is None or self._selector is None:
+        # Before the first pass Ray Data may look at a data set's schema: it sees all of it.
+        if self._pass is None or self._selector is None:
             return (0,), np.ones(len(self._spec.source), dtype=np.uint8), np.ones(1, dtype=np.float32)
-        key = (self._generation, self._turn.epoch, self._turn.phase)
+        epoch, phase = self._pass.key.epoch, self._pass.phase
+        key = (self._generation, epoch, phase)
         if key == known:
             return None
-        selection = self._selector.begin_epoch(self._turn.epoch)
-        if self._turn.phase == "train":
+        selection = self._selector.begin_epoch(epoch)
+        if phase == "train":
             return key, selection.codes, selection.weight_values
         scored = selection.scored_ids
         codes = np.zeros(selection.num_samples, dtype=np.uint8)

@@ -1,7 +1,7 @@
 """What workers and the ScoreActor say to each other.
 
-A *generation* numbers the attempts of a run: each start of the worker group takes a higher one, and what an earlier
-group still has under way is refused. A *turn* is one pass over one plan (train, forward-only or validation).
+An *attempt* is one start of the worker group, and its *generation* is its number: each start takes a higher one, and
+calls of an earlier group are refused. A *pass* goes over one plan once (train, forward-only or validation).
 Observations travel as one packed buffer a push, numbered per rank and epoch, so that a push that came twice is folded
 once and one that got lost is asked for again.
 """
@@ -64,28 +64,69 @@ class TrainingPaused(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Turn:
+class AttemptKey:
+    """Which attempt calls, and where it began the epoch.
+
+    Attributes:
+        generation: the attempt's number.
+        epoch: the running epoch.
+        resume_step: the step of the epoch that this attempt began at; a restarted actor goes back to its checkpoint.
+    """
+
+    generation: int
+    epoch: int
+    resume_step: int = 0
+
+
+@dataclass(frozen=True)
+class PlanPass:
     """One pass over one plan by all ranks.
 
     Attributes:
-        epoch, phase: which plan.
+        key: the attempt and the epoch.
+        phase: which of the epoch's plans.
         world_size: how many ranks share it.
         start_step: where in the plan the pass begins.
-        base_step: the step that this attempt began the epoch at, whose checkpoint a restarted actor goes back to.
     """
 
-    epoch: int
+    key: AttemptKey
     phase: Phase
     world_size: int
     start_step: int = 0
-    base_step: int = 0
+
+
+@dataclass(frozen=True)
+class Push:
+    """Observations of one rank, packed into one buffer.
+
+    Attributes:
+        rank: who observed.
+        sequence: number of the push in the rank's epoch, from 0.
+        layout, buffer: ids and signals, as `pack` returns them.
+        sweep: whether a forward-only pass observed them.
+    """
+
+    rank: int
+    sequence: int
+    layout: Layout
+    buffer: NDArray[np.uint8]
+    sweep: bool = False
 
 
 @dataclass(frozen=True)
 class PlanHeader:
-    """What every rank must know of a plan without holding it; `facts` are the selection's own, for metrics.jsonl.
+    """What every rank must know of a plan without holding it.
 
-    `num_steps` counts the meta batches too, one before every `meta_every`-th of the `num_train_steps` that train.
+    Attributes:
+        num_steps: global batches, the meta batches included.
+        num_rows: rows that are trained on.
+        num_kept, num_samples, num_forward_only, requested, realised, lr_scale: of the selection.
+        hash: of ids, weights and order; "" for passes that do not train.
+        select_s: seconds that laying out the plan took.
+        facts: the selection's own, for metrics.jsonl.
+        num_train_steps: global batches that train.
+        batch_rows: one rank's part of a global batch.
+        meta_every: a meta batch precedes every so many batches that train; 0 for none.
     """
 
     num_steps: int
@@ -100,6 +141,7 @@ class PlanHeader:
     select_s: float
     facts: Mapping[str, Any]
     num_train_steps: int
+    batch_rows: int
     meta_every: int = 0
 
 

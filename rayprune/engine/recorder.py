@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rayprune.engine.client import ScoreClient
 from rayprune.engine.placing import Copies
-from rayprune.engine.protocol import Layout, ObservationsLost, pack
+from rayprune.engine.protocol import AttemptKey, ObservationsLost, Push, pack
 
 PUSH_ROWS = 262_144
 # Sooner where steps are slow, so that progress shows and a diverging run is noticed inside the epoch.
@@ -61,28 +61,27 @@ class Recorder:
 
     Args:
         client: the ScoreActor.
-        generation: this attempt's number.
         rank: this worker's rank.
         signals: names that are kept of what `record` is given in training.
     """
 
-    def __init__(self, client: ScoreClient, generation: int, rank: int, signals: tuple[str, ...]) -> None:
-        self._client, self._generation, self._rank = client, generation, rank
+    def __init__(self, client: ScoreClient, rank: int, signals: tuple[str, ...]) -> None:
+        self._client, self._rank = client, rank
         self._trained = self._signals = signals
         self._sweep = False
         self._ids = np.empty(0, dtype=np.int64)
         self._buffers: dict[str, Tensor] = {}
         self._rows = 0
         self._arriving: Arriving | None = None
-        self._epoch, self._base_step = -1, 0
+        self._key = AttemptKey(0, -1)
         self._pushed_at = 0.0
-        self._log: list[tuple[Layout, NDArray[np.uint8], bool] | None] = []
+        self._log: list[Push | None] = []
         self.num_nonfinite = 0
         self.nonfinite_ids: list[int] = []
 
-    def start_epoch(self, epoch: int, base_step: int = 0) -> None:
-        """Begin an epoch, at the step this attempt has of it; what was logged of the last one is let go."""
-        self._epoch, self._base_step, self._rows, self._arriving, self._log = epoch, base_step, 0, None, []
+    def start_epoch(self, key: AttemptKey) -> None:
+        """Begin an epoch; what was logged of the last one is let go."""
+        self._key, self._rows, self._arriving, self._log = key, 0, None, []
         self._pushed_at = time.perf_counter()
         self.num_nonfinite, self.nonfinite_ids = 0, []
         self._buffer_for(self._trained, sweep=False)
@@ -169,19 +168,17 @@ class Recorder:
         signals: dict[str, NDArray[Any]] = {name: array[order] for name, array in seen.items()}
         self.num_nonfinite += bad.size
         self.nonfinite_ids += rows[bad][:5].tolist()
-        self._log.append((*pack(ids, signals), arriving.sweep))
-        self._client.observe(*self._push(len(self._log) - 1), wait=False)
-        if any(array.ndim > 1 for array in signals.values()):
-            self._log[-1] = None
+        push = Push(self._rank, len(self._log), *pack(ids, signals), arriving.sweep)
+        self._client.observe(self._key, push, wait=False)
+        self._log.append(None if any(array.ndim > 1 for array in signals.values()) else push)
 
-    def _push(self, sequence: int) -> tuple[Any, ...]:
-        logged = self._log[sequence]
-        if logged is None:
+    def _push_again(self, sequence: int) -> None:
+        push = self._log[sequence]
+        if push is None:
             raise ObservationsLost(
-                f"epoch {self._epoch}: push {sequence} of vector signals was lost with the ScoreActor"
+                f"epoch {self._key.epoch}: push {sequence} of vector signals was lost with the ScoreActor"
             )
-        layout, buffer, sweep = logged
-        return (self._generation, self._epoch, self._rank, sequence, layout, buffer, self._base_step, sweep)
+        self._client.observe(self._key, push)
 
     def flush(self) -> int:
         """Push the rest and push again what the actor misses, until it has everything; return the number of pushes.
@@ -190,8 +187,7 @@ class Recorder:
         after the first push.
         """
         self.push()
-        asked = (self._generation, self._epoch, self._rank)
-        while lost := self._client.missing(*asked, len(self._log), self._base_step):
+        while lost := self._client.missing(self._key, self._rank, len(self._log)):
             for sequence in lost:
-                self._client.observe(*self._push(sequence))
+                self._push_again(sequence)
         return len(self._log)

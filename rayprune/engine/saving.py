@@ -157,7 +157,7 @@ class Saver:
 
         self._submit(write, state)
 
-    def save_inside(self, epoch: int, step: int, state: Copied, sums: list[float], base_step: int) -> None:
+    def save_inside(self, epoch: int, step: int, state: Copied, sums: list[float], resume_step: int) -> None:
         """Let the state before a step of an epoch be written (rank 0).
 
         A write that fails is logged: the run goes on and tries again at the next one.
@@ -170,7 +170,7 @@ class Saver:
             except OSError as error:
                 logger.warning("a checkpoint inside the epoch could not be written (%s); training goes on", error)
             else:
-                remove_old_steps(self._folder, epoch, self._config.run.keep_checkpoints, base_step)
+                remove_old_steps(self._folder, epoch, self._config.run.keep_checkpoints, resume_step)
 
         self._submit(write, state)
 

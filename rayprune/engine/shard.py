@@ -21,7 +21,8 @@ from torch import Tensor
 
 from rayprune.engine.client import LoopClient
 from rayprune.engine.epoch import Epoch
-from rayprune.engine.loop_actor import LoopTerms, Moment
+from rayprune.engine.loop_actor import Arrival, LoopTerms, Moment
+from rayprune.engine.protocol import AttemptKey
 from rayprune.engine.recorder import Recorder
 from rayprune.engine.stream import Transport
 
@@ -61,8 +62,8 @@ class Shard:
         self.rank, self.world_size, self.device = rank, world_size, device
         # What its epochs use; not for loops.
         self.scores_client, self.transport, self.terms, self.generation = scores, transport, terms, generation
-        self.recorder = Recorder(scores, generation, rank, terms.signals)
-        self._epoch, self._base_step = 0, 0
+        self.recorder = Recorder(scores, rank, terms.signals)
+        self._epoch, self._resume_step = 0, 0
         self._state: Mapping[str, Tensor] | None = None
         self._opened = False
         self._current: Epoch | None = None
@@ -77,6 +78,11 @@ class Shard:
         """This rank's share of a global batch."""
         return self.terms.batch_size // self.world_size
 
+    @property
+    def key(self) -> AttemptKey:
+        """This attempt in the running epoch; not for loops."""
+        return AttemptKey(self.generation, self._epoch, self._resume_step)
+
     def epochs(self) -> Iterator[Epoch]:
         """Yield the epochs that are left; each is closed, and the next one's samples chosen, when its body ends.
 
@@ -87,7 +93,7 @@ class Shard:
             raise RuntimeError("epochs() can be iterated once: get a new shard for another pass")
         self._open()
         while self._epoch < self.num_epochs:
-            self._current = Epoch(self, self._epoch, self._base_step)
+            self._current = Epoch(self, self._epoch, self._resume_step)
             yield self._current
             self._close()
 
@@ -100,7 +106,7 @@ class Shard:
         self._state = None
         while self.scores_client.generation() < self.generation:
             time.sleep(_POLL_S)  # rank 0 restores first
-        self.recorder.start_epoch(self._epoch, self._base_step)
+        self.recorder.start_epoch(self.key)
 
     def _close(self) -> None:
         """Close the running epoch, unless `state_dict` has done so."""
@@ -110,8 +116,8 @@ class Shard:
         epoch.check_weighed()
         self._meet("close", epoch.step)
         self._current = None
-        self._epoch, self._base_step = self._epoch + 1, 0
-        self.recorder.start_epoch(self._epoch)
+        self._epoch, self._resume_step = self._epoch + 1, 0
+        self.recorder.start_epoch(self.key)
 
     def scores(self) -> dict[str, Any]:
         """Return the method's scores, `last_visit` and `times_pruned`, name → (N,); NaN where never visited.
@@ -196,15 +202,14 @@ class Shard:
             raise ValueError(f"the state is of another run ({'; '.join(changed)}): start without it, or change it back")
         if not state["selector"]:
             raise ValueError("the state holds no scores, it was saved on another rank than 0: load rank 0's")
-        self._epoch, self._base_step, self._state = int(state["epoch"]), int(state["step"]), state["selector"]
+        self._epoch, self._resume_step, self._state = int(state["epoch"]), int(state["step"]), state["selector"]
 
     def _meet(self, moment: Moment, step: int) -> None:
         """Flush, and wait until every rank has."""
-        turn, began, warned = (self._epoch, self._base_step), time.monotonic(), False
-        asked = (self.generation, turn, self.rank)
+        began, warned = time.monotonic(), False
         count = self.recorder.flush()
         while True:
-            said = self.scores_client.arrive(*asked, count, self.world_size, moment, step)
+            said = self.scores_client.arrive(self.key, Arrival(self.rank, count, self.world_size, moment, step))
             if said == "done":
                 return
             if said == "again":

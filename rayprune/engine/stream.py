@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from rayprune.engine.ahead import ahead
 from rayprune.engine.client import ScoreClient
-from rayprune.engine.protocol import PlanHeader, PlanMismatch, RankRows, Turn
+from rayprune.engine.protocol import PlanHeader, PlanMismatch, PlanPass, RankRows
 from rayprune.sources import SampleSource
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Transport(Protocol):
 
     resumes_inside: bool
 
-    def batches(self, turn: Turn, shares: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
+    def batches(self, plan_pass: PlanPass, shares: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
         """Yield one Batch for each `batch_rows` rows of the shares, in order.
 
         Raises:
@@ -81,27 +81,26 @@ class Transport(Protocol):
 
 
 def plan_batches(
-    client: ScoreClient, generation: int, turn: Turn, header: PlanHeader, rank: int, batch_size: int, via: Transport
+    client: ScoreClient, plan_pass: PlanPass, header: PlanHeader, rank: int, via: Transport
 ) -> Iterator[Batch]:
-    """Yield this rank's batches of a turn.
+    """Yield this rank's batches of a pass.
 
     Args:
-        client, generation: where the plan is and who asks.
-        turn, header: the turn that was announced and its plan's header.
+        client: where the plan is.
+        plan_pass, header: the pass that was announced and its plan's header.
         rank: this worker's rank.
-        batch_size: the global batch.
         via: the transport.
     """
-    rows = batch_size // turn.world_size
+    rows = header.batch_rows
     steps = max(1, SPAN_ROWS // rows)
 
     def shares() -> Iterator[RankRows]:
-        for start in range(turn.start_step, header.num_steps, steps):
+        for start in range(plan_pass.start_step, header.num_steps, steps):
             stop = min(start + steps, header.num_steps)
-            yield client.share(generation, turn, rank, start, stop)
+            yield client.rank_rows(plan_pass, rank, start, stop)
 
-    if turn.start_step < header.num_steps:
-        yield from via.batches(turn, shares(), rows)
+    if plan_pass.start_step < header.num_steps:
+        yield from via.batches(plan_pass, shares(), rows)
 
 
 class LocalStream:
@@ -117,9 +116,9 @@ class LocalStream:
     def __init__(self, sources: Mapping[str, SampleSource], made: Made | None = None) -> None:
         self._sources, self._made = sources, made
 
-    def batches(self, turn: Turn, shares: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
+    def batches(self, plan_pass: PlanPass, shares: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
         """See Transport."""
-        source = self._sources["validation" if turn.phase == "validate" else "train"]
+        source = self._sources["validation" if plan_pass.phase == "validate" else "train"]
         budget = max(1, _LOCAL_READ_BYTES // max(1, source.schema.row_bytes))
         read_rows = max(1, min(LOCAL_READ_ROWS, budget) // batch_rows) * batch_rows
         with ThreadPoolExecutor(1, thread_name_prefix="rayprune-read") as reader:
@@ -161,7 +160,7 @@ class RayStream:
     def __init__(self, shard: Any, made: Made | None = None) -> None:
         self._shard, self._made = shard, made
 
-    def batches(self, turn: Turn, shares: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
+    def batches(self, plan_pass: PlanPass, shares: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
         """See Transport."""
         # Whole blocks, cut here: Ray's own cutting costs half a millisecond a batch. And fetched ahead here: Ray gives
         # the first one only when all that it fetches ahead have come. With 0 it leaves a thread behind each time.
@@ -175,11 +174,13 @@ class RayStream:
                 if columns is None or not np.array_equal(columns["id"], ids[part]):
                     got = "the stream ended" if columns is None else f"ids {columns['id'][:3].tolist()}… came"
                     raise PlanMismatch(
-                        f"epoch {turn.epoch}, {turn.phase}: {got}, not {ids[part][:3].tolist()}…; {_CURE}"
+                        f"epoch {plan_pass.key.epoch}, {plan_pass.phase}: {got}, not {ids[part][:3].tolist()}…; {_CURE}"
                     )
                 yield Batch(columns, ids[part], weights[part], real[part], num_bytes)
         if next(cut, None) is not None:
-            raise PlanMismatch(f"epoch {turn.epoch}, {turn.phase}: the stream holds more rows than the plan")
+            raise PlanMismatch(
+                f"epoch {plan_pass.key.epoch}, {plan_pass.phase}: the stream holds more rows than the plan"
+            )
 
     def _made_of(self, block: dict[str, NDArray[Any]]) -> Columns:
         if self._made is None:

@@ -22,7 +22,15 @@ from rayprune.engine.checkpoint import newest_position
 from rayprune.engine.meta_batches import with_meta_batches
 from rayprune.engine.pacing import Pacer
 from rayprune.engine.placing import DeviceBatch, Placer
-from rayprune.engine.protocol import ClosedEpoch, Phase, PlanHeader, TrainingPaused, TrainingStopped, Turn
+from rayprune.engine.protocol import (
+    AttemptKey,
+    ClosedEpoch,
+    Phase,
+    PlanHeader,
+    PlanPass,
+    TrainingPaused,
+    TrainingStopped,
+)
 from rayprune.engine.recorder import Recorder
 from rayprune.engine.saving import Saver
 from rayprune.engine.setup import WorkerSpec, build_network, build_step, pick_device, rate_at
@@ -62,15 +70,15 @@ class Worker:
         self._saver = Saver(Path(spec.run_folder), self._config, spec.fingerprint, spec.shuffle, self.rank, spec.before)
         # Rank 0 decides for all: another rank might see a checkpoint that is just being written.
         start = broadcast_from_rank_zero(self._next_start() if self.rank == 0 else None)
-        self._generation, (self._epoch, self._base_step) = start
+        self._generation, (self._epoch, self._resume_step) = start
         self._step = build_step(self._config, network, spec.input, spec.terms, self.world_size, self._device)
         sums: list[float] = []
-        if (self._epoch, self._base_step) > (0, 0):
-            sums = self._saver.restore(self._epoch, self._base_step, network, self._step, self._device)
+        if (self._epoch, self._resume_step) > (0, 0):
+            sums = self._saver.restore(self._epoch, self._resume_step, network, self._step, self._device)
         self._resumed_sums = sums if self.rank == 0 else []
         self._meta_interval = self._config.train.meta_interval
         self._network = network
-        self._recorder = Recorder(spec.scores, self._generation, self.rank, spec.terms.signals)
+        self._recorder = Recorder(spec.scores, self.rank, spec.terms.signals)
         self._pacer = Pacer(spec.scores, self.rank, self.world_size, self._device, self._config.run)
         self._pulse = Pulsing(spec.scores, self._generation, self.rank, self.world_size)
         self._seconds: dict[str, float] = {}
@@ -92,7 +100,7 @@ class Worker:
         try:
             for epoch in range(self._epoch, self._config.last_epoch):
                 self._run_epoch(epoch)
-                self._base_step = 0
+                self._resume_step = 0
                 if self._pacer.leave_now():
                     break
             self._saver.report()
@@ -114,9 +122,10 @@ class Worker:
     def _run_epoch(self, epoch: int) -> None:
         start = time.perf_counter()
         self._seconds = dict.fromkeys(_SECONDS, 0.0)
-        self._recorder.start_epoch(epoch, self._base_step)
-        header = self._announce(epoch, "train")
-        self._pacer.start_epoch(train_step_of(self._base_step, header.meta_every))
+        self._key = AttemptKey(self._generation, epoch, self._resume_step)
+        self._recorder.start_epoch(self._key)
+        header = self._announce("train")
+        self._pacer.start_epoch(train_step_of(self._resume_step, header.meta_every))
         self._seconds["select"] += header.select_s
         with self._timed("train"):
             sums, lr = self._train(epoch, header)
@@ -125,13 +134,13 @@ class Worker:
             with self._timed("forward_only"):
                 self._share_buffers()
                 self._recorder.start_sweep(self._spec.terms.sweep_signals)
-                forwarded = self._forward(epoch, "forward", record=True)
+                forwarded = self._forward("forward", record=True)
         last = epoch + 1 == self._config.last_epoch
         validation: Tensor | None = None
         if self._spec.has_validation and (last or (epoch + 1) % self._config.train.validate_every == 0):
             with self._timed("validate"):
                 self._share_buffers()
-                validation = self._forward(epoch, "validate", record=False)
+                validation = self._forward("validate", record=False)
         closed = self._collected(epoch, "close_epoch")
         record = self._metrics(epoch, header, sums, forwarded, validation, lr)
         if closed is not None:
@@ -139,15 +148,13 @@ class Worker:
             self._seconds["select"] += closed.select_s
         self._save(epoch, record, closed, start)
 
-    def _announce(self, epoch: int, phase: Phase) -> PlanHeader:
-        start_step = self._base_step if phase == "train" else 0
-        self._turn = Turn(epoch, phase, self.world_size, start_step, self._base_step)
-        return self._spec.scores.announce(self._generation, self._turn)
+    def _announce(self, phase: Phase) -> PlanHeader:
+        self._pass = PlanPass(self._key, phase, self.world_size, self._resume_step if phase == "train" else 0)
+        return self._spec.scores.announce(self._pass)
 
     def _batches(self, header: PlanHeader) -> Iterator[Batch]:
-        """Yield the turn's batches; what training waits for them is counted as data_wait."""
-        size = self._config.train.batch_size
-        stream = plan_batches(self._spec.scores, self._generation, self._turn, header, self.rank, size, self._transport)
+        """Yield the running pass's batches; what training waits for them is counted as data_wait."""
+        stream = plan_batches(self._spec.scores, self._pass, header, self.rank, self._transport)
         while True:
             with self._timed("data_wait"):
                 self._pulse.doing("waits for the stream")
@@ -161,10 +168,10 @@ class Worker:
         if header.num_steps == 0:
             raise nothing_to_train(self._config, epoch, header)
         seed, lr = self._config.train.seed, 0.0
-        sums = Tally(self._device, stored=self._resumed_sums if self._base_step else ())
-        for turned in with_meta_batches(self._batches(header), self._base_step, header.meta_every):
+        sums = Tally(self._device, stored=self._resumed_sums if self._resume_step else ())
+        for turned in with_meta_batches(self._batches(header), self._resume_step, header.meta_every):
             step, batch, meta = turned.step, turned.batch, turned.meta
-            if turned.place > self._base_step:
+            if turned.place > self._resume_step:
                 self._save_if_due(epoch, turned.place, step, sums)
             lr = rate_at(self._config, epoch, step, header.num_train_steps, header.lr_scale)
             for group in self._step.optimizer.param_groups:
@@ -195,13 +202,13 @@ class Worker:
             inside = self._collected(epoch, "snapshot")
             if inside is not None:
                 state = self._saver.copied(self._network, self._step, inside.state)
-                self._saver.save_inside(epoch, place, state, total, self._base_step)
+                self._saver.save_inside(epoch, place, state, total, self._resume_step)
         if verdict == "leave":
             raise TrainingPaused(f"before step {step} of epoch {epoch}")
 
-    def _forward(self, epoch: int, phase: Phase, *, record: bool) -> Tensor:
+    def _forward(self, phase: Phase, *, record: bool) -> Tensor:
         """Pass over a plan in eval mode without augmentation; return the sums over all ranks."""
-        header, terms = self._announce(epoch, phase), self._spec.terms
+        header, terms = self._announce(phase), self._spec.terms
         places = () if record else (self._spec.input.num_classes, self._step.num_exits)
         sums = Tally(self._device, *places)
         named: dict[str, Any] = {"signals": terms.sweep_signals, "part": terms.sweep_part} if record else {}
@@ -229,7 +236,7 @@ class Worker:
             closed: ClosedEpoch | None = None
             if self.rank == 0:
                 call = self._spec.scores.snapshot if then == "snapshot" else self._spec.scores.close_epoch
-                closed = call(self._generation, epoch, counts, self._base_step)
+                closed = call(self._key, counts)
             told = (closed is not None, closed and closed.num_nonfinite, closed and closed.nonfinite_ids)
             done, nonfinite, ids = broadcast_from_rank_zero(told)
             if done and nonfinite > self._config.train.max_nonfinite:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from engine_runs import pass_of
 from ray.train import DataConfig
 
 from rayprune.core import Plan, Selector
@@ -29,7 +30,7 @@ from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.checkpoint import write_checkpoint
 from rayprune.engine.client import ScoreClient
 from rayprune.engine.plan_dataset import PlanDatasource, plan_dataset, task_rows
-from rayprune.engine.protocol import Phase, PlanMismatch, RankRows, Turn
+from rayprune.engine.protocol import AttemptKey, Phase, PlanMismatch, RankRows
 from rayprune.engine.resources import start_ray
 from rayprune.engine.stream import Batch, RayStream, plan_batches
 from rayprune.methods import build_method
@@ -68,13 +69,13 @@ def plans_of(num_samples: int, batch_size: int) -> list[Plan]:
     return [Plan.of_selection(selector.begin_epoch(epoch), batch_size, SEED, epoch) for epoch in range(EPOCHS)]
 
 
-def stream_turn(scores: ScoreClient, shards: list[Any], epoch: int, phase: Phase, batch_size: int) -> list[list[Batch]]:
-    """Read one turn on all ranks at once, as workers do; return each rank's batches."""
-    turn = Turn(epoch, phase, len(shards))
-    header = scores.announce(1, turn)
+def stream_pass(scores: ScoreClient, shards: list[Any], epoch: int, phase: Phase) -> list[list[Batch]]:
+    """Read one pass on all ranks at once, as workers do; return each rank's batches."""
+    plan_pass = pass_of(epoch, phase, len(shards))
+    header = scores.announce(plan_pass)
 
     def read(rank: int) -> list[Batch]:
-        return list(plan_batches(scores, 1, turn, header, rank, batch_size, RayStream(shards[rank])))
+        return list(plan_batches(scores, plan_pass, header, rank, RayStream(shards[rank])))
 
     with ThreadPoolExecutor(len(shards)) as pool:
         return list(pool.map(read, range(len(shards))))
@@ -101,15 +102,15 @@ def test_one_stream_serves_every_epoch_and_rank(
     with actor_of(spec_of(num_samples, batch_size)) as scores:
         shards = plan_dataset(scores, sources).streaming_split(ranks, equal=True)
         for epoch, plan in enumerate(plans_of(num_samples, batch_size)):
-            by_rank = stream_turn(scores, shards, epoch, "train", batch_size)
+            by_rank = stream_pass(scores, shards, epoch, "train")
             for rank, batches in enumerate(by_rank):
                 assert_is_share(batches, plan, rank, ranks, sources["train"])
             batches = [batch for of_rank in by_rank for batch in of_rank]
             assert sum(batch.num_bytes for batch in batches) == plan.order.size * 72, "every row's bytes are counted"
             assert "__bytes_read" not in batches[0].columns
             assert real_ids(by_rank) == plan.selection.ids.tolist(), "the union of ranks is the selection, each id once"
-            assert real_ids(stream_turn(scores, shards, epoch, "validate", batch_size)) == list(range(7))
-            assert scores.close_epoch(1, epoch, [0] * ranks) is not None
+            assert real_ids(stream_pass(scores, shards, epoch, "validate")) == list(range(7))
+            assert scores.close_epoch(AttemptKey(1, epoch), [0] * ranks) is not None
 
 
 def real_ids(by_rank: list[list[Batch]]) -> list[int]:
@@ -124,7 +125,7 @@ def test_many_small_blocks_keep_their_order() -> None:
     with actor_of(spec_of(301, 8, row_bytes=8 * 1024 * 1024)) as scores:
         shards = plan_dataset(scores, sources).streaming_split(2, equal=True)
         plan = plans_of(301, 8)[0]
-        for rank, batches in enumerate(stream_turn(scores, shards, 0, "train", 8)):
+        for rank, batches in enumerate(stream_pass(scores, shards, 0, "train")):
             assert_is_share(batches, plan, rank, 2, sources["train"])
         assert len(scores.blocks()[1]) >= 20
 
@@ -141,7 +142,7 @@ def test_trap_a_large_read_task_without_a_name_fails(monkeypatch: pytest.MonkeyP
     with actor_of(spec_of(97, 6)) as scores:
         shards = plan_dataset(scores, {"train": heavy}).streaming_split(2, equal=True)
         plan = plans_of(97, 6)[0]
-        for rank, batches in enumerate(stream_turn(scores, shards, 0, "train", 6)):
+        for rank, batches in enumerate(stream_pass(scores, shards, 0, "train")):
             assert_is_share(batches, plan, rank, 2, digits)
         tasks = PlanDatasource(scores, {"train": heavy}).get_read_tasks(1)
         assert (len(ray.cloudpickle.dumps(tasks[0])) < 2**20) == sent_once
@@ -158,9 +159,9 @@ def test_trap_order_is_set_in_the_data_context_before_the_trainer_exists() -> No
 
 
 def announced(num_samples: int = 11, row_bytes: int = 72, batch_size: int = 4) -> ScoreClient:
-    """Return a ScoreActor of this process at its first turn, for two ranks."""
+    """Return a ScoreActor of this process at its first pass, for two ranks."""
     scores = ScoreClient.in_process(spec_of(num_samples, batch_size, row_bytes))
-    scores.announce(1, Turn(0, "train", 2))
+    scores.announce(pass_of(0, "train", 2))
     return scores
 
 
@@ -175,9 +176,9 @@ def test_trap_row_counts_of_the_first_plan_would_be_cached() -> None:
 def test_trap_planning_happens_early_and_often() -> None:
     scores = ScoreClient.in_process(spec_of(11, 4))
     datasource = PlanDatasource(scores, sources_of(11))
-    assert datasource.get_read_tasks(1) == [], "before the first turn there is nothing to read"
+    assert datasource.get_read_tasks(1) == [], "before the first pass there is nothing to read"
     assert datasource.get_read_tasks(200) == []
-    scores.announce(1, Turn(0, "train", 2))
+    scores.announce(pass_of(0, "train", 2))
     first, again = (read_ids(datasource.get_read_tasks(parallelism)) for parallelism in (1, 200))
     assert first == again
     plan = plans_of(11, 4)[0]
@@ -222,14 +223,14 @@ def share_of(ids: list[int]) -> Iterator[RankRows]:
 def test_other_rows_than_the_plans_are_noticed(streamed: int, planned: list[int], message: str) -> None:
     shard = ray.data.range(streamed, override_num_blocks=1).iterator()
     with pytest.raises(PlanMismatch, match=f"epoch 2, train: .*{message}"):
-        list(RayStream(shard).batches(Turn(2, "train", 1), share_of(planned), 4))
+        list(RayStream(shard).batches(pass_of(2, "train", 1), share_of(planned), 4))
 
 
 def test_an_actor_killed_while_its_checkpoint_is_being_written_is_asked_again(tmp_path: Path) -> None:
     with actor_of(replace(spec_of(64, 8), run_folder=str(tmp_path))) as scores:
-        first = scores.announce(1, Turn(0, "train", 1)).hash
-        closed = scores.close_epoch(1, 0, [0])
-        second = scores.announce(1, Turn(1, "train", 1)).hash
+        first = scores.announce(pass_of(0, "train", 1)).hash
+        closed = scores.close_epoch(AttemptKey(1, 0), [0])
+        second = scores.announce(pass_of(1, "train", 1)).hash
         ray.kill(scores.channel.handle, no_restart=False)
         while scores.generation():  # the killed one may still answer
             time.sleep(0.02)
@@ -237,7 +238,7 @@ def test_an_actor_killed_while_its_checkpoint_is_being_written_is_asked_again(tm
         state = {"model": {}, "trainer": {}, "selector": closed.state, "position": {}}
         late = threading.Timer(3.0, write_checkpoint, (tmp_path, 1), state)
         late.start()
-        assert scores.announce(1, Turn(1, "train", 1)).hash == second != first
+        assert scores.announce(pass_of(1, "train", 1)).hash == second != first
         assert not late.is_alive(), "it answered without its checkpoint"
 
 
@@ -267,13 +268,13 @@ def test_trap_an_iterator_that_fetches_nothing_ahead_leaves_a_thread() -> None:
     with actor_of(spec_of(97, 6)) as scores:
         (shard,) = shards = plan_dataset(scores, sources_of(97)).streaming_split(1, equal=True)
         for epoch in range(EPOCHS):
-            stream_turn(scores, shards, epoch, "train", 6)
-            scores.close_epoch(1, epoch, [0])
+            stream_pass(scores, shards, epoch, "train")
+            scores.close_epoch(AttemptKey(1, epoch), [0])
         deadline = time.monotonic() + 5
-        while prefetchers() > before:  # each ends a moment after its turn
+        while prefetchers() > before:  # each ends a moment after its pass
             assert time.monotonic() < deadline, "RayStream leaves threads behind"
             time.sleep(0.05)
-        scores.announce(2, Turn(0, "train", 1))
+        scores.announce(pass_of(0, "train", 1, generation=2))
         assert sum(1 for _ in shard.iter_batches(batch_size=None, prefetch_batches=0)) > 0
         time.sleep(0.5)
         assert prefetchers() > before, "Ray has mended it: RayStream may fetch nothing ahead"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_runs import assert_same_run, run_config
+from engine_runs import assert_same_run, pass_of, run_config
 
 import rayprune
 from rayprune.config import Config, make_config, merge
@@ -19,7 +19,7 @@ from rayprune.engine.checkpoint import newest_position
 from rayprune.engine.client import ScoreClient
 from rayprune.engine.device_stream import DeviceStream, check_columns
 from rayprune.engine.placing import Placer, host_tensor, packed, unpacked
-from rayprune.engine.protocol import Turn
+from rayprune.engine.protocol import PlanPass
 from rayprune.engine.stream import Batch, LocalStream, Transport, plan_batches
 from rayprune.engine.tally import Tally
 from rayprune.engine.train import RunResult, train
@@ -30,19 +30,21 @@ CPU = torch.device("cpu")
 SOURCES = open_data("digits", limit=301).by_name
 
 
-def read(via: Transport, turn: Turn, rank: int = 0) -> list[Batch]:
+def read(via: Transport, plan_pass: PlanPass, rank: int = 0) -> list[Batch]:
     scores = ScoreClient.in_process(ScoreSpec({"name": "full"}, SOURCES["train"], 37, 3, 5, 12, "pad", 72, None, 0))
-    header = scores.announce(1, turn)
-    return list(plan_batches(scores, 1, turn, header, rank, 12, via))
+    header = scores.announce(plan_pass)
+    return list(plan_batches(scores, plan_pass, header, rank, via))
 
 
-@pytest.mark.parametrize("turn", [Turn(0, "train", 1), Turn(0, "train", 3, 5), Turn(0, "validate", 2)])
+@pytest.mark.parametrize("plan_pass", [pass_of(0, "train", 1), pass_of(0, "train", 3, 5), pass_of(0, "validate", 2)])
 @pytest.mark.parametrize("span_rows", [16, 65_536])
-def test_batches_are_those_of_the_local_stream(monkeypatch: pytest.MonkeyPatch, turn: Turn, span_rows: int) -> None:
+def test_batches_are_those_of_the_local_stream(
+    monkeypatch: pytest.MonkeyPatch, plan_pass: PlanPass, span_rows: int
+) -> None:
     monkeypatch.setattr("rayprune.engine.stream.SPAN_ROWS", span_rows)
     monkeypatch.setattr(device_stream, "LOAD_BYTES", 72 * 50)  # pieces that do not divide the data
-    rank = turn.world_size - 1
-    local, resident = (read(via, turn, rank) for via in (LocalStream(SOURCES), DeviceStream(SOURCES, CPU)))
+    rank = plan_pass.world_size - 1
+    local, resident = (read(via, plan_pass, rank) for via in (LocalStream(SOURCES), DeviceStream(SOURCES, CPU)))
     assert len(local) == len(resident) > 1
     place = Placer("image", CPU)
     for ours, theirs in zip(resident, local, strict=True):
@@ -59,8 +61,8 @@ def test_batches_are_those_of_the_local_stream(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_what_the_reading_thread_makes_is_what_comes() -> None:
-    turn, place = Turn(0, "train", 1), Placer("image", CPU)
-    made, plain = (read(LocalStream(SOURCES, how), turn) for how in (host_tensor, None))
+    plan_pass, place = pass_of(0, "train", 1), Placer("image", CPU)
+    made, plain = (read(LocalStream(SOURCES, how), plan_pass) for how in (host_tensor, None))
     for ours, theirs in zip(made, plain, strict=True):
         assert isinstance(ours.columns["image"], torch.Tensor)
         assert ours.num_bytes == theirs.num_bytes
@@ -70,8 +72,8 @@ def test_what_the_reading_thread_makes_is_what_comes() -> None:
 def test_bytes_are_counted_once_when_they_are_read() -> None:
     via = DeviceStream(SOURCES, CPU)
     every = sum(column.nbytes for column in SOURCES["train"].take(np.arange(301)).values())
-    assert [batch.num_bytes for batch in read(via, Turn(0, "train", 1))] == [every] + 25 * [0]
-    assert sum(batch.num_bytes for batch in read(via, Turn(0, "train", 1, 3))) == 0
+    assert [batch.num_bytes for batch in read(via, pass_of(0, "train", 1))] == [every] + 25 * [0]
+    assert sum(batch.num_bytes for batch in read(via, pass_of(0, "train", 1, 3))) == 0
 
 
 def test_ids_pass_through_packing_as_they_are() -> None:

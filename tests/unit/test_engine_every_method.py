@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from engine_runs import pass_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rayprune.core import Plan, Selection, Selector
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.client import ScoreClient
-from rayprune.engine.protocol import Turn, pack
+from rayprune.engine.protocol import PlanPass, Push, pack
 from rayprune.engine.stream import Batch, LocalStream, plan_batches
 from rayprune.methods import METHODS, build_method
 from rayprune.sources import SampleSource, Subset, open_data
@@ -27,10 +28,10 @@ def source_of(num_samples: int) -> SampleSource:
     return Subset(DIGITS, np.arange(num_samples))
 
 
-def batches_of(scores: ScoreClient, source: SampleSource, turn: Turn, rank: int, batch: int) -> list[Batch]:
-    """Return what one rank is given in a turn."""
-    header = scores.announce(1, turn)
-    return list(plan_batches(scores, 1, turn, header, rank, batch, LocalStream({"train": source})))
+def batches_of(scores: ScoreClient, source: SampleSource, plan_pass: PlanPass, rank: int) -> list[Batch]:
+    """Return what one rank is given in a pass."""
+    header = scores.announce(plan_pass)
+    return list(plan_batches(scores, plan_pass, header, rank, LocalStream({"train": source})))
 
 
 @given(
@@ -55,8 +56,8 @@ def test_ranks_share_every_epoch_of_every_method(
     rng = np.random.default_rng(seed)
     for epoch in range(EPOCHS):
         selection = oracle.begin_epoch(epoch)
-        turn = Turn(epoch, "train", world_size)
-        given_out = [batches_of(scores, source, turn, rank, batch) for rank in range(world_size)]
+        plan_pass = pass_of(epoch, "train", world_size)
+        given_out = [batches_of(scores, source, plan_pass, rank) for rank in range(world_size)]
         steps = selection.num_kept // batch if last_batch == "drop" else -(-selection.num_kept // batch)
         assert [len(batches) for batches in given_out] == [steps] * world_size
         rows = [b for batches in given_out for b in batches]
@@ -75,24 +76,24 @@ def test_ranks_share_every_epoch_of_every_method(
         assert not weights[~real].any()
         seen = {signal: drawn(rng, signal, trained.size) for signal in method.signals}
         oracle.observe(trained, seen, epoch)
-        scores.observe(1, epoch, 0, 0, *pack(trained, seen))
+        scores.observe(plan_pass.key, Push(0, 0, *pack(trained, seen)))
         pushes = 1
         if selection.num_scored:
-            ids = swept(scores, source, Turn(epoch, "forward", world_size), batch)
+            ids = swept(scores, source, pass_of(epoch, "forward", world_size))
             expected = np.arange(num_samples) if selection.scored_ids is None else selection.scored_ids
             assert np.array_equal(ids, expected)
             seen = {signal: drawn(rng, signal, ids.size) for signal in method.sweep_signals or method.signals}
             oracle.observe(ids, seen, epoch, sweep=True)
-            scores.observe(1, epoch, 0, 1, *pack(ids, seen), 0, True)
+            scores.observe(plan_pass.key, Push(0, 1, *pack(ids, seen), sweep=True))
             pushes = 2
         if epoch + 1 < EPOCHS:
-            assert scores.close_epoch(1, epoch, [pushes]) is not None
+            assert scores.close_epoch(plan_pass.key, [pushes]) is not None
     assert {"full", "random_epoch", "dynams", "tdds", "fixed"} <= set(METHODS)
 
 
-def swept(scores: ScoreClient, source: SampleSource, turn: Turn, batch: int) -> np.ndarray:
+def swept(scores: ScoreClient, source: SampleSource, plan_pass: PlanPass) -> np.ndarray:
     """Return the real ids of a forward-only pass over all ranks, sorted; one that comes twice stands there twice."""
-    rows = [b for rank in range(turn.world_size) for b in batches_of(scores, source, turn, rank, batch)]
+    rows = [b for rank in range(plan_pass.world_size) for b in batches_of(scores, source, plan_pass, rank)]
     return np.sort(np.concatenate([b.ids[b.real] for b in rows]))
 
 

@@ -12,10 +12,12 @@ from engine_runs import run_config, scores_of, user
 
 from rayprune.engine import recorder
 from rayprune.engine.client import ScoreClient
-from rayprune.engine.protocol import TrainingStopped, unpack
+from rayprune.engine.protocol import AttemptKey, TrainingStopped, unpack
 from rayprune.engine.recorder import Arriving, Recorder
 from rayprune.engine.run_folder import read_metrics
 from rayprune.engine.train import train
+
+KEY = AttemptKey(1, 0)
 
 
 class KeptPushes(ScoreClient):
@@ -29,17 +31,16 @@ class KeptPushes(ScoreClient):
         assert method == "missing"
         return []
 
-    def post(self, method: str, generation: int, epoch: int, rank: int, sequence: int, *rest: Any) -> None:
-        layout, buffer, base_step, sweep = rest
-        assert not sweep
-        assert (method, sequence, base_step) == ("observe", len(self.pushes), 0)
-        self.pushes.append({name: array.copy() for name, array in unpack(layout, buffer).items()})
+    def post(self, method: str, *args: Any) -> None:
+        key, push = args
+        assert (method, key, push.sequence, push.sweep) == ("observe", KEY, len(self.pushes), False)
+        self.pushes.append({name: array.copy() for name, array in unpack(push.layout, push.buffer).items()})
 
 
 def record_all(client: KeptPushes, losses: np.ndarray, batch: int, real: np.ndarray) -> Recorder:
     """Record ids 0..N−1 in batches; return the Recorder after its flush."""
-    one = Recorder(client, 1, 0, ("loss",))
-    one.start_epoch(0)
+    one = Recorder(client, 0, ("loss",))
+    one.start_epoch(KEY)
     ids = np.arange(losses.size)
     for start in range(0, losses.size, batch):
         rows = slice(start, start + batch)
@@ -94,8 +95,8 @@ def test_padding_is_never_recorded() -> None:
 
 def test_nothing_is_pushed_for_a_method_without_signals() -> None:
     client = KeptPushes()
-    silent = Recorder(client, 1, 0, ())
-    silent.start_epoch(0)
+    silent = Recorder(client, 0, ())
+    silent.start_epoch(KEY)
     silent.record(np.arange(4), np.ones(4, dtype=bool), {"loss": torch.zeros(4)})
     assert silent.flush() == 0
     assert client.pushes == []

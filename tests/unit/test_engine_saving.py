@@ -73,7 +73,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_checkpoint_inside_an_epoch_is_of_its_moment_however_late_it_is_written(slow: Slow) -> None:
-    slow.saver.save_inside(0, 3, slow.copied(), [0.0] * 5, base_step=0)
+    slow.saver.save_inside(0, 3, slow.copied(), [0.0] * 5, resume_step=0)
     slow.go_on()
     slow.disk.set()
     slow.saver.wait()
@@ -119,7 +119,7 @@ def test_an_end_of_an_epoch_that_cannot_be_written_ends_the_attempt_and_leaves_n
 def test_a_checkpoint_inside_an_epoch_that_cannot_be_written_is_told_and_training_goes_on(
     slow: Slow, caplog: pytest.LogCaptureFixture
 ) -> None:
-    slow.saver.save_inside(0, 3, slow.copied(), [0.0] * 5, base_step=0)
+    slow.saver.save_inside(0, 3, slow.copied(), [0.0] * 5, resume_step=0)
     slow.disk.set()
     with caplog.at_level(logging.WARNING):
         slow.saver.wait()
@@ -174,6 +174,6 @@ def test_a_table_too_large_for_a_copy_is_written_before_training_goes_on(
 ) -> None:
     monkeypatch.setattr(saving, "_ROOM", 2**60)
     slow.disk.set()
-    slow.saver.save_inside(0, 3, slow.copied(), [0.0] * 5, base_step=0)
+    slow.saver.save_inside(0, 3, slow.copied(), [0.0] * 5, resume_step=0)
     slow.go_on()
     slow.assert_untouched(checkpoint_path(slow.folder, 0, 3))

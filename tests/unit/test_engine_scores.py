@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_runs import losses_of
+from engine_runs import losses_of, pass_of
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from rayprune.engine import recorder
 from rayprune.engine.actor import ScoreActor, ScoreSpec
 from rayprune.engine.checkpoint import write_checkpoint
 from rayprune.engine.client import LocalChannel, ScoreClient
-from rayprune.engine.protocol import StaleGeneration, StateOnItsWay, Turn, pack, unpack
+from rayprune.engine.protocol import AttemptKey, PlanPass, Push, StaleGeneration, StateOnItsWay, pack, unpack
 from rayprune.engine.recorder import Recorder
 from rayprune.engine.run_folder import read_selection
 from rayprune.methods import InfoBatch
@@ -40,12 +40,12 @@ def make_spec(folder: Path) -> ScoreSpec:
     return ScoreSpec(METHOD.to_config(), SOURCE, 0, NUM_EPOCHS, SEED, BATCH, "pad", 64, str(folder), NUM_EPOCHS)
 
 
-def train_turn(epoch: int) -> Turn:
-    return Turn(epoch, "train", RANKS)
+def train_pass(epoch: int, generation: int = 1) -> PlanPass:
+    return pass_of(epoch, "train", RANKS, generation=generation)
 
 
-def push(ids: NDArray[np.int64], epoch: int) -> tuple[Any, NDArray[np.uint8]]:
-    return pack(ids, {"loss": losses_of(epoch, NUM_SAMPLES)[ids]})
+def push(sequence: int, ids: NDArray[np.int64], epoch: int) -> Push:
+    return Push(0, sequence, *pack(ids, {"loss": losses_of(epoch, NUM_SAMPLES)[ids]}))
 
 
 def save(folder: Path, epoch: int, state: dict[str, Any]) -> None:
@@ -101,21 +101,21 @@ def record_epoch(
     client: ScoreClient, recorders: list[Recorder], generation: int, epoch: int, share: float = 1.0
 ) -> str:
     """Let every rank record this share of its rows, as workers do; return the plan's hash."""
-    header = client.announce(generation, train_turn(epoch))
+    header = client.announce(train_pass(epoch, generation))
     steps = int(header.num_steps * share)
     for rank, rank_recorder in enumerate(recorders):
-        rank_recorder.start_epoch(epoch)
-        ids, _, real = client.share(generation, train_turn(epoch), rank, 0, steps)
+        rank_recorder.start_epoch(AttemptKey(generation, epoch))
+        ids, _, real = client.rank_rows(train_pass(epoch, generation), rank, 0, steps)
         for rows in np.split(np.arange(ids.size), steps):
             losses = torch.from_numpy(losses_of(epoch, NUM_SAMPLES)[ids[rows]])
             rank_recorder.record(ids[rows], real[rows], {"loss": losses})
     return str(header.hash)
 
 
-def make_recorders(client: ScoreClient, generation: int) -> list[Recorder]:
+def make_recorders(client: ScoreClient) -> list[Recorder]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recorder, "PUSH_ROWS", PUSH_ROWS)
-        return [Recorder(client, generation, rank, ("loss",)) for rank in range(RANKS)]
+        return [Recorder(client, rank, ("loss",)) for rank in range(RANKS)]
 
 
 def train_epochs(
@@ -126,14 +126,14 @@ def train_epochs(
     assert isinstance(channel, FaultyChannel)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recorder, "PUSH_ROWS", PUSH_ROWS)
-        recorders = make_recorders(client, generation)
+        recorders = make_recorders(client)
         hashes = []
         for epoch in range(first, stop):
             hashes.append(record_epoch(client, recorders, generation, epoch))
             closed = None
             while closed is None:
                 counts = [rank_recorder.flush() for rank_recorder in recorders]
-                closed = client.close_epoch(generation, epoch, counts)
+                closed = client.close_epoch(AttemptKey(generation, epoch), counts)
             channel.writing()
             state = {name: array.copy() for name, array in closed.state.items()}
             channel.writing = partial(save, folder, epoch + 1, state)
@@ -169,15 +169,15 @@ def assert_equals_oracle(folder: Path, hashes: list[str], state: dict[str, Any])
 def half_recorded(tmp_path: Path) -> tuple[ScoreActor, list[NDArray[np.int64]]]:
     """An actor in epoch 0 with the pushes 0 and 2 of rank 0's three."""
     actor = ScoreActor(make_spec(tmp_path))
-    actor.announce(1, train_turn(0))
+    actor.announce(train_pass(0))
     parts = np.split(np.arange(12), 3)
     for sequence in (0, 2):
-        actor.observe(1, 0, 0, sequence, *push(parts[sequence], 0))
+        actor.observe(AttemptKey(1, 0), push(sequence, parts[sequence], 0))
     return actor, parts
 
 
 def final_scores(actor: ScoreActor, counts: list[int]) -> NDArray[Any]:
-    closed = actor.close_epoch(1, 0, counts)
+    closed = actor.close_epoch(AttemptKey(1, 0), counts)
     assert closed is not None
     return closed.state["table/column/loss"]
 
@@ -207,10 +207,10 @@ def test_a_packed_push_comes_out_as_it_went_in(layout: tuple[int, list[tuple[str
 
 def test_missing_names_the_lost_pushes(half_recorded: tuple[ScoreActor, list[NDArray[np.int64]]]) -> None:
     actor, _ = half_recorded
-    assert actor.missing(1, 0, 0, 3) == [1]
-    assert actor.missing(1, 0, 0, 5) == [1, 3, 4]
-    assert actor.missing(1, 0, 1, 2) == [0, 1]
-    assert actor.missing(1, 0, 1, 0) == []
+    assert actor.missing(AttemptKey(1, 0), 0, 3) == [1]
+    assert actor.missing(AttemptKey(1, 0), 0, 5) == [1, 3, 4]
+    assert actor.missing(AttemptKey(1, 0), 1, 2) == [0, 1]
+    assert actor.missing(AttemptKey(1, 0), 1, 0) == []
 
 
 def test_a_repeated_push_changes_nothing(half_recorded: tuple[ScoreActor, list[NDArray[np.int64]]]) -> None:
@@ -218,37 +218,37 @@ def test_a_repeated_push_changes_nothing(half_recorded: tuple[ScoreActor, list[N
     once = final_scores(actor, [0, 0]).copy()
     assert actor.progress()[1] == 0, "the epoch was closed"
     again = ScoreActor(actor._spec)
-    again.announce(1, train_turn(0))
+    again.announce(train_pass(0))
     for sequence in (0, 2, 0, 2, 2):
-        again.observe(1, 0, 0, sequence, *push(parts[sequence], 0))
+        again.observe(AttemptKey(1, 0), push(sequence, parts[sequence], 0))
     assert again.progress()[1] == 8
     # The second push of the same number holds other losses: it must not be folded.
-    again.observe(1, 0, 0, 0, *push(parts[0], 1))
+    again.observe(AttemptKey(1, 0), push(0, parts[0], 1))
     assert np.array_equal(final_scores(again, [0, 0]), once, equal_nan=True)
 
 
 def test_an_epoch_does_not_close_before_all_is_in(half_recorded: tuple[ScoreActor, list[NDArray[np.int64]]]) -> None:
     actor, parts = half_recorded
-    assert actor.close_epoch(1, 0, [3, 0]) is None
-    assert actor.close_epoch(1, 0, [3, 0]) is None
-    actor.observe(1, 0, 0, 1, *push(parts[1], 0))
-    closed = actor.close_epoch(1, 0, [3, 0])
+    assert actor.close_epoch(AttemptKey(1, 0), [3, 0]) is None
+    assert actor.close_epoch(AttemptKey(1, 0), [3, 0]) is None
+    actor.observe(AttemptKey(1, 0), push(1, parts[1], 0))
+    closed = actor.close_epoch(AttemptKey(1, 0), [3, 0])
     assert closed is not None
-    again = actor.close_epoch(1, 0, [3, 0])
+    again = actor.close_epoch(AttemptKey(1, 0), [3, 0])
     assert again is not None, "an answer that got lost can be asked for again"
     assert np.array_equal(again.state["selection/bitmap"], closed.state["selection/bitmap"])
     with pytest.raises(StaleGeneration, match="epoch 0 in epoch 1"):
-        actor.missing(1, 0, 0, 3)
+        actor.missing(AttemptKey(1, 0), 0, 3)
 
 
 def test_an_older_generation_is_refused(half_recorded: tuple[ScoreActor, list[NDArray[np.int64]]]) -> None:
     actor, parts = half_recorded
-    actor.announce(2, train_turn(0))
+    actor.announce(train_pass(0, 2))
     with pytest.raises(StaleGeneration, match="generation 1 was replaced by 2"):
-        actor.missing(1, 0, 0, 1)
+        actor.missing(AttemptKey(1, 0), 0, 1)
     with pytest.raises(StaleGeneration, match="generation 1"):
-        actor.announce(1, train_turn(0))
-    actor.observe(1, 0, 0, 1, *push(parts[1], 0))
+        actor.announce(train_pass(0))
+    actor.observe(AttemptKey(1, 0), push(1, parts[1], 0))
     assert actor.progress()[1] == 0, "a push of the old generation was folded"
 
 
@@ -258,7 +258,7 @@ def test_a_newer_generation_starts_from_the_checkpoint(tmp_path: Path, epoch: in
     hashes, _ = train_epochs(client, tmp_path, 1, 0, epoch) if epoch else ([], {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recorder, "PUSH_ROWS", PUSH_ROWS)
-        recorders = make_recorders(client, 1)
+        recorders = make_recorders(client)
         record_epoch(client, recorders, 1, epoch, share=0.5)  # what this attempt saw of the epoch is forgotten
     rest, state = train_epochs(client, tmp_path, 2, epoch, NUM_EPOCHS)
     assert_equals_oracle(tmp_path, hashes + rest, state)
@@ -270,11 +270,13 @@ def test_a_restarted_actor_waits_for_the_checkpoint_that_is_being_written(tmp_pa
     (tmp_path / "checkpoints" / "epoch-000001" / "manifest.json").unlink()
     restarted = ScoreActor(make_spec(tmp_path))
     with pytest.raises(StateOnItsWay, match="before step 0 of epoch 1 is not written yet"):
-        restarted.announce(1, train_turn(1))
-    restarted.observe(1, 1, 0, 0, *push(np.arange(4), 1))  # refused without a word: the flush will find it missing
+        restarted.announce(train_pass(1))
+    restarted.observe(
+        AttemptKey(1, 1), push(0, np.arange(4), 1)
+    )  # refused without a word: the flush will find it missing
     save(tmp_path, 1, state)
-    assert restarted.missing(1, 1, 0, 1) == [0]
-    assert restarted.announce(1, train_turn(1)).hash == client.announce(1, train_turn(1)).hash
+    assert restarted.missing(AttemptKey(1, 1), 0, 1) == [0]
+    assert restarted.announce(train_pass(1)).hash == client.announce(train_pass(1)).hash
 
 
 def test_selector_and_score_actor_agree(tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from engine_runs import pass_of
 
 from rayprune.core import Plan, Selection
 from rayprune.engine import stream
 from rayprune.engine.actor import ScoreActor, ScoreSpec
 from rayprune.engine.client import ScoreClient
-from rayprune.engine.protocol import Turn
+from rayprune.engine.protocol import PlanPass
 from rayprune.engine.stream import Batch, LocalStream, plan_batches
 from rayprune.sources import SampleSource, Schema, open_data
 
@@ -24,11 +25,11 @@ def scores_for(batch_size: int, last_batch: str = "pad") -> ScoreClient:
     return ScoreClient.in_process(spec)
 
 
-def read(batch_size: int, turn: Turn, rank: int = 0, source: SampleSource = SOURCE) -> list[Batch]:
+def read(batch_size: int, plan_pass: PlanPass, rank: int = 0, source: SampleSource = SOURCE) -> list[Batch]:
     scores = scores_for(batch_size)
-    header = scores.announce(1, turn)
+    header = scores.announce(plan_pass)
     via = LocalStream({"train": source, "validation": source})
-    return list(plan_batches(scores, 1, turn, header, rank, batch_size, via))
+    return list(plan_batches(scores, plan_pass, header, rank, via))
 
 
 def assert_batches_are(batches: list[Batch], plan: Plan, world_size: int, rank: int, start_step: int = 0) -> None:
@@ -52,7 +53,7 @@ def test_batches_follow_the_plan(
     monkeypatch.setattr(stream, "LOCAL_READ_ROWS", read_rows)
     monkeypatch.setattr(stream, "SPAN_ROWS", span_rows)
     plan = Plan.of_selection(Selection.full(301), batch_size, SEED, 0)
-    assert_batches_are(read(batch_size, Turn(0, "train", 1)), plan, 1, 0)
+    assert_batches_are(read(batch_size, pass_of(0, "train", 1)), plan, 1, 0)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
@@ -61,12 +62,12 @@ def test_a_start_step_gives_the_tail(monkeypatch: pytest.MonkeyPatch, rank: int,
     monkeypatch.setattr(stream, "SPAN_ROWS", 20)
     plan = Plan.of_selection(Selection.full(301), 12, SEED, 0)
     assert plan.num_steps == 26
-    batches = read(12, Turn(0, "train", 3, start_step), rank)
+    batches = read(12, pass_of(0, "train", 3, start_step), rank)
     assert_batches_are(batches, plan, 3, rank, start_step)
 
 
 def test_validation_visits_every_row_once() -> None:
-    batches = read(8, Turn(0, "validate", 2), 0) + read(8, Turn(0, "validate", 2), 1)
+    batches = read(8, pass_of(0, "validate", 2), 0) + read(8, pass_of(0, "validate", 2), 1)
     ids = np.concatenate([batch.ids[batch.real] for batch in batches])
     assert np.sort(ids).tolist() == list(range(37))
     assert sum(batch.ids.size for batch in batches) == 40
@@ -103,9 +104,9 @@ def test_an_error_of_the_source_comes_through_and_not_before_its_batch(monkeypat
     monkeypatch.setattr(stream, "LOCAL_READ_ROWS", 8)
     plan = Plan.of_selection(Selection.full(301), 8, SEED, 0)
     source = Unreadable(int(plan.order[100]))
-    scores, turn = scores_for(8), Turn(0, "train", 1)
-    header = scores.announce(1, turn)
-    batches = plan_batches(scores, 1, turn, header, 0, 8, LocalStream({"train": source}))
+    scores, plan_pass = scores_for(8), pass_of(0, "train", 1)
+    header = scores.announce(plan_pass)
+    batches = plan_batches(scores, plan_pass, header, 0, LocalStream({"train": source}))
     for step in range(100 // 8):
         assert np.array_equal(next(batches).ids, plan.order[step * 8 : step * 8 + 8])
     with pytest.raises(OSError, match=f"sample {source.bad} is damaged"):
@@ -113,18 +114,18 @@ def test_an_error_of_the_source_comes_through_and_not_before_its_batch(monkeypat
 
 
 def test_a_restarted_actor_lays_out_the_same_plan() -> None:
-    scores, turn = scores_for(8), Turn(0, "train", 2)
-    scores.announce(1, turn)
-    first = scores.share(1, turn, 1, 3, 20)
+    scores, plan_pass = scores_for(8), pass_of(0, "train", 2)
+    scores.announce(plan_pass)
+    first = scores.rank_rows(plan_pass, 1, 3, 20)
     scores.channel.actor = ScoreActor(scores.channel.actor._spec)
-    again = scores.share(1, turn, 1, 3, 20)
+    again = scores.rank_rows(plan_pass, 1, 3, 20)
     assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
 
 
-def test_blocks_hold_the_plan_and_there_are_none_before_the_first_turn() -> None:
+def test_blocks_hold_the_plan_and_there_are_none_before_the_first_pass() -> None:
     actor = scores_for(8).channel.actor
     assert actor.blocks() == ("train", [])
-    actor.announce(1, Turn(0, "train", 2, 2))
+    actor.announce(pass_of(0, "train", 2, 2))
     phase, blocks = actor.blocks()
     assert phase == "train"
     plan = Plan.of_selection(Selection.full(301), 8, SEED, 0)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.client import ScoreClient
-from rayprune.engine.protocol import Turn
+from rayprune.engine.protocol import AttemptKey, PlanPass
 from rayprune.engine.stream import LocalStream, plan_batches
 from rayprune.sources import open_data
 
@@ -33,13 +33,13 @@ keys = {"validation_fraction": 0, "cache": "none", "buffer_bytes": 2**24}
 source = open_data("parquet", path=sys.argv[1], **keys).train
 size = source.schema.row_bytes
 scores = ScoreClient.in_process(ScoreSpec({"name": "full"}, source, 0, 1, 0, 64, "pad", size, None, 0))
-turn = Turn(0, "train", 1)
-header = scores.announce(1, turn)
+plan_pass = PlanPass(AttemptKey(1, 0), "train", 1)
+header = scores.announce(plan_pass)
 source.take(np.arange(8))
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of the imports, is forgotten
 before = memory("VmRSS")
 seen = np.zeros(len(source), bool)
-for batch in plan_batches(scores, 1, turn, header, 0, 64, LocalStream({"train": source})):
+for batch in plan_batches(scores, plan_pass, header, 0, LocalStream({"train": source})):
     assert (batch.columns["image"][:, 0, 0, 0] == batch.ids % 251).all()
     seen[batch.ids] = True
 assert seen.all()
