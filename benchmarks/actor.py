@@ -13,7 +13,7 @@ import ray
 from benchmarks.harness import Figure, seconds
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.client import ScoreClient
-from rayprune.engine.protocol import AttemptKey, PlanPass, Push, pack
+from rayprune.engine.protocol import AttemptKey, Barrier, PlanPass, Push, pack
 from rayprune.engine.resources import start_ray
 from rayprune.sources import open_data
 
@@ -50,16 +50,16 @@ def intake(folder: Path, rows: int) -> tuple[list[float], list[float]]:
     losses = rng.exponential(size=NUM_SAMPLES).astype(np.float32)
     pushes = [np.sort(order[start : start + rows]) for start in range(0, NUM_SAMPLES, rows)]
     packed = [pack(ids, {"loss": losses[ids]}) for ids in pushes]
-    rates, latencies = [], []
+    rates, latencies, barrier = [], [], Barrier("close", 0, 1)
     for epoch in range(REPETITIONS + 1):
         key = AttemptKey(generation, epoch)
         client.announce(PlanPass(key, "train", 1))
         start = time.perf_counter()
         for sequence, (layout, buffer) in enumerate(packed):
             client.observe(key, Push(0, sequence, layout, buffer), wait=False)
-        assert client.missing(key, 0, len(packed)) == []
+        assert client.arrive(key, barrier, 0, len(packed)) == []
         rates.append(NUM_SAMPLES / (time.perf_counter() - start) / 1e6)
         latencies.append(seconds(lambda: [client.generation() for _ in range(EMPTY_CALLS)]) / EMPTY_CALLS)
-        assert client.close_epoch(key, [len(packed)]) is not None
+        assert client.pass_barrier(key, barrier) is not None
     ray.kill(handle)
     return rates[1:], latencies[1:]

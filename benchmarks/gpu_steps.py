@@ -20,10 +20,9 @@ from rayprune.engine.client import ScoreClient
 from rayprune.engine.device_stream import DeviceStream
 from rayprune.engine.placing import Placer
 from rayprune.engine.preparation import input_spec
-from rayprune.engine.protocol import AttemptKey, PlanPass
-from rayprune.engine.recorder import Recorder
+from rayprune.engine.session import ScoringSession
 from rayprune.engine.setup import StepTerms, build_network, build_step, network_optimizer, pick_precision
-from rayprune.engine.stream import Batch, plan_batches
+from rayprune.engine.stream import Batch
 from rayprune.engine.tally import Tally
 from rayprune.methods import InfoBatch
 from rayprune.nn.augment import seed_generators, step_seed
@@ -46,20 +45,19 @@ class EngineSteps:
         spec = ScoreSpec(
             method.to_config(), source, 0, _EPOCHS, 0, self._batch_size, "pad", source.schema.row_bytes, None, 0
         )
-        self._scores, self._via = ScoreClient.in_process(spec), DeviceStream({"train": source}, device)
+        self._via = DeviceStream({"train": source}, device)
         self._place, self._sums = Placer(self._spec.column, device), Tally(device)
-        self._recorder = Recorder(self._scores, 0, ("loss",))
+        self._session = ScoringSession(ScoreClient.in_process(spec), 1, 0, 1, ("loss",))
         self._batches = self._all_batches()
         self._number, self._device = 0, device
 
     def _all_batches(self) -> Iterator[tuple[int, Batch]]:
         for epoch in range(_EPOCHS):
-            plan_pass = PlanPass(AttemptKey(1, epoch), "train", 1)
-            self._recorder.start_epoch(plan_pass.key)
-            header = self._scores.announce(plan_pass)
-            for batch in plan_batches(self._scores, plan_pass, header, 0, self._via):
+            self._session.start_epoch(epoch)
+            header = self._session.announce()
+            for batch in self._session.batches(header, self._via.batches):
                 yield epoch, batch
-            self._scores.close_epoch(plan_pass.key, [self._recorder.flush()])
+            self._session.barrier("close", header.num_steps, with_state=False)
 
     def take(self, number: int, *, record: bool = True) -> None:
         """Take so many steps; without `record` their losses are not kept."""
@@ -72,7 +70,7 @@ class EngineSteps:
             inputs = augment.train(placed.inputs, placed.draws)
             signals = self._step(inputs, placed.targets, placed.rows.weights)
             if record:
-                self._recorder.record(batch.ids, batch.real, signals)
+                self._session.recorder.record(batch.ids, batch.real, signals)
             self._sums.add(signals, placed.rows, batch.real, batch.num_bytes)
 
 

@@ -21,9 +21,9 @@ from benchmarks.harness import Figure
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.client import ScoreClient
 from rayprune.engine.plan_dataset import plan_dataset
-from rayprune.engine.protocol import AttemptKey, PlanPass
 from rayprune.engine.resources import start_ray
-from rayprune.engine.stream import LocalStream, RayStream, Transport, plan_batches
+from rayprune.engine.session import ScoringSession
+from rayprune.engine.stream import LocalStream, RayStream, Transport
 from rayprune.sources import SampleSource, open_data
 
 ROWS, BATCH, EPOCHS = 500_000, 128, 5
@@ -89,17 +89,18 @@ class Epochs:
         """Return (seconds to the first batch, rows a second after the plan was asked for)."""
         self._epoch += 1
         start = time.perf_counter()
-        plan_pass = PlanPass(AttemptKey(self._generation, self._epoch), "train", 1)
-        header = self._scores.announce(plan_pass)
+        session = ScoringSession(self._scores, self._generation, 0, 1)
+        session.start_epoch(self._epoch)
+        header = session.announce()
         rows, first, num_bytes = 0, 0.0, 0
-        for batch in plan_batches(self._scores, plan_pass, header, 0, via):
+        for batch in session.batches(header, via.batches):
             first = first or time.perf_counter() - start
             rows += batch.ids.size
             num_bytes += batch.num_bytes
         self.bytes_a_row = num_bytes / rows
         seconds = time.perf_counter() - start
         assert rows == header.num_steps * BATCH
-        self._scores.close_epoch(plan_pass.key, [0])
+        session.barrier("close", header.num_steps, with_state=False)
         return first, rows / seconds
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,10 @@ import torch
 
 from rayprune.config import Config, make_config, merge
 from rayprune.engine.checkpoint import newest_checkpoint
-from rayprune.engine.protocol import AttemptKey, Phase, PlanPass
+from rayprune.engine.client import ScoreClient
+from rayprune.engine.protocol import AttemptKey, Barrier, Phase, PlanPass
+from rayprune.engine.session import ScoringSession
+from rayprune.engine.stream import Batch, Transport
 from rayprune.engine.train import RunResult
 
 USER_CODE = Path(__file__).with_name("engine_user_code.py")
@@ -80,6 +83,22 @@ def pass_of(
 ) -> PlanPass:
     """Return a pass of the first attempt, which began with its epoch."""
     return PlanPass(AttemptKey(generation, epoch), phase, world_size, start_step)
+
+
+def stream_pass(client: ScoreClient, plan_pass: PlanPass, via: Transport, rank: int = 0) -> Iterator[Batch]:
+    """Announce a pass; return one rank's batches of it."""
+    header = client.announce(plan_pass)
+    session = ScoringSession(client, plan_pass.key.generation, rank, plan_pass.world_size)
+    return session.batches(header, via.batches)
+
+
+def close_epoch(client: ScoreClient, key: AttemptKey, *num_pushes: int) -> dict[str, Any] | None:
+    """Let ranks that have made so many pushes end an epoch; return the state, or None when pushes are missing."""
+    barrier = Barrier("close", 0, len(num_pushes))
+    for rank, count in enumerate(num_pushes):
+        client.arrive(key, barrier, rank, count)
+    snapshot = client.pass_barrier(key, barrier)
+    return None if snapshot is None else snapshot.state
 
 
 def tracked(folder: Path) -> tuple[list[Any], dict[str, list[tuple[int, float]]]]:

@@ -24,7 +24,8 @@ from rayprune.core.spread import column_quantiles
 from rayprune.engine.checkpoint import checkpoint_path, is_written, load_selector_state
 from rayprune.engine.protocol import (
     AttemptKey,
-    ClosedEpoch,
+    Barrier,
+    EpochSnapshot,
     PlanBlock,
     PlanHeader,
     PlanPass,
@@ -98,6 +99,9 @@ class ScoreActor:
         self._pass: PlanPass | None = None
         self._plan: Plan | None = None
         self._num_observed = 0
+        self._barrier: Barrier | None = None
+        self._arrived: set[int] = set()
+        self._passed: tuple[AttemptKey, Barrier] | None = None
         self._stopped: tuple[str, bool] | None = None
         self._pausing = False
         self._pulses: dict[int, tuple[float, str, float]] = {}
@@ -128,6 +132,7 @@ class ScoreActor:
 
     def _start_epoch(self) -> None:
         self._received, self._pass, self._plan, self._num_observed = {}, None, None, 0
+        self._barrier = None
 
     def announce(self, plan_pass: PlanPass) -> PlanHeader:
         """Lay out the plan of a pass; every rank announces the same pass, the first one makes the plan."""
@@ -138,6 +143,7 @@ class ScoreActor:
             self._pass = plan_pass
         selection = selector.begin_epoch(plan_pass.key.epoch)
         return PlanHeader(
+            plan_pass=plan_pass,
             num_steps=self._plan.num_steps,
             num_rows=self._plan.num_rows,
             num_kept=selection.num_kept,
@@ -198,49 +204,73 @@ class ScoreActor:
         received.add(push.sequence)
         self._num_observed += ids.size
 
-    def missing(self, key: AttemptKey, rank: int, count: int) -> list[int]:
-        """Return which of a rank's pushes 0 … count − 1 of this epoch have not arrived."""
-        self._enter(key)
-        return sorted(set(range(count)) - self._received.get(rank, set()))
-
-    def snapshot(self, key: AttemptKey, counts: list[int]) -> ClosedEpoch | None:
-        """Return the state inside an epoch once all pushes so far are in, or None as `close_epoch` does."""
-        self._enter(key)
-        return self._closed(0.0) if self._complete(counts) else None
-
-    def _complete(self, counts: list[int]) -> bool:
-        return all(self._received.get(rank, set()) >= set(range(count)) for rank, count in enumerate(counts))
-
-    def close_epoch(self, key: AttemptKey, counts: list[int]) -> ClosedEpoch | None:
-        """Choose the next epoch's samples once all pushes of all ranks are in.
+    def arrive(self, key: AttemptKey, barrier: Barrier, rank: int, num_pushes: int) -> list[int]:
+        """Note that a rank has come to a barrier, once its pushes are in.
 
         Args:
-            counts: pushes of each rank in this epoch.
+            key: the running epoch.
+            barrier: where the rank is.
+            rank: who.
+            num_pushes: how many pushes it has made in this epoch.
 
         Returns:
-            The state that belongs into the checkpoint, the next selection included; None when pushes are missing (the
-            actor was restarted since the flush): flush again.
+            The numbers of its pushes that have not arrived: push them again and come again.
+
+        Raises:
+            ValueError: other ranks are at another barrier.
         """
-        epoch = key.epoch
-        if self._selector is not None and key.generation == self._generation and epoch == self._selector.epoch - 1:
-            return self._closed(0.0)  # asked again after an answer that got lost
-        selector = self._enter(key)
-        if not self._complete(counts):
+        self._enter(key)
+        if missing := set(range(num_pushes)) - self._received.get(rank, set()):
+            return sorted(missing)
+        if barrier != self._barrier:
+            if self._barrier is not None:
+                raise ValueError(
+                    f"rank {rank} is at {_where(barrier)}, other ranks are at {_where(self._barrier)}: every rank must "
+                    "take the same batches and call state_dict() at the same step"
+                )
+            self._barrier, self._arrived = barrier, set()
+        self._arrived.add(rank)
+        return []
+
+    def absent_ranks(self, key: AttemptKey, barrier: Barrier) -> list[int]:
+        """Return the ranks that have not come to a barrier."""
+        self._enter(key)
+        return sorted(set(range(barrier.world_size)) - (self._arrived if barrier == self._barrier else set()))
+
+    def pass_barrier(self, key: AttemptKey, barrier: Barrier, with_state: bool = True) -> EpochSnapshot | None:
+        """Return the state once all ranks have come to a barrier; at an epoch's end, select the next one's samples.
+
+        Rank 0 calls it and lets the others go on, so that nothing changes before it has the state.
+
+        Returns:
+            What belongs into a checkpoint; None while ranks are absent (all are after a restart of the actor).
+        """
+        if (key, barrier) == self._passed:
+            return self._snapshot(0.0, with_state)  # asked again after an answer that got lost
+        if self.absent_ranks(key, barrier):
             return None
+        select_s = self._close_epoch(key.epoch) if barrier.moment == "close" else 0.0
+        self._barrier, self._passed = None, (key, barrier)
+        return self._snapshot(select_s, with_state)
+
+    def _close_epoch(self, epoch: int) -> float:
+        """Store the epoch's selection and make the next one; return the seconds that took."""
+        assert self._selector is not None
         if self._spec.run_folder is not None:
             folder = Path(self._spec.run_folder)
-            write_selection(folder, epoch, selector.begin_epoch(epoch), self._spec.keep_selections)
+            write_selection(folder, epoch, self._selector.begin_epoch(epoch), self._spec.keep_selections)
         start = time.perf_counter()
         if epoch + 1 < self._spec.num_epochs:
-            selector.begin_epoch(epoch + 1)
+            self._selector.begin_epoch(epoch + 1)
             self._start_epoch()
-        return self._closed(time.perf_counter() - start)
+        return time.perf_counter() - start
 
-    def _closed(self, select_s: float) -> ClosedEpoch:
-        assert self._selector is not None
+    def _snapshot(self, select_s: float, with_state: bool) -> EpochSnapshot:
         selector = self._selector
-        spread = column_quantiles(selector.table)
-        return ClosedEpoch(selector.state_dict(), select_s, selector.num_nonfinite, selector.nonfinite_ids, spread)
+        assert selector is not None
+        state = selector.state_dict() if with_state else {}
+        quantiles = column_quantiles(selector.table)
+        return EpochSnapshot(state, select_s, selector.num_nonfinite, selector.nonfinite_ids, quantiles)
 
     def progress(self) -> tuple[int, int, int]:
         """Return (epoch, samples observed in it, samples its plan holds), for a progress display."""
@@ -281,3 +311,8 @@ class ScoreActor:
         """Return each rank's last pulse."""
         now = time.monotonic()
         return {rank: Pulse(now - heard, doing, doing_s) for rank, (heard, doing, doing_s) in self._pulses.items()}
+
+
+def _where(barrier: Barrier) -> str:
+    """Say where a barrier is."""
+    return f"step {barrier.step}" + (", the epoch's end" if barrier.moment == "close" else "")

@@ -16,10 +16,11 @@ import ray
 from numpy.typing import NDArray
 
 from rayprune.engine.actor import ScoreActor, ScoreSpec
-from rayprune.engine.loop_actor import Answer, Arrival, LoopActor, LoopTerms, Wanted
+from rayprune.engine.loop_actor import LoopActor, LoopTerms, Wanted
 from rayprune.engine.protocol import (
     AttemptKey,
-    ClosedEpoch,
+    Barrier,
+    EpochSnapshot,
     PlanBlock,
     PlanHeader,
     PlanPass,
@@ -52,7 +53,7 @@ class Channel(Protocol):
         """Call and wait for the answer."""
 
     def post(self, method: str, *args: Any) -> None:
-        """Call without waiting; a failure shows at the flush."""
+        """Call without waiting; a failure shows at the next barrier."""
 
     def ask(self, method: str, timeout_s: float) -> Any:
         """Call and wait for at most `timeout_s`; return None when there is no answer."""
@@ -187,21 +188,21 @@ class ScoreClient:
         return self._call(ScoreActor.blocks)
 
     def observe(self, key: AttemptKey, push: Push, *, wait: bool = True) -> None:
-        """See ScoreActor.observe; without `wait`, a failure shows at the flush."""
+        """See ScoreActor.observe; without `wait`, a failure shows at the next barrier."""
         send = self._call if wait else self._post
         send(ScoreActor.observe, key, push)
 
-    def missing(self, key: AttemptKey, rank: int, count: int) -> list[int]:
-        """See ScoreActor.missing."""
-        return self._call(ScoreActor.missing, key, rank, count)
+    def arrive(self, key: AttemptKey, barrier: Barrier, rank: int, num_pushes: int) -> list[int]:
+        """See ScoreActor.arrive."""
+        return self._call(ScoreActor.arrive, key, barrier, rank, num_pushes)
 
-    def snapshot(self, key: AttemptKey, counts: list[int]) -> ClosedEpoch | None:
-        """See ScoreActor.snapshot."""
-        return self._call(ScoreActor.snapshot, key, counts)
+    def absent_ranks(self, key: AttemptKey, barrier: Barrier) -> list[int]:
+        """See ScoreActor.absent_ranks."""
+        return self._call(ScoreActor.absent_ranks, key, barrier)
 
-    def close_epoch(self, key: AttemptKey, counts: list[int]) -> ClosedEpoch | None:
-        """See ScoreActor.close_epoch."""
-        return self._call(ScoreActor.close_epoch, key, counts)
+    def pass_barrier(self, key: AttemptKey, barrier: Barrier, with_state: bool = True) -> EpochSnapshot | None:
+        """See ScoreActor.pass_barrier."""
+        return self._call(ScoreActor.pass_barrier, key, barrier, with_state)
 
     def generation(self) -> int:
         """See ScoreActor.generation."""
@@ -248,18 +249,6 @@ class LoopClient(ScoreClient):
     def restore(self, generation: int, epoch: int, state: Mapping[str, NDArray[Any]] | None) -> None:
         """See LoopActor.restore."""
         self._call(LoopActor.restore, generation, epoch, state)
-
-    def arrive(self, key: AttemptKey, arrival: Arrival) -> Answer:
-        """See LoopActor.arrive."""
-        return self._call(LoopActor.arrive, key, arrival)
-
-    def waiting(self) -> list[int]:
-        """See LoopActor.waiting."""
-        return self._call(LoopActor.waiting)
-
-    def answer(self) -> ClosedEpoch:
-        """See LoopActor.answer."""
-        return self._call(LoopActor.answer)
 
     def wanted(self, known: tuple[Any, ...] | None) -> Wanted | None:
         """See LoopActor.wanted."""

@@ -7,24 +7,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rayprune.engine.protocol import PlanHeader, PlanPass
-from rayprune.engine.stream import Batch, plan_batches
+from rayprune.engine.client import LoopClient
+from rayprune.engine.loop_actor import LoopTerms
+from rayprune.engine.protocol import PlanHeader
+from rayprune.engine.session import ScoringSession
+from rayprune.engine.stream import Batch, Transport
 from rayprune.engine.torch_batches import BatchForm, Collate, formed
 from rayprune.nn.weighing import losses_per_sample, signals_per_sample, weighted_mean
-
-if TYPE_CHECKING:
-    from rayprune.engine.shard import Shard
 
 logger = logging.getLogger(__name__)
 
 
 class Epoch:
-    """One epoch of a Shard.
+    """One epoch of a Shard, announced when it is made.
+
+    Args:
+        session: in this epoch.
+        transport: how rows come.
+        terms: what all ranks must know.
+        device: where batches go unless a loop says otherwise; None for the host.
 
     Attributes:
         index: 0-based.
@@ -36,22 +42,23 @@ class Epoch:
         plan_hash: of ids, weights and order.
     """
 
-    def __init__(self, shard: Shard, index: int, start_step: int) -> None:
-        self._shard, self.index, self.start_step = shard, index, start_step
-        self._pass = PlanPass(shard.key, "train", shard.world_size, start_step)
-        header = shard.scores_client.announce(self._pass)
-        self._header = header
+    def __init__(
+        self, session: ScoringSession[LoopClient], transport: Transport, terms: LoopTerms, device: torch.device | None
+    ) -> None:
+        self._session, self._transport, self._terms, self._own_device = session, transport, terms, device
+        self.index, self.start_step = session.key.epoch, session.key.resume_step
+        self._header = header = session.announce()
         self.num_steps, self.num_kept, self.num_samples = header.num_steps, header.num_kept, header.num_samples
         self.requested, self.realised = header.requested, header.realised
         self.lr_scale, self.plan_hash = header.lr_scale, header.hash
-        self.step, self._num_weighed = start_step, 0
+        self.step, self._num_weighed = self.start_step, 0
         self._batch: Batch | None = None
         self._given: Any = None
         self._iterated = self._exhausted = self._swept = False
         if header.num_steps == 0:
             logger.warning(
                 "epoch %d keeps %d samples, less than a batch, and last_batch is 'drop': nothing is trained",
-                index,
+                self.index,
                 header.num_kept,
             )
 
@@ -95,7 +102,7 @@ class Epoch:
             raise RuntimeError(f"epoch {self.index} was iterated already: its samples are to be trained on once")
         form = BatchForm(self._device(device), dtypes, collate_fn)
         self._iterated = True
-        for batch, given in formed(self._batches(self._pass, self._header), form, prefetch_batches):
+        for batch, given in formed(self._batches(self._header), form, prefetch_batches):
             self._batch, self._given = batch, given
             self.step += 1
             yield given
@@ -103,12 +110,11 @@ class Epoch:
 
     def _device(self, device: torch.device | str | None) -> torch.device | None:
         if device == "auto":
-            return self._shard.device
+            return self._own_device
         return None if device is None else torch.device(device)
 
-    def _batches(self, plan_pass: PlanPass, header: PlanHeader) -> Iterator[Batch]:
-        shard = self._shard
-        return plan_batches(shard.scores_client, plan_pass, header, shard.rank, shard.transport)
+    def _batches(self, header: PlanHeader) -> Iterator[Batch]:
+        return self._session.batches(header, self._transport.batches)
 
     def weigh(
         self,
@@ -144,12 +150,12 @@ class Epoch:
             )
         losses_B = losses_per_sample(losses, current.ids.size, mask)
         needed = self._needed(batch, logits, targets, embeddings, head)
-        self._record(current, losses_B, needed, self._shard.terms.signals)
+        self._record(current, losses_B, needed, self._terms.signals)
         self._batch = self._given = None
         self._num_weighed += 1
         weights_B = torch.from_numpy(current.weights.copy()) if current.placed is None else current.placed.weights
         weights_B = weights_B.to(losses_B.device, non_blocking=True)
-        return weighted_mean(losses_B, weights_B, self._shard.batch_rows)
+        return weighted_mean(losses_B, weights_B, self._header.batch_rows)
 
     def _needed(self, batch: Any, logits: Any, targets: Any, embeddings: Any, head: Any) -> dict[str, Any]:
         if targets is None and isinstance(batch, Mapping) and isinstance(batch.get("label"), Tensor):
@@ -160,7 +166,7 @@ class Epoch:
 
     def _record(self, batch: Batch, losses_B: Tensor, needed: Mapping[str, Any], names: tuple[str, ...]) -> None:
         signals = signals_per_sample(names, losses_B, **needed)
-        self._shard.recorder.record(batch.ids, batch.real, signals)
+        self._session.recorder.record(batch.ids, batch.real, signals)
 
     def sweep(self, score: Callable[[Any], Any], **form: Any) -> int:
         if self._header.num_forward_only == 0:
@@ -168,14 +174,13 @@ class Epoch:
         if self._swept:
             raise RuntimeError(f"epoch {self.index} was swept already: its samples are to be scored once")
         self._swept = True
-        forward = PlanPass(self._shard.key, "forward", self._shard.world_size)
-        header = self._shard.scores_client.announce(forward)
+        header = self._session.announce("forward")
         device = self._device(form.pop("device", "auto"))
         ahead = form.pop("prefetch_batches", 1)
-        scored, swept = 0, self._shard.terms.sweep_signals
-        self._shard.recorder.start_sweep(swept)
+        scored, swept = 0, self._terms.sweep_signals
+        self._session.recorder.start_sweep(swept)
         with torch.no_grad():
-            for batch, given in formed(self._batches(forward, header), BatchForm(device, **form), ahead):
+            for batch, given in formed(self._batches(header), BatchForm(device, **form), ahead):
                 said = score(given)
                 told = dict(said) if isinstance(said, Mapping) else {"losses": said}
                 losses_B = losses_per_sample(told.pop("losses"), batch.ids.size, told.pop("mask", None))
@@ -186,13 +191,13 @@ class Epoch:
 
     def check_recorded(self) -> None:
         """Refuse a state that would lack the losses of the batch that was given last."""
-        if self._batch is not None and self._shard.terms.signals:
+        if self._batch is not None and self._terms.signals:
             raise RuntimeError("state_dict() comes after weigh: the state would lack the batch that was given last")
 
     def check_weighed(self) -> None:
         """Say so where a loop did not weigh what it was given: its scores are then those of an earlier epoch."""
         given = self.step - self.start_step
-        if given > self._num_weighed and self._shard.terms.signals:
+        if given > self._num_weighed and self._terms.signals:
             logger.warning(
                 "epoch %d: weigh was called for %d of %d batches; the method learns nothing of the others",
                 self.index,

@@ -7,40 +7,20 @@ what it held is lost, the attempt ends, and the loop goes back to its own last c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rayprune.core.selector import Selector
 from rayprune.engine.actor import ScoreActor
-from rayprune.engine.protocol import AttemptKey, ClosedEpoch, ObservationsLost
+from rayprune.engine.protocol import ObservationsLost
 from rayprune.methods import build_method
 from rayprune.sources.base import shuffle_name
 
-Moment = Literal["snapshot", "close"]
-Answer = Literal["wait", "again", "done"]
 # What a filtered stream keeps: a key, codes (N,) (0 = left out), the weight of each code from 1 on.
 Wanted = tuple[tuple[Any, ...], NDArray[np.uint8], NDArray[np.float32]]
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """A rank that has flushed its pushes and waits for the others.
-
-    Attributes:
-        rank, count: who, and how many pushes it made in this epoch.
-        world_size: how many ranks must come.
-        moment: what they come for: the state inside the epoch, or its end.
-        step: the step before which they come; ranks must agree.
-    """
-
-    rank: int
-    count: int
-    world_size: int
-    moment: Moment
-    step: int
 
 
 @dataclass(frozen=True)
@@ -61,12 +41,7 @@ class LoopTerms:
 
 
 class LoopActor(ScoreActor):
-    """A ScoreActor that hands its state out and takes it back, and knows when all ranks have come."""
-
-    _arrived: dict[int, int]
-    _awaited: tuple[Any, ...] | None = None
-    _passed: tuple[Any, ...] | None = None
-    _answer: ClosedEpoch | None = None
+    """A ScoreActor that takes its state from the user's checkpoints."""
 
     def terms(self) -> LoopTerms:
         """Return what the ranks must know."""
@@ -94,10 +69,8 @@ class LoopActor(ScoreActor):
         if state is not None:
             selector.load_state_dict({name: np.array(array) for name, array in state.items()})
         selector.begin_epoch(epoch)
-        self._selector, self._generation = selector, generation
-        self._awaited = self._passed = None
+        self._selector, self._generation, self._passed = selector, generation, None
         self._start_epoch()
-        self._answer = self._kept(self._closed(0.0))
 
     def _state_before(self, epoch: int, step: int) -> Selector:
         if (epoch, step) > (0, 0):
@@ -106,43 +79,6 @@ class LoopActor(ScoreActor):
                 "(save shard.state_dict(), and give FailureConfig(max_failures=…))"
             )
         return super()._state_before(epoch, step)
-
-    def arrive(self, key: AttemptKey, arrival: Arrival) -> Answer:
-        """Note that a rank has flushed its pushes and waits for the others; asked again until it is "done".
-
-        Returns:
-            "again" where pushes of this rank are missing (the actor was restarted): flush and come again.
-
-        Raises:
-            ValueError: ranks came for different moments.
-        """
-        point = (key, arrival.moment, arrival.step)
-        if point == self._passed:
-            return "done"
-        if self.missing(key, arrival.rank, arrival.count):
-            return "again"
-        if self._awaited != point:
-            if self._awaited is not None and self._awaited[0] == key:
-                raise ValueError(
-                    f"rank {arrival.rank} is at {point[1:]} while others are at {self._awaited[1:]} (moment, step): "
-                    "all ranks must take the same batches and call state_dict() at the same step"
-                )
-            self._awaited, self._arrived = point, {}
-        self._arrived[arrival.rank] = arrival.count
-        if len(self._arrived) < arrival.world_size:
-            return "wait"
-        counts = [self._arrived[rank] for rank in range(arrival.world_size)]
-        call = self.snapshot if arrival.moment == "snapshot" else self.close_epoch
-        answer = call(key, counts)
-        assert answer is not None, "every rank's pushes are in"
-        self._answer = self._kept(answer)
-        self._passed, self._awaited = point, None
-        return "done"
-
-    @staticmethod
-    def _kept(answer: ClosedEpoch) -> ClosedEpoch:
-        """Copy a state: ranks that go on at once push before rank 0 has fetched it."""
-        return replace(answer, state={name: np.array(array) for name, array in answer.state.items()})
 
     def wanted(self, known: tuple[Any, ...] | None) -> Wanted | None:
         """Return what the running pass asks for, for streams that are filtered.
@@ -167,15 +103,6 @@ class LoopActor(ScoreActor):
         codes = np.zeros(selection.num_samples, dtype=np.uint8)
         codes[slice(None) if scored is None else scored] = 1
         return key, codes, np.ones(1, dtype=np.float32)
-
-    def answer(self) -> ClosedEpoch:
-        """Return the state that the ranks came for last; rank 0 asks."""
-        assert self._answer is not None
-        return self._answer
-
-    def waiting(self) -> list[int]:
-        """Return the ranks that have come and wait."""
-        return sorted(self._arrived) if self._awaited is not None else []
 
     def scores(self) -> dict[str, NDArray[Any]]:
         """Return the method's scores and what the table counts, name → (N,)."""

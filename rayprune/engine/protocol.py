@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Phase = Literal["train", "forward", "validate"]
+Moment = Literal["snapshot", "close"]
 
 # One signal's place in a packed buffer: name, dtype, shape.
 Layout = tuple[tuple[str, str, tuple[int, ...]], ...]
@@ -114,10 +115,26 @@ class Push:
 
 
 @dataclass(frozen=True)
+class Barrier:
+    """Where all ranks meet with all their observations.
+
+    Attributes:
+        moment: `snapshot` inside an epoch; `close` at its end, when the next epoch's samples are selected.
+        step: the step before which they meet.
+        world_size: how many ranks must come.
+    """
+
+    moment: Moment
+    step: int
+    world_size: int
+
+
+@dataclass(frozen=True)
 class PlanHeader:
     """What every rank must know of a plan without holding it.
 
     Attributes:
+        plan_pass: which pass goes over it.
         num_steps: global batches, the meta batches included.
         num_rows: rows that are trained on.
         num_kept, num_samples, num_forward_only, requested, realised, lr_scale: of the selection.
@@ -129,6 +146,7 @@ class PlanHeader:
         meta_every: a meta batch precedes every so many batches that train; 0 for none.
     """
 
+    plan_pass: PlanPass
     num_steps: int
     num_rows: int
     num_kept: int
@@ -146,14 +164,21 @@ class PlanHeader:
 
 
 @dataclass(frozen=True)
-class ClosedEpoch:
-    """What rank 0 gets when every observation of an epoch has arrived; `spread` as of `column_quantiles`."""
+class EpochSnapshot:
+    """The Selector's state when all observations so far have arrived.
+
+    Attributes:
+        state: its arrays, those of the next epoch's selection included at an epoch's end.
+        select_s: seconds that the selection took.
+        num_nonfinite, nonfinite_ids: losses that were NaN or infinite, and the first samples that had one.
+        score_quantiles: quantiles of each score, as `column_quantiles` returns them.
+    """
 
     state: dict[str, NDArray[Any]]
     select_s: float
     num_nonfinite: int
     nonfinite_ids: list[int]
-    spread: Mapping[str, list[float]] = field(default_factory=dict)
+    score_quantiles: Mapping[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

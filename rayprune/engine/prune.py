@@ -25,6 +25,7 @@ from rayprune.engine.device_stream import DeviceStream, check_columns
 from rayprune.engine.filtered import GUARANTEES, FilteredStream, IdColumn, Pick
 from rayprune.engine.plan_dataset import plan_dataset, task_rows
 from rayprune.engine.resources import Stream
+from rayprune.engine.session import ScoringSession
 from rayprune.engine.shard import Shard
 from rayprune.engine.stored import Facts, stored
 from rayprune.engine.stream import LocalStream, RayStream, Transport
@@ -235,7 +236,8 @@ def get_dataset_shard(name: str = "train") -> Shard:
         transport = FilteredStream(iterator) if told.stream == "filtered" else RayStream(iterator)
     generation = max(scores.generation() + 1, time.time_ns()) if rank == 0 else 0
     generation = broadcast_from_rank_zero(generation)
-    return Shard(scores, transport, terms, rank, context.get_world_size(), generation, device)
+    session = ScoringSession(scores, generation, rank, context.get_world_size(), terms.signals)
+    return Shard(session, transport, terms, device)
 
 
 def _worker_device() -> torch.device | None:
@@ -289,4 +291,4 @@ def local_loader(
     terms = scores.terms()
     own = {"train": samples}
     via = DeviceStream(own, where or torch.device("cpu")) if stream == "device" else LocalStream(own)
-    return Shard(scores, via, terms, 0, 1, next(_generations), where)
+    return Shard(ScoringSession(scores, next(_generations), 0, 1, terms.signals), via, terms, where)

@@ -13,6 +13,7 @@ Shapes: B rows of a batch (this worker's share).
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -172,22 +173,21 @@ class Recorder:
         self._client.observe(self._key, push, wait=False)
         self._log.append(None if any(array.ndim > 1 for array in signals.values()) else push)
 
-    def _push_again(self, sequence: int) -> None:
-        push = self._log[sequence]
-        if push is None:
-            raise ObservationsLost(
-                f"epoch {self._key.epoch}: push {sequence} of vector signals was lost with the ScoreActor"
-            )
-        self._client.observe(self._key, push)
-
-    def flush(self) -> int:
-        """Push the rest and push again what the actor misses, until it has everything; return the number of pushes.
-
-        What is pushed again is waited for: an observation that the actor cannot fold raises here, where nobody asked
-        after the first push.
-        """
-        self.push()
-        while lost := self._client.missing(self._key, self._rank, len(self._log)):
-            for sequence in lost:
-                self._push_again(sequence)
+    @property
+    def num_pushes(self) -> int:
+        """Pushes of this epoch so far."""
         return len(self._log)
+
+    def push_again(self, sequences: Iterable[int]) -> None:
+        """Repeat pushes that got lost, and wait for the answer.
+
+        Raises:
+            ObservationsLost: a push held vectors, which are not kept.
+        """
+        for sequence in sequences:
+            push = self._log[sequence]
+            if push is None:
+                raise ObservationsLost(
+                    f"epoch {self._key.epoch}: push {sequence} of vector signals was lost with the ScoreActor"
+                )
+            self._client.observe(self._key, push)

@@ -11,7 +11,6 @@ Every rank must take the same batches, as in any data-parallel loop: rank r's ba
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -21,67 +20,50 @@ from torch import Tensor
 
 from rayprune.engine.client import LoopClient
 from rayprune.engine.epoch import Epoch
-from rayprune.engine.loop_actor import Arrival, LoopTerms, Moment
-from rayprune.engine.protocol import AttemptKey
-from rayprune.engine.recorder import Recorder
+from rayprune.engine.loop_actor import LoopTerms
+from rayprune.engine.protocol import Moment
+from rayprune.engine.session import ScoringSession
 from rayprune.engine.stream import Transport
 
-logger = logging.getLogger(__name__)
-
 STATE_SCHEMA = 1
-_POLL_S, _WARN_S = 0.02, 30.0
+_POLL_S = 0.02
 
 
 class Shard:
     """One rank's share of every epoch of a pruned data set.
 
     Args:
-        scores: the LoopActor.
+        session: with the LoopActor, not begun.
         transport: how rows come.
         terms: what all ranks must know.
-        rank, world_size: this worker.
-        generation: this attempt's number, the same on every rank.
         device: where batches and losses live unless a loop says otherwise; None for the host.
     """
 
     def __init__(
-        self,
-        scores: LoopClient,
-        transport: Transport,
-        terms: LoopTerms,
-        rank: int,
-        world_size: int,
-        generation: int,
-        device: torch.device | None,
+        self, session: ScoringSession[LoopClient], transport: Transport, terms: LoopTerms, device: torch.device | None
     ) -> None:
-        if terms.batch_size % world_size:
+        if terms.batch_size % session.world_size:
             raise ValueError(
-                f"batch_size {terms.batch_size} does not divide by {world_size} workers: give prune(batch_size=) a "
-                "multiple, it is the global batch"
+                f"batch_size {terms.batch_size} does not divide by {session.world_size} workers: give "
+                "prune(batch_size=) a multiple, it is the global batch"
             )
-        self.rank, self.world_size, self.device = rank, world_size, device
-        # What its epochs use; not for loops.
-        self.scores_client, self.transport, self.terms, self.generation = scores, transport, terms, generation
-        self.recorder = Recorder(scores, rank, terms.signals)
+        self.rank, self.world_size, self.device = session.rank, session.world_size, device
+        self._session, self._transport, self._terms = session, transport, terms
         self._epoch, self._resume_step = 0, 0
-        self._state: Mapping[str, Tensor] | None = None
+        # The Selector's state where rank 0 has the newest: what was loaded, and what the last barrier gave.
+        self._selector: Mapping[str, Tensor] | None = None
         self._opened = False
         self._current: Epoch | None = None
 
     @property
     def num_epochs(self) -> int:
         """The epochs of the whole run."""
-        return self.terms.num_epochs
+        return self._terms.num_epochs
 
     @property
     def batch_rows(self) -> int:
         """This rank's share of a global batch."""
-        return self.terms.batch_size // self.world_size
-
-    @property
-    def key(self) -> AttemptKey:
-        """This attempt in the running epoch; not for loops."""
-        return AttemptKey(self.generation, self._epoch, self._resume_step)
+        return self._terms.batch_size // self.world_size
 
     def epochs(self) -> Iterator[Epoch]:
         """Yield the epochs that are left; each is closed, and the next one's samples chosen, when its body ends.
@@ -93,38 +75,45 @@ class Shard:
             raise RuntimeError("epochs() can be iterated once: get a new shard for another pass")
         self._open()
         while self._epoch < self.num_epochs:
-            self._current = Epoch(self, self._epoch, self._resume_step)
+            self._selector = None
+            self._current = Epoch(self._session, self._transport, self._terms, self.device)
             yield self._current
-            self._close()
+            self._close(with_state=self._epoch + 1 == self.num_epochs)
 
     def _open(self) -> None:
         self._opened = True
+        client, generation = self._session.client, self._session.generation
         if self.rank == 0:
-            state = None if self._state is None else {n: tensor.cpu().numpy() for n, tensor in self._state.items()}
+            loaded = self._selector
+            state = None if loaded is None else {name: tensor.cpu().numpy() for name, tensor in loaded.items()}
             # A finished run is restored too: its scores are asked for.
-            self.scores_client.restore(self.generation, min(self._epoch, self.num_epochs - 1), state)
-        self._state = None
-        while self.scores_client.generation() < self.generation:
+            client.restore(generation, min(self._epoch, self.num_epochs - 1), state)
+        while client.generation() < generation:
             time.sleep(_POLL_S)  # rank 0 restores first
-        self.recorder.start_epoch(self.key)
+        self._session.start_epoch(self._epoch, self._resume_step)
 
-    def _close(self) -> None:
+    def _close(self, *, with_state: bool) -> None:
         """Close the running epoch, unless `state_dict` has done so."""
         epoch = self._current
         if epoch is None:
             return
         epoch.check_weighed()
-        self._meet("close", epoch.step)
+        self._selector = self._barrier("close", epoch.step, with_state=with_state)
         self._current = None
         self._epoch, self._resume_step = self._epoch + 1, 0
-        self.recorder.start_epoch(self.key)
+        self._session.start_epoch(self._epoch)
+
+    def _barrier(self, moment: Moment, step: int, *, with_state: bool = True) -> dict[str, Tensor]:
+        """Wait for all ranks; return the Selector's state on rank 0, nothing on the others."""
+        snapshot = self._session.barrier(moment, step, with_state=with_state)
+        return {name: torch.from_numpy(array.copy()) for name, array in snapshot.state.items()}
 
     def scores(self) -> dict[str, Any]:
         """Return the method's scores, `last_visit` and `times_pruned`, name → (N,); NaN where never visited.
 
         Inside an epoch's body the newest observations may still be under way; between epochs all are in.
         """
-        return self.scores_client.scores()
+        return self._session.client.scores()
 
     def sweep(self, score: Callable[[Any], Any], **form: Any) -> int:
         """Score the samples that the method asks to see without training, such as those left out; no gradients.
@@ -157,25 +146,20 @@ class Shard:
         if epoch is not None:
             epoch.check_recorded()
         if epoch is not None and epoch.finished:
-            self._close()
+            self._close(with_state=True)
             epoch = None
         elif epoch is not None:
-            if not self.transport.resumes_inside:
+            if not self._transport.resumes_inside:
                 raise RuntimeError(
                     "a filtered ray.data.Dataset resumes at epoch ends: call state_dict() after the epoch's batches"
                 )
-            self._meet("snapshot", epoch.step)
-        selector: dict[str, Tensor] = {}
-        if self.rank == 0:
-            selector = {
-                name: torch.from_numpy(array.copy()) for name, array in self.scores_client.answer().state.items()
-            }
+            self._selector = self._barrier("snapshot", epoch.step)
         return {
             "schema": STATE_SCHEMA,
-            "about": dict(self.terms.about),
+            "about": dict(self._terms.about),
             "epoch": self._epoch,
             "step": 0 if epoch is None else epoch.step,
-            "selector": selector,
+            "selector": dict(self._selector or {}) if self.rank == 0 else {},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -195,32 +179,11 @@ class Shard:
         theirs = dict(state["about"])
         changed = [
             f"{name} {theirs.get(name)!r} → {own!r}"
-            for name, own in self.terms.about.items()
+            for name, own in self._terms.about.items()
             if theirs.get(name) != own
         ]
         if changed:
             raise ValueError(f"the state is of another run ({'; '.join(changed)}): start without it, or change it back")
         if not state["selector"]:
             raise ValueError("the state holds no scores, it was saved on another rank than 0: load rank 0's")
-        self._epoch, self._resume_step, self._state = int(state["epoch"]), int(state["step"]), state["selector"]
-
-    def _meet(self, moment: Moment, step: int) -> None:
-        """Flush, and wait until every rank has."""
-        began, warned = time.monotonic(), False
-        count = self.recorder.flush()
-        while True:
-            said = self.scores_client.arrive(self.key, Arrival(self.rank, count, self.world_size, moment, step))
-            if said == "done":
-                return
-            if said == "again":
-                count = self.recorder.flush()
-            elif not warned and time.monotonic() - began > _WARN_S:
-                warned = True
-                missing = sorted(set(range(self.world_size)) - set(self.scores_client.waiting()))
-                logger.warning(
-                    "rank %d waits since %.0f s for ranks %s to end the epoch or call state_dict(): every rank must",
-                    self.rank,
-                    _WARN_S,
-                    missing,
-                )
-            time.sleep(_POLL_S if said == "wait" else 0.0)
+        self._epoch, self._resume_step, self._selector = int(state["epoch"]), int(state["step"]), state["selector"]

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayprune.engine.ahead import ahead
-from rayprune.engine.client import ScoreClient
-from rayprune.engine.protocol import PlanHeader, PlanMismatch, PlanPass, RankRows
+from rayprune.engine.protocol import PlanMismatch, PlanPass, RankRows
 from rayprune.sources import SampleSource
 
 if TYPE_CHECKING:
@@ -29,8 +28,6 @@ Columns = Mapping[str, "NDArray[Any] | Tensor"]
 _Rows = tuple[Columns, int]
 Made = Callable[["NDArray[Any]"], "NDArray[Any] | Tensor"]
 
-# Rows that a worker reads or asks the plan for at once: enough to make the cost a call vanish, little to hold.
-SPAN_ROWS = 65_536
 LOCAL_READ_ROWS = 2_048
 _LOCAL_READ_BYTES = 16 * 1024 * 1024
 _AHEAD = 2
@@ -78,29 +75,6 @@ class Transport(Protocol):
         Raises:
             PlanMismatch: other rows came than the plan says.
         """
-
-
-def plan_batches(
-    client: ScoreClient, plan_pass: PlanPass, header: PlanHeader, rank: int, via: Transport
-) -> Iterator[Batch]:
-    """Yield this rank's batches of a pass.
-
-    Args:
-        client: where the plan is.
-        plan_pass, header: the pass that was announced and its plan's header.
-        rank: this worker's rank.
-        via: the transport.
-    """
-    rows = header.batch_rows
-    steps = max(1, SPAN_ROWS // rows)
-
-    def shares() -> Iterator[RankRows]:
-        for start in range(plan_pass.start_step, header.num_steps, steps):
-            stop = min(start + steps, header.num_steps)
-            yield client.rank_rows(plan_pass, rank, start, stop)
-
-    if plan_pass.start_step < header.num_steps:
-        yield from via.batches(plan_pass, shares(), rows)
 
 
 class LocalStream:

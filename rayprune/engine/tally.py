@@ -92,17 +92,6 @@ class Tally:
         return total
 
 
-def gathered(count: int, rank: int, world_size: int, device: torch.device) -> list[int]:
-    """Return every rank's count."""
-    if world_size == 1:
-        return [count]
-    counts = torch.zeros(world_size, dtype=torch.int64, device=device)
-    counts[rank] = count
-    torch.distributed.all_reduce(counts)
-    every: list[int] = counts.tolist()
-    return every
-
-
 def _exit_sums(signals: Mapping[str, Tensor], real_B: Tensor) -> Tensor:
     """Return a batch's (3K,) float64 sums over its exits."""
     losses_BK = signals["exit_loss"].double()

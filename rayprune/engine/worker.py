@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray.train
 import torch
@@ -22,28 +22,19 @@ from rayprune.engine.checkpoint import newest_position
 from rayprune.engine.meta_batches import with_meta_batches
 from rayprune.engine.pacing import Pacer
 from rayprune.engine.placing import DeviceBatch, Placer
-from rayprune.engine.protocol import (
-    AttemptKey,
-    ClosedEpoch,
-    Phase,
-    PlanHeader,
-    PlanPass,
-    TrainingPaused,
-    TrainingStopped,
-)
-from rayprune.engine.recorder import Recorder
+from rayprune.engine.protocol import EpochSnapshot, Moment, Phase, PlanHeader, TrainingPaused, TrainingStopped
 from rayprune.engine.saving import Saver
+from rayprune.engine.session import ScoringSession
 from rayprune.engine.setup import WorkerSpec, build_network, build_step, pick_device, rate_at
 from rayprune.engine.stall import Pulsing
 from rayprune.engine.stopping import nothing_to_train, too_many_nonfinite
-from rayprune.engine.stream import Batch, Transport, plan_batches
+from rayprune.engine.stream import Batch, Transport
 from rayprune.engine.tally import (
     BYTES,
     PADDED,
     REAL,
     Tally,
     compute,
-    gathered,
     means,
     validated,
 )
@@ -78,7 +69,7 @@ class Worker:
         self._resumed_sums = sums if self.rank == 0 else []
         self._meta_interval = self._config.train.meta_interval
         self._network = network
-        self._recorder = Recorder(spec.scores, self.rank, spec.terms.signals)
+        self._session = ScoringSession(spec.scores, self._generation, self.rank, self.world_size, spec.terms.signals)
         self._pacer = Pacer(spec.scores, self.rank, self.world_size, self._device, self._config.run)
         self._pulse = Pulsing(spec.scores, self._generation, self.rank, self.world_size)
         self._seconds: dict[str, float] = {}
@@ -122,9 +113,8 @@ class Worker:
     def _run_epoch(self, epoch: int) -> None:
         start = time.perf_counter()
         self._seconds = dict.fromkeys(_SECONDS, 0.0)
-        self._key = AttemptKey(self._generation, epoch, self._resume_step)
-        self._recorder.start_epoch(self._key)
-        header = self._announce("train")
+        self._session.start_epoch(epoch, self._resume_step)
+        header = self._session.announce()
         self._pacer.start_epoch(train_step_of(self._resume_step, header.meta_every))
         self._seconds["select"] += header.select_s
         with self._timed("train"):
@@ -133,7 +123,7 @@ class Worker:
         if header.num_forward_only:
             with self._timed("forward_only"):
                 self._share_buffers()
-                self._recorder.start_sweep(self._spec.terms.sweep_signals)
+                self._session.recorder.start_sweep(self._spec.terms.sweep_signals)
                 forwarded = self._forward("forward", record=True)
         last = epoch + 1 == self._config.last_epoch
         validation: Tensor | None = None
@@ -141,20 +131,15 @@ class Worker:
             with self._timed("validate"):
                 self._share_buffers()
                 validation = self._forward("validate", record=False)
-        closed = self._collected(epoch, "close_epoch")
+        snapshot = self._barrier("close", header.num_steps)
         record = self._metrics(epoch, header, sums, forwarded, validation, lr)
-        if closed is not None:
-            record["score_quantiles"] = dict(closed.spread)
-            self._seconds["select"] += closed.select_s
-        self._save(epoch, record, closed, start)
-
-    def _announce(self, phase: Phase) -> PlanHeader:
-        self._pass = PlanPass(self._key, phase, self.world_size, self._resume_step if phase == "train" else 0)
-        return self._spec.scores.announce(self._pass)
+        record["score_quantiles"] = dict(snapshot.score_quantiles)
+        self._seconds["select"] += snapshot.select_s
+        self._save(epoch, record, snapshot, start)
 
     def _batches(self, header: PlanHeader) -> Iterator[Batch]:
-        """Yield the running pass's batches; what training waits for them is counted as data_wait."""
-        stream = plan_batches(self._spec.scores, self._pass, header, self.rank, self._transport)
+        """Yield an announced pass's batches; what training waits for them is counted as data_wait."""
+        stream = self._session.batches(header, self._transport.batches)
         while True:
             with self._timed("data_wait"):
                 self._pulse.doing("waits for the stream")
@@ -199,16 +184,16 @@ class Worker:
             return
         with self._timed("checkpoint"):
             total = sums.total(self.world_size).tolist()
-            inside = self._collected(epoch, "snapshot")
-            if inside is not None:
-                state = self._saver.copied(self._network, self._step, inside.state)
+            snapshot = self._barrier("snapshot", place)
+            if self.rank == 0:
+                state = self._saver.copied(self._network, self._step, snapshot.state)
                 self._saver.save_inside(epoch, place, state, total, self._resume_step)
         if verdict == "leave":
             raise TrainingPaused(f"before step {step} of epoch {epoch}")
 
     def _forward(self, phase: Phase, *, record: bool) -> Tensor:
         """Pass over a plan in eval mode without augmentation; return the sums over all ranks."""
-        header, terms = self._announce(phase), self._spec.terms
+        header, terms = self._session.announce(phase), self._spec.terms
         places = () if record else (self._spec.input.num_classes, self._step.num_exits)
         sums = Tally(self._device, *places)
         named: dict[str, Any] = {"signals": terms.sweep_signals, "part": terms.sweep_part} if record else {}
@@ -222,28 +207,21 @@ class Worker:
         return sums.total(self.world_size)
 
     def _record(self, batch: Batch, signals: dict[str, Tensor]) -> None:
+        recorder = self._session.recorder
         with self._timed("record"):
-            self._recorder.record(batch.ids, batch.real, signals)
-        if self._recorder.num_nonfinite > self._config.train.max_nonfinite:
-            raise too_many_nonfinite(self._config, self._recorder.num_nonfinite, self._recorder.nonfinite_ids, False)
+            recorder.record(batch.ids, batch.real, signals)
+        if recorder.num_nonfinite > self._config.train.max_nonfinite:
+            raise too_many_nonfinite(self._config, recorder.num_nonfinite, recorder.nonfinite_ids, False)
 
-    def _collected(self, epoch: int, then: Literal["snapshot", "close_epoch"]) -> ClosedEpoch | None:
-        """Flush all ranks, then let the actor answer; rank 0 gets the state, the others None."""
+    def _barrier(self, moment: Moment, step: int) -> EpochSnapshot:
+        """Wait for all ranks and their observations; rank 0 gets the state."""
         self._pulse.doing("waits for the ScoreActor or the other ranks")
-        while True:
-            with self._timed("record"):
-                counts = gathered(self._recorder.flush(), self.rank, self.world_size, self._device)
-            closed: ClosedEpoch | None = None
-            if self.rank == 0:
-                call = self._spec.scores.snapshot if then == "snapshot" else self._spec.scores.close_epoch
-                closed = call(self._key, counts)
-            told = (closed is not None, closed and closed.num_nonfinite, closed and closed.nonfinite_ids)
-            done, nonfinite, ids = broadcast_from_rank_zero(told)
-            if done and nonfinite > self._config.train.max_nonfinite:
-                raise too_many_nonfinite(self._config, nonfinite, ids, True)
-            if done:
-                return closed
-            logger.warning("epoch %d: the ScoreActor was restarted during the flush; pushing again", epoch)
+        with self._timed("record"):
+            snapshot = self._session.barrier(moment, step)
+        self._seconds["record"] -= snapshot.select_s
+        if snapshot.num_nonfinite > self._config.train.max_nonfinite:
+            raise too_many_nonfinite(self._config, snapshot.num_nonfinite, snapshot.nonfinite_ids, True)
+        return snapshot
 
     def _metrics(
         self,
@@ -279,11 +257,11 @@ class Worker:
             "selection": dict(header.facts),
         }
 
-    def _save(self, epoch: int, record: dict[str, Any], closed: ClosedEpoch | None, start: float) -> None:
+    def _save(self, epoch: int, record: dict[str, Any], snapshot: EpochSnapshot, start: float) -> None:
         self._pulse.doing("saves, or waits for rank 0 to save")
         with self._timed("checkpoint"):
             self._saver.report()  # the epoch before this one: its files were written meanwhile
-            state = self._saver.copied(self._network, self._step, closed.state) if closed is not None else None
+            state = self._saver.copied(self._network, self._step, snapshot.state) if self.rank == 0 else None
         self._seconds["epoch"] = time.perf_counter() - start
         self._saver.save(epoch + 1, record, self._seconds, state)
 

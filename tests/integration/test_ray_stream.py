@@ -20,19 +20,19 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from engine_runs import pass_of
+from engine_runs import close_epoch, pass_of, stream_pass
 from ray.train import DataConfig
 
 from rayprune.core import Plan, Selector
 from rayprune.core.plan import BLOCK_BYTES
-from rayprune.engine import stream
+from rayprune.engine import session
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.checkpoint import write_checkpoint
 from rayprune.engine.client import ScoreClient
 from rayprune.engine.plan_dataset import PlanDatasource, plan_dataset, task_rows
 from rayprune.engine.protocol import AttemptKey, Phase, PlanMismatch, RankRows
 from rayprune.engine.resources import start_ray
-from rayprune.engine.stream import Batch, RayStream, plan_batches
+from rayprune.engine.stream import Batch, RayStream
 from rayprune.methods import build_method
 from rayprune.sources import open_data
 from rayprune.sources.rows import RowSource
@@ -69,13 +69,13 @@ def plans_of(num_samples: int, batch_size: int) -> list[Plan]:
     return [Plan.of_selection(selector.begin_epoch(epoch), batch_size, SEED, epoch) for epoch in range(EPOCHS)]
 
 
-def stream_pass(scores: ScoreClient, shards: list[Any], epoch: int, phase: Phase) -> list[list[Batch]]:
+def stream_ranks(scores: ScoreClient, shards: list[Any], epoch: int, phase: Phase) -> list[list[Batch]]:
     """Read one pass on all ranks at once, as workers do; return each rank's batches."""
     plan_pass = pass_of(epoch, phase, len(shards))
-    header = scores.announce(plan_pass)
+    scores.announce(plan_pass)
 
     def read(rank: int) -> list[Batch]:
-        return list(plan_batches(scores, plan_pass, header, rank, RayStream(shards[rank])))
+        return list(stream_pass(scores, plan_pass, RayStream(shards[rank]), rank))
 
     with ThreadPoolExecutor(len(shards)) as pool:
         return list(pool.map(read, range(len(shards))))
@@ -97,20 +97,20 @@ def assert_is_share(batches: list[Batch], plan: Plan, rank: int, ranks: int, sou
 def test_one_stream_serves_every_epoch_and_rank(
     monkeypatch: pytest.MonkeyPatch, num_samples: int, batch_size: int, ranks: int
 ) -> None:
-    monkeypatch.setattr(stream, "SPAN_ROWS", 10)  # ranks ask for their shares several times an epoch
+    monkeypatch.setattr(session, "SPAN_ROWS", 10)  # ranks ask for their shares several times an epoch
     sources = sources_of(num_samples)
     with actor_of(spec_of(num_samples, batch_size)) as scores:
         shards = plan_dataset(scores, sources).streaming_split(ranks, equal=True)
         for epoch, plan in enumerate(plans_of(num_samples, batch_size)):
-            by_rank = stream_pass(scores, shards, epoch, "train")
+            by_rank = stream_ranks(scores, shards, epoch, "train")
             for rank, batches in enumerate(by_rank):
                 assert_is_share(batches, plan, rank, ranks, sources["train"])
             batches = [batch for of_rank in by_rank for batch in of_rank]
             assert sum(batch.num_bytes for batch in batches) == plan.order.size * 72, "every row's bytes are counted"
             assert "__bytes_read" not in batches[0].columns
             assert real_ids(by_rank) == plan.selection.ids.tolist(), "the union of ranks is the selection, each id once"
-            assert real_ids(stream_pass(scores, shards, epoch, "validate")) == list(range(7))
-            assert scores.close_epoch(AttemptKey(1, epoch), [0] * ranks) is not None
+            assert real_ids(stream_ranks(scores, shards, epoch, "validate")) == list(range(7))
+            assert close_epoch(scores, AttemptKey(1, epoch), *[0] * ranks) is not None
 
 
 def real_ids(by_rank: list[list[Batch]]) -> list[int]:
@@ -125,7 +125,7 @@ def test_many_small_blocks_keep_their_order() -> None:
     with actor_of(spec_of(301, 8, row_bytes=8 * 1024 * 1024)) as scores:
         shards = plan_dataset(scores, sources).streaming_split(2, equal=True)
         plan = plans_of(301, 8)[0]
-        for rank, batches in enumerate(stream_pass(scores, shards, 0, "train")):
+        for rank, batches in enumerate(stream_ranks(scores, shards, 0, "train")):
             assert_is_share(batches, plan, rank, 2, sources["train"])
         assert len(scores.blocks()[1]) >= 20
 
@@ -142,7 +142,7 @@ def test_trap_a_large_read_task_without_a_name_fails(monkeypatch: pytest.MonkeyP
     with actor_of(spec_of(97, 6)) as scores:
         shards = plan_dataset(scores, {"train": heavy}).streaming_split(2, equal=True)
         plan = plans_of(97, 6)[0]
-        for rank, batches in enumerate(stream_pass(scores, shards, 0, "train")):
+        for rank, batches in enumerate(stream_ranks(scores, shards, 0, "train")):
             assert_is_share(batches, plan, rank, 2, digits)
         tasks = PlanDatasource(scores, {"train": heavy}).get_read_tasks(1)
         assert (len(ray.cloudpickle.dumps(tasks[0])) < 2**20) == sent_once
@@ -229,14 +229,14 @@ def test_other_rows_than_the_plans_are_noticed(streamed: int, planned: list[int]
 def test_an_actor_killed_while_its_checkpoint_is_being_written_is_asked_again(tmp_path: Path) -> None:
     with actor_of(replace(spec_of(64, 8), run_folder=str(tmp_path))) as scores:
         first = scores.announce(pass_of(0, "train", 1)).hash
-        closed = scores.close_epoch(AttemptKey(1, 0), [0])
+        state = close_epoch(scores, AttemptKey(1, 0), 0)
         second = scores.announce(pass_of(1, "train", 1)).hash
         ray.kill(scores.channel.handle, no_restart=False)
         while scores.generation():  # the killed one may still answer
             time.sleep(0.02)
         (tmp_path / "checkpoints").mkdir()
-        state = {"model": {}, "trainer": {}, "selector": closed.state, "position": {}}
-        late = threading.Timer(3.0, write_checkpoint, (tmp_path, 1), state)
+        written = {"model": {}, "trainer": {}, "selector": state, "position": {}}
+        late = threading.Timer(3.0, write_checkpoint, (tmp_path, 1), written)
         late.start()
         assert scores.announce(pass_of(1, "train", 1)).hash == second != first
         assert not late.is_alive(), "it answered without its checkpoint"
@@ -268,8 +268,8 @@ def test_trap_an_iterator_that_fetches_nothing_ahead_leaves_a_thread() -> None:
     with actor_of(spec_of(97, 6)) as scores:
         (shard,) = shards = plan_dataset(scores, sources_of(97)).streaming_split(1, equal=True)
         for epoch in range(EPOCHS):
-            stream_pass(scores, shards, epoch, "train")
-            scores.close_epoch(AttemptKey(1, epoch), [0])
+            stream_ranks(scores, shards, epoch, "train")
+            close_epoch(scores, AttemptKey(1, epoch), 0)
         deadline = time.monotonic() + 5
         while prefetchers() > before:  # each ends a moment after its pass
             assert time.monotonic() < deadline, "RayStream leaves threads behind"

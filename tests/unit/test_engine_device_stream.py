@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_runs import assert_same_run, pass_of, run_config
+from engine_runs import assert_same_run, pass_of, run_config, stream_pass
 
 import rayprune
 from rayprune.config import Config, make_config, merge
@@ -20,7 +20,7 @@ from rayprune.engine.client import ScoreClient
 from rayprune.engine.device_stream import DeviceStream, check_columns
 from rayprune.engine.placing import Placer, host_tensor, packed, unpacked
 from rayprune.engine.protocol import PlanPass
-from rayprune.engine.stream import Batch, LocalStream, Transport, plan_batches
+from rayprune.engine.stream import Batch, LocalStream, Transport
 from rayprune.engine.tally import Tally
 from rayprune.engine.train import RunResult, train
 from rayprune.sources import SampleSource, Schema, open_data
@@ -32,8 +32,7 @@ SOURCES = open_data("digits", limit=301).by_name
 
 def read(via: Transport, plan_pass: PlanPass, rank: int = 0) -> list[Batch]:
     scores = ScoreClient.in_process(ScoreSpec({"name": "full"}, SOURCES["train"], 37, 3, 5, 12, "pad", 72, None, 0))
-    header = scores.announce(plan_pass)
-    return list(plan_batches(scores, plan_pass, header, rank, via))
+    return list(stream_pass(scores, plan_pass, via, rank))
 
 
 @pytest.mark.parametrize("plan_pass", [pass_of(0, "train", 1), pass_of(0, "train", 3, 5), pass_of(0, "validate", 2)])
@@ -41,7 +40,7 @@ def read(via: Transport, plan_pass: PlanPass, rank: int = 0) -> list[Batch]:
 def test_batches_are_those_of_the_local_stream(
     monkeypatch: pytest.MonkeyPatch, plan_pass: PlanPass, span_rows: int
 ) -> None:
-    monkeypatch.setattr("rayprune.engine.stream.SPAN_ROWS", span_rows)
+    monkeypatch.setattr("rayprune.engine.session.SPAN_ROWS", span_rows)
     monkeypatch.setattr(device_stream, "LOAD_BYTES", 72 * 50)  # pieces that do not divide the data
     rank = plan_pass.world_size - 1
     local, resident = (read(via, plan_pass, rank) for via in (LocalStream(SOURCES), DeviceStream(SOURCES, CPU)))

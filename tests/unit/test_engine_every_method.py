@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from engine_runs import pass_of
+from engine_runs import close_epoch, pass_of, stream_pass
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +13,7 @@ from rayprune.core import Plan, Selection, Selector
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.client import ScoreClient
 from rayprune.engine.protocol import PlanPass, Push, pack
-from rayprune.engine.stream import Batch, LocalStream, plan_batches
+from rayprune.engine.stream import Batch, LocalStream
 from rayprune.methods import METHODS, build_method
 from rayprune.sources import SampleSource, Subset, open_data
 
@@ -30,8 +30,7 @@ def source_of(num_samples: int) -> SampleSource:
 
 def batches_of(scores: ScoreClient, source: SampleSource, plan_pass: PlanPass, rank: int) -> list[Batch]:
     """Return what one rank is given in a pass."""
-    header = scores.announce(plan_pass)
-    return list(plan_batches(scores, plan_pass, header, rank, LocalStream({"train": source})))
+    return list(stream_pass(scores, plan_pass, LocalStream({"train": source}), rank))
 
 
 @given(
@@ -87,7 +86,7 @@ def test_ranks_share_every_epoch_of_every_method(
             scores.observe(plan_pass.key, Push(0, 1, *pack(ids, seen), sweep=True))
             pushes = 2
         if epoch + 1 < EPOCHS:
-            assert scores.close_epoch(plan_pass.key, [pushes]) is not None
+            assert close_epoch(scores, plan_pass.key, pushes) is not None
     assert {"full", "random_epoch", "dynams", "tdds", "fixed"} <= set(METHODS)
 
 

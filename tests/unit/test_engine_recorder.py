@@ -11,7 +11,7 @@ import torch
 from engine_runs import run_config, scores_of, user
 
 from rayprune.engine import recorder
-from rayprune.engine.client import ScoreClient
+from rayprune.engine.client import LocalChannel, ScoreClient
 from rayprune.engine.protocol import AttemptKey, TrainingStopped, unpack
 from rayprune.engine.recorder import Arriving, Recorder
 from rayprune.engine.run_folder import read_metrics
@@ -20,16 +20,11 @@ from rayprune.engine.train import train
 KEY = AttemptKey(1, 0)
 
 
-class KeptPushes(ScoreClient):
-    """A client whose actor keeps what it is sent."""
+class KeptPushes(LocalChannel):
+    """A channel that keeps what it is sent."""
 
     def __init__(self) -> None:
-        super().__init__(self)
         self.pushes: list[dict[str, np.ndarray]] = []
-
-    def call(self, method: str, *args: Any) -> Any:
-        assert method == "missing"
-        return []
 
     def post(self, method: str, *args: Any) -> None:
         key, push = args
@@ -38,14 +33,15 @@ class KeptPushes(ScoreClient):
 
 
 def record_all(client: KeptPushes, losses: np.ndarray, batch: int, real: np.ndarray) -> Recorder:
-    """Record ids 0..N−1 in batches; return the Recorder after its flush."""
-    one = Recorder(client, 0, ("loss",))
+    """Record ids 0..N−1 in batches; return the Recorder after its last push."""
+    one = Recorder(ScoreClient(client), 0, ("loss",))
     one.start_epoch(KEY)
     ids = np.arange(losses.size)
     for start in range(0, losses.size, batch):
         rows = slice(start, start + batch)
         one.record(ids[rows], real[rows], {"loss": torch.from_numpy(losses[rows]), "unused": torch.zeros(batch, 2)})
-    assert one.flush() == len(client.pushes)
+    one.push()
+    assert one.num_pushes == len(client.pushes)
     return one
 
 
@@ -95,10 +91,11 @@ def test_padding_is_never_recorded() -> None:
 
 def test_nothing_is_pushed_for_a_method_without_signals() -> None:
     client = KeptPushes()
-    silent = Recorder(client, 0, ())
+    silent = Recorder(ScoreClient(client), 0, ())
     silent.start_epoch(KEY)
     silent.record(np.arange(4), np.ones(4, dtype=bool), {"loss": torch.zeros(4)})
-    assert silent.flush() == 0
+    silent.push()
+    assert silent.num_pushes == 0
     assert client.pushes == []
 
 

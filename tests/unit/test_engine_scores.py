@@ -5,8 +5,11 @@ Shapes: N samples, B rows of a push.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,26 @@ from numpy.typing import NDArray
 
 from rayprune.core import Plan, Selector
 from rayprune.engine import recorder
+from rayprune.engine import session as session_module
 from rayprune.engine.actor import ScoreActor, ScoreSpec
 from rayprune.engine.checkpoint import write_checkpoint
 from rayprune.engine.client import LocalChannel, ScoreClient
-from rayprune.engine.protocol import AttemptKey, PlanPass, Push, StaleGeneration, StateOnItsWay, pack, unpack
-from rayprune.engine.recorder import Recorder
+from rayprune.engine.protocol import (
+    AttemptKey,
+    Barrier,
+    EpochSnapshot,
+    Moment,
+    PlanHeader,
+    PlanPass,
+    Push,
+    RankRows,
+    StaleGeneration,
+    StateOnItsWay,
+    pack,
+    unpack,
+)
 from rayprune.engine.run_folder import read_selection
+from rayprune.engine.session import ScoringSession
 from rayprune.methods import InfoBatch
 from rayprune.sources import open_data
 
@@ -64,6 +81,7 @@ class FaultyChannel(LocalChannel):
         super().__init__(ScoreActor(spec))
         self._spec, self._faults = spec, iter(faults)
         self._late: list[tuple[Any, ...]] = []
+        self._one_at_a_time = threading.RLock()
         self.writing: Callable[[], object] = lambda: None
 
     def _perform(self, method: str, *args: Any) -> Any:
@@ -79,43 +97,76 @@ class FaultyChannel(LocalChannel):
         return answer
 
     def call(self, method: str, *args: Any) -> Any:
-        try:
-            answer = self._perform(method, *args)
-        except StateOnItsWay:
-            self.writing()
-            answer = self._perform(method, *args)
-        late, self._late = self._late, []
-        for overdue in reversed(late):
-            self.actor.observe(*overdue)
-        return answer
+        with self._one_at_a_time:
+            try:
+                answer = self._perform(method, *args)
+            except StateOnItsWay:
+                self.writing()
+                answer = self._perform(method, *args)
+            late, self._late = self._late, []
+            for overdue in reversed(late):
+                self.actor.observe(*overdue)
+            return answer
 
     def post(self, method: str, *args: Any) -> None:
-        fault = next(self._faults, "none")
-        if fault == "late":
-            self._late.append(args)
-        elif fault != "lose":
-            self._perform(method, *args)
+        with self._one_at_a_time:
+            fault = next(self._faults, "none")
+            if fault == "late":
+                self._late.append(args)
+            elif fault != "lose":
+                self._perform(method, *args)
 
 
-def record_epoch(
-    client: ScoreClient, recorders: list[Recorder], generation: int, epoch: int, share: float = 1.0
-) -> str:
-    """Let every rank record this share of its rows, as workers do; return the plan's hash."""
-    header = client.announce(train_pass(epoch, generation))
-    steps = int(header.num_steps * share)
-    for rank, rank_recorder in enumerate(recorders):
-        rank_recorder.start_epoch(AttemptKey(generation, epoch))
-        ids, _, real = client.rank_rows(train_pass(epoch, generation), rank, 0, steps)
-        for rows in np.split(np.arange(ids.size), steps):
-            losses = torch.from_numpy(losses_of(epoch, NUM_SAMPLES)[ids[rows]])
-            rank_recorder.record(ids[rows], real[rows], {"loss": losses})
-    return str(header.hash)
+class Ranks:
+    """The sessions of an attempt, each in a thread where they meet; a broadcast reaches all, as Ray Train's does."""
+
+    def __init__(self, client: ScoreClient, generation: int) -> None:
+        self.sessions = [ScoringSession(client, generation, rank, RANKS, ("loss",)) for rank in range(RANKS)]
+        self._own, self._met = threading.local(), threading.Barrier(RANKS, timeout=20)
+        self._slot: Any = None
+
+    def record_epoch(self, epoch: int, share: float = 1.0) -> PlanHeader:
+        """Let every rank record this share of its rows, as workers do; return the plan's header."""
+        for session in self.sessions:
+            session.start_epoch(epoch)
+            header = session.announce()
+            steps = int(header.num_steps * share)
+            for ids, real in itertools.islice(session.batches(header, cut), steps):
+                losses = torch.from_numpy(losses_of(epoch, NUM_SAMPLES)[ids])
+                session.recorder.record(ids, real, {"loss": losses})
+        return header
+
+    def meet(self, moment: Moment, step: int) -> EpochSnapshot:
+        """Let all ranks come to a barrier; return what rank 0 gets."""
+        with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(RANKS) as pool:
+            patch.setattr(session_module, "broadcast_from_rank_zero", self._broadcast)
+            patch.setattr(session_module, "_MEET_S", 0.02)
+            results = [pool.submit(self._come, session, moment, step) for session in self.sessions]
+            snapshot, *_ = [result.result() for result in results]
+        return snapshot
+
+    def _come(self, session: ScoringSession[ScoreClient], moment: Moment, step: int) -> EpochSnapshot:
+        self._own.rank = session.rank
+        return session.barrier(moment, step)
+
+    def _broadcast(self, value: Any) -> Any:
+        if self._own.rank == 0:
+            self._slot = value
+        self._met.wait()
+        answer = self._slot
+        self._met.wait()
+        return answer
 
 
-def make_recorders(client: ScoreClient) -> list[Recorder]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recorder, "PUSH_ROWS", PUSH_ROWS)
-        return [Recorder(client, rank, ("loss",)) for rank in range(RANKS)]
+def cut(_: PlanPass, spans: Iterator[RankRows], size: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
+    """Make batches of ids and of what is real, without rows."""
+    for ids, _, real in spans:
+        for start in range(0, ids.size, size):
+            yield ids[start : start + size], real[start : start + size]
+
+
+def client_of(folder: Path, faults: list[str]) -> ScoreClient:
+    return ScoreClient(FaultyChannel(make_spec(folder), faults))
 
 
 def train_epochs(
@@ -124,21 +175,22 @@ def train_epochs(
     """Train epochs [first, stop) as workers do; return the plans' hashes and the last state."""
     channel = client.channel
     assert isinstance(channel, FaultyChannel)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recorder, "PUSH_ROWS", PUSH_ROWS)
-        recorders = make_recorders(client)
-        hashes = []
-        for epoch in range(first, stop):
-            hashes.append(record_epoch(client, recorders, generation, epoch))
-            closed = None
-            while closed is None:
-                counts = [rank_recorder.flush() for rank_recorder in recorders]
-                closed = client.close_epoch(AttemptKey(generation, epoch), counts)
-            channel.writing()
-            state = {name: array.copy() for name, array in closed.state.items()}
-            channel.writing = partial(save, folder, epoch + 1, state)
+    ranks, hashes = Ranks(client, generation), []
+    for epoch in range(first, stop):
+        header = ranks.record_epoch(epoch)
+        hashes.append(header.hash)
+        snapshot = ranks.meet("close", header.num_steps)
         channel.writing()
-    return hashes, closed.state
+        state = {name: array.copy() for name, array in snapshot.state.items()}
+        channel.writing = partial(save, folder, epoch + 1, state)
+    channel.writing()
+    return hashes, state
+
+
+@pytest.fixture(autouse=True)
+def small_pushes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several pushes a rank and epoch."""
+    monkeypatch.setattr(recorder, "PUSH_ROWS", PUSH_ROWS)
 
 
 def oracle() -> tuple[list[str], Selector, list[NDArray[Any]]]:
@@ -172,14 +224,18 @@ def half_recorded(tmp_path: Path) -> tuple[ScoreActor, list[NDArray[np.int64]]]:
     actor.announce(train_pass(0))
     parts = np.split(np.arange(12), 3)
     for sequence in (0, 2):
-        actor.observe(AttemptKey(1, 0), push(sequence, parts[sequence], 0))
+        actor.observe(KEY, push(sequence, parts[sequence], 0))
     return actor, parts
 
 
-def final_scores(actor: ScoreActor, counts: list[int]) -> NDArray[Any]:
-    closed = actor.close_epoch(AttemptKey(1, 0), counts)
-    assert closed is not None
-    return closed.state["table/column/loss"]
+CLOSE = Barrier("close", 0, 1)
+KEY = AttemptKey(1, 0)
+
+
+def final_scores(actor: ScoreActor) -> NDArray[Any]:
+    snapshot = actor.pass_barrier(KEY, CLOSE)
+    assert snapshot is not None
+    return snapshot.state["table/column/loss"]
 
 
 arrays = st.tuples(
@@ -205,67 +261,119 @@ def test_a_packed_push_comes_out_as_it_went_in(layout: tuple[int, list[tuple[str
         assert np.array_equal(unpacked[name], expected)
 
 
-def test_missing_names_the_lost_pushes(half_recorded: tuple[ScoreActor, list[NDArray[np.int64]]]) -> None:
+def test_the_lost_pushes_are_named(half_recorded: tuple[ScoreActor, list[NDArray[np.int64]]]) -> None:
     actor, _ = half_recorded
-    assert actor.missing(AttemptKey(1, 0), 0, 3) == [1]
-    assert actor.missing(AttemptKey(1, 0), 0, 5) == [1, 3, 4]
-    assert actor.missing(AttemptKey(1, 0), 1, 2) == [0, 1]
-    assert actor.missing(AttemptKey(1, 0), 1, 0) == []
+    assert actor.arrive(KEY, CLOSE, 0, 3) == [1]
+    assert actor.arrive(KEY, CLOSE, 0, 5) == [1, 3, 4]
+    assert actor.arrive(KEY, CLOSE, 1, 2) == [0, 1]
+    assert actor.arrive(KEY, CLOSE, 1, 0) == []
 
 
 def test_a_repeated_push_changes_nothing(half_recorded: tuple[ScoreActor, list[NDArray[np.int64]]]) -> None:
     actor, parts = half_recorded
-    once = final_scores(actor, [0, 0]).copy()
+    actor.arrive(KEY, CLOSE, 0, 0)
+    once = final_scores(actor).copy()
     assert actor.progress()[1] == 0, "the epoch was closed"
     again = ScoreActor(actor._spec)
     again.announce(train_pass(0))
     for sequence in (0, 2, 0, 2, 2):
-        again.observe(AttemptKey(1, 0), push(sequence, parts[sequence], 0))
+        again.observe(KEY, push(sequence, parts[sequence], 0))
     assert again.progress()[1] == 8
     # The second push of the same number holds other losses: it must not be folded.
-    again.observe(AttemptKey(1, 0), push(0, parts[0], 1))
-    assert np.array_equal(final_scores(again, [0, 0]), once, equal_nan=True)
+    again.observe(KEY, push(0, parts[0], 1))
+    again.arrive(KEY, CLOSE, 0, 0)
+    assert np.array_equal(final_scores(again), once, equal_nan=True)
 
 
 def test_an_epoch_does_not_close_before_all_is_in(half_recorded: tuple[ScoreActor, list[NDArray[np.int64]]]) -> None:
     actor, parts = half_recorded
-    assert actor.close_epoch(AttemptKey(1, 0), [3, 0]) is None
-    assert actor.close_epoch(AttemptKey(1, 0), [3, 0]) is None
-    actor.observe(AttemptKey(1, 0), push(1, parts[1], 0))
-    closed = actor.close_epoch(AttemptKey(1, 0), [3, 0])
-    assert closed is not None
-    again = actor.close_epoch(AttemptKey(1, 0), [3, 0])
+    both = Barrier("close", 7, 2)
+    assert actor.arrive(KEY, both, 1, 0) == []
+    assert actor.arrive(KEY, both, 0, 3) == [1]
+    assert actor.pass_barrier(KEY, both) is None
+    assert actor.absent_ranks(KEY, both) == [0]
+    actor.observe(KEY, push(1, parts[1], 0))
+    assert actor.arrive(KEY, both, 0, 3) == []
+    assert actor.absent_ranks(KEY, both) == []
+    snapshot = actor.pass_barrier(KEY, both)
+    assert snapshot is not None
+    again = actor.pass_barrier(KEY, both)
     assert again is not None, "an answer that got lost can be asked for again"
-    assert np.array_equal(again.state["selection/bitmap"], closed.state["selection/bitmap"])
+    assert np.array_equal(again.state["selection/bitmap"], snapshot.state["selection/bitmap"])
     with pytest.raises(StaleGeneration, match="epoch 0 in epoch 1"):
-        actor.missing(AttemptKey(1, 0), 0, 3)
+        actor.arrive(KEY, both, 0, 3)
+
+
+def test_ranks_at_different_barriers_are_told_so(half_recorded: tuple[ScoreActor, list[NDArray[np.int64]]]) -> None:
+    actor, _ = half_recorded
+    assert actor.arrive(KEY, Barrier("snapshot", 3, 2), 1, 0) == []
+    with pytest.raises(ValueError, match=r"rank 0 is at step 5, the epoch's end, other ranks are at step 3: every"):
+        actor.arrive(KEY, Barrier("close", 5, 2), 0, 0)
+
+
+def test_rank_zero_alone_has_the_state(tmp_path: Path) -> None:
+    ranks = Ranks(client_of(tmp_path, []), 1)
+    ranks.record_epoch(0, share=0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session_module, "broadcast_from_rank_zero", lambda value: value)
+        for one in reversed(ranks.sessions):
+            one._arrive(Barrier("snapshot", 2, RANKS))
+        assert ranks.sessions[0].barrier("snapshot", 2, with_state=False).state == {}
+    snapshot = ranks.meet("snapshot", 3)
+    assert "table/column/loss" in snapshot.state
+    assert "loss" in snapshot.score_quantiles
+
+
+def test_an_answer_to_another_call_of_ray_is_noticed(tmp_path: Path) -> None:
+    one = Ranks(client_of(tmp_path, []), 1).sessions[1]
+    one.start_epoch(0)
+    one.announce()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session_module, "broadcast_from_rank_zero", lambda _: "checkpoint_000001")
+        with pytest.raises(RuntimeError, match="rank 1 waits at step 2 of epoch 0 and rank 0 called something else"):
+            one.barrier("snapshot", 2)
+
+
+def test_an_actor_that_forgot_who_had_come_is_asked_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It dies between the arrivals of two ranks, the first of which already waits for rank 0's answer."""
+    client = client_of(tmp_path, [])
+    channel, ranks = client.channel, Ranks(client, 1)
+    assert isinstance(channel, FaultyChannel)
+    header = ranks.record_epoch(0)
+    ranks.sessions[1]._arrive(Barrier("close", header.num_steps, RANKS))
+    channel.actor = ScoreActor(make_spec(tmp_path))
+    waits = ranks.sessions[1]
+    waits._arrive, come = lambda _: setattr(waits, "_arrive", come), waits._arrive  # type: ignore[method-assign]
+    state = ranks.meet("close", header.num_steps).state
+    assert "rank 0 has been waiting for ranks [1]" in caplog.text
+    expected = Selector(METHOD, NUM_SAMPLES, NUM_EPOCHS, SEED)
+    ids = expected.begin_epoch(0).ids
+    expected.observe(ids, {"loss": losses_of(0, NUM_SAMPLES)[ids]}, 0)
+    assert np.array_equal(state["table/column/loss"], expected.state_dict()["table/column/loss"])
 
 
 def test_an_older_generation_is_refused(half_recorded: tuple[ScoreActor, list[NDArray[np.int64]]]) -> None:
     actor, parts = half_recorded
     actor.announce(train_pass(0, 2))
     with pytest.raises(StaleGeneration, match="generation 1 was replaced by 2"):
-        actor.missing(AttemptKey(1, 0), 0, 1)
+        actor.arrive(KEY, CLOSE, 0, 1)
     with pytest.raises(StaleGeneration, match="generation 1"):
         actor.announce(train_pass(0))
-    actor.observe(AttemptKey(1, 0), push(1, parts[1], 0))
+    actor.observe(KEY, push(1, parts[1], 0))
     assert actor.progress()[1] == 0, "a push of the old generation was folded"
 
 
 @pytest.mark.parametrize("epoch", [0, 2])
 def test_a_newer_generation_starts_from_the_checkpoint(tmp_path: Path, epoch: int) -> None:
-    client = ScoreClient(FaultyChannel(make_spec(tmp_path), []))
+    client = client_of(tmp_path, [])
     hashes, _ = train_epochs(client, tmp_path, 1, 0, epoch) if epoch else ([], {})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recorder, "PUSH_ROWS", PUSH_ROWS)
-        recorders = make_recorders(client)
-        record_epoch(client, recorders, 1, epoch, share=0.5)  # what this attempt saw of the epoch is forgotten
+    Ranks(client, 1).record_epoch(epoch, share=0.5)  # what this attempt saw of the epoch is forgotten
     rest, state = train_epochs(client, tmp_path, 2, epoch, NUM_EPOCHS)
     assert_equals_oracle(tmp_path, hashes + rest, state)
 
 
 def test_a_restarted_actor_waits_for_the_checkpoint_that_is_being_written(tmp_path: Path) -> None:
-    client = ScoreClient(FaultyChannel(make_spec(tmp_path), []))
+    client = client_of(tmp_path, [])
     _, state = train_epochs(client, tmp_path, 1, 0, 1)
     (tmp_path / "checkpoints" / "epoch-000001" / "manifest.json").unlink()
     restarted = ScoreActor(make_spec(tmp_path))
@@ -275,12 +383,12 @@ def test_a_restarted_actor_waits_for_the_checkpoint_that_is_being_written(tmp_pa
         AttemptKey(1, 1), push(0, np.arange(4), 1)
     )  # refused without a word: the flush will find it missing
     save(tmp_path, 1, state)
-    assert restarted.missing(AttemptKey(1, 1), 0, 1) == [0]
+    assert restarted.arrive(AttemptKey(1, 1), CLOSE, 0, 1) == [0]
     assert restarted.announce(train_pass(1)).hash == client.announce(train_pass(1)).hash
 
 
 def test_selector_and_score_actor_agree(tmp_path: Path) -> None:
-    hashes, state = train_epochs(ScoreClient(FaultyChannel(make_spec(tmp_path), [])), tmp_path, 1, 0, NUM_EPOCHS)
+    hashes, state = train_epochs(client_of(tmp_path, []), tmp_path, 1, 0, NUM_EPOCHS)
     assert_equals_oracle(tmp_path, hashes, state)
     assert len(set(hashes)) == NUM_EPOCHS
     assert read_selection(tmp_path, 1).realised > 0
@@ -293,7 +401,7 @@ FAULTS = st.lists(st.sampled_from(["none", "none", "lose", "twice", "late", "res
 def test_no_schedule_of_faults_changes_scores_or_selections(faults: list[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        hashes, state = train_epochs(ScoreClient(FaultyChannel(make_spec(folder), faults)), folder, 1, 0, NUM_EPOCHS)
+        hashes, state = train_epochs(client_of(folder, faults), folder, 1, 0, NUM_EPOCHS)
         assert_equals_oracle(folder, hashes, state)
 
 
@@ -301,5 +409,5 @@ def test_no_schedule_of_faults_changes_scores_or_selections(faults: list[str]) -
 @pytest.mark.parametrize("period", [2, 3, 7])
 def test_a_fault_at_every_kth_message(tmp_path: Path, fault: str, period: int) -> None:
     faults = [fault if number % period == 0 else "none" for number in range(100)]
-    hashes, state = train_epochs(ScoreClient(FaultyChannel(make_spec(tmp_path), faults)), tmp_path, 1, 0, NUM_EPOCHS)
+    hashes, state = train_epochs(client_of(tmp_path, faults), tmp_path, 1, 0, NUM_EPOCHS)
     assert_equals_oracle(tmp_path, hashes, state)

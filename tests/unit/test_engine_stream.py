@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from engine_runs import pass_of
+from engine_runs import pass_of, stream_pass
 
 from rayprune.core import Plan, Selection
-from rayprune.engine import stream
+from rayprune.engine import session, stream
 from rayprune.engine.actor import ScoreActor, ScoreSpec
 from rayprune.engine.client import ScoreClient
 from rayprune.engine.protocol import PlanPass
-from rayprune.engine.stream import Batch, LocalStream, plan_batches
+from rayprune.engine.stream import Batch, LocalStream
 from rayprune.sources import SampleSource, Schema, open_data
 
 SOURCE = open_data("digits", limit=301).train
@@ -27,9 +27,8 @@ def scores_for(batch_size: int, last_batch: str = "pad") -> ScoreClient:
 
 def read(batch_size: int, plan_pass: PlanPass, rank: int = 0, source: SampleSource = SOURCE) -> list[Batch]:
     scores = scores_for(batch_size)
-    header = scores.announce(plan_pass)
     via = LocalStream({"train": source, "validation": source})
-    return list(plan_batches(scores, plan_pass, header, rank, via))
+    return list(stream_pass(scores, plan_pass, via, rank))
 
 
 def assert_batches_are(batches: list[Batch], plan: Plan, world_size: int, rank: int, start_step: int = 0) -> None:
@@ -51,7 +50,7 @@ def test_batches_follow_the_plan(
     monkeypatch: pytest.MonkeyPatch, batch_size: int, read_rows: int, span_rows: int
 ) -> None:
     monkeypatch.setattr(stream, "LOCAL_READ_ROWS", read_rows)
-    monkeypatch.setattr(stream, "SPAN_ROWS", span_rows)
+    monkeypatch.setattr(session, "SPAN_ROWS", span_rows)
     plan = Plan.of_selection(Selection.full(301), batch_size, SEED, 0)
     assert_batches_are(read(batch_size, pass_of(0, "train", 1)), plan, 1, 0)
 
@@ -59,7 +58,7 @@ def test_batches_follow_the_plan(
 @pytest.mark.parametrize("rank", [0, 1, 2])
 @pytest.mark.parametrize("start_step", [0, 1, 5, 25, 26])
 def test_a_start_step_gives_the_tail(monkeypatch: pytest.MonkeyPatch, rank: int, start_step: int) -> None:
-    monkeypatch.setattr(stream, "SPAN_ROWS", 20)
+    monkeypatch.setattr(session, "SPAN_ROWS", 20)
     plan = Plan.of_selection(Selection.full(301), 12, SEED, 0)
     assert plan.num_steps == 26
     batches = read(12, pass_of(0, "train", 3, start_step), rank)
@@ -105,8 +104,7 @@ def test_an_error_of_the_source_comes_through_and_not_before_its_batch(monkeypat
     plan = Plan.of_selection(Selection.full(301), 8, SEED, 0)
     source = Unreadable(int(plan.order[100]))
     scores, plan_pass = scores_for(8), pass_of(0, "train", 1)
-    header = scores.announce(plan_pass)
-    batches = plan_batches(scores, plan_pass, header, 0, LocalStream({"train": source}))
+    batches = stream_pass(scores, plan_pass, LocalStream({"train": source}))
     for step in range(100 // 8):
         assert np.array_equal(next(batches).ids, plan.order[step * 8 : step * 8 + 8])
     with pytest.raises(OSError, match=f"sample {source.bad} is damaged"):

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rayprune.config import merge
 from rayprune.engine import run, worker
 from rayprune.engine.placing import Copies, PlacedRows
-from rayprune.engine.protocol import AttemptKey, TrainingPaused
+from rayprune.engine.protocol import TrainingPaused
 from rayprune.engine.recorder import Recorder
 from rayprune.engine.tally import Tally
 from rayprune.engine.train import train
@@ -156,9 +156,8 @@ def test_steps_run_where_tensors_have_no_values(
     steps = []
 
     def epoch(self: worker.Worker, number: int) -> None:
-        self._key = AttemptKey(self._generation, number)
-        self._recorder.start_epoch(self._key)
-        sums, _ = self._train(number, self._announce("train"))
+        self._session.start_epoch(number)
+        sums, _ = self._train(number, self._session.announce())
         steps.append(sums)
         self._forward("validate", record=False)
         raise TrainingPaused("that was it")

@@ -23,7 +23,8 @@ import numpy as np
 from rayprune.engine.actor import ScoreSpec
 from rayprune.engine.client import ScoreClient
 from rayprune.engine.protocol import AttemptKey, PlanPass
-from rayprune.engine.stream import LocalStream, plan_batches
+from rayprune.engine.session import ScoringSession
+from rayprune.engine.stream import LocalStream
 from rayprune.sources import open_data
 
 def memory(name):
@@ -34,12 +35,13 @@ source = open_data("parquet", path=sys.argv[1], **keys).train
 size = source.schema.row_bytes
 scores = ScoreClient.in_process(ScoreSpec({"name": "full"}, source, 0, 1, 0, 64, "pad", size, None, 0))
 plan_pass = PlanPass(AttemptKey(1, 0), "train", 1)
+session = ScoringSession(scores, 1, 0, 1)
 header = scores.announce(plan_pass)
 source.take(np.arange(8))
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of the imports, is forgotten
 before = memory("VmRSS")
 seen = np.zeros(len(source), bool)
-for batch in plan_batches(scores, plan_pass, header, 0, LocalStream({"train": source})):
+for batch in session.batches(header, LocalStream({"train": source}).batches):
     assert (batch.columns["image"][:, 0, 0, 0] == batch.ids % 251).all()
     seen[batch.ids] = True
 assert seen.all()
