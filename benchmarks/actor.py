@@ -11,10 +11,10 @@ import numpy as np
 import ray
 
 from benchmarks.harness import Figure, seconds
-from rayprune.engine.actor import ScoreSpec
-from rayprune.engine.client import ScoreClient
-from rayprune.engine.protocol import AttemptKey, Barrier, PlanPass, Push, pack
-from rayprune.engine.resources import start_ray
+from rayprune.engine.cluster import start_ray
+from rayprune.engine.scoring.actor import ScoreSpec
+from rayprune.engine.scoring.client import ScoreClient
+from rayprune.engine.scoring.messages import AttemptKey, Barrier, PlanPass, Push, pack
 from rayprune.sources import open_data
 
 NUM_SAMPLES = 4_000_000

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.harness import Figure, seconds
 from rayprune.sources import SampleSource, open_data
-from rayprune.sources.unlocked import decode_unlocked
+from rayprune.sources.images import decode_unlocked
 
 ROWS, PIXELS, CLASSES = 4_000, 64, 10
 BATCH, SPAN, EPOCHS = 128, 2_048, 9

@@ -20,9 +20,10 @@ import torch
 
 from benchmarks.gpu_steps import EngineSteps, elapsed_ms, idle_share, plain_epochs
 from benchmarks.harness import Figure
-from rayprune.config import Config, make_config, merge
-from rayprune.engine.compare import compare
-from rayprune.engine.train import train
+from rayprune.config import Config, make_config
+from rayprune.config.yaml import merge
+from rayprune.engine.train.driver import train
+from rayprune.experiments.compare.runner import compare
 from rayprune.sources import SampleSource, open_data
 
 _POINTS = 0.2

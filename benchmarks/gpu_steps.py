@@ -1,4 +1,4 @@
-"""A worker's steps in this process, to be counted and looked at: as rayprune.engine.worker takes them, but no files.
+"""The steps of rayprune.engine.train.worker in this process, to be counted and looked at, without files.
 
 Shapes: B rows of a batch, N samples.
 """
@@ -15,15 +15,14 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from rayprune.config import Config
-from rayprune.engine.actor import ScoreSpec
-from rayprune.engine.client import ScoreClient
-from rayprune.engine.device_stream import DeviceStream
-from rayprune.engine.placing import Placer
-from rayprune.engine.preparation import input_spec
-from rayprune.engine.session import ScoringSession
-from rayprune.engine.setup import StepTerms, build_network, build_step, network_optimizer, pick_precision
-from rayprune.engine.stream import Batch
-from rayprune.engine.tally import Tally
+from rayprune.engine.data.batch import Batch
+from rayprune.engine.data.device import DeviceStream, Placer
+from rayprune.engine.scoring.actor import ScoreSpec
+from rayprune.engine.scoring.client import ScoreClient
+from rayprune.engine.scoring.session import ScoringSession
+from rayprune.engine.train.build import StepTerms, build_network, build_step, network_optimizer, pick_precision
+from rayprune.engine.train.metrics import Tally
+from rayprune.engine.train.preflight import input_spec
 from rayprune.methods import InfoBatch
 from rayprune.nn.augment import seed_generators, step_seed
 from rayprune.sources import SampleSource

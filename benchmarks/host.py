@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.gpu_steps import EngineSteps
 from benchmarks.harness import Figure, seconds
 from rayprune.config import Config, make_config
-from rayprune.engine.preparation import input_spec
-from rayprune.engine.setup import build_network, network_optimizer
+from rayprune.engine.train.build import build_network, network_optimizer
+from rayprune.engine.train.preflight import input_spec
 from rayprune.sources import SampleSource, open_data
 
 BATCH, STEPS, TURNS, COUNTED = 16, 300, 9, 20

@@ -28,8 +28,8 @@ from typing import Any
 from benchmarks.harness import Figure
 from benchmarks.images import Images, load
 from rayprune.config import make_config
-from rayprune.engine.resources import start_ray
-from rayprune.engine.train import train
+from rayprune.engine.cluster import start_ray
+from rayprune.engine.train.driver import train
 
 ROWS, BATCH = 20_480, 128
 ORDER = (False, True, True, False) * 2  # whether pruned; neighbours (0, 1), (2, 3), … are the pairs

@@ -28,8 +28,8 @@ from torchvision.transforms import v2
 from benchmarks.harness import Figure, seconds
 from benchmarks.images import Images, load
 from rayprune.config import make_config
-from rayprune.engine.resources import start_ray
-from rayprune.engine.train import train
+from rayprune.engine.cluster import start_ray
+from rayprune.engine.train.driver import train
 from rayprune.nn.models import build_model
 from rayprune.sources import open_data
 

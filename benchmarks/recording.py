@@ -11,9 +11,9 @@ import torch
 from benchmarks.harness import Figure
 from rayprune.core.plan import Plan
 from rayprune.core.selection import Selection
-from rayprune.engine.client import LocalChannel, ScoreClient
-from rayprune.engine.protocol import AttemptKey
-from rayprune.engine.recorder import PUSH_ROWS, Recorder
+from rayprune.engine.scoring.client import LocalChannel, ScoreClient
+from rayprune.engine.scoring.messages import AttemptKey
+from rayprune.engine.scoring.recorder import PUSH_ROWS, Recorder
 from rayprune.nn.models import build_model
 from rayprune.nn.steps import PlainStep
 

@@ -14,8 +14,8 @@ import torch
 
 from benchmarks.harness import Figure, seconds
 from rayprune.config import make_config
-from rayprune.engine.checkpoint import write_checkpoint
-from rayprune.engine.saving import Saver
+from rayprune.engine.storage.checkpoint import write_checkpoint
+from rayprune.engine.storage.checkpoint_writer import Saver
 from rayprune.nn.models import build_model
 from rayprune.nn.steps import PlainStep
 

@@ -31,8 +31,8 @@ from benchmarks.harness import Figure, seconds
 from benchmarks.images import random_images
 from rayprune import InfoBatch, Plan, Selection, Selector
 from rayprune.config import make_config
-from rayprune.engine.resources import start_ray
-from rayprune.engine.train import train
+from rayprune.engine.cluster import start_ray
+from rayprune.engine.train.driver import train
 
 ROWS, BATCH, EPOCHS = 8_192, 128, 4
 PAPER_SAMPLES, PAPER_GPUS, PAPER_RATE, PAPER_KEPT = 1e9, 64, 2_500.0, 0.7

@@ -24,8 +24,8 @@ import ray
 
 from benchmarks.harness import Figure
 from rayprune.config import make_config
-from rayprune.engine.resources import start_ray
-from rayprune.engine.train import train
+from rayprune.engine.cluster import start_ray
+from rayprune.engine.train.driver import train
 
 EPOCHS, LEFT_OUT = 200, 20
 _ROLES = ("ScoreActor", "RayTrainWorker", "SplitCoordinator", "TrainController", "raylet", "gcs_server")

@@ -34,11 +34,11 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.harness import Figure
 from benchmarks.images import CLASSES, encoded, random_images, write_random
 from benchmarks.stream import Epochs
-from rayprune.engine.actor import ScoreSpec
-from rayprune.engine.client import ScoreClient
-from rayprune.engine.plan_dataset import plan_dataset, task_rows
-from rayprune.engine.resources import start_ray
-from rayprune.engine.stream import LocalStream, RayStream
+from rayprune.engine.cluster import start_ray
+from rayprune.engine.data.ray_data import plan_dataset, task_rows
+from rayprune.engine.data.transport import LocalStream, RayStream
+from rayprune.engine.scoring.actor import ScoreSpec
+from rayprune.engine.scoring.client import ScoreClient
 from rayprune.sources import SampleSource, open_data
 
 ROWS, BATCH, EPOCHS = 8_192, 128, 3

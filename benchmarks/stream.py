@@ -18,12 +18,12 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from benchmarks.harness import Figure
-from rayprune.engine.actor import ScoreSpec
-from rayprune.engine.client import ScoreClient
-from rayprune.engine.plan_dataset import plan_dataset
-from rayprune.engine.resources import start_ray
-from rayprune.engine.session import ScoringSession
-from rayprune.engine.stream import LocalStream, RayStream, Transport
+from rayprune.engine.cluster import start_ray
+from rayprune.engine.data.ray_data import plan_dataset
+from rayprune.engine.data.transport import LocalStream, RayStream, Transport
+from rayprune.engine.scoring.actor import ScoreSpec
+from rayprune.engine.scoring.client import ScoreClient
+from rayprune.engine.scoring.session import ScoringSession
 from rayprune.sources import SampleSource, open_data
 
 ROWS, BATCH, EPOCHS = 500_000, 128, 5

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from rayprune.config import make_config
-from rayprune.engine.evaluate import evaluate
-from rayprune.engine.exit_files import read_thresholds
-from rayprune.engine.train import train
-from rayprune.engine.trained import open_run
+from rayprune.engine.train.driver import train
+from rayprune.experiments.early_exit.evaluate import evaluate, open_run
+from rayprune.experiments.early_exit.profile import read_thresholds
 from rayprune.nn.early_exit import EarlyExit
 from rayprune.nn.models.multi_exit import MultiExit
 

@@ -16,12 +16,12 @@ _WHERE = {
     "ScoreTable": "rayprune.core.table",
     "Selection": "rayprune.core.selection",
     "Selector": "rayprune.core.selector",
-    "EpochContext": "rayprune.core.context",
+    "EpochContext": "rayprune.core.selector",
     "Method": "rayprune.methods.base",
     "build_method": "rayprune.methods.registry",
-    "get_dataset_shard": "rayprune.engine.prune",
-    "local_loader": "rayprune.engine.prune",
-    "prune": "rayprune.engine.prune",
+    "get_dataset_shard": "rayprune.engine.user_loop.api",
+    "local_loader": "rayprune.engine.user_loop.api",
+    "prune": "rayprune.engine.user_loop.api",
 }
 
 

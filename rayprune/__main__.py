@@ -1,6 +1,6 @@
 """`python -m rayprune` is the command line."""
 
-from rayprune.cli import main
+from rayprune.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -10,13 +10,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rayprune.config import Config, make_config, merge
-from rayprune.engine.checkpoint import newest_checkpoint
-from rayprune.engine.client import ScoreClient
-from rayprune.engine.protocol import AttemptKey, Barrier, Phase, PlanPass
-from rayprune.engine.session import ScoringSession
-from rayprune.engine.stream import Batch, Transport
-from rayprune.engine.train import RunResult
+from rayprune.config import Config, make_config
+from rayprune.config.yaml import merge
+from rayprune.engine.data.batch import Batch
+from rayprune.engine.data.transport import Transport
+from rayprune.engine.scoring.client import ScoreClient
+from rayprune.engine.scoring.messages import AttemptKey, Barrier, Phase, PlanPass
+from rayprune.engine.scoring.session import ScoringSession
+from rayprune.engine.storage.checkpoint import newest_checkpoint
+from rayprune.engine.train.driver import RunResult
 
 USER_CODE = Path(__file__).with_name("engine_user_code.py")
 # What a disturbance must not change; times differ.

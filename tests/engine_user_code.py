@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from rayprune.core import ScoreTable, Selection
-from rayprune.core.context import EpochContext
-from rayprune.engine import recorder
+from rayprune.core.selector import EpochContext
+from rayprune.engine.scoring import recorder
 from rayprune.methods import Method
 from rayprune.nn.models import build_model
 from rayprune.sources import SampleSource, Schema, Splits, open_data

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from engine_runs import run_config
 
-from rayprune.config import Config, merge
-from rayprune.engine.checkpoint import write_checkpoint
-from rayprune.engine.preparation import input_spec
-from rayprune.engine.setup import build_network
-from rayprune.engine.train import open_splits
+from rayprune.config import Config
+from rayprune.config.yaml import merge
+from rayprune.engine.storage.checkpoint import write_checkpoint
+from rayprune.engine.train.build import build_network
+from rayprune.engine.train.driver import open_splits
+from rayprune.engine.train.preflight import input_spec
 
 HERE = Path(__file__).parent
 LADDER = f"{HERE}/stepwise_model.py:ladder"

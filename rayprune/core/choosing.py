@@ -1,21 +1,188 @@
 """Scores into kept samples: the highest, the lowest, the middle or strata, over all samples or class by class.
 
 Shapes: N samples, M kept, C classes, S strata. The count is exact, and of equal scores the lower ids are kept.
+
+A draw that covers the range of scores: the strata of CCS.
+
+Zheng et al., "Coverage-centric Coreset Selection for High Pruning Rates", ICLR 2023, arXiv 2210.15809: S bins of equal
+width from the lowest score to just above the highest, each with the same budget as far as it has samples, and a uniform
+draw inside. Deviation: the reference's upper edge, max·1.0001, lies below the maximum where all scores are negative and
+loses that sample; here the maximum is always in the last bin.
+
+Shapes: R rows, M drawn, S strata.
+
+How many samples are kept: of all, and of each class.
+
+Shapes: C classes.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.objects import closest
-from rayprune.core.quotas import Balance, num_kept, num_pruned, quotas
+from rayprune.core.references import closest
 from rayprune.core.schedule import check_share
 from rayprune.core.selection import Selection
-from rayprune.core.strata import draw_strata
+
+Balance = Literal["none", "proportional", "even"]
+
+
+def num_pruned(prune_ratio: float, num_samples: int) -> int:
+    """Return floor(r·N), guarding products such as .29 × 100 = 28.999….
+
+    >>> num_pruned(0.5, 5), num_pruned(0.29, 100)
+    (2, 29)
+    """
+    # The product of two rounded numbers is off by about 2e-16 of itself: more than 1e-9 from N = 10^8 on.
+    return int(np.floor(prune_ratio * num_samples * (1 + 1e-15) + 1e-9))
+
+
+def num_kept(keep: float, num_samples: int) -> int:
+    """Return how many samples `keep` means.
+
+    Args:
+        keep: a float is a share in (0, 1], of which N − floor((1 − keep)·N) are kept, so that a share rounds up and
+            agrees with a prune ratio of 1 − keep; an int is the number itself, in [1, N].
+        num_samples: N.
+
+    Raises:
+        ValueError: neither, or out of range.
+
+    >>> num_kept(0.29, 100), num_kept(0.5, 5), num_kept(1, 5), num_kept(1.0, 5)
+    (29, 3, 1, 5)
+    """
+    if isinstance(keep, bool) or not isinstance(keep, int | float | np.integer | np.floating):
+        raise ValueError(f"keep {keep!r} is no number: give a share such as 0.3 or a number of samples such as 1000")
+    if isinstance(keep, int | np.integer):
+        if not 1 <= keep <= num_samples:
+            raise ValueError(
+                f"keep {keep} is outside 1..{num_samples}, the number of samples: give a number in that range, "
+                "or a share such as 0.3"
+            )
+        return int(keep)
+    if not 0.0 < keep <= 1.0:
+        raise ValueError(f"keep {keep!r} is a share outside (0, 1]: give a share such as 0.3, or a whole number")
+    # A share that is all but 0 still keeps a sample.
+    return max(num_samples - num_pruned(1.0 - float(keep), num_samples), min(num_samples, 1))
+
+
+def quotas(sizes: NDArray[np.integer[Any]], count: int, balance: Balance) -> NDArray[np.int64]:
+    """Divide a count among classes.
+
+    Args:
+        sizes: (C,) integers, the samples that each class has.
+        count: how many to keep of all, in [0, sum of sizes].
+        balance: "proportional" keeps the same share of every class: shares are rounded down and the largest remainders
+            get one more, of equal ones the lower classes; "even" keeps the same number of every class: what a class
+            is too small for goes evenly to those with room, and what is left over to the lower ones of these.
+
+    Returns:
+        (C,) int64, none above its size, with sum `count`.
+
+    Raises:
+        ValueError: the count is out of range, or another balance.
+
+    >>> quotas(np.array([5, 3]), 4, "proportional").tolist(), quotas(np.array([5, 3]), 5, "even").tolist()
+    ([3, 1], [3, 2])
+    >>> quotas(np.array([1, 9, 9]), 8, "even").tolist()
+    [1, 4, 3]
+    """
+    if balance not in ("proportional", "even"):
+        raise ValueError(f"balance {balance!r} sets no quotas: {closest(str(balance), ('proportional', 'even'))}")
+    room = np.asarray(sizes, dtype=np.int64)
+    total = int(room.sum())
+    if not 0 <= count <= total:
+        raise ValueError(f"count {count} is outside 0..{total}, the number of samples in all classes")
+    if balance == "proportional":
+        # In whole numbers: count·size is exact below 2^63, so for three billion samples.
+        given, remainder = np.divmod(count * room, max(total, 1))
+        order = np.argsort(-remainder, kind="stable")
+    else:
+        level = bisect_right(range(int(room.max(initial=0)) + 1), count, key=lambda n: int(np.minimum(room, n).sum()))
+        given = np.minimum(room, level - 1)
+        order = np.flatnonzero(room > given)
+    given[order[: count - int(given.sum())]] += 1
+    return given
+
+
+def strata_budgets(sizes: NDArray[np.integer[Any]], count: int) -> NDArray[np.int64]:
+    """Return how many CCS draws from each stratum: min(size, rest // strata left), smallest stratum first.
+
+    Args:
+        sizes: (S,) integers; empty strata count as strata left.
+        count: in [0, sum of sizes].
+
+    Returns:
+        (S,) int64 with sum `count`.
+
+    >>> strata_budgets(np.array([1, 0, 9, 9]), 8).tolist()
+    [1, 0, 3, 4]
+    """
+    budgets = np.zeros(len(sizes), dtype=np.int64)
+    rest = count
+    for position, stratum in enumerate(np.argsort(sizes, kind="stable")):
+        budgets[stratum] = min(int(sizes[stratum]), rest // (len(sizes) - position))
+        rest -= int(budgets[stratum])
+    return budgets
+
+
+def draw_strata(
+    rows: NDArray[np.int64],
+    values: NDArray[np.float64],
+    count: int,
+    num_strata: int,
+    rng: np.random.Generator,
+    reweigh: bool,
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Draw rows so that every part of the range of values is covered.
+
+    Args:
+        rows: (R,) ids, in ascending order of their values.
+        values: (R,) finite numbers, ascending.
+        count: M, in [1, R].
+        num_strata: S.
+        rng: the generator of the draw.
+        reweigh: refuse strata with samples of which none is drawn.
+
+    Returns:
+        (M,) of the rows, and for each its stratum's size over the number drawn from it, (M,) float64.
+
+    Raises:
+        ValueError: a stratum that cannot be weighed, or values too far apart.
+    """
+    ends = _strata_ends(values, num_strata)
+    starts = np.concatenate([[0], ends[:-1]])
+    sizes = ends - starts
+    budgets = strata_budgets(sizes, count)
+    if reweigh and (empty := np.count_nonzero((budgets == 0) & (sizes > 0))):
+        raise ValueError(
+            f"{count} samples leave {empty} of {np.count_nonzero(sizes)} strata with none, which no weight makes up "
+            "for: take fewer strata, keep more, or leave reweigh out"
+        )
+    drawn = [
+        start + (np.arange(size) if budget == size else rng.choice(size, budget, replace=False, shuffle=False))
+        for start, size, budget in zip(starts, sizes, budgets, strict=True)
+    ]
+    weights = np.repeat(sizes / np.maximum(budgets, 1), budgets)
+    return rows[np.concatenate(drawn)], weights
+
+
+def _strata_ends(values: NDArray[np.float64], num_strata: int) -> NDArray[np.int64]:
+    """Return where each stratum of ascending values ends, (S,)."""
+    low, high = values[0], values[-1] + 1e-4 * abs(values[-1])
+    with np.errstate(over="ignore"):
+        width = (high - low) / num_strata
+    if not np.isfinite(width):
+        raise ValueError(f"scores from {low:g} to {high:g} are too far apart for strata: scale them down")
+    # The last stratum has no upper edge: nothing lies above it, whatever rounding does to high.
+    inner = np.searchsorted(values, low + width * np.arange(1, num_strata), "left")
+    return np.concatenate([inner, [values.size]]).astype(np.int64)
+
 
 Rule = Literal["top", "bottom", "middle", "strata"]
 

@@ -3,6 +3,23 @@
 Shapes: N samples, M kept, P = M + padding rows. Global batch s is rows [s·GB, (s+1)·GB) of the order, whatever the
 world size W; rank r's share of it is the r-th of W equal slices. A block concatenates one rank's slices of consecutive
 global batches ("step-interleaved"), so a resume at step s, with any W that divides GB, is an offset and nothing else.
+
+A windowed shuffle, for rows that are expensive to read one by one: rows of a group lie together in storage.
+
+The groups are shuffled, the rows within each group too; then consecutive groups are mixed in windows of whole global
+batches. Every window holds rows of at least MIN_GROUPS groups that begin in it (where so many have a kept row), and
+the rows that do not fill its last batch go on into the next window: they are rows of its last group, so that only that
+one is read for two windows.
+
+Shapes: N samples, M kept, G groups, K groups with a kept row, V windows.
+
+Batches of the unpruned stream between those of a selection, for steps that learn from both.
+
+A step that learns sample weights (Zhang et al., ECCV 2022, arXiv 2209.08310) judges them on rows that it does not train
+on at that moment. Taken from a pruned selection these would be the hard samples only; so an epoch that prunes carries,
+before every K-th global batch of its selection, one global batch of *meta* rows, drawn from all samples.
+
+Shapes: N samples, P rows of a plan, S batches of a selection, GB rows of a global batch, K batches from meta to meta.
 """
 
 from __future__ import annotations
@@ -10,15 +27,177 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.roles import TRAIN, meta_rows, num_meta_batches, row_roles, train_step_of, with_meta
 from rayprune.core.selection import Selection
 from rayprune.core.table import chunks
-from rayprune.core.windows import rows_of_groups, windowed
+
+MIN_GROUPS = 8
+
+
+def windowed(
+    order: NDArray[Any], groups: NDArray[np.int64], batch_size: int, window_rows: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Shuffle kept ids in place, in windows of groups.
+
+    Args:
+        order: (M,) kept ids, ascending.
+        groups: (G+1,) boundaries of the groups, from 0 to N.
+        batch_size: windows end between global batches of this size.
+        window_rows: a window takes as many groups as have together at most this many rows in storage, kept or not:
+            that bounds what must be held to read each group once. At least MIN_GROUPS, however large they are.
+        rng: of the order.
+
+    Returns:
+        (V,) where the windows end, ascending; the last is M, the others are multiples of batch_size. Empty for M = 0.
+    """
+    starts = np.searchsorted(order, groups)
+    kept = np.flatnonzero(np.diff(starts))
+    if kept.size == 0:
+        return np.empty(0, dtype=np.int64)
+    shuffled = kept[rng.permutation(kept.size)]
+    ascending, filled = order.copy(), 0
+    for group in shuffled:
+        rows = order[filled : filled + starts[group + 1] - starts[group]]
+        rows[:] = ascending[starts[group] : starts[group + 1]]
+        rng.shuffle(rows)
+        filled += rows.size
+    stops = _window_stops(np.diff(starts)[shuffled], np.diff(groups)[shuffled], batch_size, window_rows)
+    for start, stop in pairwise([0, *stops]):
+        rng.shuffle(order[start:stop])
+    return np.array(stops, dtype=np.int64)
+
+
+def _window_stops(kept_K: NDArray[Any], stored_K: NDArray[Any], batch_size: int, window_rows: int) -> list[int]:
+    """Return where the windows end, for the kept and the stored rows of each group in the shuffled order."""
+    ends = np.cumsum(kept_K)
+    begins = ends - kept_K
+    stored = np.concatenate([[0], np.cumsum(stored_K)])
+    stops: list[int] = []
+    stop = 0
+    while stop < ends[-1]:
+        first = int(np.searchsorted(begins, stop))  # the first group that begins in this window
+        fitting = int(np.searchsorted(stored, stored[first] + window_rows, side="right")) - 1
+        last = min(max(first + MIN_GROUPS, fitting), ends.size) - 1
+        # Whole batches, still with a row of the last group: where it is smaller than a batch, the next ones give some.
+        whole = int(ends[last] - ends[last] % batch_size)
+        stop = whole if whole > begins[last] else whole + batch_size
+        if np.searchsorted(begins, stop) + MIN_GROUPS > ends.size:
+            stop = int(ends[-1])  # too few groups are left for a window of their own
+        stops.append(stop)
+    return stops
+
+
+def rows_of_groups(ids: NDArray[Any], groups: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return all rows of the groups that hold some of the ids, ascending.
+
+    >>> rows_of_groups(np.array([5, 4]), np.array([0, 2, 4, 7])).tolist()
+    [4, 5, 6]
+    """
+    touched = np.unique(np.searchsorted(groups, ids, side="right") - 1)
+    return np.concatenate([np.arange(groups[group], groups[group + 1]) for group in touched])
+
+
+# What a row of a plan is for.
+PADDING, TRAIN, META = range(3)
+
+
+def num_meta_batches(num_batches: int, meta_every: int) -> int:
+    """Return how many meta batches stand between the batches of a selection.
+
+    >>> num_meta_batches(5, 2), num_meta_batches(4, 2), num_meta_batches(5, 0)
+    (3, 2, 0)
+    """
+    return -(-num_batches // meta_every) if meta_every else 0
+
+
+def is_meta(step: int, meta_every: int) -> bool:
+    """Tell whether a step of a plan is a meta batch.
+
+    >>> [is_meta(step, 2) for step in range(6)]
+    [True, False, False, True, False, False]
+    """
+    return meta_every > 0 and step % (meta_every + 1) == 0
+
+
+def train_step_of(step: int, meta_every: int) -> int:
+    """Return how many of a plan's steps before this one train.
+
+    >>> [train_step_of(step, 2) for step in range(6)]
+    [0, 0, 1, 2, 2, 3]
+    """
+    return step - num_meta_batches(step, meta_every + 1) if meta_every else step
+
+
+def row_roles(rows: NDArray[np.int64], batch_size: int, num_rows: int, meta_every: int) -> NDArray[np.int8]:
+    """Return PADDING, TRAIN or META of rows of a plan.
+
+    Args:
+        rows: their positions in it.
+        batch_size: GB.
+        num_rows: rows of the selection; the padding of its last batch comes behind them.
+        meta_every: K, 0 for none.
+    """
+    if not meta_every:
+        return np.where(rows < num_rows, np.int8(TRAIN), np.int8(PADDING))
+    steps = rows // batch_size
+    before = -(-steps // (meta_every + 1))  # meta batches before each row's step
+    real = rows - before * batch_size < num_rows
+    return np.where(steps % (meta_every + 1) == 0, META, np.where(real, TRAIN, PADDING)).astype(np.int8)
+
+
+def with_meta(order: NDArray[Any], meta: NDArray[np.int64], batch_size: int, meta_every: int) -> NDArray[Any]:
+    """Put meta batches before every K-th batch of an order.
+
+    Args:
+        order: (S·GB,) the selection, its padding included.
+        meta: rows of `num_meta_batches(S, K)` global batches.
+        batch_size, meta_every: GB and K, K at least 1.
+
+    Returns:
+        (P,) of the order's dtype.
+    """
+    num_steps = order.size // batch_size + meta.size // batch_size
+    laid = np.empty((num_steps, batch_size), dtype=order.dtype)
+    metas = np.arange(num_steps) % (meta_every + 1) == 0
+    laid[metas], laid[~metas] = meta.reshape(-1, batch_size), order.reshape(-1, batch_size)
+    return laid.ravel()
+
+
+def meta_rows(
+    count: int,
+    num_samples: int,
+    batch_size: int,
+    rng: np.random.Generator,
+    groups: NDArray[np.int64] | None,
+    window_rows: int,
+) -> NDArray[np.int64]:
+    """Draw rows of all samples, each one once before any comes again, in windows of groups where there are some.
+
+    Args:
+        count: of rows.
+        num_samples: N.
+        batch_size: GB.
+        rng: the epoch's generator of meta rows.
+        groups, window_rows: as for `Plan.of_selection`.
+
+    Returns:
+        (count,) ids.
+    """
+    passes = []
+    for _ in range(-(-count // num_samples)):
+        order = np.arange(num_samples, dtype=np.int64)
+        if groups is None:
+            rng.shuffle(order)
+        else:
+            windowed(order, groups, batch_size, window_rows, rng)
+        passes.append(order)
+    return np.concatenate([*passes, np.empty(0, dtype=np.int64)])[:count]
+
 
 LastBatch = Literal["pad", "drop"]
 
@@ -50,7 +229,7 @@ class Plan:
         num_rows: rows that are trained on; padding and meta rows have weight 0.
         selection: where the weights come from; None = all 1.
         window_stops: (V,) rows before which the windows of groups end, ascending; empty for a uniform shuffle.
-        meta_every: K: a meta batch stands before every K-th batch of the selection (`rayprune.core.roles`); 0: none.
+        meta_every: K: a meta batch stands before every K-th batch of the selection (`rayprune.core.plan`); 0: none.
     """
 
     order: NDArray[Any]

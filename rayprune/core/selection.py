@@ -2,6 +2,12 @@
 
 Shapes: N samples, M kept, V distinct weights. A Selection stores one code a sample (1 byte for up to 255 distinct
 weights) instead of ids and weights, so that a billion rows fit; ids and weights are made when asked for.
+
+Sample ids at the edge: int64 in [0, N), never through a floating-point type.
+
+Classes of samples: checked labels, the floor that no class falls below, the shares that are kept.
+
+Shapes: N samples, C classes.
 """
 
 from __future__ import annotations
@@ -15,7 +21,85 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rayprune.core.ids import as_ids
+
+def as_ids(ids: ArrayLike, num_samples: int) -> NDArray[np.int64]:
+    """Check ids and return them as (B,) int64.
+
+    Args:
+        ids: (B,) of any integer dtype.
+        num_samples: N; every id must lie in [0, N).
+
+    Raises:
+        ValueError: another dtype or shape, or an id out of range (the first few are named).
+
+    >>> as_ids([2, 0], num_samples=3)
+    array([2, 0])
+    """
+    array = np.asarray(ids)
+    if array.size == 0:
+        return np.empty(0, dtype=np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        # A float32 cannot tell id 16,777,217 from its neighbour, so ids that were floats are already lost.
+        raise ValueError(f"ids must be a 1-d array of integers, got {array.dtype} of shape {array.shape}")
+    if array.min() < 0 or array.max() >= num_samples:
+        unknown = array[(array < 0) | (array >= num_samples)]
+        raise ValueError(f"unknown ids {unknown[:5].tolist()}: ids go from 0 to {num_samples - 1}")
+    return array.astype(np.int64, copy=False)
+
+
+# Classes are counted in arrays as long as the largest label; above this, and this many a sample, labels are ids.
+_USUAL_CLASSES, _CLASSES_A_SAMPLE = 1 << 20, 10
+
+
+def checked_labels(labels: ArrayLike, num_samples: int) -> NDArray[Any]:
+    """Return (N,) labels in the smallest unsigned dtype.
+
+    Raises:
+        ValueError: they are no N integers from 0, or so large that they look like ids.
+    """
+    array = np.asarray(labels)
+    if array.shape != (num_samples,) or array.dtype.kind not in "iu":
+        raise ValueError(f"labels must be {num_samples} integers, got {array.dtype} of shape {array.shape}")
+    if array.min() < 0:
+        raise ValueError(f"labels must be at least 0, got {array.min()}")
+    if array.max() >= max(_USUAL_CLASSES, _CLASSES_A_SAMPLE * num_samples):
+        raise ValueError(f"labels look like ids: the largest of {num_samples} is {array.max()}; number classes from 0")
+    return array.astype(np.min_scalar_type(int(array.max())))  # classes are few: 1 or 2 bytes a sample, not 8
+
+
+def top_up(selection: Selection, labels: NDArray[Any], floor: float, rng: np.random.Generator) -> Selection:
+    """Add pruned samples at weight 1 to classes that keep less than the share `floor`.
+
+    Methods that thin at random hold the floor without bias inside `EpochContext.thin`, and nothing is added to them.
+    """
+    kept = selection.codes != 0
+    kept_C = np.bincount(labels[kept], minlength=int(labels.max()) + 1)
+    short_C = np.ceil(np.round(floor * np.bincount(labels), 6)).astype(np.int64) - kept_C
+    if not (short_C > 0).any():
+        return selection
+    extra = [
+        rng.choice(np.flatnonzero((labels == label) & ~kept), short_C[label], replace=False)
+        for label in np.flatnonzero(short_C > 0)
+    ]
+    ids = np.concatenate([selection.ids, *extra])
+    added = np.ones(ids.size - selection.num_kept, dtype=np.float32)
+    filled = Selection.of_ids(ids, selection.num_samples, weights=np.concatenate([selection.weights, added]))
+    forward_only = np.setdiff1d(selection.forward_only_ids, ids)
+    return replace(selection, codes=filled.codes, weight_values=filled.weight_values, forward_only_ids=forward_only)
+
+
+def kept_shares(selection: Selection, labels: NDArray[Any]) -> list[float | None]:
+    """Return the share of each class that is kept, (C,); None for a class without samples.
+
+    >>> kept_shares(Selection.of_ids([0], 3), np.array([0, 0, 2]))
+    [0.5, None, 0.0]
+    """
+    size_C = np.bincount(labels)
+    kept_C = np.bincount(labels[selection.codes != 0], minlength=size_C.size)
+    return [
+        round(kept / size, 6) if size else None for kept, size in zip(kept_C.tolist(), size_C.tolist(), strict=True)
+    ]
+
 
 _NO_IDS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 

@@ -2,6 +2,10 @@
 
 Shapes: N samples, B observed. A selection is a pure function of (table at the epoch's start, epoch, seed), so a run
 that is restored to an epoch's start selects the same samples again.
+
+What the core asks of a selection method.
+
+Where the run stands when a method selects, and the draws that it may make.
 """
 
 from __future__ import annotations
@@ -9,19 +13,109 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rayprune.core.classes import checked_labels, kept_shares, top_up
-from rayprune.core.context import EpochContext
-from rayprune.core.fields import shown
-from rayprune.core.ids import as_ids
-from rayprune.core.means import fold_means, mean_columns, mean_scores
-from rayprune.core.method import SelectionMethod
-from rayprune.core.selection import Selection
-from rayprune.core.table import ScoreTable, chunks
+from rayprune.core.selection import Selection, as_ids, checked_labels, kept_shares, top_up
+from rayprune.core.table import ScoreTable, chunks, fold_means, mean_columns, mean_scores
+from rayprune.core.thinning import thin, thin_with_class_floor
+from rayprune.core.validation import shown
+
+
+class EpochContext:
+    """Tell a method where the run stands when it selects.
+
+    Attributes:
+        epoch, num_epochs: 0-based epoch e of E.
+        num_samples: N.
+        labels: (N,) class of each sample, or None.
+        visits_before: samples kept in all earlier epochs together.
+        chosen: the selection of a file that the method names, or None.
+    """
+
+    def __init__(
+        self,
+        epoch: int,
+        num_epochs: int,
+        num_samples: int,
+        seed: int,
+        labels: NDArray[Any] | None = None,
+        class_floor: float = 0.0,
+        visits_before: int = 0,
+        chosen: Selection | None = None,
+    ) -> None:
+        self.epoch, self.num_epochs, self.num_samples = epoch, num_epochs, num_samples
+        self.labels, self.visits_before, self.chosen = labels, visits_before, chosen
+        self._seed, self._class_floor = seed, class_floor
+
+    @cached_property
+    def rng(self) -> np.random.Generator:
+        """The epoch's generator, `default_rng([seed, epoch])`; every draw of the selection comes from it."""
+        return self.rng_of(self.epoch)
+
+    def rng_of(self, epoch: int) -> np.random.Generator:
+        """Return a fresh generator of another epoch, for a choice that must come out the same in several epochs."""
+        return np.random.default_rng([self._seed, epoch])
+
+    def derived_rng(self, purpose: int, epoch: int | None = None) -> np.random.Generator:
+        """Return a generator for one purpose (an integer from 2), independent of `rng` and of the plan's."""
+        return np.random.default_rng([self._seed, self.epoch if epoch is None else epoch, purpose])
+
+    def thin(self, strata: NDArray[np.unsignedinteger[Any]], keep_ratios: ArrayLike) -> Selection:
+        """Thin strata at random without bias, above the class floor where one is set.
+
+        Args:
+            strata: (N,) unsigned integers; 0 = kept whole, s ≥ 1 = thinned to `keep_ratios[s - 1]`.
+            keep_ratios: (S,) in (0, 1].
+        """
+        ratios = np.asarray(keep_ratios, dtype=np.float64)
+        if self._class_floor > 0 and self.labels is not None:
+            return thin_with_class_floor(strata, ratios, self.labels, self._class_floor, self.rng)
+        return thin(strata, ratios, self.rng)
+
+
+@runtime_checkable
+class SelectionMethod(Protocol):
+    """What the Selector needs of a method; `rayprune.methods.base.Method` is its implementation."""
+
+    @property
+    def class_floor(self) -> float: ...
+
+    @property
+    def signals(self) -> tuple[str, ...]: ...
+
+    @property
+    def sweep_signals(self) -> tuple[str, ...]: ...
+
+    @property
+    def fixed(self) -> bool: ...
+
+    @property
+    def needs_labels(self) -> bool: ...
+
+    def to_config(self) -> dict[str, Any]: ...
+
+    def columns(self) -> Mapping[str, Any]: ...
+
+    def check(
+        self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int
+    ) -> NDArray[np.bool_] | None: ...
+
+    def fold(
+        self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int
+    ) -> None: ...
+
+    def fold_sweep(
+        self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int
+    ) -> None: ...
+
+    def select(self, table: ScoreTable, context: EpochContext) -> Selection: ...
+
+    def scores(self, table: ScoreTable) -> dict[str, NDArray[Any]]: ...
+
 
 logger = logging.getLogger(__name__)
 

@@ -23,13 +23,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.context import EpochContext
-from rayprune.core.fields import check_fields, shown, wrong_type
-from rayprune.core.plain import make_fields_plain
-from rayprune.core.quotas import num_pruned as num_pruned  # methods that take a ratio import it from here
+from rayprune.core.choosing import num_pruned as num_pruned  # methods that take a ratio import it from here
 from rayprune.core.schedule import Schedule, check_ratio, check_share
 from rayprune.core.selection import Selection
+from rayprune.core.selector import EpochContext
 from rayprune.core.table import ScoreTable
+from rayprune.core.validation import check_fields, make_fields_plain, shown, wrong_type
 
 logger = logging.getLogger(__name__)
 

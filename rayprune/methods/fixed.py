@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from rayprune.core.context import EpochContext
 from rayprune.core.selection import Selection
+from rayprune.core.selector import EpochContext
 from rayprune.core.table import ScoreTable
 from rayprune.methods.base import Method
 from rayprune.methods.registry import register

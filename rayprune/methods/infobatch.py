@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.context import EpochContext
 from rayprune.core.schedule import Schedule, check_ratio, check_share, first_full_epoch
 from rayprune.core.selection import Selection
+from rayprune.core.selector import EpochContext
 from rayprune.core.table import ScoreTable, chunks
 from rayprune.methods.base import Method, warn_once
 from rayprune.methods.registry import register

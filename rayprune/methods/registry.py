@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from rayprune.core.fields import check_keys, shown
-from rayprune.core.objects import closest, is_reference, load_object
+from rayprune.core.references import closest, is_reference, load_object
+from rayprune.core.validation import check_keys, shown
 from rayprune.methods.base import Method
 
 METHODS: dict[str, type[Method]] = {}

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.context import EpochContext
 from rayprune.core.selection import Selection
+from rayprune.core.selector import EpochContext
 from rayprune.core.table import ScoreTable
 from rayprune.methods.base import Method
 from rayprune.methods.registry import build_method, register

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rayprune.core.objects import closest
+from rayprune.core.references import closest
 
 OPTIMIZERS = ("adamw", "sgd")
 

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rayprune.report.cells import as_count, count_of, number, share
-from rayprune.report.reading import RunRecord
+from rayprune.report.read import RunRecord, as_count, count_of, number, share
 
 _TITLES = {
     "hardest": "Hardest",

@@ -17,16 +17,14 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from rayprune.report import summary
-from rayprune.report.collecting import Collected
-from rayprune.report.curves import Plot, curve_plots, legend, pruning_plot, seconds_plot
-from rayprune.report.drawing import DARK_SERIES, GRID, INK, LINES, MUTED, SERIES, save_png, svg
-from rayprune.report.exits import SIZE, read_exits
-from rayprune.report.exits import draw as draw_exits
+from rayprune.report import tables as summary
+from rayprune.report.collect import Collected, Group
 from rayprune.report.gallery import gallery_of
-from rayprune.report.groups import Group
-from rayprune.report.reading import RunRecord
-from rayprune.report.sample_plots import sample_plots
+from rayprune.report.plots.experiments import EXITS_SIZE, draw_evaluations, read_exits
+from rayprune.report.plots.runs import Plot, curve_plots, legend, pruning_plot, seconds_plot
+from rayprune.report.plots.samples import sample_plots
+from rayprune.report.plots.style import DARK_SERIES, GRID, INK, LINES, MUTED, SERIES, save_png, svg
+from rayprune.report.read import RunRecord
 
 _LINES = dict(zip(LINES, ("solid", "dashed", "dotted", "dashed"), strict=True))  # in the words of CSS
 
@@ -70,7 +68,14 @@ def sections_of(runs: Sequence[RunRecord]) -> list[Section]:
     evaluated = [(run, tables) for run in runs if (tables := read_exits(run.folder))]
     if evaluated:
         plots = [
-            Plot(f"exits{number or ''}", run.name, partial(draw_exits, tables, run.name), SIZE, runs=False, pan=True)
+            Plot(
+                f"exits{number or ''}",
+                run.name,
+                partial(draw_evaluations, tables, run.name),
+                EXITS_SIZE,
+                runs=False,
+                pan=True,
+            )
             for number, (run, tables) in enumerate(evaluated)
         ]
         sections.append(Section("Early exits: accuracy against multiply-adds", plots, colours=False, single=True))

@@ -2,25 +2,21 @@
 
 from rayprune.sources import (  # noqa: F401  # registers the sources
     arrays,
-    cifar,
     digits,
-    fashion_mnist,
     huggingface,
     image_folder,
-    imagenet,
-    parquet,
     torch_dataset,
-    webdataset,
+    torchvision,
 )
-from rayprune.sources.base import Column, SampleSource, Schema, Splits
+from rayprune.sources.adapt import as_source
+from rayprune.sources.base import Column, Limited, SampleSource, Schema, Splits, Subset, holdout
 from rayprune.sources.cache import cached_arrays
-from rayprune.sources.coerce import as_source
 from rayprune.sources.huggingface import from_huggingface
 from rayprune.sources.memory import MemorySource
-from rayprune.sources.registry import SOURCES, default_augment, open_data, register_source
-from rayprune.sources.statistics import input_statistics
+from rayprune.sources.parquet import source as _parquet  # noqa: F401
+from rayprune.sources.registry import SOURCES, default_augment, input_statistics, open_data, register_source
 from rayprune.sources.torch_dataset import from_torch
-from rayprune.sources.views import Limited, Subset, holdout
+from rayprune.sources.webdataset import source as _webdataset  # noqa: F401
 
 __all__ = [
     "SOURCES",

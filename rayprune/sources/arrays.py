@@ -19,13 +19,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from rayprune.sources.base import Column, SampleSource, Schema, Splits
+from rayprune.sources.base import Column, SampleSource, Schema, Splits, count_classes, holdout
 from rayprune.sources.cache import cache_root, cached_arrays
-from rayprune.sources.classes import count_classes
 from rayprune.sources.fingerprint import array_digest, digest, file_digest
+from rayprune.sources.memory import RowSource
 from rayprune.sources.registry import register_source
-from rayprune.sources.rows import RowSource
-from rayprune.sources.views import holdout
 
 TRAIN_NAMES = (("x_train", "y_train"), ("x", "y"))
 VALIDATION_NAMES = (("x_test", "y_test"), ("x_val", "y_val"))

@@ -9,11 +9,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from rayprune.sources.base import Column, Schema, Splits
+from rayprune.sources.base import Column, Schema, Splits, holdout
 from rayprune.sources.fingerprint import digest
+from rayprune.sources.memory import RowSource
 from rayprune.sources.registry import register_source
-from rayprune.sources.rows import RowSource
-from rayprune.sources.views import holdout
 
 NUM_SAMPLES = 1797
 NUM_VALIDATION = 360

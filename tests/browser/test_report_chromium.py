@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from engine_runs import run_config
 
-from rayprune.engine.compare import compare
-from rayprune.engine.train import train
-from rayprune.report.collecting import collect
+from rayprune.engine.train.driver import train
+from rayprune.experiments.compare.runner import compare
+from rayprune.report.collect import collect
 from rayprune.report.page import render
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is missing: make setup")

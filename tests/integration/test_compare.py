@@ -15,7 +15,7 @@ import pytest
 from engine_runs import run_config, same_weights
 
 from rayprune.config import load_config
-from rayprune.engine.compare import Watching, compare
+from rayprune.experiments.compare.runner import Watching, compare
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "digits_compare.yaml"

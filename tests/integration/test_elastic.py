@@ -15,8 +15,8 @@ import pytest
 from engine_runs import results, run_config, scores_of, user
 from ray.cluster_utils import Cluster
 
-from rayprune.engine.run_folder import read_metrics, read_selection
-from rayprune.engine.train import train
+from rayprune.engine.storage.run_folder import read_metrics, read_selection
+from rayprune.engine.train.driver import train
 
 EPOCHS, BATCH = 8, 8
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from rayprune.engine.checkpoint import newest_position
-from rayprune.engine.run_folder import read_metrics, read_selection
+from rayprune.engine.storage.checkpoint import newest_position
+from rayprune.engine.storage.run_folder import read_metrics, read_selection
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")

@@ -24,7 +24,7 @@ from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchTrainer
 
 import rayprune
-from rayprune.engine.prune import PrunedData
+from rayprune.engine.user_loop.api import PrunedData
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -25,17 +25,18 @@ from ray.train import DataConfig
 
 from rayprune.core import Plan, Selector
 from rayprune.core.plan import BLOCK_BYTES
-from rayprune.engine import session
-from rayprune.engine.actor import ScoreSpec
-from rayprune.engine.checkpoint import write_checkpoint
-from rayprune.engine.client import ScoreClient
-from rayprune.engine.plan_dataset import PlanDatasource, plan_dataset, task_rows
-from rayprune.engine.protocol import AttemptKey, Phase, PlanMismatch, RankRows
-from rayprune.engine.resources import start_ray
-from rayprune.engine.stream import Batch, RayStream
+from rayprune.engine.cluster import start_ray
+from rayprune.engine.data.batch import Batch
+from rayprune.engine.data.ray_data import PlanDatasource, plan_dataset, task_rows
+from rayprune.engine.data.transport import RayStream
+from rayprune.engine.scoring import session
+from rayprune.engine.scoring.actor import ScoreSpec
+from rayprune.engine.scoring.client import ScoreClient
+from rayprune.engine.scoring.messages import AttemptKey, Phase, PlanMismatch, RankRows
+from rayprune.engine.storage.checkpoint import write_checkpoint
 from rayprune.methods import build_method
 from rayprune.sources import open_data
-from rayprune.sources.rows import RowSource
+from rayprune.sources.memory import RowSource
 
 METHOD = {"name": "random_epoch", "prune_ratio": 0.4}
 SEED, EPOCHS = 3, 3
@@ -138,7 +139,7 @@ def test_trap_a_large_read_task_without_a_name_fails(monkeypatch: pytest.MonkeyP
     heavy = RowSource(rows, digits.schema, digits.fingerprint, np.asarray(digits.labels))
     vars(heavy)["ballast"] = bytes(3 * 2**20)  # goes wherever the source is sent
     if not sent_once:
-        monkeypatch.setattr("rayprune.engine.plan_dataset._LARGE_SOURCE_BYTES", 2**40)
+        monkeypatch.setattr("rayprune.engine.data.ray_data._LARGE_SOURCE_BYTES", 2**40)
     with actor_of(spec_of(97, 6)) as scores:
         shards = plan_dataset(scores, {"train": heavy}).streaming_split(2, equal=True)
         plan = plans_of(97, 6)[0]

@@ -15,8 +15,8 @@ from PIL import Image
 
 from rayprune.core import Plan
 from rayprune.core.plan import block_rows
-from rayprune.engine.run_folder import read_selection
-from rayprune.engine.train import RunResult, train
+from rayprune.engine.storage.run_folder import read_selection
+from rayprune.engine.train.driver import RunResult, train
 from rayprune.sources import open_data
 
 GROUP_ROWS, BATCH, EPOCHS, BUFFER_BYTES = 16, 16, 2, 1 << 20

@@ -14,11 +14,11 @@ import pytest
 import ray
 from click.testing import CliRunner
 
-from rayprune.cli import cli
+from rayprune.cli.main import cli
 from rayprune.config import load_config
-from rayprune.engine.checkpoint import newest_checkpoint
-from rayprune.engine.opening import sole_use
-from rayprune.engine.sweep import SweepListeners, sweep
+from rayprune.engine.storage.checkpoint import newest_checkpoint
+from rayprune.engine.storage.resume import sole_use
+from rayprune.experiments.sweep.runner import SweepListeners, sweep
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -45,7 +45,7 @@ import sys
 from pathlib import Path
 import ray
 from rayprune.config import load_config
-from rayprune.engine.sweep import sweep
+from rayprune.experiments.sweep.runner import sweep
 config = load_config(sys.argv[1], sys.argv[3:])
 result = sweep(config, Path(sys.argv[2]))
 print("CPUS", ray.available_resources().get("CPU", 0.0), ray.cluster_resources()["CPU"])

@@ -19,12 +19,12 @@ import ray
 from engine_runs import assert_same_run, results, run_config, scores_of, tracked, user
 
 from rayprune.config import Config, make_config
-from rayprune.config_sections import TRACKERS
-from rayprune.engine.checkpoint import newest_position
-from rayprune.engine.protocol import TrainingStopped
-from rayprune.engine.run_folder import read_selection
-from rayprune.engine.trackers import failures
-from rayprune.engine.train import RunResult, TrainingFailed, train
+from rayprune.config.schema import TRACKERS
+from rayprune.engine.scoring.messages import TrainingStopped
+from rayprune.engine.storage.checkpoint import newest_position
+from rayprune.engine.storage.run_folder import read_selection
+from rayprune.engine.storage.trackers import failures
+from rayprune.engine.train.driver import RunResult, TrainingFailed, train
 from rayprune.sources import open_data
 
 EPOCHS = 3

@@ -11,13 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rayprune.nn.boundary import (
-    PairDistances,
-    boundary_distance,
-    class_boundaries,
-    last_linear,
-    pair_distances,
-)
+from rayprune.nn.boundary import PairDistances, boundary_distance, class_boundaries, last_linear, pair_distances
 from rayprune.nn.models import build_model
 from rayprune.nn.signals import BOUNDARY_SIGNALS, compute_signals, signal_floats
 

@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from rayprune.core.choosing import choose, num_pruned
-from rayprune.core.strata import strata_budgets
+from rayprune.core.choosing import choose, num_pruned, strata_budgets
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

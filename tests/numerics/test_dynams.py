@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayprune.core import Selector
-from rayprune.core.budget import block_starts, kept_by_block
+from rayprune.core.schedule import block_starts, kept_by_block
 from rayprune.methods import DynaMS
 
 FAMILIES = ["power", "polynomial", "linear", "constant", "step"]

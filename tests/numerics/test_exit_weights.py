@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from rayprune.nn.exit_weights import (
+from rayprune.nn.steps.l2w import (
+    WeightNet,
     allocate_exits,
     centred,
     exit_distribution,
     exit_quotas,
     meta_loss,
+    observed,
     weight_range,
     weights_of,
 )
-from rayprune.nn.weight_net import WeightNet, observed
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RAW = torch.tensor([[1.0, -1.0, -1.0, -1.0, -1.0], [0.5, 0.0, 0.0, 0.0, -0.5]])

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from rayprune.core.exits import (
+from rayprune.experiments.early_exit.thresholds import (
     BUDGETS,
     chosen_exits,
     evaluate_dynamic,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from engine_runs import run_config
 
-from rayprune.engine.setup import InputSpec, StepTerms, build_network, build_step
+from rayprune.engine.train.build import InputSpec, StepTerms, build_network, build_step
 from rayprune.nn.augment import Augment
 from rayprune.nn.steps import L2wStep
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from rayprune.nn.exit_cost import exit_macs, exit_parameters
+from rayprune.nn.flops import exit_macs, exit_parameters
 from rayprune.nn.models import build_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rayprune.nn.losses import per_sample_loss
-from rayprune.nn.signals import BOUNDARY_SIGNALS, SIGNALS, check_signals, compute_signals
+from rayprune.nn.signals import BOUNDARY_SIGNALS, SIGNALS, check_signals, compute_signals, per_sample_loss
 
 # The others have numerics of their own in test_boundary.py.
 OF_LOGITS = [name for name in SIGNALS if name not in BOUNDARY_SIGNALS]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayprune.core.verdicts import Standing, Verdict, judge, overall, paired_difference, paired_ratio
+from rayprune.experiments.compare.statistics import Standing, Verdict, judge, overall, paired_difference, paired_ratio
 
 POINTS = st.floats(0, 100, allow_subnormal=False)
 PAIRS = st.lists(st.tuples(POINTS, POINTS), min_size=2, max_size=12)

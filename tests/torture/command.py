@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from rayprune.engine.checkpoint import newest_position
-from rayprune.engine.run_folder import read_metrics
+from rayprune.engine.storage.checkpoint import newest_position
+from rayprune.engine.storage.run_folder import read_metrics
 
 from .campaign import Stalled, undisturbed_run
 from .driver import Driver, running

@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from rayprune.engine.checkpoint import newest_checkpoint
-from rayprune.engine.run_folder import read_metrics
+from rayprune.engine.storage.checkpoint import newest_checkpoint
+from rayprune.engine.storage.run_folder import read_metrics
 
 _KEYS = ("kept", "samples_trained", "samples_padded", "train_loss", "val_loss", "val_accuracy", "plan_hash", "lr")
 

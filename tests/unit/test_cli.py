@@ -137,7 +137,7 @@ def test_train_steps_are_listed_with_their_cost_beside_their_gain() -> None:
 
 
 def test_listing_methods_loads_neither_ray_nor_torch() -> None:
-    code = "import sys; sys.argv = ['rayprune', 'methods']; from rayprune.cli import cli; " + (
+    code = "import sys; sys.argv = ['rayprune', 'methods']; from rayprune.cli.main import cli; " + (
         "cli.main(standalone_mode=False); print('LOADED', sorted({'ray', 'torch'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 from test_cli import ROOT, rayprune
 
-from rayprune.cli import cli
+from rayprune.cli.main import cli
 
 CONFIG = str(ROOT / "configs" / "digits_compare.yaml")
 QUICK = ["scaling.threads=1", "train.epochs=3", "data.limit=301", "compare.baselines=[full, full_steps]"]

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from rayprune import cli
-from rayprune.command_select import select
+from rayprune.cli import main as cli
+from rayprune.cli.select import select
 from rayprune.core.choosing import choose
-from rayprune.sources.score_file import write_scores
-from rayprune.sources.selection_file import read_selection_file
+from rayprune.sources.score_files import write_scores
+from rayprune.sources.selection_files import read_selection_file
 
 ROOT = Path(__file__).parents[2]
 LABELS = np.arange(40) % 4
@@ -185,7 +185,7 @@ def test_scores_that_cannot_be_used_are_one_line(tmp_path: Path, capsys: pytest.
 def test_selecting_loads_neither_ray_nor_torch(tmp_path: Path) -> None:
     scores_in(tmp_path)
     code = f"import sys; sys.argv = ['rayprune', 'select', {str(tmp_path)!r}, '--keep', '5']; " + (
-        "from rayprune.cli import cli; cli.main(standalone_mode=False); "
+        "from rayprune.cli.main import cli; cli.main(standalone_mode=False); "
         "print('LOADED', sorted({'ray', 'torch'} & set(sys.modules)))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -14,7 +14,7 @@ import yaml
 from packaging.version import Version
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from rayprune.overrides import parse_overrides
+from rayprune.config.yaml import parse_overrides
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "configs" / "cluster"

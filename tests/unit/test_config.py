@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rayprune.config import Config, load_config, make_config
-from rayprune.overrides import merge, parse_overrides, read_yaml
+from rayprune.config.yaml import merge, parse_overrides, read_yaml
 
 DIGITS = {"data": {"source": "digits"}}
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from rayprune.config import Config, make_config
-from rayprune.config_compare import BASELINES
-from rayprune.overrides import read_yaml
+from rayprune.config.experiments import BASELINES
+from rayprune.config.yaml import read_yaml
 
 
 def section(**keys: Any) -> Any:

@@ -13,12 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayprune.config import Config, load_config, make_config
-from rayprune.config_sweep import axis_of
-from rayprune.config_trials import (
+from rayprune.config.experiments import axis_of, shown_value
+from rayprune.experiments.sweep.space import (
     check_space,
     listed_points,
     probe_points,
-    shown_value,
     sweep_digest,
     trial_config,
     trial_name,
@@ -161,7 +160,7 @@ def test_a_value_is_shown_in_one_line() -> None:
 def test_a_mistake_in_the_space_is_refused_before_ray_is_loaded() -> None:
     code = (
         "import sys; sys.argv = ['rayprune', 'sweep', 'configs/digits_sweep.yaml', 'sweep.space.train.epoch=[1]']\n"
-        "from rayprune.cli import main\n"
+        "from rayprune.cli.main import main\n"
         "try:\n    main()\nfinally:\n    print('LOADED', sorted({'ray', 'torch'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from rayprune.core.fields import check_fields, check_keys, shown, wrong_type
+from rayprune.core.validation import check_fields, check_keys, shown, wrong_type
 
 
 @dataclass(frozen=True)

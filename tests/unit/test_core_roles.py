@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayprune.core import Plan, Selection
-from rayprune.core.roles import META, PADDING, TRAIN, is_meta, train_step_of
+from rayprune.core.plan import META, PADDING, TRAIN, is_meta, train_step_of
 
 NUM, BATCH = 120, 12
 

@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayprune.core import Plan, Selection
-from rayprune.core.plan import LastBatch
-from rayprune.core.windows import MIN_GROUPS, rows_of_groups, windowed
+from rayprune.core.plan import MIN_GROUPS, LastBatch, rows_of_groups, windowed
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import click
 import pytest
 import yaml
 
-from rayprune.cli import cli
+from rayprune.cli.main import cli
 from rayprune.config import Config, load_config, make_config
 
 ROOT = Path(__file__).parents[2]

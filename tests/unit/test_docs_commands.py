@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from test_docs import PAGES, ROOT, commands
 
-from rayprune.cli import cli
+from rayprune.cli.main import cli
 
 SMALL = [
     "data.limit=120",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rayprune.engine.ahead import ahead
+from rayprune.engine.data.transport import ahead
 
 
 @pytest.mark.parametrize("depth", [1, 3, 20])

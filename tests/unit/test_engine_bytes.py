@@ -14,11 +14,11 @@ import torch
 from engine_runs import run_config, user
 
 from rayprune.config import Config
-from rayprune.engine.checkpoint import checkpoint_path
-from rayprune.engine.placing import PlacedRows
-from rayprune.engine.run_folder import read_selection
-from rayprune.engine.tally import BYTES, PADDED, Tally
-from rayprune.engine.train import RunResult, train
+from rayprune.engine.data.batch import PlacedRows
+from rayprune.engine.storage.checkpoint import checkpoint_path
+from rayprune.engine.storage.run_folder import read_selection
+from rayprune.engine.train.driver import RunResult, train
+from rayprune.engine.train.metrics import BYTES, PADDED, Tally
 from rayprune.sources import SampleSource, Schema, Splits, open_data
 
 NUM_SAMPLES, BATCH, EPOCHS = 120, 16, 3

@@ -15,12 +15,11 @@ from engine_runs import run_config as tiny
 from engine_runs import same_weights
 
 from rayprune.config import Config, make_config
-from rayprune.core.comparison import RunOutcome
 from rayprune.core.schedule import Schedule
-from rayprune.core.verdicts import paired_difference
-from rayprune.engine.arms import Arm, Spent, Terms, arms_of, digest_of, run_config, terms_of
-from rayprune.engine.compare import Watching, compare
-from rayprune.engine.run_folder import read_metrics
+from rayprune.engine.storage.run_folder import read_metrics
+from rayprune.experiments.compare.arms import Arm, Spent, Terms, arms_of, digest_of, run_config, terms_of
+from rayprune.experiments.compare.runner import Watching, compare
+from rayprune.experiments.compare.statistics import RunOutcome, paired_difference
 
 EPOCHS, NUM = 4, 301
 ARMS = ["full", "infobatch", "full_time", "full_steps", "random", "random_epoch", "shuffled", "ratio_0"]

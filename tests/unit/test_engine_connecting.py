@@ -14,8 +14,8 @@ import pytest
 import ray
 
 from rayprune.config import make_config
-from rayprune.engine import resources
-from rayprune.engine.connecting import cluster_address, connect
+from rayprune.engine import cluster as resources
+from rayprune.engine.cluster import cluster_address, connect
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,17 +12,19 @@ import torch
 from engine_runs import assert_same_run, pass_of, run_config, stream_pass
 
 import rayprune
-from rayprune.config import Config, make_config, merge
-from rayprune.engine import device_stream
-from rayprune.engine.actor import ScoreSpec
-from rayprune.engine.checkpoint import newest_position
-from rayprune.engine.client import ScoreClient
-from rayprune.engine.device_stream import DeviceStream, check_columns
-from rayprune.engine.placing import Placer, host_tensor, packed, unpacked
-from rayprune.engine.protocol import PlanPass
-from rayprune.engine.stream import Batch, LocalStream, Transport
-from rayprune.engine.tally import Tally
-from rayprune.engine.train import RunResult, train
+from rayprune.config import Config, make_config
+from rayprune.config.yaml import merge
+from rayprune.engine.data import device as device_stream
+from rayprune.engine.data.batch import Batch
+from rayprune.engine.data.device import DeviceStream, Placer, check_columns, packed, unpacked
+from rayprune.engine.data.transport import LocalStream, Transport
+from rayprune.engine.scoring.actor import ScoreSpec
+from rayprune.engine.scoring.client import ScoreClient
+from rayprune.engine.scoring.messages import PlanPass
+from rayprune.engine.storage.checkpoint import newest_position
+from rayprune.engine.train.driver import RunResult, train
+from rayprune.engine.train.metrics import Tally
+from rayprune.nn.device import host_tensor
 from rayprune.sources import SampleSource, Schema, open_data
 from rayprune.sources.base import Column
 
@@ -40,7 +42,7 @@ def read(via: Transport, plan_pass: PlanPass, rank: int = 0) -> list[Batch]:
 def test_batches_are_those_of_the_local_stream(
     monkeypatch: pytest.MonkeyPatch, plan_pass: PlanPass, span_rows: int
 ) -> None:
-    monkeypatch.setattr("rayprune.engine.session.SPAN_ROWS", span_rows)
+    monkeypatch.setattr("rayprune.engine.scoring.session.SPAN_ROWS", span_rows)
     monkeypatch.setattr(device_stream, "LOAD_BYTES", 72 * 50)  # pieces that do not divide the data
     rank = plan_pass.world_size - 1
     local, resident = (read(via, plan_pass, rank) for via in (LocalStream(SOURCES), DeviceStream(SOURCES, CPU)))

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import rayprune
-from rayprune.engine.checkpoint import load_selector_state, newest_checkpoint
-from rayprune.engine.train import RunResult, train
+from rayprune.engine.storage.checkpoint import load_selector_state, newest_checkpoint
+from rayprune.engine.train.driver import RunResult, train
 from rayprune.nn.boundary import boundary_distance, pair_distances
 from rayprune.nn.models import build_model
 from rayprune.sources import open_data
@@ -63,7 +63,7 @@ def test_the_swept_distances_are_those_of_the_saved_network(tmp_path: Path) -> N
     ids = np.arange(len(source))
     images = torch.from_numpy(source.take(ids)["image"])
     from rayprune.config import Config
-    from rayprune.engine.preparation import input_spec
+    from rayprune.engine.train.preflight import input_spec
 
     config: Config = dynams(tmp_path)
     with torch.no_grad():

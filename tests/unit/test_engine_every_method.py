@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayprune.core import Plan, Selection, Selector
-from rayprune.engine.actor import ScoreSpec
-from rayprune.engine.client import ScoreClient
-from rayprune.engine.protocol import PlanPass, Push, pack
-from rayprune.engine.stream import Batch, LocalStream
+from rayprune.engine.data.batch import Batch
+from rayprune.engine.data.transport import LocalStream
+from rayprune.engine.scoring.actor import ScoreSpec
+from rayprune.engine.scoring.client import ScoreClient
+from rayprune.engine.scoring.messages import PlanPass, Push, pack
 from rayprune.methods import METHODS, build_method
 from rayprune.sources import SampleSource, Subset, open_data
 

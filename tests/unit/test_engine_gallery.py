@@ -14,10 +14,10 @@ import pytest
 from engine_runs import run_config, same_weights
 from PIL import Image
 
-from rayprune.engine import gallery
-from rayprune.engine.train import open_splits, train
-from rayprune.engine.trained import find_device, open_run
-from rayprune.report.collecting import collect
+from rayprune.engine.train import gallery
+from rayprune.engine.train.driver import open_splits, train
+from rayprune.experiments.early_exit.evaluate import find_device, open_run
+from rayprune.report.collect import collect
 from rayprune.report.page import render
 
 

@@ -14,14 +14,14 @@ import pytest
 from engine_runs import assert_same_run, run_config, user
 
 from rayprune.config import Config
-from rayprune.engine.checkpoint import newest_checkpoint, newest_position
-from rayprune.engine.train import RunResult, train
+from rayprune.engine.storage.checkpoint import newest_checkpoint, newest_position
+from rayprune.engine.train.driver import RunResult, train
 
 EVERY, BATCH, EPOCHS = 3, 16, 4
 SCRIPT = """
 import sys, yaml
 from rayprune.config import make_config
-from rayprune.engine.train import train
+from rayprune.engine.train.driver import train
 if __name__ == "__main__":
     train(make_config(yaml.safe_load(sys.argv[1])))
 """

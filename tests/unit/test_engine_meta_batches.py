@@ -12,10 +12,10 @@ from engine_runs import assert_same_run, run_config, scores_of
 from torch import Tensor
 
 from rayprune.config import Config
-from rayprune.engine.checkpoint import newest_position
-from rayprune.engine.run_folder import read_selection
-from rayprune.engine.setup import rate_at
-from rayprune.engine.train import train
+from rayprune.engine.storage.checkpoint import newest_position
+from rayprune.engine.storage.run_folder import read_selection
+from rayprune.engine.train.build import rate_at
+from rayprune.engine.train.driver import train
 from rayprune.nn.steps import L2wStep
 
 MODELS = Path(__file__).parents[1] / "multi_exit_models.py"

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 import rayprune
 from rayprune.core import Plan, Selector
 from rayprune.core.plan import block_rows
-from rayprune.engine.shard import Shard
+from rayprune.engine.user_loop.shard import Shard
 from rayprune.sources import open_data
 
 N, EPOCHS, BATCH = 301, 5, 32

@@ -12,8 +12,8 @@ import torch
 from engine_runs import assert_same_run, run_config, same_weights, user
 
 from rayprune.core import Plan, Selection
-from rayprune.engine.protocol import TrainingStopped
-from rayprune.engine.train import train
+from rayprune.engine.scoring.messages import TrainingStopped
+from rayprune.engine.train.driver import train
 
 BEFORE = {
     "a batch that is mostly padding": (

@@ -10,12 +10,12 @@ import pytest
 import torch
 from engine_runs import run_config, scores_of, user
 
-from rayprune.engine import recorder
-from rayprune.engine.client import LocalChannel, ScoreClient
-from rayprune.engine.protocol import AttemptKey, TrainingStopped, unpack
-from rayprune.engine.recorder import Arriving, Recorder
-from rayprune.engine.run_folder import read_metrics
-from rayprune.engine.train import train
+from rayprune.engine.scoring import recorder
+from rayprune.engine.scoring.client import LocalChannel, ScoreClient
+from rayprune.engine.scoring.messages import AttemptKey, TrainingStopped, unpack
+from rayprune.engine.scoring.recorder import Arriving, Recorder
+from rayprune.engine.storage.run_folder import read_metrics
+from rayprune.engine.train.driver import train
 
 KEY = AttemptKey(1, 0)
 

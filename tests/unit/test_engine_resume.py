@@ -19,9 +19,9 @@ import torch
 from engine_runs import assert_same_run, run_config, user
 
 from rayprune.config import Config
-from rayprune.engine.checkpoint import SCHEMA, checkpoint_path, newest_checkpoint, write_checkpoint
-from rayprune.engine.run_folder import read_metrics
-from rayprune.engine.train import RunResult, train
+from rayprune.engine.storage.checkpoint import SCHEMA, checkpoint_path, newest_checkpoint, write_checkpoint
+from rayprune.engine.storage.run_folder import read_metrics
+from rayprune.engine.train.driver import RunResult, train
 
 EPOCHS = 6
 SECTIONS: dict[str, dict[str, Any]] = {"train": {"epochs": EPOCHS, "batch_size": 32}, "data": {"limit": 200}}
@@ -29,7 +29,7 @@ SECTIONS: dict[str, dict[str, Any]] = {"train": {"epochs": EPOCHS, "batch_size":
 SCRIPT = """
 import sys, yaml
 from rayprune.config import make_config
-from rayprune.engine.train import train
+from rayprune.engine.train.driver import train
 if __name__ == "__main__":
     train(make_config(yaml.safe_load(sys.argv[1])))
 """

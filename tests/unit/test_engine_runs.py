@@ -19,12 +19,12 @@ from torch.nn import functional
 
 from rayprune.config import Config
 from rayprune.core import Plan, Selector
-from rayprune.core.spread import QUANTILES
-from rayprune.engine.placing import PlacedRows
-from rayprune.engine.preparation import input_spec
-from rayprune.engine.run_folder import read_selection
-from rayprune.engine.tally import Tally, validated
-from rayprune.engine.train import RunResult, TrainingFailed, train
+from rayprune.core.table import QUANTILES
+from rayprune.engine.data.batch import PlacedRows
+from rayprune.engine.storage.run_folder import read_selection
+from rayprune.engine.train.driver import RunResult, TrainingFailed, train
+from rayprune.engine.train.metrics import Tally, validated
+from rayprune.engine.train.preflight import input_spec
 from rayprune.nn.models import build_model
 from rayprune.nn.steps import PlainStep
 from rayprune.sources import open_data

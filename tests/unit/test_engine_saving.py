@@ -13,11 +13,11 @@ import pytest
 import torch
 from engine_runs import run_config
 
-from rayprune.engine import saving
-from rayprune.engine.checkpoint import checkpoint_path, newest_checkpoint, newest_position, read_position
-from rayprune.engine.copying import host_copy
-from rayprune.engine.run_folder import read_metrics
-from rayprune.engine.saving import Saver
+from rayprune.engine.storage import checkpoint_writer as saving
+from rayprune.engine.storage.checkpoint import checkpoint_path, newest_checkpoint, newest_position, read_position
+from rayprune.engine.storage.checkpoint_writer import Saver
+from rayprune.engine.storage.run_folder import read_metrics
+from rayprune.nn.device import host_copy
 from rayprune.nn.steps import PlainStep
 
 SECONDS = {"epoch": 1.0}

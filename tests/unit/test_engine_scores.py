@@ -23,12 +23,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from rayprune.core import Plan, Selector
-from rayprune.engine import recorder
-from rayprune.engine import session as session_module
-from rayprune.engine.actor import ScoreActor, ScoreSpec
-from rayprune.engine.checkpoint import write_checkpoint
-from rayprune.engine.client import LocalChannel, ScoreClient
-from rayprune.engine.protocol import (
+from rayprune.engine.scoring import recorder
+from rayprune.engine.scoring import session as session_module
+from rayprune.engine.scoring.actor import ScoreActor, ScoreSpec
+from rayprune.engine.scoring.client import LocalChannel, ScoreClient
+from rayprune.engine.scoring.messages import (
     AttemptKey,
     Barrier,
     EpochSnapshot,
@@ -42,8 +41,9 @@ from rayprune.engine.protocol import (
     pack,
     unpack,
 )
-from rayprune.engine.run_folder import read_selection
-from rayprune.engine.session import ScoringSession
+from rayprune.engine.scoring.session import ScoringSession
+from rayprune.engine.storage.checkpoint import write_checkpoint
+from rayprune.engine.storage.run_folder import read_selection
 from rayprune.methods import InfoBatch
 from rayprune.sources import open_data
 

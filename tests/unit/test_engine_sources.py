@@ -13,7 +13,7 @@ import pytest
 from engine_runs import results, run_config, same_weights
 from PIL import Image
 
-from rayprune.engine.train import RunResult, train
+from rayprune.engine.train.driver import RunResult, train
 from rayprune.sources import open_data
 
 PARTS = {"train": 160, "val": 40}

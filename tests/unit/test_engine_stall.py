@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from rayprune.engine.actor import ScoreActor, ScoreSpec
-from rayprune.engine.protocol import Pulse
-from rayprune.engine.stall import StallWatch
+from rayprune.engine.monitoring import StallWatch
+from rayprune.engine.scoring.actor import ScoreActor, ScoreSpec
+from rayprune.engine.scoring.messages import Pulse
 from rayprune.sources import open_data
 
 LIMIT_S = 10.0

@@ -9,11 +9,13 @@ import pytest
 from engine_runs import pass_of, stream_pass
 
 from rayprune.core import Plan, Selection
-from rayprune.engine import session, stream
-from rayprune.engine.actor import ScoreActor, ScoreSpec
-from rayprune.engine.client import ScoreClient
-from rayprune.engine.protocol import PlanPass
-from rayprune.engine.stream import Batch, LocalStream
+from rayprune.engine.data import transport as stream
+from rayprune.engine.data.batch import Batch
+from rayprune.engine.data.transport import LocalStream
+from rayprune.engine.scoring import session
+from rayprune.engine.scoring.actor import ScoreActor, ScoreSpec
+from rayprune.engine.scoring.client import ScoreClient
+from rayprune.engine.scoring.messages import PlanPass
 from rayprune.sources import SampleSource, Schema, open_data
 
 SOURCE = open_data("digits", limit=301).train

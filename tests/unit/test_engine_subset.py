@@ -13,11 +13,11 @@ import pytest
 
 from rayprune.config import Config
 from rayprune.core import Selection
-from rayprune.engine.costs import forward_flops_of
-from rayprune.engine.run_folder import read_metrics
-from rayprune.engine.train import RunResult, TrainingFailed, score, train
+from rayprune.engine.storage.costs import forward_flops_of
+from rayprune.engine.storage.run_folder import read_metrics
+from rayprune.engine.train.driver import RunResult, TrainingFailed, score, train
 from rayprune.sources import open_data
-from rayprune.sources.selection_file import read_selection_file, write_selection_file
+from rayprune.sources.selection_files import read_selection_file, write_selection_file
 from tests.engine_runs import assert_same_run, run_config, user
 
 

@@ -14,11 +14,11 @@ import pytest
 from engine_runs import assert_same_run, run_config, tracked, user
 
 from rayprune.config import make_config
-from rayprune.engine import trackers
-from rayprune.engine.protocol import TrainingStopped
-from rayprune.engine.run_folder import read_metrics
-from rayprune.engine.trackers import check_trackers
-from rayprune.engine.train import train
+from rayprune.engine.scoring.messages import TrainingStopped
+from rayprune.engine.storage import trackers
+from rayprune.engine.storage.run_folder import read_metrics
+from rayprune.engine.storage.trackers import check_trackers
+from rayprune.engine.train.driver import train
 
 
 @pytest.fixture(autouse=True)

@@ -18,13 +18,15 @@ from engine_runs import run_config
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rayprune.config import merge
-from rayprune.engine import run, worker
-from rayprune.engine.placing import Copies, PlacedRows
-from rayprune.engine.protocol import TrainingPaused
-from rayprune.engine.recorder import Recorder
-from rayprune.engine.tally import Tally
-from rayprune.engine.train import train
+from rayprune.config.yaml import merge
+from rayprune.engine.data.batch import PlacedRows
+from rayprune.engine.scoring.messages import TrainingPaused
+from rayprune.engine.scoring.recorder import Recorder
+from rayprune.engine.train import driver as run
+from rayprune.engine.train import worker
+from rayprune.engine.train.driver import train
+from rayprune.engine.train.metrics import Tally
+from rayprune.nn.device import Copies
 from rayprune.nn.steps import PlainStep
 
 MODELS = Path(__file__).parents[1] / "multi_exit_models.py"

@@ -16,14 +16,11 @@ from exit_runs import LADDER, TOWER, exits_config, untrained_run
 from test_cli import rayprune
 from torch.nn import functional
 
-from rayprune.cli import cli
+from rayprune.cli.main import cli
 from rayprune.config import Config
-from rayprune.core.exits import find_thresholds
-from rayprune.engine.evaluate import evaluate
-from rayprune.engine.exit_files import read_thresholds
-from rayprune.engine.exit_readings import read_exits
-from rayprune.engine.latency import measure_latency
-from rayprune.engine.trained import find_device, open_run
+from rayprune.experiments.early_exit.evaluate import evaluate, find_device, open_run
+from rayprune.experiments.early_exit.profile import measure_latency, read_exits, read_thresholds
+from rayprune.experiments.early_exit.thresholds import find_thresholds
 from rayprune.sources import open_data
 
 CPU = torch.device("cpu")

@@ -12,11 +12,10 @@ import torch
 from exit_runs import exits_config
 from test_evaluate import CPU, inside, rows
 
-from rayprune.engine.exit_files import read_thresholds
-from rayprune.engine.exit_readings import read_exits
-from rayprune.engine.run_folder import read_metrics
-from rayprune.engine.train import train
-from rayprune.engine.trained import open_run
+from rayprune.engine.storage.run_folder import read_metrics
+from rayprune.engine.train.driver import train
+from rayprune.experiments.early_exit.evaluate import open_run
+from rayprune.experiments.early_exit.profile import read_exits, read_thresholds
 from rayprune.nn.early_exit import EarlyExit
 
 MODEL = {"num_blocks": 3, "channels": 8, "growth_rate": 4}

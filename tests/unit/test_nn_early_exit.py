@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rayprune.nn.early_exit import EarlyExit, confidence, select_rows
-from rayprune.nn.exit_cost import exit_macs
+from rayprune.nn.flops import exit_macs
 from rayprune.nn.models import build_model
 from rayprune.nn.models.multi_exit import MultiExit
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rayprune.config import make_config
-from rayprune.engine.placing import PlacedRows
-from rayprune.engine.tally import Tally, validated
-from rayprune.engine.train import train
+from rayprune.engine.data.batch import PlacedRows
+from rayprune.engine.train.driver import train
+from rayprune.engine.train.metrics import Tally, validated
 from rayprune.nn.steps import ExitStep
 
 MODELS = Path(__file__).parents[1] / "multi_exit_models.py"

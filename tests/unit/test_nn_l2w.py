@@ -13,10 +13,10 @@ from engine_runs import assert_same_run, run_config, scores_of, user
 from multi_exit_models import tower
 from torch import Tensor, nn
 
-from rayprune.engine.checkpoint import newest_position
-from rayprune.engine.train import train
-from rayprune.nn.exit_weights import allocate_exits, exit_distribution, exit_rows, meta_loss
+from rayprune.engine.storage.checkpoint import newest_position
+from rayprune.engine.train.driver import train
 from rayprune.nn.steps import ExitStep, L2wStep
+from rayprune.nn.steps.l2w import allocate_exits, exit_distribution, exit_rows, meta_loss
 
 MODELS = Path(__file__).parents[1] / "multi_exit_models.py"
 SHAPE, CLASSES = (5,), 4

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from rayprune.nn.losses import per_sample_loss
+from rayprune.nn.signals import per_sample_loss
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn import functional
 
-from rayprune.nn.exit_cost import exit_macs, exit_parameters
+from rayprune.nn.flops import exit_macs, exit_parameters
 from rayprune.nn.models import build_model
-from rayprune.nn.models.multi_exit import MultiExit, MultiExitModel, as_exits, is_multi_exit
-from rayprune.nn.models.multi_scale import balance_gradients
+from rayprune.nn.models.multi_exit import MultiExit, MultiExitModel, as_exits, balance_gradients, is_multi_exit
 
 SMALL = {
     "msdnet": {"num_blocks": 3, "channels": 4, "growth_rate": 2},

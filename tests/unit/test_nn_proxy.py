@@ -15,8 +15,9 @@ from torch.nn import functional
 from torchvision.models import DenseNet
 
 from rayprune.nn.boundary import boundary_distance, pair_distances
+from rayprune.nn.flops import mac_ratio, num_macs
 from rayprune.nn.models import build_model
-from rayprune.nn.proxy import Proxy, mac_ratio, num_macs
+from rayprune.nn.steps.psp import Proxy
 
 IMAGE = (3, 32, 32)
 # Residual, with a concatenation, depthwise, and with a flattened map before the classifier.

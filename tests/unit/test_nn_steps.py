@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rayprune.nn.boundary import boundary_distance, pair_distances
-from rayprune.nn.losses import per_sample_loss
 from rayprune.nn.models import build_model
-from rayprune.nn.proxy import Proxy
-from rayprune.nn.signals import BOUNDARY_SIGNALS
+from rayprune.nn.signals import BOUNDARY_SIGNALS, per_sample_loss
 from rayprune.nn.steps import STEPS, ExitStep, L2wStep, PlainStep, PspStep, TrainStep, WithProxy
+from rayprune.nn.steps.psp import Proxy
 
 SHAPE, CLASSES = (3, 8, 8), 4
 

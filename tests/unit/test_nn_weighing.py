@@ -10,8 +10,14 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from rayprune.nn.boundary import pair_distances
-from rayprune.nn.signals import BOUNDARY_SIGNALS, SIGNALS, compute_signals
-from rayprune.nn.weighing import losses_per_sample, signals_per_sample, weighted_mean
+from rayprune.nn.signals import (
+    BOUNDARY_SIGNALS,
+    SIGNALS,
+    compute_signals,
+    losses_per_sample,
+    signals_per_sample,
+    weighted_mean,
+)
 
 GENERATOR = np.random.default_rng(3)
 

@@ -15,14 +15,14 @@ import pytest
 from click.testing import CliRunner
 from engine_runs import run_config
 
-from rayprune.cli import cli
-from rayprune.engine import run_folder
-from rayprune.engine.train import train
-from rayprune.report import reading
-from rayprune.report.collecting import collect
+from rayprune.cli.main import cli
+from rayprune.engine.storage import run_folder
+from rayprune.engine.train.driver import train
+from rayprune.report import read as reading
+from rayprune.report.collect import collect
 from rayprune.report.page import render, write_pngs
-from rayprune.report.reading import read_run
-from rayprune.report.summary import samples_table
+from rayprune.report.read import read_run
+from rayprune.report.tables import samples_table
 
 NASTY = '<img src=x onerror="alert(1)">&$x$'
 

@@ -14,14 +14,13 @@ from click.testing import CliRunner
 from engine_runs import run_config
 from exit_runs import exits_config
 
-from rayprune.cli import cli
+from rayprune.cli.main import cli
 from rayprune.config import Config, make_config
-from rayprune.engine.compare import compare
-from rayprune.engine.evaluate import evaluate
-from rayprune.engine.sweep_folder import TrialState, mark_front, result_row, write_results, write_state
-from rayprune.engine.train import train
-from rayprune.engine.trained import find_device
-from rayprune.report.collecting import collect
+from rayprune.engine.train.driver import train
+from rayprune.experiments.compare.runner import compare
+from rayprune.experiments.early_exit.evaluate import evaluate, find_device
+from rayprune.experiments.sweep.folder import TrialState, mark_front, result_row, write_results, write_state
+from rayprune.report.collect import collect
 from rayprune.report.page import render, write_pngs
 
 SPACE = {"method.prune_ratio": [0.2, 0.6], "method.name": ["infobatch", "random_epoch"]}

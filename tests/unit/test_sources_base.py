@@ -25,7 +25,7 @@ from rayprune.sources import (
     open_data,
 )
 from rayprune.sources.fingerprint import array_digest, digest, file_digest
-from rayprune.sources.rows import RowSource
+from rayprune.sources.memory import RowSource
 
 
 def make_arrays(labels, features):
@@ -183,7 +183,7 @@ def test_holdout_takes_one_at_least_and_nothing_from_singletons():
 
 
 def test_statistics_of_features(monkeypatch):
-    monkeypatch.setattr("rayprune.sources.statistics.CHUNK_VALUES", 64)
+    monkeypatch.setattr("rayprune.sources.registry.CHUNK_VALUES", 64)
     features = np.random.default_rng(0).normal(1e4, 2, (500, 3)).astype(np.float32)
     features[:, 2] = 0.1
     mean, deviation = input_statistics(make_source([0] * 500, features))

@@ -16,8 +16,7 @@ import pytest
 from PIL import Image
 
 from rayprune.sources import open_data
-from rayprune.sources.cache import has_entry
-from rayprune.sources.decoded import decoded
+from rayprune.sources.cache import decoded, has_entry
 
 Usage = namedtuple("Usage", "total used free")
 ROW_BYTES = 5 * 6 * 3 + 8
@@ -64,7 +63,7 @@ def assert_same(first, second):
 
 def count_decodings(monkeypatch):
     """Return a list that gets an element for every image that is decoded from now on."""
-    from rayprune.sources.image_rows import ImageRows
+    from rayprune.sources.image_folder import ImageRows
 
     decode, seen = ImageRows._pixels, []
     monkeypatch.setattr(

@@ -13,11 +13,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rayprune.sources import image_rows, open_data
-from rayprune.sources.encoded import ImageShape, decode_rows
-from rayprune.sources.image_files import FileNames
-from rayprune.sources.images import decode_image
-from rayprune.sources.unlocked import decode_in_threads, decode_unlocked, jpeg_frame
+from rayprune.sources import image_folder as image_rows
+from rayprune.sources import open_data
+from rayprune.sources.image_folder import FileNames
+from rayprune.sources.images import (
+    ImageShape,
+    decode_image,
+    decode_in_threads,
+    decode_rows,
+    decode_unlocked,
+    jpeg_frame,
+)
 
 PNG_WITHOUT_HEADER = b"\x89PNG\r\n\x1a\n" + bytes(40)
 

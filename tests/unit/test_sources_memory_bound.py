@@ -20,11 +20,11 @@ STREAM = """
 import re, sys
 from pathlib import Path
 import numpy as np
-from rayprune.engine.actor import ScoreSpec
-from rayprune.engine.client import ScoreClient
-from rayprune.engine.protocol import AttemptKey, PlanPass
-from rayprune.engine.session import ScoringSession
-from rayprune.engine.stream import LocalStream
+from rayprune.engine.scoring.actor import ScoreSpec
+from rayprune.engine.scoring.client import ScoreClient
+from rayprune.engine.scoring.messages import AttemptKey, PlanPass
+from rayprune.engine.scoring.session import ScoringSession
+from rayprune.engine.data.transport import LocalStream
 from rayprune.sources import open_data
 
 def memory(name):

@@ -20,8 +20,9 @@ import pytest
 from PIL import Image
 
 from rayprune.core import Plan, Selection
-from rayprune.sources import SampleSource, decoded, input_statistics, open_data
-from rayprune.sources.parquet_groups import ParquetGroups
+from rayprune.sources import SampleSource, input_statistics, open_data
+from rayprune.sources import cache as decoded
+from rayprune.sources.parquet.row_groups import ParquetGroups
 
 SIZE = (7, 5)
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -251,6 +252,6 @@ def test_statistics_read_a_few_groups_only(folder: Path, monkeypatch: pytest.Mon
     source = opened(folder, buffer_bytes=1 << 20)
     pixels = source.take(np.arange(91))["image"] / 255
     assert input_statistics(source)[0][0] == pytest.approx(pixels.mean(), rel=1e-9)
-    monkeypatch.setattr("rayprune.sources.statistics.MAX_GROUPS", 2)
+    monkeypatch.setattr("rayprune.sources.registry.MAX_GROUPS", 2)
     few = np.concatenate([pixels[:10], pixels[47:54]])  # groups 0 and 5 of 10
     assert input_statistics(source)[0][0] == pytest.approx(few.mean(), rel=1e-9)

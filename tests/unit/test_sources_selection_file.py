@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayprune.core import Selection
-from rayprune.sources.selection_file import read_selection_file, write_selection_file
+from rayprune.sources.selection_files import read_selection_file, write_selection_file
 
 ENDINGS = [".parquet", ".npz", ".txt", ".tsv"]
 BEYOND_FLOAT32 = (1 << 24) + 1

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rayprune.engine.importing import score_trajectories
+from rayprune.engine.train.static_subset import score_trajectories
 from rayprune.sources import trajectories
 from rayprune.sources.trajectories import read_trajectories
 

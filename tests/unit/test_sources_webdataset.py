@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rayprune.sources import open_data, webdataset_index, webdataset_rows
+from rayprune.sources import open_data
+from rayprune.sources.webdataset import index as webdataset_index
+from rayprune.sources.webdataset import source as webdataset_rows
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from rayprune.config_sweep import SweepSection
-from rayprune.engine.sweep_search import OptunaPoints, import_optuna
+from rayprune.config.experiments import SweepSection
+from rayprune.experiments.sweep.runner import OptunaPoints, import_optuna
 
 RAMP = {"schedule": "linear", "end": 0.6}
 SPACE = {

@@ -10,13 +10,20 @@ import pandas as pd
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rayprune.cli.sweep import sweep_table
 from rayprune.config import load_config, make_config
-from rayprune.core.pareto import pareto_front
-from rayprune.display_sweep import sweep_table
-from rayprune.engine.costs import costs_of
-from rayprune.engine.run_folder import read_metrics
-from rayprune.engine.sweep_folder import TrialState, mark_front, read_states, result_row, write_results, write_state
-from rayprune.report.plots import plot_pareto
+from rayprune.engine.storage.costs import costs_of
+from rayprune.engine.storage.run_folder import read_metrics
+from rayprune.experiments.sweep.folder import (
+    TrialState,
+    mark_front,
+    pareto_front,
+    read_states,
+    result_row,
+    write_results,
+    write_state,
+)
+from rayprune.report.plots.experiments import plot_pareto
 
 SPACE = {"method.name": ["infobatch", "random_epoch"], "method.prune_ratio": [0.3, {"schedule": "linear", "end": 0.6}]}
 # Few different values, so that ties occur.

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rayprune.nn.models.multi_exit import MultiExit
-from rayprune.nn.models.multi_scale import (
+from rayprune.nn.models.multi_exit import (
+    MultiExit,
     MultiScaleStem,
     balance_gradients,
     bottlenecked,

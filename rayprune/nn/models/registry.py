@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from rayprune.core.objects import closest, is_reference, load_object
+from rayprune.core.references import closest, is_reference, load_object
 
 ModelBuilder = Callable[..., nn.Module]
 MODELS: dict[str, ModelBuilder] = {}

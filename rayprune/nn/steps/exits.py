@@ -10,8 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rayprune.nn.losses import per_sample_loss
-from rayprune.nn.signals import BOUNDARY_SIGNALS, compute_signals
+from rayprune.nn.signals import BOUNDARY_SIGNALS, compute_signals, per_sample_loss
 from rayprune.nn.steps.plain import PlainStep
 
 Score = int | Literal["last", "mean", "depth"]

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rayprune.core.objects import closest
+from rayprune.core.references import closest
 from rayprune.nn.boundary import PairDistances
-from rayprune.nn.losses import per_sample_loss
-from rayprune.nn.signals import BOUNDARY_SIGNALS, compute_signals
+from rayprune.nn.signals import BOUNDARY_SIGNALS, compute_signals, per_sample_loss
 
 # What the metrics of every run are made of, whatever the method asks for.
 _ALWAYS = ("loss", "correct")

@@ -1,0 +1,114 @@
+"""The train steps that `train.step` can name, with their options; torch is not needed to read them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from rayprune.core.references import closest
+from rayprune.core.validation import check_keys, plain, shown
+
+
+@dataclass(frozen=True)
+class PlainOptions:
+    """The network's usual step: `exits` with its defaults for a network with several exits."""
+
+    # What `rayprune methods` tells: of whom it is, what a sample costs in plain steps, what was published for that.
+    paper: ClassVar[str] = ""
+    cost: ClassVar[str] = "1"
+    gain: ClassVar[str] = ""
+
+
+@dataclass(frozen=True)
+class ExitsOptions(PlainOptions):
+    """The plain step of a network with several exits.
+
+    Args:
+        score: whose signals selection methods see: an exit's (1..K, or last), their mean, or the depth at which a
+            sample would leave.
+        confident: the probability at which it would.
+    """
+
+    score: int | Literal["last", "mean", "depth"] = "last"
+    confident: float = 0.9
+
+    def __post_init__(self) -> None:
+        if isinstance(self.score, int) and self.score < 1:
+            raise ValueError(f"train.step.score = {self.score}: must be an exit from 1 on, last, mean or depth")
+        if not 0.0 < self.confident <= 1.0:
+            raise ValueError(f"train.step.confident = {self.confident}: must be in (0, 1]")
+
+
+@dataclass(frozen=True)
+class L2wOptions(ExitsOptions):
+    """The step that learns how much each sample counts at each exit (L2W-DEN).
+
+    Args:
+        input: what the weight network sees of a sample: its K losses, its K confidences, or both.
+        normalise: over what weights average 1: the half batch's samples (row), a sample's exits (col), or both (mat).
+        epsilon: how far weights reach from 1, ε.
+        p: 1..39, the samples that leave early; 20: as many at every exit, less: more leave early.
+        meta_interval: batches between steps of the weight network.
+        meta_lr, meta_weight_decay: of its Adam; the rate follows the real one's schedule.
+        hidden, layers: width and number of its hidden layers.
+        scope: of the imagined step, normalisation and exits: a worker's rows (local), as the paper's program does, or
+            the whole batch's (global).
+        gradient: how its gradient is had; second_order is slower and gives the same.
+        nonnegative: weights below 0 become 0.
+    """
+
+    paper: ClassVar[str] = "Han et al., ECCV 2022, arXiv 2209.08310 (L2W-DEN)"
+    cost: ClassVar[str] = "3.7 (measured 3.4 for MSDNet-5 on a CPU); with meta_interval 100: 1.03"
+    gain: ClassVar[str] = "2.1 to 2.9 points at the five exits of an MSDNet on ImageNet, meta_interval 100"
+
+    input: Literal["loss", "conf", "both"] = "loss"
+    normalise: Literal["row", "col", "mat"] = "col"
+    epsilon: float = 0.8
+    p: int = 15
+    meta_interval: int = 1
+    meta_lr: float = 1e-4
+    meta_weight_decay: float = 1e-4
+    hidden: int = 500
+    layers: int = 1
+    scope: Literal["local", "global"] = "local"
+    gradient: Literal["jvp", "second_order"] = "jvp"
+    nonnegative: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.p <= 39:
+            raise ValueError(f"train.step.p = {self.p}: must be in 1..39")
+        for name in ("meta_interval", "hidden", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.step.{name} = {getattr(self, name)}: must be at least 1")
+        for name in ("epsilon", "meta_lr", "meta_weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.step.{name} = {getattr(self, name)}: must be at least 0")
+
+
+STEP_OPTIONS: dict[str, type[PlainOptions]] = {"plain": PlainOptions, "exits": ExitsOptions, "l2w": L2wOptions}
+
+
+def step_config(value: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Return a step's name and all its options, from its name, or from its name and some of them.
+
+    Raises:
+        ValueError: an unknown name or option, or a value outside its range.
+
+    >>> step_config("exits")
+    {'name': 'exits', 'score': 'last', 'confident': 0.9}
+    >>> step_config({"name": "exits", "scor": 1})
+    Traceback (most recent call last):
+    ValueError: unknown key 'train.step.scor' of train step 'exits': did you mean 'score'? (valid: confident, score)
+    """
+    keys = {"name": value} if isinstance(value, str) else dict(value)
+    name = keys.pop("name", None)
+    if name is None:
+        raise ValueError("train.step has no name: write train.step: {name: exits}, or train.step: exits")
+    if name not in STEP_OPTIONS:
+        raise ValueError(f"unknown train.step {shown(name)}: {closest(str(name), STEP_OPTIONS)}")
+    options = STEP_OPTIONS[name]
+    check_keys(options, keys, "train.step", f"train step {name!r}")
+    return {"name": name, **dataclasses.asdict(options(**{key: plain(each) for key, each in keys.items()}))}

@@ -1,0 +1,1 @@
+"""The ScoreActor, and how workers talk to it."""

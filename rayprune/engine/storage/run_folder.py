@@ -1,0 +1,135 @@
+"""The run folder: config.yaml, environment.json, metrics.jsonl, selections/, scores.parquet.
+
+Plain files that other programs read: JSON lines, Parquet, NumPy without pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayprune.core.selection import Selection
+from rayprune.core.selector import Selector
+from rayprune.sources import score_files as score_file
+
+RUN_SCHEMA = 1  # of environment.json and gallery.json
+_PACKAGES = ("rayprune", "ray", "torch", "torchvision", "numpy", "pandas", "pyarrow", "scikit-learn")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+def write_environment(run_folder: Path, **facts: Any) -> None:
+    """Write versions and hardware, and what the caller adds (seed, fingerprint, devices)."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    machine = {"system": platform.platform(), "processor": platform.machine(), "python": platform.python_version()}
+    text = json.dumps({"schema": RUN_SCHEMA, "versions": versions, "machine": machine, **facts}, indent=1)
+    (run_folder / "environment.json").write_text(text + "\n")
+
+
+def append_metrics(run_folder: Path, record: Mapping[str, Any]) -> None:
+    """Append one epoch's line to metrics.jsonl; a line torn by a kill is dropped first."""
+    file = run_folder / "metrics.jsonl"
+    _drop_torn_line(file)
+    with file.open("a") as stream:
+        stream.write(json.dumps(_without_nan(record)) + "\n")
+
+
+def mend_metrics(run_folder: Path, last: Mapping[str, Any] | None) -> None:
+    """Write the newest checkpoint's line (None in epoch 0) where a kill came between the checkpoint and the line."""
+    if last is not None and all(record["epoch"] != last["epoch"] for record in read_metrics(run_folder)):
+        append_metrics(run_folder, last)
+
+
+def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
+    """Return the last line of each epoch, in order of epochs; a torn last line is left out."""
+    file = run_folder / "metrics.jsonl"
+    by_epoch = {record["epoch"]: record for record in _lines(file)} if file.exists() else {}
+    return [by_epoch[epoch] for epoch in sorted(by_epoch)]
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(file.read_text().splitlines(keepends=True), start=1):
+        if line.endswith("\n"):
+            try:
+                yield json.loads(line)
+            except ValueError:
+                raise ValueError(
+                    f"{file}, line {number} is no JSON: restore the file or choose another run.name"
+                ) from None
+
+
+def _drop_torn_line(file: Path) -> None:
+    if not file.exists():
+        return
+    with file.open("rb+") as stream:
+        content = stream.read()
+        if content and not content.endswith(b"\n"):
+            stream.truncate(content.rfind(b"\n") + 1)
+
+
+def _without_nan(value: Any) -> Any:
+    # JSON has no NaN: a loss that is none is null.
+    if isinstance(value, Mapping):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_selection(run_folder: Path, epoch: int, selection: Selection, keep: int) -> None:
+    """Write selections/epoch-NNNNNN.npz (bitmap and weight codes) and delete all but the newest `keep`."""
+    if not keep:
+        return
+    folder = run_folder / "selections"
+    folder.mkdir(exist_ok=True)
+    arrays: dict[str, Any] = selection.to_arrays()
+    np.savez_compressed(folder / f"epoch-{epoch:06d}.npz", **arrays)
+    for old in sorted(folder.glob("epoch-*.npz"), reverse=True)[keep:]:
+        old.unlink(missing_ok=True)
+
+
+def read_selection(run_folder: Path, epoch: int) -> Selection:
+    """Return an epoch's Selection from selections/."""
+    with np.load(run_folder / "selections" / f"epoch-{epoch:06d}.npz", allow_pickle=False) as stored:
+        return Selection.from_arrays(dict(stored))
+
+
+def write_scores(
+    run_folder: Path,
+    selector: Selector,
+    labels: NDArray[np.int64],
+    fingerprint: str,
+    extra: Mapping[str, Any] | None = None,
+    method: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write scores.parquet: id, label, the (N,) columns of `extra`, every score, last_visit, times_pruned.
+
+    `method` is the config of the method that scored, where it is not the Selector's.
+    """
+    return score_file.write_scores(
+        run_folder / "scores.parquet",
+        selector.num_samples,
+        selector.scores(),
+        labels=labels,
+        extra=extra,
+        last_visit=selector.table.last_visit,
+        times_pruned=selector.table.times_pruned,
+        fingerprint=fingerprint,
+        about={"method": dict(method or selector.method.to_config()), "seed": selector.seed},
+    )

@@ -1,0 +1,1 @@
+"""Pruned data for a training loop of the user's own."""

@@ -1,0 +1,1 @@
+"""Many runs: sweeps, comparisons, and the evaluation of early exits."""

@@ -1,0 +1,193 @@
+"""Which Parquet files are for training, and which columns hold the inputs and the labels."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pyarrow as pa
+
+from rayprune.core.references import closest
+from rayprune.sources.parquet.reader import ShardFile
+from rayprune.sources.storage import Storage, public
+
+DEFAULT_VALIDATION_FILES = "*test*"
+OTHER_VALIDATION_FILES = "*val*"
+IMAGE_NAMES = ("image", "img", "images", "picture", "png", "jpg", "jpeg", "bytes")
+LABEL_NAMES = ("label", "labels", "y", "target", "targets", "fine_label", "class", "cls")
+
+# What messages call the data: a file of it, or a folder.
+Named = ShardFile | Path
+
+
+def split_files(
+    path: str, train_files: str, validation_files: str
+) -> tuple[tuple[ShardFile, ...], tuple[ShardFile, ...]]:
+    """Sort the files of a folder into training and validation by patterns of their stems.
+
+    A file that matches both patterns is for training. A single file is for training.
+
+    Raises:
+        ValueError: no file is there, or a validation pattern other than the default matches none.
+    """
+    storage = Storage(path)
+    if storage.is_file():
+        return (ShardFile(storage),), ()
+    names = [file.name for file in storage.files()] if storage.is_folder() else []
+    files = [ShardFile(storage, name) for name in names if name.endswith(".parquet") and "/" not in name]
+    if not files:
+        raise ValueError(
+            f"data.path {public(storage.path)!r} is neither a Parquet file nor a folder of *.parquet: correct it"
+        )
+    train = [file for file in files if fnmatchcase(file.stem, train_files)]
+    others = [file for file in files if file not in train]
+    validation = [file for file in others if fnmatchcase(file.stem, validation_files)]
+    if not validation and validation_files == DEFAULT_VALIDATION_FILES:
+        validation = [file for file in others if fnmatchcase(file.stem, OTHER_VALIDATION_FILES)]
+    elif not validation and validation_files:
+        stems = closest(validation_files, [file.stem for file in others])
+        raise ValueError(f"data.validation_files {validation_files!r} matches no file left for validation: {stems}")
+    return tuple(train or [file for file in others if file not in validation]), tuple(validation)
+
+
+def find_columns(
+    file: Named,
+    schema: pa.Schema,
+    image_column: str | None,
+    label_column: str | None,
+    feature_columns: Sequence[str] | None,
+) -> tuple[str | None, str, tuple[str, ...]]:
+    """Choose the columns to read; what is given is checked, the rest is found by name and type.
+
+    Returns:
+        The image column or None, the label column, and the feature columns, which are empty for images.
+
+    Raises:
+        ValueError: a column given is missing or of a wrong type, or none suits.
+    """
+    named = [name for name in (image_column, label_column, *(feature_columns or ())) if name is not None]
+    _check_names(file, named, schema.names)
+    if image_column is not None and feature_columns is not None:
+        raise ValueError("data.image_column and data.feature_columns are both set: keep one, a sample has one input")
+    image = None
+    if feature_columns is None:
+        image = image_column or _find_image(schema)
+        if image is not None and not _is_image(schema.field(image).type):
+            kind = schema.field(image).type
+            raise ValueError(f"{file} column {image!r} is {kind}: images must be binary or a struct with `bytes`")
+    label = label_column or _find_label(file, schema)
+    return image, label, () if image is not None else _features(file, schema, label, feature_columns)
+
+
+def check_columns(file: ShardFile, first: pa.Schema, image: str | None, label: str, features: Sequence[str]) -> None:
+    """Refuse a file that lacks a column, or has another type or other class names there than the first file.
+
+    Raises:
+        ValueError: names the file and the column.
+    """
+    schema = file.schema()
+    names = [label, *features, *([] if image is None else [image])]
+    _check_names(file, names, schema.names)
+    for name in names:
+        kind, usual = schema.field(name).type, first.field(name).type
+        sort = _sort_of_label if name == label else _is_image if name == image else _is_number
+        if sort(kind) != sort(usual):
+            raise ValueError(f"{file} column {name!r} is {kind}, and {usual} in the first file")
+    check_class_names(file, hub_class_names(schema, label), hub_class_names(first, label), "the first file")
+
+
+def string_labels(files: Sequence[ShardFile], column: str) -> tuple[str, ...]:
+    """Return the sorted unique strings of a label column over all files; empty where it holds no strings."""
+    names: set[str] = set()
+    for file in files:
+        values = file.column(column)
+        if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+            names.update(value for value in values.unique().to_pylist() if value is not None)
+    return tuple(sorted(names))
+
+
+def hub_class_names(schema: pa.Schema, label: str) -> tuple[str, ...]:
+    """Return the class names that the Hugging Face hub stores in a file's metadata; empty where there are none."""
+    try:
+        stored = json.loads((schema.metadata or {})[b"huggingface"])
+        return tuple(stored["info"]["features"][label]["names"])
+    except (KeyError, TypeError, ValueError):
+        return ()
+
+
+def check_class_names(file: Named, found: Sequence[str], usual: Sequence[str], where: str) -> None:
+    """Refuse class names that are stored in two orders: one label would stand for two classes.
+
+    Raises:
+        ValueError: both have names, and they differ.
+    """
+    if not found or not usual or tuple(found) == tuple(usual):
+        return
+    pairs = list(zip(found, usual, strict=False))
+    start = next((label for label, (name, other) in enumerate(pairs) if name != other), len(pairs))
+    ours, theirs = (f"{len(names)} classes, from {start}: {list(names[start : start + 3])}" for names in (found, usual))
+    raise ValueError(f"{file} has {ours}, and {where} {theirs}: store them with one order of names")
+
+
+def _check_names(file: Named, wanted: Sequence[str], names: Sequence[str]) -> None:
+    for name in wanted:
+        if name not in names:
+            raise ValueError(f"{file} has no column {name!r}: {closest(name, names)}")
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _is_image(kind.field("bytes").type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+
+
+def _sort_of_label(kind: pa.DataType) -> str:
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_string(plain) or pa.types.is_large_string(plain):
+        return "text"
+    return "integer" if pa.types.is_integer(plain) or pa.types.is_boolean(plain) else str(plain)
+
+
+def _index_columns(schema: pa.Schema) -> set[str]:
+    """Return the columns that pandas wrote for its index: row numbers and the like, which tell a network the row."""
+    try:
+        stored = json.loads((schema.metadata or {})[b"pandas"])["index_columns"]
+    except (KeyError, TypeError, ValueError):
+        stored = []
+    listed = {name for name in stored if isinstance(name, str)}  # an index that is a range stands there as a mapping
+    return listed | {name for name in schema.names if re.fullmatch(r"__index_level_\d+__", name)}
+
+
+def _find_image(schema: pa.Schema) -> str | None:
+    usual_first = sorted(schema, key=lambda field: (*IMAGE_NAMES, field.name).index(field.name))
+    return next((field.name for field in usual_first if _is_image(field.type)), None)
+
+
+def _find_label(file: Named, schema: pa.Schema) -> str:
+    index = _index_columns(schema)
+    usual = [name for name in LABEL_NAMES if name in schema.names and name not in index]
+    integers: list[str] = [
+        field.name for field in schema if pa.types.is_integer(field.type) and field.name not in index
+    ]
+    if usual or len(integers) == 1:
+        return (usual or integers)[0]
+    raise ValueError(f"{file} has no column with a usual label name: set data.label_column to one of {schema.names}")
+
+
+def _features(file: Named, schema: pa.Schema, label: str, given: Sequence[str] | None) -> tuple[str, ...]:
+    numeric = [field.name for field in schema if field.name != label and _is_number(field.type)]
+    for name in given or ():
+        if name not in numeric:
+            raise ValueError(f"{file} column {name!r} is {schema.field(name).type}: {closest(name, numeric)}")
+    index = _index_columns(schema)
+    found = tuple(name for name in numeric if name not in index) if given is None else tuple(given)
+    if not found:
+        raise ValueError(f"{file} has neither an image nor a numeric column: set data.image_column")
+    return found
