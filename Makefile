@@ -25,7 +25,7 @@ test: setup
 
 # Kills 56 times inside epochs; some 18 minutes on two cores.
 torture: setup
-	$(BIN)/python -m tests.torture
+	$(BIN)/python -m tests.scenarios.kills
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -16,12 +16,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from rayprune.config import Config
 from rayprune.engine.data.batch import Batch
-from rayprune.engine.data.device import DeviceStream, Placer
+from rayprune.engine.data.device import DevicePlacer, DeviceStream
 from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.session import ScoringSession
-from rayprune.engine.train.build import StepTerms, build_network, build_step, network_optimizer, pick_precision
-from rayprune.engine.train.metrics import Tally
+from rayprune.engine.train.build import StepSettings, build_network, build_step, network_optimizer, pick_precision
+from rayprune.engine.train.metrics import MetricSums
 from rayprune.engine.train.preflight import input_spec
 from rayprune.methods import InfoBatch
 from rayprune.nn.augment import seed_generators, step_seed
@@ -40,12 +40,12 @@ class EngineSteps:
             config.train.batch_size,
         )
         network, method = build_network(config, self._spec, device), InfoBatch(prune_ratio=0.0)
-        self._step = build_step(config, network, self._spec, StepTerms.of(method, config.train), 1, device)
+        self._step = build_step(config, network, self._spec, StepSettings.of(method, config.train), 1, device)
         spec = ScoreSpec(
             method.to_config(), source, 0, _EPOCHS, 0, self._batch_size, "pad", source.schema.row_bytes, None, 0
         )
         self._via = DeviceStream({"train": source}, device)
-        self._place, self._sums = Placer(self._spec.column, device), Tally(device)
+        self._place, self._sums = DevicePlacer(self._spec.column, device), MetricSums(device)
         self._session = ScoringSession(ScoreClient.in_process(spec), 1, 0, 1, ("loss",))
         self._batches = self._all_batches()
         self._number, self._device = 0, device

@@ -15,7 +15,7 @@ import torch
 from benchmarks.harness import Figure, seconds
 from rayprune.config import make_config
 from rayprune.engine.storage.checkpoint import write_checkpoint
-from rayprune.engine.storage.checkpoint_writer import Saver
+from rayprune.engine.storage.checkpoint_writer import CheckpointWriter
 from rayprune.nn.models import build_model
 from rayprune.nn.steps import PlainStep
 
@@ -30,7 +30,7 @@ def figures() -> Iterator[Figure]:
     table = {f"column{number}": np.zeros(SAMPLES, np.float32) for number in range(COLUMNS)}
     copies, writes = [], []
     with tempfile.TemporaryDirectory() as folder:
-        saver = Saver(Path(folder), make_config({"run": {"name": "saving"}}), "", "", rank=0)
+        saver = CheckpointWriter(Path(folder), make_config({"run": {"name": "saving"}}), "", "", rank=0)
         for number in range(REPETITIONS + 1):
             copies.append(seconds(lambda: saver.copied(network, step, table)))
             state = saver.copied(network, step, table)

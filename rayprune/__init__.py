@@ -1,46 +1,111 @@
-"""rayprune: train each epoch only on the samples worth training on, and prove what that saved.
+"""rayprune: train each epoch only on the samples worth training on, and measure what that saves.
 
-Public names load when they are first used: `import rayprune` alone loads neither torch nor ray.
+Public names load when they are first used: `import rayprune` alone loads neither torch nor Ray.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same list for the running program
+    from rayprune.core.plan import Plan
+    from rayprune.core.schedule import Schedule
+    from rayprune.core.selection import Selection
+    from rayprune.core.selector import EpochContext, Selector
+    from rayprune.core.table import ScoreTable
+    from rayprune.engine.user_loop.api import PrunedData, get_dataset_shard, local_loader, prune
+    from rayprune.engine.user_loop.shard import Epoch, Shard
+    from rayprune.errors import (
+        ClusterError,
+        ConfigError,
+        DataError,
+        RaypruneError,
+        RunFolderError,
+        TrainingFailed,
+        TrainingPaused,
+        TrainingStopped,
+        UsageError,
+    )
+    from rayprune.methods.base import Method
+    from rayprune.methods.dynams import DynaMS
+    from rayprune.methods.fixed import Fixed
+    from rayprune.methods.full import Full
+    from rayprune.methods.infobatch import InfoBatch
+    from rayprune.methods.random_epoch import RandomEpoch
+    from rayprune.methods.random_subset import Random
+    from rayprune.methods.registry import build_method
+    from rayprune.methods.shuffled import Shuffled
+    from rayprune.methods.tdds import TDDS
 
 __version__ = "0.1.0"
 
-_WHERE = {
-    "Plan": "rayprune.core.plan",
-    "Schedule": "rayprune.core.schedule",
-    "ScoreTable": "rayprune.core.table",
-    "Selection": "rayprune.core.selection",
-    "Selector": "rayprune.core.selector",
-    "EpochContext": "rayprune.core.selector",
-    "Method": "rayprune.methods.base",
-    "build_method": "rayprune.methods.registry",
-    "get_dataset_shard": "rayprune.engine.user_loop.api",
-    "local_loader": "rayprune.engine.user_loop.api",
-    "prune": "rayprune.engine.user_loop.api",
+_HOME = {
+    "core.plan": ("Plan",),
+    "core.schedule": ("Schedule",),
+    "core.selection": ("Selection",),
+    "core.selector": ("EpochContext", "Selector"),
+    "core.table": ("ScoreTable",),
+    "engine.user_loop.api": ("PrunedData", "get_dataset_shard", "local_loader", "prune"),
+    "engine.user_loop.shard": ("Epoch", "Shard"),
+    "errors": (
+        "ClusterError",
+        "ConfigError",
+        "DataError",
+        "RaypruneError",
+        "RunFolderError",
+        "TrainingFailed",
+        "TrainingPaused",
+        "TrainingStopped",
+        "UsageError",
+    ),
+    "methods": ("DynaMS", "Fixed", "Full", "InfoBatch", "Random", "RandomEpoch", "Shuffled", "TDDS"),
+    "methods.base": ("Method",),
+    "methods.registry": ("build_method",),
 }
+_MODULES = {name: f"rayprune.{module}" for module, names in _HOME.items() for name in names}
 
-
-def _method_classes() -> dict[str, Any]:
-    methods = importlib.import_module("rayprune.methods")
-    return {cls.__name__: cls for cls in methods.METHODS.values()}
+__all__ = [
+    "TDDS",
+    "ClusterError",
+    "ConfigError",
+    "DataError",
+    "DynaMS",
+    "Epoch",
+    "EpochContext",
+    "Fixed",
+    "Full",
+    "InfoBatch",
+    "Method",
+    "Plan",
+    "PrunedData",
+    "Random",
+    "RandomEpoch",
+    "RaypruneError",
+    "RunFolderError",
+    "Schedule",
+    "ScoreTable",
+    "Selection",
+    "Selector",
+    "Shard",
+    "Shuffled",
+    "TrainingFailed",
+    "TrainingPaused",
+    "TrainingStopped",
+    "UsageError",
+    "__version__",
+    "build_method",
+    "get_dataset_shard",
+    "local_loader",
+    "prune",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__all__":
-        return sorted([*_WHERE, *_method_classes(), "__version__"])
-    if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name]), name)
-    if not name.startswith("_") and name[0].isupper():
-        classes = _method_classes()
-        if name in classes:
-            return classes[name]
-    raise AttributeError(f"module 'rayprune' has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'rayprune' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*_WHERE, *_method_classes(), "__version__"])
+    return __all__

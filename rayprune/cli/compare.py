@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from rayprune.cli.console import console
+from rayprune.errors import ConfigError
 from rayprune.report.tables import HEADS, compare_rows
 
 
@@ -28,21 +29,21 @@ def compare(debug: bool, words: tuple[str, ...], debug_here: bool) -> None:
     """
     paths = [word for word in words if "=" not in word]
     if len(paths) != 1:
-        raise ValueError("name one config: rayprune compare configs/digits_compare.yaml")
+        raise ConfigError("name one config: rayprune compare configs/digits_compare.yaml")
     start = time.perf_counter()
     from rayprune.cli.train import elapsed
     from rayprune.config import load_config
 
     config = load_config(paths[0], [word for word in words if "=" in word])
     from rayprune.experiments.compare.arms import digest_of
-    from rayprune.experiments.compare.runner import Watching
+    from rayprune.experiments.compare.runner import CompareListeners
     from rayprune.experiments.compare.runner import compare as run
 
     stem = Path(paths[0]).stem
     if config.run.name == f"{stem}-{config.digest()}":  # the name of a single run, where none was given
         named = config.run.model_copy(update={"name": f"{stem}-compare-{digest_of(config)}"})
         config = config.model_copy(update={"run": named})
-    folder = run(config, Watching(_announce, _warn, {"on_notice": _warn}), debug=debug or debug_here)
+    folder = run(config, CompareListeners(_announce, _warn, {"on_notice": _warn}), debug=debug or debug_here)
     from rayprune.report.plots.experiments import draw_intervals
 
     draw_intervals(folder)

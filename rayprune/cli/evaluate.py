@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rayprune.cli.console import console
+from rayprune.errors import ConfigError
 
 if TYPE_CHECKING:
     from rayprune.experiments.early_exit.evaluate import Evaluation, Row
@@ -38,7 +39,7 @@ def evaluate(run: str, mode: Any, device: str, batch_size: int) -> None:
     """
     folder = Path(run).expanduser()
     if not (folder / "config.yaml").is_file() and not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}: name a run's, such as runs/NAME")
+        raise ConfigError(f"there is no folder {folder}: name a run's, such as runs/NAME")
     start = time.perf_counter()
     from rayprune.cli.train import elapsed
     from rayprune.experiments.early_exit.evaluate import evaluate as evaluate_run

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from rayprune.cli.console import console
+from rayprune.errors import ConfigError
 
 
 @click.command()
@@ -26,7 +27,7 @@ def report(paths: tuple[str, ...], output: str | None, png: str | None) -> None:
     The page needs nothing outside itself. Running runs are shown as far as they are.
     """
     if output and png:
-        raise ValueError("--png writes plots and no page: leave --output out")
+        raise ConfigError("--png writes plots and no page: leave --output out")
     from rayprune.report.collect import collect
 
     folders = [Path(path).expanduser() for path in paths]
@@ -36,9 +37,9 @@ def report(paths: tuple[str, ...], output: str | None, png: str | None) -> None:
 
     target = Path(png or output or _common(folders) / "report.html").expanduser()
     if not png and target.is_dir():
-        raise ValueError(f"{target} is a folder: name a file, such as --output {target}/report.html")
+        raise ConfigError(f"{target} is a folder: name a file, such as --output {target}/report.html")
     if not png and target.exists() and not target.is_file():  # a device or a pipe, which the page would replace
-        raise ValueError(f"{target} is no regular file: name another by --output")
+        raise ConfigError(f"{target} is no regular file: name another by --output")
     try:
         if png:
             for file in write_pngs(found, target):
@@ -48,7 +49,7 @@ def report(paths: tuple[str, ...], output: str | None, png: str | None) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target, text)
     except OSError as error:
-        raise ValueError(
+        raise ConfigError(
             f"{target} can't be written ({error.strerror}): name another place by --output or --png"
         ) from None
     for note in found.notes:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rayprune.errors import ConfigError
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -98,7 +100,7 @@ def select(scores_path: str, by: str | None, keep: str, out: tuple[str, ...], fo
         check_selection_path(path)
         if path.exists() and (not force or path.samefile(stored.path)):
             cure = "give another --out" + ("" if force else ", or --force to overwrite it")
-            raise ValueError(f"{path} exists{' and holds the scores' if force else ''}: {cure}")
+            raise ConfigError(f"{path} exists{' and holds the scores' if force else ''}: {cure}")
     share_or_count = _share_or_count(keep)
     selection, num_missing = _chosen(stored, name, share_or_count, **how)
     for path in paths:
@@ -125,7 +127,7 @@ def _share_or_count(text: str) -> float:
             return number(text)
         except ValueError:
             continue
-    raise ValueError(f"--keep {text!r} is no number: give a share such as 0.3 or a number of samples such as 1000")
+    raise ConfigError(f"--keep {text!r} is no number: give a share such as 0.3 or a number of samples such as 1000")
 
 
 def _chosen(
@@ -148,19 +150,19 @@ def _chosen(
     from rayprune.core.selection import Selection
 
     if balance != "none" and stored.labels is None:
-        raise ValueError(f"{stored.path} has no column 'label' of whole numbers: leave --balance out, or add one")
+        raise ConfigError(f"{stored.path} has no column 'label' of whole numbers: leave --balance out, or add one")
     count = num_kept(keep, stored.num_samples)
     scores = stored.scores[name]
     present = np.flatnonzero(~np.isnan(scores))
     num_missing = stored.num_samples - present.size
     if num_missing and not drop_missing:
         first = np.flatnonzero(np.isnan(scores))[:5].tolist()
-        raise ValueError(
+        raise ConfigError(
             f"{num_missing} of {stored.num_samples} samples have no {name}, first ids {first}, as never visited: "
             "--drop-missing leaves them out of the choice"
         )
     if count > present.size:
-        raise ValueError(f"--keep {keep} asks for {count} samples, and {present.size} have a {name}: keep fewer")
+        raise ConfigError(f"--keep {keep} asks for {count} samples, and {present.size} have a {name}: keep fewer")
     within = choose(
         scores[present],
         count,

@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.table import Table
 
 from rayprune.config.experiments import shown_value
+from rayprune.errors import ConfigError
 from rayprune.report.read import count_of
 from rayprune.report.tables import by_accuracy, sweep_cells
 
@@ -32,7 +33,7 @@ def sweep(debug: bool, words: tuple[str, ...], debug_here: bool) -> None:
     """
     paths = [word for word in words if "=" not in word]
     if len(paths) != 1:
-        raise ValueError("name one config: rayprune sweep configs/digits_sweep.yaml")
+        raise ConfigError("name one config: rayprune sweep configs/digits_sweep.yaml")
     from rayprune.config import load_tree
     from rayprune.experiments.sweep.space import check_space, sweep_folder_of
 

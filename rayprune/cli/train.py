@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rayprune.cli.console import console, debug_option
+from rayprune.errors import ConfigError
 
 
 @click.command()
@@ -26,14 +27,14 @@ def train(debug: bool, words: tuple[str, ...], debug_here: bool) -> None:
     overrides = [word for word in words if "=" in word]
     paths = [word for word in words if "=" not in word]
     if not paths:
-        raise ValueError("no config is named: rayprune train configs/digits_full.yaml")
+        raise ConfigError("no config is named: rayprune train configs/digits_full.yaml")
     # Loaded here, so that `rayprune methods` need not wait for Ray and torch.
     from rayprune.config import load_config
 
     configs = [load_config(path, overrides) for path in paths]  # all of them before any training starts
     folders = [Path(config.run.storage_path) / str(config.run.name) for config in configs]
     if len(set(folders)) < len(folders):
-        raise ValueError(f"two of the configs train in one folder, {folders[0]}: leave run.name out")
+        raise ConfigError(f"two of the configs train in one folder, {folders[0]}: leave run.name out")
     runs = [
         (Path(path).stem, *_train_one(config, debug or debug_here)) for path, config in zip(paths, configs, strict=True)
     ]
@@ -69,7 +70,7 @@ def score(debug: bool, words: tuple[str, ...], debug_here: bool) -> None:
 
     paths = [word for word in words if "=" not in word]
     if len(paths) != 1:
-        raise ValueError("name one config: rayprune score configs/digits_tdds.yaml")
+        raise ConfigError("name one config: rayprune score configs/digits_tdds.yaml")
     config = load_config(paths[0], [word for word in words if "=" in word])
     with RunDisplay(console) as display:
         scored = run(config, debug=debug or debug_here, **_listeners(display))

@@ -31,6 +31,7 @@ from rayprune.config.schema import (
 from rayprune.config.yaml import merge, parse_overrides, read_yaml
 from rayprune.core.references import closest
 from rayprune.core.validation import shown
+from rayprune.errors import ConfigError
 from rayprune.methods import Method, build_method
 from rayprune.methods.registry import method_fields
 
@@ -65,7 +66,7 @@ class Config(Strict):
         if self.train.batch_size % shares:
             nearest = max(shares, round(self.train.batch_size / shares) * shares)
             workers = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-            raise ValueError(
+            raise ConfigError(
                 f"train.batch_size {self.train.batch_size} does not divide by {workers} workers × "
                 f"{self.train.accumulate} micro-batches: use {nearest}"
             )
@@ -74,7 +75,7 @@ class Config(Strict):
     @model_validator(mode="after")
     def _stops_in_time(self) -> Config:
         if self.train.stop_after is not None and self.train.stop_after > self.train.epochs:
-            raise ValueError(
+            raise ConfigError(
                 f"train.stop_after = {self.train.stop_after}: the run has {self.train.epochs} epochs, leave it out"
             )
         return self
@@ -97,19 +98,19 @@ class Config(Strict):
         tree = self.model_dump(mode="json", exclude={"collect", "compare", "sweep"})
         changes = self.collect.changes
         if "stop_after" in self.collect.train:
-            raise ValueError("collect.train.stop_after is the method's to say (its trajectory): leave it out")
+            raise ConfigError("collect.train.stop_after is the method's to say (its trajectory): leave it out")
         for name, keys in changes.items():
             section: Any = type(getattr(self, name))
             if section.model_config.get("extra") == "forbid":
                 for key in keys:
                     if key not in section.model_fields:
                         hint = closest(key, section.model_fields)
-                        raise ValueError(f"unknown key {f'collect.{name}.{key}'!r}: {hint}")
+                        raise ConfigError(f"unknown key {f'collect.{name}.{key}'!r}: {hint}")
         tree["train"].pop("validate_every")
         tree = merge(tree, changes)
         epochs, needed = tree["train"]["epochs"], self.build_method().collect_epochs
         if epochs < needed:
-            raise ValueError(
+            raise ConfigError(
                 f"method {self.method['name']!r} scores over {needed} epochs, and the run has {epochs}: set "
                 f"collect.train.epochs={needed} or more (the learning-rate schedule of the scoring run is that long)"
             )
@@ -174,15 +175,15 @@ def load_tree(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"config {str(file)!r} can't be read: {error.strerror}") from None
+        raise ConfigError(f"config {str(file)!r} can't be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"config {str(file)!r} is no UTF-8 text") from None
+        raise ConfigError(f"config {str(file)!r} is no UTF-8 text") from None
     try:
         tree = read_yaml(text)
     except ValueError as error:
-        raise ValueError(f"config {str(file)!r} is no valid YAML: {error}") from None
+        raise ConfigError(f"config {str(file)!r} is no valid YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"config {str(file)!r} holds no sections: write at least method: {{name: full}}")
+        raise ConfigError(f"config {str(file)!r} holds no sections: write at least method: {{name: full}}")
     return make_config(merge(tree, parse_overrides(overrides)))
 
 
@@ -195,7 +196,7 @@ def make_config(tree: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(dict(tree))
     except ValidationError as error:
-        raise ValueError(_first_mistake(error)) from None
+        raise ConfigError(_first_mistake(error)) from None
 
 
 def _first_mistake(error: ValidationError) -> str:

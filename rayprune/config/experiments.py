@@ -19,6 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from rayprune.config.schema import Auto, Section, absolute_method
 from rayprune.core.references import closest
 from rayprune.core.validation import shown
+from rayprune.errors import ConfigError
 from rayprune.methods import build_method
 
 Form = Literal["choice", "grid", "uniform", "loguniform", "quniform"]
@@ -76,7 +77,7 @@ def axis_of(key: str, value: Any) -> Axis:
     """Return the axis that a key of the space and its value describe.
 
     Raises:
-        ValueError: the value is no list and no distribution, or its bounds do not ascend.
+        ConfigError: the value is no list and no distribution, or its bounds do not ascend.
 
     >>> axis_of("optim.lr", {"loguniform": [0.01, 1.0]}).form
     'loguniform'
@@ -85,23 +86,23 @@ def axis_of(key: str, value: Any) -> Axis:
     if isinstance(value, list):
         value = {"choice": value}
     if not isinstance(value, Mapping) or len(value) != 1:
-        raise ValueError(f"{where} = {shown(value)}: must be a list, or a mapping of one of {', '.join(_FORMS)}")
+        raise ConfigError(f"{where} = {shown(value)}: must be a list, or a mapping of one of {', '.join(_FORMS)}")
     ((form, given),) = value.items()
     if form not in _FORMS:
-        raise ValueError(f"{where}: unknown distribution {form!r}: {closest(str(form), _FORMS)}")
+        raise ConfigError(f"{where}: unknown distribution {form!r}: {closest(str(form), _FORMS)}")
     if not isinstance(given, list) or not given:
-        raise ValueError(f"{where} = {shown(given)}: {form} takes a list of values")
+        raise ConfigError(f"{where} = {shown(given)}: {form} takes a list of values")
     if form in {"choice", "grid"}:
         if any(given[i] == given[j] and type(given[i]) is type(given[j]) for i in range(len(given)) for j in range(i)):
-            raise ValueError(f"{where}: a value stands twice in {shown(given)}, keep one")
+            raise ConfigError(f"{where}: a value stands twice in {shown(given)}, keep one")
         return Axis(key, form, tuple(given))
     numbers = ["low", "high", "step"][: 3 if form == "quniform" else 2]
     if len(given) != len(numbers) or any(isinstance(x, bool) or not isinstance(x, int | float) for x in given):
-        raise ValueError(f"{where} = {shown(given)}: {form} takes the numbers [{', '.join(numbers)}]")
+        raise ConfigError(f"{where} = {shown(given)}: {form} takes the numbers [{', '.join(numbers)}]")
     axis = Axis(key, form, (), *given)
     if not axis.low < axis.high or (form == "loguniform" and axis.low <= 0) or (form == "quniform" and axis.step <= 0):
         above = " above 0" if form == "loguniform" else ", step above 0" if form == "quniform" else ""
-        raise ValueError(f"{where} = {shown(given)}: {form} takes low below high{above}")
+        raise ConfigError(f"{where} = {shown(given)}: {form} takes low below high{above}")
     return axis
 
 
@@ -143,7 +144,7 @@ class SweepSection(Section):
     @classmethod
     def _positive(cls, value: Any) -> Any:
         if value != "auto" and value < 1:
-            raise ValueError("must be at least 1, or auto")
+            raise ConfigError("must be at least 1, or auto")
         return value
 
     @model_validator(mode="after")
@@ -151,19 +152,19 @@ class SweepSection(Section):
         for axis in self.axes:
             section = axis.key.split(".")[0]
             if section in _OWN:
-                raise ValueError(
+                raise ConfigError(
                     f"sweep.space {axis.key!r}: a sweep sets {section} for its trials itself, leave it out"
                 )
             if self.search == "grid" and not axis.listed:
-                raise ValueError(
+                raise ConfigError(
                     f"sweep.space {axis.key!r} is {axis.form}: a grid takes lists, or set sweep.search=random"
                 )
             if self.search == "optuna" and axis.form == "grid":
-                raise ValueError(f"sweep.space {axis.key!r} is a grid: sweep.search=optuna takes choice")
+                raise ConfigError(f"sweep.space {axis.key!r} is a grid: sweep.search=optuna takes choice")
         if self.search == "grid" and self.num_trials is not None:
-            raise ValueError("sweep.num_trials: a grid has as many trials as points, leave it out")
+            raise ConfigError("sweep.num_trials: a grid has as many trials as points, leave it out")
         if self.search != "grid" and self.num_trials is None:
-            raise ValueError(f"sweep.search = {self.search!r} needs sweep.num_trials, such as sweep.num_trials=20")
+            raise ConfigError(f"sweep.search = {self.search!r} needs sweep.num_trials, such as sweep.num_trials=20")
         return self
 
     @property
@@ -204,7 +205,7 @@ class CompareSection(Section):
         methods = tuple(judgeable(method, f"compare.methods[{number}]") for number, method in enumerate(value))
         for number, method in enumerate(methods):
             if method in methods[:number]:
-                raise ValueError(f"compare.methods[{number}] is the same as another one: leave it out")
+                raise ConfigError(f"compare.methods[{number}] is the same as another one: leave it out")
         return methods
 
     @field_validator("seeds")
@@ -212,18 +213,18 @@ class CompareSection(Section):
     def _distinct(cls, value: int | tuple[int, ...]) -> tuple[int, ...]:
         seeds = tuple(range(value)) if isinstance(value, int) else value
         if not seeds:
-            raise ValueError(f"compare.seeds = {shown(value)}: name at least one seed, better three")
+            raise ConfigError(f"compare.seeds = {shown(value)}: name at least one seed, better three")
         if any(not 0 <= seed < 2**63 for seed in seeds):
-            raise ValueError(f"compare.seeds = {shown(list(seeds))}: seeds are at least 0 and below 2^63")
+            raise ConfigError(f"compare.seeds = {shown(list(seeds))}: seeds are at least 0 and below 2^63")
         if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
-            raise ValueError(f"compare.seeds names {twice[0]} twice: a run counts once, name another seed")
+            raise ConfigError(f"compare.seeds names {twice[0]} twice: a run counts once, name another seed")
         return seeds
 
     @field_validator("parallel")
     @classmethod
     def _positive(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:
-            raise ValueError(f"compare.parallel = {value}: must be at least 1, or auto")
+            raise ConfigError(f"compare.parallel = {value}: must be at least 1, or auto")
         return value
 
     @field_validator("baselines")
@@ -231,9 +232,9 @@ class CompareSection(Section):
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
             if name not in BASELINES:
-                raise ValueError(f"compare.baselines: unknown baseline {name!r}: {closest(name, BASELINES)}")
+                raise ConfigError(f"compare.baselines: unknown baseline {name!r}: {closest(name, BASELINES)}")
             if value.count(name) > 1:
-                raise ValueError(f"compare.baselines names {name!r} twice: keep one")
+                raise ConfigError(f"compare.baselines names {name!r} twice: keep one")
         return tuple(name for name in BASELINES if name == "full" or name in value)
 
     @property
@@ -255,12 +256,12 @@ def judgeable(method: Any, key: str) -> dict[str, Any]:
         key: what messages call it.
 
     Raises:
-        ValueError: it is no method, is `full` itself, or brings keys that all arms share.
+        ConfigError: it is no method, is `full` itself, or brings keys that all arms share.
     """
     if isinstance(method, dict):
         shared = [name for name in method if name.split(".")[0] in _OF_ALL_ARMS]
         if shared:
-            raise ValueError(
+            raise ConfigError(
                 f"{key} has {shared[0]!r}: all arms share the config's own, so that only what they select differs; "
                 "leave it out (full_steps and full_time are the shorter arms)"
             )
@@ -268,7 +269,7 @@ def judgeable(method: Any, key: str) -> dict[str, Any]:
             method = absolute_method(method)
     built = build_method(method, key).to_config()
     if built["name"] == "full":
-        raise ValueError(f"{key} is full, which everything is compared with: name a method that prunes, as infobatch")
+        raise ConfigError(f"{key} is full, which everything is compared with: name a method that prunes, as infobatch")
     return built
 
 

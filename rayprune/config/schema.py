@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_val
 from rayprune.core.references import absolute_reference, closest
 from rayprune.core.step_options import step_config
 from rayprune.core.validation import check_keys, wrong_type
+from rayprune.errors import ConfigError
 
 Auto = Literal["auto"]
 TRACKERS = ("mlflow", "wandb")
@@ -45,7 +46,7 @@ class Section(Strict):
     def _of_its_type(cls, value: Any, info: ValidationInfo) -> Any:
         # pydantic takes true and "1" for numbers, and names a union's members one by one.
         if problem := wrong_type(value, cls.model_fields[str(info.field_name)].annotation):
-            raise ValueError(problem)
+            raise ConfigError(problem)
         return value
 
 
@@ -77,7 +78,7 @@ class DataSection(Section, extra="allow"):
         if value != "auto":
             check_keys(_Augmentation, value, "data.augment", "the augmentation")
             if value.get("crop", 0) < 0:
-                raise ValueError(f"data.augment.crop = {value['crop']}: must be at least 0 pixels")
+                raise ConfigError(f"data.augment.crop = {value['crop']}: must be at least 0 pixels")
         return value
 
     @property
@@ -155,15 +156,15 @@ class OptimSection(Section):
     @classmethod
     def _ascending(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if not all(a < b for a, b in pairwise((0, *value, 1))):
-            raise ValueError("must ascend between 0 and 1: shares of the run, such as [0.5, 0.75]")
+            raise ConfigError("must ascend between 0 and 1: shares of the run, such as [0.5, 0.75]")
         return value
 
     @model_validator(mode="after")
     def _go_together(self) -> OptimSection:
         if self.name == "sgd" and self.nesterov and self.momentum == 0:
-            raise ValueError("optim.nesterov = True needs momentum: set optim.momentum=0.9, or optim.nesterov=false")
+            raise ConfigError("optim.nesterov = True needs momentum: set optim.momentum=0.9, or optim.nesterov=false")
         if self.schedule == "onecycle" and self.warmup > 0:
-            raise ValueError(f"optim.warmup = {self.warmup}: schedule onecycle warms up by itself, set optim.warmup=0")
+            raise ConfigError(f"optim.warmup = {self.warmup}: schedule onecycle warms up by itself, set optim.warmup=0")
         return self
 
 
@@ -189,14 +190,14 @@ class ScalingSection(Section):
     @classmethod
     def _ascending(cls, value: Any) -> Any:
         if not (1 <= value[0] <= value[1] if isinstance(value, tuple) else value >= 0):
-            raise ValueError("must be at least 0, or [min, max] with 1 ≤ min ≤ max")
+            raise ConfigError("must be at least 0, or [min, max] with 1 ≤ min ≤ max")
         return value
 
     @field_validator("cpus_per_worker", "threads")
     @classmethod
     def _positive(cls, value: Any) -> Any:
         if value != "auto" and not value > 0:
-            raise ValueError("must be above 0, or auto")
+            raise ConfigError("must be above 0, or auto")
         return value
 
 
@@ -225,7 +226,7 @@ class RunSection(Section):
         """
         folder = Path(self.storage_path).expanduser().resolve()
         if "working_dir_files" in folder.parts:
-            raise ValueError(
+            raise ConfigError(
                 f"run.storage_path = {self.storage_path!r} lies in the working directory of a Ray job, which Ray "
                 "deletes: name an absolute path that all machines see, such as run.storage_path=/mnt/runs"
             )
@@ -235,7 +236,7 @@ class RunSection(Section):
     @classmethod
     def _mounted(cls, value: str) -> str:
         if "://" in value:
-            raise ValueError(
+            raise ConfigError(
                 f"run.storage_path = {value!r}: must be a folder: mount the storage on every machine (NFS, or an "
                 "object store by s3fs, gcsfuse, rclone mount) and name the mount, such as run.storage_path=/mnt/runs"
             )
@@ -246,14 +247,14 @@ class RunSection(Section):
     def _known_trackers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
             if name not in TRACKERS:
-                raise ValueError(f"there is no tracker {name!r}: {closest(name, TRACKERS)}")
+                raise ConfigError(f"there is no tracker {name!r}: {closest(name, TRACKERS)}")
         return tuple(dict.fromkeys(value))
 
     @field_validator("name")
     @classmethod
     def _plain_name(cls, value: str | None) -> str | None:
         if value is not None and (not value or value in {".", ".."} or "/" in value or "\\" in value):
-            raise ValueError("must be a folder name without slashes: set run.storage_path for the place")
+            raise ConfigError("must be a folder name without slashes: set run.storage_path for the place")
         return value
 
 
@@ -278,9 +279,9 @@ class CollectSection(Section):
         if self.trajectories is not None:
             changed = ["collect.trajectories", *changed]
         if not self.fresh and changed:
-            raise ValueError(f"collect.fresh = False: there is no scoring run, leave out {', '.join(changed)}")
+            raise ConfigError(f"collect.fresh = False: there is no scoring run, leave out {', '.join(changed)}")
         if self.trajectories is not None and len(changed) > 1:
-            raise ValueError(
+            raise ConfigError(
                 f"collect.trajectories takes the place of the scoring run: leave out {', '.join(changed[1:])}"
             )
         return self

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from rayprune.errors import ConfigError
+
 
 class _Loader(yaml.SafeLoader):
     """Read YAML with 5e-4 as a number, as in YAML 1.2, and refuse a key that stands twice."""
@@ -32,19 +34,19 @@ def read_yaml(text: str) -> Any:
     """Parse one YAML document of plain types.
 
     Raises:
-        ValueError: what is wrong with it, in one line.
+        ConfigError: what is wrong with it, in one line.
     """
     try:
         return _Loader(text).get_single_data()
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ConfigError(" ".join(str(error).split())) from None
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     """Turn `key.sub=value` words into a nested mapping; values are YAML.
 
     Raises:
-        ValueError: a word without '=' or with an empty key, or a key that is given twice.
+        ConfigError: a word without '=' or with an empty key, or a key that is given twice.
 
     >>> parse_overrides(["train.epochs=3", "optim.lr=5e-2"])
     {'train': {'epochs': 3}, 'optim': {'lr': 0.05}}
@@ -54,18 +56,18 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         key, equals, text = word.partition("=")
         parts = key.split(".")
         if not equals or not all(parts):
-            raise ValueError(f"override {word!r} is not of the form key.sub=value")
+            raise ConfigError(f"override {word!r} is not of the form key.sub=value")
         try:
             value = read_yaml(text)
         except ValueError as error:
-            raise ValueError(f"override {word!r}: {error}") from None
+            raise ConfigError(f"override {word!r}: {error}") from None
         branch = tree
         for part in parts[:-1]:
             branch = branch.setdefault(part, {})
             if not isinstance(branch, dict):
-                raise ValueError(f"override {word!r}: {part!r} is given as a value and as a section")
+                raise ConfigError(f"override {word!r}: {part!r} is given as a value and as a section")
         if parts[-1] in branch:
-            raise ValueError(f"override {word!r}: {key!r} is given twice, keep one")
+            raise ConfigError(f"override {word!r}: {key!r} is given twice, keep one")
         branch[parts[-1]] = value
     return tree
 

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from rayprune.core.references import closest
 from rayprune.core.schedule import check_share
 from rayprune.core.selection import Selection
+from rayprune.errors import ConfigError
 
 Balance = Literal["none", "proportional", "even"]
 
@@ -51,22 +52,22 @@ def num_kept(keep: float, num_samples: int) -> int:
         num_samples: N.
 
     Raises:
-        ValueError: neither, or out of range.
+        ConfigError: neither, or out of range.
 
     >>> num_kept(0.29, 100), num_kept(0.5, 5), num_kept(1, 5), num_kept(1.0, 5)
     (29, 3, 1, 5)
     """
     if isinstance(keep, bool) or not isinstance(keep, int | float | np.integer | np.floating):
-        raise ValueError(f"keep {keep!r} is no number: give a share such as 0.3 or a number of samples such as 1000")
+        raise ConfigError(f"keep {keep!r} is no number: give a share such as 0.3 or a number of samples such as 1000")
     if isinstance(keep, int | np.integer):
         if not 1 <= keep <= num_samples:
-            raise ValueError(
+            raise ConfigError(
                 f"keep {keep} is outside 1..{num_samples}, the number of samples: give a number in that range, "
                 "or a share such as 0.3"
             )
         return int(keep)
     if not 0.0 < keep <= 1.0:
-        raise ValueError(f"keep {keep!r} is a share outside (0, 1]: give a share such as 0.3, or a whole number")
+        raise ConfigError(f"keep {keep!r} is a share outside (0, 1]: give a share such as 0.3, or a whole number")
     # A share that is all but 0 still keeps a sample.
     return max(num_samples - num_pruned(1.0 - float(keep), num_samples), min(num_samples, 1))
 
@@ -85,7 +86,7 @@ def quotas(sizes: NDArray[np.integer[Any]], count: int, balance: Balance) -> NDA
         (C,) int64, none above its size, with sum `count`.
 
     Raises:
-        ValueError: the count is out of range, or another balance.
+        ConfigError: the count is out of range, or another balance.
 
     >>> quotas(np.array([5, 3]), 4, "proportional").tolist(), quotas(np.array([5, 3]), 5, "even").tolist()
     ([3, 1], [3, 2])
@@ -93,11 +94,11 @@ def quotas(sizes: NDArray[np.integer[Any]], count: int, balance: Balance) -> NDA
     [1, 4, 3]
     """
     if balance not in ("proportional", "even"):
-        raise ValueError(f"balance {balance!r} sets no quotas: {closest(str(balance), ('proportional', 'even'))}")
+        raise ConfigError(f"balance {balance!r} sets no quotas: {closest(str(balance), ('proportional', 'even'))}")
     room = np.asarray(sizes, dtype=np.int64)
     total = int(room.sum())
     if not 0 <= count <= total:
-        raise ValueError(f"count {count} is outside 0..{total}, the number of samples in all classes")
+        raise ConfigError(f"count {count} is outside 0..{total}, the number of samples in all classes")
     if balance == "proportional":
         # In whole numbers: count·size is exact below 2^63, so for three billion samples.
         given, remainder = np.divmod(count * room, max(total, 1))
@@ -153,14 +154,14 @@ def draw_strata(
         (M,) of the rows, and for each its stratum's size over the number drawn from it, (M,) float64.
 
     Raises:
-        ValueError: a stratum that cannot be weighed, or values too far apart.
+        ConfigError: a stratum that cannot be weighed, or values too far apart.
     """
     ends = _strata_ends(values, num_strata)
     starts = np.concatenate([[0], ends[:-1]])
     sizes = ends - starts
     budgets = strata_budgets(sizes, count)
     if reweigh and (empty := np.count_nonzero((budgets == 0) & (sizes > 0))):
-        raise ValueError(
+        raise ConfigError(
             f"{count} samples leave {empty} of {np.count_nonzero(sizes)} strata with none, which no weight makes up "
             "for: take fewer strata, keep more, or leave reweigh out"
         )
@@ -178,7 +179,7 @@ def _strata_ends(values: NDArray[np.float64], num_strata: int) -> NDArray[np.int
     with np.errstate(over="ignore"):
         width = (high - low) / num_strata
     if not np.isfinite(width):
-        raise ValueError(f"scores from {low:g} to {high:g} are too far apart for strata: scale them down")
+        raise ConfigError(f"scores from {low:g} to {high:g} are too far apart for strata: scale them down")
     # The last stratum has no upper edge: nothing lies above it, whatever rounding does to high.
     inner = np.searchsorted(values, low + width * np.arange(1, num_strata), "left")
     return np.concatenate([inner, [values.size]]).astype(np.int64)
@@ -222,7 +223,7 @@ def choose(
         A Selection whose `requested` is 1 − M/N.
 
     Raises:
-        ValueError: a NaN, something out of range or unknown, missing labels or generator, or strata that cannot be
+        ConfigError: a NaN, something out of range or unknown, missing labels or generator, or strata that cannot be
             weighed because the count leaves one of them without a sample.
 
     >>> choose(np.array([0.3, 0.9, 0.1, 0.9]), 2).ids.tolist(), choose(np.array([5, 5, 5]), 2, "bottom").ids.tolist()
@@ -250,10 +251,10 @@ def choose(
 
 def _check_count(count: int, left: int, num_samples: int) -> None:
     if left < 1:
-        raise ValueError("drop_bottom and drop_top together leave no sample to choose from: lower them")
+        raise ConfigError("drop_bottom and drop_top together leave no sample to choose from: lower them")
     if not 1 <= count <= left:
         dropped = f" after {num_samples - left} are dropped" if left < num_samples else ""
-        raise ValueError(f"count {count} is outside 1..{left}, the samples there are to choose from{dropped}")
+        raise ConfigError(f"count {count} is outside 1..{left}, the samples there are to choose from{dropped}")
 
 
 def choose_by_boundary(distances: NDArray[np.float32], count: int) -> Selection:
@@ -290,30 +291,30 @@ def _check_choice(
 ) -> None:
     for name, value, valid in (("rule", rule, get_args(Rule)), ("balance", balance, get_args(Balance))):
         if value not in valid:
-            raise ValueError(f"{name} {value!r} is unknown: {closest(str(value), valid)}")
+            raise ConfigError(f"{name} {value!r} is unknown: {closest(str(value), valid)}")
     if scores.ndim != 1 or scores.dtype.kind not in "biuf":
-        raise ValueError(f"scores must be a 1-d array of numbers, got {scores.dtype} of shape {scores.shape}")
+        raise ConfigError(f"scores must be a 1-d array of numbers, got {scores.dtype} of shape {scores.shape}")
     _refuse_nan(scores)
     check_share("drop_bottom", drop_bottom)
     check_share("drop_top", drop_top)
     if balance != "none" and labels is None:
-        raise ValueError(f"balance {balance!r} needs labels")
+        raise ConfigError(f"balance {balance!r} needs labels")
     if labels is not None and (labels.shape != scores.shape or labels.dtype.kind not in "iu"):
-        raise ValueError(f"labels must be {scores.size} integers, got {labels.dtype} of shape {labels.shape}")
+        raise ConfigError(f"labels must be {scores.size} integers, got {labels.dtype} of shape {labels.shape}")
     if reweigh and rule != "strata":
-        raise ValueError(f"reweigh goes with the rule 'strata', not {rule!r}: the other rules draw nothing at random")
+        raise ConfigError(f"reweigh goes with the rule 'strata', not {rule!r}: the other rules draw nothing at random")
     if rule == "strata":
         if rng is None:
-            raise ValueError("the rule 'strata' draws at random: give rng")
+            raise ConfigError("the rule 'strata' draws at random: give rng")
         if num_strata < 1:
-            raise ValueError(f"num_strata {num_strata} is below 1")
+            raise ConfigError(f"num_strata {num_strata} is below 1")
         if infinite := np.count_nonzero(~np.isfinite(scores)):
-            raise ValueError(f"{infinite} of {scores.size} scores are infinite: strata need a finite range, take top")
+            raise ConfigError(f"{infinite} of {scores.size} scores are infinite: strata need a finite range, take top")
 
 
 def _refuse_nan(scores: NDArray[Any]) -> None:
     if scores.dtype.kind == "f" and (missing := np.flatnonzero(np.isnan(scores))).size:
-        raise ValueError(f"{missing.size} of {scores.size} scores are NaN, first ids {missing[:5].tolist()}")
+        raise ConfigError(f"{missing.size} of {scores.size} scores are NaN, first ids {missing[:5].tolist()}")
 
 
 def _by_class(

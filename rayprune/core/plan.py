@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from rayprune.core.selection import Selection
 from rayprune.core.table import chunks
+from rayprune.errors import ConfigError
 
 MIN_GROUPS = 8
 
@@ -265,10 +266,10 @@ class Plan:
             meta_every: put a batch of the unpruned stream before every so many batches, where samples are pruned.
 
         Raises:
-            ValueError: batch_size is below 1.
+            ConfigError: batch_size is below 1.
         """
         if batch_size < 1:
-            raise ValueError(f"batch_size {batch_size!r} must be at least 1")
+            raise ConfigError(f"batch_size {batch_size!r} must be at least 1")
         # NumPy pads a seed with zeros: [seed, epoch, 0] would be the very generator that the method draws from.
         rng = np.random.default_rng([seed, epoch, 0, 1])
         rows = selection.num_kept
@@ -414,7 +415,7 @@ class Plan:
 
     def _rows_of_rank(self, world_size: int) -> int:
         if self.batch_size % world_size:
-            raise ValueError(f"batch_size {self.batch_size} does not divide by the world size {world_size}")
+            raise ConfigError(f"batch_size {self.batch_size} does not divide by the world size {world_size}")
         return self.batch_size // world_size
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rayprune.errors import ConfigError
+
 # Names of modules that were loaded from a file; other processes can't import them by name.
 USER_MODULE_PREFIX = "rayprune_user_"
 
@@ -43,17 +45,17 @@ def load_object(reference: str) -> Any:
         reference: a dotted module, or a path to a Python file, then a colon and the attribute's name.
 
     Raises:
-        ValueError: the reference has another form, or the module, file or attribute does not exist.
+        ConfigError: the reference has another form, or the module, file or attribute does not exist.
     """
     where, _, attribute = reference.rpartition(":")
     if not where or not attribute:
-        raise ValueError(f"{reference!r} is not a reference: write 'module:name' or 'path/to/file.py:name'")
+        raise ConfigError(f"{reference!r} is not a reference: write 'module:name' or 'path/to/file.py:name'")
     module = _load_file(where) if where.endswith(".py") else _load_module(where)
     try:
         found = getattr(module, attribute)
     except AttributeError:
         public = [name for name in vars(module) if not name.startswith("_")]
-        raise ValueError(f"{where!r} has no {attribute!r}: {closest(attribute, public)}") from None
+        raise ConfigError(f"{where!r} has no {attribute!r}: {closest(attribute, public)}") from None
     return found
 
 
@@ -62,21 +64,21 @@ def _load_module(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
-            raise ValueError(f"module {name!r} is not found: install it or put its folder on PYTHONPATH") from None
+            raise ConfigError(f"module {name!r} is not found: install it or put its folder on PYTHONPATH") from None
         raise
 
 
 def _load_file(path: str) -> Any:
     file = Path(path).resolve()
     if not file.is_file():
-        raise ValueError(f"file {path!r} does not exist")
+        raise ConfigError(f"file {path!r} does not exist")
     # One module per file and process: pickled instances must find the same class again.
     name = f"{USER_MODULE_PREFIX}{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise ValueError(f"file {path!r} can't be imported as Python")
+        raise ConfigError(f"file {path!r} can't be imported as Python")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

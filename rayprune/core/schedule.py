@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from rayprune.core.references import closest
 from rayprune.core.validation import check_fields, check_keys, make_fields_plain, shown, wrong_type
+from rayprune.errors import ConfigError
 
 SCHEDULES: dict[str, type[Schedule]] = {}
 _BELOW_ONE = math.nextafter(1.0, 0.0)  # where a ratio just below 1 would round to 1
@@ -55,13 +56,13 @@ def first_full_epoch(fraction: float, num_epochs: int) -> int:
 def check_ratio(name: str, value: float) -> None:
     """Raise ValueError unless value is a number in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
-        raise ValueError(f"{name} {value!r} is outside [0, 1): 0 keeps everything, .5 drops half")
+        raise ConfigError(f"{name} {value!r} is outside [0, 1): 0 keeps everything, .5 drops half")
 
 
 def check_share(name: str, value: float) -> None:
     """Raise ValueError unless value is a number in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} {value!r} is outside [0, 1]")
+        raise ConfigError(f"{name} {value!r} is outside [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Schedule:
     def __call__(self, epoch: int, num_epochs: int) -> float:
         """Return r for `epoch` (0-based) of `num_epochs`, in [0, 1)."""
         if not 0 <= epoch < num_epochs:
-            raise ValueError(f"epoch {epoch} is outside [0, {num_epochs})")
+            raise ConfigError(f"epoch {epoch} is outside [0, {num_epochs})")
         return min(self.ratio(epoch, num_epochs), _BELOW_ONE)
 
     def ratio(self, epoch: int, num_epochs: int) -> float:
@@ -93,7 +94,7 @@ class Schedule:
             key: what messages call it.
 
         Raises:
-            ValueError: unknown schedule or key (with the closest match), or a value of another type or out of range.
+            ConfigError: unknown schedule or key (with the closest match), or a value of another type or out of range.
 
         >>> Schedule.of(0.5)(3, 10)
         0.5
@@ -104,12 +105,12 @@ class Schedule:
             return value
         if not isinstance(value, Mapping):
             if problem := wrong_type(value, float):
-                raise ValueError(f"{key} = {shown(value)}: {problem}, or a mapping such as {{schedule: linear}}")
+                raise ConfigError(f"{key} = {shown(value)}: {problem}, or a mapping such as {{schedule: linear}}")
             return Constant(value)
         options = dict(value)
         name = options.pop("schedule", None)
         if not isinstance(name, str) or name not in SCHEDULES:
-            raise ValueError(f"{key}: unknown schedule {shown(name)}: {closest(str(name), SCHEDULES)}")
+            raise ConfigError(f"{key}: unknown schedule {shown(name)}: {closest(str(name), SCHEDULES)}")
         check_keys(SCHEDULES[name], options, key, f"schedule {name!r}")
         return SCHEDULES[name](**options)
 
@@ -196,7 +197,7 @@ class Polynomial(_Ramp):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.power > 0:
-            raise ValueError(f"power {self.power!r} must be above 0")
+            raise ConfigError(f"power {self.power!r} must be above 0")
 
     def ratio(self, epoch: int, num_epochs: int) -> float:
         """Return the point on the polynomial."""
@@ -220,10 +221,10 @@ class Power(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.blocks < 1:
-            raise ValueError(f"blocks {self.blocks!r} must be at least 1")
+            raise ConfigError(f"blocks {self.blocks!r} must be at least 1")
         least = 1.0 / self.blocks
         if not least < self.budget <= 1.0:
-            raise ValueError(f"budget {self.budget!r} is outside ({least:g}, 1] for {self.blocks} blocks")
+            raise ConfigError(f"budget {self.budget!r} is outside ({least:g}, 1] for {self.blocks} blocks")
 
     @cached_property
     def exponent(self) -> float:
@@ -262,7 +263,7 @@ class Step(Schedule):
         super().__post_init__()
         check_ratio("start", self.start)
         if len(self.milestones) != len(self.ratios) or list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError(f"milestones {self.milestones} must ascend, with one ratio each, got {self.ratios}")
+            raise ConfigError(f"milestones {self.milestones} must ascend, with one ratio each, got {self.ratios}")
         for milestone, ratio in zip(self.milestones, self.ratios, strict=True):
             check_share("milestone", milestone)
             check_ratio("ratio", ratio)
@@ -338,7 +339,7 @@ def kept_by_block(
         milestones: of `step`: shares of the run after which the ratio falls; a block falls when it begins there.
 
     Raises:
-        ValueError: an unknown family, or a budget that no schedule of the family reaches, with the least it does.
+        ConfigError: an unknown family, or a budget that no schedule of the family reaches, with the least it does.
 
     >>> [round(kept, 4) for kept in kept_by_block("power", 0.6, 200, 10)][:2]
     [1.0, 0.8401]
@@ -346,10 +347,10 @@ def kept_by_block(
     0.3234
     """
     if family not in get_args(Family):
-        raise ValueError(f"schedule {family!r} is none: {closest(str(family), get_args(Family))}")
+        raise ConfigError(f"schedule {family!r} is none: {closest(str(family), get_args(Family))}")
     starts = block_starts(num_epochs, block_epochs, warmup_epochs)
     if not starts and budget < 1.0:
-        raise ValueError(f"warmup_epochs {warmup_epochs} leaves none of {num_epochs} epochs to prune: lower it")
+        raise ConfigError(f"warmup_epochs {warmup_epochs} leaves none of {num_epochs} epochs to prune: lower it")
     if budget >= 1.0:
         return [1.0] * len(starts)
     lengths = [stop - start for start, stop in zip(starts, [*starts[1:], num_epochs], strict=True)]
@@ -363,7 +364,7 @@ def kept_by_block(
     if visits(high) >= wanted:
         least = (visits(high) + warmup_epochs) / num_epochs
         full = warmup_epochs + lengths[0]
-        raise ValueError(
+        raise ConfigError(
             f"budget {budget:g} can't be reached: {full} of {num_epochs} epochs use everything (warm-up and block 1), "
             f"and the {family} schedule keeps at least {least:.3f}; raise it, or lower block_epochs or warmup_epochs"
         )

@@ -21,6 +21,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from rayprune.errors import ConfigError
+
 
 def as_ids(ids: ArrayLike, num_samples: int) -> NDArray[np.int64]:
     """Check ids and return them as (B,) int64.
@@ -30,7 +32,7 @@ def as_ids(ids: ArrayLike, num_samples: int) -> NDArray[np.int64]:
         num_samples: N; every id must lie in [0, N).
 
     Raises:
-        ValueError: another dtype or shape, or an id out of range (the first few are named).
+        ConfigError: another dtype or shape, or an id out of range (the first few are named).
 
     >>> as_ids([2, 0], num_samples=3)
     array([2, 0])
@@ -40,10 +42,10 @@ def as_ids(ids: ArrayLike, num_samples: int) -> NDArray[np.int64]:
         return np.empty(0, dtype=np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         # A float32 cannot tell id 16,777,217 from its neighbour, so ids that were floats are already lost.
-        raise ValueError(f"ids must be a 1-d array of integers, got {array.dtype} of shape {array.shape}")
+        raise ConfigError(f"ids must be a 1-d array of integers, got {array.dtype} of shape {array.shape}")
     if array.min() < 0 or array.max() >= num_samples:
         unknown = array[(array < 0) | (array >= num_samples)]
-        raise ValueError(f"unknown ids {unknown[:5].tolist()}: ids go from 0 to {num_samples - 1}")
+        raise ConfigError(f"unknown ids {unknown[:5].tolist()}: ids go from 0 to {num_samples - 1}")
     return array.astype(np.int64, copy=False)
 
 
@@ -55,15 +57,15 @@ def checked_labels(labels: ArrayLike, num_samples: int) -> NDArray[Any]:
     """Return (N,) labels in the smallest unsigned dtype.
 
     Raises:
-        ValueError: they are no N integers from 0, or so large that they look like ids.
+        ConfigError: they are no N integers from 0, or so large that they look like ids.
     """
     array = np.asarray(labels)
     if array.shape != (num_samples,) or array.dtype.kind not in "iu":
-        raise ValueError(f"labels must be {num_samples} integers, got {array.dtype} of shape {array.shape}")
+        raise ConfigError(f"labels must be {num_samples} integers, got {array.dtype} of shape {array.shape}")
     if array.min() < 0:
-        raise ValueError(f"labels must be at least 0, got {array.min()}")
+        raise ConfigError(f"labels must be at least 0, got {array.min()}")
     if array.max() >= max(_USUAL_CLASSES, _CLASSES_A_SAMPLE * num_samples):
-        raise ValueError(f"labels look like ids: the largest of {num_samples} is {array.max()}; number classes from 0")
+        raise ConfigError(f"labels look like ids: the largest of {num_samples} is {array.max()}; number classes from 0")
     return array.astype(np.min_scalar_type(int(array.max())))  # classes are few: 1 or 2 bytes a sample, not 8
 
 
@@ -133,19 +135,19 @@ class Selection:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.requested < 1.0:
-            raise ValueError(f"requested prune ratio {self.requested!r} is outside [0, 1)")
+            raise ConfigError(f"requested prune ratio {self.requested!r} is outside [0, 1)")
         if not (np.isfinite(self.lr_scale) and self.lr_scale > 0):
-            raise ValueError(f"lr_scale {self.lr_scale!r} is not a positive finite number")
+            raise ConfigError(f"lr_scale {self.lr_scale!r} is not a positive finite number")
         weights = np.asarray(self.weight_values, dtype=np.float32)
         if weights.size and not (np.isfinite(weights).all() and (weights >= 0).all()):
-            raise ValueError(f"weights must be finite and at least 0, got {weights[:5].tolist()}")
+            raise ConfigError(f"weights must be finite and at least 0, got {weights[:5].tolist()}")
         forward_only = as_ids(self.forward_only_ids, self.num_samples)
         if forward_only.size and np.any(self.codes[forward_only]):
             both = forward_only[self.codes[forward_only] != 0]
-            raise ValueError(f"ids {both[:5].tolist()} are kept and forward-only: a sample is observed once an epoch")
+            raise ConfigError(f"ids {both[:5].tolist()} are kept and forward-only: a sample is observed once an epoch")
         self._freeze(codes=self.codes, weight_values=weights, forward_only_ids=forward_only)
         if isinstance(self.sweep, str) and self.sweep != "all":
-            raise ValueError(f"sweep {self.sweep!r} must be 'all', ids or None")
+            raise ConfigError(f"sweep {self.sweep!r} must be 'all', ids or None")
         if self.sweep is not None and not isinstance(self.sweep, str):
             self._freeze(sweep=np.unique(as_ids(self.sweep, self.num_samples)))
 
@@ -175,14 +177,14 @@ class Selection:
         """Keep with weight 1 where (N,) `kept` is True.
 
         Raises:
-            ValueError: `kept` is no one-dimensional array of bool.
+            ConfigError: `kept` is no one-dimensional array of bool.
 
         >>> Selection.of_mask(np.array([True, False])).realised
         0.5
         """
         mask = np.asarray(kept)
         if mask.dtype != bool or mask.ndim != 1:
-            raise ValueError(f"kept must be a 1-d array of bool, got {mask.dtype} of shape {mask.shape}")
+            raise ConfigError(f"kept must be a 1-d array of bool, got {mask.dtype} of shape {mask.shape}")
         return cls(mask.view(np.uint8), np.ones(1, dtype=np.float32), requested, expected_drops)
 
     @classmethod
@@ -206,7 +208,7 @@ class Selection:
             requested, expected_drops, forward_only_ids, lr_scale: as the attributes.
 
         Raises:
-            ValueError: ids repeat, are out of range or no integers; weights do not fit.
+            ConfigError: ids repeat, are out of range or no integers; weights do not fit.
         """
         kept = as_ids(ids, num_samples)
         codes: NDArray[np.unsignedinteger[Any]] = np.zeros(num_samples, dtype=np.uint8)
@@ -216,12 +218,12 @@ class Selection:
         else:
             given = np.asarray(weights, dtype=np.float32)
             if given.shape != kept.shape:
-                raise ValueError(f"{given.shape} weights do not fit {kept.shape} ids")
+                raise ConfigError(f"{given.shape} weights do not fit {kept.shape} ids")
             values, inverse = np.unique(given, return_inverse=True)
             codes = codes.astype(np.min_scalar_type(values.size))
             codes[kept] = inverse + 1
         if np.count_nonzero(codes) != kept.size:
-            raise ValueError("ids repeat: a selection holds every kept id once")
+            raise ConfigError("ids repeat: a selection holds every kept id once")
         return cls(
             codes,
             values,
@@ -231,15 +233,15 @@ class Selection:
             lr_scale=lr_scale,
         )
 
-    def asking(self, requested: float) -> Selection:
+    def with_requested(self, requested: float) -> Selection:
         """Return the same choice with another `requested` ratio."""
         return replace(self, requested=requested)
 
-    def sweeping(self, sweep: NDArray[np.int64] | Literal["all"] | None) -> Selection:
+    def with_sweep(self, sweep: NDArray[np.int64] | Literal["all"] | None) -> Selection:
         """Return the same choice, with a forward-only pass over `sweep` after its epoch."""
         return replace(self, sweep=sweep)
 
-    def telling(self, **facts: Any) -> Selection:
+    def with_facts(self, **facts: Any) -> Selection:
         """Return the same choice with more facts about it."""
         return replace(self, facts={**self.facts, **facts})
 
@@ -309,17 +311,19 @@ class Selection:
         """Unpack what `to_arrays` made; bit for bit the same Selection.
 
         Raises:
-            ValueError: an array is missing, or they do not fit each other.
+            ConfigError: an array is missing, or they do not fit each other.
         """
         if missing := cls.full(1).to_arrays().keys() - arrays.keys() - {"more"}:
-            raise ValueError(f"the stored selection lacks {', '.join(sorted(missing))}")
+            raise ConfigError(f"the stored selection lacks {', '.join(sorted(missing))}")
         num_samples = int(arrays["num_samples"])
         if arrays["bitmap"].size * 8 < num_samples:
-            raise ValueError(f"the stored selection has {arrays['bitmap'].size * 8} bits for {num_samples} samples")
+            raise ConfigError(f"the stored selection has {arrays['bitmap'].size * 8} bits for {num_samples} samples")
         kept = np.unpackbits(arrays["bitmap"], count=num_samples).view(bool)
         num_kept, given, values = np.count_nonzero(kept), arrays["weight_codes"], arrays["weight_values"]
         if given.shape != (num_kept,) or given.max(initial=0) > values.size or given.min(initial=1) < 1:
-            raise ValueError(f"the stored selection's {given.size} weight codes do not fit its {num_kept} kept samples")
+            raise ConfigError(
+                f"the stored selection's {given.size} weight codes do not fit its {num_kept} kept samples"
+            )
         codes = np.zeros(num_samples, dtype=given.dtype)
         codes[kept] = arrays["weight_codes"]
         requested, expected_drops, lr_scale = (float(value) for value in arrays["scalars"])

@@ -23,6 +23,7 @@ from rayprune.core.selection import Selection, as_ids, checked_labels, kept_shar
 from rayprune.core.table import ScoreTable, chunks, fold_means, mean_columns, mean_scores
 from rayprune.core.thinning import thin, thin_with_class_floor
 from rayprune.core.validation import shown
+from rayprune.errors import ConfigError
 
 
 class EpochContext:
@@ -137,7 +138,7 @@ class Selector:
         visits_collected: samples trained by a run that scored them before, for the budget that is told.
 
     Raises:
-        ValueError: no method, a number out of range, labels that do not fit, or a class floor without labels.
+        ConfigError: no method, a number out of range, labels that do not fit, or a class floor without labels.
 
     >>> from rayprune.methods import InfoBatch
     >>> selector = Selector(InfoBatch(prune_ratio=0.5), num_samples=4, num_epochs=8, seed=0)
@@ -160,21 +161,21 @@ class Selector:
         visits_collected: int = 0,
     ) -> None:
         if isinstance(method, type) or not isinstance(method, SelectionMethod):
-            raise ValueError(f"method must be a rayprune method such as InfoBatch(), got {shown(method)}")
+            raise ConfigError(f"method must be a rayprune method such as InfoBatch(), got {shown(method)}")
         for name, value, least in (("num_samples", num_samples, 1), ("num_epochs", num_epochs, 1), ("seed", seed, 0)):
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-                raise ValueError(f"{name} {value!r} must be an integer of at least {least}")
+                raise ConfigError(f"{name} {value!r} must be an integer of at least {least}")
         self.method, self.num_samples, self.num_epochs, self.seed = method, int(num_samples), int(num_epochs), int(seed)
         self.labels = None if labels is None else checked_labels(labels, self.num_samples)
         if method.class_floor > 0 and self.labels is None:
-            raise ValueError(f"class_floor {method.class_floor} needs labels: give labels= to the Selector")
+            raise ConfigError(f"class_floor {method.class_floor} needs labels: give labels= to the Selector")
         if method.needs_labels and self.labels is None:
-            raise ValueError(
+            raise ConfigError(
                 f"{method.to_config()['name']} balances classes and needs labels: give labels=, or "
                 "choose a balance that needs none"
             )
         if chosen is not None and chosen.num_samples != self.num_samples:
-            raise ValueError(f"the chosen selection is over {chosen.num_samples} samples, here {self.num_samples}")
+            raise ConfigError(f"the chosen selection is over {chosen.num_samples} samples, here {self.num_samples}")
         self.chosen, self.record, self.visits_collected = chosen, tuple(record), visits_collected
         columns = {**method.columns(), **mean_columns(self.record)}
         self.table = ScoreTable(self.num_samples, columns, self.num_epochs)
@@ -190,14 +191,14 @@ class Selector:
         Epochs may be skipped; they count as not trained, so that all their visits count as saved.
 
         Raises:
-            ValueError: the epoch lies before one already begun, or outside [0, num_epochs).
+            ConfigError: the epoch lies before one already begun, or outside [0, num_epochs).
             RuntimeError: the method meant to drop at least one sample and dropped none, or kept none at all.
         """
         epoch = self._checked_epoch(epoch)
         if epoch == self.epoch:
             return self._selection
         if epoch < self.epoch:
-            raise ValueError(f"epoch {epoch} is over: epoch {self.epoch} has begun")
+            raise ConfigError(f"epoch {epoch} is over: epoch {self.epoch} has begun")
         visits_before = self.visits_before + (self._selection.num_kept if self.epoch >= 0 else 0)
         selection = self._select(epoch, visits_before)
         self.epoch, self.visits_before, self._selection = epoch, visits_before, selection
@@ -207,7 +208,7 @@ class Selector:
 
     def _checked_epoch(self, epoch: int) -> int:
         if isinstance(epoch, bool) or not isinstance(epoch, int | np.integer) or not 0 <= epoch < self.num_epochs:
-            raise ValueError(f"epoch {epoch!r} is no integer in [0, {self.num_epochs})")
+            raise ConfigError(f"epoch {epoch!r} is no integer in [0, {self.num_epochs})")
         return int(epoch)
 
     def _select(self, epoch: int, visits_before: int) -> Selection:
@@ -231,7 +232,7 @@ class Selector:
         facts: dict[str, Any] = {"budget_so_far": round(visits / (self.num_samples * self.num_epochs), 6)}
         if self.labels is not None:
             facts["class_kept"] = kept_shares(selection, self.labels)
-        return selection.telling(**facts)
+        return selection.with_facts(**facts)
 
     def observe(self, ids: ArrayLike, signals: Mapping[str, ArrayLike], epoch: int, *, sweep: bool = False) -> None:
         """Fold what the workers saw at their visits into the table.
@@ -246,27 +247,27 @@ class Selector:
             sweep: the visits were a forward-only pass: `signals` are the method's `sweep_signals`, where it has such.
 
         Raises:
-            ValueError: ids repeat, are unknown or no integers; a signal is missing or has another length; a past epoch;
-                or what the method's own `check` refuses. The table is left as it was.
+            ConfigError: ids repeat, are unknown or not integers; a signal is missing or has another length; the epoch
+                has passed; or the method's own `check` refuses them. The table is left as it was.
         """
         checked = as_ids(ids, self.num_samples)
         epoch = self._checked_epoch(epoch)
         if epoch < self.epoch:
-            raise ValueError(f"observation of epoch {epoch}, but epoch {self.epoch} of {self.num_epochs} is running")
+            raise ConfigError(f"observation of epoch {epoch}, but epoch {self.epoch} of {self.num_epochs} is running")
         arrays: dict[str, NDArray[Any]] = {}
         swept = sweep and bool(self.method.sweep_signals)
         names = self.method.sweep_signals if swept else tuple(dict.fromkeys((*self.method.signals, *self.record)))
         for name in names:
             if name not in signals:
-                raise ValueError(f"signal {name!r} is missing: the method needs {list(names)}")
+                raise ConfigError(f"signal {name!r} is missing: the method needs {list(names)}")
             array = np.asarray(signals[name])
             if array.shape[:1] != checked.shape:
-                raise ValueError(f"signal {name!r} of shape {array.shape} does not fit {checked.size} ids")
+                raise ConfigError(f"signal {name!r} of shape {array.shape} does not fit {checked.size} ids")
             if array.dtype.kind not in "biuf":
-                raise ValueError(f"signal {name!r} must hold numbers, got {array.dtype}")
+                raise ConfigError(f"signal {name!r} must hold numbers, got {array.dtype}")
             column = self.table.columns.get(name)
             if column is not None and column.ndim == 1 and array.ndim != 1:
-                raise ValueError(f"signal {name!r} of shape {array.shape} must be one number a sample")
+                raise ConfigError(f"signal {name!r} of shape {array.shape} must be one number a sample")
             arrays[name] = array
         checked, arrays = self._finite(checked, arrays, epoch)
         if checked.size:
@@ -328,21 +329,21 @@ class Selector:
         """Go back to a state of `state_dict`, the current Selection included.
 
         Raises:
-            ValueError: the state is incomplete, of a newer schema, another method, number of samples or epochs, or
+            ConfigError: the state is incomplete, of a newer schema, another method, number of samples or epochs, or
                 seed; nothing was overwritten.
         """
         header, own = _read_header(state), self._header()
         if header.get("schema", STATE_SCHEMA) > STATE_SCHEMA:
-            raise ValueError(f"state of schema {header['schema']}, this version reads up to {STATE_SCHEMA}: upgrade")
+            raise ConfigError(f"state of schema {header['schema']}, this version reads up to {STATE_SCHEMA}: upgrade")
         if missing := own.keys() - header.keys():
-            raise ValueError(f"the state's header lacks {', '.join(sorted(missing))}: give back a whole state_dict()")
+            raise ConfigError(f"the state's header lacks {', '.join(sorted(missing))}: give back a whole state_dict()")
         for name in ("method", "num_samples", "num_epochs", "seed"):
             if header[name] != json.loads(json.dumps(own[name])):
-                raise ValueError(f"the state is of another run: {name} {header[name]!r}, here {own[name]!r}")
+                raise ConfigError(f"the state is of another run: {name} {header[name]!r}, here {own[name]!r}")
         packed = {k.removeprefix("selection/"): v for k, v in state.items() if k.startswith("selection/")}
         selection = Selection.from_arrays(packed)
         if selection.num_samples != self.num_samples:
-            raise ValueError(f"the stored selection is over {selection.num_samples} samples, here {self.num_samples}")
+            raise ConfigError(f"the stored selection is over {selection.num_samples} samples, here {self.num_samples}")
         self.table.load_arrays({k.removeprefix("table/"): v for k, v in state.items() if k.startswith("table/")})
         self._selection = selection
         self.epoch, self.visits_before = header["epoch"], header["visits_before"]
@@ -353,4 +354,4 @@ def _read_header(state: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
     try:
         return dict(json.loads(bytes(state["header"]).decode()))
     except (KeyError, ValueError, TypeError):
-        raise ValueError("the state has no readable header: give back what state_dict() returned") from None
+        raise ConfigError("the state has no readable header: give back what state_dict() returned") from None

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from rayprune.core.references import closest
 from rayprune.core.validation import check_keys, plain, shown
+from rayprune.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class ExitsOptions(PlainOptions):
 
     def __post_init__(self) -> None:
         if isinstance(self.score, int) and self.score < 1:
-            raise ValueError(f"train.step.score = {self.score}: must be an exit from 1 on, last, mean or depth")
+            raise ConfigError(f"train.step.score = {self.score}: must be an exit from 1 on, last, mean or depth")
         if not 0.0 < self.confident <= 1.0:
-            raise ValueError(f"train.step.confident = {self.confident}: must be in (0, 1]")
+            raise ConfigError(f"train.step.confident = {self.confident}: must be in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,13 @@ class L2wOptions(ExitsOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.p <= 39:
-            raise ValueError(f"train.step.p = {self.p}: must be in 1..39")
+            raise ConfigError(f"train.step.p = {self.p}: must be in 1..39")
         for name in ("meta_interval", "hidden", "layers"):
             if getattr(self, name) < 1:
-                raise ValueError(f"train.step.{name} = {getattr(self, name)}: must be at least 1")
+                raise ConfigError(f"train.step.{name} = {getattr(self, name)}: must be at least 1")
         for name in ("epsilon", "meta_lr", "meta_weight_decay"):
             if getattr(self, name) < 0:
-                raise ValueError(f"train.step.{name} = {getattr(self, name)}: must be at least 0")
+                raise ConfigError(f"train.step.{name} = {getattr(self, name)}: must be at least 0")
 
 
 STEP_OPTIONS: dict[str, type[PlainOptions]] = {"plain": PlainOptions, "exits": ExitsOptions, "l2w": L2wOptions}
@@ -95,20 +96,21 @@ def step_config(value: str | Mapping[str, Any]) -> dict[str, Any]:
     """Return a step's name and all its options, from its name, or from its name and some of them.
 
     Raises:
-        ValueError: an unknown name or option, or a value outside its range.
+        ConfigError: an unknown name or option, or a value outside its range.
 
     >>> step_config("exits")
     {'name': 'exits', 'score': 'last', 'confident': 0.9}
     >>> step_config({"name": "exits", "scor": 1})
     Traceback (most recent call last):
-    ValueError: unknown key 'train.step.scor' of train step 'exits': did you mean 'score'? (valid: confident, score)
+    rayprune.errors.ConfigError: unknown key 'train.step.scor' of train step 'exits': did you mean 'score'? \
+(valid: confident, score)
     """
     keys = {"name": value} if isinstance(value, str) else dict(value)
     name = keys.pop("name", None)
     if name is None:
-        raise ValueError("train.step has no name: write train.step: {name: exits}, or train.step: exits")
+        raise ConfigError("train.step has no name: write train.step: {name: exits}, or train.step: exits")
     if name not in STEP_OPTIONS:
-        raise ValueError(f"unknown train.step {shown(name)}: {closest(str(name), STEP_OPTIONS)}")
+        raise ConfigError(f"unknown train.step {shown(name)}: {closest(str(name), STEP_OPTIONS)}")
     options = STEP_OPTIONS[name]
     check_keys(options, keys, "train.step", f"train step {name!r}")
     return {"name": name, **dataclasses.asdict(options(**{key: plain(each) for key, each in keys.items()}))}

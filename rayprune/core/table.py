@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.errors import ConfigError
+
 # Rows a pass takes at once, so that temporaries stay in the cache and memory a sample stays small.
 CHUNK_ROWS = 1 << 16
 
@@ -70,21 +72,21 @@ class ScoreTable:
         """Give a vector column of unknown length its length, and return it; later calls check it.
 
         Raises:
-            ValueError: the column has another length.
+            ConfigError: the column has another length.
         """
         array = self.columns[column]
         if array.shape[1] == 0 < length:
             array = np.full((len(self), length), np.nan if array.dtype.kind == "f" else 0, dtype=array.dtype)
             self.columns[column] = array
         if array.shape[1] != length:
-            raise ValueError(f"{length} numbers a sample do not fit the {array.shape[1]} of column {column!r}")
+            raise ConfigError(f"{length} numbers a sample do not fit the {array.shape[1]} of column {column!r}")
         return array
 
     def mark_visited(self, ids: NDArray[np.int64], epoch: int) -> None:
         """Set the last visit of (B,) ids.
 
         Raises:
-            ValueError: an id stands twice in `ids`; the table is left as it was.
+            ConfigError: an id stands twice in `ids`; the table is left as it was.
         """
         if (ids[1:] > ids[:-1]).all():  # ascending, as the engine's workers send them: nothing repeats
             self.last_visit[ids] = epoch
@@ -96,7 +98,7 @@ class ScoreTable:
         own = self.last_visit[ids] == marks
         if not own.all():
             self.last_visit[ids] = before
-            raise ValueError(f"duplicate ids {np.unique(ids[~own])[:5].tolist()}: a sample is observed once at a time")
+            raise ConfigError(f"duplicate ids {np.unique(ids[~own])[:5].tolist()}: a sample is observed once at a time")
         self.last_visit[ids] = epoch
 
     def permuted(self, order: NDArray[np.int64]) -> ScoreTable:
@@ -116,18 +118,18 @@ class ScoreTable:
         """Copy in what `to_arrays` returned.
 
         Raises:
-            ValueError: names, shapes or dtypes differ from this table's.
+            ConfigError: names, shapes or dtypes differ from this table's.
         """
         own = self.to_arrays()
         if own.keys() != arrays.keys():
-            raise ValueError(f"the table's columns differ: {sorted(arrays)} stored, {sorted(own)} expected")
+            raise ConfigError(f"the table's columns differ: {sorted(arrays)} stored, {sorted(own)} expected")
         for name, array in arrays.items():
             if own[name].shape[1:] == (0,) and own[name].dtype == array.dtype and array.ndim == 2:
                 self.widen(name.removeprefix("column/"), array.shape[1])
         own = self.to_arrays()
         for name, array in arrays.items():
             if own[name].shape != array.shape or own[name].dtype != array.dtype:
-                raise ValueError(
+                raise ConfigError(
                     f"column {name!r} is {array.dtype}{array.shape}, not {own[name].dtype}{own[name].shape}"
                 )
         for name, array in arrays.items():
@@ -163,7 +165,7 @@ def fold_means(
     """Add one visit of (B,) distinct ids to the means.
 
     Raises:
-        ValueError: a signal is not one number a sample.
+        ConfigError: a signal is not one number a sample.
     """
     if not record or not ids.size:
         return
@@ -171,7 +173,7 @@ def fold_means(
     for name in record:
         seen = np.asarray(signals[name], dtype=np.float64)
         if seen.ndim != 1:
-            raise ValueError(f"signal {name!r} has {seen.shape[1:]} numbers a sample: train.record takes single ones")
+            raise ConfigError(f"signal {name!r} has {seen.shape[1:]} numbers a sample: train.record takes single ones")
         column = table[f"{name}_mean"]
         old = np.where(visits == 1, 0.0, column[ids])
         column[ids] = old + (seen - old) / visits

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from rayprune.core.selection import Selection
 from rayprune.core.table import chunks
+from rayprune.errors import ConfigError
 
 # Generator.hypergeometric takes populations below 10^9.
 _MAX_STRATUM = 10**9 - 1
@@ -56,7 +57,7 @@ def thin(
     for rows in chunks(strata.size):
         left[:] += np.bincount(strata[rows], minlength=num_strata)
     if left[1:].max(initial=0) > _MAX_STRATUM:
-        raise ValueError(f"a stratum of {left[1:].max()} samples is above the {_MAX_STRATUM} that can be drawn from")
+        raise ConfigError(f"a stratum of {left[1:].max()} samples is above the {_MAX_STRATUM} that can be drawn from")
     expected = float(np.sum(left[1:] * (1.0 - keep_ratios)))
     to_keep = np.concatenate([left[:1], round_at_random(left[1:] * keep_ratios, rng)])
     codes = strata.astype(np.min_scalar_type(num_strata)) + np.uint8(1)

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import numpy as np
 
 from rayprune.core.references import closest
+from rayprune.errors import ConfigError
 
 
 def plain(value: Any) -> Any:
@@ -57,16 +58,16 @@ def check_keys(cls: type, keys: Mapping[Any, Any], owner: str, what: str) -> Non
         what: whose keys they are, such as "method 'infobatch'".
 
     Raises:
-        ValueError: an unknown key (with the closest match), a missing one, or a value of another type.
+        ConfigError: an unknown key (with the closest match), a missing one, or a value of another type.
     """
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for key in keys:
         if key not in fields:
-            raise ValueError(f"unknown key {f'{owner}.{key}'!r} of {what}: {closest(str(key), fields)}")
+            raise ConfigError(f"unknown key {f'{owner}.{key}'!r} of {what}: {closest(str(key), fields)}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in keys:
-            raise ValueError(f"{owner}.{name} is missing: {what} needs it")
+            raise ConfigError(f"{owner}.{name} is missing: {what} needs it")
     _check_values(cls, keys, owner)
 
 
@@ -74,7 +75,7 @@ def check_fields(instance: Any) -> None:
     """Check a dataclass's fields against their annotations; for `__post_init__`.
 
     Raises:
-        ValueError: a value of another type.
+        ConfigError: a value of another type.
     """
     values = {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)}
     _check_values(type(instance), values, type(instance).__name__)
@@ -87,7 +88,7 @@ def _check_values(cls: type, values: Mapping[str, Any], owner: str) -> None:
         if type(value) is type(default) and value == default:
             continue  # a default of another type than annotated, such as None, is the author's choice
         if problem := wrong_type(value, _hints(cls).get(key, Any)):
-            raise ValueError(f"{owner}.{key} = {shown(value)}: {problem}")
+            raise ConfigError(f"{owner}.{key} = {shown(value)}: {problem}")
 
 
 @cache

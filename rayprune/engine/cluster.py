@@ -26,6 +26,7 @@ from ray._private.grpc_utils import init_grpc_channel
 
 from rayprune.config import Config
 from rayprune.engine.data.device import check_columns
+from rayprune.errors import ClusterError
 from rayprune.sources import SampleSource
 
 _ANSWER_S = 5.0
@@ -59,7 +60,7 @@ def connect(address: str, **options: Any) -> None:
         ValueError: it does not answer within seconds, or can't be joined from here; one line with the cure.
     """
     if "://" in address:
-        raise ValueError(
+        raise ClusterError(
             f"Ray address {address} is one for clients, and a run needs a machine of the cluster itself: submit it "
             "with ray job submit --address http://HEAD:8265 --working-dir . -- rayprune train CONFIG, or name HEAD:6379"
         )
@@ -72,7 +73,7 @@ def connect(address: str, **options: Any) -> None:
         where = "on this machine" if address == "auto" else f"at {address}"
         if _is_about_a_token(error):
             raise _asks_for_a_token(where) from error
-        raise ValueError(f"no Ray cluster can be joined {where} ({first_line(error)}): {_CURES}") from error
+        raise ClusterError(f"no Ray cluster can be joined {where} ({first_line(error)}): {_CURES}") from error
 
 
 def first_line(error: BaseException) -> str:
@@ -81,7 +82,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _asks_for_a_token(where: str) -> ValueError:
-    return ValueError(
+    return ClusterError(
         f"the Ray cluster {where} asks for a token that this process does not send: set RAY_AUTH_MODE=token and "
         "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, here and on every machine of the cluster"
     )
@@ -96,7 +97,7 @@ def _is_about_a_token(error: BaseException | None) -> bool:
 def _check_answer(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > _LAST_PORT:
-        raise ValueError(f"Ray address {address!r} is none of auto, local, HOST:PORT (such as 10.0.0.1:6379)")
+        raise ClusterError(f"Ray address {address!r} is none of auto, local, HOST:PORT (such as 10.0.0.1:6379)")
     try:
         socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
         # Something listens; Ray would wait for minutes to hear that it is no head node, or one that hangs.
@@ -108,11 +109,11 @@ def _check_answer(address: str) -> None:
             raise _asks_for_a_token(f"at {address}") from None
         late = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         why = f"nothing within {_ANSWER_S:g} s" if late else "what listens there is no head node of Ray"
-        raise ValueError(f"no Ray cluster answers at {address} ({why}): {_CURES}") from None
+        raise ClusterError(f"no Ray cluster answers at {address} ({why}): {_CURES}") from None
     except UnicodeError:
-        raise ValueError(f"Ray address {address!r} names no host: {_CURES}") from None
+        raise ClusterError(f"Ray address {address!r} names no host: {_CURES}") from None
     except (OSError, OverflowError) as error:
-        raise ValueError(f"no Ray cluster answers at {address} ({first_line(error)}): {_CURES}") from None
+        raise ClusterError(f"no Ray cluster answers at {address} ({first_line(error)}): {_CURES}") from None
 
 
 # Below this an automatic share means that the machine is far too small for so many workers.
@@ -172,7 +173,7 @@ def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = F
         ray.init("local", include_dashboard=dashboard, _node_ip_address="127.0.0.1", **quiet)
     except (OSError, RuntimeError, ValueError) as error:
         ray.shutdown()
-        raise ValueError(
+        raise ClusterError(
             f"no Ray starts on this machine ({first_line(error)}): free ports and memory (other Ray processes: "
             "ps -C raylet), or train in this process with scaling.num_workers=0"
         ) from error
@@ -231,7 +232,7 @@ def _cpus_per_worker(asked: float | str, today: int, num_workers: int, cpus: flo
     if each * num_workers + for_data > cpus + 1e-6:
         data = " + 1 CPU for Ray Data" if for_data else ""
         most = max(0, int((cpus - for_data) / each))
-        raise ValueError(
+        raise ClusterError(
             f"scaling.num_workers {num_workers} × {each:g} CPUs{data} is more than the {cpus:g} CPUs of the cluster; "
             f"Ray would wait for ever: set scaling.num_workers={max(most, 1)} or scaling.cpus_per_worker={share:.2g}"
         )
@@ -240,7 +241,7 @@ def _cpus_per_worker(asked: float | str, today: int, num_workers: int, cpus: flo
 
 def _checked_gpu(use_gpu: bool, gpus: int, workers: int) -> bool:
     if use_gpu and gpus < workers:
-        raise ValueError(
+        raise ClusterError(
             f"scaling.use_gpu with {workers} workers needs {workers} GPUs, there are {gpus}: set scaling.use_gpu=false"
             + (f" or scaling.num_workers={gpus}" if gpus else "")
         )
@@ -253,7 +254,7 @@ _LEAST_CPUS = 0.25
 
 
 @dataclass(frozen=True)
-class Share:
+class TrialResources:
     """What each run gets.
 
     Attributes:
@@ -286,7 +287,7 @@ class Asked:
 
 def share_resources(
     config: Config, source: SampleSource, num_runs: int, asked: Asked, total: Mapping[str, float]
-) -> Share:
+) -> TrialResources:
     """Settle how many runs go at once.
 
     Args:
@@ -301,14 +302,14 @@ def share_resources(
     """
     if isinstance(config.scaling.num_workers, tuple):
         fewest = config.scaling.num_workers[0]
-        raise ValueError(f"{asked.noun}s at once need a fixed number of workers: set scaling.num_workers={fewest}")
+        raise ClusterError(f"{asked.noun}s at once need a fixed number of workers: set scaling.num_workers={fewest}")
     cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
     if config.scaling.num_workers == 0:
         return _in_process(config, num_runs, asked, cpus, gpus)
     return _with_workers(config, source, num_runs, asked, cpus, gpus)
 
 
-def _in_process(config: Config, num_runs: int, asked: Asked, cpus: float, gpus: float) -> Share:
+def _in_process(config: Config, num_runs: int, asked: Asked, cpus: float, gpus: float) -> TrialResources:
     scaling = config.scaling
     use_gpu = gpus >= 1 if scaling.use_gpu == "auto" else scaling.use_gpu
     threads = 1 if scaling.threads == "auto" else scaling.threads
@@ -322,10 +323,12 @@ def _in_process(config: Config, num_runs: int, asked: Asked, cpus: float, gpus: 
     reserved = {"CPU": float(threads), **({"GPU": 1.0} if use_gpu else {})}
     text = f"{concurrent} at once, {threads} thread{'s' if threads > 1 else ''} each" + (", a GPU each" * use_gpu)
     stream = "device" if scaling.stream == "device" else "local"
-    return Share(concurrent, reserved, {"threads": threads, "use_gpu": use_gpu, "stream": stream}, text)
+    return TrialResources(concurrent, reserved, {"threads": threads, "use_gpu": use_gpu, "stream": stream}, text)
 
 
-def _with_workers(config: Config, source: SampleSource, num_runs: int, asked: Asked, cpus: float, gpus: float) -> Share:
+def _with_workers(
+    config: Config, source: SampleSource, num_runs: int, asked: Asked, cpus: float, gpus: float
+) -> TrialResources:
     scaling = config.scaling
     workers = scaling.num_workers
     assert isinstance(workers, int)
@@ -335,7 +338,7 @@ def _with_workers(config: Config, source: SampleSource, num_runs: int, asked: As
     each = float(scaling.cpus_per_worker) if scaling.cpus_per_worker != "auto" else min(1.0, largest)
     if each > largest or each < _LEAST_CPUS:
         cure = f"scaling.cpus_per_worker={largest:g}" if largest >= _LEAST_CPUS else "scaling.num_workers=0"
-        raise ValueError(
+        raise ClusterError(
             f"no {asked.noun} can have its {workers} workers × {max(each, _LEAST_CPUS):g} CPUs + {beside:g} CPUs "
             f"beside them: the cluster has {cpus:g}, Ray would wait for ever: set {cure}"
         )
@@ -349,12 +352,12 @@ def _with_workers(config: Config, source: SampleSource, num_runs: int, asked: As
     threads = max(1, int(cpus // (workers * concurrent))) if scaling.threads == "auto" else scaling.threads
     settled = {"threads": threads, "use_gpu": alone.use_gpu, "stream": alone.stream, "cpus_per_worker": each}
     text = f"{concurrent} at once, {workers} worker{'s' if workers > 1 else ''} of {each:g} CPUs each"
-    return Share(concurrent, {"CPU": _WAITING_CPUS}, settled, text)
+    return TrialResources(concurrent, {"CPU": _WAITING_CPUS}, settled, text)
 
 
 def _check(asked: Asked, needed: float, there: float, what: str, cure: str) -> None:
     if needed > there:
-        raise ValueError(
+        raise ClusterError(
             f"no {asked.noun} can have {needed:g} {what}: the cluster has {there:g}, Ray would wait for ever: "
             f"set {cure}"
         )
@@ -364,7 +367,7 @@ def _concurrent(asked: Asked, most: int, num_runs: int) -> int:
     if asked.value == "auto":
         return max(1, min(most, num_runs))
     if asked.value > most:
-        raise ValueError(
+        raise ClusterError(
             f"{asked.key} {asked.value} is more than there is room for ({most} at a time): set {asked.key}={most}"
         )
     return asked.value

@@ -29,6 +29,7 @@ from rayprune.core.selection import Selection
 from rayprune.core.selector import EpochContext
 from rayprune.core.table import ScoreTable
 from rayprune.core.validation import check_fields, make_fields_plain, shown, wrong_type
+from rayprune.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ def warn_once(line: str) -> None:
 def check_static_ratio(name: str, value: Any) -> None:
     """Raise ValueError unless value is a number in [0, 1): a subset that is chosen once takes no schedule."""
     if wrong_type(value, float):
-        raise ValueError(f"{name} = {shown(value)}: one subset takes no schedule: give a number in [0, 1)")
+        raise ConfigError(f"{name} = {shown(value)}: one subset takes no schedule: give a number in [0, 1)")
     check_ratio(name, value)
 
 

@@ -31,6 +31,7 @@ from rayprune.core.schedule import Family, Schedule, block_starts, kept_by_block
 from rayprune.core.selection import Selection
 from rayprune.core.selector import EpochContext
 from rayprune.core.table import ScoreTable
+from rayprune.errors import ConfigError
 from rayprune.methods.base import Method
 from rayprune.methods.registry import register
 
@@ -84,18 +85,18 @@ class DynaMS(Method):
         if self.prune_ratio is not None:
             self._set_schedule("prune_ratio")
         if not 0.0 < self.budget <= 1.0:
-            raise ValueError(f"budget {self.budget!r} is outside (0, 1]: .6 keeps 60 % of all visits")
+            raise ConfigError(f"budget {self.budget!r} is outside (0, 1]: .6 keeps 60 % of all visits")
         for name, value, least in (("block_epochs", self.block_epochs, 1), ("warmup_epochs", self.warmup_epochs, 0)):
             if value is not None and value < least:
-                raise ValueError(f"{name} {value} must be at least {least}")
+                raise ConfigError(f"{name} {value} must be at least {least}")
         if not self.power > 0 or not self.proxy_weight > 0:
-            raise ValueError(f"power {self.power!r} and proxy_weight {self.proxy_weight!r} must be above 0")
+            raise ConfigError(f"power {self.power!r} and proxy_weight {self.proxy_weight!r} must be above 0")
         if not all(a < b for a, b in pairwise((0.0, *self.milestones, 1.0))):
-            raise ValueError(f"milestones {self.milestones} must ascend between 0 and 1: shares of the run")
+            raise ConfigError(f"milestones {self.milestones} must ascend between 0 and 1: shares of the run")
         if self.proxy_width is not None and not 0.0 < self.proxy_width <= 1.0:
-            raise ValueError(f"proxy_width {self.proxy_width!r} is outside (0, 1]; null scores with the full network")
+            raise ConfigError(f"proxy_width {self.proxy_width!r} is outside (0, 1]; null scores with the full network")
         if self.balance == "base" and self.anchor != "predicted":
-            raise ValueError(f"balance base measures from the predicted class: leave anchor {self.anchor!r} out")
+            raise ConfigError(f"balance base measures from the predicted class: leave anchor {self.anchor!r} out")
         signal = "boundary_classes" if self.balance == "base" else _SIGNALS[self.anchor]
         object.__setattr__(self, "sweep_signals", (signal,))
         object.__setattr__(self, "sweep_part", "model" if self.proxy_width is None else "proxy")
@@ -124,7 +125,7 @@ class DynaMS(Method):
         selection = self._nearest(table, ratio, context) if ratio < 1.0 else Selection.full(context.num_samples)
         following = context.epoch + 1
         asks = following in starts[1:] and kept[starts.index(following)] < 1.0
-        return selection.sweeping("all" if asks else None).telling(block=block + 1, asked_keep=round(ratio, 6))
+        return selection.with_sweep("all" if asks else None).with_facts(block=block + 1, asked_keep=round(ratio, 6))
 
     def _block_epochs(self, num_epochs: int) -> int:
         return self.block_epochs or min(10, max(1, num_epochs // 5))
@@ -134,7 +135,7 @@ class DynaMS(Method):
             asked = Schedule.of(self.prune_ratio)
             if len(starts) < 2 and any(asked(epoch, num_epochs) for epoch in range(num_epochs)):
                 full = f"all {num_epochs} epochs are warm-up and block 1, which use everything"
-                raise ValueError(f"prune_ratio can't be reached: {full}; lower warmup_epochs or block_epochs")
+                raise ConfigError(f"prune_ratio can't be reached: {full}; lower warmup_epochs or block_epochs")
             return [1.0, *(1.0 - asked(start, num_epochs) for start in starts[1:])]
         blocks = (num_epochs, self._block_epochs(num_epochs), self.warmup_epochs)
         return kept_by_block(self.schedule, self.budget, *blocks, power=self.power, milestones=self.milestones)
@@ -145,7 +146,7 @@ class DynaMS(Method):
         if unknown.any() or distances.shape[1:] == (0,):
             some = f"{np.count_nonzero(unknown) or len(table)} samples (ids {np.flatnonzero(unknown)[:5].tolist()})"
             cause = "their logits were NaN, or the sweep was left out (in a loop of one's own, shard.sweep)"
-            raise ValueError(f"epoch {context.epoch}: {some} have no distance to the boundary: {cause}")
+            raise ConfigError(f"epoch {context.epoch}: {some} have no distance to the boundary: {cause}")
         num_samples = context.num_samples
         asked = num_samples - num_pruned(1.0 - ratio, num_samples)
         count = max(1, round(ratio * num_samples) if self.prune_ratio is None else asked)
@@ -155,4 +156,6 @@ class DynaMS(Method):
             balance: Balance = "even" if self.balance == "even" else "none"
             chosen = choose(distances, count, "bottom", labels=context.labels, balance=balance)
         nearest = distances[chosen.ids] if distances.ndim == 1 else distances[chosen.ids].min(axis=1)
-        return chosen.asking(1.0 - ratio if chosen.realised else 0.0).telling(threshold=round(float(nearest.max()), 6))
+        return chosen.with_requested(1.0 - ratio if chosen.realised else 0.0).with_facts(
+            threshold=round(float(nearest.max()), 6)
+        )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from rayprune.core.selection import Selection
 from rayprune.core.selector import EpochContext
 from rayprune.core.table import ScoreTable
+from rayprune.errors import ConfigError
 from rayprune.methods.base import Method
 from rayprune.methods.registry import register
 
@@ -40,7 +41,7 @@ class Fixed(Method):
             cure = f"give the Selector chosen=, the selection of {self.path}"
             if not self.path:
                 cure = "set method.path=selection.parquet (rayprune select writes one)"
-            raise ValueError(f"method 'fixed' has no selection: {cure}")
+            raise ConfigError(f"method 'fixed' has no selection: {cure}")
         dropped = context.num_samples - context.chosen.num_kept
         return replace(
             context.chosen,

@@ -24,6 +24,7 @@ from rayprune.core.schedule import Schedule, check_ratio, check_share, first_ful
 from rayprune.core.selection import Selection
 from rayprune.core.selector import EpochContext
 from rayprune.core.table import ScoreTable, chunks
+from rayprune.errors import ConfigError
 from rayprune.methods.base import Method, warn_once
 from rayprune.methods.registry import register
 
@@ -67,22 +68,22 @@ class InfoBatch(Method):
         check_share("anneal_start", self.anneal_start)
         check_ratio("max_prune_ratio", self.max_prune_ratio)
         if not 0.0 < self.ema <= 1.0:
-            raise ValueError(f"ema {self.ema!r} is outside (0, 1]: 1 uses the last loss")
+            raise ConfigError(f"ema {self.ema!r} is outside (0, 1]: 1 uses the last loss")
         if len(self.quantiles) != len(self.keep) or list(self.quantiles) != sorted(set(self.quantiles)):
-            raise ValueError(f"quantiles {self.quantiles} must ascend, with one keep ratio each, got {self.keep}")
+            raise ConfigError(f"quantiles {self.quantiles} must ascend, with one keep ratio each, got {self.keep}")
         if any(not 0 < q < 100 for q in self.quantiles) or any(not _LEAST_KEEP <= k <= 1 for k in self.keep):
-            raise ValueError(
+            raise ConfigError(
                 f"quantiles {self.quantiles} must lie in (0, 100), keep {self.keep} in [{_LEAST_KEEP:g}, 1]"
             )
         if self.target_saving is None:
             if self.max_prune_ratio != type(self).max_prune_ratio:
-                raise ValueError(
+                raise ConfigError(
                     f"max_prune_ratio {self.max_prune_ratio!r} does nothing without target_saving: set both"
                 )
         elif not 0.0 < self.target_saving < 1.0:
-            raise ValueError(f"target_saving {self.target_saving!r} is outside (0, 1)")
+            raise ConfigError(f"target_saving {self.target_saving!r} is outside (0, 1)")
         elif self.quantiles:
-            raise ValueError("target_saving chooses prune_ratio and does not go with quantiles: leave one out")
+            raise ConfigError("target_saving chooses prune_ratio and does not go with quantiles: leave one out")
 
     def fold(self, table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], epoch: int) -> None:
         """Keep the last loss, or its moving average from the second visit on."""
@@ -122,7 +123,9 @@ class InfoBatch(Method):
             return Selection.full(context.num_samples)
         thinned = context.thin(strata, keep)
         # Under the mean the request is r, the share of the candidates; with quantiles it is a share of all samples.
-        return thinned.asking(thinned.expected_drops / context.num_samples if self.quantiles else float(1.0 - keep[0]))
+        return thinned.with_requested(
+            thinned.expected_drops / context.num_samples if self.quantiles else float(1.0 - keep[0])
+        )
 
     def _means_to_prune(self, num_epochs: int) -> bool:
         if self.quantiles:
@@ -144,7 +147,7 @@ class InfoBatch(Method):
     def _check_reachable(self, target: float, end: int, num_epochs: int) -> None:
         most = max(0, end - 1) / num_epochs * self.max_prune_ratio
         if target > most:
-            raise ValueError(
+            raise ConfigError(
                 f"target_saving {target:g} cannot be reached: {max(0, end - 1)} of {num_epochs} epochs may "
                 f"prune, which saves at most {most:.3f}; lower it, or raise anneal_start or train.epochs"
             )

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from rayprune.core.references import closest, is_reference, load_object
 from rayprune.core.validation import check_keys, shown
+from rayprune.errors import ConfigError
 from rayprune.methods.base import Method
 
 METHODS: dict[str, type[Method]] = {}
@@ -19,7 +20,7 @@ def register(name: str) -> Callable[[_M], _M]:
 
     def add(cls: _M) -> _M:
         if name in METHODS and METHODS[name].__qualname__ != cls.__qualname__:
-            raise ValueError(f"method {name!r} is registered twice: {METHODS[name].__qualname__}, {cls.__qualname__}")
+            raise ConfigError(f"method {name!r} is registered twice: {METHODS[name].__qualname__}, {cls.__qualname__}")
         cls.name = name
         METHODS[name] = cls
         return cls
@@ -31,15 +32,15 @@ def method_class(name: str) -> type[Method]:
     """Return the class of a registered name or of a `module:Class` reference.
 
     Raises:
-        ValueError: an unknown name (with the closest match), or a reference to something that is no Method.
+        ConfigError: an unknown name (with the closest match), or a reference to something that is no Method.
     """
     if not is_reference(name):
         if name not in METHODS:
-            raise ValueError(f"unknown method {name!r}: {closest(name, METHODS)}")
+            raise ConfigError(f"unknown method {name!r}: {closest(name, METHODS)}")
         return METHODS[name]
     cls = load_object(name)
     if not (isinstance(cls, type) and issubclass(cls, Method)):
-        raise ValueError(f"method {name!r} is no subclass of rayprune.methods.Method")
+        raise ConfigError(f"method {name!r} is no subclass of rayprune.methods.Method")
     if METHODS.get(cls.name) is not cls or not cls.__module__.startswith("rayprune.methods."):
         cls.name = name  # what a checkpoint or a worker needs to find it again; our own keep their registered names
     return cls
@@ -58,7 +59,7 @@ def build_method(spec: Method | str | Mapping[str, Any], key: str = "method") ->
         key: what messages call it.
 
     Raises:
-        ValueError: unknown name or key (with the closest match), or a value of another type or out of range.
+        ConfigError: unknown name or key (with the closest match), or a value of another type or out of range.
 
     >>> build_method({"name": "infobatch", "prune_ratio": 0.3}).prune_ratio(0, 10)
     0.3
@@ -67,16 +68,16 @@ def build_method(spec: Method | str | Mapping[str, Any], key: str = "method") ->
         return spec
     options: Any = {"name": spec} if isinstance(spec, str) else spec
     if not isinstance(options, Mapping):
-        raise ValueError(f"{key} = {shown(spec)}: must be a name or a mapping, such as {{name: infobatch}}")
+        raise ConfigError(f"{key} = {shown(spec)}: must be a name or a mapping, such as {{name: infobatch}}")
     options = dict(options)
     if "name" not in options:
-        raise ValueError(f"{key} has no name: {closest('', METHODS)}")
+        raise ConfigError(f"{key} has no name: {closest('', METHODS)}")
     name = options.pop("name")
     if not isinstance(name, str):
-        raise ValueError(f"{key}.name = {shown(name)}: must be text, {closest(str(name), METHODS)}")
+        raise ConfigError(f"{key}.name = {shown(name)}: must be text, {closest(str(name), METHODS)}")
     cls = method_class(name)
     check_keys(cls, options, key, f"method {name!r}")
     try:
         return cls(**options)
     except TypeError as error:
-        raise ValueError(f"method {name!r}: {error}") from None
+        raise ConfigError(f"method {name!r}: {error}") from None

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rayprune.core.selection import Selection
 from rayprune.core.selector import EpochContext
 from rayprune.core.table import ScoreTable
+from rayprune.errors import ConfigError
 from rayprune.methods.base import Method
 from rayprune.methods.registry import build_method, register
 
@@ -40,7 +41,7 @@ class Shuffled(Method):
         super().__post_init__()
         inner = build_method(self.of, "method.of")
         if inner.name == "fixed":
-            raise ValueError("method.of = fixed has no scores to permute: use {name: random, prune_ratio: …} instead")
+            raise ConfigError("method.of = fixed has no scores to permute: use {name: random, prune_ratio: …} instead")
         object.__setattr__(self, "of", inner)
         # What the inner method is holds for the wrapper: class attributes become the instance's own.
         for name in ("signals", "unbiased", "fixed", "needs_labels", "sweep_signals", "sweep_part"):

@@ -35,6 +35,7 @@ from rayprune.core.choosing import choose, num_pruned
 from rayprune.core.selection import Selection
 from rayprune.core.selector import EpochContext
 from rayprune.core.table import ScoreTable
+from rayprune.errors import ConfigError
 from rayprune.methods import tdds as trajectory
 from rayprune.methods.base import Method, check_static_ratio
 from rayprune.methods.registry import register
@@ -119,12 +120,12 @@ def check_pairs(pairs: tuple[tuple[int, int], ...]) -> None:
     """Raise ValueError unless (T, J) are distinct, with 3 ≤ J ≤ T: trajectories of T epochs in windows of J."""
     for number, (length, window) in enumerate(pairs):
         if window < 3:
-            raise ValueError(f"window_size {window} makes every score 0: it must be at least 3")
+            raise ConfigError(f"window_size {window} makes every score 0: it must be at least 3")
         if window > length:
             cure = f"lower it, or raise trajectory_len to at least {window}"
-            raise ValueError(f"window_size {window} is longer than trajectory_len {length}: {cure}")
+            raise ConfigError(f"window_size {window} is longer than trajectory_len {length}: {cure}")
         if (length, window) in pairs[:number]:
-            raise ValueError(f"also names [{length}, {window}], which is scored already: leave it out")
+            raise ConfigError(f"also names [{length}, {window}], which is scored already: leave it out")
 
 
 def check_probs(ids: NDArray[np.int64], probs: NDArray[Any], num_classes: int) -> None:
@@ -136,18 +137,18 @@ def check_probs(ids: NDArray[np.int64], probs: NDArray[Any], num_classes: int) -
         num_classes: C of the epochs before, 0 in the first.
     """
     if probs.ndim != 2 or probs.shape[1] < 2:
-        raise ValueError(f"probs of shape {probs.shape} must be (samples, classes), with at least two classes")
+        raise ConfigError(f"probs of shape {probs.shape} must be (samples, classes), with at least two classes")
     if probs.shape[1] != (num_classes or probs.shape[1]):
-        raise ValueError(f"probs are of {probs.shape[1]} classes, and were of {num_classes} before")
+        raise ConfigError(f"probs are of {probs.shape[1]} classes, and were of {num_classes} before")
     if probs.dtype == np.float16:
         cure = "compute it in float32, softmax(logits.float())"
-        raise ValueError(f"probs are float16, in which small probabilities become 0: {cure}")
+        raise ConfigError(f"probs are float16, in which small probabilities become 0: {cure}")
     wrong = (probs.min(axis=1) < 0) | (np.abs(probs.sum(axis=1, dtype=np.float32) - 1.0) > _SUM_TOLERANCE)
     if wrong.any():
         row = probs[wrong][0]
         seen = f"lie in {row.min():.4g} … {row.max():.4g} and sum to {row.sum(dtype=np.float64):.6g}"
         cure = "they must be at least 0 and sum to 1; of logits take softmax(logits.float())"
-        raise ValueError(f"probs of id {ids[wrong][0]} {seen}: {cure}")
+        raise ConfigError(f"probs of id {ids[wrong][0]} {seen}: {cure}")
 
 
 def check_turn(last_visit: NDArray[np.int32], ids: NDArray[np.int64], epoch: int, length: int) -> None:
@@ -163,11 +164,11 @@ def check_turn(last_visit: NDArray[np.int32], ids: NDArray[np.int64], epoch: int
     if gap.any():
         row = int(np.argmax(gap))
         seen = f"last visited in epoch {last_visit[row]}" if last_visit[row] >= 0 else "never visited before"
-        raise ValueError(f"id {ids[row]} was {seen} and now comes in epoch {epoch}: {_cure(length)}")
+        raise ConfigError(f"id {ids[row]} was {seen} and now comes in epoch {epoch}: {_cure(length)}")
     past = last_visit > epoch
     if past.any() and epoch < length:
         row = int(np.argmax(past))
-        raise ValueError(f"id {ids[row]} comes in epoch {epoch} and came in epoch {last_visit[row]} before: sort them")
+        raise ConfigError(f"id {ids[row]} comes in epoch {epoch} and came in epoch {last_visit[row]} before: sort them")
 
 
 def check_repeats(ids: NDArray[np.int64], given: NDArray[Any], kept: NDArray[Any], epoch: int) -> None:
@@ -182,7 +183,7 @@ def check_repeats(ids: NDArray[np.int64], given: NDArray[Any], kept: NDArray[Any
     if differ.size:
         cure = "a sampler that pads repeats samples, and two samples may share an id: give every sample its own"
         twice = f"id {ids[differ[0]]} was observed twice in epoch {epoch}"
-        raise ValueError(f"{twice} with different probabilities: {cure}")
+        raise ConfigError(f"{twice} with different probabilities: {cure}")
 
 
 def check_whole(last_visit: NDArray[np.int32], epoch: int, length: int, num_epochs: int) -> None:
@@ -196,12 +197,12 @@ def check_whole(last_visit: NDArray[np.int32], epoch: int, length: int, num_epoc
     """
     if num_epochs < length:
         cure = "lower it, or raise train.epochs"
-        raise ValueError(f"trajectory_len {length} needs at least {length} epochs, the run has {num_epochs}: {cure}")
+        raise ConfigError(f"trajectory_len {length} needs at least {length} epochs, the run has {num_epochs}: {cure}")
     needed = min(epoch, length) - 1
     missing = np.flatnonzero(last_visit < needed)
     if missing.size:
         seen = f"{missing.size} of {last_visit.size} samples were not visited in epoch {needed}"
-        raise ValueError(f"{seen}, ids {missing[:5].tolist()}: {_cure(length)}")
+        raise ConfigError(f"{seen}, ids {missing[:5].tolist()}: {_cure(length)}")
 
 
 def _cure(length: int) -> str:
@@ -245,7 +246,7 @@ class TDDS(Method):
         super().__post_init__()
         check_static_ratio("prune_ratio", self.prune_ratio)
         if not 0.0 < self.decay <= 1.0:
-            raise ValueError(f"decay {self.decay!r} is outside (0, 1]: 1 takes the last window alone")
+            raise ConfigError(f"decay {self.decay!r} is outside (0, 1]: 1 takes the last window alone")
         trajectory.check_pairs(self._pairs)
 
     @property
@@ -331,5 +332,5 @@ class TDDS(Method):
         weights = trajectory.normalised(scores[ids]) if self.batch_mean_weights else None
         chosen = Selection.of_ids(ids, num, weights=weights, requested=self.prune_ratio, expected_drops=drops)
         pair = {"trajectory_len": self.trajectory_len, "window_size": self.window_size}
-        chosen = chosen.telling(score="tdds", threshold=float(scores[ids].min()), **pair)
+        chosen = chosen.with_facts(score="tdds", threshold=float(scores[ids].min()), **pair)
         return replace(chosen, batch_mean_weights=self.batch_mean_weights)

@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from rayprune.errors import ConfigError
+
 MASK64 = 2**64 - 1
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 MULTIPLIER_1 = 0xBF58476D1CE4E5B9
@@ -92,7 +94,7 @@ class Augment:
         std: likewise, above 0; empty for 1.
 
     Raises:
-        ValueError: a value is outside its range.
+        ConfigError: a value is outside its range.
     """
 
     crop: int = 0
@@ -102,11 +104,11 @@ class Augment:
 
     def __post_init__(self) -> None:
         if isinstance(self.crop, bool) or not isinstance(self.crop, int) or self.crop < 0:
-            raise ValueError(f"crop must be an integer of at least 0, got {self.crop!r}")
+            raise ConfigError(f"crop must be an integer of at least 0, got {self.crop!r}")
         if not all(math.isfinite(value) for value in self.mean):
-            raise ValueError(f"mean must be finite, got {self.mean}")
+            raise ConfigError(f"mean must be finite, got {self.mean}")
         if not all(value > 0.0 and math.isfinite(value) for value in self.std):
-            raise ValueError(f"std must be above 0, got {self.std}")
+            raise ConfigError(f"std must be above 0, got {self.std}")
 
     def draws(
         self, ids_B: NDArray[np.int64], shape: tuple[int, ...], *, seed: int, epoch: int
@@ -123,10 +125,10 @@ class Augment:
             (B,) int64: where each sample's first row of pixels lies among its two sides; None where nothing is drawn.
 
         Raises:
-            ValueError: ids of another dtype or shape.
+            ConfigError: ids of another dtype or shape.
         """
         if ids_B.dtype != np.int64 or ids_B.ndim != 1:
-            raise ValueError(f"ids must be int64, one a sample, got {ids_B.dtype} {ids_B.shape}")
+            raise ConfigError(f"ids must be int64, one a sample, got {ids_B.dtype} {ids_B.shape}")
         if len(shape) != 3 or not (self.crop or self.flip):
             return None
         words_B = hash_ids(ids_B, hash_key(seed, epoch))
@@ -146,12 +148,12 @@ class Augment:
             (B, C, H, W) float32 in channels_last memory layout, or (B, F) float32, on the images' device.
 
         Raises:
-            ValueError: a wrong shape or dtype, a mean or std of another length, or draws of other samples.
+            ConfigError: a wrong shape or dtype, a mean or std of another length, or draws of other samples.
         """
         if draws_B is not None:
             _check_images(images_BHWC)
             if draws_B.shape != images_BHWC.shape[:1]:
-                raise ValueError(f"there are draws for {len(draws_B)} samples, and {len(images_BHWC)} samples")
+                raise ConfigError(f"there are draws for {len(draws_B)} samples, and {len(images_BHWC)} samples")
             images_BHWC = self._flip_and_crop(images_BHWC, draws_B)
         return self.evaluate(images_BHWC)
 
@@ -166,7 +168,7 @@ class Augment:
             (B, C, H, W) float32 in channels_last memory layout, or (B, F) float32.
 
         Raises:
-            ValueError: a wrong shape or dtype, or a mean or std of another length.
+            ConfigError: a wrong shape or dtype, or a mean or std of another length.
         """
         _check_lengths(self, images_BHWC.shape[-1])
         if images_BHWC.ndim == 2:
@@ -228,7 +230,7 @@ def _affine(
 
 def _check_images(images: Tensor) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4:
-        raise ValueError(
+        raise ConfigError(
             f"images must be uint8 (batch, height, width, channels), got {images.dtype} {tuple(images.shape)}"
         )
 
@@ -236,4 +238,4 @@ def _check_images(images: Tensor) -> None:
 def _check_lengths(augment: Augment, channels: int) -> None:
     for name, values in (("mean", augment.mean), ("std", augment.std)):
         if len(values) not in (0, 1, channels):
-            raise ValueError(f"{name} must have 1 or {channels} values for {channels} channels, got {len(values)}")
+            raise ConfigError(f"{name} must have 1 or {channels} values for {channels} channels, got {len(values)}")

@@ -21,6 +21,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from rayprune.errors import ConfigError
+
 # Rows nearer than 1e-6 of their norms count as one: their logits in float32 differ by rounding alone.
 _SAME_SQUARED = 1e-12
 
@@ -49,7 +51,7 @@ def last_linear(model: nn.Module, example: Tensor) -> str:
         the layer's name, as in `model.get_submodule`; "" for a model that is itself one nn.Linear.
 
     Raises:
-        ValueError: there is none, or its output is changed afterwards.
+        ConfigError: there is none, or its output is changed afterwards.
     """
     seen: dict[str, tuple[Tensor, int]] = {}
 
@@ -73,7 +75,7 @@ def last_linear(model: nn.Module, example: Tensor) -> str:
             return name
     last = next(reversed(seen), None)
     what = f"the output of its last one, {last!r}, is changed afterwards" if last is not None else "it calls none"
-    raise ValueError(
+    raise ConfigError(
         f"the model's logits are not the output of an nn.Linear ({what}): boundaries and proxies need one, so let "
         "forward() return that layer's output as it is, or choose signals and options that need none"
     )

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rayprune.errors import ConfigError
 from rayprune.nn.boundary import eval_mode
 from rayprune.nn.flops import check_stepwise
 from rayprune.nn.models.multi_exit import MultiExitModel
@@ -30,17 +31,17 @@ def num_exits_of(output: Any) -> int:
     """Return how many exits a forward's output is of: K, or 1 for one tensor.
 
     Raises:
-        ValueError: one line: a list of less than two, of something else than (B, C) logits, or of different shapes.
+        ConfigError: one line: a list of less than two, of something else than (B, C) logits, or of different shapes.
     """
     if isinstance(output, Tensor):
         return 1
     if not isinstance(output, list | tuple):
-        raise ValueError(f"it returns {type(output).__name__}, not logits (B, C) or a list of them")
+        raise ConfigError(f"it returns {type(output).__name__}, not logits (B, C) or a list of them")
     if len(output) < 2:
-        raise ValueError(f"it returns a list of {len(output)}: a network of one exit returns its logits themselves")
+        raise ConfigError(f"it returns a list of {len(output)}: a network of one exit returns its logits themselves")
     shapes = [tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__ for each in output]
     if len(shapes[0]) != 2 or isinstance(shapes[0], str) or len(set(shapes)) > 1:
-        raise ValueError(f"its exits return {', '.join(map(str, shapes))}: all must return logits (B, C) of one C")
+        raise ConfigError(f"its exits return {', '.join(map(str, shapes))}: all must return logits (B, C) of one C")
     return len(output)
 
 
@@ -49,7 +50,7 @@ def count_exits(network: nn.Module, input_shape: tuple[int, ...]) -> int:
     """Return a network's number of exits, by one forward of zeros in eval mode: 1 where it returns one tensor.
 
     Raises:
-        ValueError: as `num_exits_of`.
+        ConfigError: as `num_exits_of`.
     """
     parameter = next(network.parameters())
     example = torch.zeros(2, *input_shape, device=parameter.device, dtype=parameter.dtype)
@@ -66,7 +67,7 @@ class EarlyExit:
             −inf lets everything out, +inf nothing.
 
     Raises:
-        ValueError: the model can't be run exit by exit, or the thresholds are not its own.
+        ConfigError: the model can't be run exit by exit, or the thresholds are not its own.
     """
 
     def __init__(self, model: nn.Module, thresholds: Sequence[float]) -> None:
@@ -75,12 +76,12 @@ class EarlyExit:
         self.num_exits = model.num_exits
         self.thresholds = tuple(float(threshold) for threshold in thresholds)
         if len(self.thresholds) not in (self.num_exits - 1, self.num_exits):
-            raise ValueError(
+            raise ConfigError(
                 f"thresholds must be {self.num_exits - 1} or {self.num_exits} numbers for a network of "
                 f"{self.num_exits} exits, got {len(self.thresholds)}"
             )
         if any(math.isnan(threshold) for threshold in self.thresholds):
-            raise ValueError(f"thresholds must be numbers, got {list(self.thresholds)}: +inf lets nothing out")
+            raise ConfigError(f"thresholds must be numbers, got {list(self.thresholds)}: +inf lets nothing out")
         self.model = model
 
     @torch.no_grad()
@@ -95,13 +96,13 @@ class EarlyExit:
             The logits (B, C) of the exit that each row left at, and that exit, (B,) int64.
 
         Raises:
-            ValueError: the model is in training mode, max_exit is no exit, or the state can't be split into rows.
+            ConfigError: the model is in training mode, max_exit is no exit, or the state can't be split into rows.
         """
         last = self.num_exits - 1 if max_exit is None else max_exit
         if not 0 <= last < self.num_exits:
-            raise ValueError(f"max_exit must be between 0 and {self.num_exits - 1}, got {max_exit}")
+            raise ConfigError(f"max_exit must be between 0 and {self.num_exits - 1}, got {max_exit}")
         if self.model.training:
-            raise ValueError(
+            raise ConfigError(
                 f"{type(self.model).__name__} is in training mode, where rows depend on each other: call eval()"
             )
         model: Any = self.model
@@ -143,14 +144,14 @@ def select_rows(state: Any, rows: Tensor, batch_size: int) -> Any:
         batch_size: B of the state.
 
     Raises:
-        ValueError: something else in the state, or a tensor whose first axis is not the batch.
+        ConfigError: something else in the state, or a tensor whose first axis is not the batch.
 
     >>> select_rows([torch.arange(3), (torch.eye(3)[:, :1],)], torch.tensor([2]), 3)
     [tensor([2]), (tensor([[0.]]),)]
     """
     if isinstance(state, Tensor):
         if state.ndim == 0 or len(state) != batch_size:
-            raise ValueError(
+            raise ConfigError(
                 f"the state between exits holds a tensor {tuple(state.shape)} for a batch of {batch_size}: rows that "
                 "leave can only be dropped from tensors whose first axis is the batch"
             )
@@ -160,6 +161,6 @@ def select_rows(state: Any, rows: Tensor, batch_size: int) -> Any:
         if isinstance(state, list):
             return selected
         return type(state)(*selected) if hasattr(state, "_fields") else tuple(selected)
-    raise ValueError(
+    raise ConfigError(
         f"the state between exits holds a {type(state).__name__}: it must be tensors, or lists and tuples of tensors"
     )

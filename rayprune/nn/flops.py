@@ -23,6 +23,7 @@ from torch.nn.modules.pooling import (
     _MaxPoolNd,
 )
 
+from rayprune.errors import ConfigError
 from rayprune.nn.boundary import eval_mode
 from rayprune.nn.models.multi_exit import MultiExitModel
 
@@ -81,7 +82,7 @@ def check_stepwise(model: nn.Module) -> None:
     """
     lacks = [name for name in ("num_exits", "begin", "advance") if not hasattr(model, name)]
     if lacks:
-        raise ValueError(
+        raise ConfigError(
             f"{type(model).__name__} can't be run exit by exit, it lacks {', '.join(lacks)}: add num_exits, "
             "begin(inputs) -> state and advance(exit, state) -> (logits, state)"
         )

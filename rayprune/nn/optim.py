@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from rayprune.core.references import closest
+from rayprune.errors import ConfigError
 
 OPTIMIZERS = ("adamw", "sgd")
 
@@ -49,23 +50,23 @@ def build_optimizer(
         betas: of AdamW, each in [0, 1).
 
     Raises:
-        ValueError: an unknown name, or a value outside its range.
+        ConfigError: an unknown name, or a value outside its range.
     """
     if name not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {name!r}: {closest(name, OPTIMIZERS)}")
+        raise ConfigError(f"unknown optimizer {name!r}: {closest(name, OPTIMIZERS)}")
     if not (lr > 0.0 and math.isfinite(lr)):
-        raise ValueError(f"lr must be above 0, got {lr}")
+        raise ConfigError(f"lr must be above 0, got {lr}")
     if not (weight_decay >= 0.0 and math.isfinite(weight_decay)):
-        raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+        raise ConfigError(f"weight_decay must be at least 0, got {weight_decay}")
     parameters = params.parameters() if isinstance(params, nn.Module) else params
     if name == "adamw":
         if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"betas must be in [0, 1), got {betas}")
+            raise ConfigError(f"betas must be in [0, 1), got {betas}")
         return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
     if not 0.0 <= momentum < 1.0:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+        raise ConfigError(f"momentum must be in [0, 1), got {momentum}")
     if nesterov and momentum == 0.0:
-        raise ValueError("nesterov needs a momentum above 0, got 0.0")
+        raise ConfigError("nesterov needs a momentum above 0, got 0.0")
     return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
 
 
@@ -88,7 +89,7 @@ def learning_rate(schedule: str, progress: float, *, peak: float, warmup: float 
             div_factor and final_div_factor.
 
     Raises:
-        ValueError: an unknown schedule or keyword, or a value outside its range.
+        ConfigError: an unknown schedule or keyword, or a value outside its range.
 
     >>> [round(learning_rate("cosine", t, peak=0.1), 6) for t in (0.0, 0.5, 1.0)]
     [0.1, 0.05, 0.0]
@@ -96,21 +97,21 @@ def learning_rate(schedule: str, progress: float, *, peak: float, warmup: float 
     0.05
     >>> learning_rate("cosine", 1.5, peak=0.1)
     Traceback (most recent call last):
-    ValueError: progress must be in [0, 1], got 1.5
+    rayprune.errors.ConfigError: progress must be in [0, 1], got 1.5
     """
     if schedule not in LR_SCHEDULES:
-        raise ValueError(f"unknown learning-rate schedule {schedule!r}: {closest(schedule, LR_SCHEDULES)}")
+        raise ConfigError(f"unknown learning-rate schedule {schedule!r}: {closest(schedule, LR_SCHEDULES)}")
     if not 0.0 <= progress <= 1.0:
-        raise ValueError(f"progress must be in [0, 1], got {progress}")
+        raise ConfigError(f"progress must be in [0, 1], got {progress}")
     if not 0.0 <= warmup < 1.0:
-        raise ValueError(f"warmup must be in [0, 1), got {warmup}")
+        raise ConfigError(f"warmup must be in [0, 1), got {warmup}")
     if schedule == "onecycle" and warmup > 0.0:
-        raise ValueError(f"schedule 'onecycle' warms up by itself (pct_start): warmup must be 0, got {warmup}")
+        raise ConfigError(f"schedule 'onecycle' warms up by itself (pct_start): warmup must be 0, got {warmup}")
     rule = LR_SCHEDULES[schedule]
     valid = [name for name, p in inspect.signature(rule).parameters.items() if p.kind is p.KEYWORD_ONLY]
     for name in shape:
         if name not in valid:
-            raise ValueError(f"schedule {schedule!r} has no {name!r}: {closest(name, valid)}")
+            raise ConfigError(f"schedule {schedule!r} has no {name!r}: {closest(name, valid)}")
     # Outside the branch below, so that a wrong shape is refused at the first step and not after the warm-up.
     factor = rule(max(progress, warmup), warmup, **shape)
     return peak * (progress / warmup) if progress < warmup else peak * factor
@@ -144,9 +145,9 @@ def step(progress: float, warmup: float, *, milestones: Sequence[float] = (0.5, 
     [1.0, 0.5, 0.25]
     """
     if not all(0.0 <= milestone <= 1.0 for milestone in milestones):
-        raise ValueError(f"milestones must be fractions of training in [0, 1], got {tuple(milestones)}")
+        raise ConfigError(f"milestones must be fractions of training in [0, 1], got {tuple(milestones)}")
     if not 0.0 < gamma <= 1.0:
-        raise ValueError(f"gamma must be in (0, 1], got {gamma}")
+        raise ConfigError(f"gamma must be in (0, 1], got {gamma}")
     return float(gamma ** sum(progress >= milestone for milestone in milestones))
 
 
@@ -165,9 +166,9 @@ def onecycle(
     [0.04, 1.0, 4e-06]
     """
     if not 0.0 < pct_start < 1.0:
-        raise ValueError(f"pct_start must be in (0, 1), got {pct_start}")
+        raise ConfigError(f"pct_start must be in (0, 1), got {pct_start}")
     if not (div_factor >= 1.0 and final_div_factor >= 1.0):
-        raise ValueError(f"div_factor and final_div_factor must be at least 1, got {div_factor}, {final_div_factor}")
+        raise ConfigError(f"div_factor and final_div_factor must be at least 1, got {div_factor}, {final_div_factor}")
     first = 1.0 / div_factor
     if progress < pct_start:
         return _anneal(first, 1.0, progress / pct_start)

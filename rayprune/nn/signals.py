@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rayprune.core.references import closest
+from rayprune.errors import ConfigError
 from rayprune.nn.boundary import PairDistances, boundary_distance, class_boundaries
 
 
@@ -44,14 +45,14 @@ def per_sample_loss(logits_BC: Tensor, targets_B: Tensor, *, label_smoothing: fl
         (B,) float32 (float64 of such logits), differentiable in the logits, not reduced.
 
     Raises:
-        ValueError: label_smoothing lies outside [0, 1].
+        ConfigError: label_smoothing lies outside [0, 1].
 
     >>> import torch
     >>> per_sample_loss(torch.zeros(2, 4), torch.tensor([0, 3]))
     tensor([1.3863, 1.3863])
     """
     if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+        raise ConfigError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     wide_BC = logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
     return functional.cross_entropy(wide_BC, targets_B, reduction="none", label_smoothing=label_smoothing)
 
@@ -91,16 +92,16 @@ class Outputs:
         """Give the distances between the last layer's rows.
 
         Raises:
-            ValueError: the step gave none, or a table of another number of classes.
+            ConfigError: the step gave none, or a table of another number of classes.
         """
         num_classes = self.logits_BC.shape[1]
         if self.distances_CC is None:
-            raise ValueError(
+            raise ConfigError(
                 "distances to a boundary need the last layer's weight: give "
                 "distances_CC=pair_distances(model.fc.weight) of rayprune.nn.boundary"
             )
         if self.distances_CC.shape != (num_classes, num_classes):
-            raise ValueError(
+            raise ConfigError(
                 f"the table of distances {tuple(self.distances_CC.shape)} does not fit {num_classes} logits: it must "
                 "be of the weight of the layer whose output they are"
             )
@@ -121,16 +122,17 @@ def check_signals(names: Iterable[str]) -> None:
     """Refuse names that are no signals.
 
     Raises:
-        ValueError: a name is not in SIGNALS.
+        ConfigError: a name is not in SIGNALS.
 
     >>> check_signals(["loss", "entrpy"])
     Traceback (most recent call last):
-    ValueError: unknown signal 'entrpy': did you mean 'entropy'? (valid: boundary, boundary_classes, boundary_label, \
-boundary_label_unsigned, confidence, correct, el2n, entropy, loss, margin, prob_label, probs)
+    rayprune.errors.ConfigError: unknown signal 'entrpy': did you mean 'entropy'? (valid: boundary, \
+boundary_classes, boundary_label, boundary_label_unsigned, confidence, correct, el2n, entropy, loss, \
+margin, prob_label, probs)
     """
     for name in names:
         if name not in SIGNALS:
-            raise ValueError(f"unknown signal {name!r}: {closest(name, SIGNALS)}")
+            raise ConfigError(f"unknown signal {name!r}: {closest(name, SIGNALS)}")
 
 
 def signal_floats(name: str, num_classes: int) -> int:
@@ -166,7 +168,7 @@ def compute_signals(
         name -> detached float32 tensor, (B,), or (B, C) for `probs` and `boundary_classes`, on the logits' device.
 
     Raises:
-        ValueError: a name is not in SIGNALS, or a signal's table is missing.
+        ConfigError: a name is not in SIGNALS, or a signal's table is missing.
     """
     names = tuple(names)
     check_signals(names)
@@ -277,24 +279,24 @@ def losses_per_sample(losses: Tensor, num_rows: int, mask: Tensor | None = None)
         (B,) of the losses' dtype; a sample whose mask is all 0 has loss 0.
 
     Raises:
-        ValueError: a scalar, another number of rows, or a mask of another shape; with the cure.
+        ConfigError: a scalar, another number of rows, or a mask of another shape; with the cure.
 
     >>> losses_per_sample(torch.tensor([[1.0, 3.0], [5.0, 0.0]]), 2, torch.tensor([[1, 1], [1, 0]]))
     tensor([2., 5.])
     """
     if losses.ndim == 0:
-        raise ValueError(
+        raise ConfigError(
             "weigh needs one loss a sample and got a scalar: compute the loss with reduction='none' "
             "(cross_entropy(logits, labels, reduction='none')) and let weigh take the mean"
         )
     if losses.shape[0] != num_rows:
-        raise ValueError(
+        raise ConfigError(
             f"weigh got losses of shape {tuple(losses.shape)} for a batch of {num_rows}: the first axis must be the "
             "samples, in the batch's order"
         )
     if mask is not None:
         if mask.shape != losses.shape:
-            raise ValueError(f"mask {tuple(mask.shape)} and losses {tuple(losses.shape)} must have one shape")
+            raise ConfigError(f"mask {tuple(mask.shape)} and losses {tuple(losses.shape)} must have one shape")
         counted = mask.to(losses.dtype).reshape(num_rows, -1)
         total_B = counted.sum(1)
         flat = losses.reshape(num_rows, -1)
@@ -339,22 +341,22 @@ def signals_per_sample(
         means over the labels.
 
     Raises:
-        ValueError: something needed was not given, or its shape does not fit.
+        ConfigError: something needed was not given, or its shape does not fit.
     """
     names = tuple(names)
     for name in names:
         if name not in GIVEN and name not in SIGNALS:
-            raise ValueError(f"unknown signal {name!r}: {closest(name, (*GIVEN, *SIGNALS))}")
+            raise ConfigError(f"unknown signal {name!r}: {closest(name, (*GIVEN, *SIGNALS))}")
     found: dict[str, Tensor] = {"loss": losses_B.detach().float()}
     if "embedding" in names:
         if embeddings is None or embeddings.ndim != 2 or embeddings.shape[0] != losses_B.shape[0]:
             got = None if embeddings is None else tuple(embeddings.shape)
-            raise ValueError(f"the method needs embeddings: give weigh(embeddings=) of shape (B, d), got {got}")
+            raise ConfigError(f"the method needs embeddings: give weigh(embeddings=) of shape (B, d), got {got}")
         found["embedding"] = embeddings.detach().float()
     derived = tuple(name for name in names if name not in GIVEN)
     if derived:
         if logits is None:
-            raise ValueError(f"the method needs {', '.join(derived)}: give weigh(logits=) beside the losses")
+            raise ConfigError(f"the method needs {', '.join(derived)}: give weigh(logits=) beside the losses")
         found |= _derived(derived, losses_B.detach(), logits.detach(), targets, head)
     return {name: found[name] for name in names}
 
@@ -367,24 +369,24 @@ def _derived(
     head: nn.Linear | Tensor | None,
 ) -> dict[str, Tensor]:
     if targets is None:
-        raise ValueError("the method needs the targets too: give weigh(targets=), or a batch with a column 'label'")
+        raise ConfigError("the method needs the targets too: give weigh(targets=), or a batch with a column 'label'")
     rows = losses_B.shape[0]
     if logits.ndim < 2 or logits.shape[0] != rows:
-        raise ValueError(f"weigh(logits=) has shape {tuple(logits.shape)}: it must be ({rows}, classes, …)")
+        raise ConfigError(f"weigh(logits=) has shape {tuple(logits.shape)}: it must be ({rows}, classes, …)")
     of_boundaries = [name for name in names if name in BOUNDARY_SIGNALS]
     if of_boundaries and (targets.is_floating_point() or logits.ndim != 2):
-        raise ValueError(
+        raise ConfigError(
             f"{', '.join(of_boundaries)} need one class a sample: targets {tuple(targets.shape)} of logits "
             f"{tuple(logits.shape)} are several; choose a method that asks for other signals"
         )
     if targets.is_floating_point():
         if targets.shape != logits.shape or logits.ndim != 2:
-            raise ValueError(
+            raise ConfigError(
                 f"targets of several labels {tuple(targets.shape)} must have the logits' shape {tuple(logits.shape)}"
             )
         return _multi_label(names, losses_B, logits, targets)
     if targets.shape != (rows, *logits.shape[2:]):
-        raise ValueError(
+        raise ConfigError(
             f"targets {tuple(targets.shape)} do not fit logits {tuple(logits.shape)}: "
             f"give class indices of shape {(rows, *logits.shape[2:])}"
         )
@@ -396,7 +398,7 @@ def _derived(
 
 def _distances(names: list[str], head: nn.Linear | Tensor | None) -> Tensor:
     if head is None:
-        raise ValueError(
+        raise ConfigError(
             f"the method needs {', '.join(names)}: give weigh(head=model.fc), the nn.Linear whose output the logits are"
         )
     return _LAST_HEAD(head if isinstance(head, Tensor) else head.weight)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from rayprune.errors import RunFolderError
 from rayprune.report.gallery import gallery_of
 from rayprune.report.plots.experiments import PARETO_SIZE, draw_arms, pareto, read_exits, size_of
 from rayprune.report.plots.runs import Plot
@@ -87,7 +88,7 @@ def read_group(folder: Path, number: int = 0, name: str | None = None) -> Group:
 def _comparison(folder: Path, number: int, name: str) -> Group:
     file = folder / "compare.json"
     if not file.exists():
-        raise ValueError(
+        raise RunFolderError(
             f"{folder} has no compare.json, which is written when all runs have ended: rayprune report {folder}/runs "
             "shows those that there are"
         )
@@ -114,7 +115,7 @@ def _comparison(folder: Path, number: int, name: str) -> Group:
 def _sweep(folder: Path, number: int, name: str) -> Group:
     file = folder / "results.parquet"
     if not file.exists():
-        raise ValueError(f"{folder} has no results.parquet yet: try again when its first trial has ended")
+        raise RunFolderError(f"{folder} has no results.parquet yet: try again when its first trial has ended")
     table, keys = read_results(file)
     rows = [{str(name): _plain(value) for name, value in row.items()} for row in table.to_dict("records")]
     head, *cells = sweep_cells(rows, keys)
@@ -255,10 +256,10 @@ def collect(folders: Sequence[Path]) -> Collected:
                 else str(error)
             )
             if members[folder]:
-                raise ValueError(line) from None
+                raise RunFolderError(line) from None
             left_out.append(f"{name} was left out: {line}")
     if not groups and not runs:
-        raise ValueError(f"{folders[0]} holds nothing that can be shown; {left_out[0]}")
+        raise RunFolderError(f"{folders[0]} holds nothing that can be shown; {left_out[0]}")
     title = " and ".join(dict.fromkeys(folder.resolve().name for folder in folders))
     title = title if len(folders) <= 2 else f"{len(folders)} results"
     return Collected(title, runs or _runs_of(groups), groups, left_out, named=bool(runs))
@@ -269,7 +270,7 @@ def _members(folders: Sequence[Path]) -> dict[Path, bool]:
     members: dict[Path, tuple[Path, bool]] = {}
     for folder in folders:
         if not folder.is_dir():
-            raise ValueError(f"there is no folder {folder}: name a run's, such as runs/NAME")
+            raise RunFolderError(f"there is no folder {folder}: name a run's, such as runs/NAME")
         inside = [] if _is_one(folder) else sorted(child for child in folder.iterdir() if _is_one(child))
         for member in inside or [folder]:
             known = members.get(member.resolve(), (member, False))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rayprune.errors import RunFolderError
 from rayprune.report.read import RunRecord, as_count, count_of, number, share
 
 _TITLES = {
@@ -39,7 +40,7 @@ def gallery_of(run: RunRecord) -> dict[str, Any] | None:
             "hardly believes the label."
         )
     except (KeyError, TypeError, AttributeError, ValueError, OSError):
-        raise ValueError(f"{file} is not what a run writes: delete its folder, the report does without") from None
+        raise RunFolderError(f"{file} is not what a run writes: delete its folder, the report does without") from None
     empty = [kind["title"].lower() for kind in kinds if not kind["samples"]]
     if empty:
         text += f" None here: {', '.join(empty)}."

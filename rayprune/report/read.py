@@ -23,6 +23,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rayprune.config.yaml import read_yaml
+from rayprune.errors import RunFolderError
 from rayprune.sources.score_files import ScoreFile, read_scores
 from rayprune.sources.storage import one_line
 
@@ -103,13 +104,12 @@ def read_lines(file: Path) -> tuple[list[Line], list[str]]:
         file: metrics.jsonl.
 
     Raises:
-        ValueError: there is none, it holds no whole line, or a line before the last is no epoch's; one line with the
-            cure.
+        RunFolderError: the file is missing, holds no whole line, or a line before the last is not an epoch's.
     """
     if not file.is_file():
         if (file.parent / "config.yaml").is_file():
-            raise ValueError(f"{file.parent} has no metrics.jsonl: its first epoch has not ended, try again later")
-        raise ValueError(f"{file.parent} is no run folder (it has no metrics.jsonl): name one, such as runs/NAME")
+            raise RunFolderError(f"{file.parent} has no metrics.jsonl: its first epoch has not ended, try again later")
+        raise RunFolderError(f"{file.parent} is no run folder (it has no metrics.jsonl): name one, such as runs/NAME")
     by_epoch: dict[int, Line] = {}
     notes = []
     text = file.read_text(encoding="utf-8", errors="replace")
@@ -119,11 +119,11 @@ def read_lines(file: Path) -> tuple[list[Line], list[str]]:
         if record is not None:
             by_epoch[record["epoch"]] = record
         elif number < len(lines) or (number == 1 and text.endswith("\n")):
-            raise ValueError(f"{file}, line {number} is no epoch's record of a run: restore the file")
+            raise RunFolderError(f"{file}, line {number} is no epoch's record of a run: restore the file")
         else:
             notes.append(f"the last line of metrics.jsonl (line {number}) is torn and was left out")
     if not by_epoch:
-        raise ValueError(f"{file} holds no finished epoch: try again when the first has ended, or restore the file")
+        raise RunFolderError(f"{file} holds no finished epoch: try again when the first has ended, or restore the file")
     if lacking := max(by_epoch) + 1 - len(by_epoch):
         notes.append(f"metrics.jsonl has no line of {count_of(lacking, 'epoch')} before the last")
     return [by_epoch[epoch] for epoch in sorted(by_epoch)], notes
@@ -240,21 +240,21 @@ def read_comparison(file: Path) -> dict[str, Any]:
     """Read compare.json; what older versions did not write is None.
 
     Raises:
-        ValueError: it is no JSON, or lacks what a comparison says; one line with the cure.
+        RunFolderError: it is no JSON, or lacks what a comparison says; one line with the cure.
     """
     try:
         found = _Comparison.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "all of it"
-        raise ValueError(f"{file} is not what rayprune compare writes ({place}: {first['msg']}): {_CURE}") from None
+        raise RunFolderError(f"{file} is not what rayprune compare writes ({place}: {first['msg']}): {_CURE}") from None
     except (ValueError, RecursionError):
-        raise ValueError(f"{file} is no JSON: {_CURE}") from None
+        raise RunFolderError(f"{file} is no JSON: {_CURE}") from None
     if found.arms[0].baseline != "full":
-        raise ValueError(f"{file} does not begin with the arm of full training: {_CURE}")
+        raise RunFolderError(f"{file} does not begin with the arm of full training: {_CURE}")
     for arm in found.arms:
         if len(arm.runs) != len(found.seeds):
-            raise ValueError(f"{file} has {len(arm.runs)} runs of {arm.name} for {len(found.seeds)} seeds: {_CURE}")
+            raise RunFolderError(f"{file} has {len(arm.runs)} runs of {arm.name} for {len(found.seeds)} seeds: {_CURE}")
     return found.model_dump()
 
 
@@ -316,7 +316,7 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         name: what to call it; the folder's name where None.
 
     Raises:
-        ValueError: it is no run folder, has no finished epoch, is damaged or of a newer schema; one line with the cure.
+        RunFolderError: the folder is not a run's, has no finished epoch, is damaged or of a newer schema.
     """
     environment = _json(folder / "environment.json")
     check_schema(environment, folder / "environment.json")
@@ -343,13 +343,13 @@ def check_schema(facts: Mapping[str, Any], file: Path) -> None:
     """Refuse a file of a newer schema.
 
     Raises:
-        ValueError: it is, or what it says of its schema is no number.
+        RunFolderError: it is, or what it says of its schema is no number.
     """
     schema = facts.get("schema", 0)
     if not isinstance(schema, int):
-        raise ValueError(f"{file} is of no schema ({schema!r}), which is a whole number: restore the file")
+        raise RunFolderError(f"{file} is of no schema ({schema!r}), which is a whole number: restore the file")
     if schema > RUN_SCHEMA:
-        raise ValueError(f"{file} is of schema {schema}, this version reads up to {RUN_SCHEMA}: upgrade rayprune")
+        raise RunFolderError(f"{file} is of schema {schema}, this version reads up to {RUN_SCHEMA}: upgrade rayprune")
 
 
 def _scores(folder: Path) -> ScoreFile | None:
@@ -359,7 +359,7 @@ def _scores(folder: Path) -> ScoreFile | None:
     try:
         return read_scores(folder)
     except OSError as error:  # pages that are damaged, under a footer that is not
-        raise ValueError(f"{file} can't be read ({one_line(error, 120)}): restore or delete it") from None
+        raise RunFolderError(f"{file} can't be read ({one_line(error, 120)}): restore or delete it") from None
 
 
 def _config(file: Path) -> Mapping[str, Any]:
@@ -368,7 +368,7 @@ def _config(file: Path) -> Mapping[str, Any]:
     try:
         read = read_yaml(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} can't be read ({' '.join(str(error).split())}): restore it") from None
+        raise RunFolderError(f"{file} can't be read ({' '.join(str(error).split())}): restore it") from None
     return read if isinstance(read, Mapping) else {}
 
 
@@ -378,4 +378,4 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError):
-        raise ValueError(f"{file} is no JSON object: restore or delete it") from None
+        raise RunFolderError(f"{file} is no JSON object: restore or delete it") from None

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from rayprune.config.experiments import shown_value
 from rayprune.core.references import closest
+from rayprune.errors import RunFolderError
 from rayprune.report.plots.runs import facts_of, spent
 from rayprune.report.read import RunRecord, as_mapping, number, share
 from rayprune.sources.storage import one_line
@@ -124,14 +125,14 @@ def samples_table(run: RunRecord, sort: str | None = None, top: int = 20, ascend
         ValueError: the run has no scores, or none of this name.
     """
     if run.scores is None:
-        raise ValueError(
+        raise RunFolderError(
             f"{run.folder} has no scores.parquet: a run writes it when it ends, so let the run finish first"
         )
     columns: dict[str, Any] = {"id": run.scores.ids, **run.scores.scores}
     if sort is None:
         sort = next(name for name in columns if name != "id")
     if sort not in columns:
-        raise ValueError(f"{run.scores.path} has no column {sort!r}: {closest(sort, columns)}")
+        raise RunFolderError(f"{run.scores.path} has no column {sort!r}: {closest(sort, columns)}")
     values = np.asarray(columns[sort], dtype=np.int64 if sort == "id" else np.float64)
     # Equal values stay in order of ids; samples without one come last.
     order = np.argsort(values if ascending else -values, kind="stable")[:top]
@@ -221,12 +222,12 @@ def read_results(file: Path) -> tuple[pd.DataFrame, list[str]]:
     try:
         table = pd.read_parquet(file)
     except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
-        raise ValueError(f"{file} is no Parquet file ({one_line(error, 120)}): {_CURE}") from None
+        raise RunFolderError(f"{file} is no Parquet file ({one_line(error, 120)}): {_CURE}") from None
     columns = [str(name) for name in table.columns]
     if lacking := [name for name in ("trial", "status", "pareto", "val_accuracy") if columns.count(name) != 1]:
-        raise ValueError(f"{file} has no column {lacking[0]!r}: {_CURE}")
+        raise RunFolderError(f"{file} has no column {lacking[0]!r}: {_CURE}")
     if columns[0] != "trial" or table.empty:
-        raise ValueError(f"{file} is not what rayprune sweep writes: {_CURE}")
+        raise RunFolderError(f"{file} is not what rayprune sweep writes: {_CURE}")
     table = table.reset_index(drop=True)
     for name in ("trial", "status"):
         table[name] = [value if isinstance(value, str) else "–" for value in table[name]]
@@ -236,7 +237,7 @@ def read_results(file: Path) -> tuple[pd.DataFrame, list[str]]:
             # Older versions did not write all of them.
             table[name] = table[name].astype("float64") if name in columns else float("nan")
         except (ValueError, TypeError):
-            raise ValueError(f"{file} has something else than numbers in column {name!r}: {_CURE}") from None
+            raise RunFolderError(f"{file} has something else than numbers in column {name!r}: {_CURE}") from None
     table["pareto"] = table["pareto"].eq(True) & table["val_accuracy"].notna()
     return table, columns[1 : columns.index("status")]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rayprune.errors import DataError
 from rayprune.sources.base import SampleSource, Splits
 from rayprune.sources.huggingface import from_huggingface
 from rayprune.sources.memory import MemorySource
@@ -41,14 +42,14 @@ def as_source(data: Any) -> SampleSource:
     classes = {cls.__name__: cls.__module__.split(".")[0] for cls in type(data).__mro__}
     for name, cure in _CURES.items():
         if name in classes:
-            raise ValueError(f"{type(data).__name__} is no source of samples: {cure}")
+            raise DataError(f"{type(data).__name__} is no source of samples: {cure}")
     if isinstance(data, Mapping):
         return MemorySource(data)
     if classes.get("Dataset") == "datasets":
         return from_huggingface(data)
     if is_map_style(data):
         return from_torch(data)
-    raise ValueError(
+    raise DataError(
         f"{type(data).__name__} is no source of samples: give a SampleSource, a mapping of arrays, a datasets.Dataset, "
         "or an object with __len__ and __getitem__"
     )

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from rayprune.errors import DataError
 from rayprune.sources.base import Column, SampleSource, Schema, Splits, count_classes, holdout
 from rayprune.sources.cache import cache_root, cached_arrays
 from rayprune.sources.fingerprint import array_digest, digest, file_digest
@@ -72,11 +73,11 @@ class Arrays:
         train_names = next((names for names in TRAIN_NAMES if set(names) <= set(arrays)), None)
         if train_names is None:
             found = ", ".join(sorted(arrays)) or "none of these"
-            raise ValueError(f"{path} holds no x_train and y_train, or x and y (found: {found}): add them")
+            raise DataError(f"{path} holds no x_train and y_train, or x and y (found: {found}): add them")
         train = _open_part(path, opener, train_names, self.num_classes)
         for names in VALIDATION_NAMES:
             if len(found_names := set(names) & set(arrays)) == 1:
-                raise ValueError(f"{path} holds {found_names.pop()} without its partner: {names[0]} needs {names[1]}")
+                raise DataError(f"{path} holds {found_names.pop()} without its partner: {names[0]} needs {names[1]}")
             if set(names) <= set(arrays):
                 return Splits(train, _open_part(path, opener, names, train.schema.num_classes))
         if self.validation_fraction == 0:
@@ -88,7 +89,7 @@ def _opener(path: Path, cache_dir: str | None) -> Opener:
     if path.is_dir():
         return partial(load_folder, path)
     if path.suffix != ".npz" or not path.is_file():
-        raise ValueError(f"data.path {str(path)!r} is neither a folder of .npy files nor an .npz archive: correct it")
+        raise DataError(f"data.path {str(path)!r} is neither a folder of .npy files nor an .npz archive: correct it")
     key = f"arrays-{digest('npz', file_digest(path))}"
     return partial(cached_arrays, key, cache_root(cache_dir), partial(extract_archive, path), _archive_bytes(path))
 
@@ -119,11 +120,11 @@ def _map_array(file: Path, named: str) -> np.ndarray:
             num_bytes = handle.tell() + math.prod(shape) * dtype.itemsize
     except (ValueError, KeyError, OSError) as error:
         line = " ".join(str(error).split())
-        raise ValueError(f"{named} is truncated or no .npy file ({line}): write it again") from None
+        raise DataError(f"{named} is truncated or no .npy file ({line}): write it again") from None
     if dtype.hasobject:
-        raise ValueError(f"{named} holds Python objects: save a plain numeric array")
+        raise DataError(f"{named} holds Python objects: save a plain numeric array")
     if (size := file.stat().st_size) < num_bytes:
-        raise ValueError(f"{named} is truncated, {size} of {num_bytes} bytes: write it again")
+        raise DataError(f"{named} is truncated, {size} of {num_bytes} bytes: write it again")
     return np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
 
 
@@ -132,7 +133,7 @@ def _archive_bytes(path: Path) -> int:
         with zipfile.ZipFile(path) as archive:
             return sum(member.file_size for member in archive.infolist())
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is damaged ({error}): save it again with np.savez") from None
+        raise DataError(f"{path} is damaged ({error}): save it again with np.savez") from None
 
 
 def extract_archive(path: Path, folder: Path) -> None:
@@ -147,7 +148,7 @@ def extract_archive(path: Path, folder: Path) -> None:
                 with archive.open(name) as packed, (folder / name).open("wb") as unpacked:
                     copyfileobj(packed, unpacked, 1 << 20)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} is damaged ({error}): save it again with np.savez") from None
+        raise DataError(f"{path} is damaged ({error}): save it again with np.savez") from None
     load_folder(folder, path)  # refuses objects before the entry is published
 
 
@@ -189,16 +190,16 @@ def _open_part(path: Path, opener: Opener, names: tuple[str, str], num_classes: 
 def _check_inputs(path: Path, name: str, inputs: np.ndarray) -> None:
     described = f"{name} in {path} is {inputs.dtype} of shape {inputs.shape}"
     if inputs.size == 0:
-        raise ValueError(f"{described}: it is empty, store at least one sample")
+        raise DataError(f"{described}: it is empty, store at least one sample")
     if inputs.ndim == 2:
         if not (np.issubdtype(inputs.dtype, np.number) or inputs.dtype == bool) or inputs.dtype.kind == "c":
-            raise ValueError(f"{described}: features must be real numbers")
+            raise DataError(f"{described}: features must be real numbers")
     elif inputs.ndim not in {3, 4}:
-        raise ValueError(f"{described}: images have 3 or 4 axes and features 2, reshape it")
+        raise DataError(f"{described}: images have 3 or 4 axes and features 2, reshape it")
     elif inputs.dtype != np.uint8:
-        raise ValueError(f"{described}: images must be uint8 in 0..255, store (x * 255).round().astype('uint8')")
+        raise DataError(f"{described}: images must be uint8 in 0..255, store (x * 255).round().astype('uint8')")
     elif inputs.ndim == 4 and not {inputs.shape[1], inputs.shape[3]} & set(IMAGE_CHANNELS):
-        raise ValueError(f"{described}: neither axis 1 nor axis 3 has 1 or 3 channels, store (N, H, W, 1 or 3)")
+        raise DataError(f"{described}: neither axis 1 nor axis 3 has 1 or 3 channels, store (N, H, W, 1 or 3)")
 
 
 def _check_finite(path: Path, name: str, inputs: np.ndarray) -> None:
@@ -211,7 +212,7 @@ def _check_finite(path: Path, name: str, inputs: np.ndarray) -> None:
             finite = np.isfinite(values.astype(np.float32, copy=False))
         if not finite.all():
             row, column = np.argwhere(~finite)[0]
-            raise ValueError(
+            raise DataError(
                 f"{name} in {path} row {start + row}, column {column} is {values[row, column]:g}: features must be "
                 "finite float32 numbers, correct it or leave the row out"
             )
@@ -220,6 +221,6 @@ def _check_finite(path: Path, name: str, inputs: np.ndarray) -> None:
 def _check_labels(path: Path, names: tuple[str, str], inputs: np.ndarray, targets: np.ndarray) -> None:
     described = f"{names[1]} in {path} is {targets.dtype} of shape {targets.shape}"
     if not np.issubdtype(targets.dtype, np.integer) or targets.shape not in {(len(targets),), (len(targets), 1)}:
-        raise ValueError(f"{described}: labels must be integers of shape (N,), one class number a sample")
+        raise DataError(f"{described}: labels must be integers of shape (N,), one class number a sample")
     if len(targets) != len(inputs):
-        raise ValueError(f"{described}, but {names[0]} has {len(inputs)} rows: store one label a sample")
+        raise DataError(f"{described}, but {names[0]} has {len(inputs)} rows: store one label a sample")

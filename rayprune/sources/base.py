@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rayprune.core.plan import block_rows
+from rayprune.errors import DataError
 from rayprune.sources.fingerprint import digest
 
 
@@ -53,7 +54,7 @@ class Schema:
 
     def __post_init__(self) -> None:
         if self.num_classes is not None and self.num_classes < 1:
-            raise ValueError(f"num_classes is {self.num_classes}: labels must be at least 0, and data.num_classes 1")
+            raise DataError(f"num_classes is {self.num_classes}: labels must be at least 0, and data.num_classes 1")
 
     @property
     def row_bytes(self) -> int:
@@ -152,7 +153,7 @@ def check_ids(ids: np.ndarray, num_samples: int) -> None:
     unknown = ids[(ids < 0) | (ids >= num_samples)]
     if len(unknown):
         named = ", ".join(str(int(sample)) for sample in unknown[:5])
-        raise ValueError(
+        raise DataError(
             f"{len(unknown)} sample ids are not in the source, first {named}: valid are 0..{num_samples - 1}"
         )
 
@@ -175,9 +176,9 @@ def count_classes(labels: np.ndarray, named: str, given: int | None) -> int:
     """
     largest = int(labels.max())
     if largest > MAX_LABEL:
-        raise ValueError(f"{named} holds {largest}: labels must be below 2**31, number the classes from 0")
+        raise DataError(f"{named} holds {largest}: labels must be below 2**31, number the classes from 0")
     if given is None and largest + 1 > CLASSES_A_SAMPLE * len(labels) + SPARE_CLASSES:
-        raise ValueError(
+        raise DataError(
             f"{named} look like ids, no labels: the largest of {len(labels)} is {largest}; number the classes from 0, "
             "name another column or set data.num_classes"
         )
@@ -199,7 +200,7 @@ class Limited(SampleSource):
 
     def __init__(self, source: SampleSource, num_samples: int) -> None:
         if num_samples < 1:
-            raise ValueError(f"data.limit is {num_samples}: set it to at least 1, or leave it out for all samples")
+            raise DataError(f"data.limit is {num_samples}: set it to at least 1, or leave it out for all samples")
         self._source = source
         self._num_samples = min(num_samples, len(source))
 
@@ -326,7 +327,7 @@ def holdout(source: SampleSource, fraction: float, seed: int) -> Splits:
         ValueError: the fraction is outside its range.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"validation_fraction is {fraction}: it must be above 0 and below 1")
+        raise DataError(f"validation_fraction is {fraction}: it must be above 0 and below 1")
     labels = source.labels
     classes, counts = np.unique(labels, return_counts=True)
     quotas = _quotas(counts, fraction)

@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from rayprune.core.references import closest
+from rayprune.errors import DataError
 from rayprune.sources.base import SampleSource
 from rayprune.sources.memory import RowSource
 
@@ -40,7 +41,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         ValueError: the folder does not exist.
     """
     if not path.parent.is_dir():
-        raise ValueError(f"{path} can't be written: there is no folder {path.parent}, create it first")
+        raise DataError(f"{path} can't be written: there is no folder {path.parent}, create it first")
     partial = path.with_name(f"{path.name}.partial")
     try:
         yield partial
@@ -158,7 +159,7 @@ def _new_temporary(folder: Path, num_bytes: int) -> Path:
 
 
 def _unwritable(root: Path, error: OSError) -> ValueError:
-    return ValueError(
+    return DataError(
         f"cache folder {root} can't be written ({error.strerror or error}): "
         "set data.cache_dir or RAYPRUNE_CACHE to another folder"
     )
@@ -167,7 +168,7 @@ def _unwritable(root: Path, error: OSError) -> ValueError:
 def _check_space(root: Path, num_bytes: int) -> None:
     free_bytes = shutil.disk_usage(root).free
     if num_bytes > free_bytes:
-        raise ValueError(
+        raise DataError(
             f"cache folder {root} has {free_bytes / 1e9:.2f} GB free and {num_bytes / 1e9:.2f} GB are needed: "
             "free some space, or set data.cache_dir or RAYPRUNE_CACHE to a larger disk"
         )
@@ -223,7 +224,7 @@ def check_mode(mode: str) -> None:
         ValueError: with the closest one.
     """
     if mode not in MODES:
-        raise ValueError(f"data.cache is {mode!r}: {closest(mode, MODES)}")
+        raise DataError(f"data.cache is {mode!r}: {closest(mode, MODES)}")
 
 
 def decoded(source: SampleSource, mode: str = "auto", cache_dir: str | None = None) -> SampleSource:

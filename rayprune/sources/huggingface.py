@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayprune.core.references import closest
+from rayprune.errors import DataError
 from rayprune.sources.base import Column, SampleSource, Schema, Splits, check_ids, count_classes, holdout
 from rayprune.sources.cache import check_mode, decoded
 from rayprune.sources.fingerprint import WHOLE_BYTES, digest
@@ -96,18 +97,18 @@ def class_numbers(values: pa.ChunkedArray, names: tuple[str, ...], named: str) -
     """
     if values.null_count:
         row = int(np.argmax(np.asarray(values.is_null())))
-        raise ValueError(f"{named} has no label in row {row}: add it, or leave the row out with Dataset.filter")
+        raise DataError(f"{named} has no label in row {row}: add it, or leave the row out with Dataset.filter")
     kind = values.type
     if names and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         numbers = pc.index_in(values.cast(pa.string()), value_set=pa.array(names, pa.string()))
         if numbers.null_count:
             row = int(np.argmax(np.asarray(numbers.is_null())))
-            raise ValueError(
+            raise DataError(
                 f"{named} row {row} has label {values[row].as_py()!r}, which no training row has: correct it"
             )
         return np.asarray(numbers.cast(pa.int64()))
     if names or not (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
-        raise ValueError(f"{named} is {kind}: labels must be ClassLabel, integers or strings, alike in all splits")
+        raise DataError(f"{named} is {kind}: labels must be ClassLabel, integers or strings, alike in all splits")
     return np.asarray(values.cast(pa.int64()))
 
 
@@ -158,13 +159,13 @@ def matrix(values: pa.ChunkedArray, name: str, named: Callable[[int], str], ids:
     """
     if values.null_count:
         row = int(ids[int(np.argmax(np.asarray(values.is_null())))])
-        raise ValueError(f"{named(row)} is null in column {name!r}: correct it, or leave the row out")
+        raise DataError(f"{named(row)} is null in column {name!r}: correct it, or leave the row out")
     if not _is_vector(values.type):
         return np.asarray(values.cast(pa.float64(), safe=False)).reshape(-1, 1)
     lengths = np.asarray(pc.list_value_length(values))
     if len(np.unique(lengths)) > 1:
         other = int(np.argmax(lengths != lengths[0]))
-        raise ValueError(
+        raise DataError(
             f"{named(int(ids[other]))} has {lengths[other]} numbers in column {name!r} and row {ids[0]} has "
             f"{lengths[0]}: give all rows equally many"
         )
@@ -208,14 +209,14 @@ def _load(folder: str) -> Any:
     try:
         from datasets import load_from_disk
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise DataError(
             f"source 'huggingface' needs the package {error.name}: pip install 'rayprune[huggingface]'"
         ) from None
     try:
         return load_from_disk(folder)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         line = " ".join(str(error).split())[:160]
-        raise ValueError(f"{folder} is damaged ({line}): save the data set again") from None
+        raise DataError(f"{folder} is damaged ({line}): save the data set again") from None
 
 
 def open_rows(
@@ -234,7 +235,7 @@ def open_rows(
     """
     dataset = rows.open()
     if len(dataset) == 0:
-        raise ValueError(f"{rows.named} has no rows: save a data set that has some")
+        raise DataError(f"{rows.named} has no rows: save a data set that has some")
     schema = dataset.features.arrow_schema
     image, label, features = choose_columns(rows.named, schema, columns)
     values = dataset.with_format("arrow", columns=[label])[:].column(label)
@@ -379,14 +380,12 @@ class HuggingFaceSource(SampleSource):
     def _vectors(self, ids: np.ndarray) -> np.ndarray:
         parts = self._parts(ids)
         if (width := sum(part.shape[1] for part in parts)) != self._schema.columns["features"].shape[0]:
-            raise ValueError(
-                f"{self.name_row(int(ids[0]))} has {width} features, others more or fewer: make them alike"
-            )
+            raise DataError(f"{self.name_row(int(ids[0]))} has {width} features, others more or fewer: make them alike")
         with np.errstate(over="ignore"):
             values = np.concatenate(parts, axis=1).astype(np.float32)
         if len(bad := np.argwhere(~np.isfinite(values))):
             row = self.name_row(int(ids[bad[0][0]]))
-            raise ValueError(f"{row} has a feature that is NaN or infinite: correct it, or leave the row out")
+            raise DataError(f"{row} has a feature that is NaN or infinite: correct it, or leave the row out")
         return np.ascontiguousarray(values)
 
     def _content(self) -> Iterator[str | int | np.ndarray]:
@@ -447,7 +446,7 @@ class HuggingFace:
         check_mode(self.cache)
         check_size(self.image_size)
         if self.feature_columns == ():
-            raise ValueError("data.feature_columns = []: name at least one column, or leave it out for all")
+            raise DataError("data.feature_columns = []: name at least one column, or leave it out for all")
 
     def open(self) -> Splits:
         """Find the splits and columns and read the labels.
@@ -462,7 +461,7 @@ class HuggingFace:
         validation = None
         if splits:
             if self.train_split not in splits:
-                raise ValueError(
+                raise DataError(
                     f"data.train_split {self.train_split!r} is not in {folder}: {closest(self.train_split, splits)}"
                 )
             rows = replace(rows, split=self.train_split)
@@ -482,7 +481,7 @@ class HuggingFace:
             return next((name for name in VALIDATION_SPLITS if name in others), None)
         if self.validation_split and self.validation_split not in others:
             name = self.validation_split
-            raise ValueError(f"data.validation_split {name!r} is not in {folder}: {closest(name, others)}")
+            raise DataError(f"data.validation_split {name!r} is not in {folder}: {closest(name, others)}")
         return self.validation_split or None
 
     def _decoded(self, source: SampleSource) -> SampleSource:
@@ -511,7 +510,7 @@ def from_huggingface(
     """
     check_size(image_size)
     if not all(hasattr(dataset, name) for name in ("with_format", "features", "__len__")) or hasattr(dataset, "keys"):
-        raise ValueError(
+        raise DataError(
             f"{type(dataset).__name__} is no datasets.Dataset: choose a split, as in dataset['train'], "
             "and do not stream it"
         )
@@ -521,9 +520,9 @@ def from_huggingface(
 
 def _folder(path: str) -> Path:
     if "://" in path:
-        raise ValueError(f"data.path {path!r} is a URI: copy the folder to a local disk, or store Parquet files")
+        raise DataError(f"data.path {path!r} is a URI: copy the folder to a local disk, or store Parquet files")
     folder = Path(path).expanduser().absolute()
     if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         other = ", or set data.source=parquet" if any(folder.glob("**/*.parquet")) else ""
-        raise ValueError(f"data.path {path!r} is no folder written by Dataset.save_to_disk: correct it{other}")
+        raise DataError(f"data.path {path!r} is no folder written by Dataset.save_to_disk: correct it{other}")
     return folder

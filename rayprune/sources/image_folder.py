@@ -24,10 +24,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from rayprune.core.references import closest
+from rayprune.errors import DataError, UnreadableImage
 from rayprune.sources.base import Column, SampleSource, Schema, Splits, Subset, check_ids, holdout
 from rayprune.sources.cache import cache_root, cached_arrays, check_mode, decoded
 from rayprune.sources.fingerprint import WHOLE_BYTES, digest
-from rayprune.sources.images import ROWS_PER_TASK, UnreadableImage, decode_all, decode_image, in_threads, num_cpus
+from rayprune.sources.images import ROWS_PER_TASK, decode_all, decode_image, in_threads, num_cpus
 from rayprune.sources.registry import register_source
 from rayprune.sources.storage import Storage, StoredFile, one_line, public
 
@@ -121,7 +122,7 @@ def find_images(storage: Storage) -> list[StoredFile]:
         ValueError: the path is no folder, or can't be reached.
     """
     if not storage.is_folder():
-        raise ValueError(
+        raise DataError(
             f"data.path {public(storage.path)!r} is no folder: set it to the one that holds the class folders"
         )
     return [file for file in storage.files() if _is_image(file.name)]
@@ -152,12 +153,12 @@ def split_folders(
         train = TRAIN_FOLDER if TRAIN_FOLDER in with_classes else ""
         tops = {file.name.split("/", 1)[0] for file in found if "/" in file.name}
         if not train and with_classes and tops <= set(VALIDATION_FOLDERS):
-            raise ValueError(
+            raise DataError(
                 f"{path} holds images in {', '.join(sorted(tops))} only: set data.train to the folder to train on"
             )
         names = {top.casefold() for top in tops}
         if not train and with_classes and names <= _SPLIT_NAMES and (len(names) > 1 or names & _TRAIN_NAMES):
-            raise ValueError(
+            raise DataError(
                 f"{path} holds {', '.join(sorted(tops))}, which are splits rather than classes: set data.train and "
                 'data.validation to two of them (data.train="" takes them for classes)'
             )
@@ -183,7 +184,7 @@ def class_images(storage: Storage, found: list[StoredFile], folder: str) -> list
     ]
     if not inside:
         where = f"{public(storage.path).rstrip('/')}/{folder}".rstrip("/")
-        raise ValueError(
+        raise DataError(
             f"{where} holds no images in class folders (<class>/<image>, of {', '.join(sorted(SUFFIXES))}): "
             "correct data.path, data.train or data.validation"
         )
@@ -222,7 +223,7 @@ def arrange(
     for name, rest, _ in ordered:
         if name not in labels:
             where = f"{public(storage.path).rstrip('/')}/{folder}/{name}"
-            raise ValueError(f"{where} is a class without a training image ({rest}): add some, or move the folder away")
+            raise DataError(f"{where} is a class without a training image ({rest}): add some, or move the folder away")
     counts = np.bincount([labels[name] for name, _, _ in ordered], minlength=len(class_names))
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     names = FileNames([f"{name}/{rest}" for name, rest, _ in ordered])
@@ -327,7 +328,7 @@ class ImageRows(SampleSource):
             pixels = decode_named(self._files, sample, encoded, self._shape[2], self._size)
         if pixels.shape != self._shape:
             (height, width), (first_height, first_width) = pixels.shape[:2], self._shape[:2]
-            raise ValueError(
+            raise DataError(
                 f"{self._files.named(sample)} is an image of {width}×{height} pixels and the first one has "
                 f"{first_width}×{first_height}: set data.image_size={min(self._shape[:2])}, or another size for all"
             )
@@ -355,12 +356,12 @@ def decode_named(
     except UnreadableImage:
         raise
     except ValueError as error:
-        raise ValueError(f"{files.named(sample)}: {error}") from None
+        raise DataError(f"{files.named(sample)}: {error}") from None
 
 
 def unreadable(files: ImageFiles, sample: int, error: UnreadableImage) -> ValueError:
     """Return the error that names a file that can't be read."""
-    return ValueError(f"{files.named(sample)} is no readable image ({error}): restore it, {LEFT_OUT}")
+    return DataError(f"{files.named(sample)} is no readable image ({error}): restore it, {LEFT_OUT}")
 
 
 def sampled_digest(files: ImageFiles, sizes: np.ndarray) -> str:
@@ -419,11 +420,11 @@ class ImageFolder:
     def __post_init__(self) -> None:
         check_mode(self.cache)
         if self.on_error not in {"fail", "skip"}:
-            raise ValueError(f"data.on_error is {self.on_error!r}: {closest(self.on_error, ('fail', 'skip'))}")
+            raise DataError(f"data.on_error is {self.on_error!r}: {closest(self.on_error, ('fail', 'skip'))}")
         if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"data.image_size is {self.image_size}: it must be at least 1")
+            raise DataError(f"data.image_size is {self.image_size}: it must be at least 1")
         if self.num_channels not in {None, 1, 3}:
-            raise ValueError(f"data.num_channels is {self.num_channels}: it must be 1 or 3")
+            raise DataError(f"data.num_channels is {self.num_channels}: it must be 1 or 3")
 
     def open(self) -> Splits:
         """List the files and decode the first one; with on_error=skip decode them all, to know which remain.
@@ -454,14 +455,14 @@ class ImageFolder:
             except UnreadableImage as error:
                 if self.on_error == "fail":
                     raise unreadable(files, sample, error) from None
-        raise ValueError(
+        raise DataError(
             f"{public(files.storage.path)} holds no readable image: restore the files, or correct data.path"
         )
 
     def _open_files(self, files: ImageFiles, sizes: np.ndarray, shape: tuple[int, ...]) -> SampleSource:
         if self.on_error == "fail" and not sizes.all():
             empty = int(np.argmin(sizes))
-            raise ValueError(f"{files.named(empty)} is empty: restore it, {LEFT_OUT}")
+            raise DataError(f"{files.named(empty)} is empty: restore it, {LEFT_OUT}")
         fingerprint = digest("image_folder", str(shape), self.image_size or 0, sampled_digest(files, sizes))
         rows = ImageRows(files, shape, self.image_size, fingerprint)
         kept = self._readable(rows, files) if self.on_error == "skip" else rows
@@ -480,7 +481,7 @@ class ImageFolder:
         if len(left_out) == 0:
             return rows
         if len(left_out) == len(rows):
-            raise ValueError(f"{public(files.storage.path)}/{files.folder} holds no readable image: restore the files")
+            raise DataError(f"{public(files.storage.path)}/{files.folder} holds no readable image: restore the files")
         named = ", ".join(files.name(int(sample)) for sample in left_out[:5])
         logger.warning("left out %d of %d images that can't be read, first: %s", len(left_out), len(rows), named)
         return Subset(rows, np.flatnonzero(readable))
@@ -527,7 +528,7 @@ class ImageNet:
             folder = (
                 f"{public(storage.path).rstrip('/')}/{min(missing)} is missing" if missing else "data.download is true"
             )
-            raise ValueError(
+            raise DataError(
                 f"{folder}: ImageNet can't be downloaded, get the archives from image-net.org and let "
                 "torchvision.datasets.ImageNet extract them"
             )

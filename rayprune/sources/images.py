@@ -32,6 +32,8 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from rayprune.errors import DataError, UnreadableImage
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -55,10 +57,6 @@ DEEP_MODES = ("I", "F")
 PNG, PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24  # its first bytes, and the place of its bits a channel
 
 
-class UnreadableImage(ValueError):
-    """Bytes that are no image, or a damaged one."""
-
-
 def decode_image(encoded: bytes | None, num_channels: int | None = None, size: int | None = None) -> np.ndarray:
     """Decode one image of any format that Pillow reads.
 
@@ -72,7 +70,7 @@ def decode_image(encoded: bytes | None, num_channels: int | None = None, size: i
 
     Raises:
         UnreadableImage: the bytes are missing, no image or damaged.
-        ValueError: the image has more than 8 bits a channel.
+        DataError: the image has more than 8 bits a channel.
     """
     if not encoded:
         raise UnreadableImage("its bytes are missing or damaged")
@@ -88,7 +86,7 @@ def decode_image(encoded: bytes | None, num_channels: int | None = None, size: i
     deep_png = encoded.startswith(PNG) and encoded[PNG_DEPTH] == 16
     if deep_png or image.mode.startswith(DEEP_MODES):
         kind = f"{image.mode};16" if deep_png and ";" not in image.mode else image.mode
-        raise ValueError(f"image mode {kind} has more than 8 bits a channel: convert the images to 8 bits")
+        raise DataError(f"image mode {kind} has more than 8 bits a channel: convert the images to 8 bits")
     mode = "L" if num_channels == 1 or (num_channels is None and image.mode in GREY_MODES) else "RGB"
     image = image if image.mode == mode else image.convert(mode)
     pixels = np.asarray(image if size is None else square(image, size))
@@ -261,13 +259,13 @@ class ImageShape:
 
         Raises:
             UnreadableImage: its bytes are missing, no image or damaged.
-            ValueError: it has another size, or more than 8 bits a channel.
+            DataError: it has another size, or more than 8 bits a channel.
         """
         if pixels is None:
             pixels = decode_image(encoded, self.shape[2], self.size)
         if pixels.shape != self.shape:
             (height, width), (first_height, first_width) = pixels.shape[:2], self.shape[:2]
-            raise ValueError(
+            raise DataError(
                 f"is an image of {width}×{height} pixels and the first one has {first_width}×{first_height}: "
                 "set data.image_size, or resize them all to one size before storing them"
             )
@@ -278,10 +276,10 @@ def check_size(image_size: int | None) -> None:
     """Refuse a size that no image can have.
 
     Raises:
-        ValueError: it is below 1.
+        DataError: it is below 1.
     """
     if image_size is not None and image_size < 1:
-        raise ValueError(f"data.image_size is {image_size}: give pixels, at least 1, or leave it out")
+        raise DataError(f"data.image_size is {image_size}: give pixels, at least 1, or leave it out")
 
 
 def first_shape(
@@ -301,7 +299,7 @@ def first_shape(
         skip_errors: pass over images that can't be read.
 
     Raises:
-        ValueError: the first one is unreadable and skip_errors is off, none is readable, or it is deeper than 8 bits.
+        DataError: the first one is unreadable and skip_errors is off, none is readable, or it is deeper than 8 bits.
     """
     for row, encoded in enumerate(images):
         try:
@@ -310,8 +308,8 @@ def first_shape(
             if not skip_errors:
                 raise _unreadable(named(row), error) from None
         except ValueError as error:
-            raise ValueError(f"{named(row)}: {error}") from None
-    raise ValueError("none of the samples has a readable image: correct data.path, or the column of the images")
+            raise DataError(f"{named(row)}: {error}") from None
+    raise DataError("none of the samples has a readable image: correct data.path, or the column of the images")
 
 
 def decode_rows(encoded: Sequence[bytes | None], images: ImageShape, named: Callable[[int], str]) -> np.ndarray:
@@ -326,7 +324,7 @@ def decode_rows(encoded: Sequence[bytes | None], images: ImageShape, named: Call
         (B, H, W, C) uint8.
 
     Raises:
-        ValueError: an image can't be read, or is of another shape.
+        DataError: an image can't be read, or is of another shape.
     """
     rows = np.empty((len(encoded), *images.shape), np.uint8)
     decoded = decode_in_threads(encoded, images.shape[2], images.size)
@@ -336,7 +334,7 @@ def decode_rows(encoded: Sequence[bytes | None], images: ImageShape, named: Call
         except UnreadableImage as error:
             raise _unreadable(named(position), error) from None
         except ValueError as error:
-            raise ValueError(f"{named(position)} {error}") from None
+            raise DataError(f"{named(position)} {error}") from None
     return rows
 
 
@@ -344,16 +342,16 @@ def is_readable(encoded: bytes | None, images: ImageShape, named: str) -> bool:
     """Return whether an image can be decoded.
 
     Raises:
-        ValueError: it is readable, and of another shape; `named` says which it is.
+        DataError: it is readable, and of another shape; `named` says which it is.
     """
     try:
         images.decode(encoded)
     except UnreadableImage:
         return False
     except ValueError as error:
-        raise ValueError(f"{named} {error}") from None
+        raise DataError(f"{named} {error}") from None
     return True
 
 
 def _unreadable(named: str, error: UnreadableImage) -> ValueError:
-    return ValueError(f"{named} is no readable image ({error}): correct it, or leave it out")
+    return DataError(f"{named} is no readable image ({error}): correct it, or leave it out")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rayprune.errors import DataError
 from rayprune.sources.base import Column, SampleSource, Schema, check_ids
 from rayprune.sources.fingerprint import array_digest, digest
 
@@ -101,19 +102,19 @@ class MemorySource(SampleSource):
 
     def __init__(self, columns: Mapping[str, np.ndarray]) -> None:
         if not columns:
-            raise ValueError("no columns: give arrays by name, such as {'image': images, 'label': labels}")
+            raise DataError("no columns: give arrays by name, such as {'image': images, 'label': labels}")
         self._columns = {name: _array(name, values) for name, values in columns.items()}
         lengths = {name: len(values) if values.ndim else 0 for name, values in self._columns.items()}
         if len(set(lengths.values())) != 1:
-            raise ValueError(f"columns must be arrays of one length, got {lengths}")
+            raise DataError(f"columns must be arrays of one length, got {lengths}")
         for name, values in self._columns.items():
             if name in {"id", "weight"}:
-                raise ValueError(f"column {name!r} is the engine's own name: call it something else")
+                raise DataError(f"column {name!r} is the engine's own name: call it something else")
             if values.dtype.kind not in "biuf":
-                raise ValueError(f"column {name!r} is {values.dtype}: give numbers (encode text and categories first)")
+                raise DataError(f"column {name!r} is {values.dtype}: give numbers (encode text and categories first)")
         self._length = next(iter(lengths.values()))
         if self._length == 0:
-            raise ValueError(f"columns {', '.join(self._columns)} have no rows: give at least one sample")
+            raise DataError(f"columns {', '.join(self._columns)} have no rows: give at least one sample")
         columns_of = {name: Column(values.shape[1:], values.dtype.name) for name, values in self._columns.items()}
         self._schema = Schema(columns_of)
         parts = [part for name, values in self._columns.items() for part in (name, array_digest(values))]
@@ -134,7 +135,7 @@ class MemorySource(SampleSource):
     def labels(self) -> np.ndarray:
         labels = self._columns.get("label")
         if labels is None or labels.dtype.kind not in "iu" or labels.ndim != 1:
-            raise ValueError("these samples have no integer column 'label' of shape (N,): add it, or set class_floor=0")
+            raise DataError("these samples have no integer column 'label' of shape (N,): add it, or set class_floor=0")
         return labels.astype(np.int64)
 
     def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -151,4 +152,4 @@ def _array(name: str, values: Any) -> np.ndarray:
         RuntimeError,
     ) as error:  # ragged lists; tensors on a GPU, with gradients, in bfloat16
         line = " ".join(str(error).split())[:120]
-        raise ValueError(f"column {name!r} makes no array ({line}): give a NumPy array of numbers") from None
+        raise DataError(f"column {name!r} makes no array ({line}): give a NumPy array of numbers") from None

@@ -18,6 +18,7 @@ import numpy as np
 from rayprune.core.plan import rows_of_groups
 from rayprune.core.references import closest, is_reference, load_object
 from rayprune.core.validation import check_keys, plain
+from rayprune.errors import DataError
 from rayprune.sources.base import Limited, SampleSource, Splits, holdout
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def open_data(
     if hold_out is not None:
         splits = holdout(splits.train, hold_out, seed=0)  # of any run: what validates must not change with its seed
         if splits.validation is None:
-            raise ValueError(f"data.hold_out {hold_out:g} leaves nothing: no class has two samples")
+            raise DataError(f"data.hold_out {hold_out:g} leaves nothing: no class has two samples")
     return splits
 
 
@@ -95,7 +96,7 @@ def default_augment(source_name: str) -> dict[str, Any]:
 
 def _open_registered(name: str, keys: dict[str, Any]) -> Splits:
     if name not in SOURCES:
-        raise ValueError(f"data.source {name!r} is unknown: {closest(name, SOURCES)}, or give 'module:function'")
+        raise DataError(f"data.source {name!r} is unknown: {closest(name, SOURCES)}, or give 'module:function'")
     cls = SOURCES[name]
     check_keys(cls, keys, "data", f"source {name!r}")
     splits: Splits = cls(**{key: plain(value) for key, value in keys.items()}).open()
@@ -107,7 +108,7 @@ def _call_function(reference: str, keys: dict[str, Any]) -> Splits:
     try:
         inspect.signature(function).bind(**keys)
     except TypeError as error:
-        raise ValueError(f"data.source {reference!r} can't be called with the keys {sorted(keys)}: {error}") from None
+        raise DataError(f"data.source {reference!r} can't be called with the keys {sorted(keys)}: {error}") from None
     match function(**keys):
         case Splits() as splits:
             return splits
@@ -116,7 +117,7 @@ def _call_function(reference: str, keys: dict[str, Any]) -> Splits:
         case (SampleSource() as train, (SampleSource() | None) as validation):
             return Splits(train, validation)
         case other:
-            raise ValueError(
+            raise DataError(
                 f"data.source {reference!r} returned {type(other).__name__}: "
                 "return Splits, a SampleSource, or (train, validation)"
             )
@@ -124,21 +125,21 @@ def _call_function(reference: str, keys: dict[str, Any]) -> Splits:
 
 def _check_part(part: str, source: SampleSource) -> None:
     if len(source) == 0:
-        raise ValueError(f"the {part} part of the data is empty: check data.path and the other keys of data")
+        raise DataError(f"the {part} part of the data is empty: check data.path and the other keys of data")
     num_classes = source.schema.num_classes
     if num_classes is None:
-        raise ValueError(
+        raise DataError(
             f"the {part} samples have no class label: `rayprune train` classifies; for other tasks write "
             "your own loop with rayprune.prune or rayprune.local_loader"
         )
     labels = source.labels
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (len(source),):
-        raise ValueError(
+        raise DataError(
             f"the {part} labels are {labels.dtype} of shape {labels.shape}: give integers of shape ({len(source)},)"
         )
     outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(outside):
-        raise ValueError(
+        raise DataError(
             f"{part} row {outside[0]} has label {labels[outside[0]]}, outside 0..{num_classes - 1}: "
             "correct the label, or data.num_classes"
         )
@@ -148,7 +149,7 @@ def _check_alike(train: SampleSource, validation: SampleSource) -> None:
     ours, theirs = train.schema, validation.schema
     if dict(ours.columns) != dict(theirs.columns) or ours.num_classes != theirs.num_classes:
         described = [{name: column.shape for name, column in schema.columns.items()} for schema in (ours, theirs)]
-        raise ValueError(
+        raise DataError(
             f"training and validation rows differ: {described[0]} and {ours.num_classes} classes, "
             f"{described[1]} and {theirs.num_classes} classes: bring both to one shape, dtype and number of classes"
         )

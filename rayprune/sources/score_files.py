@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rayprune.core.references import closest
+from rayprune.errors import DataError
 from rayprune.sources.cache import whole_file
 from rayprune.sources.storage import one_line
 
@@ -64,7 +65,7 @@ class ScoreFile:
         """
         if wanted is not None:
             if wanted not in self.scores:
-                raise ValueError(f"{self.path} has no score {wanted!r}: {closest(wanted, self.scores)}")
+                raise DataError(f"{self.path} has no score {wanted!r}: {closest(wanted, self.scores)}")
             return wanted
         method = self.about.get("method")
         named = method.get("name") if isinstance(method, Mapping) else None
@@ -73,7 +74,7 @@ class ScoreFile:
             return str(named)
         if len(names) != 1:
             listed = ", ".join(names or self.scores)
-            raise ValueError(f"{self.path} has {len(names) or 'no'} scores: name the one to go by, one of {listed}")
+            raise DataError(f"{self.path} has {len(names) or 'no'} scores: name the one to go by, one of {listed}")
         return names[0]
 
 
@@ -111,9 +112,9 @@ def write_scores(
         if column is None:
             continue
         if name in columns:
-            raise ValueError(f"two columns of the scores are called {name!r}: rename one")
+            raise DataError(f"two columns of the scores are called {name!r}: rename one")
         if len(column) != num_samples:
-            raise ValueError(f"column {name!r} has {len(column)} rows for {num_samples} samples")
+            raise DataError(f"column {name!r} has {len(column)} rows for {num_samples} samples")
         columns[name] = column
     facts = {"schema": SCORES_SCHEMA, "fingerprint": fingerprint, **(about or {})}
     table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(facts)})
@@ -136,19 +137,19 @@ def read_scores(path: str | Path) -> ScoreFile:
     if file.is_dir():
         file /= "scores.parquet"
         if not file.exists():
-            raise ValueError(f"{path} has no scores.parquet: a run writes it when it ends, so let the run finish first")
+            raise DataError(f"{path} has no scores.parquet: a run writes it when it ends, so let the run finish first")
     if not file.is_file():
-        raise ValueError(f"{path} does not exist: give a file of scores, or the folder of a finished run")
+        raise DataError(f"{path} does not exist: give a file of scores, or the folder of a finished run")
     table = _read_csv(file) if file.suffix.lower() == ".csv" else read_table(file)
     about = facts_of(table, file, SCORES_SCHEMA)
     if about.get("kind") == "selection":
-        raise ValueError(f"{file} is a selection, made from scores: give the scores")
+        raise DataError(f"{file} is a selection, made from scores: give the scores")
     order = _order_of(table, file)
     columns = {name: _numbers(table.column(name), order) for name in table.column_names if name != "id"}
     labels = columns.pop("label", None)
     scores = {name: column for name, column in columns.items() if column is not None}
     if not scores:
-        raise ValueError(f"{file} has no column of numbers beside id and label: add a score")
+        raise DataError(f"{file} has no column of numbers beside id and label: add a score")
     if labels is not None and labels.dtype.kind not in "iu":
         labels = None  # names of classes, or some are missing: nothing to balance by
     return ScoreFile(
@@ -170,14 +171,14 @@ def read_table(file: Path) -> pa.Table:
     try:
         table = pq.ParquetFile(file).read()
     except pa.ArrowException as error:
-        raise ValueError(f"{file} is no Parquet file ({one_line(error, 120)}): restore it, or write it again") from None
+        raise DataError(f"{file} is no Parquet file ({one_line(error, 120)}): restore it, or write it again") from None
     return _of_single_columns(table, file)
 
 
 def _of_single_columns(table: pa.Table, file: Path) -> pa.Table:
     twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
     if twice:
-        raise ValueError(f"{file} has more than one column called {', '.join(map(repr, twice))}: rename one")
+        raise DataError(f"{file} has more than one column called {', '.join(map(repr, twice))}: rename one")
     return table
 
 
@@ -194,9 +195,9 @@ def facts_of(table: pa.Table, file: Path, schema: int) -> dict[str, Any]:
         facts = dict(json.loads(text))
         newer = int(facts.get("schema", 0)) > schema
     except (ValueError, TypeError):
-        raise ValueError(f"{file} has damaged metadata under 'rayprune': write the file again") from None
+        raise DataError(f"{file} has damaged metadata under 'rayprune': write the file again") from None
     if newer:
-        raise ValueError(f"{file} is of schema {facts['schema']}, this version reads up to {schema}: upgrade rayprune")
+        raise DataError(f"{file} is of schema {facts['schema']}, this version reads up to {schema}: upgrade rayprune")
     return facts
 
 
@@ -205,19 +206,19 @@ def _read_csv(file: Path) -> pa.Table:
         table = pa.csv.read_csv(file)
         return _of_single_columns(table, file)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no UTF-8 text ({error.reason}): save it as UTF-8") from None
+        raise DataError(f"{file} is no UTF-8 text ({error.reason}): save it as UTF-8") from None
     except pa.ArrowException as error:
-        raise ValueError(f"{file} is no CSV file with a header ({one_line(error, 120)}): correct it") from None
+        raise DataError(f"{file} is no CSV file with a header ({one_line(error, 120)}): correct it") from None
 
 
 def _order_of(table: pa.Table, file: Path) -> NDArray[np.int64] | None:
     """Return the rows in order of their ids; None where they are in order already."""
     if "id" not in table.column_names:
-        raise ValueError(f"{file} has no column 'id': give each row its sample's id, 0..N-1")
+        raise DataError(f"{file} has no column 'id': give each row its sample's id, 0..N-1")
     column = table.column("id")
     if not pa.types.is_integer(column.type) or column.null_count:
         kind = f"{column.null_count} empty ones" if column.null_count else str(column.type)
-        raise ValueError(f"{file}: ids must be whole numbers, got {kind}: write each sample's id, 0..N-1")
+        raise DataError(f"{file}: ids must be whole numbers, got {kind}: write each sample's id, 0..N-1")
     ids, num_samples = column.to_numpy(), table.num_rows
     inside = ids[(ids >= 0) & (ids < num_samples)]
     times = np.bincount(inside.astype(np.int64), minlength=num_samples)
@@ -226,7 +227,7 @@ def _order_of(table: pa.Table, file: Path) -> NDArray[np.int64] | None:
         outside = ids[(ids < 0) | (ids >= num_samples)][:5].tolist()
         faults = {"repeated": repeated, "missing": missing, "outside": outside}
         named = ", ".join(f"{fault} {some}" for fault, some in faults.items() if some) or "no rows"
-        raise ValueError(f"{file}: the {num_samples} rows must hold each id of 0..N-1 once: {named}")
+        raise DataError(f"{file}: the {num_samples} rows must hold each id of 0..N-1 once: {named}")
     ordered = (ids[1:] > ids[:-1]).all()
     return None if ordered else np.argsort(ids, kind="stable")
 

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rayprune.core.selection import Selection
+from rayprune.errors import DataError
 from rayprune.sources.base import SampleSource
 from rayprune.sources.cache import whole_file
 from rayprune.sources.score_files import METADATA_KEY, facts_of, read_table
@@ -83,9 +84,9 @@ def check_selection_path(path: Path, selection: Selection | None = None) -> None
     _format_of(path)
     if path.is_dir() or not path.parent.is_dir():
         fault = "is a folder: add a file name" if path.is_dir() else f"has no folder {path.parent}: create it first"
-        raise ValueError(f"{path} {fault}")
+        raise DataError(f"{path} {fault}")
     if path.suffix == ".npy" and selection is not None and (selection.weights != 1).any():
-        raise ValueError(f"{path} has no place for weights, and not all are 1: write .npz, .parquet or .txt")
+        raise DataError(f"{path} has no place for weights, and not all are 1: write .npz, .parquet or .txt")
 
 
 def write_selection_file(
@@ -125,13 +126,13 @@ def read_selection_file(path: str | Path, num_samples: int | None = None) -> Cho
     file = Path(path)
     read = _format_of(file).read
     if not file.is_file():
-        raise ValueError(f"{file} does not exist: `rayprune select` writes such a file")
+        raise DataError(f"{file} does not exist: `rayprune select` writes such a file")
     ids, weights, facts = read(file)
     for name, kind in _FACTS.items():
         if facts.get(name) is not None and not isinstance(facts[name], kind):
-            raise ValueError(f"{file} has a damaged {name}, {str(facts[name])[:60]!r}: write the file again")
+            raise DataError(f"{file} has a damaged {name}, {str(facts[name])[:60]!r}: write the file again")
     if (facts.get("schema") or 0) > SELECTION_SCHEMA:
-        raise ValueError(
+        raise DataError(
             f"{file} is of schema {facts['schema']}, this version reads up to {SELECTION_SCHEMA}: upgrade rayprune"
         )
     ids, order = _checked_ids(file, ids)
@@ -145,36 +146,36 @@ def read_selection_file(path: str | Path, num_samples: int | None = None) -> Cho
 
 def _checked_ids(file: Path, ids: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"{file}: ids must be one row of whole numbers, got {ids.dtype} of shape {ids.shape}")
+        raise DataError(f"{file}: ids must be one row of whole numbers, got {ids.dtype} of shape {ids.shape}")
     if not ids.size:
-        raise ValueError(f"{file} holds no ids: nothing would be trained on")
+        raise DataError(f"{file} holds no ids: nothing would be trained on")
     order = np.argsort(ids, kind="stable")
     ordered = ids[order]
     if (repeated := ordered[1:][ordered[1:] == ordered[:-1]]).size:
-        raise ValueError(f"{file}: ids {np.unique(repeated)[:5].tolist()} repeat: each chosen sample stands there once")
+        raise DataError(f"{file}: ids {np.unique(repeated)[:5].tolist()} repeat: each chosen sample stands there once")
     if ordered[0] < 0 or ordered[-1] > np.iinfo(np.int64).max:
-        raise ValueError(f"{file}: id {ordered[0] if ordered[0] < 0 else ordered[-1]} is out of range: ids go from 0")
+        raise DataError(f"{file}: id {ordered[0] if ordered[0] < 0 else ordered[-1]} is out of range: ids go from 0")
     return ordered.astype(np.int64), order
 
 
 def _checked_weights(file: Path, weights: NDArray[Any], count: int) -> NDArray[np.float32]:
     if weights.shape != (count,) or weights.dtype.kind not in "iuf":
-        raise ValueError(f"{file}: {weights.dtype} weights of shape {weights.shape} do not fit {count} ids")
+        raise DataError(f"{file}: {weights.dtype} weights of shape {weights.shape} do not fit {count} ids")
     with np.errstate(over="ignore"):
         narrow = weights.astype(np.float32)
     if not narrow.any():
-        raise ValueError(f"{file}: all weights are 0, and nothing would be learned: leave them out, or give others")
+        raise DataError(f"{file}: all weights are 0, and nothing would be learned: leave them out, or give others")
     if (bad := np.flatnonzero(~(np.isfinite(narrow) & (narrow >= 0)))).size:
-        raise ValueError(f"{file}: weights must be finite and at least 0, row {bad[0]} has {weights[bad[0]]}")
+        raise DataError(f"{file}: weights must be finite and at least 0, row {bad[0]} has {weights[bad[0]]}")
     return narrow
 
 
 def _check_fit(file: Path, ids: NDArray[np.int64], stored: int | None, num_samples: int) -> None:
     if stored is not None and stored != num_samples:
-        raise ValueError(f"{file} was chosen among {stored} samples, not {num_samples}: choose again on these data")
+        raise DataError(f"{file} was chosen among {stored} samples, not {num_samples}: choose again on these data")
     if ids[-1] >= num_samples:
         outside = ids[ids >= num_samples]
-        raise ValueError(f"{file}: ids {outside[:5].tolist()} are out of range: ids go from 0 to {num_samples - 1}")
+        raise DataError(f"{file}: ids {outside[:5].tolist()} are out of range: ids go from 0 to {num_samples - 1}")
 
 
 def _write_parquet(stream: BinaryIO, content: _Content) -> None:
@@ -186,9 +187,9 @@ def _read_parquet(file: Path) -> _Content:
     table = read_table(file)
     facts = facts_of(table, file, SELECTION_SCHEMA)
     if "id" not in table.column_names:
-        raise ValueError(f"{file} has no column 'id'")
+        raise DataError(f"{file} has no column 'id'")
     if facts and facts.get("kind") != "selection":
-        raise ValueError(f"{file} holds scores, not a choice: make one with rayprune select {file} --keep SHARE")
+        raise DataError(f"{file} holds scores, not a choice: make one with rayprune select {file} --keep SHARE")
     columns = {name: table.column(name) for name in ("id", "weight") if name in table.column_names}
     return _Content(columns["id"].to_numpy(), columns["weight"].to_numpy() if "weight" in columns else None, facts)
 
@@ -204,7 +205,7 @@ def _write_npz(stream: BinaryIO, content: _Content) -> None:
 def _read_npz(file: Path) -> _Content:
     arrays = _load(file, np.lib.npyio.NpzFile)
     if "ids" not in arrays:
-        raise ValueError(f"{file} has no array 'ids', only {', '.join(arrays) or 'nothing'}")
+        raise DataError(f"{file} has no array 'ids', only {', '.join(arrays) or 'nothing'}")
     facts = {name: arrays[name].item() for name in _FACTS if name in arrays and arrays[name].size == 1}
     if "about" in facts:
         facts["about"] = _parsed(file, "about", str(facts["about"]))
@@ -225,8 +226,8 @@ def _load(file: Path, kind: type) -> Any:
         if isinstance(loaded, kind):
             return dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
     except Exception as error:  # NumPy, zipfile and zlib each have their own
-        raise ValueError(f"{file} is no readable {file.suffix} file ({one_line(error, 120)}): write it again") from None
-    raise ValueError(f"{file} is no {file.suffix} file: give it the ending of what it is")
+        raise DataError(f"{file} is no readable {file.suffix} file ({one_line(error, 120)}): write it again") from None
+    raise DataError(f"{file} is no {file.suffix} file: give it the ending of what it is")
 
 
 def _write_text(stream: BinaryIO, content: _Content) -> None:
@@ -264,7 +265,7 @@ def _read_columns(file: Path, stream: BinaryIO, names: list[str]) -> dict[str, N
             convert_options=pa.csv.ConvertOptions(column_types=types, null_values=[]),
         )
     except pa.ArrowException as error:
-        raise ValueError(
+        raise DataError(
             f"{file}: a line must be a whole number, the id, or an id, a tab and a weight ({one_line(error, 120)})"
         ) from None
     return {name: table.column(name).to_numpy() for name in names}
@@ -274,7 +275,7 @@ def _parsed(file: Path, name: str, text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        raise ValueError(f"{file} has a damaged {name}, {text.strip()[:60]!r}: write the file again") from None
+        raise DataError(f"{file} has a damaged {name}, {text.strip()[:60]!r}: write the file again") from None
 
 
 class _Format(NamedTuple):
@@ -293,7 +294,7 @@ _FORMATS = {
 
 def _format_of(path: Path) -> _Format:
     if path.suffix not in _FORMATS:
-        raise ValueError(f"{path} ends in {path.suffix or 'nothing'!r}: end it in one of {', '.join(_FORMATS)}")
+        raise DataError(f"{path} ends in {path.suffix or 'nothing'!r}: end it in one of {', '.join(_FORMATS)}")
     return _FORMATS[path.suffix]
 
 
@@ -304,10 +305,10 @@ def read_chosen(path: str, source: SampleSource) -> ChosenFile:
         ValueError: no path, a file that can't be read, or one that was chosen on other data.
     """
     if not path:
-        raise ValueError("method.path is missing: method fixed trains on a file that `rayprune select` wrote")
+        raise DataError("method.path is missing: method fixed trains on a file that `rayprune select` wrote")
     read = read_selection_file(path, len(source))
     if read.fingerprint is not None and read.fingerprint != source.fingerprint:
-        raise ValueError(
+        raise DataError(
             f"{path} was chosen on other data (fingerprint {read.fingerprint[:12]}, here {source.fingerprint[:12]}): "
             "score and select these data"
         )

@@ -24,6 +24,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from rayprune.errors import DataError
+
 # What pyarrow's parser takes as it is; it refuses blanks and letters outside ASCII unless they are escaped.
 _URI_CHARACTERS = "%/:?#[]@!$&'()*+,;="
 
@@ -50,7 +52,7 @@ class Storage:
         path: a local path (`~` is expanded) or a URI.
 
     Raises:
-        ValueError: no file system serves the URI's scheme, or it can't be reached.
+        DataError: no file system serves the URI's scheme, or it can't be reached.
     """
 
     def __init__(self, path: str) -> None:
@@ -112,7 +114,7 @@ class Storage:
         """Return all files below a folder, in the order of their names (as strings of code points).
 
         Raises:
-            ValueError: the folder can't be listed.
+            DataError: the folder can't be listed.
         """
         root = self.full("").rstrip("/") or "/"
         files = [info for info in self._list(root, recursive=True) if info.type == pafs.FileType.File]
@@ -125,18 +127,18 @@ class Storage:
         """Return one file's size and time, by default those of the root.
 
         Raises:
-            ValueError: it is no file, or can't be reached.
+            DataError: it is no file, or can't be reached.
         """
         info = self._info(name)
         if info.type != pafs.FileType.File:
-            raise ValueError(f"{public(self.path)}{'/' if name else ''}{name} is no file: correct data.path")
+            raise DataError(f"{public(self.path)}{'/' if name else ''}{name} is no file: correct data.path")
         return StoredFile(name, info.size or 0, info.mtime_ns)
 
     def folders(self, name: str = "") -> list[str]:
         """Return the names of the folders directly below one, sorted; empty ones are found where folders exist at all.
 
         Raises:
-            ValueError: the folder can't be listed.
+            DataError: the folder can't be listed.
         """
         found = self._list(self.full(name).rstrip("/"), recursive=False)
         return sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
@@ -219,7 +221,7 @@ def _path(info: pafs.FileInfo) -> str:
     try:
         return str(info.path)
     except UnicodeDecodeError as error:
-        raise ValueError(f"the file name {bytes(error.object)!r} is not UTF-8: rename it") from None
+        raise DataError(f"the file name {bytes(error.object)!r} is not UTF-8: rename it") from None
 
 
 def _resolve(path: str) -> tuple[pafs.FileSystem, str]:
@@ -245,7 +247,7 @@ def _by_fsspec(path: str) -> tuple[pafs.FileSystem, str]:
 
 
 def _unreachable(path: str, error: Exception) -> ValueError:
-    return ValueError(
+    return DataError(
         f"{public(path)} can't be reached ({one_line(error)}): correct data.path, or the file system's settings"
     )
 
@@ -281,7 +283,7 @@ class RangeReader:
             The pieces, and the bytes that were read for them.
 
         Raises:
-            ValueError: a file can't be read, or has become shorter.
+            DataError: a file can't be read, or has become shorter.
         """
         pieces = [b""] * len(file)
         ranges = plan_ranges(file, offset, num_bytes, LOCAL_GAP_BYTES if self._storage.is_local else REMOTE_GAP_BYTES)
@@ -302,9 +304,9 @@ class RangeReader:
         try:
             content = bytes(self._open(name).read_at(part.stop - part.start, part.start))
         except OSError as error:
-            raise ValueError(f"{place} can't be read ({one_line(error)}): restore it") from None
+            raise DataError(f"{place} can't be read ({one_line(error)}): restore it") from None
         if len(content) != part.stop - part.start:
-            raise ValueError(f"{place} is shorter than it was when it was opened: restore it")
+            raise DataError(f"{place} is shorter than it was when it was opened: restore it")
         return content
 
     def _open(self, name: str) -> pa.NativeFile:

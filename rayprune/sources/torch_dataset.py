@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from rayprune.core.references import closest, is_reference, load_object
+from rayprune.errors import DataError
 from rayprune.sources.base import Column, SampleSource, Schema, Splits, check_ids, count_classes, holdout
 from rayprune.sources.cache import check_mode, decoded
 from rayprune.sources.fingerprint import array_digest, digest
@@ -46,22 +47,22 @@ def item_values(item: Any, names: tuple[str, ...] | None, float_features: bool =
         chosen = tuple(item) if names is None else names
         missing = [name for name in chosen if name not in item]
         if missing:
-            raise ValueError(f"has no column {missing[0]!r}: {closest(missing[0], [str(name) for name in item])}")
+            raise DataError(f"has no column {missing[0]!r}: {closest(missing[0], [str(name) for name in item])}")
         values = {str(name): item[name] for name in chosen}
     else:
         entries = list(item) if isinstance(item, tuple | list) else [item]
         values = dict(zip(names or _default_names(entries), entries, strict=False))
         if len(values) != len(entries):
-            raise ValueError(f"has {len(entries)} entries and columns are {names}: give each entry a name of its own")
+            raise DataError(f"has {len(entries)} entries and columns are {names}: give each entry a name of its own")
     for name in values:
         if name in RESERVED:
-            raise ValueError(f"has a column {name!r}, the engine's own name: set columns to other names")
+            raise DataError(f"has a column {name!r}, the engine's own name: set columns to other names")
     return {name: _column(name, value, float_features) for name, value in values.items()}
 
 
 def _default_names(entries: Sequence[Any]) -> tuple[str, ...]:
     if len(entries) not in {1, 2}:
-        raise ValueError(f"has {len(entries)} entries: name them with columns, as in ('image', 'mask', 'label')")
+        raise DataError(f"has {len(entries)} entries: name them with columns, as in ('image', 'mask', 'label')")
     return ("image" if _is_image(entries[0]) else "features", "label")[: len(entries)]
 
 
@@ -89,7 +90,7 @@ def _column(name: str, value: Any, float_features: bool) -> np.ndarray:
 def _array(name: str, value: Any) -> np.ndarray:
     if hasattr(value, "getbands"):  # a Pillow image
         if value.mode.startswith(DEEP_MODES):
-            raise ValueError(f"column {name!r} is an image of mode {value.mode}: convert the images to 8 bits")
+            raise DataError(f"column {name!r} is an image of mode {value.mode}: convert the images to 8 bits")
         return np.asarray(value.convert("L" if value.mode in GREY_MODES else "RGB"))
     if hasattr(value, "detach"):  # a tensor, of any device
         value = value.detach().cpu()
@@ -97,10 +98,10 @@ def _array(name: str, value: Any) -> np.ndarray:
         array = np.asarray(value)
     except (TypeError, ValueError) as error:
         line = " ".join(str(error).split())[:80]
-        raise ValueError(f"column {name!r} is no array ({line}): return a tensor, an array or a number") from None
+        raise DataError(f"column {name!r} is no array ({line}): return a tensor, an array or a number") from None
     if array.dtype.kind not in "biuf":
         what = "text" if array.dtype.kind in "US" else type(value).__name__
-        raise ValueError(f"column {name!r} is {what}: return numbers, or leave it out with columns")
+        raise DataError(f"column {name!r} is {what}: return numbers, or leave it out with columns")
     return array
 
 
@@ -137,18 +138,18 @@ def stack_items(
     rows = {name: np.empty((len(items), *column.shape), column.dtype) for name, column in columns.items()}
     for position, item in enumerate(items):
         if set(item) != set(columns):
-            raise ValueError(
+            raise DataError(
                 f"{named(position)} has columns {sorted(item)} and {first} {sorted(columns)}: make them alike"
             )
         for name, value in item.items():
             column = columns[name]
             if value.shape != column.shape:
-                raise ValueError(
+                raise DataError(
                     f"{named(position)} column {name!r} is {value.shape} and that of {first} {column.shape}: "
                     "bring all items to one shape in the dataset, such as with a Resize transform"
                 )
             if value.dtype != column.dtype:
-                raise ValueError(
+                raise DataError(
                     f"{named(position)} column {name!r} is {value.dtype} and that of {first} {column.dtype}: "
                     "return one type"
                 )
@@ -222,7 +223,7 @@ class TorchDataset:
     def __post_init__(self) -> None:
         check_mode(self.cache)
         if not is_reference(self.dataset):
-            raise ValueError(
+            raise DataError(
                 f"data.dataset {self.dataset!r} is no reference: write 'module:function' or 'path.py:function'"
             )
 
@@ -236,7 +237,7 @@ class TorchDataset:
         try:
             inspect.signature(function).bind(**self.options)
         except TypeError as error:
-            raise ValueError(f"data.dataset {self.dataset!r} can't be called with data.options: {error}") from None
+            raise DataError(f"data.dataset {self.dataset!r} can't be called with data.options: {error}") from None
         made = function(**self.options)
         train_items, validation_items = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
         train = self._part(train_items, self.num_classes)
@@ -251,7 +252,7 @@ class TorchDataset:
         source = _open_items(dataset, self.columns, num_classes, self.cache, self.cache_dir, floats=True)
         if not source.schema.input:
             described = {name: f"{column.dtype} {column.shape}" for name, column in source.schema.columns.items()}
-            raise ValueError(
+            raise DataError(
                 f"data.dataset {self.dataset!r} gives {described}: return uint8 images (PIL or PILToTensor rather than "
                 "ToTensor, the model's input is normalised later) as 'image', or vectors as 'features'"
             )
@@ -290,12 +291,12 @@ def _open_items(
 ) -> SampleSource:
     check_mode(cache)
     if not is_map_style(dataset):
-        raise ValueError(f"{type(dataset).__name__} is no map-style Dataset: give one with __len__ and __getitem__")
+        raise DataError(f"{type(dataset).__name__} is no map-style Dataset: give one with __len__ and __getitem__")
     source = ItemSource(dataset, None if columns is None else tuple(columns), num_classes, floats)
     if source.random or source.schema.num_classes is None:
         if cache in {"memory", "disk"}:
             why = "its items differ at each visit" if source.random else "its samples have no class label"
-            raise ValueError(
+            raise DataError(
                 f"data.cache is {cache!r} and {type(dataset).__name__} can't be kept, {why}: set it to none"
             )
         return source
@@ -327,7 +328,7 @@ class ItemSource(SampleSource):
         self._dataset, self._names, self._float_features = dataset, columns, float_features
         self._num_samples = len(dataset)
         if self._num_samples == 0:
-            raise ValueError(f"{type(dataset).__name__} is empty: give a dataset of at least one item")
+            raise DataError(f"{type(dataset).__name__} is empty: give a dataset of at least one item")
         self._forget()
         self._has_stored = False
         first = self._items(np.zeros(1, np.int64))[0]
@@ -368,7 +369,7 @@ class ItemSource(SampleSource):
     @property
     def labels(self) -> np.ndarray:
         if self._schema.num_classes is None:
-            raise ValueError(
+            raise DataError(
                 "these items have no whole number called 'label': name it with columns, or set class_floor=0"
             )
         if self._labels is None:
@@ -397,7 +398,7 @@ class ItemSource(SampleSource):
             row = int(ids[differs[0]])
             before = "its targets say" if self._has_stored else "had before"
             cure = "correct them, or remove the attribute" if self._has_stored else "give each item one label"
-            raise ValueError(
+            raise DataError(
                 f"{type(self._dataset).__name__} item {row} has label {rows['label'][differs[0]]} and {before} "
                 f"{known[row]}: {cure}"
             )
@@ -414,7 +415,7 @@ class ItemSource(SampleSource):
             try:
                 found.append(item_values(item, self._names, self._float_features))
             except ValueError as error:
-                raise ValueError(f"{type(self._dataset).__name__} item {position} {error}") from None
+                raise DataError(f"{type(self._dataset).__name__} item {position} {error}") from None
         return found
 
     def _spaced(self, count: int) -> np.ndarray:

@@ -26,6 +26,7 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 
+from rayprune.errors import DataError
 from rayprune.sources.base import Column, SampleSource, Schema, Splits
 from rayprune.sources.cache import cache_root, cached_arrays, new_array
 from rayprune.sources.fingerprint import digest, file_digest
@@ -53,7 +54,7 @@ def find_files(root: Path, choices: Sequence[tuple[Path, ...]], dataset: str, do
     for file, paths in zip(found, choices, strict=True):
         if file is None:
             cure = "remove what is there and try again" if download else "set data.download=true, or correct data.path"
-            raise ValueError(f"{paths[0]} is missing: {cure}")
+            raise DataError(f"{paths[0]} is missing: {cure}")
     return [file for file in found if file is not None]
 
 
@@ -68,7 +69,7 @@ def _download(root: Path, dataset: str) -> None:
         getattr(torchvision.datasets, dataset)(str(root), download=True)
     except (OSError, RuntimeError, EOFError) as error:
         line = " ".join(str(error).split())[:160]
-        raise ValueError(
+        raise DataError(
             f"{dataset} can't be downloaded to {root} ({line}): check the network, or put the files there"
         ) from None
 
@@ -280,7 +281,7 @@ def _text(value: Any) -> str:
 
 
 def _no_batch(file: Path, reason: str) -> ValueError:
-    return ValueError(f"{file} is damaged or no CIFAR file ({reason}): remove it and set data.download=true")
+    return DataError(f"{file} is damaged or no CIFAR file ({reason}): remove it and set data.download=true")
 
 
 FASHION_SHAPE = (28, 28, 1)
@@ -383,4 +384,4 @@ def _read_idx(file: Path, num_axes: int) -> np.ndarray:
 
 
 def _no_idx(file: Path, reason: str) -> ValueError:
-    return ValueError(f"{file} is damaged or of another form ({reason}): remove it and set data.download=true")
+    return DataError(f"{file} is damaged or of another form ({reason}): remove it and set data.download=true")

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.errors import DataError
+
 Piece = tuple[int, NDArray[np.int64], NDArray[np.float32], NDArray[np.float32] | None]
 
 _PIECE_NUMBERS = 1 << 21  # logits turned to probabilities at once: 16 MiB in float64
@@ -58,7 +60,7 @@ def read_trajectories(folder: str | Path, num_epochs: int, num_samples: int | No
         epochs.append(_open_epoch(root, number, num_samples))
         num_samples = epochs[0].ids.size
         if (classes := epochs[-1].logits_NC.shape[1]) != (before := epochs[0].logits_NC.shape[1]):
-            raise ValueError(f"{root / f'{number}_Output.npy'} has {classes} classes, and the first epoch {before}")
+            raise DataError(f"{root / f'{number}_Output.npy'} has {classes} classes, and the first epoch {before}")
     return _pieces(root, epochs)
 
 
@@ -66,14 +68,14 @@ def _epoch_numbers(root: Path, num_epochs: int) -> range:
     """Return the numbers of the epochs to read."""
     found = {match[1] for path in root.glob("*_Output.npy") if (match := re.fullmatch(r"(\d+)_Output\.npy", path.name))}
     if not found:
-        raise ValueError(f"{str(root)!r} holds no 0_Output.npy, 1_Output.npy, …: give the folder of the logged logits")
+        raise DataError(f"{str(root)!r} holds no 0_Output.npy, 1_Output.npy, …: give the folder of the logged logits")
     numbers = sorted(map(int, found))
     gaps = sorted(set(range(numbers[0], numbers[-1])) - set(numbers))
     if gaps and gaps[0] < numbers[0] + num_epochs:
-        raise ValueError(f"{root / f'{gaps[0]}_Output.npy'} is missing: every epoch from {numbers[0]} on is needed")
+        raise DataError(f"{root / f'{gaps[0]}_Output.npy'} is missing: every epoch from {numbers[0]} on is needed")
     if len(numbers) < num_epochs:
         cure = f"set trajectory_len to {len(numbers)} or less, or log more epochs"
-        raise ValueError(f"{str(root)!r} holds {len(numbers)} epochs, {num_epochs} are needed: {cure}")
+        raise DataError(f"{str(root)!r} holds {len(numbers)} epochs, {num_epochs} are needed: {cure}")
     return range(numbers[0], numbers[0] + num_epochs)
 
 
@@ -81,49 +83,49 @@ def _open_epoch(root: Path, number: int, num_samples: int | None) -> _Epoch:
     """Map an epoch's files and check what can be told without reading the logits."""
     logits = _mapped(path := root / f"{number}_Output.npy")
     if logits.ndim != 2 or logits.shape[1] < 2:
-        raise ValueError(f"{path} is of shape {logits.shape}: it must be (samples, classes), two or more classes")
+        raise DataError(f"{path} is of shape {logits.shape}: it must be (samples, classes), two or more classes")
     if logits.dtype == np.float16:
-        raise ValueError(f"{path} is float16, in which small probabilities become 0: log logits.float()")
+        raise DataError(f"{path} is float16, in which small probabilities become 0: log logits.float()")
     if logits.dtype not in (np.float32, np.float64):
-        raise ValueError(f"{path} is {logits.dtype}: logits must be float32 or float64")
+        raise DataError(f"{path} is {logits.dtype}: logits must be float32 or float64")
     num_samples = num_samples or logits.shape[0]
     if logits.shape[0] != num_samples:
         cure = f"log each of the {num_samples} samples once an epoch, without padding or a dropped last batch"
-        raise ValueError(f"{path} has {logits.shape[0]} rows: {cure}")
+        raise DataError(f"{path} has {logits.shape[0]} rows: {cure}")
     ids = _checked_ids(root / f"{number}_Index.npy", num_samples)
     losses = None
     if (path := root / f"{number}_Loss.npy").exists():
         losses = _mapped(path)
         if losses.shape != (num_samples,) or losses.dtype.kind != "f":
-            raise ValueError(f"{path} is {losses.dtype} of shape {losses.shape}: it must be {num_samples} losses")
+            raise DataError(f"{path} is {losses.dtype} of shape {losses.shape}: it must be {num_samples} losses")
     return _Epoch(number, logits, ids, losses)
 
 
 def _checked_ids(path: Path, num_samples: int) -> NDArray[np.int64]:
     index = _mapped(path)
     if index.dtype.kind not in "iu":
-        raise ValueError(f"{path} is {index.dtype}: sample ids must be integers, which floats are not above 2^24")
+        raise DataError(f"{path} is {index.dtype}: sample ids must be integers, which floats are not above 2^24")
     if index.shape != (num_samples,):
-        raise ValueError(f"{path} is of shape {index.shape}: it must be ({num_samples},), an id for each row")
+        raise DataError(f"{path} is of shape {index.shape}: it must be ({num_samples},), an id for each row")
     outside = index[(index < 0) | (index >= num_samples)]
     if outside.size:
-        raise ValueError(f"{path} holds id {outside[0]}: ids of {num_samples} samples are 0 … {num_samples - 1}")
+        raise DataError(f"{path} holds id {outside[0]}: ids of {num_samples} samples are 0 … {num_samples - 1}")
     ids = index.astype(np.int64)
     counts = np.bincount(ids, minlength=num_samples)
     if (counts != 1).any():
         twice, missing = np.flatnonzero(counts > 1)[:5].tolist(), np.flatnonzero(counts == 0)[:5].tolist()
         cure = "log every sample once an epoch (samplers of several workers pad)"
-        raise ValueError(f"{path} holds ids {twice} twice and lacks ids {missing}: {cure}")
+        raise DataError(f"{path} holds ids {twice} twice and lacks ids {missing}: {cure}")
     return ids
 
 
 def _mapped(path: Path) -> NDArray[Any]:
     if not path.is_file():
-        raise ValueError(f"{path} is missing: every epoch needs its _Output.npy and its _Index.npy")
+        raise DataError(f"{path} is missing: every epoch needs its _Output.npy and its _Index.npy")
     try:
         array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is no readable .npy file: {error}") from None
+        raise DataError(f"{path} is no readable .npy file: {error}") from None
     return array
 
 
@@ -137,7 +139,7 @@ def _pieces(root: Path, epochs: list[_Epoch]) -> Iterator[Piece]:
             if bad.any():
                 named = f"logits of ids {np.sort(ids[bad])[:5].tolist()} are NaN or infinite"
                 cure = "a sample without a whole trajectory has no score: log a run that does not diverge"
-                raise ValueError(f"{root / f'{held.number}_Output.npy'}: {named}: {cure}")
+                raise DataError(f"{root / f'{held.number}_Output.npy'}: {named}: {cure}")
             losses = None if held.losses is None else held.losses[rows].astype(np.float32)
             yield epoch, ids, _softmax(logits_BC), losses
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import run_config, same_weights
 
 from rayprune.config import load_config
-from rayprune.experiments.compare.runner import Watching, compare
+from rayprune.experiments.compare.runner import CompareListeners, compare
+from tests.support.paths import ROOT
+from tests.support.runs import run_config, same_weights
 
-ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "digits_compare.yaml"
 WORDS = ["run.name=it", "compare.seeds=3", "compare.baselines=[shuffled,full_steps]", "train.epochs=4"]
 
@@ -91,7 +91,7 @@ def test_a_run_that_breaks_down_is_named_and_the_others_are_kept(tmp_path: Path)
             (tmp_path / "it" / "runs" / "infobatch-seed1").write_text("in the way")
 
     with pytest.raises(RuntimeError, match="run infobatch-seed1: "):
-        compare(config, Watching(spoil))
+        compare(config, CompareListeners(spoil))
     assert heard[:3] == ["full-seed0", "infobatch-seed0", "ratio_0-seed0"]
     (tmp_path / "it" / "runs" / "infobatch-seed1").unlink()
     compare(config)

@@ -20,7 +20,6 @@ import pytest
 from rayprune.engine.storage.checkpoint import newest_position
 from rayprune.engine.storage.run_folder import read_metrics, read_selection
 
-ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")
 CONFIG = """
 data: {source: digits, limit: 300}

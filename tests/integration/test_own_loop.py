@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import own_loops
 import pytest
 import ray
 import ray.data
@@ -25,8 +24,10 @@ from ray.train.torch import TorchTrainer
 
 import rayprune
 from rayprune.engine.user_loop.api import PrunedData
+from tests.support import own_loops
+from tests.support.paths import ROOT
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture(scope="module", autouse=True)

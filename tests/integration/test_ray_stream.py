@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from engine_runs import close_epoch, pass_of, stream_pass
 from ray.train import DataConfig
 
 from rayprune.core import Plan, Selector
@@ -32,11 +31,13 @@ from rayprune.engine.data.transport import RayStream
 from rayprune.engine.scoring import session
 from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
-from rayprune.engine.scoring.messages import AttemptKey, Phase, PlanMismatch, RankRows
+from rayprune.engine.scoring.messages import AttemptKey, Phase, RankRows
 from rayprune.engine.storage.checkpoint import write_checkpoint
+from rayprune.errors import PlanMismatch
 from rayprune.methods import build_method
 from rayprune.sources import open_data
 from rayprune.sources.memory import RowSource
+from tests.support.runs import close_epoch, pass_of, stream_pass
 
 METHOD = {"name": "random_epoch", "prune_ratio": 0.4}
 SEED, EPOCHS = 3, 3

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from engine_runs import assert_same_run, run_config
 from PIL import Image
 
 from rayprune.core import Plan
@@ -18,6 +17,7 @@ from rayprune.core.plan import block_rows
 from rayprune.engine.storage.run_folder import read_selection
 from rayprune.engine.train.driver import RunResult, train
 from rayprune.sources import open_data
+from tests.support.runs import assert_same_run, run_config
 
 GROUP_ROWS, BATCH, EPOCHS, BUFFER_BYTES = 16, 16, 2, 1 << 20
 ROWS = {"train": 320, "test": 48}

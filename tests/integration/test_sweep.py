@@ -17,10 +17,10 @@ from click.testing import CliRunner
 from rayprune.cli.main import cli
 from rayprune.config import load_config
 from rayprune.engine.storage.checkpoint import newest_checkpoint
-from rayprune.engine.storage.resume import sole_use
+from rayprune.engine.storage.resume import lock_folder
 from rayprune.experiments.sweep.runner import SweepListeners, sweep
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 CONFIG = """
 data: {source: digits, limit: 300}
 model: {name: mlp}
@@ -141,7 +141,7 @@ def test_asha_stops_what_falls_behind_and_its_folder_is_sound(tmp_path: Path) ->
     # A stopped trial is a run that could go on: its lock is free and its checkpoint sound.
     trial = tmp_path / "sweep" / "trials" / result.rows[1]["trial"]
     assert newest_checkpoint(trial) is not None
-    with sole_use(trial):
+    with lock_folder(trial):
         pass
     heard: list[str] = []
     again = sweep(config, tmp_path / "sweep", SweepListeners(on_trial=lambda row: heard.append(row["trial"])))

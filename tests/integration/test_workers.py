@@ -16,19 +16,19 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from engine_runs import assert_same_run, results, run_config, scores_of, tracked, user
 
 from rayprune.config import Config, make_config
 from rayprune.config.schema import TRACKERS
-from rayprune.engine.scoring.messages import TrainingStopped
 from rayprune.engine.storage.checkpoint import newest_position
 from rayprune.engine.storage.run_folder import read_selection
 from rayprune.engine.storage.trackers import failures
-from rayprune.engine.train.driver import RunResult, TrainingFailed, train
+from rayprune.engine.train.driver import RunResult, train
+from rayprune.errors import TrainingFailed, TrainingStopped
 from rayprune.sources import open_data
+from tests.support.paths import MULTI_EXIT_MODELS
+from tests.support.runs import assert_same_run, results, run_config, scores_of, tracked, user
 
 EPOCHS = 3
-MODELS = Path(__file__).parents[1] / "multi_exit_models.py"
 
 
 def workers_config(tmp_path: Path, name: str, workers: int, stream: str = "local", **sections: Any) -> Config:
@@ -182,7 +182,7 @@ def test_sweeps_through_a_proxy_survive_a_dead_worker(tmp_path: Path) -> None:
 
 def test_learned_weights_are_the_same_by_every_transport_with_pruning(tmp_path: Path) -> None:
     step = {"name": "l2w", "hidden": 16, "meta_interval": 2, "scope": "global"}
-    base = {"train": {"epochs": 2, "batch_size": 32, "step": step}, "model": {"name": f"{MODELS}:tower"}}
+    base = {"train": {"epochs": 2, "batch_size": 32, "step": step}, "model": {"name": f"{MULTI_EXIT_MODELS}:tower"}}
     streams = ("ray", "local", "device")
     streamed, local, resident = (train(workers_config(tmp_path, stream, 2, stream, **base)) for stream in streams)
     assert streamed.metrics[-1]["samples_meta"] > 0

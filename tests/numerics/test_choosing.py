@@ -6,7 +6,6 @@ CCS (arXiv 2210.15809) and Moderate (ICLR 2023) chose on synthetic scores.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from rayprune.core.choosing import choose, num_pruned, strata_budgets
-
-GOLDEN = Path(__file__).parents[1] / "golden"
+from tests.support.paths import GOLDEN
 
 
 def golden(name: str) -> dict[str, NDArray[Any]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -19,8 +17,8 @@ from rayprune.nn.steps.l2w import (
     weight_range,
     weights_of,
 )
+from tests.support.paths import GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 RAW = torch.tensor([[1.0, -1.0, -1.0, -1.0, -1.0], [0.5, 0.0, 0.0, 0.0, -0.5]])
 REAL = torch.tensor([True, True])
 

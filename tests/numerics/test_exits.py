@@ -7,7 +7,6 @@ Shapes: P budgets, K exits, N samples, C classes. tests/golden/l2w_*.npz hold wh
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,7 @@ from rayprune.experiments.early_exit.thresholds import (
     exit_shares,
     find_thresholds,
 )
-
-GOLDEN = Path(__file__).parents[1] / "golden"
+from tests.support.paths import GOLDEN
 
 
 def golden(name: str) -> dict[str, NDArray[Any]]:

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_runs import run_config
 
-from rayprune.engine.train.build import InputSpec, StepTerms, build_network, build_step
+from rayprune.engine.train.build import InputSpec, StepSettings, build_network, build_step
 from rayprune.nn.augment import Augment
 from rayprune.nn.steps import L2wStep
+from tests.support.paths import GOLDEN, MULTI_EXIT_MODELS
+from tests.support.runs import run_config
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-MODELS = Path(__file__).parents[1] / "multi_exit_models.py"
 TINY, TRACE = (np.load(GOLDEN / f"l2w_meta_step_{name}.npz") for name in ("tiny_mlp", "trace_col"))
 CPU = torch.device("cpu")
 NET = {"hidden.0": "first_hidden_layer.fc", "output": "output_layer"}
@@ -27,14 +26,14 @@ def built(tmp_path: Path, step: Mapping[str, Any], **model: Any) -> L2wStep:
     """Return the step that a run of this config trains with."""
     config = run_config(
         tmp_path,
-        model={"name": f"{MODELS}:tower", "width": 8, "norm": False, "double": True, **model},
+        model={"name": f"{MULTI_EXIT_MODELS}:tower", "width": 8, "norm": False, "double": True, **model},
         method={"name": "full"},
         train={"step": {"name": "l2w", **step}},
         optim={"lr": 0.5, "momentum": 0.9, "weight_decay": 1e-4},
     )
     spec = InputSpec("features", (6,), 6, Augment(mean=(0.0,), std=(1.0,)))
     network = build_network(config, spec, CPU)
-    terms = StepTerms.of(config.build_method(), config.train)
+    terms = StepSettings.of(config.build_method(), config.train)
     built = build_step(config, network, spec, terms, 1, CPU)
     assert isinstance(built, L2wStep)
     return built

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,8 @@ import torch
 
 from rayprune.nn.flops import exit_macs, exit_parameters
 from rayprune.nn.models import build_model
+from tests.support.paths import GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 EVEN = {"step_mode": "even"}
 CIFAR = {
     "dyn5": ("msdnet", {"num_blocks": 5}),

@@ -6,7 +6,6 @@ Shapes: B batch, C classes.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +13,11 @@ import torch
 from torch import Tensor
 
 from rayprune.nn.signals import BOUNDARY_SIGNALS, SIGNALS, check_signals, compute_signals, per_sample_loss
+from tests.support.paths import GOLDEN
 
 # The others have numerics of their own in test_boundary.py.
 OF_LOGITS = [name for name in SIGNALS if name not in BOUNDARY_SIGNALS]
-GOLDEN = Path(__file__).parents[1] / "golden" / "deepcore_signals.npz"
+STORED_SIGNALS = GOLDEN / "deepcore_signals.npz"
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_every_signal_equals_its_naive_definition(case: str) -> None:
 
 
 def test_deepcore_arrays_agree() -> None:
-    golden = np.load(GOLDEN, allow_pickle=False)
+    golden = np.load(STORED_SIGNALS, allow_pickle=False)
     logits_BC, targets_B = torch.from_numpy(golden["logits"]), torch.from_numpy(golden["targets"])
     losses_B = torch.zeros(len(targets_B))
     found = compute_signals(["el2n", "entropy"], logits_BC, targets_B, losses_B)

@@ -21,8 +21,8 @@ from rayprune.core import Plan, Selector
 from rayprune.engine.train.static_subset import score_trajectories
 from rayprune.methods import build_method
 from rayprune.methods.tdds import restored, stored
+from tests.support.paths import GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 SCORED = ("A_hand_T3_J3", "A_hand_T4_J3", "B_rand_T14_J5_d0.9", "D_ties_T14_J5", "J_saturated_T6_J4")
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 

@@ -31,8 +31,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rayprune.engine.data.batch import Batch, PlacedRows
-from rayprune.engine.data.transport import ahead
+from rayprune.engine.data.transport import prefetch
 from rayprune.engine.scoring.messages import PlanPass, RankRows
+from rayprune.errors import ConfigError
 from rayprune.nn.device import Copies, host_tensor
 from rayprune.sources import SampleSource, Schema
 
@@ -74,7 +75,7 @@ def unpacked(buffer: Tensor) -> PlacedRows:
     )
 
 
-class Placer:
+class DevicePlacer:
     """Put batches on a device.
 
     Args:
@@ -116,17 +117,19 @@ class BatchForm:
 
     def __post_init__(self) -> None:
         if self.collate_fn is not None and self.dtypes is not None:
-            raise ValueError("give iter_torch_batches either dtypes or collate_fn: a collate_fn chooses its own dtypes")
+            raise ConfigError(
+                "give iter_torch_batches either dtypes or collate_fn: a collate_fn chooses its own dtypes"
+            )
 
     def __call__(self, batch: Batch) -> Any:
         """Return the loop's batch."""
         # Copies: what a loop does to its batch in place must not reach the plan's ids and weights.
         columns: dict[str, Any] = {**batch.columns, "id": np.array(batch.ids), "weight": np.array(batch.weights)}
         if isinstance(self.dtypes, Mapping) and (unknown := self.dtypes.keys() - columns.keys()):
-            raise ValueError(f"dtypes names {sorted(unknown)}, the columns are {sorted(columns)}")
+            raise ConfigError(f"dtypes names {sorted(unknown)}, the columns are {sorted(columns)}")
         if self.collate_fn is not None:
             if batch.placed is not None:
-                raise ValueError(
+                raise ConfigError(
                     "collate_fn is given NumPy columns, and stream='device' has tensors on the device: leave it out "
                     "and change the batch in the loop, or use prune(stream='local')"
                 )
@@ -168,14 +171,14 @@ def _moved(value: Any, device: torch.device | None) -> Any:
     return value
 
 
-def formed(batches: Iterator[Batch], form: BatchForm, num_ahead: int) -> Iterator[tuple[Batch, Any]]:
+def collated(batches: Iterator[Batch], form: BatchForm, num_ahead: int) -> Iterator[tuple[Batch, Any]]:
     """Yield each batch with its form, made in a thread up to `num_ahead` batches before it is asked for."""
     pairs = ((batch, form(batch)) for batch in batches)
     if num_ahead < 1:
         yield from pairs
         return
     try:
-        yield from ahead(pairs, num_ahead, "rayprune-batch")
+        yield from prefetch(pairs, num_ahead, "rayprune-batch")
     finally:  # also where the loop stops early: the readers behind the batches end with it
         if isinstance(batches, Generator):
             batches.close()
@@ -191,13 +194,13 @@ def check_columns(schema: Schema) -> None:
     """Refuse columns that no tensor holds, such as text.
 
     Raises:
-        ValueError: the first of them, with the cure.
+        ConfigError: the first of them, with the cure.
     """
     for name, column in schema.columns.items():
         try:
             torch.from_numpy(np.zeros(1, column.dtype)).index_select(0, torch.zeros(1, dtype=torch.int64))
         except (TypeError, RuntimeError):
-            raise ValueError(
+            raise ConfigError(
                 f"stream device: column {name!r} is of type {column.dtype}, which tensors do not hold: {_ELSE}"
             ) from None
 
@@ -206,12 +209,12 @@ def check_room(sources: Mapping[str, SampleSource], device: torch.device) -> Non
     """Refuse data that do not fit into the memory that is free on a device.
 
     Raises:
-        ValueError: they do not, with their size and the cure.
+        ConfigError: they do not, with their size and the cure.
     """
     needed = sum(len(source) * source.schema.row_bytes for source in sources.values())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > _SHARE_OF_FREE * free:
-        raise ValueError(
+        raise ConfigError(
             f"stream device: decoded, the samples take {needed / 2**30:.3g} GiB, and of the {free / 2**30:.3g} GiB "
             f"that are free on {device} {_SHARE_OF_FREE:.0%} may be used: {_ELSE}, or fewer samples (data.limit)"
         )

@@ -31,7 +31,8 @@ from rayprune.core.plan import BLOCK_ROWS
 from rayprune.engine.data.batch import Batch
 from rayprune.engine.data.transport import BYTES_READ
 from rayprune.engine.scoring.client import LoopClient, ScoreClient
-from rayprune.engine.scoring.messages import PlanMismatch, PlanPass, RankRows
+from rayprune.engine.scoring.messages import PlanPass, RankRows
+from rayprune.errors import ConfigError, PlanMismatch
 from rayprune.sources import MemorySource, SampleSource, Schema
 from rayprune.sources.fingerprint import digest
 from rayprune.sources.torch_dataset import ItemSource
@@ -55,7 +56,7 @@ class _Described(SampleSource):
         return self._fingerprint
 
 
-class StoredSource(_Described):
+class ObjectStoreSource(_Described):
     """A source in the object store; each process maps it when it first reads.
 
     Args:
@@ -85,10 +86,10 @@ class StoredSource(_Described):
 
 def stored(source: SampleSource) -> SampleSource:
     """Return the source, through the object store where it would travel with all its rows."""
-    return StoredSource(source) if isinstance(source, MemorySource | ItemSource) else source
+    return ObjectStoreSource(source) if isinstance(source, MemorySource | ItemSource) else source
 
 
-class Facts(_Described):
+class SourceMetadata(_Described):
     """What the ScoreActor must know of a source; without rows, so that a restart of the actor needs nothing else.
 
     Args:
@@ -134,10 +135,10 @@ class IdColumn(SampleSource):
         names = list(schema.names) if schema is not None else []
         for name in (id_column, *([label_column] if label_column else [])):
             if name not in names:
-                raise ValueError(f"the Dataset has no column {name!r} (it has {', '.join(names) or 'none'}): add it")
+                raise ConfigError(f"the Dataset has no column {name!r} (it has {', '.join(names) or 'none'}): add it")
         for name in ("id", "weight"):
             if name in names and name != id_column:
-                raise ValueError(f"column {name!r} of the Dataset is the engine's own name: rename it")
+                raise ConfigError(f"column {name!r} of the Dataset is the engine's own name: rename it")
         columns = [id_column] + ([label_column] if label_column else [])
         parts: dict[str, list[NDArray[Any]]] = {name: [] for name in columns}
         for batch in dataset.select_columns(columns).iter_batches(batch_size=None, batch_format="numpy"):
@@ -149,7 +150,9 @@ class IdColumn(SampleSource):
         if label_column:
             labels = np.concatenate(parts[label_column])
             if labels.dtype.kind not in "iu":
-                raise ValueError(f"column {label_column!r} is {labels.dtype}: class_floor needs integers, none missing")
+                raise ConfigError(
+                    f"column {label_column!r} is {labels.dtype}: class_floor needs integers, none missing"
+                )
             self._labels = np.empty(len(ids), dtype=np.int64)
             self._labels[ids] = labels
         described = [str(part) for part in zip(names, schema.types, strict=True)]
@@ -171,7 +174,7 @@ class IdColumn(SampleSource):
     @property
     def labels(self) -> np.ndarray:
         if self._labels is None:
-            raise ValueError("class_floor needs an integer column 'label' in the Dataset")
+            raise ConfigError("class_floor needs an integer column 'label' in the Dataset")
         return self._labels
 
     def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -180,17 +183,17 @@ class IdColumn(SampleSource):
 
 def _checked(ids: NDArray[Any], name: str) -> NDArray[np.int64]:
     if ids.dtype.kind not in "iu":
-        raise ValueError(f"column {name!r} of the Dataset is {ids.dtype}: ids are integers 0..N−1")
+        raise ConfigError(f"column {name!r} of the Dataset is {ids.dtype}: ids are integers 0..N−1")
     if not ids.size:
-        raise ValueError("the Dataset has no rows")
+        raise ConfigError("the Dataset has no rows")
     outside = ids[(ids < 0) | (ids >= ids.size)]
     if outside.size:
-        raise ValueError(
+        raise ConfigError(
             f"column {name!r} holds {outside[0]}: ids of {ids.size} rows must be 0..{ids.size - 1}, no gaps"
         )
     counts = np.bincount(ids, minlength=ids.size)
     if (counts > 1).any():
-        raise ValueError(f"column {name!r} holds {int(np.argmax(counts > 1))} twice: every row needs an id of its own")
+        raise ConfigError(f"column {name!r} holds {int(np.argmax(counts > 1))} twice: every row needs an id of its own")
     return ids.astype(np.int64)
 
 

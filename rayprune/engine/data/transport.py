@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayprune.engine.data.batch import Batch, Columns
-from rayprune.engine.scoring.messages import PlanMismatch, PlanPass, RankRows
+from rayprune.engine.scoring.messages import PlanPass, RankRows
+from rayprune.errors import PlanMismatch
 from rayprune.sources import SampleSource
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def ahead(items: Iterator[T], depth: int, name: str, *, join: bool = True) -> Iterator[T]:
+def prefetch(items: Iterator[T], depth: int, name: str, *, join: bool = True) -> Iterator[T]:
     """Yield items as they come, fetched in a thread up to `depth` of them before they are asked for.
 
     Args:
@@ -145,7 +146,7 @@ class RayStream:
         # the first one only when all that it fetches ahead have come. With 0 it leaves a thread behind each time.
         blocks = iter(self._shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1))
         made = (self._made_of(block) for block in blocks)
-        cut = _cut_blocks(ahead(made, _AHEAD, "rayprune-blocks", join=False), batch_rows)
+        cut = _cut_blocks(prefetch(made, _AHEAD, "rayprune-blocks", join=False), batch_rows)
         for ids, weights, real in shares:
             for start in range(0, ids.size, batch_rows):
                 part = slice(start, start + batch_rows)

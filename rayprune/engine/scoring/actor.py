@@ -34,19 +34,17 @@ from rayprune.engine.scoring.messages import (
     AttemptKey,
     Barrier,
     EpochSnapshot,
-    ObservationsLost,
     PlanBlock,
     PlanHeader,
     PlanPass,
     Pulse,
     Push,
     RankRows,
-    StaleGeneration,
-    StateOnItsWay,
     unpack,
 )
 from rayprune.engine.storage.checkpoint import checkpoint_path, is_written, load_selector_state
 from rayprune.engine.storage.run_folder import write_selection
+from rayprune.errors import CheckpointPending, ConfigError, ObservationsLost, StaleGeneration
 from rayprune.methods import Method, build_method
 from rayprune.sources import SampleSource
 from rayprune.sources.base import shuffle_name
@@ -136,7 +134,7 @@ class ScoreActor:
             assert self._spec.run_folder is not None
             folder = Path(self._spec.run_folder)
             if not is_written(checkpoint_path(folder, epoch, step)):
-                raise StateOnItsWay(f"the checkpoint before step {step} of epoch {epoch} is not written yet")
+                raise CheckpointPending(f"the checkpoint before step {step} of epoch {epoch} is not written yet")
             selector.load_state_dict(load_selector_state(folder, epoch, step))
         selector.begin_epoch(epoch)
         return selector
@@ -203,7 +201,7 @@ class ScoreActor:
         """Fold one push; a sequence number that has been seen in this epoch is dropped."""
         try:
             selector = self._enter(key)
-        except (StaleGeneration, StateOnItsWay) as error:  # at the flush what is missing is pushed again
+        except (StaleGeneration, CheckpointPending) as error:  # at the flush what is missing is pushed again
             logger.info("a push was refused: %s", error)
             return
         received = self._received.setdefault(push.rank, set())
@@ -235,7 +233,7 @@ class ScoreActor:
             return sorted(missing)
         if barrier != self._barrier:
             if self._barrier is not None:
-                raise ValueError(
+                raise ConfigError(
                     f"rank {rank} is at {_where(barrier)}, other ranks are at {_where(self._barrier)}: every rank must "
                     "take the same batches and call state_dict() at the same step"
                 )
@@ -334,7 +332,7 @@ Wanted = tuple[tuple[Any, ...], NDArray[np.uint8], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
-class LoopTerms:
+class LoopSettings:
     """What every rank must know of a pruned data set.
 
     Attributes:
@@ -353,7 +351,7 @@ class LoopTerms:
 class LoopActor(ScoreActor):
     """A ScoreActor that takes its state from the user's checkpoints."""
 
-    def terms(self) -> LoopTerms:
+    def terms(self) -> LoopSettings:
         """Return what the ranks must know."""
         spec = self._spec
         about = {
@@ -367,7 +365,7 @@ class LoopActor(ScoreActor):
         }
         method = build_method(spec.method)
         signals, swept = method.signals, method.sweep_signals or method.signals
-        return LoopTerms(signals, swept, spec.num_epochs, spec.batch_size, about)
+        return LoopSettings(signals, swept, spec.num_epochs, spec.batch_size, about)
 
     def restore(self, generation: int, epoch: int, state: Mapping[str, NDArray[Any]] | None) -> None:
         """Begin `generation` at `epoch`, with the state that a checkpoint holds, or anew at epoch 0.

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, Protocol, Self, TypeVa
 import ray
 from numpy.typing import NDArray
 
-from rayprune.engine.scoring.actor import LoopActor, LoopTerms, ScoreActor, ScoreSpec, Wanted
+from rayprune.engine.scoring.actor import LoopActor, LoopSettings, ScoreActor, ScoreSpec, Wanted
 from rayprune.engine.scoring.messages import (
     AttemptKey,
     Barrier,
@@ -26,8 +26,8 @@ from rayprune.engine.scoring.messages import (
     Pulse,
     Push,
     RankRows,
-    StateOnItsWay,
 )
+from rayprune.errors import CheckpointPending
 
 logger = logging.getLogger(__name__)
 
@@ -101,13 +101,13 @@ class RayChannel:
         """See Channel; while the actor restarts, Ray holds the call back and sends it again.
 
         Raises:
-            StateOnItsWay: the checkpoint that a restarted actor needs was not there after 10 minutes.
+            CheckpointPending: the checkpoint that a restarted actor needs was not there after 10 minutes.
         """
         deadline = time.monotonic() + _CHECKPOINT_TIMEOUT_S
         while True:
             try:
                 return ray.get(getattr(self.handle, method).remote(*args))
-            except StateOnItsWay:
+            except CheckpointPending:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_RETRY_S)
@@ -241,7 +241,7 @@ class LoopClient(ScoreClient):
 
     actor_class = LoopActor
 
-    def terms(self) -> LoopTerms:
+    def terms(self) -> LoopSettings:
         """See LoopActor.terms."""
         return self._call(LoopActor.terms)
 

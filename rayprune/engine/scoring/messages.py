@@ -28,42 +28,6 @@ RankRows = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]
 PlanBlock = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 
-class StaleGeneration(RuntimeError):
-    """A call of a worker group that has been replaced."""
-
-
-class StateOnItsWay(RuntimeError):
-    """The checkpoint that a restarted ScoreActor begins with is still being written; ask again."""
-
-
-class PlanMismatch(RuntimeError):
-    """The stream delivered other samples than the plan says."""
-
-
-class TrainingStopped(RuntimeError):
-    """The run was stopped for a reason that a restart would not mend; the message says which.
-
-    Args:
-        message: one line with the cure.
-        on_all_ranks: every rank raises it at the same point, so that all can leave cleanly.
-    """
-
-    def __init__(self, message: str, on_all_ranks: bool = True) -> None:
-        super().__init__(message, on_all_ranks)
-        self.message, self.on_all_ranks = message, on_all_ranks
-
-    def __str__(self) -> str:
-        return self.message
-
-
-class ObservationsLost(RuntimeError):
-    """Observations that nobody has any more; the last checkpoint is the way back."""
-
-
-class TrainingPaused(RuntimeError):
-    """The run was asked to stop, has saved and left; the same command goes on."""
-
-
 @dataclass(frozen=True)
 class AttemptKey:
     """Which attempt calls, and where it began the epoch.

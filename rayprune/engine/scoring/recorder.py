@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rayprune.engine.scoring.client import ScoreClient
-from rayprune.engine.scoring.messages import AttemptKey, ObservationsLost, Push, pack
+from rayprune.engine.scoring.messages import AttemptKey, Push, pack
+from rayprune.errors import ObservationsLost
 from rayprune.nn.device import Copies
 
 PUSH_ROWS = 262_144
@@ -31,7 +32,7 @@ PUSH_SECONDS = 2.0
 _PUSH_BYTES = 64 * 1024 * 1024
 
 
-class Arriving:
+class PendingCopy:
     """Rows on their way from the device to the host; where that is one, they are here and must be taken at once.
 
     Args:
@@ -73,7 +74,7 @@ class Recorder:
         self._ids = np.empty(0, dtype=np.int64)
         self._buffers: dict[str, Tensor] = {}
         self._rows = 0
-        self._arriving: Arriving | None = None
+        self._arriving: PendingCopy | None = None
         self._key = AttemptKey(0, -1)
         self._pushed_at = 0.0
         self._log: list[Push | None] = []
@@ -145,7 +146,7 @@ class Recorder:
         self._send()  # one after the other
         if self._rows:
             signals = {name: buffer[: self._rows] for name, buffer in self._buffers.items()}
-            self._arriving = Arriving(self._ids[: self._rows].copy(), signals, self._sweep)
+            self._arriving = PendingCopy(self._ids[: self._rows].copy(), signals, self._sweep)
             self._rows = 0
             self._send_what_is_here()
 

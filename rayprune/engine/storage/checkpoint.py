@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.errors import RunFolderError
+
 if TYPE_CHECKING:  # the ScoreActor and read tasks load states without torch: 0.4 GB and a second less for each process
     import torch
 
@@ -110,7 +112,9 @@ def read_position(folder: Path) -> dict[str, Any]:
     """
     position: dict[str, Any] = json.loads((folder / "position.json").read_text())
     if position["schema"] > SCHEMA:
-        raise ValueError(f"checkpoint {folder} has schema {position['schema']}, this version reads {SCHEMA}: upgrade")
+        raise RunFolderError(
+            f"checkpoint {folder} has schema {position['schema']}, this version reads {SCHEMA}: upgrade"
+        )
     return position
 
 

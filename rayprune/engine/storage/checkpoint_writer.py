@@ -1,8 +1,8 @@
-"""What a worker writes and reads back: checkpoints, metrics.jsonl, reports to Ray Train; its lines go to trackers.
+"""Write a run's checkpoints, its lines of metrics.jsonl, and its reports to Ray Train and the trackers.
 
-Every rank holds a Saver; only rank 0 writes. A checkpoint is copied at once and written by a thread: training waits
-for the copy only. The line of an epoch follows its checkpoint in the same thread, and Ray Train hears of both when the
-next epoch ends: nothing is told of that is not on disk.
+Every rank holds a CheckpointWriter; only rank 0 writes. The state is copied at once and written by a thread, so
+training waits for the copy only. An epoch's line follows its checkpoint, and Ray Train hears of both when the next
+epoch ends: nothing is reported before it is on disk.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from rayprune.engine.storage.checkpoint import (
     remove_old_steps,
     write_checkpoint,
 )
-from rayprune.engine.storage.costs import Before
+from rayprune.engine.storage.costs import PriorCost
 from rayprune.engine.storage.run_folder import append_metrics, mend_metrics
 from rayprune.engine.storage.trackers import Trackers
+from rayprune.errors import RunFolderError
 from rayprune.nn.device import host_copy
 from rayprune.nn.steps import TrainStep
 
@@ -44,7 +45,7 @@ _COUNTS = ("samples_trained", "samples_forwarded", "samples_padded", "bytes_read
 
 
 @dataclass(frozen=True)
-class Copied:
+class StateCopy:
     """A state for the thread that writes it.
 
     Attributes:
@@ -59,13 +60,19 @@ class Copied:
     changing: bool = False
 
 
-class Saver:
+class CheckpointWriter:
     """Keep a run's counts and files; restore them from a checkpoint."""
 
     def __init__(
-        self, run_folder: Path, config: Config, fingerprint: str, shuffle: str, rank: int, before: Before | None = None
+        self,
+        run_folder: Path,
+        config: Config,
+        fingerprint: str,
+        shuffle: str,
+        rank: int,
+        before: PriorCost | None = None,
     ) -> None:
-        before = before or Before()
+        before = before or PriorCost()
         self._folder, self._config, self._rank = run_folder, config, rank
         self._fingerprint, self._shuffle = fingerprint, shuffle
         self._counts = {name: getattr(before, name) for name in _COUNTS}
@@ -96,7 +103,7 @@ class Saver:
         position = read_position(folder)
         for name, own in (("fingerprint", self._fingerprint), ("digest", self._config.digest())):
             if position[name] != own:
-                raise ValueError(f"checkpoint {folder} is of another run: {name} {position[name]}, here {own}")
+                raise RunFolderError(f"checkpoint {folder} is of another run: {name} {position[name]}, here {own}")
         network.load_state_dict(load_tensors(folder / "model.pt", device))
         trainer = load_tensors(folder / "trainer.pt", device)
         train_step.optimizer.load_state_dict(trainer["optimizer"])
@@ -120,7 +127,9 @@ class Saver:
         """What a run that scored the samples before has cost; its samples are in the counts already."""
         return self._collected
 
-    def copied(self, network: torch.nn.Module, train_step: TrainStep, selector: Mapping[str, NDArray[Any]]) -> Copied:
+    def copied(
+        self, network: torch.nn.Module, train_step: TrainStep, selector: Mapping[str, NDArray[Any]]
+    ) -> StateCopy:
         """Copy what training changes from here on, when the copy before it has been written."""
         self.wait()
         trainer = {"optimizer": train_step.optimizer.state_dict(), "step": train_step.state_dict()}
@@ -128,9 +137,9 @@ class Saver:
         own = {name: array for name, array in selector.items() if array.flags.writeable}
         too_large = sum(array.nbytes for array in own.values()) > psutil.virtual_memory().available / _ROOM
         table = selector if too_large else {**selector, **{name: np.array(array) for name, array in own.items()}}
-        return Copied(host_copy(network.state_dict()), host_copy(trainer), table, changing=too_large)
+        return StateCopy(host_copy(network.state_dict()), host_copy(trainer), table, changing=too_large)
 
-    def save(self, epoch: int, metrics: dict[str, Any], seconds: Mapping[str, float], state: Copied | None) -> None:
+    def save(self, epoch: int, metrics: dict[str, Any], seconds: Mapping[str, float], state: StateCopy | None) -> None:
         """Let the state before `epoch` be written, then the line of the epoch before it.
 
         Args:
@@ -157,7 +166,7 @@ class Saver:
 
         self._submit(write, state)
 
-    def save_inside(self, epoch: int, step: int, state: Copied, sums: list[float], resume_step: int) -> None:
+    def save_inside(self, epoch: int, step: int, state: StateCopy, sums: list[float], resume_step: int) -> None:
         """Let the state before a step of an epoch be written (rank 0).
 
         A write that fails is logged: the run goes on and tries again at the next one.
@@ -174,7 +183,7 @@ class Saver:
 
         self._submit(write, state)
 
-    def _submit(self, write: Callable[[], None], state: Copied) -> None:
+    def _submit(self, write: Callable[[], None], state: StateCopy) -> None:
         self._writing = self._writer.submit(write)
         if state.changing:
             self.wait()
@@ -225,7 +234,7 @@ class Saver:
             "sums": sums,
         }
 
-    def _write(self, epoch: int, step: int, state: Copied, position: Mapping[str, Any]) -> None:
+    def _write(self, epoch: int, step: int, state: StateCopy, position: Mapping[str, Any]) -> None:
         write_checkpoint(
             self._folder,
             epoch,

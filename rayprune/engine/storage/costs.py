@@ -70,7 +70,7 @@ def forward_flops_of(folder: Path) -> int:
 
 
 @dataclass(frozen=True)
-class Before:
+class PriorCost:
     """What was spent on a run's samples before it began: by the run that scored them.
 
     Attributes:

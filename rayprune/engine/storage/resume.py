@@ -13,6 +13,7 @@ from rayprune.config import Config, make_config
 from rayprune.config.yaml import read_yaml
 from rayprune.engine.storage.checkpoint import copy_checkpoint, damage, newest_checkpoint, read_position
 from rayprune.engine.storage.run_folder import append_metrics, mend_metrics, read_metrics, write_environment
+from rayprune.errors import RunFolderError
 from rayprune.sources import SampleSource
 from rayprune.sources.base import shuffle_name
 
@@ -27,7 +28,7 @@ def run_folder_of(config: Config) -> Path:
         ValueError: it has no name.
     """
     if config.run.name is None:
-        raise ValueError("run.name is not set: name the run's folder")
+        raise RunFolderError("run.name is not set: name the run's folder")
     return config.run.storage_folder() / config.run.name
 
 
@@ -41,7 +42,7 @@ def check_folder(config: Config) -> None:
     stored = folder / "config.yaml"
     if stored.exists():
         if config.run.resume == "never":
-            raise ValueError(
+            raise RunFolderError(
                 f"{folder} holds a run already: choose another run.name, or run.resume=auto to go on with it"
             )
         _check_same(config, _read_config(stored), folder)
@@ -100,7 +101,7 @@ def open_folder(config: Config, source: SampleSource, **facts: Any) -> Iterator[
     with contextlib.ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(sole_use(folder))
+            held.enter_context(lock_folder(folder))
             (folder / "checkpoints").mkdir(exist_ok=True)
             (folder / "metrics.jsonl").open("a").close()
             partial = stored.with_suffix(".partial")  # a full disk or a kill must not leave half a config behind
@@ -114,18 +115,18 @@ def open_folder(config: Config, source: SampleSource, **facts: Any) -> Iterator[
             write_environment(folder, seed=config.train.seed, fingerprint=source.fingerprint, **facts)
         except OSError as error:
             what = f"{error.filename or folder}: {error.strerror}"
-            raise ValueError(f"run folder {folder} can't be written ({what}): set run.storage_path") from None
+            raise RunFolderError(f"run folder {folder} can't be written ({what}): set run.storage_path") from None
         yield folder, position["epoch"] if position is not None else 0
 
 
 @contextlib.contextmanager
-def sole_use(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; the system lets it go when the process ends, however it ends."""
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
+            raise RunFolderError(
                 f"another process is training in {folder}: wait for it, or choose another run.name"
             ) from None
         yield
@@ -136,7 +137,7 @@ def _read_config(stored: Path) -> Config:
         return make_config(read_yaml(stored.read_text()) or {})
     except (OSError, ValueError) as error:
         line = " ".join(str(error).split())
-        raise ValueError(f"{stored} can't be read ({line}): restore it or choose another run.name") from None
+        raise RunFolderError(f"{stored} can't be read ({line}): restore it or choose another run.name") from None
 
 
 def _sound_origin(path: Path, config: Config, source: SampleSource) -> Path:
@@ -150,14 +151,14 @@ def _sound_origin(path: Path, config: Config, source: SampleSource) -> Path:
     origin = path if is_checkpoint and damaged is None else newest_checkpoint(path)
     if origin is None or damaged is not None:
         reason = f"is damaged ({damaged})" if damaged else "holds no sound checkpoint"
-        raise ValueError(f"run.resume {path} {reason}: name a run folder or one of its checkpoints/epoch-… folders")
+        raise RunFolderError(f"run.resume {path} {reason}: name a run folder or one of its checkpoints/epoch-… folders")
     position = read_position(origin)
     run_config = origin.parents[1] / "config.yaml"
     if position["digest"] != config.digest() and run_config.exists():
         _check_same(config, _read_config(run_config), origin.parents[1])
     for name, own in (("digest", config.digest()), ("fingerprint", source.fingerprint)):
         if position[name] != own:
-            raise ValueError(f"run.resume {origin} is of another run: {name} {position[name]}, here {own}")
+            raise RunFolderError(f"run.resume {origin} is of another run: {name} {position[name]}, here {own}")
     _check_shuffle(origin, position, source)
     return origin
 
@@ -177,7 +178,7 @@ def _check_same(config: Config, stored: Config, folder: Path) -> None:
     changed = [
         f"{key} {old.get(key)!r} → {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)
     ]
-    raise ValueError(f"{folder} holds another run ({'; '.join(changed)}): choose another run.name")
+    raise RunFolderError(f"{folder} holds another run ({'; '.join(changed)}): choose another run.name")
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -195,12 +196,12 @@ def _sound_position(folder: Path, config: Config, source: SampleSource) -> dict[
     position = read_position(newest)
     fingerprint = source.fingerprint
     if position["fingerprint"] != fingerprint:
-        raise ValueError(
+        raise RunFolderError(
             f"{folder} was trained on other data (fingerprint {position['fingerprint'][:12]}, "
             f"here {fingerprint[:12]}): choose another run.name"
         )
     if position["digest"] != config.digest():
-        raise ValueError(
+        raise RunFolderError(
             f"{folder} holds another run (its checkpoints are of config {position['digest']}, this is "
             f"{config.digest()}): choose another run.name"
         )
@@ -214,7 +215,7 @@ def _check_shuffle(checkpoint: Path, position: Mapping[str, Any], source: Sample
     if before != now:
         ways = ["in windows of row groups" if name else "uniformly" for name in (before, now)]
         cure = "set data.cache=none" if before and not now else "set data.cache=disk" if now and not before else ""
-        raise ValueError(
+        raise RunFolderError(
             f"checkpoint {checkpoint} is of a run shuffled {ways[0]}, this one would be {ways[1]}"
             + (f": {cure}" if cure else ", of other groups: choose another run.name")
         )

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
+from rayprune.errors import RunFolderError
 from rayprune.sources import score_files as score_file
 
 RUN_SCHEMA = 1  # of environment.json and gallery.json
@@ -71,7 +72,7 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
             try:
                 yield json.loads(line)
             except ValueError:
-                raise ValueError(
+                raise RunFolderError(
                     f"{file}, line {number} is no JSON: restore the file or choose another run.name"
                 ) from None
 

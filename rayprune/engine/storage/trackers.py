@@ -26,6 +26,7 @@ from typing import Any, Protocol
 
 from rayprune.config import Config
 from rayprune.engine.storage.run_folder import read_metrics, write_whole
+from rayprune.errors import RunFolderError
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +49,12 @@ def check_trackers(config: Config) -> None:
     """Refuse a tracker that is not installed.
 
     Raises:
-        ValueError: one line with the cure.
+        RunFolderError: one line with the cure.
     """
     for name in config.run.trackers:
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:  # a plain folder of that name is no package
-            raise ValueError(f"run.trackers has {name}, which is not installed: pip install 'rayprune[{name}]'")
+            raise RunFolderError(f"run.trackers has {name}, which is not installed: pip install 'rayprune[{name}]'")
 
 
 def scalars(line: Mapping[str, Any]) -> dict[str, float]:

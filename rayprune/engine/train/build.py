@@ -15,7 +15,8 @@ from rayprune.config.schema import TrainSection
 from rayprune.core.references import closest
 from rayprune.core.selection import Selection
 from rayprune.engine.scoring.client import ScoreClient
-from rayprune.engine.storage.costs import Before
+from rayprune.engine.storage.costs import PriorCost
+from rayprune.errors import ConfigError
 from rayprune.methods import Method
 from rayprune.nn.augment import Augment
 from rayprune.nn.boundary import last_linear
@@ -45,7 +46,7 @@ class InputSpec:
 
 
 @dataclass(frozen=True)
-class StepTerms:
+class StepSettings:
     """What a method and `train.step` ask of the train step; plain values: workers may not have the method's code.
 
     Attributes:
@@ -61,7 +62,7 @@ class StepTerms:
     sweep_part: str
 
     @classmethod
-    def of(cls, method: Method, train: TrainSection, record: tuple[str, ...] = ()) -> StepTerms:
+    def of(cls, method: Method, train: TrainSection, record: tuple[str, ...] = ()) -> StepSettings:
         """Return the terms of a method and the config's section `train`, with more signals to be recorded in training.
 
         Raises:
@@ -69,11 +70,11 @@ class StepTerms:
         """
         name, options = method.step()
         if name not in STEPS:
-            raise ValueError(f"unknown train step {name!r} of method {method.name!r}: {closest(name, STEPS)}")
+            raise ConfigError(f"unknown train step {name!r} of method {method.name!r}: {closest(name, STEPS)}")
         if name == "plain":
             name, options = train.step_name, train.step_options
         elif train.step_name not in ("plain", name):
-            raise ValueError(
+            raise ConfigError(
                 f"method {method.name!r} trains by its own step {name!r}, and train.step is {train.step_name!r}: "
                 "leave train.step out, or use another method"
             )
@@ -93,14 +94,14 @@ class WorkerSpec:
     config: Config
     scores: ScoreClient
     input: InputSpec
-    terms: StepTerms
+    terms: StepSettings
     fingerprint: str
     shuffle: str
     run_folder: str
     use_gpu: bool
     threads: int
     has_validation: bool
-    before: Before = field(default_factory=Before)
+    before: PriorCost = field(default_factory=PriorCost)
 
 
 def pick_device(use_gpu: bool) -> torch.device:
@@ -172,7 +173,7 @@ def build_step(
     config: Config,
     network: nn.Module,
     spec: InputSpec,
-    terms: StepTerms,
+    terms: StepSettings,
     world_size: int,
     device: torch.device,
     *,
@@ -202,7 +203,7 @@ def build_step(
     module = step.module_of(network, spec.shape, **options)
     if train.compile:
         if name not in COMPILED_STEPS:
-            raise ValueError(f"train.compile = True: train step {name!r} is not for compiled networks: leave it out")
+            raise ConfigError(f"train.compile = True: train step {name!r} is not for compiled networks: leave it out")
         if compiled:
             module.compile()  # type: ignore[no-untyped-call]  # in place, when first called: names in checkpoints stay
     return step(
@@ -218,7 +219,7 @@ def build_step(
     )
 
 
-def _fitting(terms: StepTerms, num_exits: int) -> tuple[str, dict[str, Any]]:
+def _fitting(terms: StepSettings, num_exits: int) -> tuple[str, dict[str, Any]]:
     """Return the step and its options for a network with so many exits.
 
     Raises:
@@ -226,19 +227,19 @@ def _fitting(terms: StepTerms, num_exits: int) -> tuple[str, dict[str, Any]]:
     """
     if num_exits == 1:
         if terms.name in MULTI_EXIT_STEPS:
-            raise ValueError(
+            raise ConfigError(
                 f"train.step {terms.name} is for a network with several exits, and the model returns one tensor: "
                 "use train.step=plain, or a model that returns a list of logits"
             )
         return terms.name, terms.options
     if wanted := [signal for signal in (*terms.signals, *terms.sweep_signals) if signal in BOUNDARY_SIGNALS]:
-        raise ValueError(
+        raise ConfigError(
             f"signal {wanted[0]!r} is of the decision boundaries of one last layer, and the model has {num_exits} "
             "exits: use a method or train.record without it"
         )
     name = "exits" if terms.name == "plain" else terms.name
     if name not in MULTI_EXIT_STEPS:
-        raise ValueError(f"train step {name!r} is for a network with one exit, and the model has {num_exits}")
+        raise ConfigError(f"train step {name!r} is for a network with one exit, and the model has {num_exits}")
     return name, {"num_exits": num_exits, **terms.options}
 
 
@@ -252,7 +253,7 @@ def rate_at(config: Config, epoch: int, step: int, num_steps: int, lr_scale: flo
 
 
 @dataclass(frozen=True)
-class Choice:
+class SelectionSetup:
     """How a run chooses its samples.
 
     Attributes:
@@ -266,5 +267,5 @@ class Choice:
     method: Method
     num_epochs: int
     chosen: Selection | None = None
-    before: Before = field(default_factory=Before)
+    before: PriorCost = field(default_factory=PriorCost)
     scores: Mapping[str, NDArray[Any]] = field(default_factory=dict)

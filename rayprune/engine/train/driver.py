@@ -33,7 +33,6 @@ from rayprune.engine.data.transport import LocalStream, RayStream
 from rayprune.engine.monitoring import Watcher, on_sigterm
 from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
-from rayprune.engine.scoring.messages import TrainingPaused, TrainingStopped
 from rayprune.engine.storage.checkpoint import (
     forget_ray_records,
     load_selector_state,
@@ -43,7 +42,14 @@ from rayprune.engine.storage.checkpoint import (
 from rayprune.engine.storage.resume import adopt_scoring, check_folder, check_start, open_folder
 from rayprune.engine.storage.run_folder import read_metrics, write_scores
 from rayprune.engine.storage.trackers import check_trackers, failures
-from rayprune.engine.train.build import Choice, InputSpec, StepTerms, WorkerSpec, pick_device, recorded_signals
+from rayprune.engine.train.build import (
+    InputSpec,
+    SelectionSetup,
+    StepSettings,
+    WorkerSpec,
+    pick_device,
+    recorded_signals,
+)
 from rayprune.engine.train.gallery import write_gallery
 from rayprune.engine.train.preflight import (
     check_memory,
@@ -56,6 +62,7 @@ from rayprune.engine.train.preflight import (
 )
 from rayprune.engine.train.static_subset import Scored, check_subset, chosen_subset, keep_subset, score_samples
 from rayprune.engine.train.worker import Worker
+from rayprune.errors import ConfigError, TrainingFailed, TrainingPaused, TrainingStopped
 from rayprune.methods import Method
 from rayprune.methods.fixed import Fixed
 from rayprune.nn.device import pinned
@@ -72,15 +79,17 @@ _RESIZE_S = 15.0
 _LABELLED_SAMPLES = 2_000_000
 
 
-class TrainingFailed(RuntimeError):
-    """Training ended with an error that is not the configuration's; `__cause__` has the rest."""
-
-
 class Run:
     """One start of a run's workers, with its ScoreActor."""
 
     def __init__(
-        self, config: Config, splits: Splits, spec: InputSpec, resources: Resources, folder: Path, choice: Choice
+        self,
+        config: Config,
+        splits: Splits,
+        spec: InputSpec,
+        resources: Resources,
+        folder: Path,
+        choice: SelectionSetup,
     ) -> None:
         self._config, self._resources, self._folder = config, resources, folder
         method = choice.method
@@ -117,7 +126,7 @@ class Run:
             config=config,
             scores=self.scores,
             input=spec,
-            terms=StepTerms.of(method, config.train, record),
+            terms=StepSettings.of(method, config.train, record),
             fingerprint=splits.train.fingerprint,
             shuffle=shuffle_name(splits.train),
             run_folder=str(folder),
@@ -298,7 +307,7 @@ def train(
     splits = _open(config, debug)
     method = config.build_method()
     check_folder(config)
-    choice = Choice(method, config.train.epochs)
+    choice = SelectionSetup(method, config.train.epochs)
     if isinstance(method, Fixed):
         choice = chosen_subset(config, splits.train)
     if not (method.collect_epochs and config.collect.fresh):
@@ -330,7 +339,7 @@ def check(config: Config, splits: Splits) -> None:
     elif method.collect_epochs and config.collect.fresh:
         _check_training(config, splits, Fixed())
     else:
-        _check(config, splits, Choice(method, config.train.epochs))
+        _check(config, splits, SelectionSetup(method, config.train.epochs))
 
 
 def open_splits(config: Config) -> Splits:
@@ -363,7 +372,7 @@ def score(config: Config, *, debug: bool = False, **listeners: Any) -> Scored:
     """
     method = config.build_method()
     if not method.collect_epochs:
-        raise ValueError(
+        raise ConfigError(
             f"method {method.name!r} has no scoring run: rayprune train writes its scores.parquet; name a method that "
             "chooses one subset, such as method.name=tdds"
         )
@@ -379,8 +388,8 @@ def _scored(config: Config, splits: Splits, listeners: Listeners) -> Scored:
     check_folder(scoring)
     theirs = _splits(scoring)
     if theirs.train.fingerprint != splits.train.fingerprint:
-        raise ValueError("collect.data changes which samples there are: only how they are augmented may differ")
-    choice = Choice(scoring.build_method(), max(scoring.train.epochs, scoring.last_epoch + 1))
+        raise ConfigError("collect.data changes which samples there are: only how they are augmented may differ")
+    choice = SelectionSetup(scoring.build_method(), max(scoring.train.epochs, scoring.last_epoch + 1))
     _check(scoring, theirs, choice)
     result = _run(scoring, theirs, choice, listeners)
     return score_samples(config, splits.train, result.folder)
@@ -401,7 +410,7 @@ def _splits(config: Config) -> Splits:
     return open_data(data.source, limit=data.limit, cache=data.cache, hold_out=data.hold_out, **data.source_keys)
 
 
-def _check(config: Config, splits: Splits, choice: Choice) -> None:
+def _check(config: Config, splits: Splits, choice: SelectionSetup) -> None:
     """Refuse before anything starts what cannot work."""
     _check_training(config, splits, choice.method)
     check_method(config, splits.train, choice.method, choice.num_epochs)
@@ -415,7 +424,7 @@ def _check_training(config: Config, splits: Splits, method: Method) -> None:
     check_model(config, input_spec(config, splits.train), method)
 
 
-def _run(config: Config, splits: Splits, choice: Choice, listeners: Listeners) -> RunResult:
+def _run(config: Config, splits: Splits, choice: SelectionSetup, listeners: Listeners) -> RunResult:
     spec = input_spec(config, splits.train)
     resources = resolve_resources(config, splits.train)
     if resources.stream == "device" and resources.num_workers == 0:  # workers look for themselves, where they are
@@ -467,7 +476,9 @@ def _ship_user_modules() -> None:
             ray.cloudpickle.register_pickle_by_value(module)
 
 
-def _write_scores(config: Config, source: SampleSource, folder: Path, choice: Choice, record: tuple[str, ...]) -> None:
+def _write_scores(
+    config: Config, source: SampleSource, folder: Path, choice: SelectionSetup, record: tuple[str, ...]
+) -> None:
     labels = np.asarray(source.labels)
     run = (len(source), choice.num_epochs, config.train.seed)
     selector = Selector(choice.method, *run, labels, choice.chosen, record)

@@ -25,6 +25,7 @@ from rayprune.config import Config
 from rayprune.engine.storage.checkpoint import load_tensors, newest_checkpoint
 from rayprune.engine.storage.run_folder import RUN_SCHEMA, read_metrics
 from rayprune.engine.train.build import InputSpec, build_network
+from rayprune.errors import ConfigError
 from rayprune.sources import SampleSource
 from rayprune.sources.score_files import ScoreFile, read_scores
 
@@ -137,7 +138,7 @@ def _predictions(
     """Return (B, C) the final network's probabilities; of several exits those of the last."""
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
-        raise ValueError("there is no sound checkpoint")
+        raise ConfigError("there is no sound checkpoint")
     device = torch.device("cpu")
     with torch.random.fork_rng(devices=[]):
         network = build_network(config, spec, device)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rayprune.engine.data.batch import PlacedRows
-from rayprune.engine.storage.costs import Before
+from rayprune.engine.storage.costs import PriorCost
 from rayprune.nn.steps import TrainStep
 
 # Places in the sums: loss, correct, rows with a finite loss, real rows, padding rows, bytes read (exact up to 2^53).
@@ -23,7 +23,7 @@ LOSS, CORRECT, FINITE, REAL, PADDED, BYTES = range(6)
 _ON_DEVICE = 3  # the first ones; the host knows the others without asking
 
 
-class Tally:
+class MetricSums:
     """Sums of a phase: those of losses are added up on the device, without waiting for it, counts on the host.
 
     Args:
@@ -128,7 +128,7 @@ def validated(sums: Tensor | None, num_exits: int = 1) -> dict[str, Any]:
     return found
 
 
-def compute(counts: Mapping[str, int], before: Before, step: TrainStep, part: str) -> float:
+def compute(counts: Mapping[str, int], before: PriorCost, step: TrainStep, part: str) -> float:
     """Return what a run has cost so far, in samples trained: a forward pass alone is a third of one.
 
     Args:

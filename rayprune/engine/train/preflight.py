@@ -16,13 +16,14 @@ from rayprune.core.references import closest
 from rayprune.core.selector import Selector
 from rayprune.engine.train.build import (
     InputSpec,
-    StepTerms,
+    StepSettings,
     build_step,
     model_exits,
     network_optimizer,
     rate_at,
     recorded_signals,
 )
+from rayprune.errors import ConfigError
 from rayprune.methods import Method
 from rayprune.methods.fixed import Fixed
 from rayprune.nn.augment import Augment
@@ -49,7 +50,7 @@ def input_spec(config: Config, source: SampleSource) -> InputSpec:
     valid = ("crop", "flip")
     for key in keys:
         if key not in valid:
-            raise ValueError(f"unknown key 'data.augment.{key}': {closest(key, valid)}")
+            raise ConfigError(f"unknown key 'data.augment.{key}': {closest(key, valid)}")
     if len(shape) == 3:
         height, width, channels = shape
         shape = (channels, height, width)
@@ -61,18 +62,18 @@ def check_sizes(config: Config, num_samples: int) -> None:
     """Refuse a batch that the training split cannot fill."""
     batch = config.train.batch_size
     if config.train.last_batch == "drop" and batch > num_samples:
-        raise ValueError(
+        raise ConfigError(
             f"train.batch_size {batch} is more than the {num_samples} training samples, and train.last_batch is drop: "
             "use train.last_batch=pad or a smaller train.batch_size"
         )
     if batch >= 2 * num_samples and batch > _SMALL_BATCH:
-        raise ValueError(
+        raise ConfigError(
             f"train.batch_size {batch} would be mostly padding with {num_samples} training samples: use at most "
             f"train.batch_size={num_samples}"
         )
     most = max(1, config.scaling.worker_range[1])
     if config.train.step_name == "l2w" and batch < 2 * most:
-        raise ValueError(
+        raise ConfigError(
             f"train.batch_size {batch} leaves {most} worker(s) no two halves for train.step l2w: use at least "
             f"train.batch_size={2 * most}, better {8 * most}"
         )
@@ -81,10 +82,10 @@ def check_sizes(config: Config, num_samples: int) -> None:
 def check_method(config: Config, source: SampleSource, method: Method, num_epochs: int) -> None:
     """Try the method's first selection on a few samples: what it refuses shows before anything starts."""
     if vectors := [name for name in config.train.record if signal_floats(name, 2) > 1]:
-        raise ValueError(f"train.record {vectors} are several numbers a sample: a mean of single ones is kept only")
+        raise ConfigError(f"train.record {vectors} are several numbers a sample: a mean of single ones is kept only")
     left_out = len(source) % config.train.batch_size if config.train.last_batch == "drop" else 0
     if method.collect_epochs and left_out:
-        raise ValueError(
+        raise ConfigError(
             f"train.last_batch=drop leaves out {left_out} of {len(source)} samples in each epoch, and method "
             f"{method.name!r} scores samples that it sees in every one: use train.last_batch=pad"
         )
@@ -111,7 +112,7 @@ def check_memory(method: Method, num_classes: int, num_samples: int) -> None:
     needed, free = row_bytes * num_samples, psutil.virtual_memory().available
     if needed > free:
         cure = " (method.storage=float16 halves most of it)" if "storage" in method.to_config() else ""
-        raise ValueError(
+        raise ConfigError(
             f"method {method.name!r} keeps {row_bytes:,} bytes for each of {num_samples:,} samples, "
             f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free: use a machine with more memory{cure}"
         )
@@ -168,18 +169,18 @@ def check_model(config: Config, spec: InputSpec, method: Method) -> None:
             output = model.eval()(torch.zeros(2, *spec.shape))
     except Exception as error:
         line = next(iter(str(error).splitlines()), "")
-        raise ValueError(
+        raise ConfigError(
             f"model {name!r} can't take a batch of 2 × {spec.shape}: {type(error).__name__}: {line}"
         ) from error
     _check_output(name, output, spec.num_classes)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"model {name!r} has no parameters to train")
+        raise ConfigError(f"model {name!r} has no parameters to train")
     try:
         network_optimizer(config, model)
         for epoch in {0, config.train.epochs - 1}:
             rate_at(config, epoch, 0, 1, 1.0)
     except ValueError as error:
-        raise ValueError(f"optim can't be used: {error}") from None
+        raise ConfigError(f"optim can't be used: {error}") from None
     _check_step(config, model, spec, method)
 
 
@@ -187,10 +188,10 @@ def _check_output(name: str, output: Any, num_classes: int) -> None:
     try:
         num_exits_of(output)
     except ValueError as error:
-        raise ValueError(f"model {name!r} can't be trained: {error}") from None
+        raise ConfigError(f"model {name!r} can't be trained: {error}") from None
     first = output if isinstance(output, torch.Tensor) else output[0]
     if tuple(first.shape) != (2, num_classes):
-        raise ValueError(f"model {name!r} returns {tuple(first.shape)} for a batch of 2, not (2, {num_classes})")
+        raise ConfigError(f"model {name!r} returns {tuple(first.shape)} for a batch of 2, not (2, {num_classes})")
 
 
 def forward_flops(config: Config, spec: InputSpec) -> int:
@@ -205,7 +206,7 @@ def forward_flops(config: Config, spec: InputSpec) -> int:
 
 def _check_step(config: Config, model: torch.nn.Module, spec: InputSpec, method: Method) -> None:
     """Send a batch of zeros through each part of the method's train step."""
-    terms = StepTerms.of(method, config.train, recorded_signals(config, spec))
+    terms = StepSettings.of(method, config.train, recorded_signals(config, spec))
     asked = tuple(dict.fromkeys((*terms.signals, *terms.sweep_signals)))
     try:
         if terms.name == "l2w":
@@ -215,7 +216,7 @@ def _check_step(config: Config, model: torch.nn.Module, spec: InputSpec, method:
         for part in step.parts:
             step.evaluate(zeros, targets, smoothed=True, signals=asked, part=part)
     except ValueError as error:
-        raise ValueError(f"method {method.name!r} can't train model {config.model.name!r}: {error}") from None
+        raise ConfigError(f"method {method.name!r} can't train model {config.model.name!r}: {error}") from None
 
 
 def _check_halves(config: Config, model: torch.nn.Module, spec: InputSpec) -> None:
@@ -226,7 +227,7 @@ def _check_halves(config: Config, model: torch.nn.Module, spec: InputSpec) -> No
     try:
         copy.deepcopy(model).train()(torch.zeros(1, *spec.shape))
     except ValueError as error:
-        raise ValueError(
+        raise ConfigError(
             f"train.step l2w trains on halves of a worker's share, here of one row, and {error}: use at least "
             f"train.batch_size={4 * workers}"
         ) from None

@@ -20,11 +20,12 @@ from rayprune.config import Config
 from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
 from rayprune.engine.storage.checkpoint import load_selector_state
-from rayprune.engine.storage.costs import Before, forward_flops_of
+from rayprune.engine.storage.costs import PriorCost, forward_flops_of
 from rayprune.engine.storage.resume import SCORING, run_folder_of
 from rayprune.engine.storage.run_folder import read_metrics, write_scores
-from rayprune.engine.train.build import Choice, recorded_signals
+from rayprune.engine.train.build import SelectionSetup, recorded_signals
 from rayprune.engine.train.preflight import forward_flops, input_spec
+from rayprune.errors import ConfigError
 from rayprune.methods import Method, build_method
 from rayprune.methods.fixed import Fixed
 from rayprune.sources import SampleSource
@@ -62,13 +63,13 @@ def score_trajectories(
     length = built.collect_epochs
     if not length or not set(built.signals) <= set(_LOGGED):
         cure = "choose one that scores probabilities over epochs, such as tdds"
-        raise ValueError(f"method {built.name!r} cannot be scored from logged logits: {cure}")
+        raise ConfigError(f"method {built.name!r} cannot be scored from logged logits: {cure}")
     selector = Selector(built, num_samples, length + 1, seed, labels=labels)
     pieces = read_trajectories(folder, length, num_samples)
     for epoch, ids, probs_BC, losses in pieces:
         selector.begin_epoch(epoch)
         if losses is None and "loss" in built.signals:
-            raise ValueError(f"method {built.name!r} needs losses: the folder {str(folder)!r} has no _Loss.npy")
+            raise ConfigError(f"method {built.name!r} needs losses: the folder {str(folder)!r} has no _Loss.npy")
         selector.observe(ids, {"probs": probs_BC} | ({} if losses is None else {"loss": losses}), epoch)
     selector.begin_epoch(length)
     return selector
@@ -91,14 +92,14 @@ class Scored:
 
     scores: Path
     selection: Selection
-    before: Before = field(default_factory=Before)
+    before: PriorCost = field(default_factory=PriorCost)
     imported: bool = False
 
-    def choice(self, config: Config) -> Choice:
+    def choice(self, config: Config) -> SelectionSetup:
         """Return how the run that trains on the subset chooses."""
         columns = {name: column for name, column in read_scores(self.scores).scores.items() if name not in _COUNTED}
         method = Fixed(path=SELECTION, batch_mean_weights=self.selection.batch_mean_weights)
-        return Choice(method, config.train.epochs, self.selection, self.before, columns)
+        return SelectionSetup(method, config.train.epochs, self.selection, self.before, columns)
 
 
 def score_samples(config: Config, source: SampleSource, folder: Path | None) -> Scored:
@@ -117,13 +118,13 @@ def score_samples(config: Config, source: SampleSource, folder: Path | None) -> 
     if folder is None:
         assert config.collect.trajectories is not None
         if config.train.record:
-            raise ValueError(
+            raise ConfigError(
                 f"train.record {list(config.train.record)} needs a scoring run, and collect.trajectories takes its "
                 "place: leave one out"
             )
         logs = Path(config.collect.trajectories)
         selector = score_trajectories(method, logs, len(source), config.train.seed, labels)
-        folder, before = run_folder_of(config) / SCORING, Before()
+        folder, before = run_folder_of(config) / SCORING, PriorCost()
         folder.mkdir(parents=True, exist_ok=True)
         imported = True
     else:
@@ -136,12 +137,12 @@ def score_samples(config: Config, source: SampleSource, folder: Path | None) -> 
         selector.table.load_arrays(scored.table.to_arrays())
         lines = read_metrics(folder)
         seconds = {key: round(sum(line["seconds"][key] for line in lines), 6) for key in lines[-1]["seconds"]}
-        counts = {name: lines[-1].get(name, 0) for name in vars(Before()) if name != "seconds"}
+        counts = {name: lines[-1].get(name, 0) for name in vars(PriorCost()) if name != "seconds"}
         # Counted in samples of the network that follows, where another one scored them.
         if config.collect.model:
             ratio = forward_flops_of(folder) / forward_flops(config, input_spec(config, source))
             counts["compute"] = round(counts["compute"] * ratio, 1)
-        before = Before(**counts, seconds=seconds)
+        before = PriorCost(**counts, seconds=seconds)
         imported = False
     selection = selector.begin_epoch(last)
     selector.table.times_pruned[:] = 0  # nothing was while they were scored
@@ -149,7 +150,7 @@ def score_samples(config: Config, source: SampleSource, folder: Path | None) -> 
     return Scored(scores, selection, before, imported)
 
 
-def chosen_subset(config: Config, source: SampleSource) -> Choice:
+def chosen_subset(config: Config, source: SampleSource) -> SelectionSetup:
     """Return how a run of the method `fixed` chooses.
 
     Raises:
@@ -159,10 +160,12 @@ def chosen_subset(config: Config, source: SampleSource) -> Choice:
     assert isinstance(method, Fixed)
     read = read_chosen(method.path, source)
     selection, facts = read.selection(len(source)), read.about.get("facts")
-    return Choice(method, config.train.epochs, selection.telling(**facts) if isinstance(facts, dict) else selection)
+    return SelectionSetup(
+        method, config.train.epochs, selection.with_facts(**facts) if isinstance(facts, dict) else selection
+    )
 
 
-def check_subset(config: Config, choice: Choice) -> None:
+def check_subset(config: Config, choice: SelectionSetup) -> None:
     """Refuse to go on with another subset than the run began with.
 
     Raises:
@@ -173,13 +176,13 @@ def check_subset(config: Config, choice: Choice) -> None:
         return
     began = read_selection_file(file).selection(chosen.num_samples)
     if not (np.array_equal(began.ids, chosen.ids) and np.array_equal(began.weights, chosen.weights)):
-        raise ValueError(
+        raise ConfigError(
             f"the subset has changed since the run in {file.parent} began (its {file.name} holds {began.num_kept} "
             "samples): choose another run.name"
         )
 
 
-def keep_subset(folder: Path, config: Config, choice: Choice, source: SampleSource) -> None:
+def keep_subset(folder: Path, config: Config, choice: SelectionSetup, source: SampleSource) -> None:
     """Write the subset that a run trains on into its folder, where it is not there yet."""
     if choice.chosen is not None and not (folder / SELECTION).exists():
         about = {"method": config.method, "facts": dict(choice.chosen.facts)}

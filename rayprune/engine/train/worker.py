@@ -33,16 +33,17 @@ from rayprune.config import Config
 from rayprune.config.schema import RunSection
 from rayprune.core.plan import is_meta, num_meta_batches, train_step_of
 from rayprune.engine.data.batch import Batch
-from rayprune.engine.data.device import DeviceBatch, Placer
+from rayprune.engine.data.device import DeviceBatch, DevicePlacer
 from rayprune.engine.data.transport import Transport
 from rayprune.engine.monitoring import Pulsing
 from rayprune.engine.scoring.client import ScoreClient
-from rayprune.engine.scoring.messages import EpochSnapshot, Moment, Phase, PlanHeader, TrainingPaused, TrainingStopped
+from rayprune.engine.scoring.messages import EpochSnapshot, Moment, Phase, PlanHeader
 from rayprune.engine.scoring.session import ScoringSession
 from rayprune.engine.storage.checkpoint import newest_position
-from rayprune.engine.storage.checkpoint_writer import Saver
+from rayprune.engine.storage.checkpoint_writer import CheckpointWriter
 from rayprune.engine.train.build import WorkerSpec, build_network, build_step, pick_device, rate_at
-from rayprune.engine.train.metrics import BYTES, PADDED, REAL, Tally, compute, means, validated
+from rayprune.engine.train.metrics import BYTES, PADDED, REAL, MetricSums, compute, means, validated
+from rayprune.errors import TrainingPaused, TrainingStopped
 from rayprune.nn.augment import seed_generators, step_seed
 
 Verdict = Literal["go on", "save", "leave"]
@@ -52,7 +53,7 @@ _TALK_S = 0.5
 _MOST_STEPS = 256
 
 
-class Pacer:
+class CheckpointTrigger:
     """Decide before each step whether to save or leave first; every rank comes to the same verdict.
 
     Args:
@@ -109,7 +110,7 @@ class Pacer:
 
 
 @dataclass(frozen=True)
-class Turned:
+class TrainBatch:
     """A batch to be trained.
 
     Attributes:
@@ -125,7 +126,7 @@ class Turned:
     meta: Batch | None = None
 
 
-def with_meta_batches(batches: Iterable[Batch], first: int, meta_every: int) -> Iterator[Turned]:
+def with_meta_batches(batches: Iterable[Batch], first: int, meta_every: int) -> Iterator[TrainBatch]:
     """Yield the batches that train, each with the meta batch before it.
 
     Args:
@@ -138,7 +139,7 @@ def with_meta_batches(batches: Iterable[Batch], first: int, meta_every: int) -> 
         if is_meta(place, meta_every):
             meta = batch
             continue
-        yield Turned(place if meta is None else place - 1, train_step_of(place, meta_every), batch, meta)
+        yield TrainBatch(place if meta is None else place - 1, train_step_of(place, meta_every), batch, meta)
         meta = None
 
 
@@ -176,9 +177,11 @@ class Worker:
         self._spec, self._config, self._transport = spec, spec.config, transport
         torch.set_num_threads(spec.threads)
         self._device = pick_device(spec.use_gpu)
-        self._place = Placer(spec.input.column, self._device)
+        self._place = DevicePlacer(spec.input.column, self._device)
         network = build_network(self._config, spec.input, self._device)
-        self._saver = Saver(Path(spec.run_folder), self._config, spec.fingerprint, spec.shuffle, self.rank, spec.before)
+        self._saver = CheckpointWriter(
+            Path(spec.run_folder), self._config, spec.fingerprint, spec.shuffle, self.rank, spec.before
+        )
         # Rank 0 decides for all: another rank might see a checkpoint that is just being written.
         start = broadcast_from_rank_zero(self._next_start() if self.rank == 0 else None)
         self._generation, (self._epoch, self._resume_step) = start
@@ -190,7 +193,7 @@ class Worker:
         self._meta_interval = self._config.train.meta_interval
         self._network = network
         self._session = ScoringSession(spec.scores, self._generation, self.rank, self.world_size, spec.terms.signals)
-        self._pacer = Pacer(spec.scores, self.rank, self.world_size, self._device, self._config.run)
+        self._pacer = CheckpointTrigger(spec.scores, self.rank, self.world_size, self._device, self._config.run)
         self._pulse = Pulsing(spec.scores, self._generation, self.rank, self.world_size)
         self._seconds: dict[str, float] = {}
 
@@ -273,7 +276,7 @@ class Worker:
         if header.num_steps == 0:
             raise nothing_to_train(self._config, epoch, header)
         seed, lr = self._config.train.seed, 0.0
-        sums = Tally(self._device, stored=self._resumed_sums if self._resume_step else ())
+        sums = MetricSums(self._device, stored=self._resumed_sums if self._resume_step else ())
         for turned in with_meta_batches(self._batches(header), self._resume_step, header.meta_every):
             step, batch, meta = turned.step, turned.batch, turned.meta
             if turned.place > self._resume_step:
@@ -297,7 +300,7 @@ class Worker:
         placed = self._place(batch, spec.augment.draws(batch.ids, spec.shape, seed=seed, epoch=epoch))
         return placed, spec.augment.train(placed.inputs, placed.draws)
 
-    def _save_if_due(self, epoch: int, place: int, step: int, sums: Tally) -> None:
+    def _save_if_due(self, epoch: int, place: int, step: int, sums: MetricSums) -> None:
         self._saver.look()
         verdict = self._pacer.verdict(step)
         if verdict == "go on":
@@ -315,7 +318,7 @@ class Worker:
         """Pass over a plan in eval mode without augmentation; return the sums over all ranks."""
         header, terms = self._session.announce(phase), self._spec.terms
         places = () if record else (self._spec.input.num_classes, self._step.num_exits)
-        sums = Tally(self._device, *places)
+        sums = MetricSums(self._device, *places)
         named: dict[str, Any] = {"signals": terms.sweep_signals, "part": terms.sweep_part} if record else {}
         for batch in self._batches(header):
             on_device = self._place(batch)

@@ -23,10 +23,10 @@ from rayprune.engine.cluster import Stream
 from rayprune.engine.data.device import DeviceStream, check_columns
 from rayprune.engine.data.ray_data import (
     GUARANTEES,
-    Facts,
     FilteredStream,
     IdColumn,
     Pick,
+    SourceMetadata,
     plan_dataset,
     stored,
     task_rows,
@@ -36,6 +36,7 @@ from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.client import LoopClient
 from rayprune.engine.scoring.session import ScoringSession
 from rayprune.engine.user_loop.shard import Shard
+from rayprune.errors import ConfigError
 from rayprune.methods import Method
 from rayprune.methods.fixed import Fixed
 from rayprune.sources import SampleSource, as_source
@@ -110,13 +111,13 @@ def prune(
         id_column: of a `ray.data.Dataset`: each of 0..N−1 once, in any order.
 
     Raises:
-        ValueError: what the source, the method or the sizes do not allow; one line with the cure.
+        ConfigError: what the source, the method or the sizes do not allow; one line with the cure.
     """
     filtered = isinstance(source, ray.data.Dataset)
     if filtered and stream == "device":
-        raise ValueError("stream='device' reads samples by id, and a ray.data.Dataset is filtered: leave stream out")
+        raise ConfigError("stream='device' reads samples by id, and a ray.data.Dataset is filtered: leave stream out")
     if filtered and last_batch == "drop":
-        raise ValueError("last_batch='drop' needs a plan, which a ray.data.Dataset is filtered without: use 'pad'")
+        raise ConfigError("last_batch='drop' needs a plan, which a ray.data.Dataset is filtered without: use 'pad'")
     if not ray.is_initialized():
         ray.init()  # as a trainer would: the loop's own prints are to be seen
     samples: SampleSource
@@ -168,9 +169,9 @@ def _check(
     streams: tuple[str, ...] = ("ray", "local", "device"),
 ) -> None:
     if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
-        raise ValueError(f"batch_size {batch_size!r} must be an integer of at least 1: it is the global batch")
+        raise ConfigError(f"batch_size {batch_size!r} must be an integer of at least 1: it is the global batch")
     if stream not in streams:
-        raise ValueError(f"stream {stream!r} is not one of {', '.join(streams)} here: choose one of these")
+        raise ConfigError(f"stream {stream!r} is not one of {', '.join(streams)} here: choose one of these")
     if stream == "device":
         check_columns(samples.schema)
     few = min(len(samples), 1_000)
@@ -187,12 +188,12 @@ def _spec(
     samples: SampleSource, method: Method, num_epochs: int, batch_size: int, seed: int, last_batch: LastBatch
 ) -> ScoreSpec:
     if last_batch not in ("pad", "drop"):
-        raise ValueError(f"last_batch {last_batch!r} must be 'pad' or 'drop'")
+        raise ConfigError(f"last_batch {last_batch!r} must be 'pad' or 'drop'")
     if last_batch == "drop" and batch_size > len(samples):
-        raise ValueError(f"batch_size {batch_size} is more than the {len(samples)} samples: use last_batch='pad'")
+        raise ConfigError(f"batch_size {batch_size} is more than the {len(samples)} samples: use last_batch='pad'")
     return ScoreSpec(
         method=method,
-        source=Facts(samples, labelled=_counts_classes(method)),
+        source=SourceMetadata(samples, labelled=_counts_classes(method)),
         num_validation=0,
         # States hold plain numbers only, so that they load with weights_only.
         num_epochs=int(num_epochs),
@@ -214,18 +215,18 @@ def get_dataset_shard(name: str = "train") -> Shard:
         name: its key in `TorchTrainer(datasets={...})`.
 
     Raises:
-        ValueError: the data set was not made by `prune`, or the trainer's DataConfig does not keep its order.
+        ConfigError: the data set was not made by `prune`, or the trainer's DataConfig does not keep its order.
     """
     iterator = ray.train.get_dataset_shard(name)
     data_context = iterator.get_context() if hasattr(iterator, "get_context") else iterator.context
     told = data_context.get_config(_KEY, None)
     if told is None:
-        raise ValueError(
+        raise ConfigError(
             f"the data set {name!r} was not made by rayprune.prune: give the trainer datasets={{{name!r}: "
             "pruned.dataset}, or use ray.train.get_dataset_shard for it"
         )
     if told.stream == "ray" and not data_context.execution_options.preserve_order:
-        raise ValueError(
+        raise ConfigError(
             "the trainer's DataConfig does not keep the order of rows: leave dataset_config out, or set "
             "preserve_order=True in its execution_options"
         )
@@ -278,7 +279,7 @@ def local_loader(
         The Shard, whose `epochs()` the loop iterates.
 
     Raises:
-        ValueError: as `prune`.
+        ConfigError: as `prune`.
 
     >>> import numpy as np, torch, rayprune
     >>> data = {"x": np.arange(8, dtype=np.float32)}
@@ -294,7 +295,7 @@ def local_loader(
     scores = LoopClient.in_process(_spec(samples, method, num_epochs, batch_size, seed, last_batch))
     where = None if device is None else torch.device(device)
     if where is not None and where.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {str(device)!r}: torch finds no GPU here: leave device out, or install its driver")
+        raise ConfigError(f"device {str(device)!r}: torch finds no GPU here: leave device out, or install its driver")
     terms = scores.terms()
     own = {"train": samples}
     via = DeviceStream(own, where or torch.device("cpu")) if stream == "device" else LocalStream(own)

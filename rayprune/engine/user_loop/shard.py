@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from rayprune.engine.data.batch import Batch
-from rayprune.engine.data.device import BatchForm, Collate, formed
+from rayprune.engine.data.device import BatchForm, Collate, collated
 from rayprune.engine.data.transport import Transport
-from rayprune.engine.scoring.actor import LoopTerms
+from rayprune.engine.scoring.actor import LoopSettings
 from rayprune.engine.scoring.client import LoopClient
 from rayprune.engine.scoring.messages import Moment, PlanHeader
 from rayprune.engine.scoring.session import ScoringSession
+from rayprune.errors import ConfigError, UsageError
 from rayprune.nn.signals import losses_per_sample, signals_per_sample, weighted_mean
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,11 @@ class Epoch:
     """
 
     def __init__(
-        self, session: ScoringSession[LoopClient], transport: Transport, terms: LoopTerms, device: torch.device | None
+        self,
+        session: ScoringSession[LoopClient],
+        transport: Transport,
+        terms: LoopSettings,
+        device: torch.device | None,
     ) -> None:
         self._session, self._transport, self._terms, self._own_device = session, transport, terms, device
         self.index, self.start_step = session.key.epoch, session.key.resume_step
@@ -111,10 +116,10 @@ class Epoch:
             RuntimeError: the epoch was iterated before.
         """
         if self._iterated:
-            raise RuntimeError(f"epoch {self.index} was iterated already: its samples are to be trained on once")
+            raise UsageError(f"epoch {self.index} was iterated already: its samples are to be trained on once")
         form = BatchForm(self._device(device), dtypes, collate_fn)
         self._iterated = True
-        for batch, given in formed(self._batches(self._header), form, prefetch_batches):
+        for batch, given in collated(self._batches(self._header), form, prefetch_batches):
             self._batch, self._given = batch, given
             self.step += 1
             yield given
@@ -156,7 +161,7 @@ class Epoch:
         """
         current = self._batch
         if current is None or batch is not self._given:
-            raise ValueError(
+            raise ConfigError(
                 "weigh belongs to the batch that iter_torch_batches gave last, and is called once for it: give it that "
                 "batch itself"
             )
@@ -184,7 +189,7 @@ class Epoch:
         if self._header.num_forward_only == 0:
             return 0
         if self._swept:
-            raise RuntimeError(f"epoch {self.index} was swept already: its samples are to be scored once")
+            raise UsageError(f"epoch {self.index} was swept already: its samples are to be scored once")
         self._swept = True
         header = self._session.announce("forward")
         device = self._device(form.pop("device", "auto"))
@@ -192,7 +197,7 @@ class Epoch:
         scored, swept = 0, self._terms.sweep_signals
         self._session.recorder.start_sweep(swept)
         with torch.no_grad():
-            for batch, given in formed(self._batches(header), BatchForm(device, **form), ahead):
+            for batch, given in collated(self._batches(header), BatchForm(device, **form), ahead):
                 said = score(given)
                 told = dict(said) if isinstance(said, Mapping) else {"losses": said}
                 losses_B = losses_per_sample(told.pop("losses"), batch.ids.size, told.pop("mask", None))
@@ -204,7 +209,7 @@ class Epoch:
     def check_recorded(self) -> None:
         """Refuse a state that would lack the losses of the batch that was given last."""
         if self._batch is not None and self._terms.signals:
-            raise RuntimeError("state_dict() comes after weigh: the state would lack the batch that was given last")
+            raise UsageError("state_dict() comes after weigh: the state would lack the batch that was given last")
 
     def check_weighed(self) -> None:
         """Say so where a loop did not weigh what it was given: its scores are then those of an earlier epoch."""
@@ -235,10 +240,14 @@ class Shard:
     """
 
     def __init__(
-        self, session: ScoringSession[LoopClient], transport: Transport, terms: LoopTerms, device: torch.device | None
+        self,
+        session: ScoringSession[LoopClient],
+        transport: Transport,
+        terms: LoopSettings,
+        device: torch.device | None,
     ) -> None:
         if terms.batch_size % session.world_size:
-            raise ValueError(
+            raise ConfigError(
                 f"batch_size {terms.batch_size} does not divide by {session.world_size} workers: give "
                 "prune(batch_size=) a multiple, it is the global batch"
             )
@@ -267,7 +276,7 @@ class Shard:
             RuntimeError: called a second time.
         """
         if self._opened:
-            raise RuntimeError("epochs() can be iterated once: get a new shard for another pass")
+            raise UsageError("epochs() can be iterated once: get a new shard for another pass")
         self._open()
         while self._epoch < self.num_epochs:
             self._selector = None
@@ -324,7 +333,7 @@ class Shard:
             How many samples of this rank were scored.
         """
         if self._current is None:
-            raise RuntimeError("sweep belongs into the body of `for epoch in shard.epochs()`, before state_dict()")
+            raise UsageError("sweep belongs into the body of `for epoch in shard.epochs()`, before state_dict()")
         return self._current.sweep(score, **form)
 
     def state_dict(self) -> dict[str, Any]:
@@ -336,7 +345,7 @@ class Shard:
         that `torch.load(weights_only=True)` reads it.
         """
         if not self._opened:
-            raise RuntimeError("state_dict() has something to say once `for epoch in shard.epochs()` has begun")
+            raise UsageError("state_dict() has something to say once `for epoch in shard.epochs()` has begun")
         epoch = self._current
         if epoch is not None:
             epoch.check_recorded()
@@ -345,7 +354,7 @@ class Shard:
             epoch = None
         elif epoch is not None:
             if not self._transport.resumes_inside:
-                raise RuntimeError(
+                raise UsageError(
                     "a filtered ray.data.Dataset resumes at epoch ends: call state_dict() after the epoch's batches"
                 )
             self._selector = self._barrier("snapshot", epoch.step)
@@ -366,11 +375,11 @@ class Shard:
             RuntimeError: `epochs()` has begun.
         """
         if self._opened:
-            raise RuntimeError("load_state_dict() comes before `for epoch in shard.epochs()`")
+            raise UsageError("load_state_dict() comes before `for epoch in shard.epochs()`")
         if "about" not in state or "selector" not in state:
-            raise ValueError("this is no state of a shard: give load_state_dict what state_dict() returned")
+            raise ConfigError("this is no state of a shard: give load_state_dict what state_dict() returned")
         if state.get("schema", 0) > STATE_SCHEMA:
-            raise ValueError(f"state of schema {state['schema']}, this version reads up to {STATE_SCHEMA}: upgrade")
+            raise ConfigError(f"state of schema {state['schema']}, this version reads up to {STATE_SCHEMA}: upgrade")
         theirs = dict(state["about"])
         changed = [
             f"{name} {theirs.get(name)!r} → {own!r}"
@@ -378,7 +387,9 @@ class Shard:
             if theirs.get(name) != own
         ]
         if changed:
-            raise ValueError(f"the state is of another run ({'; '.join(changed)}): start without it, or change it back")
+            raise ConfigError(
+                f"the state is of another run ({'; '.join(changed)}): start without it, or change it back"
+            )
         if not state["selector"]:
-            raise ValueError("the state holds no scores, it was saved on another rank than 0: load rank 0's")
+            raise ConfigError("the state holds no scores, it was saved on another rank than 0: load rank 0's")
         self._epoch, self._resume_step, self._selector = int(state["epoch"]), int(state["step"]), state["selector"]

@@ -18,6 +18,7 @@ from typing import Any
 from rayprune.config import Config, make_config
 from rayprune.config.experiments import judgeable
 from rayprune.config.yaml import merge
+from rayprune.errors import ConfigError
 from rayprune.methods import Method, build_method
 from rayprune.methods.registry import method_fields
 
@@ -64,7 +65,7 @@ class Spent:
 
 
 @dataclass(frozen=True)
-class Terms:
+class ArmSettings:
     """What an arm trains with one seed.
 
     Attributes:
@@ -86,10 +87,10 @@ def arms_of(config: Config) -> tuple[list[Arm], list[str]]:
     """Return the arms that a config compares, and a line on each that it asked for and that makes no sense.
 
     Raises:
-        ValueError: nothing is to be compared, or the config is not one of whole runs.
+        ConfigError: nothing is to be compared, or the config is not one of whole runs.
     """
     if config.train.stop_after is not None:
-        raise ValueError("train.stop_after ends runs early, and compared are whole ones: leave it out")
+        raise ConfigError("train.stop_after ends runs early, and compared are whole ones: leave it out")
     methods = config.compare.asked or (judgeable(config.method, "method"),)
     arms, notes = [Arm(FULL, FULL, {}, "")], []
     names = _names(methods)
@@ -153,7 +154,7 @@ def terms_of(
     pairs: Sequence[tuple[Spent, Spent]] = (),
     place: int = 0,
     timed: Sequence[int] | None = None,
-) -> Terms:
+) -> ArmSettings:
     """Return what an arm trains with one seed.
 
     Args:
@@ -170,7 +171,7 @@ def terms_of(
             method = {"name": "shuffled", "of": dict(arm.of)}
         method = unpruned(arm.of) if method is None else method
         assert method is not None
-        return Terms(method, epochs)
+        return ArmSettings(method, epochs)
     if arm.baseline == "full_steps":
         share = median(spent.samples_trained / full.samples_trained for full, spent in pairs)
         return _shortened(share, epochs, "samples trained")
@@ -180,27 +181,29 @@ def terms_of(
     return _random(arm.baseline, epochs, *pairs[place])
 
 
-def _shortened(share: float, epochs: int, what: str) -> Terms:
+def _shortened(share: float, epochs: int, what: str) -> ArmSettings:
     length = min(epochs, max(1, round(share * epochs)))
     if length == epochs:
         matched = f"the method's {what}: {share:.1%} of full training's, so all {epochs} epochs"
-        return Terms({"name": FULL}, epochs, matched, True)
+        return ArmSettings({"name": FULL}, epochs, matched, True)
     matched = f"the method's {what}: {share:.1%} of full training's, {length} epochs"
-    return Terms({"name": FULL}, length, matched, tag=f"-{length}epochs")
+    return ArmSettings({"name": FULL}, length, matched, tag=f"-{length}epochs")
 
 
-def _random(name: str, epochs: int, full: Spent, spent: Spent) -> Terms:
+def _random(name: str, epochs: int, full: Spent, spent: Spent) -> ArmSettings:
     num = full.num_samples
     drops = round(num * (1.0 - spent.samples_trained / full.samples_trained))
     if drops <= 0:
-        return Terms({"name": FULL}, epochs, "the method's samples trained: it saves none, so nothing is dropped", True)
+        return ArmSettings(
+            {"name": FULL}, epochs, "the method's samples trained: it saves none, so nothing is dropped", True
+        )
     # Half a sample more than the drops: floor(ratio · N) is then the drops, whatever the division rounds to.
     ratio = (min(drops, num - 1) + 0.5) / num
     matched = f"the method's samples trained: {drops / num:.1%} dropped"
-    return Terms({"name": name, "prune_ratio": ratio}, epochs, matched, tag=f"-{min(drops, num - 1)}dropped")
+    return ArmSettings({"name": name, "prune_ratio": ratio}, epochs, matched, tag=f"-{min(drops, num - 1)}dropped")
 
 
-def run_config(config: Config, terms: Terms, name: str, seed: int, storage: str) -> Config:
+def run_config(config: Config, terms: ArmSettings, name: str, seed: int, storage: str) -> Config:
     """Return the config of one run: an arm with a seed, validated once, at its end.
 
     Args:

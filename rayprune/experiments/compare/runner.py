@@ -37,13 +37,14 @@ from ray.exceptions import RayError
 
 from rayprune.config import Config, make_config
 from rayprune.config.yaml import merge, read_yaml
-from rayprune.engine.cluster import Asked, Share, cluster_address, share_resources, start_ray
+from rayprune.engine.cluster import Asked, TrialResources, cluster_address, share_resources, start_ray
 from rayprune.engine.monitoring import on_sigterm, one_line
 from rayprune.engine.storage.costs import Costs, costs_of
-from rayprune.engine.storage.resume import check_folder, run_folder_of, sole_use
+from rayprune.engine.storage.resume import check_folder, lock_folder, run_folder_of
 from rayprune.engine.storage.run_folder import read_metrics, write_whole
-from rayprune.engine.train.driver import TrainingFailed, check, open_splits, train
-from rayprune.experiments.compare.arms import Arm, Spent, Terms, arms_of, digest_of, run_config, terms_of
+from rayprune.engine.train.driver import check, open_splits, train
+from rayprune.errors import ConfigError, TrainingFailed
+from rayprune.experiments.compare.arms import Arm, ArmSettings, Spent, arms_of, digest_of, run_config, terms_of
 from rayprune.experiments.compare.statistics import ArmRuns, RunOutcome, summary
 from rayprune.methods import build_method
 from rayprune.sources import SampleSource, Splits, open_data
@@ -72,7 +73,7 @@ class _Trainer:
         self._pause.set()
 
 
-def train_side_by_side(configs: Sequence[Config], share: Share, on_start: Callable[[int], None]) -> None:
+def train_side_by_side(configs: Sequence[Config], share: TrialResources, on_start: Callable[[int], None]) -> None:
     """Train several runs, as many at a time as have room; Ray is connected.
 
     Args:
@@ -129,7 +130,7 @@ _WARM_UP_STEPS = 4
 
 
 @dataclass(frozen=True)
-class Watching:
+class CompareListeners:
     """Who hears of a comparison.
 
     Attributes:
@@ -138,7 +139,7 @@ class Watching:
         listeners: passed on to `train`.
     """
 
-    on_run: Callable[[str, Arm, int, bool, Terms], None] | None = None
+    on_run: Callable[[str, Arm, int, bool, ArmSettings], None] | None = None
     on_notice: Callable[[str], None] = logger.warning
     listeners: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -149,7 +150,7 @@ class _Job:
 
     arm: Arm
     place: int
-    terms: Terms
+    terms: ArmSettings
     config: Config
     finished: bool
 
@@ -172,7 +173,13 @@ class ComparedRuns:
     """
 
     def __init__(
-        self, config: Config, folder: Path, fingerprint: str, watching: Watching, share: Share | None, debug: bool
+        self,
+        config: Config,
+        folder: Path,
+        fingerprint: str,
+        watching: CompareListeners,
+        share: TrialResources | None,
+        debug: bool,
     ) -> None:
         if share is not None:
             # Alone or not, every run computes with as many threads: the arms of a seed must be comparable to the bit.
@@ -204,7 +211,7 @@ class ComparedRuns:
         config = run_config(self._config, terms, f"{arm.name}{terms.tag}-seed{seed}", seed, str(self._storage))
         return _Job(arm, place, terms, config, terms.same_as_full or self._is_finished(config))
 
-    def _terms(self, arm: Arm, place: int) -> Terms:
+    def _terms(self, arm: Arm, place: int) -> ArmSettings:
         if not arm.derived:
             return terms_of(arm, self._config)
         full, method = self._done["full"], self._done[arm.method_arm]
@@ -281,7 +288,7 @@ class ComparedRuns:
         self._warm = True
         limit = min(self._config.data.limit or 2**62, _WARM_UP_STEPS * self._config.train.batch_size)
         with tempfile.TemporaryDirectory() as folder:
-            config = run_config(self._config, Terms({"name": "full"}, 1), "warm-up", 0, folder)
+            config = run_config(self._config, ArmSettings({"name": "full"}, 1), "warm-up", 0, folder)
             tree = merge(config.model_dump(mode="json"), {"data": {"limit": limit}})
             train(make_config(tree), debug=self._debug, on_notice=lambda _: None)
 
@@ -305,12 +312,10 @@ def _outcome(metrics: list[dict[str, Any]], costs: Costs, job: _Job, alone: bool
     )
 
 
-__all__ = ["Watching", "compare"]
-
 _SECONDS = "seconds of training and selection, without validation"
 
 
-def compare(config: Config, watching: Watching | None = None, *, debug: bool = False) -> Path:
+def compare(config: Config, watching: CompareListeners | None = None, *, debug: bool = False) -> Path:
     """Run all arms with all seeds, from where the comparison's folder stands, and write what they say.
 
     Args:
@@ -324,7 +329,7 @@ def compare(config: Config, watching: Watching | None = None, *, debug: bool = F
     Raises:
         ValueError: the config can't be compared, or the folder is another comparison's; one line with the cure.
     """
-    watching = watching or Watching()
+    watching = watching or CompareListeners()
     folder = run_folder_of(config)
     arms, notes = arms_of(config)
     splits, resolution = _validated_data(config)
@@ -342,7 +347,7 @@ def compare(config: Config, watching: Watching | None = None, *, debug: bool = F
     config = _settled(config, folder)
     share = _share(config, splits.train, len(arms), debug)
     folder.mkdir(parents=True, exist_ok=True)
-    with sole_use(folder):
+    with lock_folder(folder):
         write_whole(folder / "threads.json", json.dumps(_threads(config, share)) + "\n")
         write_whole(folder / "compare.yaml", config.to_yaml())
         runs = ComparedRuns(config, folder, splits.train.fingerprint, watching, share, debug)
@@ -365,7 +370,7 @@ def compare(config: Config, watching: Watching | None = None, *, debug: bool = F
     return folder
 
 
-def _share(config: Config, source: SampleSource, num_arms: int, debug: bool) -> Share | None:
+def _share(config: Config, source: SampleSource, num_arms: int, debug: bool) -> TrialResources | None:
     """Return how many runs go at a time and what each gets; None for one after another, with all there is.
 
     Raises:
@@ -404,7 +409,7 @@ def _settled(config: Config, folder: Path) -> Config:
     return config.model_copy(update={"scaling": scaling})
 
 
-def _threads(config: Config, share: Share | None) -> int | str:
+def _threads(config: Config, share: TrialResources | None) -> int | str:
     if share is not None:
         return int(share.scaling["threads"])
     one_process = config.scaling.threads == "auto" and config.scaling.num_workers == 0
@@ -431,7 +436,7 @@ def _validated_data(config: Config) -> tuple[Splits, float]:
     data = config.data
     splits = open_data(data.source, limit=data.limit, cache=data.cache, **data.source_keys)
     if splits.validation is None:
-        raise ValueError(f"data source {data.source} has no validation part, and accuracies are compared on it")
+        raise ConfigError(f"data source {data.source} has no validation part, and accuracies are compared on it")
     return splits, 100.0 / len(splits.validation)
 
 
@@ -442,16 +447,16 @@ def _check_folder(folder: Path, config: Config) -> None:
         ValueError: it is.
     """
     if (folder / "config.yaml").exists():
-        raise ValueError(f"{folder} holds a run, no comparison: choose another run.name")
+        raise ConfigError(f"{folder} holds a run, no comparison: choose another run.name")
     stored = folder / "compare.yaml"
     if not stored.exists():
         return
     try:
         before = make_config(read_yaml(stored.read_text()) or {})
     except ValueError as error:
-        raise ValueError(f"{stored} can't be read ({error}): restore it or choose another run.name") from None
+        raise ConfigError(f"{stored} can't be read ({error}): restore it or choose another run.name") from None
     if digest_of(before) != digest_of(config):
-        raise ValueError(
+        raise ConfigError(
             f"{folder} holds another comparison (of config {digest_of(before)}, this is {digest_of(config)}): "
             "choose another run.name, or leave it out"
         )

@@ -26,6 +26,7 @@ from rayprune.core.references import closest
 from rayprune.engine.storage.checkpoint import load_tensors, newest_checkpoint, read_position
 from rayprune.engine.train.build import InputSpec, build_network
 from rayprune.engine.train.preflight import input_spec
+from rayprune.errors import ConfigError
 from rayprune.experiments.early_exit.profile import (
     ExitReadings,
     clear_others,
@@ -91,10 +92,12 @@ def open_run(folder: Path, device: torch.device) -> TrainedRun:
     config = _config_of(folder)
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
-        raise ValueError(f"{folder} holds no sound checkpoint yet: train it first, rayprune train {folder}/config.yaml")
+        raise ConfigError(
+            f"{folder} holds no sound checkpoint yet: train it first, rayprune train {folder}/config.yaml"
+        )
     position, weights = _read(checkpoint, device)
     if position["digest"] != config.digest():
-        raise ValueError(
+        raise ConfigError(
             f"{folder}/config.yaml is not what its checkpoints were trained with (config {config.digest()}, they are "
             f"of {position['digest']}): restore it"
         )
@@ -105,7 +108,7 @@ def open_run(folder: Path, device: torch.device) -> TrainedRun:
         network.load_state_dict(weights)
     except RuntimeError as error:
         line = " ".join(str(error).split())[:200]
-        raise ValueError(
+        raise ConfigError(
             f"the weights in {checkpoint} don't fit model {config.model.name!r} ({line}): bring back the code that it "
             "was trained with"
         ) from None
@@ -132,13 +135,15 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.partition(":")[0] == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} can't be used: torch finds no GPU here, give --device cpu")
+        raise ConfigError(f"device {name!r} can't be used: torch finds no GPU here, give --device cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except Exception as error:  # each backend has its own
         line = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
-        raise ValueError(f"device {name!r} can't be used ({line}): give --device cpu, or cuda where there is") from None
+        raise ConfigError(
+            f"device {name!r} can't be used ({line}): give --device cpu, or cuda where there is"
+        ) from None
     return device
 
 
@@ -151,11 +156,11 @@ def _config_of(folder: Path) -> Config:
         }
         what = next((text for name, text in known.items() if (folder / name).exists()), None)
         reason = f"is {what}" if what else "is no run folder (it has no config.yaml): name one, such as runs/NAME"
-        raise ValueError(f"{folder} {reason}")
+        raise ConfigError(f"{folder} {reason}")
     try:
         return make_config(read_yaml(stored.read_text()) or {})
     except (OSError, ValueError) as error:
-        raise ValueError(f"{stored} can't be read ({' '.join(str(error).split())}): restore it") from None
+        raise ConfigError(f"{stored} can't be read ({' '.join(str(error).split())}): restore it") from None
 
 
 def _data(config: Config, folder: Path, position: Mapping[str, Any]) -> tuple[Splits, SampleSource | None]:
@@ -167,12 +172,12 @@ def _data(config: Config, folder: Path, position: Mapping[str, Any]) -> tuple[Sp
         validation = splits.validation if data.hold_out is None else open_data(data.source, **keys).validation
     except (OSError, ValueError) as error:
         line = " ".join(str(error).split())
-        raise ValueError(
+        raise ConfigError(
             f"the data of {folder} can't be opened ({line}): bring it back, or say in {folder}/config.yaml where it is"
         ) from None
     ours, theirs = splits.train.fingerprint, position["fingerprint"]
     if ours != theirs:
-        raise ValueError(
+        raise ConfigError(
             f"{folder} was trained on other data (fingerprint {theirs[:12]}, here {ours[:12]}): bring that data back"
         )
     return splits, validation
@@ -183,7 +188,7 @@ def _read(checkpoint: Path, device: torch.device) -> tuple[dict[str, Any], dict[
     try:
         return read_position(checkpoint), load_tensors(checkpoint / "model.pt", device)
     except FileNotFoundError:
-        raise ValueError(f"{checkpoint} was just replaced by a newer one: the run is training, try again") from None
+        raise ConfigError(f"{checkpoint} was just replaced by a newer one: the run is training, try again") from None
 
 
 Mode = Literal["anytime", "dynamic"]
@@ -232,12 +237,12 @@ def evaluate(
         ValueError: it can't be evaluated; one line with the cure.
     """
     if mode is not None and mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}: {closest(mode, MODES)}")
+        raise ConfigError(f"unknown mode {mode!r}: {closest(mode, MODES)}")
     run = open_run(folder, device)
     _check_exits(run)
     test, part = _tested_on(run)
     if (reason := _why_not_dynamic(run)) and mode == "dynamic":
-        raise ValueError(reason)
+        raise ConfigError(reason)
     if not run.finished:
         on_notice(f"the run is not finished: this is its network {run.trained}")
     if reason and mode is None:
@@ -262,9 +267,9 @@ def _check_exits(run: TrainedRun) -> None:
     try:
         num_exits = count_exits(run.network, run.input.shape)
     except ValueError as error:
-        raise ValueError(f"model {name!r} can't be evaluated: {error}") from None
+        raise ConfigError(f"model {name!r} can't be evaluated: {error}") from None
     if num_exits == 1:
-        raise ValueError(f"model {name!r} has one exit: rayprune evaluate is for several, such as model.name=msdnet")
+        raise ConfigError(f"model {name!r} has one exit: rayprune evaluate is for several, such as model.name=msdnet")
 
 
 def _macs(run: TrainedRun) -> list[int]:
@@ -300,7 +305,7 @@ def _tested_on(run: TrainedRun) -> tuple[SampleSource, str]:
         return run.validation, f"the {len(run.validation):,} validation samples of {run.config.data.source}"
     if run.held_out is not None:
         return run.held_out, f"the {len(run.held_out):,} training samples held out"
-    raise ValueError(
+    raise ConfigError(
         f"data.source {run.config.data.source!r} has no validation part, and the run held nothing out: set "
         "data.hold_out=0.1 and train again"
     )

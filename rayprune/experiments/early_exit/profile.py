@@ -31,8 +31,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rayprune.engine.data.transport import ahead
+from rayprune.engine.data.transport import prefetch
 from rayprune.engine.train.build import InputSpec
+from rayprune.errors import ConfigError
 from rayprune.nn.models.multi_exit import MultiExitModel
 from rayprune.sources import SampleSource
 
@@ -98,7 +99,7 @@ def _batches(
         # Rows out of a memory map are read-only, which torch does not take.
         return np.require(rows[spec.column], requirements=["C", "W"]), rows["label"].astype(np.int64)
 
-    yield from ahead(map(read, range(0, len(source), batch_size)), 1, "rayprune-evaluate")
+    yield from prefetch(map(read, range(0, len(source), batch_size)), 1, "rayprune-evaluate")
 
 
 _WARM_UP, _LEAST, _MOST = 3, 5, 50  # rounds
@@ -253,10 +254,10 @@ def read_thresholds(run_folder: Path | str, budget: int) -> NDArray[np.float32]:
     """
     file = Path(run_folder) / FOLDER / _THRESHOLDS
     if not file.exists():
-        raise ValueError(f"{run_folder} has no thresholds yet: rayprune evaluate {run_folder} --mode dynamic")
+        raise ConfigError(f"{run_folder} has no thresholds yet: rayprune evaluate {run_folder} --mode dynamic")
     stored = {entry["p"]: entry["thresholds"] for entry in json.loads(file.read_text())["budgets"]}
     if budget not in stored:
-        raise ValueError(f"{file} has no budget p = {budget}: it has {min(stored)} to {max(stored)}")
+        raise ConfigError(f"{file} has no budget p = {budget}: it has {min(stored)} to {max(stored)}")
     return np.array([np.inf if value is None else value for value in stored[budget]] + [-np.inf], np.float32)
 
 

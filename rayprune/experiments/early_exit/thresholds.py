@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.errors import ConfigError
+
 Floats = NDArray[np.float32]
 
 BUDGETS = tuple(range(1, 40))  # p of the papers: from nearly all at the first exit to nearly all at the last
@@ -36,15 +38,15 @@ def exit_shares(budget: int, num_exits: int) -> Floats:
         logarithm and exponential are not rounded correctly, so that its shares differ in the last place.
 
     Raises:
-        ValueError: a value outside its range.
+        ConfigError: a value outside its range.
 
     >>> exit_shares(20, 4).tolist()
     [0.25, 0.25, 0.25, 0.25]
     """
     if budget < 1:
-        raise ValueError(f"budget must be at least 1, got {budget}")
+        raise ConfigError(f"budget must be at least 1, got {budget}")
     if num_exits < 2:
-        raise ValueError(f"num_exits must be at least 2, got {num_exits}")
+        raise ConfigError(f"num_exits must be at least 2, got {num_exits}")
     # Each step in float64 and then rounded: NumPy's own float32 functions differ from one processor to another.
     log_q = np.float32(np.log(np.float64(np.float32(budget / _EVEN))))
     exponents = (log_q * np.arange(1, num_exits + 1, dtype=np.float32)).astype(np.float64)
@@ -83,16 +85,16 @@ def find_thresholds(confidences_KN: Floats, budget: int) -> Floats:
         (K,) float32: +inf lets nobody out, the last is −inf.
 
     Raises:
-        ValueError: no sample, or a confidence that is NaN.
+        ConfigError: no sample, or a confidence that is NaN.
 
     >>> find_thresholds(np.array([[0.9, 0.9, 0.9, 0.6]] * 2, np.float32), 10).tolist()
     [0.8999999761581421, -inf]
     """
     num_exits, num_samples = confidences_KN.shape
     if num_samples == 0:
-        raise ValueError("thresholds need at least one sample that was held out")
+        raise ConfigError("thresholds need at least one sample that was held out")
     if not_numbers := int(np.isnan(confidences_KN).any(axis=0).sum()):
-        raise ValueError(f"the network is NaN for {not_numbers} of {num_samples} samples: train again at a lower rate")
+        raise ConfigError(f"the network is NaN for {not_numbers} of {num_samples} samples: train again at a lower rate")
     quotas = exit_quotas(budget, num_exits, num_samples)
     thresholds = np.full(num_exits, np.inf, np.float32)
     left = np.arange(num_samples)

@@ -24,8 +24,9 @@ import yaml
 from rayprune.config import Config, make_config
 from rayprune.config.yaml import read_yaml
 from rayprune.engine.storage.costs import costs_of
-from rayprune.engine.storage.resume import sole_use
+from rayprune.engine.storage.resume import lock_folder
 from rayprune.engine.storage.run_folder import read_metrics, write_whole
+from rayprune.errors import ConfigError
 from rayprune.experiments.sweep.space import Point, sweep_digest, trial_config
 
 Row = dict[str, Any]
@@ -64,19 +65,19 @@ def check_sweep_folder(base: Config, folder: Path) -> None:
     """Refuse a folder that holds a run or another sweep.
 
     Raises:
-        ValueError: it does; nothing was touched.
+        ConfigError: it does; nothing was touched.
     """
     stored = folder / "sweep.yaml"
     if (folder / "config.yaml").exists():
-        raise ValueError(f"{folder} holds a run, not a sweep: choose another run.name")
+        raise ConfigError(f"{folder} holds a run, not a sweep: choose another run.name")
     if stored.exists():
         try:
             theirs = sweep_digest(make_config(read_yaml(stored.read_text()) or {}))
         except (OSError, ValueError) as error:
             line = " ".join(str(error).split())
-            raise ValueError(f"{stored} can't be read ({line}): restore it or choose another run.name") from None
+            raise ConfigError(f"{stored} can't be read ({line}): restore it or choose another run.name") from None
         if theirs != sweep_digest(base):
-            raise ValueError(
+            raise ConfigError(
                 f"{folder} holds another sweep (config {theirs}, this is {sweep_digest(base)}): choose another run.name"
             )
 
@@ -86,16 +87,16 @@ def open_sweep(base: Config, folder: Path) -> Iterator[None]:
     """Create a sweep's folder, or check that the one that is there is this sweep's; hold it while the block runs.
 
     Raises:
-        ValueError: it is a run's folder, another sweep's, in use, or can't be written; nothing was touched.
+        ConfigError: it is a run's folder, another sweep's, in use, or can't be written; nothing was touched.
     """
     check_sweep_folder(base, folder)
     with contextlib.ExitStack() as held:
         try:
             (folder / "trials").mkdir(parents=True, exist_ok=True)
-            held.enter_context(sole_use(folder))
+            held.enter_context(lock_folder(folder))
             write_whole(folder / "sweep.yaml", base.to_yaml())
         except OSError as error:
-            raise ValueError(
+            raise ConfigError(
                 f"sweep folder {folder} can't be written ({error.strerror}): set run.storage_path"
             ) from None
         yield

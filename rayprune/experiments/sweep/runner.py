@@ -42,12 +42,12 @@ from ray.tune.search import Searcher
 from rayprune.config import Config, make_config
 from rayprune.config.experiments import Axis
 from rayprune.config.yaml import read_yaml
-from rayprune.engine.cluster import Asked, Share, share_resources, start_ray
+from rayprune.engine.cluster import Asked, TrialResources, share_resources, start_ray
 from rayprune.engine.monitoring import on_sigterm, one_line
-from rayprune.engine.scoring.messages import TrainingStopped
 from rayprune.engine.storage.resume import SCORING, run_folder_of
 from rayprune.engine.storage.run_folder import read_metrics
 from rayprune.engine.train.driver import Start, check, open_splits, train
+from rayprune.errors import ConfigError, TrainingStopped
 from rayprune.experiments.sweep.folder import (
     FAILED,
     FINISHED,
@@ -75,7 +75,7 @@ def import_optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise ValueError("sweep.search = 'optuna' needs Optuna: pip install 'rayprune[optuna]'") from None
+        raise ConfigError("sweep.search = 'optuna' needs Optuna: pip install 'rayprune[optuna]'") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 
@@ -291,7 +291,7 @@ class SweepStart:
     folder: Path
     num_trials: int
     before: list[Row]
-    share: Share
+    share: TrialResources
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,7 @@ class SweepListeners:
 def run_trials(
     base: Config,
     folder: Path,
-    share: Share,
+    share: TrialResources,
     listeners: SweepListeners,
     ended: Mapping[str, TrialState],
     todo: Sequence[TrialState],
@@ -356,7 +356,7 @@ def run_trials(
     shutil.rmtree(storage, ignore_errors=True)
 
 
-def _spec(base: Config, folder: Path, share: Share, state: TrialState) -> dict[str, Any]:
+def _spec(base: Config, folder: Path, share: TrialResources, state: TrialState) -> dict[str, Any]:
     """Return what a trial's actor is given; write down that the trial has begun."""
     config = trial_config(base, state.point)
     run = {"storage_path": str(folder / "trials"), "name": state.name, "resume": "auto"}
@@ -532,7 +532,7 @@ def _check_trials(base: Config, points: Sequence[Point]) -> Any:
                 opened[key] = open_splits(config)
             check(config, opened[key])
         except ValueError as error:
-            raise ValueError(f"sweep.space at {shown_point(point)}: {error}") from None
+            raise ConfigError(f"sweep.space at {shown_point(point)}: {error}") from None
     key = base.data.model_dump_json()
     return opened[key] if key in opened else next(iter(opened.values()))
 

@@ -19,6 +19,7 @@ from rayprune.config import Config, make_config
 from rayprune.config.experiments import Axis, SweepSection, shown_value
 from rayprune.config.yaml import merge
 from rayprune.core.references import absolute_reference
+from rayprune.errors import ConfigError
 
 Point = dict[str, Any]
 _NAMING = {"method.name", "model.name", "data.source"}
@@ -66,7 +67,7 @@ def trial_config(base: Config, point: Mapping[str, Any]) -> Config:
     """Return the config of the trial at a point: the base with the point's values, without the section `sweep`.
 
     Raises:
-        ValueError: a key or value is wrong; one line, with the closest match for an unknown key.
+        ConfigError: a key or value is wrong; one line, with the closest match for an unknown key.
     """
     tree = base.model_dump(mode="json", exclude={"sweep"})
     if base.data.hold_out is None and base.sweep.hold_out:
@@ -104,7 +105,7 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
         tree = tree.setdefault(branch, {})
         if not isinstance(tree, dict):
             above = ".".join(branches[: depth + 1])
-            raise ValueError(f"{key!r}: {above!r} is a value, not a mapping: give whole values of {above!r}")
+            raise ConfigError(f"{key!r}: {above!r} is a value, not a mapping: give whole values of {above!r}")
     tree[leaf] = value
 
 
@@ -112,17 +113,17 @@ def check_space(base: Config) -> list[Point]:
     """Check every point that is known, or a distribution's ends; return the points of a grid or random search.
 
     Raises:
-        ValueError: no key varies, or a point makes no config; nothing has started.
+        ConfigError: no key varies, or a point makes no config; nothing has started.
     """
     section = base.sweep
     if not section.space:
-        raise ValueError("nothing varies: give the section sweep a space, such as method.prune_ratio: [0.3, 0.5]")
+        raise ConfigError("nothing varies: give the section sweep a space, such as method.prune_ratio: [0.3, 0.5]")
     points = [] if section.search == "optuna" else listed_points(section)
     for point in itertools.chain(probe_points(section), points):
         try:
             trial_config(base, point)
         except ValueError as error:
-            raise ValueError(f"sweep.space at {shown_point(point)}: {error}") from None
+            raise ConfigError(f"sweep.space at {shown_point(point)}: {error}") from None
     return points
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from rayprune.errors import ConfigError
 from rayprune.nn.models.registry import register_model
 
 
@@ -44,5 +45,5 @@ def mlp(*, num_classes: int, input_shape: tuple[int, ...], hidden: Sequence[int]
         ValueError: a width is below 1.
     """
     if any(width < 1 for width in hidden):
-        raise ValueError(f"hidden must be widths of at least 1, got {tuple(hidden)}")
+        raise ConfigError(f"hidden must be widths of at least 1, got {tuple(hidden)}")
     return MLP(math.prod(input_shape), num_classes, hidden)

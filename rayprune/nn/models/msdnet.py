@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from rayprune.errors import ConfigError
 from rayprune.nn.models.multi_exit import (
     MultiExit,
     MultiScaleStem,
@@ -212,7 +213,7 @@ def msdnet(
     counts = {"num_blocks": num_blocks, "base": base, "step": step, "channels": channels, "growth_rate": growth_rate}
     check_growth("msdnet", step_mode, reduction, **counts)
     if growth_rate < 2:  # half of it comes from the finer scale
-        raise ValueError(f"model 'msdnet' needs growth_rate of at least 2, got {growth_rate}")
+        raise ConfigError(f"model 'msdnet' needs growth_rate of at least 2, got {growth_rate}")
     stem = choose_stem("msdnet", input_shape, stem)
     if num_scales is None and growth_factors:
         num_scales = len(check_list("msdnet", "growth_factors", growth_factors))

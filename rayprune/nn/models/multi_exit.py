@@ -28,6 +28,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from rayprune.errors import ConfigError
+
 CURE = "a network with exits returns a list of at least 2 logit tensors (batch, classes), the earliest exit first"
 
 
@@ -56,7 +58,7 @@ class MultiExit(nn.Module):
     def __init__(self, num_exits: int) -> None:
         super().__init__()
         if num_exits < 2:
-            raise ValueError(f"a network with exits has at least 2, not {num_exits}: give it more blocks")
+            raise ConfigError(f"a network with exits has at least 2, not {num_exits}: give it more blocks")
         self.num_exits = num_exits
 
     def begin(self, inputs: Tensor) -> Any:
@@ -97,7 +99,7 @@ def as_exits(output: object, num_classes: int | None = None) -> list[Tensor]:
         The logits of the K exits, each (B, C), the earliest first.
 
     Raises:
-        ValueError: fewer than 2 exits, something that is no tensor (batch, classes), exits of different batches or
+        ConfigError: fewer than 2 exits, something that is no tensor (batch, classes), exits of different batches or
             numbers of classes, or other than num_classes.
 
     >>> import torch
@@ -105,29 +107,30 @@ def as_exits(output: object, num_classes: int | None = None) -> list[Tensor]:
     [(4, 3), (4, 3)]
     >>> as_exits([torch.zeros(4, 3), torch.zeros(4, 5)])
     Traceback (most recent call last):
-    ValueError: the exits' logits differ in shape, (4, 3) and (4, 5): every exit must score the same batch and classes
+    rayprune.errors.ConfigError: the exits' logits differ in shape, (4, 3) and (4, 5): every exit must \
+score the same batch and classes
     """
     if isinstance(output, Tensor):
-        raise ValueError(f"the model returns one tensor {tuple(output.shape)}: {CURE}")
+        raise ConfigError(f"the model returns one tensor {tuple(output.shape)}: {CURE}")
     if not isinstance(output, list | tuple) or not is_multi_exit(output):
-        raise ValueError(f"the model returns a {type(output).__name__}: {CURE}")
+        raise ConfigError(f"the model returns a {type(output).__name__}: {CURE}")
     if len(output) < 2:
-        raise ValueError(f"the model returns a list of {len(output)}: {CURE}")
+        raise ConfigError(f"the model returns a list of {len(output)}: {CURE}")
     exits: list[Tensor] = []
     for exit, logits in enumerate(output):
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             found = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-            raise ValueError(f"exit {exit} of the model gives {found}: {CURE}")
+            raise ConfigError(f"exit {exit} of the model gives {found}: {CURE}")
         exits.append(logits)
     shapes = [tuple(logits.shape) for logits in exits]
     other = next((shape for shape in shapes if shape != shapes[0]), None)
     if other is not None:
-        raise ValueError(
+        raise ConfigError(
             f"the exits' logits differ in shape, {shapes[0]} and {other}: "
             "every exit must score the same batch and classes"
         )
     if num_classes is not None and shapes[0][1] != num_classes:
-        raise ValueError(
+        raise ConfigError(
             f"the exits score {shapes[0][1]} classes, the data have {num_classes}: build the model for them"
         )
     return exits
@@ -261,7 +264,7 @@ def choose_stem(name: str, input_shape: tuple[int, ...], stem: str | None) -> st
     if stem is None:
         return "imagenet" if min(input_shape[1:]) >= IMAGENET_SIDE else "cifar"
     if stem not in STEMS:
-        raise ValueError(f"model {name!r} has no stem {stem!r}: choose one of {', '.join(STEMS)}, or leave it out")
+        raise ConfigError(f"model {name!r} has no stem {stem!r}: choose one of {', '.join(STEMS)}, or leave it out")
     return stem
 
 
@@ -275,7 +278,7 @@ def choose_scales(name: str, option: str, input_shape: tuple[int, ...], stem: st
         asked: at least 1, or None for up to 3.
 
     Raises:
-        ValueError: so many scales would halve a map of one pixel.
+        ConfigError: so many scales would halve a map of one pixel.
 
     >>> [choose_scales("msdnet", "num_scales", (1, side, side), "cifar", None) for side in (4, 8, 28, 64)]
     [1, 2, 3, 3]
@@ -286,7 +289,7 @@ def choose_scales(name: str, option: str, input_shape: tuple[int, ...], stem: st
     if asked is None:
         return next((scales for scales in (3, 2) if side >> (scales - 1) >= SMALLEST_MAP), 1)
     if not isinstance(asked, int) or not 1 <= asked <= side.bit_length():
-        raise ValueError(
+        raise ConfigError(
             f"model {name!r} can't have {asked} scales for images of {input_shape[1]}×{input_shape[2]}, whose map of "
             f"side {side} halves {side.bit_length() - 1} times: give {option} of 1 to {side.bit_length()} scales"
         )
@@ -297,26 +300,26 @@ def check_growth(name: str, step_mode: str, reduction: float, **counts: int) -> 
     """Refuse an unknown step_mode, a reduction outside (0, 1], and counts that are not whole or below 1.
 
     Raises:
-        ValueError: with the option's name, its value and what is allowed.
+        ConfigError: with the option's name, its value and what is allowed.
     """
     if step_mode not in ("even", "lin_grow"):
-        raise ValueError(f"model {name!r} has no step_mode {step_mode!r}: choose even or lin_grow")
+        raise ConfigError(f"model {name!r} has no step_mode {step_mode!r}: choose even or lin_grow")
     if not 0 < reduction <= 1:
-        raise ValueError(f"model {name!r} needs a reduction above 0 and at most 1, got {reduction}")
+        raise ConfigError(f"model {name!r} needs a reduction above 0 and at most 1, got {reduction}")
     for option, value in counts.items():
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"model {name!r} needs {option} of at least 1, a whole number, got {value!r}")
+            raise ConfigError(f"model {name!r} needs {option} of at least 1, a whole number, got {value!r}")
 
 
 def check_factors(name: str, option: str, factors: Sequence[int], num_scales: int) -> tuple[int, ...]:
     """Give the factors, of which there must be one a scale, each at least 1.
 
     Raises:
-        ValueError: with the option's name and value.
+        ConfigError: with the option's name and value.
     """
     checked = check_list(name, option, factors)
     if len(checked) != num_scales or min(checked) < 1:
-        raise ValueError(
+        raise ConfigError(
             f"model {name!r} needs {option} of {num_scales} numbers of at least 1, one a scale, got {list(checked)}"
         )
     return checked
@@ -326,8 +329,8 @@ def check_list(name: str, option: str, values: Sequence[int]) -> tuple[int, ...]
     """Give whole numbers as a tuple.
 
     Raises:
-        ValueError: something else than a list of them.
+        ConfigError: something else than a list of them.
     """
     if not isinstance(values, list | tuple) or not all(isinstance(value, int) for value in values):
-        raise ValueError(f"model {name!r} needs {option} as a list of whole numbers like [1, 2], got {values!r}")
+        raise ConfigError(f"model {name!r} needs {option} as a list of whole numbers like [1, 2], got {values!r}")
     return tuple(values)

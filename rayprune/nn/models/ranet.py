@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rayprune.errors import ConfigError
 from rayprune.nn.models.multi_exit import (
     MultiExit,
     MultiScaleStem,
@@ -378,7 +379,7 @@ def _checked_scales(scales: Sequence[int] | None, input_shape: tuple[int, ...], 
     scales = check_list("ranet", "scales", scales)
     rises = [later - earlier for earlier, later in pairwise(scales)]
     if not scales or scales[0] != 1 or any(rise not in (0, 1) for rise in rises):
-        raise ValueError(f"model 'ranet' needs scales that start at 1 and rise by 0 or 1, got {list(scales)}")
+        raise ConfigError(f"model 'ranet' needs scales that start at 1 and rise by 0 or 1, got {list(scales)}")
     choose_scales("ranet", "scales", input_shape, stem, scales[-1])
     return scales
 
@@ -388,9 +389,9 @@ def _widths(
 ) -> list[Widths]:
     """Give the widths of every sub-network, whose fusions take at least 1 channel of either side."""
     if not 0 < compress_factor < 1:
-        raise ValueError(f"model 'ranet' needs a compress_factor above 0 and below 1, got {compress_factor}")
+        raise ConfigError(f"model 'ranet' needs a compress_factor above 0 and below 1, got {compress_factor}")
     if min(growths) * compress_factor < 1:
-        raise ValueError(
+        raise ConfigError(
             f"model 'ranet' takes {compress_factor:g} of {min(growths)} channels from the sub-network before, which is "
             "none: raise growth_rate or compress_factor"
         )

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from rayprune.core.references import closest, is_reference, load_object
+from rayprune.errors import ConfigError
 
 ModelBuilder = Callable[..., nn.Module]
 MODELS: dict[str, ModelBuilder] = {}
@@ -41,24 +42,24 @@ def build_model(name: str, *, num_classes: int, input_shape: tuple[int, ...], **
             function that returned no module.
     """
     if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        raise ConfigError(f"num_classes must be at least 1, got {num_classes}")
     if len(input_shape) not in (1, 3) or min(input_shape) < 1:
-        raise ValueError(f"input_shape must be (channels, height, width) or (features,), got {tuple(input_shape)}")
+        raise ConfigError(f"input_shape must be (channels, height, width) or (features,), got {tuple(input_shape)}")
     if name.startswith("torchvision:"):
         return _build_torchvision(name.removeprefix("torchvision:"), num_classes, input_shape, options)
     if is_reference(name):
         builder = load_object(name)
         if not callable(builder):
-            raise ValueError(f"model {name!r} is a {type(builder).__name__}, not a function")
+            raise ConfigError(f"model {name!r} is a {type(builder).__name__}, not a function")
     elif name in MODELS:
         builder = MODELS[name]
     else:
-        raise ValueError(f"unknown model {name!r}: {closest(name, MODELS)}, or torchvision:NAME, or module:function")
+        raise ConfigError(f"unknown model {name!r}: {closest(name, MODELS)}, or torchvision:NAME, or module:function")
     arguments = {"num_classes": num_classes, "input_shape": tuple(input_shape), **options}
     _check_arguments(name, builder, arguments)
     model = builder(**arguments)
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model {name!r} must return a torch.nn.Module, got {type(model).__name__}")
+        raise ConfigError(f"model {name!r} must return a torch.nn.Module, got {type(model).__name__}")
     return model
 
 
@@ -69,7 +70,7 @@ def image_channels(name: str, input_shape: tuple[int, ...]) -> int:
         ValueError: the shape is that of features.
     """
     if len(input_shape) != 3:
-        raise ValueError(
+        raise ConfigError(
             f"model {name!r} takes images (channels, height, width), got input shape {tuple(input_shape)}: "
             "for numeric features use 'mlp'"
         )
@@ -86,11 +87,11 @@ def _check_arguments(name: str, builder: ModelBuilder, arguments: dict[str, Any]
         valid = [parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY]
         for argument in arguments:
             if argument not in valid:
-                raise ValueError(f"model {name!r} takes no {argument!r}: {closest(argument, valid)}")
+                raise ConfigError(f"model {name!r} takes no {argument!r}: {closest(argument, valid)}")
     try:
         signature.bind(**arguments)
     except TypeError as error:
-        raise ValueError(f"model {name!r} can't be called: {error}") from None
+        raise ConfigError(f"model {name!r} can't be called: {error}") from None
 
 
 def _build_torchvision(name: str, num_classes: int, input_shape: tuple[int, ...], options: dict[str, Any]) -> nn.Module:
@@ -100,13 +101,13 @@ def _build_torchvision(name: str, num_classes: int, input_shape: tuple[int, ...]
     channels = image_channels(f"torchvision:{name}", input_shape)
     classifiers = models.list_models(module=models)
     if name not in classifiers:
-        raise ValueError(f"unknown torchvision model {name!r}: {closest(name, classifiers)}")
+        raise ConfigError(f"unknown torchvision model {name!r}: {closest(name, classifiers)}")
     if name in AUXILIARY_HEADS:
         options = {"aux_logits": False, "init_weights": True, **options}
     try:
         model: nn.Module = models.get_model(name, **{"weights": None, "num_classes": num_classes, **options})
     except TypeError as error:
-        raise ValueError(f"model 'torchvision:{name}' can't be built: {error}") from error
+        raise ConfigError(f"model 'torchvision:{name}' can't be built: {error}") from error
     if channels != 3:
         _replace_first_convolution(model, channels)
     return model

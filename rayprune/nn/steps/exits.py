@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rayprune.errors import ConfigError
 from rayprune.nn.signals import BOUNDARY_SIGNALS, compute_signals, per_sample_loss
 from rayprune.nn.steps.plain import PlainStep
 
@@ -32,7 +33,7 @@ class ExitStep(PlainStep):
         **recipe: as PlainStep takes it.
 
     Raises:
-        ValueError: there is no such exit, or a signal is none of an exit's.
+        ConfigError: there is no such exit, or a signal is none of an exit's.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class ExitStep(PlainStep):
     ) -> None:
         super().__init__(model, optimizer, **recipe)
         if isinstance(score, int) and not 1 <= score <= num_exits:
-            raise ValueError(f"train.step.score = {score}: the model has exits 1 to {num_exits}")
+            raise ConfigError(f"train.step.score = {score}: the model has exits 1 to {num_exits}")
         self.num_exits, self._score, self._confident = num_exits, score, confident
 
     @staticmethod
@@ -67,7 +68,7 @@ class ExitStep(PlainStep):
         self, names: tuple[str, ...], logits: Tensor, targets_B: Tensor, losses_B: Tensor, part: str = "model"
     ) -> dict[str, Tensor]:
         if any(name in BOUNDARY_SIGNALS for name in names):
-            raise ValueError(
+            raise ConfigError(
                 f"signals of decision boundaries need one last layer, the model has {self.num_exits} exits"
             )
         hits = [compute_signals(("correct",), exit_BC, targets_B, losses_B[0])["correct"] for exit_BC in logits]

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from rayprune.core.step_options import L2wOptions
+from rayprune.errors import ConfigError
 from rayprune.nn.collectives import Ranks
 from rayprune.nn.steps.exits import ExitStep
 from rayprune.nn.steps.meta_gradient import Named, Randomness, after_sgd, gradient_at, gradients_of, slopes_along
@@ -290,7 +291,7 @@ class L2wStep(ExitStep):
         observer: called after every half with what went on in it; for tests.
 
     Raises:
-        ValueError: an option outside its range, another optimiser, micro-batches.
+        ConfigError: an option outside its range, another optimiser, micro-batches.
     """
 
     def __init__(
@@ -305,9 +306,9 @@ class L2wStep(ExitStep):
         **rest: Any,
     ) -> None:
         if not isinstance(optimizer, torch.optim.SGD):
-            raise ValueError("train.step l2w imagines a step of SGD, the optimiser is another: set optim.name=sgd")
+            raise ConfigError("train.step l2w imagines a step of SGD, the optimiser is another: set optim.name=sgd")
         if accumulate != 1:
-            raise ValueError(f"train.step l2w takes no micro-batches: set train.accumulate=1 instead of {accumulate}")
+            raise ConfigError(f"train.step l2w takes no micro-batches: set train.accumulate=1 instead of {accumulate}")
         names = [field.name for field in dataclasses.fields(L2wOptions)]
         options = self.options = L2wOptions(**{name: rest.pop(name) for name in names if name in rest})
         own = self._own = exit_weight_names(num_exits)
@@ -381,11 +382,11 @@ class L2wStep(ExitStep):
         """Take over what `state_dict` returned.
 
         Raises:
-            ValueError: the state is of another train step.
+            ConfigError: the state is of another train step.
         """
         if set(state) != {"weight_net", "meta_optimizer", "batches"}:
             names = ", ".join(sorted(state)[:3]) or "nothing"
-            raise ValueError(f"the state of another train step (it holds {names}): not taken")
+            raise ConfigError(f"the state of another train step (it holds {names}): not taken")
         self.weight_net.load_state_dict(state["weight_net"])
         self.meta_optimizer.load_state_dict(state["meta_optimizer"])
         self._batches = int(state["batches"])

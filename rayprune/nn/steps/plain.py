@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rayprune.core.references import closest
+from rayprune.errors import ConfigError
 from rayprune.nn.boundary import PairDistances
 from rayprune.nn.signals import BOUNDARY_SIGNALS, compute_signals, per_sample_loss
 
@@ -128,7 +129,7 @@ class PlainStep:
             ValueError: the state is of a step that holds some.
         """
         if state:
-            raise ValueError(f"the state of another train step (it holds {', '.join(sorted(state)[:3])}): not taken")
+            raise ConfigError(f"the state of another train step (it holds {', '.join(sorted(state)[:3])}): not taken")
 
     def buffers(self) -> Iterator[Tensor]:
         """Yield nothing: the network's own buffers are all there are."""
@@ -192,7 +193,7 @@ class PlainStep:
         distances_CC = None
         if any(name in BOUNDARY_SIGNALS for name in names):
             if self._head is None:
-                raise ValueError("signals of decision boundaries need the step's head: give head=last_linear(…)")
+                raise ConfigError("signals of decision boundaries need the step's head: give head=last_linear(…)")
             weight = self._network.get_submodule(self._head).weight
             assert isinstance(weight, Tensor)
             distances_CC = self._tables[part](weight)
@@ -200,7 +201,7 @@ class PlainStep:
 
     def _known(self, part: str) -> str:
         if part not in self.parts:
-            raise ValueError(f"unknown part {part!r} of the train step: {closest(part, self.parts)}")
+            raise ConfigError(f"unknown part {part!r} of the train step: {closest(part, self.parts)}")
         return part
 
     def _mixed(self, inputs: Tensor) -> Any:

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rayprune.errors import ConfigError
 from rayprune.nn.boundary import PairDistances, eval_mode, last_linear
 from rayprune.nn.flops import example_input, mac_ratio
 from rayprune.nn.steps.plain import PlainStep
@@ -68,7 +69,7 @@ def sliceable_layers(network: nn.Module) -> dict[str, nn.Module]:
             # A container's own parameter, such as a class token, is named itself.
             path = ".".join(part for part in (name, *own[: any(module.children())]) if part)
             groups = f" with {module.groups} groups" if _is_depthwise(module) else ""
-            raise ValueError(
+            raise ConfigError(
                 f"{path!r} of the network ({type(module).__name__}{groups}) can't be sliced for a proxy: "
                 f"{WITHOUT_PROXY}"
             )
@@ -90,7 +91,7 @@ def check_width(layers: dict[str, nn.Module], head: str, width: float) -> None:
     name = min(counts, key=lambda name: counts[name], default=None)
     if name is not None and _share(counts[name], width) < 1:
         smallest = math.ceil(1e4 / counts[name]) / 1e4
-        raise ValueError(
+        raise ConfigError(
             f"width {width} leaves no channel of layer {name!r}, which has {counts[name]:.0f}: use at least {smallest}"
         )
 
@@ -238,7 +239,7 @@ class Proxy(nn.Module):
     def __init__(self, network: nn.Module, width: float, input_shape: tuple[int, ...]) -> None:
         super().__init__()
         if not 0.0 < width <= 1.0:
-            raise ValueError(f"the proxy's width must be in (0, 1], got {width}")
+            raise ConfigError(f"the proxy's width must be in (0, 1], got {width}")
         self.width = width
         self._network = (network,)  # in a tuple, so that its parameters are not this module's too
         layers = sliceable_layers(network)
@@ -279,13 +280,13 @@ class Proxy(nn.Module):
                 expected, found = network(example).shape, self(example).shape
         except Exception as error:
             line = next(iter(str(error).splitlines()), "")
-            raise ValueError(
+            raise ConfigError(
                 f"the network can't run at width {self.width}: {type(error).__name__}: {line}; {WITHOUT_PROXY}"
             ) from error
         finally:
             handle.remove()
         if found != expected:
-            raise ValueError(
+            raise ConfigError(
                 f"at width {self.width} the network returns {tuple(found)} for a batch of 2, not {tuple(expected)}: "
                 f"its forward fixes a size; {WITHOUT_PROXY}"
             )
@@ -345,7 +346,7 @@ class PspStep(PlainStep):
     ) -> None:
         super().__init__(model, optimizer, **recipe)
         if not (weight > 0.0 and math.isfinite(weight)):
-            raise ValueError(f"the proxy's weight must be above 0, got {weight}")
+            raise ConfigError(f"the proxy's weight must be above 0, got {weight}")
         assert isinstance(self._module, WithProxy), "the model must be what module_of returned"
         self._weight, self._pair, self._network = weight, self._module, self._module.network
         self._tables["proxy"] = PairDistances(self._pair.proxy.head_features)
@@ -373,7 +374,7 @@ class PspStep(PlainStep):
             ValueError: the state is of another train step.
         """
         if set(state) != {"proxy"}:
-            raise ValueError(f"the state of another train step (it holds {', '.join(sorted(state)[:3])}): not taken")
+            raise ConfigError(f"the state of another train step (it holds {', '.join(sorted(state)[:3])}): not taken")
         self._pair.proxy.load_state_dict(state["proxy"])
 
     def buffers(self) -> Iterator[Tensor]:

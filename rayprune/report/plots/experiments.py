@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from pandas.api.types import is_numeric_dtype
 
 from rayprune.config.yaml import read_yaml
+from rayprune.errors import RunFolderError
 from rayprune.report.plots.style import INK, MUTED, PAPER, SERIES, Draw, save_png
 from rayprune.report.read import count_of, read_comparison, share, short
 from rayprune.report.tables import read_results
@@ -40,7 +41,7 @@ def plot_pareto(folder: Path) -> Path:
     table, keys = read_results(folder / "results.parquet")
     draw = pareto(table, keys, folder.resolve().name)
     if draw is None:
-        raise ValueError(f"{folder}: no trial has an accuracy to plot")
+        raise RunFolderError(f"{folder}: no trial has an accuracy to plot")
     return save_png(draw, PARETO_SIZE, folder / "pareto.png")
 
 
@@ -213,7 +214,7 @@ def draw_exits(run_folder: Path) -> Path:
     """
     tables = read_exits(run_folder)
     if not tables:
-        raise ValueError(f"{run_folder} was not evaluated yet: rayprune evaluate {run_folder}")
+        raise RunFolderError(f"{run_folder} was not evaluated yet: rayprune evaluate {run_folder}")
     name = run_folder.resolve().name
     return save_png(
         partial(draw_evaluations, tables, name), EXITS_SIZE, run_folder / _FOLDER / "accuracy_macs.png", dpi=130
@@ -234,9 +235,11 @@ def read_exits(run_folder: Path) -> dict[str, pd.DataFrame]:
         try:
             table = pd.read_csv(file)
         except ValueError as error:
-            raise ValueError(f"{file} is no table ({' '.join(str(error).split())}): evaluate the run again") from None
+            raise RunFolderError(
+                f"{file} is no table ({' '.join(str(error).split())}): evaluate the run again"
+            ) from None
         if not _is_evaluation(table, own):
-            raise ValueError(f"{file} is not what rayprune evaluate writes: evaluate the run again")
+            raise RunFolderError(f"{file} is not what rayprune evaluate writes: evaluate the run again")
         tables[name] = table
     return tables
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from rayprune.core.references import closest
+from rayprune.errors import DataError
 from rayprune.sources.parquet.reader import ShardFile
 from rayprune.sources.storage import Storage, public
 
@@ -39,7 +40,7 @@ def split_files(
     names = [file.name for file in storage.files()] if storage.is_folder() else []
     files = [ShardFile(storage, name) for name in names if name.endswith(".parquet") and "/" not in name]
     if not files:
-        raise ValueError(
+        raise DataError(
             f"data.path {public(storage.path)!r} is neither a Parquet file nor a folder of *.parquet: correct it"
         )
     train = [file for file in files if fnmatchcase(file.stem, train_files)]
@@ -49,7 +50,7 @@ def split_files(
         validation = [file for file in others if fnmatchcase(file.stem, OTHER_VALIDATION_FILES)]
     elif not validation and validation_files:
         stems = closest(validation_files, [file.stem for file in others])
-        raise ValueError(f"data.validation_files {validation_files!r} matches no file left for validation: {stems}")
+        raise DataError(f"data.validation_files {validation_files!r} matches no file left for validation: {stems}")
     return tuple(train or [file for file in others if file not in validation]), tuple(validation)
 
 
@@ -71,13 +72,13 @@ def find_columns(
     named = [name for name in (image_column, label_column, *(feature_columns or ())) if name is not None]
     _check_names(file, named, schema.names)
     if image_column is not None and feature_columns is not None:
-        raise ValueError("data.image_column and data.feature_columns are both set: keep one, a sample has one input")
+        raise DataError("data.image_column and data.feature_columns are both set: keep one, a sample has one input")
     image = None
     if feature_columns is None:
         image = image_column or _find_image(schema)
         if image is not None and not _is_image(schema.field(image).type):
             kind = schema.field(image).type
-            raise ValueError(f"{file} column {image!r} is {kind}: images must be binary or a struct with `bytes`")
+            raise DataError(f"{file} column {image!r} is {kind}: images must be binary or a struct with `bytes`")
     label = label_column or _find_label(file, schema)
     return image, label, () if image is not None else _features(file, schema, label, feature_columns)
 
@@ -95,7 +96,7 @@ def check_columns(file: ShardFile, first: pa.Schema, image: str | None, label: s
         kind, usual = schema.field(name).type, first.field(name).type
         sort = _sort_of_label if name == label else _is_image if name == image else _is_number
         if sort(kind) != sort(usual):
-            raise ValueError(f"{file} column {name!r} is {kind}, and {usual} in the first file")
+            raise DataError(f"{file} column {name!r} is {kind}, and {usual} in the first file")
     check_class_names(file, hub_class_names(schema, label), hub_class_names(first, label), "the first file")
 
 
@@ -129,13 +130,13 @@ def check_class_names(file: Named, found: Sequence[str], usual: Sequence[str], w
     pairs = list(zip(found, usual, strict=False))
     start = next((label for label, (name, other) in enumerate(pairs) if name != other), len(pairs))
     ours, theirs = (f"{len(names)} classes, from {start}: {list(names[start : start + 3])}" for names in (found, usual))
-    raise ValueError(f"{file} has {ours}, and {where} {theirs}: store them with one order of names")
+    raise DataError(f"{file} has {ours}, and {where} {theirs}: store them with one order of names")
 
 
 def _check_names(file: Named, wanted: Sequence[str], names: Sequence[str]) -> None:
     for name in wanted:
         if name not in names:
-            raise ValueError(f"{file} has no column {name!r}: {closest(name, names)}")
+            raise DataError(f"{file} has no column {name!r}: {closest(name, names)}")
 
 
 def _is_image(kind: pa.DataType) -> bool:
@@ -178,16 +179,16 @@ def _find_label(file: Named, schema: pa.Schema) -> str:
     ]
     if usual or len(integers) == 1:
         return (usual or integers)[0]
-    raise ValueError(f"{file} has no column with a usual label name: set data.label_column to one of {schema.names}")
+    raise DataError(f"{file} has no column with a usual label name: set data.label_column to one of {schema.names}")
 
 
 def _features(file: Named, schema: pa.Schema, label: str, given: Sequence[str] | None) -> tuple[str, ...]:
     numeric = [field.name for field in schema if field.name != label and _is_number(field.type)]
     for name in given or ():
         if name not in numeric:
-            raise ValueError(f"{file} column {name!r} is {schema.field(name).type}: {closest(name, numeric)}")
+            raise DataError(f"{file} column {name!r} is {schema.field(name).type}: {closest(name, numeric)}")
     index = _index_columns(schema)
     found = tuple(name for name in numeric if name not in index) if given is None else tuple(given)
     if not found:
-        raise ValueError(f"{file} has neither an image nor a numeric column: set data.image_column")
+        raise DataError(f"{file} has neither an image nor a numeric column: set data.image_column")
     return found

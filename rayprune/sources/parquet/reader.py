@@ -22,9 +22,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from rayprune.errors import DataError, UnreadableImage
 from rayprune.sources.cache import new_array
 from rayprune.sources.fingerprint import digest, file_digest
-from rayprune.sources.images import UnreadableImage, decode_image
+from rayprune.sources.images import decode_image
 from rayprune.sources.storage import Storage, one_line, public
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ def usable_files(
             damaged = isinstance(error, pa.ArrowInvalid | OSError)
             fault = f"{file} is not a readable Parquet file ({one_line(error, 120)})" if damaged else str(error)
             if not skip_errors:
-                raise ValueError(f"{fault}: {'restore' if damaged else 'correct'} it, {LEFT_OUT}") from None
+                raise DataError(f"{fault}: {'restore' if damaged else 'correct'} it, {LEFT_OUT}") from None
             logger.warning("left out: %s", fault)
         else:
             usable.append(file)
@@ -186,15 +187,15 @@ def as_labels(rows: ParquetRows, file: ShardFile, values: pa.ChunkedArray) -> tu
         unknown = np.flatnonzero(present & np.asarray(labels.is_null()))
         if len(unknown):
             label = values[int(unknown[0])].as_py()
-            raise ValueError(f"{file} row {unknown[0]} has label {label!r}, which no training row has: correct it")
+            raise DataError(f"{file} row {unknown[0]} has label {label!r}, which no training row has: correct it")
     elif pa.types.is_integer(values.type) or pa.types.is_boolean(values.type):
         labels = values
     else:
-        raise ValueError(f"{file} column {rows.label_column!r} is {values.type}: labels must be integers or strings")
+        raise DataError(f"{file} column {rows.label_column!r} is {values.type}: labels must be integers or strings")
     try:
         return np.asarray(labels.cast(pa.int64()).fill_null(0)), present
     except pa.ArrowInvalid as error:
-        raise ValueError(
+        raise DataError(
             f"{file} column {rows.label_column!r} holds no class numbers ({one_line(error, 120)})"
         ) from None
 
@@ -214,8 +215,8 @@ def first_image_shape(rows: ParquetRows) -> tuple[int, ...]:
                     if not rows.skip_errors:
                         raise bad_row(file, (start + offset, f"is no readable image ({error})")) from None
                 except ValueError as error:
-                    raise ValueError(f"{file} row {start + offset}: {error}") from None
-    raise ValueError(
+                    raise DataError(f"{file} row {start + offset}: {error}") from None
+    raise DataError(
         f"{public(rows.files[0].storage.path)} holds no readable image in column {rows.image_column!r}: correct it"
     )
 
@@ -319,10 +320,10 @@ def decode_row(
     except UnreadableImage:
         raise
     except ValueError as error:
-        raise ValueError(f"{file} row {row}: {error}") from None
+        raise DataError(f"{file} row {row}: {error}") from None
     if pixels.shape != rows.shape:
         (height, width), (first_height, first_width) = pixels.shape[:2], rows.shape[:2]
-        raise ValueError(
+        raise DataError(
             f"{file} row {row} is an image of {width}×{height} pixels and the first one has "
             f"{first_width}×{first_height}: resize them all to one size before storing them, or set data.image_size"
         )
@@ -358,4 +359,4 @@ def not_finite(rows: ParquetRows, values: np.ndarray) -> list[BadRow]:
 
 def bad_row(file: ShardFile, bad: BadRow) -> ValueError:
     """Return the error that names a row."""
-    return ValueError(f"{file} row {bad[0]} {bad[1]}: correct it, {LEFT_OUT}")
+    return DataError(f"{file} row {bad[0]} {bad[1]}: correct it, {LEFT_OUT}")

@@ -26,8 +26,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rayprune.errors import UnreadableImage
 from rayprune.sources.base import SampleSource, Schema, check_ids
-from rayprune.sources.images import UnreadableImage, decode_in_threads
+from rayprune.sources.images import decode_in_threads
 from rayprune.sources.parquet.reader import (
     LEFT_OUT,
     BadRow,

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from rayprune.core.references import closest
+from rayprune.errors import DataError
 from rayprune.sources.base import Column, SampleSource, Schema, Splits, Subset, count_classes, holdout
 from rayprune.sources.cache import cache_root, cached_arrays, check_mode, decoded
 from rayprune.sources.fingerprint import digest
@@ -87,13 +88,13 @@ class Parquet:
 
     def __post_init__(self) -> None:
         if self.on_error not in {"fail", "skip"}:
-            raise ValueError(f"data.on_error is {self.on_error!r}: {closest(self.on_error, ('fail', 'skip'))}")
+            raise DataError(f"data.on_error is {self.on_error!r}: {closest(self.on_error, ('fail', 'skip'))}")
         if self.feature_columns == ():
-            raise ValueError("data.feature_columns = []: name at least one column, or leave it out for all")
+            raise DataError("data.feature_columns = []: name at least one column, or leave it out for all")
         if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"data.image_size = {self.image_size}: must be at least 1 pixel")
+            raise DataError(f"data.image_size = {self.image_size}: must be at least 1 pixel")
         if self.buffer_bytes < 0:
-            raise ValueError(f"data.buffer_bytes = {self.buffer_bytes}: must be at least 0")
+            raise DataError(f"data.buffer_bytes = {self.buffer_bytes}: must be at least 0")
         check_mode(self.cache)
 
     def open(self) -> Splits:
@@ -104,10 +105,10 @@ class Parquet:
         """
         train_rows, validation_rows, class_names = self._find_rows()
         if self.image_size is not None and train_rows.image_column is None:
-            raise ValueError(f"data.image_size is set and {public(self.path)} has no image column: leave it out")
+            raise DataError(f"data.image_size is set and {public(self.path)} has no image column: leave it out")
         labels, _ = read_labels(train_rows)
         if len(labels) == 0:
-            raise ValueError(
+            raise DataError(
                 f"the training files in {public(self.path)!r} have no rows: correct data.path or data.train_files"
             )
         if train_rows.image_column is not None:
@@ -132,7 +133,7 @@ class Parquet:
             for files in split_files(self.path, self.train_files, self.validation_files)
         )
         if not train:
-            raise ValueError(
+            raise DataError(
                 f"data.path {public(self.path)!r} holds no training file: correct data.path or data.train_files"
             )
         file_schema = train[0].schema()
@@ -143,7 +144,7 @@ class Parquet:
         for step in (check, partial(ShardFile.column, name=label)):
             train, validation = (usable_files(files, step, skip) for files in (train, validation))
         if not train:
-            raise ValueError(
+            raise DataError(
                 f"data.path {public(self.path)!r} holds no training file whose labels can be read: restore one"
             )
         names = string_labels(train, label)

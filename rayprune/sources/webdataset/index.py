@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from rayprune.errors import DataError
 from rayprune.sources.cache import cache_root, cached_arrays
 from rayprune.sources.fingerprint import digest
 from rayprune.sources.storage import Storage, StoredFile, one_line
@@ -120,7 +121,7 @@ def _changed_ns(storage: Storage, file: StoredFile) -> int:
 
 
 def _unreadable(storage: Storage, file: StoredFile, error: OSError) -> ValueError:
-    return ValueError(f"{shard_name(storage, file)} can't be read ({one_line(error)}): restore it, or try again")
+    return DataError(f"{shard_name(storage, file)} can't be read ({one_line(error)}): restore it, or try again")
 
 
 def _build(storage: Storage, file: StoredFile, keys: SampleKeys, whole: bool, folder: Path) -> None:
@@ -237,8 +238,8 @@ def _label_text(content: bytes, name: str | None) -> bytes | None:
             return None
         value = fields[name]
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(f"{name} is {str(value)[:40]}: labels must be whole numbers or text")
+        raise DataError(f"{name} is {str(value)[:40]}: labels must be whole numbers or text")
     label = str(value).strip().encode()
     if len(label) > MAX_LABEL_BYTES:
-        raise ValueError(f"{len(label)} bytes are no label")
+        raise DataError(f"{len(label)} bytes are no label")
     return label

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from rayprune.core.references import closest
+from rayprune.errors import DataError
 from rayprune.sources.base import Column, SampleSource, Schema, Splits, Subset, check_ids, count_classes, holdout
 from rayprune.sources.cache import cache_root, cached_arrays, check_mode, decoded
 from rayprune.sources.fingerprint import WHOLE_BYTES, digest
@@ -81,7 +82,7 @@ class Shards:
         name, fault = (sample[field].decode(errors="replace") for field in ("name", "fault"))
         line = f"{shard_name(self.storage, file)}{f' sample {name!r}' if name else ''} {fault}"
         if not self.skip_errors:
-            raise ValueError(f"{line}: correct it, or leave it out with data.on_error=skip")
+            raise DataError(f"{line}: correct it, or leave it out with data.on_error=skip")
         logger.warning("left out %d samples of a shard: %s", count, line)
 
 
@@ -151,7 +152,7 @@ def class_numbers(texts: np.ndarray, names: tuple[str, ...], named: Callable[[in
     for position, text in enumerate(text.decode() for text in unique):
         if text not in numbers if names else not _NUMBER.fullmatch(text):
             sample = named(int(np.argmax(inverse == position)))
-            raise ValueError(f"{sample} has label {text!r}, which no training sample has: correct it")
+            raise DataError(f"{sample} has label {text!r}, which no training sample has: correct it")
         values[position] = numbers[text] if names else int(text)
     return values[inverse]
 
@@ -269,9 +270,9 @@ class WebDataset:
         check_mode(self.cache)
         check_size(self.image_size)
         if self.on_error not in {"fail", "skip"}:
-            raise ValueError(f"data.on_error is {self.on_error!r}: {closest(self.on_error, ('fail', 'skip'))}")
+            raise DataError(f"data.on_error is {self.on_error!r}: {closest(self.on_error, ('fail', 'skip'))}")
         if self.num_channels not in {None, 1, 3}:
-            raise ValueError(f"data.num_channels is {self.num_channels}: set 1 for grey or 3 for colour images")
+            raise DataError(f"data.num_channels is {self.num_channels}: set 1 for grey or 3 for colour images")
 
     def open(self) -> Splits:
         """Index the shards and read the labels; with on_error=skip also decode, to know which samples remain.
@@ -287,7 +288,7 @@ class WebDataset:
         shards = Shards(storage, train_files, keys, self.cache_dir, skip)
         index = shards.index()
         if len(index) == 0:
-            raise ValueError(f"the training shards in {public(self.path)!r} hold no samples: correct data.path")
+            raise DataError(f"the training shards in {public(self.path)!r} hold no samples: correct data.path")
         texts = index.label_texts()
         names = class_names(texts)
         labels = class_numbers(texts, names, index.name)
@@ -318,14 +319,14 @@ def _shard_files(storage: Storage) -> list[StoredFile]:
     else:
         if not storage.is_folder():
             braces = "; give the folder, and set data.train_shards to a pattern" if "{" in storage.path else ""
-            raise ValueError(f"data.path {public(storage.path)!r} does not exist: correct it{braces}")
+            raise DataError(f"data.path {public(storage.path)!r} does not exist: correct it{braces}")
         files = storage.files()
         names = [file.name for file in files]
     tars = [file for file, name in zip(files, names, strict=True) if name.endswith(".tar")]
     if not tars:
         packed = next((name for name in names if name.endswith(COMPRESSED)), None)
         reason = f": unpack {packed} first, a compressed tar can't be read by id" if packed else ": correct data.path"
-        raise ValueError(f"data.path {public(storage.path)!r} holds no .tar shard{reason}")
+        raise DataError(f"data.path {public(storage.path)!r} holds no .tar shard{reason}")
     return tars
 
 
@@ -342,11 +343,11 @@ def _split(
         held = [file for file in others if _matches(file, OTHER_VALIDATION_FILES)]
     elif not held and validation:
         stems = closest(validation, [_stem(file) for file in others])
-        raise ValueError(f"data.validation_shards {validation!r} matches no shard left for validation: {stems}")
+        raise DataError(f"data.validation_shards {validation!r} matches no shard left for validation: {stems}")
     training = training or [file for file in others if file not in held]
     if not training:
         stems = closest(train, [_stem(file) for file in files])
-        raise ValueError(f"data.train_shards {train!r} matches no shard left for training: {stems}")
+        raise DataError(f"data.train_shards {train!r} matches no shard left for training: {stems}")
     return tuple(training), tuple(held)
 
 

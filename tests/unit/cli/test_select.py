@@ -1,0 +1,195 @@
+"""`rayprune select` as a user types it: what it writes, what it prints, and how it refuses.
+
+Shapes: N samples.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from rayprune.cli import main as cli
+from rayprune.cli.select import select
+from rayprune.core.choosing import choose
+from rayprune.sources.score_files import write_scores
+from rayprune.sources.selection_files import read_selection_file
+from tests.support.paths import ROOT
+
+LABELS = np.arange(40) % 4
+LOSS = np.random.default_rng(0).gamma(1.0, size=40).astype(np.float32)
+
+
+def scores_in(folder: Path, loss: Any = LOSS, **more: Any) -> Path:
+    scores = {"loss": loss, **more}
+    visits = np.zeros(40, dtype=np.int32)
+    return write_scores(folder / "scores.parquet", 40, scores, labels=LABELS, last_visit=visits, fingerprint="ab")
+
+
+def run(*words: object) -> str:
+    """Run the command in this process; return what it printed."""
+    done = CliRunner().invoke(select, [str(word) for word in words], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Run the whole command line in this process; return its one line of error."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["rayprune", "select", *map(str, words)])
+        patch.setattr(sys, "path", sys.path.copy())
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+    printed = capsys.readouterr()
+    assert left.value.code == 2
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1, printed.err
+    return printed.err
+
+
+def test_the_highest_are_kept_and_the_run_to_train_is_named(tmp_path: Path) -> None:
+    scores_in(tmp_path)
+    printed = run(tmp_path, "--keep", "0.3")
+    stored = read_selection_file(tmp_path / "chosen.parquet", 40)
+    assert stored.ids.tolist() == choose(LOSS, 12).ids.tolist()
+    assert set(stored.weights) == {1.0}
+    assert stored.fingerprint == "ab"
+    assert {"by": "loss", "keep": 0.3, "rule": "top", "scores": "scores.parquet"}.items() <= stored.about.items()
+    assert "12 of 40 (30.0%)" in printed
+    assert f"kept {np.sort(LOSS)[-12]:.4g} to {LOSS.max():.4g}, all {LOSS.min():.4g} to" in printed
+    assert f"rayprune train CONFIG method.name=fixed method.path={tmp_path}/chosen.parquet" in printed
+    rows = re.findall(r"^ +(\d) +(\d+) +10 +(\S+)% ", printed, flags=re.MULTILINE)
+    assert [int(number) for number, _, _ in rows] == [0, 1, 2, 3]
+    assert sum(int(kept) for _, kept, _ in rows) == 12
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        (["--rule", "bottom"], {"rule": "bottom"}),
+        (["--rule", "middle", "--balance", "even"], {"rule": "middle", "balance": "even"}),
+        (["--per-class"], {"balance": "proportional"}),
+        (["--drop-top", "0.1", "--drop-bottom", "0.2"], {"drop_top": 0.1, "drop_bottom": 0.2}),
+        (["--rule", "strata", "--strata", "4", "--reweigh"], {"rule": "strata", "num_strata": 4, "reweigh": True}),
+    ],
+)
+def test_options_are_those_of_choose(tmp_path: Path, words: list[str], options: dict[str, Any]) -> None:
+    scores = scores_in(tmp_path)
+    run(scores, "--keep", "12", "--seed", "5", *words)
+    expected = choose(LOSS, 12, labels=LABELS, rng=np.random.default_rng([5, 0]), **options)
+    stored = read_selection_file(tmp_path / "chosen.parquet")
+    assert stored.ids.tolist() == expected.ids.tolist()
+    assert np.array_equal(stored.weights, expected.weights)
+
+
+def test_several_formats_hold_one_choice(tmp_path: Path) -> None:
+    scores_in(tmp_path)
+    files = [tmp_path / f"seven{ending}" for ending in (".parquet", ".npz", ".txt", ".tsv", ".npy")]
+    printed = run(tmp_path, "--keep", "7", *(word for file in files for word in ("--out", file)))
+    ids = [read_selection_file(file).ids.tolist() for file in files]
+    assert ids == [ids[0]] * 5
+    assert all(f"wrote    {file}" in printed for file in files)
+    assert not (tmp_path / "chosen.parquet").exists()
+
+
+def test_an_existing_file_is_overwritten_only_when_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = scores_in(tmp_path)
+    run(tmp_path, "--keep", "7")
+    new = tmp_path / "new.npz"
+    assert "--force" in refused(capsys, tmp_path, "--keep", 9, "--out", new, "--out", tmp_path / "chosen.parquet")
+    assert not new.exists()
+    run(tmp_path, "--keep", "9", "--force")
+    assert read_selection_file(tmp_path / "chosen.parquet").ids.size == 9
+    before = scores.read_bytes()
+    assert "holds the scores" in refused(capsys, scores, "--keep", 9, "--out", scores, "--force")
+    assert scores.read_bytes() == before
+
+
+def test_samples_without_a_score_are_refused_or_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loss = LOSS.copy()
+    loss[[3, 30, 31]] = np.nan
+    scores_in(tmp_path, loss)
+    assert "3 of 40 samples have no loss, first ids [3, 30, 31]" in refused(capsys, tmp_path, "--keep", 0.5)
+    assert "37 have a loss" in refused(capsys, tmp_path, "--keep", 38, "--drop-missing")
+    printed = run(tmp_path, "--keep", "0.5", "--drop-missing", "--rule", "bottom", "--per-class")
+    assert "3 left out without a loss" in printed
+    stored = read_selection_file(tmp_path / "chosen.parquet")
+    assert stored.ids.size == 20
+    assert not {3, 30, 31} & set(stored.ids)
+    assert np.isfinite(loss[stored.ids]).all()
+
+
+def test_a_csv_without_labels_and_many_classes(tmp_path: Path) -> None:
+    file = tmp_path / "mine.csv"
+    file.write_text("id,score\n" + "".join(f"{number},{number % 7}\n" for number in range(20)))
+    assert "class" not in run(file, "--keep", "4", "--out", tmp_path / "chosen.txt")
+    assert read_selection_file(tmp_path / "chosen.txt").ids.tolist() == [5, 6, 12, 13]
+    write_scores(tmp_path / "many.parquet", 40, {"loss": LOSS}, labels=np.arange(40) // 2)
+    printed = run(tmp_path / "many.parquet", "--keep", "10")
+    assert re.search(r"classes  20: from 0.0% of class \d+ to (50|100)\.0% of class \d+", printed)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--keep", "0"], "outside 1..40"),
+        (["--keep", "41"], "outside 1..40"),
+        (["--keep", "1.5"], "outside (0, 1]"),
+        (["--keep", "half"], "'half' is no number"),
+        (["--keep", "nan"], "outside (0, 1]"),
+        ([], "'--keep'"),
+        (["--keep", "5", "--rule", "highest"], "'highest' is not one of"),
+        (["--keep", "5", "--by", "los"], "did you mean 'loss'"),
+        (["--keep", "5", "--strata", "0"], "'--strata'"),
+        (["--keep", "5", "--seed", "-1"], "'--seed'"),
+        (["--keep", "5", "--drop-top", "1"], "'--drop-top'"),
+        (["--keep", "40", "--drop-top", "0.5"], "outside 1..20"),
+        (["--keep", "5", "--reweigh"], "rule 'strata'"),
+        (["--keep", "5", "--rule", "strata", "--reweigh"], "take fewer strata"),
+        (["--keep", "5", "--out", "chosen.csv"], "end it in one of"),
+        (["--keep", "5", "--out", "nowhere/chosen.npz"], "create it first"),
+        (["--keep", "30", "--rule", "strata", "--strata", "2", "--reweigh", "--out", "w.npy"], "no place for weights"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    scores_in(tmp_path)
+    assert said in refused(capsys, "scores.parquet", *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.parquet"]
+
+
+def test_scores_that_cannot_be_used_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "does not exist" in refused(capsys, tmp_path / "none.parquet", "--keep", 5)
+    assert "let the run finish" in refused(capsys, tmp_path, "--keep", 5)
+    scores_in(tmp_path, el2n=LOSS)
+    assert "2 scores: name the one to go by, one of loss, el2n" in refused(capsys, tmp_path, "--keep", 5)
+    run(tmp_path, "--keep", 5, "--by", "el2n")
+    assert "is a selection" in refused(capsys, tmp_path / "chosen.parquet", "--keep", 5, "--force")
+    write_scores(tmp_path / "bare.parquet", 40, {"loss": LOSS})
+    assert "no column 'label'" in refused(capsys, tmp_path / "bare.parquet", "--keep", 5, "--per-class", "--force")
+
+
+def test_selecting_loads_neither_ray_nor_torch(tmp_path: Path) -> None:
+    scores_in(tmp_path)
+    code = f"import sys; sys.argv = ['rayprune', 'select', {str(tmp_path)!r}, '--keep', '5']; " + (
+        "from rayprune.cli.main import cli; cli.main(standalone_mode=False); "
+        "print('LOADED', sorted({'ray', 'torch'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
+    assert "LOADED []" in done.stdout, done.stderr
+    assert (tmp_path / "chosen.parquet").exists()

@@ -1,0 +1,205 @@
+"""Configs: what is read, what is refused and with which line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayprune.config import Config, load_config, make_config
+from rayprune.config.yaml import merge, parse_overrides, read_yaml
+from tests.support.paths import ROOT
+
+DIGITS = {"data": {"source": "digits"}}
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_reads_back_to_itself(path: Path) -> None:
+    config = load_config(path)
+    assert Config.model_validate(read_yaml(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"data": 3}, ["data = 3"]),
+        ({**DIGITS, "trian": {}}, ["'trian'", "'train'"]),
+        ({**DIGITS, "train": {"epohcs": 3}}, ["'train.epohcs'", "'epochs'"]),
+        ({**DIGITS, "train": {"epochs": 0}}, ["train.epochs", "0", "greater than or equal to 1"]),
+        ({**DIGITS, "train": {"epochs": "many"}}, ["train.epochs", "'many'", "must be a whole number"]),
+        ({**DIGITS, "method": {"name": "infobach"}}, ["'infobach'", "'infobatch'"]),
+        ({**DIGITS, "method": {"name": "infobatch", "prune_ratio": 1.0}}, ["1.0", "[0, 1)"]),
+        ({**DIGITS, "method": {"name": "infobatch", "prune_ratoi": 0.5}}, ["'method.prune_ratoi'", "'prune_ratio'"]),
+        ({**DIGITS, "train": {"batch_size": 33}, "scaling": {"num_workers": 2}}, ["33", "2 workers", "32"]),
+        ({**DIGITS, "optim": {"schedule": "cosin"}}, ["optim.schedule", "'cosin'", "'cosine'"]),
+        ({**DIGITS, "scaling": {"threads": 0}}, ["scaling.threads", "above 0"]),
+        ({**DIGITS, "run": {"name": "a/b"}}, ["run.name", "run.storage_path"]),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_cure(tree: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        make_config(tree)
+    line = str(caught.value)
+    assert "\n" not in line
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["optim.lr=true"], "optim.lr = True: must be a number"),
+        (["train.epochs=true"], "train.epochs = True: must be a whole number"),
+        (
+            ["scaling.num_workers=true"],
+            "scaling.num_workers = True: must be a whole number or a list of 2 whole numbers",
+        ),
+        (["scaling.num_workers=[0, 2]"], "scaling.num_workers = [0, 2]: must be at least 0, or [min, max]"),
+        (['train.epochs="2"'], "train.epochs = '2': must be a whole number"),
+        (['optim.lr="5e-4"'], "optim.lr = '5e-4': must be a number"),
+        (["optim.lr=.inf"], "optim.lr = inf: must be a finite number"),
+        (["optim.gamma=.inf"], "optim.gamma = inf: must be a finite number"),
+        (["optim.weight_decay=.nan"], "optim.weight_decay = nan: must be a finite number"),
+        (["train.clip_norm=.inf"], "train.clip_norm = inf: must be a finite number or null"),
+        (["train.seed=9223372036854775808"], "train.seed = 9223372036854775808: input should be less than 92233720"),
+        (["optim.betas=[2, 3]"], "optim.betas = 2: input should be less than 1"),
+        (["optim.betas=[.9]"], "optim.betas = [0.9]: must be a list of 2 numbers"),
+        (["optim.milestones=[.5, .2]"], "optim.milestones = [0.5, 0.2]: must ascend between 0 and 1"),
+        (["optim.milestones=[30, 60]"], "optim.milestones = [30, 60]: must ascend between 0 and 1"),
+        (["optim.milestones=.5"], "optim.milestones = 0.5: must be a list of numbers"),
+        (["optim.nesterov=true", "optim.momentum=0"], "optim.nesterov = True needs momentum: set optim.momentum=0.9"),
+        (["optim.schedule=onecycle"], "optim.warmup = 0.05: schedule onecycle warms up by itself, set optim.warmup=0"),
+        (["scaling.threads=1.5"], "scaling.threads = 1.5: must be auto or a whole number"),
+        (["train.channels_last=3"], "train.channels_last = 3: must be auto, true or false"),
+        (["data.augment={flip: 3}"], "data.augment.flip = 3: must be true or false"),
+        (["data.augment={crop: -1}"], "data.augment.crop = -1: must be at least 0"),
+        (["data.augment={flop: true}"], "unknown key 'data.augment.flop' of the augmentation: did you mean 'flip'"),
+        (["data.augment={1: 2}"], "data.augment = {1: 2}: must be auto or a mapping of keys"),
+        (["data.augment=crop"], "data.augment = 'crop': must be auto or a mapping of keys"),
+        (["train.epochs=1", "train.epochs=2"], "override 'train.epochs=2': 'train.epochs' is given twice"),
+        (["train.epochs=1", "train={seed: 1}"], "override 'train={seed: 1}': 'train' is given twice"),
+        (["train=null"], "train = None: must be a mapping of keys"),
+        (["method=null"], "method = None: must be a name or a mapping"),
+        (["method={1: 2, name: infobatch}"], "unknown key 'method.1' of method 'infobatch'"),
+        (["method={name: infobatch, ema: abc}"], "method.ema = 'abc': must be a number"),
+        (["run.name=2024"], "run.name = 2024: must be text or null"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(words: list[str], named: str) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        load_config(CONFIGS[0].parent / "digits_full.yaml", words)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert line.startswith(named)
+
+
+def test_what_looks_odd_and_is_right_is_taken() -> None:
+    words = ["optim.lr=5e-4", "optim.weight_decay=0", "optim.schedule=onecycle", "optim.warmup=0", "train={seed: 1}"]
+    config = load_config(CONFIGS[0].parent / "digits_full.yaml", [*words, "train.epochs=2", "train.clip_norm=1"])
+    assert (config.optim.lr, config.optim.schedule, config.train.clip_norm) == (0.0005, "onecycle", 1.0)
+    assert (config.train.seed, config.train.epochs) == (1, 2)
+
+
+def test_numbers_are_read_as_people_write_them() -> None:
+    assert parse_overrides(["optim.lr=5e-4", "a=.5", "b=1e3", "c=3", "d=[1, 2.5]", "e=null"]) == {
+        "optim": {"lr": 0.0005},
+        "a": 0.5,
+        "b": 1000.0,
+        "c": 3,
+        "d": [1, 2.5],
+        "e": None,
+    }
+
+
+@pytest.mark.parametrize("word", ["train.epochs", "=3", "train..epochs=3", "a=[1"])
+def test_a_word_that_is_no_override_is_refused(word: str) -> None:
+    with pytest.raises(ValueError, match=r"^override "):
+        parse_overrides([word])
+
+
+def test_a_key_that_stands_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="'a' stands twice"):
+        read_yaml("a: 1\na: 2")
+
+
+def test_another_method_leaves_the_old_ones_keys_behind() -> None:
+    base = {
+        "method": {"name": "infobatch", "anneal_start": 0.5},
+        "data": {"source": "parquet", "path": "x", "limit": 9},
+    }
+    switched = merge(base, {"method": {"name": "random"}, "data": {"source": "digits"}})
+    assert switched == {"method": {"name": "random"}, "data": {"source": "digits", "limit": 9}}
+    assert merge(base, {"method": {"prune_ratio": 0.3}})["method"] == {**base["method"], "prune_ratio": 0.3}
+
+
+def test_the_run_name_follows_what_decides_the_result(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: {source: digits}\n")
+    name = load_config(file).run.name
+    assert name is not None
+    assert name.startswith("mine-")
+    assert load_config(file, ["scaling.num_workers=2"]).run.name == name
+    assert load_config(file, ["train.seed=1"]).run.name != name
+    assert load_config(file, ["run.name=kept"]).run.name == "kept"
+
+
+def test_where_the_data_lies_decides_nothing() -> None:
+    data = {"source": "parquet", "path": "data/cifar10", "label_column": "y"}
+    digest = make_config({"data": data}).digest()
+    for other in ({"path": "/elsewhere"}, {"path": "./data/cifar10"}, {"cache_dir": "/tmp"}):
+        assert make_config({"data": data | other}).digest() == digest
+    for other in ({"label_column": "z"}, {"limit": 9}, {"source": "arrays"}):
+        assert make_config({"data": data | other}).digest() != digest
+
+
+def test_a_users_file_is_found_from_every_folder_and_its_place_decides_nothing(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    digests = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        config = make_config({**DIGITS, "model": {"name": "nets.py:mine"}})
+        assert config.model.name == f"{folder}/nets.py:mine"
+        digests.append(config.digest())
+    assert digests[0] == digests[1]
+
+
+def test_the_default_is_a_full_run_on_digits() -> None:
+    config = make_config({})
+    assert (config.data.source, config.method["name"]) == ("digits", "full")
+
+
+def test_unreadable_configs_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nope\.yaml.*No such file"):
+        load_config(tmp_path / "nope.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    with pytest.raises(ValueError, match=r"broken\.yaml.*no valid YAML"):
+        load_config(broken)
+    broken.write_text("just words")
+    with pytest.raises(ValueError, match="holds no sections"):
+        load_config(broken)
+
+
+def test_the_json_schema_knows_every_section() -> None:
+    assert set(Config.model_json_schema()["properties"]) == {
+        "data", "model", "method", "train", "optim", "scaling", "run", "collect", "compare", "sweep",
+    }  # fmt: skip
+
+
+def test_a_data_sets_function_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = make_config({"data": {"source": "torch_dataset", "dataset": "mine.py:make", "path": "images"}})
+    assert config.data.source_keys == {"dataset": f"{tmp_path}/mine.py:make", "path": "images"}
+
+
+def test_another_train_step_drops_the_old_ones_options(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("train: {step: {name: l2w, epsilon: 0.5}}\ndata: {source: digits, hold_out: 0.2}\n")
+    other = load_config(file, ["train.step={name: exits, score: mean}", "data.source=cifar10"])
+    assert other.train.step_options == {"score": "mean", "confident": 0.9}
+    assert other.data.hold_out == 0.2
+    assert load_config(file, ["train.step.p=20"]).train.step_options["epsilon"] == 0.5

@@ -1,0 +1,185 @@
+"""Trackers hold a run's lines, once, in one run of theirs; none of them can end or change a run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import struct
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayprune.config import make_config
+from rayprune.engine.storage import trackers
+from rayprune.engine.storage.run_folder import read_metrics
+from rayprune.engine.storage.trackers import check_trackers
+from rayprune.engine.train.driver import train
+from rayprune.errors import TrainingStopped
+from tests.support.runs import assert_same_run, run_config, tracked, user
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "WANDB_MODE", "WANDB_DIR", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def stop_and_go_on(tmp_path: Path, *names: str) -> Path:
+    """Train two epochs, then the other two; return the run folder."""
+    for stop_after in (2, 4):
+        train_sections: dict[str, Any] = {"epochs": 4, "batch_size": 32, "stop_after": stop_after}
+        folder = train(run_config(tmp_path, train=train_sections, run={"trackers": list(names)})).folder
+    return folder
+
+
+def test_mlflow_has_one_run_of_all_epochs(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    folder = stop_and_go_on(tmp_path, "mlflow")
+    (run,), points = tracked(folder)
+    assert run.info.run_name == "run"
+    assert run.info.status == "FINISHED"
+    assert run.data.params["method.name"] == "infobatch"
+    metrics = read_metrics(folder)
+    assert points["train_loss"] == [(line["epoch"], line["train_loss"]) for line in metrics]
+    assert points["val_accuracy"] == [(line["epoch"], line["val_accuracy"]) for line in metrics]
+    assert points["seconds/train"] == [(line["epoch"], line["seconds"]["train"]) for line in metrics]
+
+
+def test_mlflow_goes_where_its_variables_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    uri = f"sqlite:///{tmp_path / 'shared.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    folder = train(run_config(tmp_path, train={"epochs": 1}, run={"trackers": ["mlflow"]})).folder
+    assert not (folder / "mlflow" / "mlflow.db").exists()
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    assert len(client.search_runs([client.get_experiment_by_name("mine").experiment_id])) == 1
+
+
+def records(content: bytes) -> Iterator[bytes]:
+    """Yield the records of a .wandb file: LevelDB's log format behind a header of 7 bytes."""
+    block_bytes, at, parts = 32 * 1024, 7, b""
+    while at + 7 <= len(content):
+        if block_bytes - at % block_bytes < 7:  # no header fits any more: the rest of the block is empty
+            at += block_bytes - at % block_bytes
+            continue
+        _, size, kind = struct.unpack("<IHB", content[at : at + 7])
+        parts += content[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or a last part
+            yield parts
+            parts = b""
+
+
+def wandb_lines(folder: Path) -> dict[int, dict[str, Any]]:
+    """Return epoch → what the offline files of a run folder hold for it, as `wandb sync` would send it."""
+    from wandb.proto import wandb_internal_pb2
+
+    found: dict[int, dict[str, Any]] = {}
+    for file in sorted((folder / "wandb").glob("offline-run-*/*.wandb")):
+        for data in records(file.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "history":
+                items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+                assert items["_step"] not in found, "an epoch was logged twice"
+                found[items["_step"]] = items
+    return found
+
+
+def test_wandb_is_offline_and_goes_on_in_its_run(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    folder = stop_and_go_on(tmp_path, "wandb")
+    # offline-run-TIME-ID, and a number behind it where two begin in the same second.
+    starts = [path.name.split("-")[3] for path in (folder / "wandb").glob("offline-run-*")]
+    assert len(starts) == 2
+    assert len(set(starts)) == 1, "the second start has the first one's id"
+    metrics = read_metrics(folder)
+    lines = wandb_lines(folder)
+    assert {epoch: line["train_loss"] for epoch, line in lines.items()} == {
+        line["epoch"]: pytest.approx(line["train_loss"]) for line in metrics
+    }
+
+
+def test_a_server_that_is_away_costs_one_line_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setattr(trackers, "_CLOSE_S", 0.2)  # its client tries for minutes
+    notices: list[str] = []
+    result = train(run_config(tmp_path, "away", run={"trackers": ["mlflow"]}), on_notice=notices.append)
+    (line,) = [notice for notice in notices if "mlflow" in notice]
+    assert line.startswith("mlflow has failed (")
+    assert "\n" not in line
+    assert_same_run(result, train(run_config(tmp_path, "without")))
+
+
+class Fails:
+    """Take one epoch, then fail; count what was taken."""
+
+    taken: list[int] = []  # noqa: RUF012  # shared on purpose: each start of a run makes a new tracker
+
+    def __init__(self, run_folder: Path, config: Any, state: dict[str, Any]) -> None:
+        self.epochs = 2 if self.taken else 1
+
+    def log(self, epoch: int, values: Mapping[str, float]) -> None:
+        if not self.epochs:
+            raise OSError("no space left on device")
+        self.epochs -= 1
+        self.taken.append(epoch)
+
+    def close(self, finished: bool) -> None:
+        self.taken.append(-1)
+
+
+def test_what_a_failed_tracker_missed_comes_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(trackers._OPEN, "tensorboard", Fails)
+    notices: list[str] = []
+    for stop_after in (2, 3):
+        train(run_config(tmp_path, train={"stop_after": stop_after}), on_notice=notices.append)
+    assert notices == [
+        "tensorboard has failed (OSError: no space left on device); the run itself is whole, and its next start tells "
+        "tensorboard the rest"
+    ]
+    assert Fails.taken == [0, 1, 2, -1], "each epoch once"
+
+
+def test_a_tracker_that_failed_is_named_also_where_training_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(trackers._OPEN, "tensorboard", Fails)
+    monkeypatch.setattr(Fails, "taken", [])
+    notices: list[str] = []
+    spoilt = {"name": user("nan_rows"), "rows": 1}
+    config = run_config(tmp_path, model=spoilt, train={"max_nonfinite": 25})
+    with pytest.raises(TrainingStopped, match="NaN or infinite"):
+        train(config, on_notice=notices.append)
+    assert notices[-1].startswith("tensorboard has failed (OSError: no space left on device)")
+
+
+def test_a_tracker_that_is_not_installed_is_refused_with_the_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"wandb, which is not installed: pip install 'rayprune\[wandb\]'$"):
+        train(run_config(tmp_path, run={"trackers": ["wandb"]}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plain_folder_of_its_name_is_no_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb").mkdir()  # as W&B itself leaves one in the working directory
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    importlib.invalidate_caches()
+    with pytest.raises(ValueError, match=r"wandb, which is not installed"):
+        check_trackers(make_config({"run": {"trackers": ["wandb"]}}))
+
+
+def test_trackers_are_no_part_of_the_run() -> None:
+    assert make_config({"run": {"trackers": ["mlflow", "wandb"]}}).digest() == make_config({}).digest()
+    with pytest.raises(ValueError, match=r"run.trackers = \['wanbd'\]: there is no tracker 'wanbd'.*wandb"):
+        make_config({"run": {"trackers": ["wanbd"]}})
