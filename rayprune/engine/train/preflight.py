@@ -211,7 +211,7 @@ def _check_step(config: Config, model: torch.nn.Module, spec: InputSpec, method:
     try:
         if terms.name == "l2w":
             _check_halves(config, model, spec)
-        step = build_step(config, model, spec, terms, 1, torch.device("cpu"), compiled=False)
+        step = build_step(config, model, spec, terms, device=torch.device("cpu"), compiled=False)
         zeros, targets = torch.zeros(2, *spec.shape), torch.zeros(2, dtype=torch.int64)
         for part in step.parts:
             step.evaluate(zeros, targets, smoothed=True, signals=asked, part=part)

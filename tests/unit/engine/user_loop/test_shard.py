@@ -225,7 +225,7 @@ def misuse(epoch: Any, batch: Any) -> None:
 
 MISUSES: dict[str, tuple[Callable[[Any, Any], None], str]] = {
     "twice": (misuse, "called once for it"),
-    "another batch": (lambda epoch, batch: epoch.weigh({**batch}, batch["x"].sum(1)), "gave last"),
+    "another batch": (lambda epoch, batch: epoch.weigh({**batch}, batch["x"].sum(1)), "yielded last"),
     "scalar": (lambda epoch, batch: epoch.weigh(batch, batch["x"].sum()), "reduction='none'"),
     "again": (lambda epoch, batch: next(epoch.iter_torch_batches()), "iterated already"),
 }
@@ -330,7 +330,7 @@ def test_a_state_before_weigh_is_refused() -> None:
     shard = make()
     epoch = next(shard.epochs())
     next(epoch.iter_torch_batches())
-    with pytest.raises(RuntimeError, match="comes after weigh"):
+    with pytest.raises(RuntimeError, match="after weigh: the state would lack"):
         shard.state_dict()
 
 
