@@ -322,7 +322,7 @@ def train(
     scored = _scored(config, splits, listeners)
     if on_scored is not None:
         on_scored(scored)
-    return _run(config, splits, scored.choice(config), listeners)
+    return _run(config, splits, scored.setup(config), listeners)
 
 
 def check(config: Config, splits: Splits) -> None:

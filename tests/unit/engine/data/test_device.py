@@ -215,7 +215,7 @@ def test_a_loop_that_cannot_have_tensors_of_the_device_is_told_so() -> None:
     batches = next(shard.epochs()).iter_torch_batches(collate_fn=dict)
     with pytest.raises(ValueError, match=r"collate_fn takes NumPy columns.*prune\(stream='local'\)"):
         next(batches)
-    with pytest.raises(ValueError, match="which tensors do not hold"):
+    with pytest.raises(ValueError, match="which tensors cannot hold"):
         rayprune.local_loader(Named(), rayprune.InfoBatch(), 3, 64, stream="device")
     with pytest.raises(ValueError, match="stream 'ray' is not one of local, device here"):
         rayprune.local_loader(SOURCES["train"], rayprune.InfoBatch(), 3, 64, stream="ray")  # type: ignore[arg-type]
