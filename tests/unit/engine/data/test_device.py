@@ -217,7 +217,7 @@ def test_a_loop_that_cannot_have_tensors_of_the_device_is_told_so() -> None:
         next(batches)
     with pytest.raises(ValueError, match="which tensors cannot hold"):
         rayprune.local_loader(Named(), rayprune.InfoBatch(), 3, 64, stream="device")
-    with pytest.raises(ValueError, match="stream 'ray' is not one of local, device here"):
+    with pytest.raises(ValueError, match="stream 'ray' is not one of local, device"):
         rayprune.local_loader(SOURCES["train"], rayprune.InfoBatch(), 3, 64, stream="ray")  # type: ignore[arg-type]
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device 'cuda': torch finds no GPU here"):
