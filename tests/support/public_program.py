@@ -1,0 +1,87 @@
+"""A user's program that uses every public name of rayprune; mypy checks it in tests/project/test_public_api.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, assert_type
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import rayprune
+
+
+@dataclass(frozen=True)
+class KeepFirst(rayprune.Method):
+    """A method of the user's own."""
+
+    kind = "dynamic"
+    paper = "none"
+    signals = ("loss",)
+    prune_ratio: float | rayprune.Schedule = 0.5
+
+    def select(self, table: rayprune.ScoreTable, context: rayprune.EpochContext) -> rayprune.Selection:
+        """Keep the lower half of the ids."""
+        return rayprune.Selection.of_ids(np.arange(context.num_samples // 2), context.num_samples)
+
+
+METHODS: list[rayprune.Method] = [
+    rayprune.Full(),
+    rayprune.Random(prune_ratio=0.5),
+    rayprune.RandomEpoch(prune_ratio=rayprune.Schedule.of(0.5)),
+    rayprune.InfoBatch(prune_ratio=0.5),
+    rayprune.DynaMS(budget=0.6),
+    rayprune.TDDS(prune_ratio=0.3),
+    rayprune.Fixed(path="chosen.parquet"),
+    rayprune.Shuffled(rayprune.InfoBatch()),
+    rayprune.build_method({"name": "infobatch"}),
+    KeepFirst(),
+]
+
+
+def train(data: dict[str, NDArray[Any]], model: torch.nn.Module) -> dict[str, NDArray[Any]]:
+    """Train in this process."""
+    shard = rayprune.local_loader(data, METHODS[0], num_epochs=2, batch_size=8)
+    assert_type(shard, rayprune.Shard)
+    epochs: Iterator[rayprune.Epoch] = shard.epochs()
+    for epoch in epochs:
+        for batch in epoch.iter_torch_batches():
+            losses = torch.nn.functional.cross_entropy(model(batch["x"]), batch["label"], reduction="none")
+            loss = epoch.weigh(batch, losses)
+            assert_type(loss, torch.Tensor)
+            loss.backward()  # type: ignore[no-untyped-call]
+    shard.load_state_dict(shard.state_dict())
+    return shard.scores()
+
+
+def on_a_cluster(data: dict[str, NDArray[Any]]) -> rayprune.PrunedData:
+    """Stream through Ray Data."""
+
+    def loop() -> None:
+        assert_type(rayprune.get_dataset_shard("train"), rayprune.Shard)
+
+    loop()
+    return rayprune.prune(data, method=rayprune.InfoBatch(), num_epochs=2, batch_size=8)
+
+
+def by_hand(labels: NDArray[np.int64]) -> rayprune.Plan:
+    """Select without a loader."""
+    selector = rayprune.Selector(rayprune.InfoBatch(), labels.size, 2, 0, labels)
+    selection = selector.begin_epoch(0)
+    assert_type(selection, rayprune.Selection)
+    return rayprune.Plan.of_selection(selection, 8, 0, 0)
+
+
+def explain(error: rayprune.RaypruneError) -> str:
+    """Say what to do about an error."""
+    match error:
+        case rayprune.ConfigError() | rayprune.DataError() | rayprune.RunFolderError() | rayprune.ClusterError():
+            return f"{rayprune.__version__}: fix the input: {error}"
+        case rayprune.TrainingPaused():
+            return "run it again"
+        case rayprune.TrainingStopped() | rayprune.TrainingFailed() | rayprune.UsageError():
+            return "fix the program"
+        case _:
+            return "report it"
