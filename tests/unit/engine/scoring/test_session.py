@@ -240,7 +240,5 @@ def test_a_rank_in_another_collective_is_noticed(tmp_path: Path, monkeypatch: py
     one.start_epoch(0)
     one.announce()
     monkeypatch.setattr(session, "broadcast_from_rank_zero", lambda _: "checkpoint_000001")
-    with pytest.raises(
-        UsageError, match="rank 1 is at step 2 in epoch 0, and rank 0 called something else"
-    ):
+    with pytest.raises(UsageError, match="rank 1 is at step 2 in epoch 0, and rank 0 called something else"):
         one.barrier("snapshot", 2)
