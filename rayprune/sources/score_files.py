@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 
 from rayprune.core.references import closest
 from rayprune.errors import DataError
-from rayprune.sources.cache import whole_file
-from rayprune.sources.storage import one_line
+from rayprune.sources.storage import one_line, replace_file
 
 SCORES_SCHEMA = 1
 METADATA_KEY = b"rayprune"
@@ -118,7 +117,7 @@ def write_scores(
         columns[name] = column
     facts = {"schema": SCORES_SCHEMA, "fingerprint": fingerprint, **(about or {})}
     table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(facts)})
-    with whole_file(path) as partial:
+    with replace_file(path) as partial:
         pq.write_table(table, partial)
     return path
 

@@ -25,9 +25,8 @@ from numpy.typing import NDArray
 from rayprune.core.selection import Selection
 from rayprune.errors import DataError
 from rayprune.sources.base import SampleSource
-from rayprune.sources.cache import whole_file
 from rayprune.sources.score_files import METADATA_KEY, facts_of, read_table
-from rayprune.sources.storage import one_line
+from rayprune.sources.storage import one_line, replace_file
 
 SELECTION_SCHEMA = 1
 _FACTS = {"kind": str, "schema": int, "num_samples": int, "fingerprint": str, "about": dict}
@@ -107,7 +106,7 @@ def write_selection_file(
     check_selection_path(file, selection)
     facts = {"kind": "selection", "schema": SELECTION_SCHEMA, "num_samples": selection.num_samples}
     facts |= {"fingerprint": fingerprint, "about": dict(about or {})}
-    with whole_file(file) as partial, partial.open("wb") as stream:
+    with replace_file(file) as partial, partial.open("wb") as stream:
         _format_of(file).write(stream, _Content(selection.ids, selection.weights, facts))
     return file
 

@@ -142,7 +142,7 @@ def test_images_in_files_of_their_own(tmp_path):
     Image.fromarray(pixels(6)[5]).save(paths[1])
     assert from_huggingface(named).fingerprint != source.fingerprint
     (tmp_path / "bild ü 2.png").unlink()
-    with pytest.raises(ValueError, match="row 2 is no readable image"):
+    with pytest.raises(ValueError, match="row 2 is not a readable image"):
         source.take(np.array([2]))
 
 
@@ -193,16 +193,16 @@ def test_sizes_and_modes(tmp_path):
 @pytest.mark.parametrize("content", [b"no image", encode(pixels(1)[0])[:60], None])
 def test_unreadable_images_are_named(content):
     damaged = images_of([*[encode(image) for image in pixels(2)], content], [0, 1, 2])
-    with pytest.raises(ValueError, match="the dataset row 2 is no readable image"):
+    with pytest.raises(ValueError, match="the dataset row 2 is not a readable image"):
         from_huggingface(damaged).take(np.array([1, 2]))
-    with pytest.raises(ValueError, match="row 0 is no readable image"):
+    with pytest.raises(ValueError, match="row 0 is not a readable image"):
         from_huggingface(damaged.select([2]))
 
 
 def test_an_image_of_no_bytes_is_named():
     kind = datasets.Features({"image": datasets.Value("binary"), "label": datasets.Value("int64")})
     stored = datasets.Dataset.from_dict({"image": [encode(pixels(1)[0]), b""], "label": [0, 1]}, features=kind)
-    with pytest.raises(ValueError, match="row 1 is no readable image"):
+    with pytest.raises(ValueError, match="row 1 is not a readable image"):
         from_huggingface(stored).take(np.array([1]))
 
 
