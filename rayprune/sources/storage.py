@@ -206,15 +206,14 @@ class RangeReader:
 
     def _fetch(self, part: Range) -> bytes:
         name = self._names[part.file]
-        path = self._storage.public(name)
         try:
             with self._lock:  # one request opens a file for all threads
                 file = self._open(name)
             content = bytes(file.read_at(part.stop - part.start, part.start))
         except OSError as error:
-            raise DataError(f"{path} can't be read ({one_line(error)}): restore it") from None
+            raise DataError(f"{self._storage.public(name)} can't be read ({one_line(error)}): restore it") from None
         if len(content) != part.stop - part.start:
-            raise DataError(f"{path} is shorter than it was when it was opened: restore it")
+            raise DataError(f"{self._storage.public(name)} is shorter than it was when it was opened: restore it")
         return content
 
 
