@@ -374,7 +374,7 @@ def test_whole_and_broken_numbers_go_together(tmp_path, opened):
         (pa.array([0, 2**63 + 1], pa.uint64()), "column 'y' holds no class numbers"),
         (
             pa.array([0, 5000]),
-            "column 'y' of .* look like ids, no labels: the largest of 2 is 5000; .*data.num_classes",
+            "column 'y' of .* look like ids, not labels: the largest of 2 is 5000; .*data.num_classes",
         ),
     ],
 )
