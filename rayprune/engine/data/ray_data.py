@@ -34,7 +34,7 @@ from rayprune.engine.scoring.client import LoopClient, ScoreClient
 from rayprune.engine.scoring.messages import PlanPass, RankRows
 from rayprune.errors import DataError, PlanMismatch
 from rayprune.sources import MemorySource, SampleSource, Schema
-from rayprune.sources.base import DescribedSource, RowCost
+from rayprune.sources.base import DescribedSource, RowCost, id_faults
 from rayprune.sources.fingerprint import digest
 from rayprune.sources.torch_dataset import ItemSource
 
@@ -257,14 +257,8 @@ class IdColumn(DescribedSource):
 def _checked_ids(ids: NDArray[Any], name: str) -> NDArray[np.int64]:
     if ids.dtype.kind not in "iu":
         raise DataError(f"column {name!r} of the Dataset is {ids.dtype}: ids must be integers 0..N−1")
-    outside = ids[(ids < 0) | (ids >= ids.size)]
-    if outside.size:
-        raise DataError(
-            f"column {name!r} holds {outside[0]}: the ids of {ids.size} rows must be 0..{ids.size - 1}, without gaps"
-        )
-    counts = np.bincount(ids, minlength=ids.size)
-    if (counts > 1).any():
-        raise DataError(f"column {name!r} holds {int(np.argmax(counts > 1))} twice: every row needs its own id")
+    if faults := id_faults(ids, ids.size):
+        raise DataError(f"column {name!r} of the Dataset must hold each id of 0..{ids.size - 1} once: {faults}")
     return ids.astype(np.int64)
 
 
