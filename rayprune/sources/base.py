@@ -63,7 +63,7 @@ class Schema:
         Args:
             input_name: `image` or `features`.
             shape: of one input: (H, W, C) or (F,).
-            num_classes: C.
+            num_classes: at least 1.
             class_names: ignored unless there is one per class.
         """
         dtype = "uint8" if input_name == "image" else "float32"
@@ -204,7 +204,7 @@ class Splits:
 
 
 class _View(SampleSource):
-    """Some samples of another source: those at `rows`, in order."""
+    """Some samples of another source: those of its ids in `rows`."""
 
     def __init__(self, source: SampleSource, rows: np.ndarray | slice) -> None:
         self._source, self._rows = source, rows
