@@ -40,7 +40,7 @@ class EngineSteps:
             config.train.batch_size,
         )
         network, method = build_network(config, self._spec, device), InfoBatch(prune_ratio=0.0)
-        self._step = build_step(config, network, self._spec, StepSettings.of(method, config.train), 1, device)
+        self._step = build_step(config, network, self._spec, StepSettings.of(method, config.train), device=device)
         spec = ScoreSpec(
             method.to_config(), source, 0, _EPOCHS, 0, self._batch_size, "pad", source.schema.row_bytes, None, 0
         )

@@ -34,7 +34,7 @@ def built(tmp_path: Path, step: Mapping[str, Any], **model: Any) -> L2wStep:
     spec = InputSpec("features", (6,), 6, Augment(mean=(0.0,), std=(1.0,)))
     network = build_network(config, spec, CPU)
     terms = StepSettings.of(config.build_method(), config.train)
-    built = build_step(config, network, spec, terms, 1, CPU)
+    built = build_step(config, network, spec, terms, device=CPU)
     assert isinstance(built, L2wStep)
     return built
 

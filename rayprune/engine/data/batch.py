@@ -1,4 +1,7 @@
-"""One rank's share of a global batch."""
+"""One rank's part of a global batch.
+
+Shapes: B rows of a batch on one rank, R rows of any number of batches.
+"""
 
 from __future__ import annotations
 
@@ -12,34 +15,32 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torch import Tensor
 
+Columns = Mapping[str, "NDArray[Any] | Tensor"]
+
 
 @dataclass(frozen=True)
 class PlacedRows:
-    """What the plan says of rows, on a device: ids (R,) int64, weights (R,) float32, real (R,) bool."""
+    """Rows of a plan on a device: ids (R,) int64, weights (R,) float32, real (R,) bool."""
 
     ids: Tensor
     weights: Tensor
     real: Tensor
 
-    def __getitem__(self, part: slice) -> PlacedRows:
-        """Return some of the rows."""
-        return PlacedRows(self.ids[part], self.weights[part], self.real[part])
-
-
-Columns = Mapping[str, "NDArray[Any] | Tensor"]
+    def __getitem__(self, rows: slice) -> PlacedRows:
+        return PlacedRows(self.ids[rows], self.weights[rows], self.real[rows])
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of a global batch.
+    """One rank's part of a global batch.
 
     Attributes:
         columns: name → (B, …) as the source delivers them, arrays or tensors.
         ids: (B,) int64.
         weights: (B,) float32, 0 for padding.
-        real: (B,) False for padding.
-        num_bytes: what was read from storage since the batch before; the first batch of what is read at once has all.
-        placed: ids, weights and real on the device, where the transport has put them and the columns there.
+        real: (B,) bool, False for padding.
+        num_bytes: bytes read from storage since the last batch; the first batch of a read carries all of them.
+        placed: ids, weights and real on the device, if the transport has put them and the columns there.
     """
 
     columns: Columns

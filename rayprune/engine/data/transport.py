@@ -1,10 +1,8 @@
-"""The transports of a plan, one interface: this rank's batches, in the plan's order.
+"""Transports deliver this rank's batches of a pass, in the plan's order.
 
-`stream: ray`: decoded rows travel through Ray Data (`rayprune.engine.data.ray_data`) and workers never open the source.
-`stream: local`: the worker reads its rows from the SampleSource, a thread ahead. `stream: device`, whose rows lie on
-the device, has a module of its own.
-
-Items fetched in a thread before they are asked for.
+With `stream: ray`, decoded rows travel through Ray Data (`rayprune.engine.data.ray_data`) and workers never open the
+source. With `stream: local`, the worker reads its rows from the source in a thread. `stream: device`, which keeps all
+rows on the device, is in `rayprune.engine.data.device`.
 """
 
 from __future__ import annotations
@@ -25,156 +23,156 @@ from rayprune.sources import SampleSource
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 T = TypeVar("T")
-
-
-def prefetch(items: Iterator[T], depth: int, name: str, *, join: bool = True) -> Iterator[T]:
-    """Yield items as they come, fetched in a thread up to `depth` of them before they are asked for.
-
-    Args:
-        items: whose errors are raised where their item would have come.
-        depth: at least 1.
-        name: of the thread.
-        join: where the consumer stops early, wait for the fetch under way and close `items`. False for items that may
-            never come.
-    """
-    end = object()
-    pool = ThreadPoolExecutor(1, thread_name_prefix=name)
-    waiting: deque[Future[object]] = deque(pool.submit(next, items, end) for _ in range(depth))
-    try:
-        while (item := waiting.popleft().result()) is not end:
-            waiting.append(pool.submit(next, items, end))
-            yield item  # type: ignore[misc]  # all but the end are T
-    finally:
-        pool.shutdown(wait=join, cancel_futures=True)
-        if join and isinstance(items, Generator):
-            items.close()
-
-
-_Rows = tuple[Columns, int]
-Made = Callable[["NDArray[Any]"], "NDArray[Any] | Tensor"]
+Convert = Callable[["NDArray[Any]"], "NDArray[Any] | Tensor"]
 
 LOCAL_READ_ROWS = 2_048
 _LOCAL_READ_BYTES = 16 * 1024 * 1024
-_AHEAD = 2
-_CURE = (
-    "a data set that is mapped over must keep rows and order: map_batches(…, batch_size=None), no filter, no shuffle"
-)
-# A user's map may see it and must not mistake it for a column of the data.
+_PREFETCHED = 2  # reads or blocks
+# The column that carries the count of bytes read; a user's map may see it and must not take it for data.
 BYTES_READ = "__bytes_read"
-_OWN = ("id", "weight", BYTES_READ)  # columns that are looked at on the host
+_HOST_COLUMNS = ("id", "weight", BYTES_READ)
+_CURE = (
+    "a data set that is mapped must keep its rows and their order: map_batches(…, batch_size=None), no filter, no "
+    "shuffle"
+)
 
 
 class Transport(Protocol):
-    """Deliver the rows of this rank's shares, batch after batch.
+    """Delivers the rows of a pass, batch by batch.
 
     Attributes:
-        resumes_inside: whether a pass may begin at any step of a plan.
+        resumes_inside: whether a pass may start at any step of a plan.
     """
 
     resumes_inside: bool
 
-    def batches(self, plan_pass: PlanPass, shares: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
-        """Yield one Batch for each `batch_rows` rows of the shares, in order.
+    def batches(self, plan_pass: PlanPass, spans: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
+        """Yield one Batch per `batch_rows` rows.
+
+        Args:
+            plan_pass: the announced pass.
+            spans: this rank's rows of its plan, in order, some thousands at a time.
+            batch_rows: B.
 
         Raises:
-            PlanMismatch: other rows came than the plan says.
+            PlanMismatch: other rows came than the plan holds.
         """
 
 
 class LocalStream:
-    """Read rows in this process, a thread ahead of training.
+    """Reads rows in this process, in a thread ahead of training.
 
     Args:
-        sources: "train" and, where there is one, "validation".
-        made: what the reading thread makes of each column of many rows; None leaves it an array.
+        sources: "train" and, if there is one, "validation".
+        convert: applied to each column in the reading thread, for many rows at once.
     """
 
     resumes_inside = True
 
-    def __init__(self, sources: Mapping[str, SampleSource], made: Made | None = None) -> None:
-        self._sources, self._made = sources, made
+    def __init__(self, sources: Mapping[str, SampleSource], convert: Convert | None = None) -> None:
+        self._sources, self._convert = sources, convert
 
-    def batches(self, plan_pass: PlanPass, shares: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
+    def batches(self, plan_pass: PlanPass, spans: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
         """See Transport."""
         source = self._sources["validation" if plan_pass.phase == "validate" else "train"]
-        budget = max(1, _LOCAL_READ_BYTES // max(1, source.schema.row_bytes))
-        read_rows = max(1, min(LOCAL_READ_ROWS, budget) // batch_rows) * batch_rows
+        most_rows = max(1, _LOCAL_READ_BYTES // max(1, source.schema.row_bytes))
+        read_rows = max(1, min(LOCAL_READ_ROWS, most_rows) // batch_rows) * batch_rows
         with ThreadPoolExecutor(1, thread_name_prefix="rayprune-read") as reader:
-            waiting: list[tuple[Future[_Rows], RankRows]] = []
-            for ids, weights, real in shares:
+            pending: deque[tuple[Future[tuple[Columns, int]], RankRows]] = deque()
+            for ids, weights, real in spans:
                 for start in range(0, ids.size, read_rows):
-                    part = slice(start, start + read_rows)
-                    waiting.append(
-                        (reader.submit(self._read, source, ids[part]), (ids[part], weights[part], real[part]))
-                    )
-                    if len(waiting) > _AHEAD:
-                        yield from _cut(*waiting.pop(0), batch_rows)
-            for read in waiting:
-                yield from _cut(*read, batch_rows)
+                    rows = slice(start, start + read_rows)
+                    read = reader.submit(self._read, source, ids[rows])
+                    pending.append((read, (ids[rows], weights[rows], real[rows])))
+                    if len(pending) > _PREFETCHED:
+                        yield from _cut_read(*pending.popleft(), batch_rows)
+            for read, rank_rows in pending:
+                yield from _cut_read(read, rank_rows, batch_rows)
 
-    def _read(self, source: SampleSource, ids: NDArray[np.int64]) -> _Rows:
+    def _read(self, source: SampleSource, ids: NDArray[np.int64]) -> tuple[Columns, int]:
         columns, num_bytes = source.read(ids)
-        return columns if self._made is None else {n: self._made(c) for n, c in columns.items()}, num_bytes
+        if self._convert is None:
+            return columns, num_bytes
+        return {name: self._convert(column) for name, column in columns.items()}, num_bytes
 
 
-def _cut(read: Future[_Rows], share: RankRows, batch_rows: int) -> Iterator[Batch]:
-    (columns, num_bytes), (ids, weights, real) = read.result(), share
+def _cut_read(read: Future[tuple[Columns, int]], rank_rows: RankRows, batch_rows: int) -> Iterator[Batch]:
+    (columns, num_bytes), (ids, weights, real) = read.result(), rank_rows
     for start in range(0, ids.size, batch_rows):
-        part = slice(start, start + batch_rows)
-        cut = {name: column[part] for name, column in columns.items()}
-        yield Batch(cut, ids[part], weights[part], real[part], 0 if start else num_bytes)
+        rows = slice(start, start + batch_rows)
+        batch = {name: column[rows] for name, column in columns.items()}
+        yield Batch(batch, ids[rows], weights[rows], real[rows], 0 if start else num_bytes)
 
 
 class RayStream:
-    """Take rows from this rank's split of the Ray Data stream and check them against the plan.
+    """Takes rows from this rank's split of a Ray Data stream and checks them against the plan.
 
     Args:
         shard: the split.
-        made: what the thread that fetches blocks makes of each of their columns; None leaves it an array.
+        convert: applied to each column of a block in the fetching thread, ids and weights excepted.
     """
 
     resumes_inside = True
 
-    def __init__(self, shard: Any, made: Made | None = None) -> None:
-        self._shard, self._made = shard, made
+    def __init__(self, shard: Any, convert: Convert | None = None) -> None:
+        self._shard, self._convert = shard, convert
 
-    def batches(self, plan_pass: PlanPass, shares: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
+    def batches(self, plan_pass: PlanPass, spans: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
         """See Transport."""
-        # Whole blocks, cut here: Ray's own cutting costs half a millisecond a batch. And fetched ahead here: Ray gives
-        # the first one only when all that it fetches ahead have come. With 0 it leaves a thread behind each time.
+        # Whole blocks, cut here: Ray's own cutting costs half a millisecond per batch. Prefetched here: Ray hands out
+        # the first block only when all blocks it prefetches have come, and prefetch_batches=0 leaks a thread.
         blocks = iter(self._shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1))
-        made = (self._made_of(block) for block in blocks)
-        cut = _cut_blocks(prefetch(made, _AHEAD, "rayprune-blocks", join=False), batch_rows)
-        for ids, weights, real in shares:
+        converted = (self._converted(block) for block in blocks)
+        batches = _cut_blocks(prefetch(converted, _PREFETCHED, "rayprune-blocks", join=False), batch_rows)
+        where = f"epoch {plan_pass.key.epoch}, {plan_pass.phase}"
+        for ids, weights, real in spans:
             for start in range(0, ids.size, batch_rows):
-                part = slice(start, start + batch_rows)
-                columns, num_bytes = next(cut, (None, 0))
-                if columns is None or not np.array_equal(columns["id"], ids[part]):
+                rows = slice(start, start + batch_rows)
+                columns, num_bytes = next(batches, (None, 0))
+                if columns is None or not np.array_equal(columns["id"], ids[rows]):
                     got = "the stream ended" if columns is None else f"ids {columns['id'][:3].tolist()}… came"
-                    raise PlanMismatch(
-                        f"epoch {plan_pass.key.epoch}, {plan_pass.phase}: {got}, not {ids[part][:3].tolist()}…; {_CURE}"
-                    )
-                yield Batch(columns, ids[part], weights[part], real[part], num_bytes)
-        if next(cut, None) is not None:
-            raise PlanMismatch(
-                f"epoch {plan_pass.key.epoch}, {plan_pass.phase}: the stream holds more rows than the plan"
-            )
+                    raise PlanMismatch(f"{where}: {got}, not {ids[rows][:3].tolist()}…; {_CURE}")
+                yield Batch(columns, ids[rows], weights[rows], real[rows], num_bytes)
+        if next(batches, None) is not None:
+            raise PlanMismatch(f"{where}: the stream holds more rows than the plan")
 
-    def _made_of(self, block: dict[str, NDArray[Any]]) -> Columns:
-        if self._made is None:
+    def _converted(self, block: dict[str, NDArray[Any]]) -> Columns:
+        if self._convert is None:
             return block
-        return {name: column if name in _OWN else self._made(column) for name, column in block.items()}
+        return {name: column if name in _HOST_COLUMNS else self._convert(column) for name, column in block.items()}
 
 
 def _cut_blocks(blocks: Iterator[Columns], batch_rows: int) -> Iterator[tuple[Columns, int]]:
-    """Cut blocks, which are whole steps, into batches, each with the bytes that were read for it."""
+    """Cut blocks, which hold whole steps, into batches and the bytes that were read for each."""
     for block in blocks:
         if "id" not in block:
             raise PlanMismatch("the batches have lost their column 'id': keep id and weight in map_batches")
-        read = block.get(BYTES_READ, np.zeros(0, np.int64))
+        bytes_read = block.get(BYTES_READ, np.zeros(0, np.int64))
         columns = {name: column for name, column in block.items() if name != BYTES_READ}
         for start in range(0, len(block["id"]), batch_rows):
-            part = slice(start, start + batch_rows)
-            yield {name: column[part] for name, column in columns.items()}, int(read[part].sum())
+            rows = slice(start, start + batch_rows)
+            yield {name: column[rows] for name, column in columns.items()}, int(bytes_read[rows].sum())
+
+
+def prefetch(items: Iterator[T], depth: int, name: str, *, join: bool = True) -> Iterator[T]:
+    """Yield items that a thread fetches up to `depth` items ahead.
+
+    Args:
+        items: their errors are raised in the item's place.
+        depth: at least 1.
+        name: the thread's name.
+        join: if the consumer stops early, wait for the current fetch and close `items`. Pass False if an item may never
+            come.
+    """
+    end = object()
+    pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+    pending: deque[Future[object]] = deque(pool.submit(next, items, end) for _ in range(depth))
+    try:
+        while (item := pending.popleft().result()) is not end:
+            pending.append(pool.submit(next, items, end))
+            yield item  # type: ignore[misc]  # everything but `end` is a T
+    finally:
+        pool.shutdown(wait=join, cancel_futures=True)
+        if join and isinstance(items, Generator):
+            items.close()

@@ -1,17 +1,15 @@
-"""The ScoreActor: the Selector of a run behind calls, with exactly-once observation.
+"""The ScoreActor: a run's Selector behind calls, with exactly-once observations.
 
-The class itself knows nothing of Ray: with workers it runs as a Ray actor (single-threaded, restarted without limit),
-without them in the training process, and both give identical selections.
+`ScoreActor` knows nothing of Ray. With workers it runs as a Ray actor (single-threaded, restarted without limit),
+without them as an object of the training process; both give identical selections.
 
-What keeps observations exact (Ray acknowledges calls that a dying actor then forgets): workers log what they pushed in
-the epoch; at the flush the actor names the sequence numbers that it misses; repeats are dropped by sequence number; a
-generation newer than the actor's own, which is also what a restarted actor meets, takes the state back to the epoch's
-start, from the newest checkpoint, before anything is folded.
+Ray acknowledges calls that a dying actor then loses, so observations are made exact here. Workers log what they push in
+an epoch. At a barrier the actor names the pushes it misses and drops those it has seen. The first call of a newer
+attempt, or the first call after a restart, restores the state at the attempt's resume step from the checkpoint.
 
-The ScoreActor of a training loop that is the user's own: its state travels in the user's checkpoints.
-
-There is no run folder. A restarted actor begins epoch 0 again, and the workers push what it misses; in a later epoch
-what it held is lost, the attempt ends, and the loop goes back to its own last checkpoint.
+`LoopActor` serves a training loop of the user's own, whose checkpoints carry the state; there is no run folder. A
+restarted actor starts epoch 0 again, and the workers repeat what it misses. In a later epoch its scores are lost, the
+attempt ends, and the loop resumes from its own last checkpoint.
 """
 
 from __future__ import annotations
@@ -40,11 +38,12 @@ from rayprune.engine.scoring.messages import (
     Pulse,
     Push,
     RankRows,
+    StopReason,
     unpack,
 )
 from rayprune.engine.storage.checkpoint import checkpoint_path, is_written, load_selector_state
 from rayprune.engine.storage.run_folder import write_selection
-from rayprune.errors import CheckpointPending, ConfigError, ObservationsLost, StaleGeneration
+from rayprune.errors import CheckpointPending, ObservationsLost, StaleGeneration, UsageError
 from rayprune.methods import Method, build_method
 from rayprune.sources import SampleSource
 from rayprune.sources.base import shuffle_name
@@ -54,23 +53,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ScoreSpec:
-    """What a ScoreActor is made of; small, so that a restart sends little.
+    """Everything a ScoreActor is built from; small, because each restart sends it again.
 
     Attributes:
-        method: the method's config, or the method itself where it has no name.
+        method: the method's config, or the method itself if it is not registered.
         source: the training source; its groups decide the shuffle.
-        labelled: whether the source is asked for its labels: for methods that need them, and to tell what share of
-            each class is kept.
         num_validation: rows of the validation split, 0 without one.
-        batch_size: global batch.
-        row_bytes: bytes of one training row in the stream.
-        run_folder: where checkpoints are read and selections written; None writes nothing.
+        num_epochs, seed: the run's.
+        batch_size: rows of a global batch.
+        last_batch: whether the last batch is padded or dropped.
+        row_bytes: bytes of one decoded training row.
+        run_folder: where checkpoints are read and selections written; None for no folder.
         keep_selections: how many epochs' selections stay on disk.
-        chosen: what a method with a file trains on.
-        record: signals whose mean over the visits is kept beside the method's own scores.
-        visits_collected: samples trained by a run that scored them before.
-        meta_every: what the train step asks for of the unpruned stream, as `Plan.of_selection` takes it.
-        task_rows: of a read task of the stream, at most.
+        labelled: whether to read the labels, for methods that need them and for the fraction kept of each class.
+        chosen: the selection of a method that reads one from a file.
+        record: signals whose mean over the visits is kept beside the method's scores.
+        visits_collected: samples that an earlier scoring run trained on.
+        meta_every: training batches per meta batch, as in `Plan.of_selection`.
+        task_rows: the largest number of rows in a read task of the stream.
     """
 
     method: dict[str, Any] | Method
@@ -91,44 +91,46 @@ class ScoreSpec:
     task_rows: int = BLOCK_ROWS
 
     def selector(self) -> Selector:
-        """Return a fresh Selector."""
+        """Build a fresh Selector."""
         labels = self.source.labels if self.labelled else None
         run = (len(self.source), self.num_epochs, self.seed)
         return Selector(build_method(self.method), *run, labels, self.chosen, self.record, self.visits_collected)
 
 
 class ScoreActor:
-    """Gather observations from all ranks, emit each epoch's plan."""
+    """Aggregate the observations of all ranks and plan every epoch."""
 
     def __init__(self, spec: ScoreSpec) -> None:
         self._spec = spec
         self._generation = 0
         self._selector: Selector | None = None
+        # The current epoch: pushes received by rank, the announced pass and its plan, who is at which barrier.
         self._received: dict[int, set[int]] = {}
+        self._num_observed = 0
         self._pass: PlanPass | None = None
         self._plan: Plan | None = None
-        self._num_observed = 0
         self._barrier: Barrier | None = None
         self._arrived: set[int] = set()
         self._passed: tuple[AttemptKey, Barrier] | None = None
-        self._stopped: tuple[str, bool] | None = None
+        # Signals between driver and workers.
+        self._stop_reason: StopReason | None = None
         self._pausing = False
         self._pulses: dict[int, tuple[float, str, float]] = {}
         self._pulse_generation = 0
 
     def _enter(self, key: AttemptKey) -> Selector:
-        """Let a call in; the first one of a newer attempt takes the state back to where the attempt began."""
+        """Admit a call; the first one of a newer attempt restores the state at the attempt's resume step."""
         if key.generation < self._generation:
             raise StaleGeneration(f"generation {key.generation} was replaced by {self._generation}")
         if key.generation > self._generation or self._selector is None:
             self._selector, self._generation = self._state_before(key.epoch, key.resume_step), key.generation
             self._start_epoch()
         if key.epoch != self._selector.epoch:
-            raise StaleGeneration(f"a call of epoch {key.epoch} in epoch {self._selector.epoch}")
+            raise StaleGeneration(f"a call of epoch {key.epoch} came in epoch {self._selector.epoch}")
         return self._selector
 
     def _state_before(self, epoch: int, step: int) -> Selector:
-        """Return a Selector as it was before a step, from the checkpoint; a fresh one at the run's start."""
+        """Return the Selector as it was before a step, from its checkpoint; a fresh one at the start of the run."""
         selector = self._spec.selector()
         if (epoch, step) > (0, 0):
             assert self._spec.run_folder is not None
@@ -140,11 +142,11 @@ class ScoreActor:
         return selector
 
     def _start_epoch(self) -> None:
-        self._received, self._pass, self._plan, self._num_observed = {}, None, None, 0
-        self._barrier = None
+        self._received, self._num_observed = {}, 0
+        self._pass = self._plan = self._barrier = None
 
     def announce(self, plan_pass: PlanPass) -> PlanHeader:
-        """Lay out the plan of a pass; every rank announces the same pass, the first one makes the plan."""
+        """Lay out the plan of a pass. Every rank announces the pass; the first call makes the plan."""
         selector = self._enter(plan_pass.key)
         start = time.perf_counter()
         if plan_pass != self._pass or self._plan is None:
@@ -182,27 +184,27 @@ class ScoreActor:
         )
 
     def rank_rows(self, plan_pass: PlanPass, rank: int, start_step: int, stop_step: int) -> RankRows:
-        """Return a rank's rows of the steps [start_step, stop_step) of a pass's plan."""
-        if plan_pass != self._pass:  # a restarted actor lays the same plan out again
+        """Return one rank's rows of the steps [start_step, stop_step) of an announced pass."""
+        if plan_pass != self._pass:  # after a restart
             self.announce(plan_pass)
         assert self._plan is not None
         return self._plan.share(rank, plan_pass.world_size, start_step, stop_step)
 
     def blocks(self) -> tuple[str, list[PlanBlock]]:
-        """Return the running pass's phase and its blocks for the stream; no blocks before the first pass."""
+        """Return the phase of the current pass and its blocks for Ray Data; no blocks before the first pass."""
         if self._pass is None or self._plan is None:
             return "train", []
-        running, plan = self._pass, self._plan
-        cut = plan.blocks(running.world_size, self._spec.row_bytes, running.start_step, self._spec.task_rows)
-        rows = [plan.share(b.rank, running.world_size, b.start_step, b.stop_step)[:2] for b in cut]
-        return running.phase, rows
+        current, plan = self._pass, self._plan
+        blocks = plan.blocks(current.world_size, self._spec.row_bytes, current.start_step, self._spec.task_rows)
+        rows = [plan.share(b.rank, current.world_size, b.start_step, b.stop_step)[:2] for b in blocks]
+        return current.phase, rows
 
     def observe(self, key: AttemptKey, push: Push) -> None:
-        """Fold one push; a sequence number that has been seen in this epoch is dropped."""
+        """Fold one push into the table, once."""
         try:
             selector = self._enter(key)
-        except (StaleGeneration, CheckpointPending) as error:  # at the flush what is missing is pushed again
-            logger.info("a push was refused: %s", error)
+        except (StaleGeneration, CheckpointPending) as error:  # the next barrier names it as missing
+            logger.info("refused a push: %s", error)
             return
         received = self._received.setdefault(push.rank, set())
         if push.sequence in received:
@@ -214,48 +216,50 @@ class ScoreActor:
         self._num_observed += ids.size
 
     def arrive(self, key: AttemptKey, barrier: Barrier, rank: int, num_pushes: int) -> list[int]:
-        """Note that a rank has come to a barrier, once its pushes are in.
+        """Register a rank at a barrier once all its pushes have arrived.
 
         Args:
-            key: the running epoch.
-            barrier: where the rank is.
-            rank: who.
-            num_pushes: how many pushes it has made in this epoch.
+            key: the attempt and the epoch.
+            barrier: the barrier that the rank has reached.
+            rank: the rank.
+            num_pushes: pushes the rank has made in this epoch.
 
         Returns:
-            The numbers of its pushes that have not arrived: push them again and come again.
+            The numbers of its lost pushes, to be repeated before the next call; empty if the rank is registered.
 
         Raises:
-            ValueError: other ranks are at another barrier.
+            UsageError: another rank is at another barrier.
         """
+        if (key, barrier) == self._passed:
+            return []  # a repeated call whose answer was lost
         self._enter(key)
-        if missing := set(range(num_pushes)) - self._received.get(rank, set()):
-            return sorted(missing)
+        if lost := set(range(num_pushes)) - self._received.get(rank, set()):
+            return sorted(lost)
         if barrier != self._barrier:
             if self._barrier is not None:
-                raise ConfigError(
-                    f"rank {rank} is at {_where(barrier)}, other ranks are at {_where(self._barrier)}: every rank must "
-                    "take the same batches and call state_dict() at the same step"
+                raise UsageError(
+                    f"rank {rank} is at {barrier}, another rank is at {self._barrier}: every rank must take the same "
+                    "batches and call state_dict() at the same step"
                 )
             self._barrier, self._arrived = barrier, set()
         self._arrived.add(rank)
         return []
 
     def absent_ranks(self, key: AttemptKey, barrier: Barrier) -> list[int]:
-        """Return the ranks that have not come to a barrier."""
+        """Return the ranks that have not arrived at a barrier; all of them after a restart."""
         self._enter(key)
         return sorted(set(range(barrier.world_size)) - (self._arrived if barrier == self._barrier else set()))
 
     def pass_barrier(self, key: AttemptKey, barrier: Barrier, with_state: bool = True) -> EpochSnapshot | None:
-        """Return the state once all ranks have come to a barrier; at an epoch's end, select the next one's samples.
+        """Return the state at a barrier; at the end of an epoch, select the next epoch's samples.
 
-        Rank 0 calls it and lets the others go on, so that nothing changes before it has the state.
+        Rank 0 calls it while the other ranks wait, so that nothing changes before rank 0 has the state.
 
         Returns:
-            What belongs into a checkpoint; None while ranks are absent (all are after a restart of the actor).
+            The snapshot, or None while ranks are absent.
         """
         if (key, barrier) == self._passed:
-            return self._snapshot(0.0, with_state)  # asked again after an answer that got lost
+            return self._snapshot(0.0, with_state)  # a repeated call whose answer was lost
         if self.absent_ranks(key, barrier):
             return None
         select_s = self._close_epoch(key.epoch) if barrier.moment == "close" else 0.0
@@ -263,7 +267,7 @@ class ScoreActor:
         return self._snapshot(select_s, with_state)
 
     def _close_epoch(self, epoch: int) -> float:
-        """Store the epoch's selection and make the next one; return the seconds that took."""
+        """Write the epoch's selection and make the next one; return the seconds spent selecting."""
         assert self._selector is not None
         if self._spec.run_folder is not None:
             folder = Path(self._spec.run_folder)
@@ -281,36 +285,42 @@ class ScoreActor:
         quantiles = column_quantiles(selector.table)
         return EpochSnapshot(state, select_s, selector.num_nonfinite, selector.nonfinite_ids, quantiles)
 
+    def scores(self) -> dict[str, NDArray[Any]]:
+        """Return the method's scores, `last_visit` and `times_pruned`, name → (N,)."""
+        selector = self._selector if self._selector is not None else self._spec.selector()
+        counts = {"last_visit": selector.table.last_visit, "times_pruned": selector.table.times_pruned}
+        return {**selector.scores(), **{name: np.array(column) for name, column in counts.items()}}
+
     def progress(self) -> tuple[int, int, int]:
-        """Return (epoch, samples observed in it, samples its plan holds), for a progress display."""
+        """Return (epoch, samples observed in it, samples in its plan), for a progress display."""
         if self._selector is None or self._plan is None:
             return 0, 0, 0
         return self._selector.epoch, self._num_observed, self._plan.num_rows
 
-    def stop(self, reason: str, failed: bool) -> None:
-        """Remember why the run cannot go on, so that a restarted worker group leaves at once."""
-        self._stopped = self._stopped or (reason, failed)
-
-    def stopped(self) -> tuple[str, bool] | None:
-        """Return what was given to `stop` first, or None."""
-        return self._stopped
-
     def generation(self) -> int:
-        """Return the newest generation that has called; 0 before any."""
+        """Return the newest generation that has called, 0 before any."""
         return self._generation
+
+    def stop(self, reason: StopReason) -> None:
+        """Note why the run cannot go on; restarted workers then leave at once. Later reasons are ignored."""
+        self._stop_reason = self._stop_reason or reason
+
+    def stop_reason(self) -> StopReason | None:
+        """Return the first reason given to `stop`, or None."""
+        return self._stop_reason
 
     def pause(self) -> None:
         """Ask all ranks to save and leave."""
         self._pausing = True
 
-    def pausing(self) -> bool:
+    def is_pausing(self) -> bool:
         """Return whether `pause` was called."""
         return self._pausing
 
     def pulse(self, generation: int, rank: int, world_size: int, doing: str, doing_s: float) -> None:
-        """Note what a rank is doing; ranks of an older generation are forgotten."""
+        """Note what a rank is doing and for how long; earlier attempts are forgotten."""
         if generation > self._pulse_generation:
-            # The first rank to be heard vouches for the others: one that hangs before its first pulse is silent too.
+            # The first pulse starts every rank's clock: a rank that hangs before its own first pulse is silent, too.
             self._pulse_generation = generation
             self._pulses = dict.fromkeys(range(world_size), (time.monotonic(), "nothing yet", 0.0))
         if generation == self._pulse_generation:
@@ -322,39 +332,36 @@ class ScoreActor:
         return {rank: Pulse(now - heard, doing, doing_s) for rank, (heard, doing, doing_s) in self._pulses.items()}
 
 
-def _where(barrier: Barrier) -> str:
-    """Say where a barrier is."""
-    return f"step {barrier.step}" + (", the epoch's end" if barrier.moment == "close" else "")
-
-
-# What a filtered stream keeps: a key, codes (N,) (0 = left out), the weight of each code from 1 on.
-Wanted = tuple[tuple[Any, ...], NDArray[np.uint8], NDArray[np.float32]]
+# The rows that a filtered stream keeps: key of the pass, codes (N,) uint8 (0 to drop), weight of each code from 1 on.
+WantedRows = tuple[tuple[Any, ...], NDArray[np.uint8], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What every rank must know of a pruned data set.
+    """The settings of a pruned data set that every rank needs.
 
     Attributes:
-        signals: what the method needs to see of a sample in training.
-        sweep_signals: the same in a forward-only pass.
-        about: what a state must share to be loaded: fingerprint, samples, batch size, epochs, seed.
+        signals: signals that the method needs of a training visit.
+        sweep_signals: signals that it needs of a forward-only visit.
+        num_epochs: epochs of the whole run.
+        batch_size: rows of a global batch.
+        identity: what a saved state must agree with: fingerprint, number of samples, batch size, epochs, seed, shuffle.
     """
 
     signals: tuple[str, ...]
     sweep_signals: tuple[str, ...]
     num_epochs: int
     batch_size: int
-    about: dict[str, Any]
+    identity: dict[str, Any]
 
 
 class LoopActor(ScoreActor):
-    """A ScoreActor that takes its state from the user's checkpoints."""
+    """The ScoreActor of a user's own loop; its state comes from the user's checkpoints."""
 
-    def terms(self) -> LoopSettings:
-        """Return what the ranks must know."""
+    def settings(self) -> LoopSettings:
+        """Return the settings that every rank needs."""
         spec = self._spec
-        about = {
+        identity = {
             "fingerprint": spec.source.fingerprint,
             "num_samples": len(spec.source),
             "shuffle": shuffle_name(spec.source),
@@ -364,14 +371,14 @@ class LoopActor(ScoreActor):
             "seed": spec.seed,
         }
         method = build_method(spec.method)
-        signals, swept = method.signals, method.sweep_signals or method.signals
-        return LoopSettings(signals, swept, spec.num_epochs, spec.batch_size, about)
+        sweep_signals = method.sweep_signals or method.signals
+        return LoopSettings(method.signals, sweep_signals, spec.num_epochs, spec.batch_size, identity)
 
     def restore(self, generation: int, epoch: int, state: Mapping[str, NDArray[Any]] | None) -> None:
-        """Begin `generation` at `epoch`, with the state that a checkpoint holds, or anew at epoch 0.
+        """Start an attempt at an epoch, with the state of a checkpoint, or afresh without one.
 
         Raises:
-            ValueError: the state is of another method or data set.
+            ConfigError: the state is another method's or data set's.
         """
         selector = self._spec.selector()
         if state is not None:
@@ -383,21 +390,21 @@ class LoopActor(ScoreActor):
     def _state_before(self, epoch: int, step: int) -> Selector:
         if (epoch, step) > (0, 0):
             raise ObservationsLost(
-                "the ScoreActor was lost with its scores: the loop goes back to its last checkpoint "
-                "(save shard.state_dict(), and give FailureConfig(max_failures=…))"
+                "the ScoreActor was lost with its scores: restart the loop from its last checkpoint (save "
+                "shard.state_dict(), and set FailureConfig(max_failures=…))"
             )
         return super()._state_before(epoch, step)
 
-    def wanted(self, known: tuple[Any, ...] | None) -> Wanted | None:
-        """Return what the running pass asks for, for streams that are filtered.
+    def wanted_rows(self, known: tuple[Any, ...] | None) -> WantedRows | None:
+        """Return the rows of the current pass, for filtered streams.
 
         Args:
-            known: the key of what the asker has; where it is still that, the answer is None.
+            known: the key of the rows that the caller has.
 
         Returns:
-            A key, codes (N,) uint8 (0 = not wanted), and the weight of each code from 1 on.
+            The rows, or None if the caller has them already.
         """
-        # Before the first pass Ray Data may look at a data set's schema: it sees all of it.
+        # Ray Data may look at the data set's schema before the first pass; it sees every row.
         if self._pass is None or self._selector is None:
             return (0,), np.ones(len(self._spec.source), dtype=np.uint8), np.ones(1, dtype=np.float32)
         epoch, phase = self._pass.key.epoch, self._pass.phase
@@ -407,13 +414,6 @@ class LoopActor(ScoreActor):
         selection = self._selector.begin_epoch(epoch)
         if phase == "train":
             return key, selection.codes, selection.weight_values
-        scored = selection.scored_ids
         codes = np.zeros(selection.num_samples, dtype=np.uint8)
-        codes[slice(None) if scored is None else scored] = 1
+        codes[slice(None) if selection.scored_ids is None else selection.scored_ids] = 1
         return key, codes, np.ones(1, dtype=np.float32)
-
-    def scores(self) -> dict[str, NDArray[Any]]:
-        """Return the method's scores and what the table counts, name → (N,)."""
-        selector = self._selector if self._selector is not None else self._spec.selector()
-        counted = {"last_visit": selector.table.last_visit, "times_pruned": selector.table.times_pruned}
-        return {**selector.scores(), **{name: np.array(column) for name, column in counted.items()}}

@@ -1,9 +1,9 @@
-"""What workers and the ScoreActor say to each other.
+"""Messages between the workers and the ScoreActor.
 
-An *attempt* is one start of the worker group, and its *generation* is its number: each start takes a higher one, and
-calls of an earlier group are refused. A *pass* goes over one plan once (train, forward-only or validation).
-Observations travel as one packed buffer a push, numbered per rank and epoch, so that a push that came twice is folded
-once and one that got lost is asked for again.
+An *attempt* is one start of the worker group. Its *generation* is its number: every start takes a higher one, and the
+actor refuses calls of earlier attempts. A *pass* goes once over one plan: to train, to score samples without training
+(forward-only), or to validate. A rank sends its observations in *pushes*, one packed buffer each. Pushes are numbered
+per rank and epoch, so that the actor folds a repeated push once and can name a lost one.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from numpy.typing import NDArray
 Phase = Literal["train", "forward", "validate"]
 Moment = Literal["snapshot", "close"]
 
-# One signal's place in a packed buffer: name, dtype, shape.
+# The arrays in a packed buffer, in order: name, dtype, shape.
 Layout = tuple[tuple[str, str, tuple[int, ...]], ...]
 
-# One rank's rows of a plan: ids (R,), weights (R,), and False where a row is padding (R,).
+# One rank's rows of a plan: ids (R,), weights (R,), and a mask (R,) that is False for padding.
 RankRows = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]
 
-# One block of the stream: ids (R,), weights (R,).
+# One block of the Ray Data stream: ids (R,), weights (R,).
 PlanBlock = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class AttemptKey:
-    """Which attempt calls, and where it began the epoch.
+    """An attempt in an epoch.
 
     Attributes:
         generation: the attempt's number.
-        epoch: the running epoch.
-        resume_step: the step of the epoch that this attempt began at; a restarted actor goes back to its checkpoint.
+        epoch: the current epoch.
+        resume_step: the step at which this attempt started the epoch. A restarted actor returns to its checkpoint.
     """
 
     generation: int
@@ -45,13 +45,13 @@ class AttemptKey:
 
 @dataclass(frozen=True)
 class PlanPass:
-    """One pass over one plan by all ranks.
+    """One pass of all ranks over one plan.
 
     Attributes:
         key: the attempt and the epoch.
         phase: which of the epoch's plans.
-        world_size: how many ranks share it.
-        start_step: where in the plan the pass begins.
+        world_size: the number of ranks.
+        start_step: the first step of the plan to deliver.
     """
 
     key: AttemptKey
@@ -65,10 +65,10 @@ class Push:
     """Observations of one rank, packed into one buffer.
 
     Attributes:
-        rank: who observed.
-        sequence: number of the push in the rank's epoch, from 0.
+        rank: the observing rank.
+        sequence: the push's number in the rank's epoch, from 0.
         layout, buffer: ids and signals, as `pack` returns them.
-        sweep: whether a forward-only pass observed them.
+        sweep: whether a forward-only pass made the observations.
     """
 
     rank: int
@@ -80,34 +80,39 @@ class Push:
 
 @dataclass(frozen=True)
 class Barrier:
-    """Where all ranks meet with all their observations.
+    """A point that all ranks reach before the actor takes a snapshot.
 
     Attributes:
-        moment: `snapshot` inside an epoch; `close` at its end, when the next epoch's samples are selected.
-        step: the step before which they meet.
-        world_size: how many ranks must come.
+        moment: `snapshot` inside an epoch; `close` at its end, where the actor selects the next epoch's samples.
+        step: the number of steps before it in the epoch; the same on every rank.
+        world_size: the number of ranks.
+        number: the number of barriers before it in the attempt's epoch.
     """
 
     moment: Moment
     step: int
     world_size: int
+    number: int = 0
+
+    def __str__(self) -> str:
+        return f"step {self.step}" + (", the end of the epoch" if self.moment == "close" else "")
 
 
 @dataclass(frozen=True)
 class PlanHeader:
-    """What every rank must know of a plan without holding it.
+    """The summary of a plan that every rank gets; the plan itself stays in the actor.
 
     Attributes:
-        plan_pass: which pass goes over it.
-        num_steps: global batches, the meta batches included.
-        num_rows: rows that are trained on.
-        num_kept, num_samples, num_forward_only, requested, realised, lr_scale: of the selection.
+        plan_pass: the announced pass.
+        num_steps: global batches, meta batches included.
+        num_rows: rows with a weight, without padding and meta rows.
+        num_kept, num_samples, num_forward_only, requested, realised, lr_scale: the selection's.
         hash: of ids, weights and order; "" for passes that do not train.
-        select_s: seconds that laying out the plan took.
-        facts: the selection's own, for metrics.jsonl.
+        select_s: seconds it took to lay out the plan.
+        facts: what the method reports about the selection, for metrics.jsonl.
         num_train_steps: global batches that train.
-        batch_rows: one rank's part of a global batch.
-        meta_every: a meta batch precedes every so many batches that train; 0 for none.
+        batch_rows: rows of a global batch on one rank.
+        meta_every: training batches per meta batch; 0 for no meta batches.
     """
 
     plan_pass: PlanPass
@@ -129,13 +134,13 @@ class PlanHeader:
 
 @dataclass(frozen=True)
 class EpochSnapshot:
-    """The Selector's state when all observations so far have arrived.
+    """The Selector's state at a barrier, with every observation made before it.
 
     Attributes:
-        state: its arrays, those of the next epoch's selection included at an epoch's end.
-        select_s: seconds that the selection took.
-        num_nonfinite, nonfinite_ids: losses that were NaN or infinite, and the first samples that had one.
-        score_quantiles: quantiles of each score, as `column_quantiles` returns them.
+        state: the Selector's arrays; at an epoch's end they include the next selection.
+        select_s: seconds the selection took.
+        num_nonfinite, nonfinite_ids: the number of NaN and infinite losses, and the first samples that had one.
+        score_quantiles: score name → quantiles, as `column_quantiles` returns them.
     """
 
     state: dict[str, NDArray[Any]]
@@ -146,13 +151,21 @@ class EpochSnapshot:
 
 
 @dataclass(frozen=True)
+class StopReason:
+    """Why the run cannot go on, in one line; `failed` tells an error from a run that stopped itself."""
+
+    text: str
+    failed: bool
+
+
+@dataclass(frozen=True)
 class Pulse:
-    """What a rank was doing when it was last heard.
+    """A rank's last sign of life.
 
     Attributes:
         silent_s: seconds since then.
-        doing: such as "waits for the stream".
-        doing_s: for how long it had been doing that.
+        doing: such as "waiting for the stream".
+        doing_s: for how long.
     """
 
     silent_s: float
@@ -161,7 +174,7 @@ class Pulse:
 
 
 def pack(ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]]) -> tuple[Layout, NDArray[np.uint8]]:
-    """Lay ids (B,) and signals (B, …) into one byte buffer: one object to send instead of several.
+    """Pack ids (B,) and signals (B, …) into one byte buffer, so that a push is one object.
 
     >>> layout, buffer = pack(np.array([7]), {"loss": np.array([0.5], np.float32)})
     >>> unpack(layout, buffer)["loss"]
@@ -174,7 +187,7 @@ def pack(ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]]) -> tuple[L
 
 
 def unpack(layout: Layout, buffer: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-    """Return the arrays of `pack` as views into the buffer; the ids are under "id"."""
+    """Return the packed arrays as views into the buffer; the ids are named "id"."""
     arrays = {}
     start = 0
     for name, dtype, shape in layout:

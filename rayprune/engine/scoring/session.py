@@ -1,7 +1,7 @@
-"""One rank's conversation with the ScoreActor during an attempt: announce, batches, record, barrier.
+"""One rank's session with the ScoreActor during an attempt: announce passes, get batches, record, meet at barriers.
 
-The engine's own worker and a user's Shard hold one each. Nothing here knows how rows reach the rank: the iteration over
-batches is passed in.
+The engine's worker and a user's Shard hold one session each. The session does not know how rows reach the rank: the
+iteration over batches is passed in.
 """
 
 from __future__ import annotations
@@ -26,33 +26,34 @@ from rayprune.engine.scoring.messages import (
     RankRows,
 )
 from rayprune.engine.scoring.recorder import Recorder
+from rayprune.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
 Client = TypeVar("Client", bound=ScoreClient)
 T = TypeVar("T")
 
-# Rows that a rank asks the plan for at once: enough to make the cost of a call vanish, little to hold.
+# Rows of the plan per request: enough to amortize the call, few enough to hold.
 SPAN_ROWS = 65_536
 _FIRST_POLL_S, _LONGEST_POLL_S = 0.001, 0.05
-# How long rank 0 waits for the others before all ranks come anew.
-_MEET_S = 10.0
+# How long rank 0 waits for the other ranks before all ranks arrive again.
+_ARRIVAL_TIMEOUT_S = 10.0
 
 
 class ScoringSession(Generic[Client]):
-    """Follow an attempt's epochs on one rank.
+    """One rank's session with the ScoreActor.
 
     Args:
         client: the ScoreActor's client.
         generation: the attempt's number, the same on every rank.
         rank: this rank.
-        world_size: how many ranks there are.
-        signals: what training visits report.
+        world_size: the number of ranks.
+        signals: names of the signals that training visits report.
 
     Attributes:
-        client, generation, rank, world_size: as given.
-        recorder: this rank's observations.
-        key: the running epoch.
+        client, generation, rank, world_size: as passed.
+        recorder: records this rank's observations.
+        key: the attempt in the current epoch.
     """
 
     def __init__(
@@ -61,14 +62,15 @@ class ScoringSession(Generic[Client]):
         self.client, self.generation, self.rank, self.world_size = client, generation, rank, world_size
         self.recorder = Recorder(client, rank, signals)
         self.key = AttemptKey(generation, 0)
+        self._num_barriers = 0
 
     def start_epoch(self, epoch: int, resume_step: int = 0) -> None:
-        """Begin an epoch, at the step where this attempt resumes it."""
-        self.key = AttemptKey(self.generation, epoch, resume_step)
+        """Start an epoch at the step where this attempt resumes it."""
+        self.key, self._num_barriers = AttemptKey(self.generation, epoch, resume_step), 0
         self.recorder.start_epoch(self.key)
 
     def announce(self, phase: Phase = "train") -> PlanHeader:
-        """Announce a pass over one of the epoch's plans; every rank announces the same."""
+        """Announce a pass over one of the epoch's plans; all ranks announce the same passes."""
         start_step = self.key.resume_step if phase == "train" else 0
         return self.client.announce(PlanPass(self.key, phase, self.world_size, start_step))
 
@@ -78,83 +80,85 @@ class ScoringSession(Generic[Client]):
         """Yield this rank's batches of an announced pass.
 
         Args:
-            header: what `announce` returned.
-            deliver: makes batches of the pass, this rank's rows of its plan in order, and the rows of a batch.
+            header: the result of `announce`.
+            deliver: called with the pass, this rank's rows of its plan in order, and the rows of a batch; yields the
+                batches.
         """
-        plan_pass, last = header.plan_pass, header.num_steps
+        plan_pass, stop = header.plan_pass, header.num_steps
         steps = max(1, SPAN_ROWS // header.batch_rows)
 
         def spans() -> Iterator[RankRows]:
-            for start in range(plan_pass.start_step, last, steps):
-                yield self.client.rank_rows(plan_pass, self.rank, start, min(start + steps, last))
+            for start in range(plan_pass.start_step, stop, steps):
+                yield self.client.rank_rows(plan_pass, self.rank, start, min(start + steps, stop))
 
-        if plan_pass.start_step < last:
+        if plan_pass.start_step < stop:
             yield from deliver(plan_pass, spans(), header.batch_rows)
 
     def barrier(self, moment: Moment, step: int, *, with_state: bool = True) -> EpochSnapshot:
-        """Wait until every rank is here and all their observations have arrived.
+        """Wait for all ranks and all their observations, then take a snapshot.
 
-        Nothing reaches the ScoreActor while rank 0 takes the state, as the other ranks wait for its answer.
+        The other ranks wait until rank 0 has the snapshot, so that none of them changes the state meanwhile.
 
         Args:
-            moment: `snapshot` inside an epoch; `close` at its end, when the next epoch's samples are selected.
-            step: the step before which the ranks meet; all must agree.
+            moment: `snapshot` inside an epoch; `close` at its end, where the actor selects the next epoch's samples.
+            step: the number of steps before the barrier in the epoch; the same on every rank.
             with_state: whether rank 0 needs the state.
 
         Returns:
-            The snapshot; `state` and `score_quantiles` are empty on the other ranks.
+            The snapshot. On ranks other than 0, `state` and `score_quantiles` are empty.
 
         Raises:
-            ValueError: another rank is at another barrier.
-            ObservationsLost: the ScoreActor was lost with observations that nobody else has.
+            UsageError: another rank is at another barrier.
+            ObservationsLost: the ScoreActor died with observations that cannot be repeated.
         """
-        barrier = Barrier(moment, step, self.world_size)
+        barrier = Barrier(moment, step, self.world_size, self._num_barriers)
+        self._num_barriers += 1
         while True:
             self._arrive(barrier)
             snapshot = self._pass(barrier, with_state) if self.rank == 0 else None
-            outcome = self._from_rank_zero(barrier, snapshot)
+            outcome = self._broadcast(barrier, snapshot)
             if outcome is not None:
                 return snapshot or outcome
-            # Rank 0 waited in vain: the ScoreActor may have been restarted and forgotten who had come.
+            # The actor may have been restarted and have forgotten some arrivals: all ranks arrive again.
 
     def _arrive(self, barrier: Barrier) -> None:
-        """Push what is left, and what the actor misses, until it has everything.
+        """Push the remaining observations, repeat the lost ones, and arrive.
 
-        Repeated pushes are waited for: an observation that the actor cannot fold raises here.
+        Repeated pushes are awaited: here an observation that the actor cannot fold raises its error.
         """
         self.recorder.push()
-        while missing := self.client.arrive(self.key, barrier, self.rank, self.recorder.num_pushes):
-            self.recorder.push_again(missing)
+        while lost := self.client.arrive(self.key, barrier, self.rank, self.recorder.num_pushes):
+            self.recorder.push_again(lost)
 
     def _pass(self, barrier: Barrier, with_state: bool) -> EpochSnapshot | None:
-        """Wait a while for the other ranks, then take the snapshot; None when they have not come (rank 0)."""
+        """Wait for the other ranks and take the snapshot (rank 0); None if they do not arrive in time."""
         start, pause_s = time.monotonic(), _FIRST_POLL_S
         while (snapshot := self.client.pass_barrier(self.key, barrier, with_state)) is None:
             absent = self.client.absent_ranks(self.key, barrier)
-            if self.rank in absent:
+            if self.rank in absent:  # the actor was restarted
                 return None
-            if time.monotonic() - start > _MEET_S:
+            if time.monotonic() - start > _ARRIVAL_TIMEOUT_S:
                 logger.warning(
                     "rank 0 has been waiting for ranks %s for %.0f s: every rank must finish the epoch, or call "
                     "state_dict() at the same step",
                     absent,
-                    _MEET_S,
+                    _ARRIVAL_TIMEOUT_S,
                 )
                 return None
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_POLL_S)
         return snapshot
 
-    def _from_rank_zero(self, barrier: Barrier, snapshot: EpochSnapshot | None) -> EpochSnapshot | None:
-        """Return rank 0's snapshot without its arrays, or None when rank 0 has none."""
+    def _broadcast(self, barrier: Barrier, snapshot: EpochSnapshot | None) -> EpochSnapshot | None:
+        """Return rank 0's snapshot without its arrays on every rank, or None if rank 0 has none."""
         if self.world_size == 1:
             return snapshot
-        small = None if snapshot is None else replace(snapshot, state={}, score_quantiles={})
-        answer = broadcast_from_rank_zero((barrier, small))
-        if not isinstance(answer, tuple) or answer[:1] != (barrier,):  # another collective call of Ray Train
-            raise RuntimeError(
-                f"rank {self.rank} waits at step {barrier.step} of epoch {self.key.epoch} and rank 0 called something "
-                "else: every rank must call state_dict() and ray.train.report() in the same order"
+        summary = None if snapshot is None else replace(snapshot, state={}, score_quantiles={})
+        message = broadcast_from_rank_zero((barrier, summary))
+        if not isinstance(message, tuple) or message[:1] != (barrier,):  # rank 0 is in another collective of Ray Train
+            raise UsageError(
+                f"rank {self.rank} is at {barrier} in epoch {self.key.epoch}, and rank 0 called something else: every "
+                "rank must call state_dict() and ray.train.report() in the same order"
             )
-        outcome: EpochSnapshot | None = answer[1]
+        outcome: EpochSnapshot | None = message[1]
         return outcome

@@ -1,4 +1,4 @@
-"""Make a worker ready: device, threads, network, optimiser, step."""
+"""Build what a run trains with: device, network, optimizer, train step, learning rate."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from rayprune.nn.steps.l2w import exit_weight_names
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a sample looks like to the network.
+    """The network's inputs.
 
     Attributes:
         column: the source's input column.
-        shape: (C, H, W) or (F,).
-        num_classes: C of the labels.
-        augment: the batched augmentation with its statistics.
+        shape: (C, H, W) of an image, (F,) of features.
+        num_classes: the number of classes.
+        augment: the batched augmentation, with the statistics of the training split.
     """
 
     column: str
@@ -47,12 +47,12 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a method and `train.step` ask of the train step; plain values: workers may not have the method's code.
+    """The train step that a method and `train.step` ask for, in plain values: workers may not have the method's code.
 
     Attributes:
-        name, options: the step, a key of `STEPS`, and its options; a "plain" one may turn out as `exits`.
-        signals, sweep_signals: what training visits and forward-only passes report.
-        sweep_part: the part of the network that forward-only passes go through.
+        name, options: a key of `STEPS` and the step's options; "plain" becomes "exits" for a network with several.
+        signals, sweep_signals: the signals of training visits and of forward-only passes.
+        sweep_part: the part of the network that forward-only passes use.
     """
 
     name: str
@@ -63,10 +63,15 @@ class StepSettings:
 
     @classmethod
     def of(cls, method: Method, train: TrainSection, record: tuple[str, ...] = ()) -> StepSettings:
-        """Return the terms of a method and the config's section `train`, with more signals to be recorded in training.
+        """Return the settings for a method and the config's section `train`.
+
+        Args:
+            method: the selection method.
+            train: the config's section.
+            record: further signals to record in training.
 
         Raises:
-            ValueError: the method names no train step, or has one of its own and `train.step` names another.
+            ConfigError: the method names an unknown step, or has its own step and `train.step` names another.
         """
         name, options = method.step()
         if name not in STEPS:
@@ -81,20 +86,69 @@ class StepSettings:
         signals = tuple(dict.fromkeys((*method.signals, *record)))
         return cls(name, options, signals, method.sweep_signals or signals, method.sweep_part)
 
+    def fit_to(self, num_exits: int) -> tuple[str, dict[str, Any]]:
+        """Return the step's name and options for a network with so many exits.
+
+        Raises:
+            ConfigError: the step or a signal does not work with such a network.
+        """
+        if num_exits == 1:
+            if self.name in MULTI_EXIT_STEPS:
+                raise ConfigError(
+                    f"train.step {self.name} is for a network with several exits, and the model returns one tensor: "
+                    "use train.step=plain, or a model that returns a list of logits"
+                )
+            return self.name, self.options
+        if signals := [signal for signal in (*self.signals, *self.sweep_signals) if signal in BOUNDARY_SIGNALS]:
+            raise ConfigError(
+                f"signal {signals[0]!r} needs the decision boundaries of one last layer, and the model has {num_exits} "
+                "exits: use a method or train.record without it"
+            )
+        name = "exits" if self.name == "plain" else self.name
+        if name not in MULTI_EXIT_STEPS:
+            raise ConfigError(f"train step {name!r} is for a network with one exit, and the model has {num_exits}")
+        return name, {"num_exits": num_exits, **self.options}
+
+
+@dataclass(frozen=True)
+class SelectionSetup:
+    """How a run selects its samples.
+
+    Attributes:
+        method: the selection method.
+        num_epochs: the number of epochs to select for.
+        chosen: the selection of a method that reads one from a file.
+        before: the cost of the run that scored the samples.
+        scores: name → (N,) the scores of that run, for scores.parquet.
+    """
+
+    method: Method
+    num_epochs: int
+    chosen: Selection | None = None
+    before: PriorCost = field(default_factory=PriorCost)
+    scores: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What a worker needs besides the config; picklable.
+    """Everything a worker needs; picklable.
 
     Attributes:
-        terms: what the method asks of the train step.
-        before: what a run that scored the samples has cost.
+        config: the run's config.
+        scores: the ScoreActor's client.
+        input: the network's inputs.
+        step: the train step to build.
+        fingerprint, shuffle: the training source's, stored in checkpoints.
+        run_folder: where the run writes.
+        use_gpu, threads: what this worker computes on.
+        has_validation: whether there is a validation split.
+        before: the cost of the run that scored the samples.
     """
 
     config: Config
     scores: ScoreClient
     input: InputSpec
-    terms: StepSettings
+    step: StepSettings
     fingerprint: str
     shuffle: str
     run_folder: str
@@ -105,7 +159,7 @@ class WorkerSpec:
 
 
 def pick_device(use_gpu: bool) -> torch.device:
-    """Return this worker's device, as Ray Train assigned it."""
+    """Return the device that Ray Train assigned to this worker."""
     if not use_gpu:
         return torch.device("cpu")
     import ray.train.torch
@@ -115,31 +169,29 @@ def pick_device(use_gpu: bool) -> torch.device:
 
 
 def pick_precision(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return the autocast dtype: bf16 on a GPU that has it unless fp32 is asked for; None = full precision."""
+    """Return the autocast dtype, None for full precision. `auto` is bf16 on a GPU that supports it."""
     if precision == "bf16":
         return torch.bfloat16
-    wanted = precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if wanted else None
+    use_bf16 = precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if use_bf16 else None
+
+
+def new_model(config: Config, spec: InputSpec) -> nn.Module:
+    """Build the config's model with whatever random weights come next."""
+    model: nn.Module = build_model(
+        config.model.name, num_classes=spec.num_classes, input_shape=spec.shape, **config.model.options
+    )
+    return model
 
 
 def build_network(config: Config, spec: InputSpec, device: torch.device) -> nn.Module:
     """Build the seeded network on its device, in channels_last layout for images."""
-    torch.manual_seed(config.train.seed)  # the initial weights are the same on every rank, whatever it drew before
-    model = build_model(
-        config.model.name, num_classes=spec.num_classes, input_shape=spec.shape, **config.model.options
-    ).to(device)
-    wanted = config.train.channels_last
-    if len(spec.shape) == 3 and (wanted is True or wanted == "auto"):
-        # Faster on the CPU too: 144 against 215 ms a ResNet-8 step at batch 128 on one core.
+    torch.manual_seed(config.train.seed)  # the same initial weights on every rank
+    model = new_model(config, spec).to(device)
+    if len(spec.shape) == 3 and config.train.channels_last in (True, "auto"):
+        # Faster on the CPU, too: 144 against 215 ms per ResNet-8 step at batch 128 on one core.
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
-
-
-def recorded_signals(config: Config, spec: InputSpec) -> tuple[str, ...]:
-    """Return the signals whose mean over the visits goes to scores.parquet: train.record, and the train step's own."""
-    if config.train.step_name != "l2w":
-        return config.train.record
-    return (*config.train.record, *exit_weight_names(model_exits(config, spec)))
 
 
 def model_exits(config: Config, spec: InputSpec) -> int:
@@ -147,16 +199,15 @@ def model_exits(config: Config, spec: InputSpec) -> int:
     return count_exits(build_network(config, spec, torch.device("cpu")), spec.shape)
 
 
-def wrap_for_ranks(model: nn.Module, world_size: int, device: torch.device) -> nn.Module:
-    """Wrap in DDP where there is more than one rank."""
-    if world_size == 1:
-        return model
-    device_ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
+def recorded_signals(config: Config, spec: InputSpec) -> tuple[str, ...]:
+    """Return the signals whose means go to scores.parquet: `train.record` and those of the train step."""
+    if config.train.step_name != "l2w":
+        return config.train.record
+    return (*config.train.record, *exit_weight_names(model_exits(config, spec)))
 
 
 def network_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimiser of a network's parameters."""
+    """Build the optimizer of a network's parameters."""
     optim = config.optim
     return build_optimizer(
         optim.name,
@@ -173,43 +224,46 @@ def build_step(
     config: Config,
     network: nn.Module,
     spec: InputSpec,
-    terms: StepSettings,
-    world_size: int,
-    device: torch.device,
+    settings: StepSettings,
     *,
+    device: torch.device,
+    world_size: int = 1,
     compiled: bool = True,
 ) -> TrainStep:
-    """Build the train step with its optimiser, wrapped in DDP where there is more than one rank.
+    """Build the train step with its optimizer, wrapped in DDP for several ranks.
 
     Args:
-        config: precision, optimiser and the like.
+        config: the run's config.
         network: on its device, not wrapped.
-        spec: what its inputs look like.
-        terms: what the method asks for.
-        world_size: the number of ranks.
+        spec: the network's inputs.
+        settings: the step to build.
         device: where the step runs.
-        compiled: as `train.compile` says; False for a look at the step.
+        world_size: the number of ranks.
+        compiled: False to ignore `train.compile`.
 
     Raises:
-        ValueError: the step does not fit the network.
+        ConfigError: the step does not work with the network.
     """
     train = config.train
-    name, options = _fitting(terms, count_exits(network, spec.shape))
+    name, options = settings.fit_to(count_exits(network, spec.shape))
     if name in SEEDED_STEPS:
         options = {**options, "seed": train.seed}
     step = STEPS[name]
-    needs_head = any(signal in BOUNDARY_SIGNALS for signal in (*terms.signals, *terms.sweep_signals))
+    needs_head = any(signal in BOUNDARY_SIGNALS for signal in (*settings.signals, *settings.sweep_signals))
     head = last_linear(network, torch.zeros(2, *spec.shape, device=device)) if needs_head else None
     module = step.module_of(network, spec.shape, **options)
     if train.compile:
         if name not in COMPILED_STEPS:
-            raise ConfigError(f"train.compile = True: train step {name!r} is not for compiled networks: leave it out")
+            raise ConfigError(f"train.compile = True: train step {name!r} cannot be compiled: leave it out")
         if compiled:
-            module.compile()  # type: ignore[no-untyped-call]  # in place, when first called: names in checkpoints stay
+            module.compile()  # type: ignore[no-untyped-call]  # in place: the names in checkpoints stay
+    if world_size > 1:
+        device_ids = [device.index] if device.type == "cuda" else None
+        module = nn.parallel.DistributedDataParallel(module, device_ids=device_ids)
     return step(
-        wrap_for_ranks(module, world_size, device),
+        module,
         network_optimizer(config, network),
-        signals=terms.signals,
+        signals=settings.signals,
         label_smoothing=train.label_smoothing,
         accumulate=train.accumulate,
         clip_norm=train.clip_norm,
@@ -219,53 +273,10 @@ def build_step(
     )
 
 
-def _fitting(terms: StepSettings, num_exits: int) -> tuple[str, dict[str, Any]]:
-    """Return the step and its options for a network with so many exits.
-
-    Raises:
-        ValueError: the step is for networks of the other kind, or a signal is.
-    """
-    if num_exits == 1:
-        if terms.name in MULTI_EXIT_STEPS:
-            raise ConfigError(
-                f"train.step {terms.name} is for a network with several exits, and the model returns one tensor: "
-                "use train.step=plain, or a model that returns a list of logits"
-            )
-        return terms.name, terms.options
-    if wanted := [signal for signal in (*terms.signals, *terms.sweep_signals) if signal in BOUNDARY_SIGNALS]:
-        raise ConfigError(
-            f"signal {wanted[0]!r} is of the decision boundaries of one last layer, and the model has {num_exits} "
-            "exits: use a method or train.record without it"
-        )
-    name = "exits" if terms.name == "plain" else terms.name
-    if name not in MULTI_EXIT_STEPS:
-        raise ConfigError(f"train step {name!r} is for a network with one exit, and the model has {num_exits}")
-    return name, {"num_exits": num_exits, **terms.options}
-
-
 def rate_at(config: Config, epoch: int, step: int, num_steps: int, lr_scale: float) -> float:
-    """Return the learning rate of a step: a function of the fraction of training done, whatever the steps an epoch."""
+    """Return the learning rate of a step, a function of the fraction of training done."""
     optim = config.optim
-    shape: dict[str, Any] = {"milestones": optim.milestones, "gamma": optim.gamma} if optim.schedule == "step" else {}
-    # The middle of the step: neither the first step of a warm-up nor the last of an annealing is one at rate 0.
+    options: dict[str, Any] = {"milestones": optim.milestones, "gamma": optim.gamma} if optim.schedule == "step" else {}
+    # The middle of the step, so that no step of a warm-up or an annealing has a rate of 0.
     progress = (epoch + (step + 0.5) / num_steps) / config.train.epochs
-    return learning_rate(optim.schedule, progress, peak=optim.lr, warmup=optim.warmup, **shape) * lr_scale
-
-
-@dataclass(frozen=True)
-class SelectionSetup:
-    """How a run chooses its samples.
-
-    Attributes:
-        method: what the Selector is made of.
-        num_epochs: epochs that it may be asked for.
-        chosen: the selection of a method with a file.
-        before: what the run that scored the samples has cost.
-        scores: name → (N,) what it found, for scores.parquet.
-    """
-
-    method: Method
-    num_epochs: int
-    chosen: Selection | None = None
-    before: PriorCost = field(default_factory=PriorCost)
-    scores: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    return learning_rate(optim.schedule, progress, peak=optim.lr, warmup=optim.warmup, **options) * lr_scale

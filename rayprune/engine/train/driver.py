@@ -33,6 +33,7 @@ from rayprune.engine.data.transport import LocalStream, RayStream
 from rayprune.engine.monitoring import Watcher, on_sigterm
 from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
+from rayprune.engine.scoring.messages import StopReason
 from rayprune.engine.storage.checkpoint import (
     forget_ray_records,
     load_selector_state,
@@ -126,7 +127,7 @@ class Run:
             config=config,
             scores=self.scores,
             input=spec,
-            terms=StepSettings.of(method, config.train, record),
+            step=StepSettings.of(method, config.train, record),
             fingerprint=splits.train.fingerprint,
             shuffle=shuffle_name(splits.train),
             run_folder=str(folder),
@@ -153,19 +154,20 @@ class Run:
         except Exception as error:  # without workers the loop's own errors come through as they are
             failure = error
         finally:
-            stopped = self._stopped_because()
+            stop_reason = self._stop_reason()
             if self._handle is not None:
                 ray.kill(self._handle)
-        if stopped is not None:  # also after a clean end: workers that Ray started again leave at once
-            reason, failed = stopped
-            raise (TrainingFailed(f"training failed {reason}") if failed else TrainingStopped(reason)) from failure
+        if stop_reason is not None:  # after a clean end, too: workers that Ray has restarted leave at once
+            if stop_reason.failed:
+                raise TrainingFailed(f"training failed {stop_reason.text}") from failure
+            raise TrainingStopped(stop_reason.text) from failure
         if failure is not None:
             raise TrainingFailed(_first_cause(failure)) from failure
 
-    def _stopped_because(self) -> tuple[str, bool] | None:
+    def _stop_reason(self) -> StopReason | None:
         try:
-            return self.scores.stopped()
-        except ray.exceptions.RayError:  # the actor went down with what failed: that says more
+            return self.scores.stop_reason()
+        except ray.exceptions.RayError:  # the actor died with the run, whose own error says more
             return None
 
     def _trainer(self) -> TorchTrainer:
@@ -320,7 +322,7 @@ def train(
     scored = _scored(config, splits, listeners)
     if on_scored is not None:
         on_scored(scored)
-    return _run(config, splits, scored.choice(config), listeners)
+    return _run(config, splits, scored.setup(config), listeners)
 
 
 def check(config: Config, splits: Splits) -> None:

@@ -1,4 +1,4 @@
-"""What a run checks before anything starts: the input, the sizes, the method, the model."""
+"""Checks before anything starts: inputs, sizes, method, memory, model and train step."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from rayprune.engine.train.build import (
     build_step,
     model_exits,
     network_optimizer,
+    new_model,
     rate_at,
     recorded_signals,
 )
@@ -29,21 +30,20 @@ from rayprune.methods.fixed import Fixed
 from rayprune.nn.augment import Augment
 from rayprune.nn.early_exit import num_exits_of
 from rayprune.nn.flops import num_macs
-from rayprune.nn.models import build_model
 from rayprune.nn.signals import signal_floats
 from rayprune.nn.steps.l2w import weight_range
 from rayprune.sources import SampleSource, default_augment, input_statistics
 
-# Up to here a batch that is mostly padding costs little: a first try on a few samples need not change it.
+# Smaller batches may be mostly padding: it costs little, and a first try on a few samples works.
 _SMALL_BATCH = 4_096
-# Enough for a method to show what it refuses, few enough to cost nothing.
+# Enough samples for a method to refuse its settings, few enough to cost nothing.
 _TRIAL_SAMPLES = 1_000
 
 
 def input_spec(config: Config, source: SampleSource) -> InputSpec:
-    """Return what the network sees: shape, classes, augmentation with the statistics of the training split."""
+    """Return the network's inputs, with the statistics of the training split."""
     schema = source.schema
-    assert schema.num_classes is not None, "open_data lets labelled samples through only"
+    assert schema.num_classes is not None, "open_data returns labelled samples"
     shape = schema.columns[schema.input].shape
     mean, std = input_statistics(source)
     keys = default_augment(config.data.source) if config.data.augment == "auto" else dict(config.data.augment)
@@ -59,7 +59,7 @@ def input_spec(config: Config, source: SampleSource) -> InputSpec:
 
 
 def check_sizes(config: Config, num_samples: int) -> None:
-    """Refuse a batch that the training split cannot fill."""
+    """Refuse a batch size that the training split cannot fill."""
     batch = config.train.batch_size
     if config.train.last_batch == "drop" and batch > num_samples:
         raise ConfigError(
@@ -71,44 +71,44 @@ def check_sizes(config: Config, num_samples: int) -> None:
             f"train.batch_size {batch} would be mostly padding with {num_samples} training samples: use at most "
             f"train.batch_size={num_samples}"
         )
-    most = max(1, config.scaling.worker_range[1])
-    if config.train.step_name == "l2w" and batch < 2 * most:
+    workers = _most_workers(config)
+    if config.train.step_name == "l2w" and batch < 2 * workers:
         raise ConfigError(
-            f"train.batch_size {batch} leaves {most} worker(s) no two halves for train.step l2w: use at least "
-            f"train.batch_size={2 * most}, better {8 * most}"
+            f"train.batch_size {batch} cannot give each of {workers} worker(s) two halves for train.step l2w: use at "
+            f"least train.batch_size={2 * workers}, better {8 * workers}"
         )
 
 
 def check_method(config: Config, source: SampleSource, method: Method, num_epochs: int) -> None:
-    """Try the method's first selection on a few samples: what it refuses shows before anything starts."""
+    """Refuse a method that cannot select from this source; its first selection is tried on a few samples."""
     if vectors := [name for name in config.train.record if signal_floats(name, 2) > 1]:
-        raise ConfigError(f"train.record {vectors} are several numbers a sample: a mean of single ones is kept only")
-    left_out = len(source) % config.train.batch_size if config.train.last_batch == "drop" else 0
-    if method.collect_epochs and left_out:
+        raise ConfigError(f"train.record {vectors}: only means of single numbers per sample are kept, not of vectors")
+    num_dropped = len(source) % config.train.batch_size if config.train.last_batch == "drop" else 0
+    if method.collect_epochs and num_dropped:
         raise ConfigError(
-            f"train.last_batch=drop leaves out {left_out} of {len(source)} samples in each epoch, and method "
-            f"{method.name!r} scores samples that it sees in every one: use train.last_batch=pad"
+            f"train.last_batch=drop leaves out {num_dropped} of {len(source)} samples in each epoch, and method "
+            f"{method.name!r} must see every sample in every scoring epoch: use train.last_batch=pad"
         )
     if isinstance(method, Fixed):
-        return  # its file has been read, and is of all samples
-    few = min(len(source), _TRIAL_SAMPLES)
-    labels = source.labels[:few] if method.class_floor > 0 or method.needs_labels else None
-    with contextlib.suppress(RuntimeError):  # so few samples may leave nothing to keep; all of them may not
-        Selector(method, few, num_epochs, config.train.seed, labels=labels).begin_epoch(0)
+        return  # its file has been read and covers all samples
+    num_tried = min(len(source), _TRIAL_SAMPLES)
+    labels = source.labels[:num_tried] if method.class_floor > 0 or method.needs_labels else None
+    with contextlib.suppress(RuntimeError):  # nothing may be left to keep of so few samples
+        Selector(method, num_tried, num_epochs, config.train.seed, labels=labels).begin_epoch(0)
 
 
 def check_memory(method: Method, num_classes: int, num_samples: int) -> None:
-    """Refuse a score table that does not fit into the memory that is free here.
+    """Refuse a score table that does not fit into this machine's free memory.
 
     Raises:
-        ValueError: it does not, with its size and the cure.
+        ConfigError: names the table's size and the cure.
     """
     row_bytes = 0
     for spec in method.columns().values():
         dtype, shape = spec if isinstance(spec, tuple) else (spec, ())
-        # A vector whose length the first observation tells is one over the classes.
-        numbers = math.prod(num_classes if length is None else length for length in shape)
-        row_bytes += np.dtype(dtype).itemsize * numbers
+        # A vector of unknown length has an entry per class.
+        row_size = math.prod(num_classes if length is None else length for length in shape)
+        row_bytes += np.dtype(dtype).itemsize * row_size
     needed, free = row_bytes * num_samples, psutil.virtual_memory().available
     if needed > free:
         cure = " (method.storage=float16 halves most of it)" if "storage" in method.to_config() else ""
@@ -118,52 +118,10 @@ def check_memory(method: Method, num_classes: int, num_samples: int) -> None:
         )
 
 
-def notices(config: Config, spec: InputSpec, num_samples: int, method: Method, use_gpu: bool) -> list[str]:
-    """Return lines on what the run cannot promise.
-
-    One for each signal that workers do not keep, with its size: what a lost ScoreActor costs; one where scores of
-    probabilities come from logits of lower precision than the paper's; and one where learned weights can be negative.
-    """
-    lines = []
-    if "probs" in method.signals and (
-        config.train.precision == "bf16" or (use_gpu and config.train.precision == "auto")
-    ):
-        lines.append(
-            f"method {method.name} scores probabilities of bf16 logits: train.precision=fp32 "
-            "(collect.train.precision=fp32 for the scoring run alone) gives those of the paper"
-        )
-    if line := _negative_weights(config, spec):
-        lines.append(line)
-    for name in (*method.signals, *method.sweep_signals):
-        floats = signal_floats(name, spec.num_classes)
-        if floats > 1 and config.scaling.num_workers != 0:
-            size = num_samples * floats * 4 / 2**20
-            lines.append(
-                f"workers keep no copy of the signal {name} ({floats} numbers a sample, {size:,.1f} MiB for all): if "
-                "the ScoreActor dies, the run goes back to its last checkpoint"
-            )
-    return lines
-
-
-def _negative_weights(config: Config, spec: InputSpec) -> str:
-    """Return a line where a sample can be pushed away from its label; "" where it can't."""
-    options = config.train.step_options
-    if config.train.step_name != "l2w" or options["nonnegative"]:
-        return ""
-    low, high = weight_range(options["epsilon"], options["normalise"], model_exits(config, spec))
-    if low >= 0.0:
-        return ""
-    return (
-        f"train.step.epsilon {options['epsilon']} with normalise {options['normalise']} lets weights reach from "
-        f"{low:.2f} to {high:.2f}, and a sample of a negative one is unlearned, as in the paper: nonnegative: true "
-        "makes those 0"
-    )
-
-
 def check_model(config: Config, spec: InputSpec, method: Method) -> None:
-    """Build network, optimiser, rates and train step once on this machine: a mistake shows before anything starts."""
+    """Build network, optimizer and train step once on this machine, and try them on zeros."""
     name = config.model.name
-    model = build_model(name, num_classes=spec.num_classes, input_shape=spec.shape, **config.model.options)
+    model = new_model(config, spec)
     try:
         with torch.no_grad():
             output = model.eval()(torch.zeros(2, *spec.shape))
@@ -194,40 +152,83 @@ def _check_output(name: str, output: Any, num_classes: int) -> None:
         raise ConfigError(f"model {name!r} returns {tuple(first.shape)} for a batch of 2, not (2, {num_classes})")
 
 
-def forward_flops(config: Config, spec: InputSpec) -> int:
-    """Return the floating-point operations of one sample's forward pass: two for each multiply-add that torch counts.
-
-    A training step has three times as many; `compute` in metrics.jsonl counts such steps.
-    """
-    name = config.model.name
-    model = build_model(name, num_classes=spec.num_classes, input_shape=spec.shape, **config.model.options).eval()
-    return num_macs(model, torch.zeros(2, *spec.shape))  # two samples, and two operations each
-
-
 def _check_step(config: Config, model: torch.nn.Module, spec: InputSpec, method: Method) -> None:
     """Send a batch of zeros through each part of the method's train step."""
-    terms = StepSettings.of(method, config.train, recorded_signals(config, spec))
-    asked = tuple(dict.fromkeys((*terms.signals, *terms.sweep_signals)))
+    settings = StepSettings.of(method, config.train, recorded_signals(config, spec))
+    signals = tuple(dict.fromkeys((*settings.signals, *settings.sweep_signals)))
     try:
-        if terms.name == "l2w":
+        if settings.name == "l2w":
             _check_halves(config, model, spec)
-        step = build_step(config, model, spec, terms, 1, torch.device("cpu"), compiled=False)
+        step = build_step(config, model, spec, settings, device=torch.device("cpu"), compiled=False)
         zeros, targets = torch.zeros(2, *spec.shape), torch.zeros(2, dtype=torch.int64)
         for part in step.parts:
-            step.evaluate(zeros, targets, smoothed=True, signals=asked, part=part)
+            step.evaluate(zeros, targets, smoothed=True, signals=signals, part=part)
     except ValueError as error:
         raise ConfigError(f"method {method.name!r} can't train model {config.model.name!r}: {error}") from None
 
 
 def _check_halves(config: Config, model: torch.nn.Module, spec: InputSpec) -> None:
-    """Refuse halves of one row for a network that normalises over rows."""
-    workers = max(1, config.scaling.worker_range[1])
+    """Refuse half batches of one row for a network that normalizes over rows."""
+    workers = _most_workers(config)
     if config.train.batch_size // workers > 3:
         return
     try:
         copy.deepcopy(model).train()(torch.zeros(1, *spec.shape))
     except ValueError as error:
         raise ConfigError(
-            f"train.step l2w trains on halves of a worker's share, here of one row, and {error}: use at least "
+            f"train.step l2w trains on halves of a worker's batch, here of one row, and {error}: use at least "
             f"train.batch_size={4 * workers}"
         ) from None
+
+
+def _most_workers(config: Config) -> int:
+    return max(1, config.scaling.worker_range[1])
+
+
+def forward_flops(config: Config, spec: InputSpec) -> int:
+    """Return the floating-point operations of one sample's forward pass: two per multiply-add that torch counts.
+
+    A training step takes three times as many; `compute` in metrics.jsonl counts such steps.
+    """
+    return num_macs(new_model(config, spec).eval(), torch.zeros(2, *spec.shape))  # two samples: two per multiply-add
+
+
+def notices(config: Config, spec: InputSpec, num_samples: int, method: Method, use_gpu: bool) -> list[str]:
+    """Return a line for each thing that the run cannot promise.
+
+    These are scores from logits of lower precision than the paper's, learned weights that can be negative, and signals
+    too large for workers to keep, so that a lost ScoreActor costs the steps since the last checkpoint.
+    """
+    lines = []
+    is_bf16 = config.train.precision == "bf16" or (use_gpu and config.train.precision == "auto")
+    if "probs" in method.signals and is_bf16:
+        lines.append(
+            f"method {method.name} scores probabilities of bf16 logits: train.precision=fp32 "
+            "(collect.train.precision=fp32 for the scoring run alone) gives the paper's precision"
+        )
+    if line := _negative_weights(config, spec):
+        lines.append(line)
+    for name in (*method.signals, *method.sweep_signals):
+        floats = signal_floats(name, spec.num_classes)
+        if floats > 1 and config.scaling.num_workers != 0:
+            size = num_samples * floats * 4 / 2**20
+            lines.append(
+                f"workers keep no copy of the signal {name} ({floats} numbers per sample, {size:,.1f} MiB for all): if "
+                "the ScoreActor dies, the run resumes from its last checkpoint"
+            )
+    return lines
+
+
+def _negative_weights(config: Config, spec: InputSpec) -> str:
+    """Return a line if learned sample weights can be negative, else ""."""
+    options = config.train.step_options
+    if config.train.step_name != "l2w" or options["nonnegative"]:
+        return ""
+    low, high = weight_range(options["epsilon"], options["normalise"], model_exits(config, spec))
+    if low >= 0.0:
+        return ""
+    return (
+        f"train.step.epsilon {options['epsilon']} with normalise {options['normalise']} allows weights from {low:.2f} "
+        f"to {high:.2f}; as in the paper, a negative weight makes the network unlearn the sample: nonnegative: true "
+        "sets such weights to 0"
+    )

@@ -1,9 +1,7 @@
-"""One subset for a whole run: from a run that scored the samples, from logs of another program, or from a file.
+"""One subset for a whole run: from a scoring run, from logits that another program logged, or from a file.
 
-<run>/collect/            the run that scored, a run folder of its own, with scores.parquet
-<run>/selection.parquet   what was chosen; a run that goes on trains on this file
-
-Scores from trajectories that another program logged, without training here.
+<run>/collect/            the scoring run, a run folder of its own, with scores.parquet
+<run>/selection.parquet   the subset; a resumed run trains on this file
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from rayprune.config import Config
 from rayprune.core.selection import Selection
@@ -25,15 +23,97 @@ from rayprune.engine.storage.resume import SCORING, run_folder_of
 from rayprune.engine.storage.run_folder import read_metrics, write_scores
 from rayprune.engine.train.build import SelectionSetup, recorded_signals
 from rayprune.engine.train.preflight import forward_flops, input_spec
-from rayprune.errors import ConfigError
+from rayprune.errors import ConfigError, RunFolderError
 from rayprune.methods import Method, build_method
 from rayprune.methods.fixed import Fixed
 from rayprune.sources import SampleSource
 from rayprune.sources.score_files import read_scores
-from rayprune.sources.selection_files import read_chosen, read_selection_file, write_selection_file
+from rayprune.sources.selection_files import read_selection_file, read_selection_for, write_selection_file
 from rayprune.sources.trajectories import read_trajectories
 
-_LOGGED = ("probs", "loss")
+SELECTION = "selection.parquet"
+_NOT_SCORES = {"id", "label", "last_visit", "times_pruned"}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The result of scoring.
+
+    Attributes:
+        scores: the file of scores.
+        selection: the subset that the method selects by them.
+        before: the cost of scoring; nothing for imported logits.
+        imported: whether logits of another program were read.
+    """
+
+    scores: Path
+    selection: Selection
+    before: PriorCost = field(default_factory=PriorCost)
+    imported: bool = False
+
+    def setup(self, config: Config) -> SelectionSetup:
+        """Return the setup of the run that trains on the subset."""
+        columns = {name: column for name, column in read_scores(self.scores).scores.items() if name not in _NOT_SCORES}
+        method = Fixed(path=SELECTION, batch_mean_weights=self.selection.batch_mean_weights)
+        return SelectionSetup(method, config.train.epochs, self.selection, self.before, columns)
+
+
+def score_samples(config: Config, source: SampleSource, folder: Path | None) -> Scored:
+    """Score the samples and select the subset, after a scoring run or from the logits in `collect.trajectories`.
+
+    Args:
+        config: the whole run's config.
+        source: the training source.
+        folder: the finished scoring run's folder; None to read logits.
+
+    Raises:
+        ConfigError: the method cannot be scored this way.
+        DataError: the logits cannot be used.
+    """
+    labels = np.asarray(source.labels)
+    if folder is None:
+        selector, before = _imported_scores(config, labels), PriorCost()
+        folder = run_folder_of(config) / SCORING
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        selector, before = _collected_scores(config, source, folder), _collected_cost(config, source, folder)
+    selection = selector.begin_epoch(config.build_method().collect_epochs)
+    selector.table.times_pruned[:] = 0  # scoring prunes nothing
+    scores = write_scores(folder, selector, labels, source.fingerprint)
+    return Scored(scores, selection, before, imported=config.collect.trajectories is not None)
+
+
+def _imported_scores(config: Config, labels: NDArray[Any]) -> Selector:
+    assert config.collect.trajectories is not None
+    if config.train.record:
+        raise ConfigError(
+            f"train.record {list(config.train.record)} needs a scoring run, and collect.trajectories replaces it: "
+            "leave one out"
+        )
+    logits = Path(config.collect.trajectories)
+    return score_trajectories(config.build_method(), logits, len(labels), config.train.seed, labels)
+
+
+def _collected_scores(config: Config, source: SampleSource, folder: Path) -> Selector:
+    """Return the method's Selector with the table of the scoring run."""
+    scoring, method, labels = config.scoring(), config.build_method(), np.asarray(source.labels)
+    run = (len(source), max(scoring.train.epochs, method.collect_epochs + 1), scoring.train.seed)
+    record = recorded_signals(scoring, input_spec(scoring, source))
+    collected = Selector(scoring.build_method(), *run, labels, None, record)
+    collected.load_state_dict(load_selector_state(folder, method.collect_epochs))
+    selector = Selector(method, *run, labels, None, record)
+    selector.table.load_arrays(collected.table.to_arrays())
+    return selector
+
+
+def _collected_cost(config: Config, source: SampleSource, folder: Path) -> PriorCost:
+    lines = read_metrics(folder)
+    seconds = {key: round(sum(line["seconds"][key] for line in lines), 6) for key in lines[-1]["seconds"]}
+    counts = {name: lines[-1].get(name, 0) for name in vars(PriorCost()) if name != "seconds"}
+    if config.collect.model:  # count in samples of the network that follows, not of the one that scored
+        ratio = forward_flops_of(folder) / forward_flops(config, input_spec(config, source))
+        counts["compute"] = round(counts["compute"] * ratio, 1)
+    return PriorCost(**counts, seconds=seconds)
 
 
 def score_trajectories(
@@ -43,147 +123,73 @@ def score_trajectories(
     seed: int = 0,
     labels: ArrayLike | None = None,
 ) -> Selector:
-    """Feed a folder of logits to a method that scores whole trajectories, such as TDDS.
+    """Score samples by logits that another program logged, with a method such as TDDS.
 
     Args:
-        method: the method, its name or its config; its `collect_epochs` T are read.
-        folder: as `rayprune.sources.trajectories` describes it.
-        num_samples: N of the data set.
-        seed: for what the method draws.
-        labels: (N,) classes, where the method or its class floor needs them.
+        method: the method, its name or its config; it scores the first T = `collect_epochs` epochs.
+        folder: the logits, as `rayprune.sources.trajectories` describes them.
+        num_samples: N.
+        seed: the seed of the method's random draws.
+        labels: (N,) classes, if the method or its class floor needs them.
 
     Returns:
-        The Selector in epoch T: `scores()` are the scores, `begin_epoch(T)` is the subset.
+        The Selector in epoch T: `scores()` returns the scores, `begin_epoch(T)` the subset.
 
     Raises:
-        ValueError: the method collects no epochs or needs other signals than logits and losses give, or the folder does
-            not hold T whole epochs of N samples.
+        ConfigError: the method scores no epochs, or needs other signals than probabilities and losses.
+        DataError: the folder does not hold T whole epochs of N samples.
     """
     built = build_method(method)
-    length = built.collect_epochs
-    if not length or not set(built.signals) <= set(_LOGGED):
-        cure = "choose one that scores probabilities over epochs, such as tdds"
-        raise ConfigError(f"method {built.name!r} cannot be scored from logged logits: {cure}")
-    selector = Selector(built, num_samples, length + 1, seed, labels=labels)
-    pieces = read_trajectories(folder, length, num_samples)
-    for epoch, ids, probs_BC, losses in pieces:
+    num_epochs = built.collect_epochs
+    if not num_epochs or not set(built.signals) <= {"probs", "loss"}:
+        raise ConfigError(
+            f"method {built.name!r} cannot score logged logits: choose one that scores probabilities over epochs, such "
+            "as tdds"
+        )
+    selector = Selector(built, num_samples, num_epochs + 1, seed, labels=labels)
+    for epoch, ids, probs_BC, losses in read_trajectories(folder, num_epochs, num_samples):
         selector.begin_epoch(epoch)
         if losses is None and "loss" in built.signals:
             raise ConfigError(f"method {built.name!r} needs losses: the folder {str(folder)!r} has no _Loss.npy")
         selector.observe(ids, {"probs": probs_BC} | ({} if losses is None else {"loss": losses}), epoch)
-    selector.begin_epoch(length)
+    selector.begin_epoch(num_epochs)
     return selector
 
 
-SELECTION = "selection.parquet"
-_COUNTED = {"id", "label", "last_visit", "times_pruned"}
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What scoring left.
-
-    Attributes:
-        scores: the file of scores.
-        selection: what the method chooses by them.
-        before: what it cost; nothing where logs of another program were read.
-        imported: whether they were.
-    """
-
-    scores: Path
-    selection: Selection
-    before: PriorCost = field(default_factory=PriorCost)
-    imported: bool = False
-
-    def choice(self, config: Config) -> SelectionSetup:
-        """Return how the run that trains on the subset chooses."""
-        columns = {name: column for name, column in read_scores(self.scores).scores.items() if name not in _COUNTED}
-        method = Fixed(path=SELECTION, batch_mean_weights=self.selection.batch_mean_weights)
-        return SelectionSetup(method, config.train.epochs, self.selection, self.before, columns)
-
-
-def score_samples(config: Config, source: SampleSource, folder: Path | None) -> Scored:
-    """Return the scores and the selection of a finished scoring run, or of the logs that `collect.trajectories` names.
-
-    Args:
-        config: the whole run's.
-        source: the training source.
-        folder: of the scoring run; None reads the logs.
-
-    Raises:
-        ValueError: logs or scores that can't be used; one line with the cure.
-    """
-    method, labels = config.build_method(), np.asarray(source.labels)
-    last = method.collect_epochs
-    if folder is None:
-        assert config.collect.trajectories is not None
-        if config.train.record:
-            raise ConfigError(
-                f"train.record {list(config.train.record)} needs a scoring run, and collect.trajectories takes its "
-                "place: leave one out"
-            )
-        logs = Path(config.collect.trajectories)
-        selector = score_trajectories(method, logs, len(source), config.train.seed, labels)
-        folder, before = run_folder_of(config) / SCORING, PriorCost()
-        folder.mkdir(parents=True, exist_ok=True)
-        imported = True
-    else:
-        scoring = config.scoring()
-        run = (len(source), max(scoring.train.epochs, last + 1), scoring.train.seed)
-        record = recorded_signals(scoring, input_spec(scoring, source))
-        scored = Selector(scoring.build_method(), *run, labels, None, record)
-        scored.load_state_dict(load_selector_state(folder, last))
-        selector = Selector(method, *run, labels, None, record)
-        selector.table.load_arrays(scored.table.to_arrays())
-        lines = read_metrics(folder)
-        seconds = {key: round(sum(line["seconds"][key] for line in lines), 6) for key in lines[-1]["seconds"]}
-        counts = {name: lines[-1].get(name, 0) for name in vars(PriorCost()) if name != "seconds"}
-        # Counted in samples of the network that follows, where another one scored them.
-        if config.collect.model:
-            ratio = forward_flops_of(folder) / forward_flops(config, input_spec(config, source))
-            counts["compute"] = round(counts["compute"] * ratio, 1)
-        before = PriorCost(**counts, seconds=seconds)
-        imported = False
-    selection = selector.begin_epoch(last)
-    selector.table.times_pruned[:] = 0  # nothing was while they were scored
-    scores = write_scores(folder, selector, labels, source.fingerprint)
-    return Scored(scores, selection, before, imported)
-
-
 def chosen_subset(config: Config, source: SampleSource) -> SelectionSetup:
-    """Return how a run of the method `fixed` chooses.
+    """Return the setup of a run of the method `fixed`.
 
     Raises:
-        ValueError: the file can't be read, or is of other data.
+        DataError: the file cannot be read or is of other data.
     """
     method = config.build_method()
     assert isinstance(method, Fixed)
-    read = read_chosen(method.path, source)
-    selection, facts = read.selection(len(source)), read.about.get("facts")
-    return SelectionSetup(
-        method, config.train.epochs, selection.with_facts(**facts) if isinstance(facts, dict) else selection
-    )
+    file = read_selection_for(method.path, source)
+    selection, facts = file.selection(len(source)), file.about.get("facts")
+    if isinstance(facts, dict):
+        selection = selection.with_facts(**facts)
+    return SelectionSetup(method, config.train.epochs, selection)
 
 
-def check_subset(config: Config, choice: SelectionSetup) -> None:
-    """Refuse to go on with another subset than the run began with.
+def check_subset(config: Config, setup: SelectionSetup) -> None:
+    """Refuse to resume a run with another subset.
 
     Raises:
-        ValueError: the run's folder holds another one.
+        RunFolderError: the run's folder holds another subset.
     """
-    file, chosen = run_folder_of(config) / SELECTION, choice.chosen
+    file, chosen = run_folder_of(config) / SELECTION, setup.chosen
     if chosen is None or not file.exists():
         return
-    began = read_selection_file(file).selection(chosen.num_samples)
-    if not (np.array_equal(began.ids, chosen.ids) and np.array_equal(began.weights, chosen.weights)):
-        raise ConfigError(
-            f"the subset has changed since the run in {file.parent} began (its {file.name} holds {began.num_kept} "
+    stored = read_selection_file(file).selection(chosen.num_samples)
+    if not (np.array_equal(stored.ids, chosen.ids) and np.array_equal(stored.weights, chosen.weights)):
+        raise RunFolderError(
+            f"the subset has changed since the run in {file.parent} began (its {file.name} holds {stored.num_kept} "
             "samples): choose another run.name"
         )
 
 
-def keep_subset(folder: Path, config: Config, choice: SelectionSetup, source: SampleSource) -> None:
-    """Write the subset that a run trains on into its folder, where it is not there yet."""
-    if choice.chosen is not None and not (folder / SELECTION).exists():
-        about = {"method": config.method, "facts": dict(choice.chosen.facts)}
-        write_selection_file(folder / SELECTION, choice.chosen, source.fingerprint, about)
+def keep_subset(folder: Path, config: Config, setup: SelectionSetup, source: SampleSource) -> None:
+    """Write a run's subset into its folder, unless it is there."""
+    if setup.chosen is not None and not (folder / SELECTION).exists():
+        about = {"method": config.method, "facts": dict(setup.chosen.facts)}
+        write_selection_file(folder / SELECTION, setup.chosen, source.fingerprint, about)

@@ -1,4 +1,4 @@
-"""`rayprune.prune` and its kin: pruned data for a training loop of the user's own, with Ray Train or without."""
+"""`prune`, `get_dataset_shard` and `local_loader`: pruned data for a training loop of the user's own."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ from numpy.typing import NDArray
 from ray.train.collective import broadcast_from_rank_zero
 
 from rayprune.core.plan import LastBatch
-from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
 from rayprune.engine.cluster import Stream
 from rayprune.engine.data.device import DeviceStream, check_columns
 from rayprune.engine.data.ray_data import (
-    GUARANTEES,
+    FILTERED_GUARANTEES,
     FilteredStream,
     IdColumn,
-    Pick,
+    KeepWantedRows,
     SourceMetadata,
+    in_object_store,
     plan_dataset,
-    stored,
     task_rows,
 )
 from rayprune.engine.data.transport import LocalStream, RayStream, Transport
@@ -40,48 +39,13 @@ from rayprune.errors import ConfigError
 from rayprune.methods import Method
 from rayprune.methods.fixed import Fixed
 from rayprune.sources import SampleSource, as_source
-from rayprune.sources.selection_files import read_chosen
+from rayprune.sources.selection_files import read_selection_for
 
-_KEY = "rayprune"
-# Actors end with the process that made them, or with `close`: a data set alone must keep its own alive.
-_ALIVE: dict[str, Any] = {}
-_generations = itertools.count(1)
-
-
-@dataclass(frozen=True)
-class _Told:
-    """What a pruned data set tells the workers: where its scores are, and how rows come."""
-
-    scores: LoopClient
-    stream: Stream | Literal["filtered"]
-    source: SampleSource | None = None
-
-
-class PrunedData:
-    """A data set whose every epoch is chosen anew.
-
-    Attributes:
-        dataset: give it to a trainer, `TorchTrainer(..., datasets={"train": pruned.dataset})`; it may be mapped over
-            where rows, their order and the columns `id` and `weight` survive: `map_batches(f, batch_size=None)`.
-        num_samples: N.
-    """
-
-    def __init__(self, dataset: Any, scores: LoopClient, num_samples: int, guarantees: str) -> None:
-        self.dataset, self.num_samples = dataset, num_samples
-        self._scores, self._guarantees = scores, guarantees
-
-    def __repr__(self) -> str:
-        return f"PrunedData({self.num_samples} samples; {self._guarantees})"
-
-    def scores(self) -> dict[str, NDArray[Any]]:
-        """Return the method's scores, `last_visit` and `times_pruned`, name → (N,); NaN where never visited."""
-        return self._scores.scores()
-
-    def close(self) -> None:
-        """End the ScoreActor; otherwise it ends with this process."""
-        handle = _ALIVE.pop(self._scores.name, None)
-        if handle is not None:
-            ray.kill(handle)
+_TOKEN = "rayprune"  # the key in a DataContext under which workers find their actor
+_CHECKED_SAMPLES = 1_000
+# An actor ends when its handle is gone: pruned data keep theirs until `close`.
+_HANDLES: dict[str, Any] = {}
+_local_generations = itertools.count(1)
 
 
 def prune(
@@ -98,161 +62,139 @@ def prune(
     """Prune a data set for a Ray Train loop.
 
     Args:
-        source: a SampleSource, arrays by name, a map-style torch Dataset, a Hugging Face Dataset; or any
-            `ray.data.Dataset` with an id column, for which less is promised (`rayprune.engine.data.ray_data`).
-        method: such as `rayprune.InfoBatch(prune_ratio=0.5)`.
-        num_epochs: of the whole run; schedules and annealing are made for it.
-        batch_size: the global batch, all workers together; it must divide by their number.
-        seed: with the observations it fixes every selection and order.
-        last_batch: `pad` fills the last global batch with rows of weight 0, `drop` leaves it out.
-        stream: `ray` sends decoded rows through Ray Data, and workers never open the source; with `local` each worker
-            reads its own rows, which is faster for memory-mapped ones, and `dataset` is a token that can't be mapped;
-            so it is with `device`, where each worker keeps all decoded rows on its device: for data that fit there.
-        id_column: of a `ray.data.Dataset`: each of 0..N−1 once, in any order.
+        source: a map-style torch Dataset, a Hugging Face Dataset, a dict of arrays of one length, or any rayprune
+            source; or a `ray.data.Dataset` with an id column, which has weaker guarantees (its own order, and it
+            resumes at the end of an epoch).
+        method: the selection method, such as `rayprune.InfoBatch(prune_ratio=0.5)`.
+        num_epochs: the number of epochs of the whole run; schedules and annealing depend on it.
+        batch_size: rows of a global batch, over all workers; must be a multiple of their number.
+        seed: together with the recorded losses it determines every selection and every order.
+        last_batch: `pad` fills the last global batch with rows of weight 0; `drop` leaves the batch out.
+        stream: how rows reach the workers. `ray` sends decoded rows through Ray Data; workers never open the source.
+            `local` lets each worker read its own rows, which is faster for arrays and memory maps. `device` keeps all
+            decoded rows on each worker's device, for data that fit. With `local` and `device`, `dataset` is a token
+            that cannot be mapped.
+        id_column: the name of a `ray.data.Dataset`'s id column, which holds each of 0..N−1 once, in any order.
+
+    Returns:
+        The pruned data. Give `pruned.dataset` to the trainer and call `get_dataset_shard` in its loop.
 
     Raises:
-        ConfigError: what the source, the method or the sizes do not allow; one line with the cure.
+        ConfigError: the method or an argument cannot work with this source.
+        DataError: the source cannot be read.
+
+    Example::
+
+        import numpy as np, ray.train, torch, rayprune
+        from ray.train import ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        x = np.random.default_rng(0).normal(size=(1000, 8)).astype(np.float32)
+        data = {"x": x, "label": (x[:, 0] > 0).astype(np.int64)}
+
+        def train_loop():
+            model = ray.train.torch.prepare_model(torch.nn.Linear(8, 2))
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            shard = rayprune.get_dataset_shard("train")
+            for epoch in shard.epochs():
+                for batch in epoch.iter_torch_batches():
+                    logits = model(batch["x"])
+                    losses = torch.nn.functional.cross_entropy(logits, batch["label"], reduction="none")
+                    loss = epoch.weigh(batch, losses)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+
+        pruned = rayprune.prune(data, rayprune.InfoBatch(prune_ratio=0.5), num_epochs=10, batch_size=64)
+        trainer = TorchTrainer(
+            train_loop, scaling_config=ScalingConfig(num_workers=2), datasets={"train": pruned.dataset}
+        )
+        trainer.fit()
+        print(pruned.scores()["loss"])
     """
-    filtered = isinstance(source, ray.data.Dataset)
-    if filtered and stream == "device":
+    is_dataset = isinstance(source, ray.data.Dataset)
+    if is_dataset and stream == "device":
         raise ConfigError("stream='device' reads samples by id, and a ray.data.Dataset is filtered: leave stream out")
-    if filtered and last_batch == "drop":
-        raise ConfigError("last_batch='drop' needs a plan, which a ray.data.Dataset is filtered without: use 'pad'")
+    if is_dataset and last_batch == "drop":
+        raise ConfigError("last_batch='drop' needs a plan, and a ray.data.Dataset is filtered without one: use 'pad'")
     if not ray.is_initialized():
-        ray.init()  # as a trainer would: the loop's own prints are to be seen
+        ray.init()  # as a trainer would: the loop's own prints must show
     samples: SampleSource
-    if filtered:
-        # A copy with a context of its own: two prunes of one Dataset must not share the token in it.
+    if is_dataset:
+        # A copy with its own context: two prunes of one Dataset must not share a token.
         source = ray.data.Dataset.copy(source, _deep_copy=True)
-        samples = IdColumn(source, id_column, "label" if _counts_classes(method) else None)
+        samples = IdColumn(source, id_column, "label" if _needs_labels(method) else None)
     else:
         samples = as_source(source)
-    _check(samples, method, num_epochs, batch_size, seed, stream)
-    samples = stored(samples)
-    name = f"rayprune-loop-{uuid.uuid4().hex[:8]}"
-    spec = _spec(samples, method, num_epochs, batch_size, seed, last_batch)
+    _check_stream(stream, ("ray", "local", "device"), samples)
+    spec = _score_spec(samples, method, num_epochs, batch_size, seed=seed, last_batch=last_batch)
     spec = replace(spec, task_rows=task_rows(samples, ray.cluster_resources().get("CPU", 1.0)))
-    scores, _ALIVE[name] = LoopClient.start(spec, name)
-    if filtered:
-        return PrunedData(_filtered(source, scores, id_column), scores, len(samples), GUARANTEES)
+    if not is_dataset:
+        samples = in_object_store(samples)
+    name = f"rayprune-loop-{uuid.uuid4().hex[:8]}"
+    scores, _HANDLES[name] = LoopClient.start(spec, name)
+    if is_dataset:
+        return PrunedData(_filtered_dataset(source, scores, id_column), scores, len(samples), FILTERED_GUARANTEES)
     guarantees = f"stream {stream}; plans, order and resume inside epochs are exact, bit for bit"
-    return PrunedData(_planned(samples, scores, stream), scores, len(samples), guarantees)
+    return PrunedData(_planned_dataset(samples, scores, stream), scores, len(samples), guarantees)
 
 
-def _filtered(dataset: Any, scores: LoopClient, id_column: str) -> Any:
-    # A data set's context, of which it has its own copy, tells the workers which actor is theirs.
-    dataset.context.set_config(_KEY, _Told(scores, "filtered"))
-    pick = Pick(scores, id_column)
-    return dataset.map_batches(pick, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
+class PrunedData:
+    """A data set whose samples are selected anew for every epoch.
 
+    Attributes:
+        dataset: goes to a trainer, `TorchTrainer(..., datasets={"train": pruned.dataset})`. It may be mapped if the map
+            keeps the rows, their order and the columns `id` and `weight`: `map_batches(f, batch_size=None)`.
+        num_samples: N.
+    """
 
-def _planned(samples: SampleSource, scores: LoopClient, stream: Stream) -> Any:
-    context = ray.data.DataContext.get_current()
-    context.set_config(_KEY, _Told(scores, stream, None if stream == "ray" else samples))
-    try:
-        return plan_dataset(scores, {"train": samples})
-    finally:
-        context.remove_config(_KEY)
+    def __init__(self, dataset: Any, scores: LoopClient, num_samples: int, guarantees: str) -> None:
+        self.dataset, self.num_samples = dataset, num_samples
+        self._scores, self._guarantees = scores, guarantees
 
+    def __repr__(self) -> str:
+        return f"PrunedData({self.num_samples} samples; {self._guarantees})"
 
-def _counts_classes(method: Any) -> bool:
-    return bool(getattr(method, "class_floor", 0) > 0 or getattr(method, "needs_labels", False))
+    def scores(self) -> dict[str, NDArray[Any]]:
+        """Return the method's scores, `last_visit` and `times_pruned`, name → (N,); NaN for unvisited samples."""
+        return self._scores.scores()
 
-
-def _check(
-    samples: SampleSource,
-    method: Method,
-    num_epochs: int,
-    batch_size: int,
-    seed: int,
-    stream: str,
-    streams: tuple[str, ...] = ("ray", "local", "device"),
-) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
-        raise ConfigError(f"batch_size {batch_size!r} must be an integer of at least 1: it is the global batch")
-    if stream not in streams:
-        raise ConfigError(f"stream {stream!r} is not one of {', '.join(streams)} here: choose one of these")
-    if stream == "device":
-        check_columns(samples.schema)
-    few = min(len(samples), 1_000)
-    labels = samples.labels[:few] if _counts_classes(method) else None
-    Selector(method, few, num_epochs, seed, labels=labels)  # refuses what does not fit before anything starts
-    _chosen(method, samples)
-
-
-def _chosen(method: Method, samples: SampleSource) -> Selection | None:
-    return read_chosen(method.path, samples).selection(len(samples)) if isinstance(method, Fixed) else None
-
-
-def _spec(
-    samples: SampleSource, method: Method, num_epochs: int, batch_size: int, seed: int, last_batch: LastBatch
-) -> ScoreSpec:
-    if last_batch not in ("pad", "drop"):
-        raise ConfigError(f"last_batch {last_batch!r} must be 'pad' or 'drop'")
-    if last_batch == "drop" and batch_size > len(samples):
-        raise ConfigError(f"batch_size {batch_size} is more than the {len(samples)} samples: use last_batch='pad'")
-    return ScoreSpec(
-        method=method,
-        source=SourceMetadata(samples, labelled=_counts_classes(method)),
-        num_validation=0,
-        # States hold plain numbers only, so that they load with weights_only.
-        num_epochs=int(num_epochs),
-        seed=int(seed),
-        batch_size=int(batch_size),
-        last_batch=last_batch,
-        row_bytes=samples.schema.row_bytes,
-        run_folder=None,
-        keep_selections=0,
-        labelled=_counts_classes(method),
-        chosen=_chosen(method, samples),
-    )
+    def close(self) -> None:
+        """End the ScoreActor now; otherwise it ends with this process."""
+        handle = _HANDLES.pop(self._scores.name, None)
+        if handle is not None:
+            ray.kill(handle)
 
 
 def get_dataset_shard(name: str = "train") -> Shard:
     """Return this worker's Shard of a pruned data set, inside a Ray Train loop.
 
     Args:
-        name: its key in `TorchTrainer(datasets={...})`.
+        name: the data set's key in `TorchTrainer(datasets={...})`.
 
     Raises:
-        ConfigError: the data set was not made by `prune`, or the trainer's DataConfig does not keep its order.
+        ConfigError: `prune` did not make the data set, or the trainer's DataConfig does not keep its order.
     """
     iterator = ray.train.get_dataset_shard(name)
     data_context = iterator.get_context() if hasattr(iterator, "get_context") else iterator.context
-    told = data_context.get_config(_KEY, None)
-    if told is None:
+    token: _Token | None = data_context.get_config(_TOKEN, None)
+    if token is None:
         raise ConfigError(
             f"the data set {name!r} was not made by rayprune.prune: give the trainer datasets={{{name!r}: "
             "pruned.dataset}, or use ray.train.get_dataset_shard for it"
         )
-    if told.stream == "ray" and not data_context.execution_options.preserve_order:
+    if token.stream == "ray" and not data_context.execution_options.preserve_order:
         raise ConfigError(
             "the trainer's DataConfig does not keep the order of rows: leave dataset_config out, or set "
             "preserve_order=True in its execution_options"
         )
-    scores = told.scores
-    context = ray.train.get_context()
+    context, device = ray.train.get_context(), _worker_device()
     rank = context.get_world_rank()
-    terms = scores.terms()
-    transport: Transport
-    device = _worker_device()
-    if told.stream == "local":
-        transport = LocalStream({"train": told.source})
-    elif told.stream == "device":
-        transport = DeviceStream({"train": told.source}, device or torch.device("cpu"))
-    else:
-        transport = FilteredStream(iterator) if told.stream == "filtered" else RayStream(iterator)
-    generation = max(scores.generation() + 1, time.time_ns()) if rank == 0 else 0
-    generation = broadcast_from_rank_zero(generation)
-    session = ScoringSession(scores, generation, rank, context.get_world_size(), terms.signals)
-    return Shard(session, transport, terms, device)
-
-
-def _worker_device() -> torch.device | None:
-    import ray.train.torch
-
-    device: torch.device = ray.train.torch.get_device()
-    return None if device.type == "cpu" else device
+    settings = token.scores.settings()
+    # The clock keeps generations rising if the actor restarts, the actor if the next clock is behind.
+    generation = broadcast_from_rank_zero(max(token.scores.generation() + 1, time.time_ns()) if rank == 0 else 0)
+    session = ScoringSession(token.scores, generation, rank, context.get_world_size(), settings.signals)
+    return Shard(session, _transport(token, iterator, device), settings, device)
 
 
 def local_loader(
@@ -266,20 +208,21 @@ def local_loader(
     stream: Literal["local", "device"] = "local",
     device: torch.device | str | None = None,
 ) -> Shard:
-    """Prune a data set for a plain PyTorch loop in this process, without a Ray cluster.
+    """Prune a data set for a plain PyTorch loop in this process, without Ray.
 
-    The epochs, batches, weights and scores are those that `prune` gives to one worker.
+    The epochs, batches, weights and scores are those that `prune` gives one worker.
 
     Args:
         source, method, num_epochs, batch_size, seed, last_batch: as for `prune`.
-        stream: `local` reads rows as they are needed; `device` keeps all decoded rows on the device, where they fit.
+        stream: `local` reads rows as they are needed; `device` keeps all decoded rows on the device.
         device: where batches go; None leaves them on the host.
 
     Returns:
         The Shard, whose `epochs()` the loop iterates.
 
     Raises:
-        ConfigError: as `prune`.
+        ConfigError: as for `prune`, or there is no such device.
+        DataError: the source cannot be read.
 
     >>> import numpy as np, torch, rayprune
     >>> data = {"x": np.arange(8, dtype=np.float32)}
@@ -291,12 +234,94 @@ def local_loader(
     ['last_visit', 'loss', 'times_pruned']
     """
     samples = as_source(source)
-    _check(samples, method, num_epochs, batch_size, seed, stream, ("local", "device"))
-    scores = LoopClient.in_process(_spec(samples, method, num_epochs, batch_size, seed, last_batch))
-    where = None if device is None else torch.device(device)
-    if where is not None and where.type == "cuda" and not torch.cuda.is_available():
+    _check_stream(stream, ("local", "device"), samples)
+    spec = _score_spec(samples, method, num_epochs, batch_size, seed=seed, last_batch=last_batch)
+    target = None if device is None else torch.device(device)
+    if target is not None and target.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {str(device)!r}: torch finds no GPU here: leave device out, or install its driver")
-    terms = scores.terms()
-    own = {"train": samples}
-    via = DeviceStream(own, where or torch.device("cpu")) if stream == "device" else LocalStream(own)
-    return Shard(ScoringSession(scores, next(_generations), 0, 1, terms.signals), via, terms, where)
+    token = _Token(LoopClient.in_process(spec), stream, samples)
+    settings = token.scores.settings()
+    session = ScoringSession(token.scores, next(_local_generations), 0, 1, settings.signals)
+    return Shard(session, _transport(token, None, target), settings, target)
+
+
+@dataclass(frozen=True)
+class _Token:
+    """Tells a worker where the scores of its pruned data are and how its rows come."""
+
+    scores: LoopClient
+    stream: Stream | Literal["filtered"]
+    source: SampleSource | None = None
+
+
+def _transport(token: _Token, iterator: Any, device: torch.device | None) -> Transport:
+    if token.stream == "filtered":
+        return FilteredStream(iterator)
+    if token.stream == "ray":
+        return RayStream(iterator)
+    assert token.source is not None
+    sources = {"train": token.source}
+    return DeviceStream(sources, device or torch.device("cpu")) if token.stream == "device" else LocalStream(sources)
+
+
+def _filtered_dataset(dataset: Any, scores: LoopClient, id_column: str) -> Any:
+    dataset.context.set_config(_TOKEN, _Token(scores, "filtered"))
+    keep = KeepWantedRows(scores, id_column)
+    return dataset.map_batches(keep, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
+
+
+def _planned_dataset(samples: SampleSource, scores: LoopClient, stream: Stream) -> Any:
+    context = ray.data.DataContext.get_current()
+    context.set_config(_TOKEN, _Token(scores, stream, None if stream == "ray" else samples))
+    try:
+        return plan_dataset(scores, {"train": samples})
+    finally:
+        context.remove_config(_TOKEN)
+
+
+def _worker_device() -> torch.device | None:
+    import ray.train.torch
+
+    device: torch.device = ray.train.torch.get_device()
+    return None if device.type == "cpu" else device
+
+
+def _needs_labels(method: Any) -> bool:
+    return bool(getattr(method, "class_floor", 0) > 0 or getattr(method, "needs_labels", False))
+
+
+def _check_stream(stream: str, streams: tuple[str, ...], samples: SampleSource) -> None:
+    if stream not in streams:
+        raise ConfigError(f"stream {stream!r} is not one of {', '.join(streams)}: choose one of these")
+    if stream == "device":
+        check_columns(samples.schema)
+
+
+def _score_spec(
+    samples: SampleSource, method: Method, num_epochs: int, batch_size: int, *, seed: int, last_batch: LastBatch
+) -> ScoreSpec:
+    """Check the arguments of a loop and return what its ScoreActor is built from."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
+        raise ConfigError(f"batch_size {batch_size!r} must be an integer of at least 1: it is the global batch")
+    if last_batch not in ("pad", "drop"):
+        raise ConfigError(f"last_batch {last_batch!r} must be 'pad' or 'drop'")
+    if last_batch == "drop" and batch_size > len(samples):
+        raise ConfigError(f"batch_size {batch_size} is more than the {len(samples)} samples: use last_batch='pad'")
+    labelled, num_checked = _needs_labels(method), min(len(samples), _CHECKED_SAMPLES)
+    labels = samples.labels[:num_checked] if labelled else None
+    Selector(method, num_checked, num_epochs, seed, labels=labels)  # refuses a bad method, number of epochs or seed
+    return ScoreSpec(
+        method=method,
+        source=SourceMetadata(samples, labelled=labelled),
+        num_validation=0,
+        # Plain ints, so that saved states load with weights_only.
+        num_epochs=int(num_epochs),
+        seed=int(seed),
+        batch_size=int(batch_size),
+        last_batch=last_batch,
+        row_bytes=samples.schema.row_bytes,
+        run_folder=None,
+        keep_selections=0,
+        labelled=labelled,
+        chosen=read_selection_for(method.path, samples).selection(len(samples)) if isinstance(method, Fixed) else None,
+    )

@@ -1,4 +1,4 @@
-"""One rank's view of a pruned data set, inside a training loop of the user's own.
+"""One rank's part of a pruned data set, inside a training loop of the user's own.
 
     shard = rayprune.get_dataset_shard("train")
     for epoch in shard.epochs():
@@ -6,11 +6,9 @@
             losses = cross_entropy(model(batch["image"]), batch["label"], reduction="none")
             loss = epoch.weigh(batch, losses)
 
-Every rank must take the same batches, as in any data-parallel loop: rank r's batch is its share of one global batch.
+As in any data-parallel loop, every rank must take the same batches: a rank's batch is its part of one global batch.
 
-One epoch of a Shard: its batches, and what a loop does with their losses.
-
-Shapes: B rows of this worker's share of a global batch.
+Shapes: B rows of a batch on this rank.
 """
 
 from __future__ import annotations
@@ -24,34 +22,207 @@ import torch
 from torch import Tensor, nn
 
 from rayprune.engine.data.batch import Batch
-from rayprune.engine.data.device import BatchForm, Collate, collated
 from rayprune.engine.data.transport import Transport
 from rayprune.engine.scoring.actor import LoopSettings
 from rayprune.engine.scoring.client import LoopClient
 from rayprune.engine.scoring.messages import Moment, PlanHeader
 from rayprune.engine.scoring.session import ScoringSession
+from rayprune.engine.user_loop.collate import BatchFormat, CollateFn, collated
 from rayprune.errors import ConfigError, UsageError
 from rayprune.nn.signals import losses_per_sample, signals_per_sample, weighted_mean
 
 logger = logging.getLogger(__name__)
 
+STATE_SCHEMA = 1
+_POLL_S = 0.02
+_TASK_OUTPUTS = ("logits", "targets", "embeddings", "head")
 
-class Epoch:
-    """One epoch of a Shard, announced when it is made.
+
+class Shard:
+    """One rank's part of every epoch of a pruned data set; `get_dataset_shard` and `local_loader` return it.
 
     Args:
-        session: in this epoch.
-        transport: how rows come.
-        terms: what all ranks must know.
-        device: where batches go unless a loop says otherwise; None for the host.
+        session: the rank's session with the LoopActor, before its first epoch.
+        transport: delivers the rows.
+        settings: the settings of the pruned data.
+        device: where batches go by default; None for the host.
 
     Attributes:
-        index: 0-based.
-        num_steps: global batches in the whole epoch.
-        start_step: the first one to be trained here; above 0 after a resume inside the epoch.
-        num_kept, num_samples: of the selection.
-        requested, realised: prune ratio asked for, and what it came to.
-        lr_scale: what the method wants the learning rate multiplied by.
+        rank, world_size, device: this worker's.
+    """
+
+    def __init__(
+        self,
+        session: ScoringSession[LoopClient],
+        transport: Transport,
+        settings: LoopSettings,
+        device: torch.device | None,
+    ) -> None:
+        if settings.batch_size % session.world_size:
+            raise ConfigError(
+                f"batch_size {settings.batch_size} is not a multiple of {session.world_size} workers: give "
+                "prune(batch_size=) a multiple, it is the global batch"
+            )
+        self.rank, self.world_size, self.device = session.rank, session.world_size, device
+        self._session, self._transport, self._settings = session, transport, settings
+        self._epoch, self._resume_step = 0, 0
+        # The Selector's newest state, if rank 0 has it: as loaded, or from the last barrier.
+        self._selector: Mapping[str, Tensor] | None = None
+        self._is_open = False
+        self._current: Epoch | None = None
+
+    @property
+    def num_epochs(self) -> int:
+        """The number of epochs of the whole run."""
+        return self._settings.num_epochs
+
+    @property
+    def batch_rows(self) -> int:
+        """The rows of a global batch on this rank."""
+        return self._settings.batch_size // self.world_size
+
+    def epochs(self) -> Iterator[Epoch]:
+        """Yield the remaining epochs. When the loop's body ends, the next epoch's samples are selected.
+
+        Raises:
+            UsageError: called a second time.
+        """
+        if self._is_open:
+            raise UsageError("epochs() can be iterated once: get a new shard for another pass")
+        self._open()
+        while self._epoch < self.num_epochs:
+            self._selector = None
+            self._current = Epoch(self._session, self._transport, self._settings, self.device)
+            yield self._current
+            self._close(with_state=self._epoch + 1 == self.num_epochs)
+
+    def scores(self) -> dict[str, Any]:
+        """Return the method's scores, `last_visit` and `times_pruned`, name → (N,); NaN for unvisited samples.
+
+        Inside the body of an epoch, the newest observations may be missing; between epochs all are in.
+        """
+        return self._session.client.scores()
+
+    def sweep(self, score: Callable[[Any], Any], **batch_format: Any) -> int:
+        """Score, without gradients, the samples that the method wants scored but not trained on.
+
+        Call it in the body of an epoch, after its batches. Without such samples nothing happens.
+
+        Args:
+            score: called with each batch; returns the losses (B,), or a mapping with `losses` and whatever else the
+                method needs (`logits`, `targets`, `embeddings`, `head`).
+            **batch_format: as for `Epoch.iter_torch_batches`.
+
+        Returns:
+            The number of samples scored on this rank.
+        """
+        if self._current is None:
+            raise UsageError("call sweep in the body of `for epoch in shard.epochs()`, before state_dict()")
+        return self._current.sweep(score, **batch_format)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return position, scores and current selection, to be saved with the model.
+
+        Collective, like `ray.train.report`: every rank calls it at the same step, after `weigh`. Inside an epoch it is
+        the state before the next batch. After the last batch (and the sweep, if there is one) it ends the epoch. Rank
+        0's state holds the scores, the other ranks' only the position: save rank 0's. It holds tensors, numbers and
+        text, so that `torch.load(weights_only=True)` reads it.
+
+        Raises:
+            UsageError: called before the first epoch, before `weigh`, or inside an epoch of a filtered Dataset.
+        """
+        if not self._is_open:
+            raise UsageError("call state_dict() after `for epoch in shard.epochs()` has begun")
+        epoch = self._current
+        if epoch is not None:
+            epoch.check_weighed()
+        if epoch is not None and epoch.is_finished:
+            self._close(with_state=True)
+            epoch = None
+        elif epoch is not None:
+            if not self._transport.resumes_inside:
+                raise UsageError(
+                    "a filtered ray.data.Dataset resumes at the end of an epoch: call state_dict() after its batches"
+                )
+            self._selector = self._barrier("snapshot", epoch.step)
+        return {
+            "schema": STATE_SCHEMA,
+            "about": dict(self._settings.identity),
+            "epoch": self._epoch,
+            "step": 0 if epoch is None else epoch.step,
+            "selector": dict(self._selector or {}) if self.rank == 0 else {},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from a saved state; call it on every rank, with rank 0's state, before `epochs()`.
+
+        Raises:
+            ConfigError: the state is of a newer version, of other data or settings (it names them), or another rank's.
+            UsageError: `epochs()` has begun.
+        """
+        if self._is_open:
+            raise UsageError("call load_state_dict() before `for epoch in shard.epochs()`")
+        if "about" not in state or "selector" not in state:
+            raise ConfigError("this is not the state of a shard: give load_state_dict what state_dict() returned")
+        if state.get("schema", 0) > STATE_SCHEMA:
+            raise ConfigError(f"state of schema {state['schema']}, this version reads up to {STATE_SCHEMA}: upgrade")
+        saved = dict(state["about"])
+        changed = [
+            f"{name} {saved.get(name)!r} → {value!r}"
+            for name, value in self._settings.identity.items()
+            if saved.get(name) != value
+        ]
+        if changed:
+            raise ConfigError(
+                f"the state is of another run ({'; '.join(changed)}): start without it, or undo the change"
+            )
+        if not state["selector"]:
+            raise ConfigError("the state holds no scores because another rank than 0 saved it: load rank 0's state")
+        self._epoch, self._resume_step, self._selector = int(state["epoch"]), int(state["step"]), state["selector"]
+
+    def _open(self) -> None:
+        self._is_open = True
+        client, generation = self._session.client, self._session.generation
+        if self.rank == 0:
+            loaded = self._selector
+            state = None if loaded is None else {name: tensor.cpu().numpy() for name, tensor in loaded.items()}
+            # A finished run is restored, too, for its scores.
+            client.restore(generation, min(self._epoch, self.num_epochs - 1), state)
+        while client.generation() < generation:
+            time.sleep(_POLL_S)  # until rank 0 has restored
+        self._session.start_epoch(self._epoch, self._resume_step)
+
+    def _close(self, *, with_state: bool) -> None:
+        """End the current epoch, unless `state_dict` has."""
+        epoch = self._current
+        if epoch is None:
+            return
+        epoch.warn_of_unused_batches()
+        self._selector = self._barrier("close", epoch.step, with_state=with_state)
+        self._current = None
+        self._epoch, self._resume_step = self._epoch + 1, 0
+        self._session.start_epoch(self._epoch)
+
+    def _barrier(self, moment: Moment, step: int, *, with_state: bool = True) -> dict[str, Tensor]:
+        """Wait for all ranks; return the Selector's state on rank 0, and nothing on the others."""
+        snapshot = self._session.barrier(moment, step, with_state=with_state)
+        return {name: torch.from_numpy(array.copy()) for name, array in snapshot.state.items()}
+
+
+class Epoch:
+    """One epoch of a Shard.
+
+    Args:
+        session, transport, settings, device: the Shard's; the session is in this epoch.
+
+    Attributes:
+        index: the epoch's number, from 0.
+        num_steps: global batches of the whole epoch.
+        start_step: the first step to train here; above 0 after a resume inside the epoch.
+        step: the steps taken so far, `start_step` included.
+        num_kept, num_samples: the selection's.
+        requested, realised: the requested prune ratio and the realised one.
+        lr_scale: the factor that the method wants on the learning rate.
         plan_hash: of ids, weights and order.
     """
 
@@ -59,19 +230,20 @@ class Epoch:
         self,
         session: ScoringSession[LoopClient],
         transport: Transport,
-        terms: LoopSettings,
+        settings: LoopSettings,
         device: torch.device | None,
     ) -> None:
-        self._session, self._transport, self._terms, self._own_device = session, transport, terms, device
+        self._session, self._transport, self._settings, self._default_device = session, transport, settings, device
         self.index, self.start_step = session.key.epoch, session.key.resume_step
         self._header = header = session.announce()
         self.num_steps, self.num_kept, self.num_samples = header.num_steps, header.num_kept, header.num_samples
         self.requested, self.realised = header.requested, header.realised
         self.lr_scale, self.plan_hash = header.lr_scale, header.hash
         self.step, self._num_weighed = self.start_step, 0
+        # The batch that waits for `weigh`, as it came and as the loop got it.
         self._batch: Batch | None = None
-        self._given: Any = None
-        self._iterated = self._exhausted = self._swept = False
+        self._loop_batch: Any = None
+        self._is_iterated = self._is_exhausted = self._is_swept = False
         if header.num_steps == 0:
             logger.warning(
                 "epoch %d keeps %d samples, less than a batch, and last_batch is 'drop': nothing is trained",
@@ -80,16 +252,16 @@ class Epoch:
             )
 
     @property
-    def finished(self) -> bool:
-        """Whether nothing is left to do: all batches were taken, and the sweep made where the method asks for one."""
-        return self._exhausted and (self._swept or self._header.num_forward_only == 0)
+    def is_finished(self) -> bool:
+        """Whether all batches were taken and the sweep, if there is one, was made."""
+        return self._is_exhausted and (self._is_swept or self._header.num_forward_only == 0)
 
     def __index__(self) -> int:
-        """Return the epoch's number, so that `int(epoch)` is what it was in `for epoch in range(...)`."""
+        """Return the epoch's number, so that code written for `for epoch in range(...)` works."""
         return self.index
 
     def __len__(self) -> int:
-        """Return the batches that are left to train here."""
+        """Return the number of batches to train here."""
         return self.num_steps - self.start_step
 
     def iter_torch_batches(
@@ -97,41 +269,33 @@ class Epoch:
         *,
         device: torch.device | str | None = "auto",
         dtypes: torch.dtype | Mapping[str, torch.dtype] | None = None,
-        collate_fn: Collate | None = None,
+        collate_fn: CollateFn | None = None,
         prefetch_batches: int = 1,
     ) -> Iterator[Any]:
-        """Yield this rank's share of each global batch, in the plan's order.
+        """Yield this rank's part of each global batch, in the plan's order.
 
         Args:
-            device: "auto" is this worker's device; None leaves tensors on the host.
-            dtypes: of the data's floating columns, or of any by name.
-            collate_fn: called with NumPy columns (`id` and `weight` among them) instead of making tensors.
-            prefetch_batches: made ahead in a thread.
+            device: "auto" for this worker's device, None for the host.
+            dtypes: a dtype for all floating-point columns, or dtypes by name.
+            collate_fn: called with NumPy columns (including `id` and `weight`) instead of making tensors.
+            prefetch_batches: how many batches a thread prepares ahead.
 
         Yields:
-            The data's columns by name with `id` (B,) int64 and `weight` (B,) float32 (0 for padding), or what
-            collate_fn returned. B is the global batch ÷ the workers, always.
+            The columns by name, with `id` (B,) int64 and `weight` (B,) float32 (0 for padding), or the result of
+            collate_fn. B is the global batch divided by the number of workers.
 
         Raises:
-            RuntimeError: the epoch was iterated before.
+            UsageError: the epoch was iterated before.
         """
-        if self._iterated:
-            raise UsageError(f"epoch {self.index} was iterated already: its samples are to be trained on once")
-        form = BatchForm(self._device(device), dtypes, collate_fn)
-        self._iterated = True
-        for batch, given in collated(self._batches(self._header), form, prefetch_batches):
-            self._batch, self._given = batch, given
+        if self._is_iterated:
+            raise UsageError(f"epoch {self.index} was iterated already: its samples are trained on once")
+        batch_format = BatchFormat(self._device(device), dtypes, collate_fn)
+        self._is_iterated = True
+        for batch, loop_batch in collated(self._batches(self._header), batch_format, prefetch_batches):
+            self._batch, self._loop_batch = batch, loop_batch
             self.step += 1
-            yield given
-        self._exhausted = True
-
-    def _device(self, device: torch.device | str | None) -> torch.device | None:
-        if device == "auto":
-            return self._own_device
-        return None if device is None else torch.device(device)
-
-    def _batches(self, header: PlanHeader) -> Iterator[Batch]:
-        return self._session.batches(header, self._transport.batches)
+            yield loop_batch
+        self._is_exhausted = True
 
     def weigh(
         self,
@@ -144,252 +308,94 @@ class Epoch:
         head: nn.Linear | Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Record the losses and return the weighted mean, to be differentiated.
+        """Record the losses and return their weighted mean, to be differentiated.
 
-        It is Σ(weight · loss) ÷ B with the constant B of this worker's share, so that DDP's mean over the workers is
-        the weighted mean over the global batch. With gradient accumulation, divide it as you would any mean loss.
+        The result is Σ(weight · loss) ÷ B with the constant B of this rank's batch, so that DDP's mean over the workers
+        is the weighted mean over the global batch. With gradient accumulation, divide it like any mean loss.
 
         Args:
-            batch: the batch that `iter_torch_batches` gave last.
-            losses: (B,), or (B, T), (B, 1, …): then a sample's loss is the mean over the other axes.
-            logits, targets, embeddings, head: for methods that need more than the loss; targets default to the
-                batch's `label`, head is the last linear layer. See `rayprune.nn.signals.signals_per_sample`.
-            mask: of the losses' shape, 0 where a position does not count.
+            batch: the batch that `iter_torch_batches` yielded last.
+            losses: (B,), or (B, T), (B, 1, …), whose mean over the other axes is a sample's loss.
+            logits, targets, embeddings, head: for methods that need more than the loss. `targets` defaults to the
+                batch's `label`; `head` is the last linear layer. See `rayprune.nn.signals.signals_per_sample`.
+            mask: of the losses' shape, 0 for positions that do not count.
 
         Raises:
-            ValueError: a scalar, another batch, a wrong shape, or something the method needs is missing.
+            ConfigError: the losses are a scalar or of a wrong shape, the batch is another one, or the method needs
+                something that is missing.
         """
         current = self._batch
-        if current is None or batch is not self._given:
+        if current is None or batch is not self._loop_batch:
             raise ConfigError(
-                "weigh belongs to the batch that iter_torch_batches gave last, and is called once for it: give it that "
-                "batch itself"
+                "weigh takes the batch that iter_torch_batches yielded last, and is called once for it: give it that "
+                "very batch"
             )
         losses_B = losses_per_sample(losses, current.ids.size, mask)
-        needed = self._needed(batch, logits, targets, embeddings, head)
-        self._record(current, losses_B, needed, self._terms.signals)
-        self._batch = self._given = None
+        outputs = _task_outputs(batch, {"logits": logits, "targets": targets, "embeddings": embeddings, "head": head})
+        self._record(current, losses_B, outputs, self._settings.signals)
+        self._batch = self._loop_batch = None
         self._num_weighed += 1
         weights_B = torch.from_numpy(current.weights.copy()) if current.placed is None else current.placed.weights
         weights_B = weights_B.to(losses_B.device, non_blocking=True)
         return weighted_mean(losses_B, weights_B, self._header.batch_rows)
 
-    def _needed(self, batch: Any, logits: Any, targets: Any, embeddings: Any, head: Any) -> dict[str, Any]:
-        if targets is None and isinstance(batch, Mapping) and isinstance(batch.get("label"), Tensor):
-            targets = batch["label"]
-        if targets is not None and logits is not None:
-            targets = targets.to(logits.device)
-        return {"logits": logits, "targets": targets, "embeddings": embeddings, "head": head}
-
-    def _record(self, batch: Batch, losses_B: Tensor, needed: Mapping[str, Any], names: tuple[str, ...]) -> None:
-        signals = signals_per_sample(names, losses_B, **needed)
-        self._session.recorder.record(batch.ids, batch.real, signals)
-
-    def sweep(self, score: Callable[[Any], Any], **form: Any) -> int:
+    def sweep(self, score: Callable[[Any], Any], **batch_format: Any) -> int:
+        """See Shard.sweep."""
         if self._header.num_forward_only == 0:
             return 0
-        if self._swept:
-            raise UsageError(f"epoch {self.index} was swept already: its samples are to be scored once")
-        self._swept = True
-        header = self._session.announce("forward")
-        device = self._device(form.pop("device", "auto"))
-        ahead = form.pop("prefetch_batches", 1)
-        scored, swept = 0, self._terms.sweep_signals
-        self._session.recorder.start_sweep(swept)
+        if self._is_swept:
+            raise UsageError(f"epoch {self.index} was swept already: its samples are scored once")
+        self._is_swept = True
+        device = self._device(batch_format.pop("device", "auto"))
+        num_prefetched = batch_format.pop("prefetch_batches", 1)
+        num_scored, signals = 0, self._settings.sweep_signals
+        self._session.recorder.start_sweep(signals)
+        batches = self._batches(self._session.announce("forward"))
         with torch.no_grad():
-            for batch, given in collated(self._batches(header), BatchForm(device, **form), ahead):
-                said = score(given)
-                told = dict(said) if isinstance(said, Mapping) else {"losses": said}
-                losses_B = losses_per_sample(told.pop("losses"), batch.ids.size, told.pop("mask", None))
-                given_for = (told.get(name) for name in ("logits", "targets", "embeddings", "head"))
-                self._record(batch, losses_B, self._needed(given, *given_for), swept)
-                scored += int(batch.real.sum())
-        return scored
-
-    def check_recorded(self) -> None:
-        """Refuse a state that would lack the losses of the batch that was given last."""
-        if self._batch is not None and self._terms.signals:
-            raise UsageError("state_dict() comes after weigh: the state would lack the batch that was given last")
+            for batch, loop_batch in collated(batches, BatchFormat(device, **batch_format), num_prefetched):
+                result = score(loop_batch)
+                results = dict(result) if isinstance(result, Mapping) else {"losses": result}
+                losses_B = losses_per_sample(results["losses"], batch.ids.size, results.get("mask"))
+                outputs = _task_outputs(loop_batch, {name: results.get(name) for name in _TASK_OUTPUTS})
+                self._record(batch, losses_B, outputs, signals)
+                num_scored += int(batch.real.sum())
+        return num_scored
 
     def check_weighed(self) -> None:
-        """Say so where a loop did not weigh what it was given: its scores are then those of an earlier epoch."""
-        given = self.step - self.start_step
-        if given > self._num_weighed and self._terms.signals:
+        """Refuse a state that would lack the losses of the last batch."""
+        if self._batch is not None and self._settings.signals:
+            raise UsageError("call state_dict() after weigh: the state would lack the last batch")
+
+    def warn_of_unused_batches(self) -> None:
+        """Warn if the loop did not take all batches or did not weigh those it took: scores are then out of date."""
+        num_taken = self.step - self.start_step
+        if num_taken > self._num_weighed and self._settings.signals:
             logger.warning(
                 "epoch %d: weigh was called for %d of %d batches; the method learns nothing of the others",
                 self.index,
                 self._num_weighed,
-                given,
+                num_taken,
             )
-        if given < len(self):
-            logger.warning("epoch %d ended after %d of %d batches", self.index, given, len(self))
+        if num_taken < len(self):
+            logger.warning("epoch %d ended after %d of %d batches", self.index, num_taken, len(self))
+
+    def _batches(self, header: PlanHeader) -> Iterator[Batch]:
+        return self._session.batches(header, self._transport.batches)
+
+    def _device(self, device: torch.device | str | None) -> torch.device | None:
+        if device == "auto":
+            return self._default_device
+        return None if device is None else torch.device(device)
+
+    def _record(self, batch: Batch, losses_B: Tensor, outputs: Mapping[str, Any], signals: tuple[str, ...]) -> None:
+        self._session.recorder.record(batch.ids, batch.real, signals_per_sample(signals, losses_B, **outputs))
 
 
-STATE_SCHEMA = 1
-_POLL_S = 0.02
-
-
-class Shard:
-    """One rank's share of every epoch of a pruned data set.
-
-    Args:
-        session: with the LoopActor, not begun.
-        transport: how rows come.
-        terms: what all ranks must know.
-        device: where batches and losses live unless a loop says otherwise; None for the host.
-    """
-
-    def __init__(
-        self,
-        session: ScoringSession[LoopClient],
-        transport: Transport,
-        terms: LoopSettings,
-        device: torch.device | None,
-    ) -> None:
-        if terms.batch_size % session.world_size:
-            raise ConfigError(
-                f"batch_size {terms.batch_size} does not divide by {session.world_size} workers: give "
-                "prune(batch_size=) a multiple, it is the global batch"
-            )
-        self.rank, self.world_size, self.device = session.rank, session.world_size, device
-        self._session, self._transport, self._terms = session, transport, terms
-        self._epoch, self._resume_step = 0, 0
-        # The Selector's state where rank 0 has the newest: what was loaded, and what the last barrier gave.
-        self._selector: Mapping[str, Tensor] | None = None
-        self._opened = False
-        self._current: Epoch | None = None
-
-    @property
-    def num_epochs(self) -> int:
-        """The epochs of the whole run."""
-        return self._terms.num_epochs
-
-    @property
-    def batch_rows(self) -> int:
-        """This rank's share of a global batch."""
-        return self._terms.batch_size // self.world_size
-
-    def epochs(self) -> Iterator[Epoch]:
-        """Yield the epochs that are left; each is closed, and the next one's samples chosen, when its body ends.
-
-        Raises:
-            RuntimeError: called a second time.
-        """
-        if self._opened:
-            raise UsageError("epochs() can be iterated once: get a new shard for another pass")
-        self._open()
-        while self._epoch < self.num_epochs:
-            self._selector = None
-            self._current = Epoch(self._session, self._transport, self._terms, self.device)
-            yield self._current
-            self._close(with_state=self._epoch + 1 == self.num_epochs)
-
-    def _open(self) -> None:
-        self._opened = True
-        client, generation = self._session.client, self._session.generation
-        if self.rank == 0:
-            loaded = self._selector
-            state = None if loaded is None else {name: tensor.cpu().numpy() for name, tensor in loaded.items()}
-            # A finished run is restored too: its scores are asked for.
-            client.restore(generation, min(self._epoch, self.num_epochs - 1), state)
-        while client.generation() < generation:
-            time.sleep(_POLL_S)  # rank 0 restores first
-        self._session.start_epoch(self._epoch, self._resume_step)
-
-    def _close(self, *, with_state: bool) -> None:
-        """Close the running epoch, unless `state_dict` has done so."""
-        epoch = self._current
-        if epoch is None:
-            return
-        epoch.check_weighed()
-        self._selector = self._barrier("close", epoch.step, with_state=with_state)
-        self._current = None
-        self._epoch, self._resume_step = self._epoch + 1, 0
-        self._session.start_epoch(self._epoch)
-
-    def _barrier(self, moment: Moment, step: int, *, with_state: bool = True) -> dict[str, Tensor]:
-        """Wait for all ranks; return the Selector's state on rank 0, nothing on the others."""
-        snapshot = self._session.barrier(moment, step, with_state=with_state)
-        return {name: torch.from_numpy(array.copy()) for name, array in snapshot.state.items()}
-
-    def scores(self) -> dict[str, Any]:
-        """Return the method's scores, `last_visit` and `times_pruned`, name → (N,); NaN where never visited.
-
-        Inside an epoch's body the newest observations may still be under way; between epochs all are in.
-        """
-        return self._session.client.scores()
-
-    def sweep(self, score: Callable[[Any], Any], **form: Any) -> int:
-        """Score the samples that the method asks to see without training, such as those left out; no gradients.
-
-        Call it in an epoch's body, after its batches. Nothing happens where the method asks for none.
-
-        Args:
-            score: called with each batch; returns the losses (B,), or a mapping with `losses` and, where the method
-                needs them, `logits`, `targets`, `embeddings`, `head`.
-            **form: as for `iter_torch_batches`.
-
-        Returns:
-            How many samples of this rank were scored.
-        """
-        if self._current is None:
-            raise UsageError("sweep belongs into the body of `for epoch in shard.epochs()`, before state_dict()")
-        return self._current.sweep(score, **form)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return position, scores and current selection, to be saved with the model.
-
-        Collective: every rank calls it at the same step (as `ray.train.report`), after weigh. Inside an epoch it is the
-        state before the next batch; after the batches (and the sweep, where there is one to make) it closes the epoch.
-        Rank 0's holds the scores, the others' the position: save rank 0's. It holds tensors, numbers and text only, so
-        that `torch.load(weights_only=True)` reads it.
-        """
-        if not self._opened:
-            raise UsageError("state_dict() has something to say once `for epoch in shard.epochs()` has begun")
-        epoch = self._current
-        if epoch is not None:
-            epoch.check_recorded()
-        if epoch is not None and epoch.finished:
-            self._close(with_state=True)
-            epoch = None
-        elif epoch is not None:
-            if not self._transport.resumes_inside:
-                raise UsageError(
-                    "a filtered ray.data.Dataset resumes at epoch ends: call state_dict() after the epoch's batches"
-                )
-            self._selector = self._barrier("snapshot", epoch.step)
-        return {
-            "schema": STATE_SCHEMA,
-            "about": dict(self._terms.about),
-            "epoch": self._epoch,
-            "step": 0 if epoch is None else epoch.step,
-            "selector": dict(self._selector or {}) if self.rank == 0 else {},
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a state was saved; on every rank, with rank 0's state, before `epochs()`.
-
-        Raises:
-            ValueError: the state is of a newer version, of other data or settings, or another rank's; with what
-                differs.
-            RuntimeError: `epochs()` has begun.
-        """
-        if self._opened:
-            raise UsageError("load_state_dict() comes before `for epoch in shard.epochs()`")
-        if "about" not in state or "selector" not in state:
-            raise ConfigError("this is no state of a shard: give load_state_dict what state_dict() returned")
-        if state.get("schema", 0) > STATE_SCHEMA:
-            raise ConfigError(f"state of schema {state['schema']}, this version reads up to {STATE_SCHEMA}: upgrade")
-        theirs = dict(state["about"])
-        changed = [
-            f"{name} {theirs.get(name)!r} → {own!r}"
-            for name, own in self._terms.about.items()
-            if theirs.get(name) != own
-        ]
-        if changed:
-            raise ConfigError(
-                f"the state is of another run ({'; '.join(changed)}): start without it, or change it back"
-            )
-        if not state["selector"]:
-            raise ConfigError("the state holds no scores, it was saved on another rank than 0: load rank 0's")
-        self._epoch, self._resume_step, self._selector = int(state["epoch"]), int(state["step"]), state["selector"]
+def _task_outputs(batch: Any, outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in the targets from the batch's labels, on the logits' device."""
+    targets, logits = outputs["targets"], outputs["logits"]
+    if targets is None and isinstance(batch, Mapping) and isinstance(batch.get("label"), Tensor):
+        targets = batch["label"]
+    if targets is not None and logits is not None:
+        targets = targets.to(logits.device)
+    return {**outputs, "targets": targets}

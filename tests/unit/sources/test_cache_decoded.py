@@ -17,6 +17,7 @@ from PIL import Image
 
 from rayprune.sources import image_folder, open_data
 from rayprune.sources.cache import decoded, is_complete
+from tests.support.sources import all_rows
 
 Usage = namedtuple("Usage", "total used free")
 ROW_BYTES = 5 * 6 * 3 + 8
@@ -48,10 +49,6 @@ def write(file, seed):
 
 def entries(tmp_path):
     return sorted(entry.name for entry in (tmp_path / "cache").glob("*"))
-
-
-def all_rows(source):
-    return source.take(np.arange(len(source)))
 
 
 def assert_same(first, second):

@@ -14,7 +14,7 @@ import pytest
 from rayprune.sources import image_folder, open_data
 from rayprune.sources.image_folder import FileNames
 from rayprune.sources.images import decode_image
-from tests.support.images import encode, smooth
+from tests.support.sources import all_rows, encode_image, smooth_pixels
 
 
 @pytest.fixture
@@ -39,13 +39,9 @@ def write_tree(root, counts, first_seed=0, **keys):
     images = []
     for name, count in sorted(counts.items()):
         for number in range(count):
-            images.append(smooth(first_seed + len(images), **keys))
-            write(root / name / f"{number:03}.png", encode(images[-1]))
+            images.append(smooth_pixels(first_seed + len(images), **keys))
+            write(root / name / f"{number:03}.png", encode_image(images[-1]))
     return np.stack(images)
-
-
-def all_rows(source):
-    return source.take(np.arange(len(source)))
 
 
 @pytest.mark.parametrize("validation", ["val", "valid", "validation", "test"])
@@ -99,7 +95,7 @@ def test_validation_folder_alone_is_refused(tmp_path, opened):
 
 
 def test_only_image_files_count_at_any_depth_below_the_class(tmp_path, opened):
-    data = encode(smooth())
+    data = encode_image(smooth_pixels())
     for name in ("a/1.PNG", "a/deep/er/2.png", "b c/ü 3.Png", "b c/deep/.hidden.png", "b c/.cache/4.png", ".git/5.png"):
         write(tmp_path / name, data)
     for name in ("a/notes.txt", "top.png", "b c/png"):
@@ -107,7 +103,7 @@ def test_only_image_files_count_at_any_depth_below_the_class(tmp_path, opened):
     train = opened(tmp_path).train
     assert train.schema.class_names == ("a", "b c")
     np.testing.assert_array_equal(train.labels, [0, 0, 1])
-    np.testing.assert_array_equal(all_rows(train)["image"], [smooth()] * 3)
+    np.testing.assert_array_equal(all_rows(train)["image"], [smooth_pixels()] * 3)
 
 
 def test_unicode_and_spaces_in_the_path_a_class_of_one_and_an_empty_folder(tmp_path, opened, caplog):
@@ -134,7 +130,7 @@ def test_class_without_training_image_is_refused(tmp_path, opened):
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM"])
 def test_formats_are_decoded_as_by_pillow(tmp_path, opened, kind):
     suffix = {"JPEG": "jpeg", "TIFF": "tif"}.get(kind, kind.lower())
-    data = [encode(smooth(seed, (17, 9)), kind) for seed in range(70)]
+    data = [encode_image(smooth_pixels(seed, (17, 9)), kind) for seed in range(70)]
     for number, content in enumerate(data):
         write(tmp_path / "a" / f"{number:02}.{suffix}", content)
     images = all_rows(opened(tmp_path).train)["image"].astype(int)
@@ -149,7 +145,7 @@ def test_formats_are_decoded_as_by_pillow(tmp_path, opened, kind):
 )
 def test_modes(tmp_path, opened, first, expected):
     modes = [first, "L", "P", "RGBA", "RGB"]
-    data = [encode(smooth(seed), mode=mode) for seed, mode in enumerate(modes)]
+    data = [encode_image(smooth_pixels(seed), mode=mode) for seed, mode in enumerate(modes)]
     for number, content in enumerate(data):
         write(tmp_path / "a" / f"{number}.png", content)
     train = opened(tmp_path).train
@@ -160,8 +156,8 @@ def test_modes(tmp_path, opened, first, expected):
 
 
 def test_sixteen_bits_are_refused_by_name(tmp_path, opened):
-    deep = encode(np.arange(30, dtype=np.uint16).reshape(5, 6) * 2000)
-    write(tmp_path / "a" / "1.png", encode(smooth(channels=1)))
+    deep = encode_image(np.arange(30, dtype=np.uint16).reshape(5, 6) * 2000)
+    write(tmp_path / "a" / "1.png", encode_image(smooth_pixels(channels=1)))
     write(tmp_path / "a" / "2.png", deep)
     with pytest.raises(ValueError, match=r"a/2\.png has image mode I.* 8 bits per channel: convert"):
         all_rows(opened(tmp_path).train)
@@ -173,9 +169,9 @@ def test_sixteen_bits_are_refused_by_name(tmp_path, opened):
 
 
 def test_mixed_sizes_need_image_size(tmp_path, opened):
-    write(tmp_path / "a" / "1.png", encode(smooth(1, (8, 6))))
-    write(tmp_path / "a" / "2.jpg", encode(smooth(2, (40, 30)), "JPEG"))
-    write(tmp_path / "b" / "3.jpg", encode(smooth(3, (9, 12)), "JPEG"))
+    write(tmp_path / "a" / "1.png", encode_image(smooth_pixels(1, (8, 6))))
+    write(tmp_path / "a" / "2.jpg", encode_image(smooth_pixels(2, (40, 30)), "JPEG"))
+    write(tmp_path / "b" / "3.jpg", encode_image(smooth_pixels(3, (9, 12)), "JPEG"))
     with pytest.raises(ValueError, match=r"a/2\.jpg is an image of 40×30 pixels .* 8×6: set data\.image_size=6"):
         all_rows(opened(tmp_path).train)
     train = opened(tmp_path, image_size=7).train
@@ -188,7 +184,7 @@ def test_mixed_sizes_need_image_size(tmp_path, opened):
 
 def test_damaged_files_are_named(tmp_path, opened):
     write_tree(tmp_path, {"a": 3})
-    whole = encode(smooth(size=(64, 64)), "JPEG")
+    whole = encode_image(smooth_pixels(size=(64, 64)), "JPEG")
     for content, reason in ((b"GIF", "no known image format"), (whole[:-100], "truncated")):
         write(tmp_path / "b" / "bad.jpg", content)
         with pytest.raises(ValueError, match=rf"(?i)b/bad\.jpg is not a readable image \(.*{reason}.*on_error=skip"):
@@ -201,7 +197,7 @@ def test_damaged_files_are_named(tmp_path, opened):
 @pytest.mark.parametrize("cache", ["none", "auto"])
 def test_damaged_files_are_left_out(tmp_path, opened, caplog, cache):
     images = write_tree(tmp_path / "data", {"a": 3, "b": 40})
-    whole = encode(smooth(size=(6, 5)))
+    whole = encode_image(smooth_pixels(size=(6, 5)))
     write(tmp_path / "data" / "a" / "!first.png", b"")
     truncated = write(tmp_path / "data" / "b" / "020x.png", whole[:60])
     with caplog.at_level(logging.WARNING):
@@ -236,14 +232,14 @@ def test_missing_files(tmp_path, opened):
 
 def test_a_path_on_another_file_system(opened):
     memory = fsspec.filesystem("memory")
-    data = [encode(smooth(seed)) for seed in range(40)]
+    data = [encode_image(smooth_pixels(seed)) for seed in range(40)]
     for number, content in enumerate(data):
         memory.pipe(f"/ü bucket/set/train/{'ab'[number % 2]}/{number:02}.png", content)
     memory.pipe("/ü bucket/set/val/b/1.png", data[0])
     splits = opened("memory://ü bucket/set")
     order = [*range(0, 40, 2), *range(1, 40, 2)]
     taken, num_bytes = splits.train.read(np.arange(40))
-    np.testing.assert_array_equal(taken["image"], [smooth(seed) for seed in order])
+    np.testing.assert_array_equal(taken["image"], [smooth_pixels(seed) for seed in order])
     assert num_bytes == sum(map(len, data))
     assert splits.validation.labels.tolist() == [1]
     assert all_rows(pickle.loads(pickle.dumps(splits.train)))["label"].tolist() == [0] * 20 + [1] * 20
@@ -316,7 +312,7 @@ def png_of(lines, width, bits=8, colour=2):
 def test_damaged_png_is_named_or_left_out(tmp_path, opened, damage):
     write_tree(tmp_path / "set", {"a": 3, "b": 3}, size=(48, 48))
     noise = np.random.default_rng(0).integers(0, 256, (48, 48, 3)).astype(np.uint8)
-    content = encode(noise)
+    content = encode_image(noise)
     if damage == "flipped byte":
         middle = len(content) // 2
         content = content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
@@ -336,9 +332,9 @@ def test_damaged_png_is_named_or_left_out(tmp_path, opened, damage):
 
 def test_the_fingerprint_counts_every_file(tmp_path, opened, monkeypatch):
     for number in range(300):
-        write(tmp_path / "set" / "a" / f"{number:03}.bmp", encode(np.zeros((2, 2, 3), np.uint8), "BMP"))
+        write(tmp_path / "set" / "a" / f"{number:03}.bmp", encode_image(np.zeros((2, 2, 3), np.uint8), "BMP"))
     fingerprint = opened(tmp_path / "set").train.fingerprint
-    changed = encode(np.ones((2, 2, 3), np.uint8), "BMP")
+    changed = encode_image(np.ones((2, 2, 3), np.uint8), "BMP")
     found = set()
     for number in (1, 6, 7, 13, 298):
         kept = (tmp_path / "set" / "a" / f"{number:03}.bmp").read_bytes()

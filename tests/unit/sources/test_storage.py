@@ -16,7 +16,7 @@ import pytest
 
 from rayprune.sources import open_data
 from rayprune.sources.storage import RangeReader, Storage, StoredFile, public, replace_file, write_text
-from tests.support.images import encode, noise
+from tests.support.sources import encode_image, pixels
 
 FILES = {"a.bin": bytes(range(200)), "b/größe é.bin": b"two words", "b/c/empty.bin": b"", "b.bin": b"x" * 70_000}
 SCHEMES = ["path", "file", "memory", "s3"]
@@ -204,24 +204,24 @@ def tar_of(images):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_shards_are_read_by_ranges(root, scheme, tmp_path):
     uri, write = root(scheme)
-    pixels = noise(12, (100, 90))
-    images = [encode(image) for image in pixels]
-    write("train-0.tar", tar_of(images[:6]))
-    write("train-1.tar", tar_of(images[6:9]))
-    write("val-0.tar", tar_of(images[9:]))
+    images = pixels(12, (100, 90))
+    encoded = [encode_image(image) for image in images]
+    write("train-0.tar", tar_of(encoded[:6]))
+    write("train-1.tar", tar_of(encoded[6:9]))
+    write("val-0.tar", tar_of(encoded[9:]))
     keys = {"path": uri, "cache_dir": str(tmp_path / "cache")}
     splits = open_data("webdataset", cache="none", **keys)
     assert (len(splits.train), len(splits.validation)) == (9, 3)
     source = pickle.loads(pickle.dumps(splits.train))
     columns, num_bytes = source.read(np.array([8, 1, 4]))
-    np.testing.assert_array_equal(columns["image"], pixels[[8, 1, 4]])
+    np.testing.assert_array_equal(columns["image"], images[[8, 1, 4]])
     assert columns["label"].tolist() == [2, 1, 1]
-    assert num_bytes == len(images[8]) + len(images[1]) + len(images[4])
+    assert num_bytes == len(encoded[8]) + len(encoded[1]) + len(encoded[4])
     decoded = open_data("webdataset", cache="disk", **keys).train
     assert decoded.fingerprint == source.fingerprint
-    np.testing.assert_array_equal(decoded.take(np.arange(9))["image"], pixels[:9])
+    np.testing.assert_array_equal(decoded.take(np.arange(9))["image"], images[:9])
     single = open_data("webdataset", **{**keys, "path": below(uri, "train-1.tar")}, validation_fraction=0).train
-    np.testing.assert_array_equal(single.take(np.arange(3))["image"], pixels[6:9])
+    np.testing.assert_array_equal(single.take(np.arange(3))["image"], images[6:9])
 
 
 def write_damaged_tree(root):

@@ -17,7 +17,7 @@ from rayprune.engine.data import transport as stream
 from rayprune.engine.data.batch import Batch
 from rayprune.engine.data.transport import LocalStream, prefetch
 from rayprune.engine.scoring import session
-from rayprune.engine.scoring.actor import ScoreActor, ScoreSpec
+from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import PlanPass
 from rayprune.sources import SampleSource, Schema, open_data
@@ -116,29 +116,6 @@ def test_an_error_of_the_source_comes_through_and_not_before_its_batch(monkeypat
         assert np.array_equal(next(batches).ids, plan.order[step * 8 : step * 8 + 8])
     with pytest.raises(OSError, match=f"sample {source.bad} is damaged"):
         next(batches)
-
-
-def test_a_restarted_actor_lays_out_the_same_plan() -> None:
-    scores, plan_pass = scores_for(8), pass_of(0, "train", 2)
-    scores.announce(plan_pass)
-    first = scores.rank_rows(plan_pass, 1, 3, 20)
-    scores.channel.actor = ScoreActor(scores.channel.actor._spec)
-    again = scores.rank_rows(plan_pass, 1, 3, 20)
-    assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
-
-
-def test_blocks_hold_the_plan_and_there_are_none_before_the_first_pass() -> None:
-    actor = scores_for(8).channel.actor
-    assert actor.blocks() == ("train", [])
-    actor.announce(pass_of(0, "train", 2, 2))
-    phase, blocks = actor.blocks()
-    assert phase == "train"
-    plan = Plan.of_selection(Selection.full(301), 8, SEED, 0)
-    for rank, (ids, weights) in enumerate(blocks):  # small enough for one block a rank
-        expected_ids, expected_weights, _ = plan.share(rank, 2, 2, plan.num_steps)
-        assert np.array_equal(ids, expected_ids)
-        assert np.array_equal(weights, expected_weights)
-    assert len(blocks) == 2
 
 
 @pytest.mark.parametrize("depth", [1, 3, 20])

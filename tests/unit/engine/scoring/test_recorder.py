@@ -68,7 +68,7 @@ def test_what_leaves_the_device_late_is_pushed_whole_and_in_order(monkeypatch: p
             super().__init__(ids, {name: tensor.clone() for name, tensor in signals.items()}, sweep)
             self.asked = 0
 
-        def here(self) -> bool:
+        def is_complete(self) -> bool:
             self.asked += 1
             return self.asked > late
 

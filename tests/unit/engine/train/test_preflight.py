@@ -43,7 +43,7 @@ BEFORE = {
     ),
     "a compiled network with a proxy": (
         {"method": {"name": user("TrainsBy"), "train_step": "psp"}, "train": {"compile": True}},
-        "train.compile = True: train step 'psp' is not for compiled networks: leave it out",
+        "train.compile = True: train step 'psp' cannot be compiled: leave it out",
     ),
     "an unknown train step": (
         {"method": {"name": user("TrainsBy"), "train_step": "spp"}},

@@ -107,7 +107,7 @@ def listen(monkeypatch: pytest.MonkeyPatch) -> Listening:
 
     monkeypatch.setattr(worker.Worker, "_train", heard(worker.Worker._train))
     monkeypatch.setattr(worker.Worker, "_forward", heard(worker.Worker._forward))
-    for name in ("push", "_copy", "_send"):
+    for name in ("push", "_start_copy", "_send"):
         monkeypatch.setattr(Recorder, name, unheard(getattr(Recorder, name)))
     monkeypatch.setattr(Copies, "__call__", unheard(Copies.__call__))  # to the device, which is the CPU here
     monkeypatch.setattr(MetricSums, "total", unheard(MetricSums.total))
@@ -171,7 +171,7 @@ def test_steps_run_where_tensors_have_no_values(
     monkeypatch.setattr(worker, "pick_device", lambda use_gpu: torch.device("meta"))
     monkeypatch.setattr(run, "pick_device", lambda use_gpu: torch.device("meta"))
     monkeypatch.setattr(PlainStep, "_mixed", lambda self, inputs: nullcontext())  # autocast does not know the device
-    monkeypatch.setattr(Recorder, "_copy", lambda self: setattr(self, "_rows", 0))
+    monkeypatch.setattr(Recorder, "_start_copy", lambda self: setattr(self, "_num_rows", 0))
     with pytest.raises(TrainingPaused):
         train(run_config(tmp_path, **merge(merge(SMALL, KINDS[kind]), {"scaling": {"stream": stream}})))
     assert [sums.device.type for sums in steps] == ["meta"]

@@ -225,7 +225,7 @@ def misuse(epoch: Any, batch: Any) -> None:
 
 MISUSES: dict[str, tuple[Callable[[Any, Any], None], str]] = {
     "twice": (misuse, "called once for it"),
-    "another batch": (lambda epoch, batch: epoch.weigh({**batch}, batch["x"].sum(1)), "gave last"),
+    "another batch": (lambda epoch, batch: epoch.weigh({**batch}, batch["x"].sum(1)), "yielded last"),
     "scalar": (lambda epoch, batch: epoch.weigh(batch, batch["x"].sum()), "reduction='none'"),
     "again": (lambda epoch, batch: next(epoch.iter_torch_batches()), "iterated already"),
 }
@@ -251,10 +251,10 @@ def test_misuse_is_explained(kind: str) -> None:
         ({"last_batch": "keep"}, "'pad' or 'drop'"),
         ({"last_batch": "drop", "batch_size": 512}, "more than the 301 samples"),
         ({"source": {"x": X, "y": X[:3]}}, "one length"),
-        ({"source": {"x": X, "id": np.arange(N)}}, "engine's own name"),
+        ({"source": {"x": X, "id": np.arange(N)}}, "a name that rayprune adds itself"),
         ({"source": {"x": np.array(["a"] * N)}}, "give numbers"),
-        ({"source": {"x": [[1], [1, 2]]}}, "column 'x' makes no array"),
-        ({"source": {"x": torch.zeros(3, dtype=torch.bfloat16)}}, "column 'x' makes no array"),
+        ({"source": {"x": [[1], [1, 2]]}}, "column 'x' is not an array"),
+        ({"source": {"x": torch.zeros(3, dtype=torch.bfloat16)}}, "column 'x' is not an array"),
         ({"source": {}}, "no columns"),
         ({"source": {"x": X[:0]}}, "no rows"),
     ],
@@ -330,7 +330,7 @@ def test_a_state_before_weigh_is_refused() -> None:
     shard = make()
     epoch = next(shard.epochs())
     next(epoch.iter_torch_batches())
-    with pytest.raises(RuntimeError, match="comes after weigh"):
+    with pytest.raises(RuntimeError, match="after weigh: the state would lack"):
         shard.state_dict()
 
 

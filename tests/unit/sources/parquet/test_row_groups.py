@@ -23,7 +23,7 @@ from rayprune.core import Plan, Selection
 from rayprune.sources import SampleSource, input_statistics, open_data
 from rayprune.sources import cache as decoded
 from rayprune.sources.parquet.row_groups import ParquetGroups
-from tests.support.images import encode, noise
+from tests.support.sources import encode_image, pixels
 
 SIZE = (7, 5)
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -31,7 +31,7 @@ PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 def pictures(count: int, seed: int = 0, size: tuple[int, int] = SIZE) -> list[bytes]:
     """Return grey PNG images of noise."""
-    return [encode(image) for image in noise(count, (size[1], size[0]), 1, seed)]
+    return [encode_image(image) for image in pixels(count, (size[1], size[0]), 1, seed)]
 
 
 def write_images(file: Path, images: list[Any], labels: list[Any], group_rows: int, struct: bool = True) -> Path:
@@ -249,8 +249,8 @@ def test_auto_decodes_at_every_visit_where_the_disk_is_small(
 
 def test_statistics_read_a_few_groups_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = opened(folder, buffer_bytes=1 << 20)
-    pixels = source.take(np.arange(91))["image"] / 255
-    assert input_statistics(source)[0][0] == pytest.approx(pixels.mean(), rel=1e-9)
+    values = source.take(np.arange(91))["image"] / 255
+    assert input_statistics(source)[0][0] == pytest.approx(values.mean(), rel=1e-9)
     monkeypatch.setattr("rayprune.sources.registry.MAX_GROUPS", 2)
-    few = np.concatenate([pixels[:10], pixels[47:54]])  # groups 0 and 5 of 10
+    few = np.concatenate([values[:10], values[47:54]])  # groups 0 and 5 of 10
     assert input_statistics(source)[0][0] == pytest.approx(few.mean(), rel=1e-9)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayprune.sources import open_data
-from tests.support.images import encode, noise
+from tests.support.sources import all_rows, encode_image, pixels
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def opened(tmp_path):
 
 
 def encoded(count, **keys):
-    return [encode(array) for array in noise(count, **keys)]
+    return [encode_image(array) for array in pixels(count, **keys)]
 
 
 def write(file, images, labels, names=None, struct=True, **options):
@@ -50,14 +50,10 @@ def write(file, images, labels, names=None, struct=True, **options):
     return file
 
 
-def all_rows(source):
-    return source.take(np.arange(len(source)))
-
-
 @pytest.mark.parametrize("struct", [True, False])
 def test_png_images_over_shards(tmp_path, opened, struct):
-    images, folder = noise(30), tmp_path / "data"
-    data = [encode(image) for image in images]
+    images, folder = pixels(30), tmp_path / "data"
+    data = [encode_image(image) for image in images]
     labels = np.arange(30) % 3
     for part in (1, 0):
         rows = slice(part * 10, part * 10 + 10)
@@ -80,7 +76,10 @@ def test_png_images_over_shards(tmp_path, opened, struct):
 def test_jpeg_images_and_class_names(tmp_path, opened):
     images = [np.full((8, 8, 3), value, np.uint8) for value in (10, 100, 200)]
     file = write(
-        tmp_path / "a.parquet", [encode(image, "JPEG") for image in images], [0, 1, 1], names=["cat", "dog", "owl"]
+        tmp_path / "a.parquet",
+        [encode_image(image, "JPEG") for image in images],
+        [0, 1, 1],
+        names=["cat", "dog", "owl"],
     )
     train = opened(file).train
     assert train.schema.class_names == ("cat", "dog", "owl")
@@ -118,7 +117,7 @@ def test_string_labels_are_sorted_class_names(tmp_path, opened):
     [(["RGB", "L", "P", "RGBA"], 3), (["P", "L"], 3), (["L", "RGB", "1"], 1), (["RGBA"], 3), (["LA"], 1)],
 )
 def test_the_first_image_decides_the_mode(tmp_path, opened, modes, channels):
-    images = [encode(array, mode=mode) for array, mode in zip(noise(len(modes)), modes, strict=True)]
+    images = [encode_image(array, mode=mode) for array, mode in zip(pixels(len(modes)), modes, strict=True)]
     train = opened(write(tmp_path / "a.parquet", images, [0] * len(modes))).train
     assert all_rows(train)["image"].shape == (len(modes), 5, 6, channels)
 
@@ -126,13 +125,13 @@ def test_the_first_image_decides_the_mode(tmp_path, opened, modes, channels):
 @pytest.mark.parametrize("position", [0, 1])
 def test_deep_images_are_refused_by_name(tmp_path, opened, position):
     images = encoded(2)
-    images[position] = encode(np.zeros((5, 6), np.uint16))
+    images[position] = encode_image(np.zeros((5, 6), np.uint16))
     with pytest.raises(ValueError, match=rf"row {position} has image mode I;16, more than 8 bits"):
         opened(write(tmp_path / "a.parquet", images, [0, 1])).train.prepare()
 
 
 def test_mixed_sizes_are_refused(tmp_path, opened):
-    images = [*encoded(2), encode(noise(1, size=(9, 4))[0])]
+    images = [*encoded(2), encode_image(pixels(1, size=(9, 4))[0])]
     with pytest.raises(
         ValueError,
         match=r"a\.parquet row 2 is an image of 9×4 pixels and the first one has 6×5: set data\.image_size=5",
@@ -166,7 +165,7 @@ def test_unreadable_images_are_skipped(tmp_path, opened, caplog):
     )
     kept = [0, 1, 2, 4, 6, 8]
     assert train.labels.tolist() == kept
-    np.testing.assert_array_equal(all_rows(train)["image"], noise(9)[kept])
+    np.testing.assert_array_equal(all_rows(train)["image"], pixels(9)[kept])
     np.testing.assert_array_equal(all_rows(pickle.loads(pickle.dumps(train)))["label"], kept)
     assert train.fingerprint != opened(file).train.fingerprint
 
@@ -217,7 +216,7 @@ def test_a_damaged_row_group_of_images(tmp_path, opened):
     ):
         opened(file).train.prepare()
     taken = all_rows(opened(file, on_error="skip").train)
-    np.testing.assert_array_equal(taken["image"], np.delete(noise(40), slice(20, 30), axis=0))
+    np.testing.assert_array_equal(taken["image"], np.delete(pixels(40), slice(20, 30), axis=0))
 
 
 def test_a_damaged_row_group_of_numbers(tmp_path, opened):
@@ -365,7 +364,7 @@ def test_whole_and_broken_numbers_go_together(tmp_path, opened):
         (pa.array([0, 2**63 + 1], pa.uint64()), "column 'y' does not hold class numbers"),
         (
             pa.array([0, 5000]),
-            "column 'y' of .* look like ids, no labels: the largest of 2 is 5000; .*data.num_classes",
+            "column 'y' of .* look like ids, not labels: the largest of 2 is 5000; .*data.num_classes",
         ),
     ],
 )
@@ -383,7 +382,7 @@ def test_second_open_reuses_the_cache(tmp_path, opened):
     train = opened(file).train
     train.prepare()
     again = pickle.loads(pickle.dumps(train))
-    np.testing.assert_array_equal(all_rows(again)["image"], noise(8))
+    np.testing.assert_array_equal(all_rows(again)["image"], pixels(8))
     assert {entry: entry.stat().st_mtime_ns for entry in (tmp_path / "cache").rglob("*")} == before
 
 
@@ -395,13 +394,13 @@ def test_threads_and_pickles(tmp_path, opened):
     ids = [np.random.default_rng(seed).integers(0, 200, 64) for seed in range(8)]
     with ThreadPoolExecutor(4) as pool:
         for chosen, taken in zip(ids, pool.map(again.take, ids), strict=True):
-            np.testing.assert_array_equal(taken["image"], noise(200)[chosen])
+            np.testing.assert_array_equal(taken["image"], pixels(200)[chosen])
             np.testing.assert_array_equal(taken["label"], chosen % 7)
 
 
 def test_large_images_are_decoded_by_several_threads(tmp_path, opened):
-    images = noise(80, size=(256, 128), channels=1)
-    data = [encode(image) for image in images]
+    images = pixels(80, size=(256, 128), channels=1)
+    data = [encode_image(image) for image in images]
     splits = opened(write(tmp_path / "a.parquet", data, [0, 1] * 40, row_group_size=7))
     np.testing.assert_array_equal(all_rows(splits.train)["image"][..., 0], images)
 

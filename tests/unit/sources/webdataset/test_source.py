@@ -16,7 +16,7 @@ import pytest
 from rayprune.sources import open_data
 from rayprune.sources.webdataset import index as webdataset_index
 from rayprune.sources.webdataset import source as webdataset_rows
-from tests.support.images import encode, noise
+from tests.support.sources import all_rows, encode_image, pixels
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def samples_of(images, labels, start=0, prefix=""):
     return [
         member
         for row, (image, label) in enumerate(zip(images, labels, strict=True), start)
-        for member in ((f"{prefix}{row:05}.png", encode(image)), (f"{prefix}{row:05}.cls", str(label).encode()))
+        for member in ((f"{prefix}{row:05}.png", encode_image(image)), (f"{prefix}{row:05}.cls", str(label).encode()))
     ]
 
 
@@ -57,15 +57,11 @@ def write(path, members, **options):
 
 def write_set(folder, count=30, shards=3):
     """Write `count` images of 3 classes over training shards, in no order, and return the pixels."""
-    images, part = noise(count), count // shards
+    images, part = pixels(count), count // shards
     for shard in reversed(range(shards)):
         rows = range(shard * part, shard * part + part)
         write(folder / f"train-{shard:04}.tar", samples_of(images[rows], [row % 3 for row in rows], rows.start))
     return images
-
-
-def all_rows(source):
-    return source.take(np.arange(len(source)))
 
 
 @pytest.mark.parametrize("cache", ["none", "disk"])
@@ -86,7 +82,7 @@ def test_shards_in_the_order_of_their_names(tmp_path, opened, cache):
 
 
 def test_only_what_is_asked_for_is_read(tmp_path, opened):
-    big = [encode(image) for image in noise(8, size=(100, 90))]
+    big = [encode_image(image) for image in pixels(8, size=(100, 90))]
     write(
         tmp_path / "a.tar",
         [pair for row, image in enumerate(big) for pair in ((f"{row}.png", image), (f"{row}.cls", b"0"))],
@@ -125,14 +121,14 @@ def test_the_fingerprint_is_the_content(tmp_path, opened):
 
 
 def test_a_shard_written_anew_is_indexed_anew(tmp_path, opened):
-    path = write(tmp_path / "a.tar", samples_of(noise(2), [0, 1]))
+    path = write(tmp_path / "a.tar", samples_of(pixels(2), [0, 1]))
     assert opened(path).train.labels.tolist() == [0, 1]
-    write(path, samples_of(noise(2), [1, 0]))
+    write(path, samples_of(pixels(2), [1, 0]))
     assert opened(path).train.labels.tolist() == [1, 0]
 
 
 def test_training_and_validation_shards(tmp_path, opened):
-    images = noise(6)
+    images = pixels(6)
     for row, name in enumerate(["train/0", "train/1", "val/0", "extra-0"]):
         write(tmp_path / "set" / f"{name}.tar", samples_of(images[row : row + 1], [int(row in {1, 2})]))
     splits = opened(tmp_path / "set")
@@ -148,7 +144,7 @@ def test_training_and_validation_shards(tmp_path, opened):
 
 
 def test_label_keys(tmp_path, opened):
-    image = encode(noise(1)[0])
+    image = encode_image(pixels(1)[0])
     records = [{"label": 1, "breed": "größe"}, {"label": 0, "breed": "owl"}, {"label": 1, "breed": "owl"}]
     members = []
     for row, record in enumerate(records):
@@ -163,35 +159,39 @@ def test_label_keys(tmp_path, opened):
 
 
 def test_a_label_file_goes_before_json(tmp_path, opened):
-    members = [("0.json", b'{"label": 7}'), ("0.png", encode(noise(1)[0])), ("0.cls", b"1")]
+    members = [("0.json", b'{"label": 7}'), ("0.png", encode_image(pixels(1)[0])), ("0.cls", b"1")]
     assert opened(write(tmp_path / "a.tar", members)).train.labels.tolist() == [1]
     members[0] = ("0.json", b"no json")
     assert opened(write(tmp_path / "b.tar", members)).train.labels.tolist() == [1]
 
 
 def test_validation_labels_are_those_of_training(tmp_path, opened):
-    write(tmp_path / "set" / "train.tar", samples_of(noise(2), ["cat", "owl"]))
-    write(tmp_path / "set" / "test.tar", samples_of(noise(1), ["owl"]))
+    write(tmp_path / "set" / "train.tar", samples_of(pixels(2), ["cat", "owl"]))
+    write(tmp_path / "set" / "test.tar", samples_of(pixels(1), ["owl"]))
     assert opened(tmp_path / "set").validation.labels.tolist() == [1]
-    write(tmp_path / "set" / "test.tar", samples_of(noise(1), ["cow"]))
+    write(tmp_path / "set" / "test.tar", samples_of(pixels(1), ["cow"]))
     with pytest.raises(ValueError, match=r"test\.tar sample '00000' has label 'cow', which no training sample has"):
         opened(tmp_path / "set")
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_names_of_any_kind(tmp_path, opened, tar_format):
-    image, long = noise(4), "tief/" * 30 + "x" * 120
+    image, long = pixels(4), "tief/" * 30 + "x" * 120
     names = ["größe/日本", long, "v1.2/a", "./b"]
     members = [("__meta__/set.json", b"{}"), ("README", b"no suffix")]
     for row, name in enumerate(names):
-        members += [(f"{name}.PNG", encode(image[row])), (f"{name}.seg.png", b"mask"), (f"{name}.cls", b"%d" % row)]
+        members += [
+            (f"{name}.PNG", encode_image(image[row])),
+            (f"{name}.seg.png", b"mask"),
+            (f"{name}.cls", b"%d" % row),
+        ]
     train = opened(write(tmp_path / "mit leer é.tar", members, tar_format=tar_format)).train
     np.testing.assert_array_equal(all_rows(train)["image"], image)
     assert train.labels.tolist() == [0, 1, 2, 3]
 
 
 def test_sizes_modes_and_channels(tmp_path, opened):
-    images = [encode(noise(1, (9, 4))[0]), encode(noise(1)[0], mode="L")]
+    images = [encode_image(pixels(1, (9, 4))[0]), encode_image(pixels(1)[0], mode="L")]
     path = write(
         tmp_path / "a.tar",
         [(f"{row}.{kind}", content) for row in (0, 1) for kind, content in (("png", images[row]), ("cls", b"0"))],
@@ -210,48 +210,50 @@ def test_sizes_modes_and_channels(tmp_path, opened):
 
 
 FAULTS = {
-    "has no label": [("3.png", encode(noise(1)[0]))],
-    "has an empty label": [("3.png", encode(noise(1)[0])), ("3.cls", b" ")],
+    "has no label": [("3.png", encode_image(pixels(1)[0]))],
+    "has an empty label": [("3.png", encode_image(pixels(1)[0])), ("3.cls", b" ")],
     "has no image": [("3.cls", b"1")],
     "has an image of 0 bytes": [("3.png", b""), ("3.cls", b"1")],
-    "is not a readable image": [("3.png", encode(noise(1)[0])[:70]), ("3.cls", b"1")],
-    r"has two members \.png": [("3.png", encode(noise(1)[0])), ("3.png", b"x"), ("3.cls", b"1")],
-    r"has an unsuitable label in \.json": [("3.png", encode(noise(1)[0])), ("3.json", b'{"label": 1.5}')],
-    r"has an unsuitable label in \.json \(Exp": [("3.png", encode(noise(1)[0])), ("3.json", b"{")],
-    r"has an unsuitable label in \.cls \(3000": [("3.png", encode(noise(1)[0])), ("3.cls", b"x" * 3000)],
-    r"has an unsuitable label in \.cls": [("3.png", encode(noise(1)[0])), ("3.cls", b"\xff\xfe")],
+    "is not a readable image": [("3.png", encode_image(pixels(1)[0])[:70]), ("3.cls", b"1")],
+    r"has two members \.png": [("3.png", encode_image(pixels(1)[0])), ("3.png", b"x"), ("3.cls", b"1")],
+    r"has an unsuitable label in \.json": [("3.png", encode_image(pixels(1)[0])), ("3.json", b'{"label": 1.5}')],
+    r"has an unsuitable label in \.json \(Exp": [("3.png", encode_image(pixels(1)[0])), ("3.json", b"{")],
+    r"has an unsuitable label in \.cls \(3000": [("3.png", encode_image(pixels(1)[0])), ("3.cls", b"x" * 3000)],
+    r"has an unsuitable label in \.cls": [("3.png", encode_image(pixels(1)[0])), ("3.cls", b"\xff\xfe")],
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_faulty_sample(tmp_path, opened, fault, caplog):
-    path = write(tmp_path / "a.tar", [*samples_of(noise(3), [0, 1, 0]), *FAULTS[fault], *samples_of(noise(1), [1], 4)])
+    path = write(
+        tmp_path / "a.tar", [*samples_of(pixels(3), [0, 1, 0]), *FAULTS[fault], *samples_of(pixels(1), [1], 4)]
+    )
     with pytest.raises(ValueError, match=rf"a\.tar sample '3' {fault}") as caught:
         all_rows(opened(path).train)
     assert "\n" not in str(caught.value)
     with caplog.at_level(logging.WARNING):
         train = opened(path, on_error="skip").train
     assert train.labels.tolist() == [0, 1, 0, 1]
-    np.testing.assert_array_equal(all_rows(train)["image"], noise(3)[[0, 1, 2, 0]])
+    np.testing.assert_array_equal(all_rows(train)["image"], pixels(3)[[0, 1, 2, 0]])
     assert "left out 1 " in caplog.text
     assert pickle.loads(pickle.dumps(train)).labels.tolist() == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("left", [700, 512 * 7 + 100, 512 * 9])
 def test_a_truncated_shard(tmp_path, opened, left):
-    path = write(tmp_path / "set" / "a.tar", samples_of(noise(6, (20, 20)), range(6)))
-    write(tmp_path / "set" / "b.tar", samples_of(noise(2, (20, 20)), [0, 1]))
+    path = write(tmp_path / "set" / "a.tar", samples_of(pixels(6, (20, 20)), range(6)))
+    write(tmp_path / "set" / "b.tar", samples_of(pixels(2, (20, 20)), [0, 1]))
     path.write_bytes(path.read_bytes()[:left])
     with pytest.raises(ValueError, match=r"a\.tar .*(cut off|no label).*data\.on_error=skip") as caught:
         opened(tmp_path / "set")
     assert "\n" not in str(caught.value)
     train = opened(tmp_path / "set", on_error="skip").train
-    np.testing.assert_array_equal(all_rows(train)["image"][-2:], noise(2, (20, 20)))
+    np.testing.assert_array_equal(all_rows(train)["image"][-2:], pixels(2, (20, 20)))
 
 
 def test_a_shard_cut_between_samples_is_warned_of(tmp_path, opened, caplog):
     path = tmp_path / "a.tar"
-    whole = tar_of(samples_of(noise(2), [0, 1]))
+    whole = tar_of(samples_of(pixels(2), [0, 1]))
     path.write_bytes(whole[: len(whole.rstrip(b"\0")) // 512 * 512 + 512])
     with caplog.at_level(logging.WARNING):
         assert len(opened(path).train) == 2
@@ -259,7 +261,7 @@ def test_a_shard_cut_between_samples_is_warned_of(tmp_path, opened, caplog):
 
 
 def test_damage_inside_a_shard(tmp_path, opened):
-    content = bytearray(tar_of(samples_of(noise(6), range(6))))
+    content = bytearray(tar_of(samples_of(pixels(6), range(6))))
     start = content.index(b"00003.png")
     content[start : start + 512] = b"\x55" * 512
     (tmp_path / "a.tar").write_bytes(content)
@@ -269,7 +271,7 @@ def test_damage_inside_a_shard(tmp_path, opened):
 
 
 def test_a_shard_that_shrinks_later(tmp_path, opened):
-    path = write(tmp_path / "a.tar", samples_of(noise(6), range(6)))
+    path = write(tmp_path / "a.tar", samples_of(pixels(6), range(6)))
     source = pickle.loads(pickle.dumps(opened(path).train))
     source.take(np.array([0]))
     path.write_bytes(path.read_bytes()[:2000])
@@ -300,14 +302,14 @@ def test_nothing_to_read(tmp_path, opened):
 
 
 def test_members_apart_are_no_sample(tmp_path, opened):
-    image = encode(noise(1)[0])
+    image = encode_image(pixels(1)[0])
     path = write(tmp_path / "a.tar", [("0.png", image), ("1.png", image), ("0.cls", b"0"), ("1.cls", b"1")])
     with pytest.raises(ValueError, match="sample '0' has no label"):
         opened(path)
 
 
 def test_the_fingerprint_counts_whole_images_and_old_times_hide_nothing(tmp_path, opened, monkeypatch):
-    whole = encode(noise(1, (64, 48))[0], "BMP")
+    whole = encode_image(pixels(1, (64, 48))[0], "BMP")
     changed = whole[:-1] + bytes([whole[-1] ^ 1])
     path = write(tmp_path / "a.tar", [("0.bmp", whole), ("0.cls", b"0")])
     before, fingerprint = path.stat(), opened(path).train.fingerprint
