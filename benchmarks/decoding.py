@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.harness import Figure, seconds
 from rayprune.sources import SampleSource, open_data
-from rayprune.sources.images import decode_unlocked
+from rayprune.sources.images import decode_jpegs
 
 ROWS, PIXELS, CLASSES = 4_000, 64, 10
 BATCH, SPAN, EPOCHS = 128, 2_048, 9
@@ -74,7 +74,7 @@ def by_pillow(encoded: bytes) -> np.ndarray:
 
 def by_the_source(encoded: bytes) -> np.ndarray:
     """Decode as the source does."""
-    pixels = decode_unlocked(encoded, 3)
+    pixels = decode_jpegs([encoded], 3)[0]
     assert pixels is not None
     return pixels
 

@@ -68,8 +68,7 @@ _OPTIONS = (
         "--out",
         multiple=True,
         metavar="PATH",
-        help="File to write: .parquet, .npz, .txt, .tsv or .npy; may be repeated. "
-        "[default: chosen.parquet beside the scores]",
+        help="File to write: .parquet or .txt; may be repeated. [default: chosen.parquet beside the scores]",
     ),
     click.option("--force", is_flag=True, help="Overwrite files that exist."),
     click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks."),
@@ -103,8 +102,6 @@ def select(scores_path: str, by: str | None, keep: str, out: tuple[str, ...], fo
             raise ConfigError(f"{path} exists{' and holds the scores' if force else ''}: {cure}")
     share_or_count = _share_or_count(keep)
     selection, num_missing = _chosen(stored, name, share_or_count, **how)
-    for path in paths:
-        check_selection_path(path, selection)
     about = {
         "scores": stored.path.name,
         "by": name,

@@ -18,8 +18,7 @@ class Fixed(Method):
     """Keep the ids of a file, with its weights, in every epoch.
 
     Args:
-        path: a selection: .parquet, .npz, .npy, .txt or .tsv; in a config, relative paths begin at the
-            folder of the command.
+        path: a selection, .parquet or .txt; in a config, relative paths begin at the folder of the command.
         batch_mean_weights: every sample of a batch takes the mean weight of its global batch in place of its own.
     """
 

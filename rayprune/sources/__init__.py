@@ -1,4 +1,4 @@
-"""Data sources: labelled samples read by id, from memory, arrays, Parquet, image files or the user's own function."""
+"""Data sources: labeled samples read by id, from memory, arrays, Parquet, image files or a function of the user."""
 
 from rayprune.sources import (  # noqa: F401  # registers the sources
     arrays,

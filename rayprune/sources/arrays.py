@@ -1,13 +1,12 @@
 """NumPy arrays: a folder of .npy files, or an .npz archive.
 
-.npy files are memory-mapped where they lie; the members of an archive are extracted once into the decoded cache.
+The .npy files are memory-mapped in place; the members of an archive are extracted once into the decoded cache.
 
 Shapes: N samples, H height, W width, C channels, F features.
 """
 
 from __future__ import annotations
 
-import math
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -15,12 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from shutil import copyfileobj
-from typing import Any, ClassVar
 
 import numpy as np
 
-from rayprune.errors import DataError
-from rayprune.sources.base import Column, SampleSource, Schema, Splits, count_classes, holdout
+from rayprune.errors import ConfigError, DataError, one_line
+from rayprune.sources.base import SampleSource, Schema, Splits, count_classes, holdout
 from rayprune.sources.cache import cache_root, cached_arrays
 from rayprune.sources.fingerprint import array_digest, digest, file_digest
 from rayprune.sources.memory import RowSource
@@ -28,12 +26,9 @@ from rayprune.sources.registry import register_source
 
 TRAIN_NAMES = (("x_train", "y_train"), ("x", "y"))
 VALIDATION_NAMES = (("x_test", "y_test"), ("x_val", "y_val"))
+FILE_NAMES = [f"{name}.npy" for names in (*TRAIN_NAMES, *VALIDATION_NAMES) for name in names]
 IMAGE_CHANNELS = (1, 3)
-HOLDOUT_SEED = 0
 CHUNK_VALUES = 1 << 22
-
-# Version 3 has its field names in UTF-8, and only arrays with named fields need it.
-_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 Opener = Callable[[], Mapping[str, np.ndarray]]
 
@@ -58,74 +53,70 @@ class Arrays:
     validation_fraction: float = 0.1
     num_classes: int | None = None
     cache_dir: str | None = None
-    default_augment: ClassVar[dict[str, Any]] = {"crop": 0, "flip": False}
 
     def open(self) -> Splits:
         """Open the arrays and hold out a validation part where none is stored.
 
         Raises:
             ValueError: missing or damaged files, arrays of an unsuitable shape, dtype or length, features that are
-                NaN or infinite, or labels that are no class numbers.
+                NaN or infinite, or labels that are not class numbers.
         """
         path = Path(self.path).expanduser().absolute()
         opener = _opener(path, self.cache_dir)
         arrays = opener()
         train_names = next((names for names in TRAIN_NAMES if set(names) <= set(arrays)), None)
         if train_names is None:
-            found = ", ".join(sorted(arrays)) or "none of these"
-            raise DataError(f"{path} holds no x_train and y_train, or x and y (found: {found}): add them")
+            known = ", ".join(sorted(arrays)) or "none of these"
+            raise DataError(f"{path} holds no x_train and y_train, or x and y (found: {known}): add them")
         train = _open_part(path, opener, train_names, self.num_classes)
         for names in VALIDATION_NAMES:
-            if len(found_names := set(names) & set(arrays)) == 1:
-                raise DataError(f"{path} holds {found_names.pop()} without its partner: {names[0]} needs {names[1]}")
-            if set(names) <= set(arrays):
+            present = set(names) & set(arrays)
+            if len(present) == 1:
+                raise DataError(f"{path} holds {present.pop()} without its partner: {names[0]} needs {names[1]}")
+            if present:
                 return Splits(train, _open_part(path, opener, names, train.schema.num_classes))
-        if self.validation_fraction == 0:
-            return Splits(train, None)
-        return holdout(train, self.validation_fraction, HOLDOUT_SEED)
+        return holdout(train, self.validation_fraction)
 
 
 def _opener(path: Path, cache_dir: str | None) -> Opener:
     if path.is_dir():
-        return partial(load_folder, path)
+        return partial(map_folder, path)
     if path.suffix != ".npz" or not path.is_file():
-        raise DataError(f"data.path {str(path)!r} is neither a folder of .npy files nor an .npz archive: correct it")
+        raise ConfigError(f"data.path {str(path)!r} is neither a folder of .npy files nor an .npz archive: correct it")
     key = f"arrays-{digest('npz', file_digest(path))}"
     return partial(cached_arrays, key, cache_root(cache_dir), partial(extract_archive, path), _archive_bytes(path))
 
 
-def _names() -> list[str]:
-    return [name for names in (*TRAIN_NAMES, *VALIDATION_NAMES) for name in names]
-
-
-def load_folder(folder: Path, archive: Path | None = None) -> dict[str, np.ndarray]:
+def map_folder(folder: Path, archive: Path | None = None) -> dict[str, np.ndarray]:
     """Memory-map the arrays of known names in a folder.
 
     Args:
-        folder: where the .npy files lie.
-        archive: the .npz archive that they came out of, for messages.
+        folder: of .npy files.
+        archive: the .npz archive that they were extracted from, for messages.
 
     Raises:
-        ValueError: a file is no .npy file, truncated, or holds Python objects.
+        ValueError: see `map_array`.
     """
-    files = [file for file in (folder / f"{name}.npy" for name in _names()) if file.exists()]
-    return {file.stem: _map_array(file, str(file) if archive is None else f"{archive}: {file.name}") for file in files}
+    files = [folder / name for name in FILE_NAMES if (folder / name).exists()]
+    return {file.stem: map_array(file, str(file) if archive is None else f"{archive}: {file.name}") for file in files}
 
 
-def _map_array(file: Path, named: str) -> np.ndarray:
+def map_array(file: Path, name: str) -> np.ndarray:
+    """Memory-map a .npy file.
+
+    Args:
+        file: the file.
+        name: of the file in messages.
+
+    Raises:
+        ValueError: it is not a .npy file, is truncated, or holds Python objects.
+    """
     try:
-        with file.open("rb") as handle:
-            read_header = _HEADERS[np.lib.format.read_magic(handle)]
-            shape, _, dtype = read_header(handle)
-            num_bytes = handle.tell() + math.prod(shape) * dtype.itemsize
-    except (ValueError, KeyError, OSError) as error:
-        line = " ".join(str(error).split())
-        raise DataError(f"{named} is truncated or no .npy file ({line}): write it again") from None
-    if dtype.hasobject:
-        raise DataError(f"{named} holds Python objects: save a plain numeric array")
-    if (size := file.stat().st_size) < num_bytes:
-        raise DataError(f"{named} is truncated, {size} of {num_bytes} bytes: write it again")
-    return np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
+        return np.asarray(np.lib.format.open_memmap(file, mode="r"))
+    except (ValueError, OSError) as error:
+        raise DataError(
+            f"{name} is truncated, or is not a .npy file of numbers ({one_line(error)}): write it again"
+        ) from None
 
 
 def _archive_bytes(path: Path) -> int:
@@ -133,7 +124,7 @@ def _archive_bytes(path: Path) -> int:
         with zipfile.ZipFile(path) as archive:
             return sum(member.file_size for member in archive.infolist())
     except zipfile.BadZipFile as error:
-        raise DataError(f"{path} is damaged ({error}): save it again with np.savez") from None
+        raise _damaged(path, error) from None
 
 
 def extract_archive(path: Path, folder: Path) -> None:
@@ -144,12 +135,16 @@ def extract_archive(path: Path, folder: Path) -> None:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            for name in set(archive.namelist()) & {f"{name}.npy" for name in _names()}:
+            for name in set(archive.namelist()) & set(FILE_NAMES):
                 with archive.open(name) as packed, (folder / name).open("wb") as unpacked:
                     copyfileobj(packed, unpacked, 1 << 20)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{path} is damaged ({error}): save it again with np.savez") from None
-    load_folder(folder, path)  # refuses objects before the entry is published
+        raise _damaged(path, error) from None
+    map_folder(folder, path)  # refuses objects before the entry is published
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return DataError(f"{path} is damaged ({one_line(error)}): save it again with np.savez")
 
 
 def load_part(opener: Opener, x_name: str, y_name: str) -> dict[str, np.ndarray]:
@@ -176,13 +171,7 @@ def _open_part(path: Path, opener: Opener, names: tuple[str, str], num_classes: 
     num_classes = count_classes(targets, f"{names[1]} in {path}", num_classes)
     labels = np.asarray(targets, dtype=np.int64).reshape(-1)
     rows = _channels_last(inputs)
-    column = Column(rows.shape[1:], "uint8" if rows.ndim == 4 else "float32")
-    name = "image" if rows.ndim == 4 else "features"
-    schema = Schema(
-        columns={name: column, "label": Column((), "int64")},
-        input=name,
-        num_classes=num_classes,
-    )
+    schema = Schema.for_classification("image" if rows.ndim == 4 else "features", rows.shape[1:], num_classes)
     fingerprint = digest("arrays", array_digest(inputs), labels)
     return RowSource(partial(load_part, opener, *names), schema, fingerprint, labels)
 
@@ -220,7 +209,7 @@ def _check_finite(path: Path, name: str, inputs: np.ndarray) -> None:
 
 def _check_labels(path: Path, names: tuple[str, str], inputs: np.ndarray, targets: np.ndarray) -> None:
     described = f"{names[1]} in {path} is {targets.dtype} of shape {targets.shape}"
-    if not np.issubdtype(targets.dtype, np.integer) or targets.shape not in {(len(targets),), (len(targets), 1)}:
-        raise DataError(f"{described}: labels must be integers of shape (N,), one class number a sample")
+    if not np.issubdtype(targets.dtype, np.integer) or targets.ndim == 0 or targets.shape[1:] not in {(), (1,)}:
+        raise DataError(f"{described}: labels must be integers of shape (N,), one class number per sample")
     if len(targets) != len(inputs):
-        raise DataError(f"{described}, but {names[0]} has {len(inputs)} rows: store one label a sample")
+        raise DataError(f"{described}, but {names[0]} has {len(inputs)} rows: store one label per sample")

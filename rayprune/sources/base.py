@@ -1,27 +1,25 @@
-"""What every data source offers.
+"""The contract of a data source, a base class for implementations, and views of a source.
 
-Shapes: N samples, B batch, H height, W width, C channels, F features, G groups.
-
-Views of a source: its first rows, chosen rows, a stratified holdout.
-
-Shapes: N samples, N' chosen, B batch.
-
-How many classes the labels stand for.
+Shapes: N samples, N' chosen samples, B batch, H height, W width, C channels, F features, G groups.
 """
 
 from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from rayprune.core.plan import block_rows
-from rayprune.errors import DataError
+from rayprune.errors import ConfigError, DataError
 from rayprune.sources.fingerprint import digest
+
+RowCost = Literal["cheap", "expensive"]
+RESERVED_NAMES = frozenset({"id", "weight"})  # of the columns that are added to every batch
 
 
 @dataclass(frozen=True)
@@ -34,14 +32,14 @@ class Column:
 
 @dataclass(frozen=True)
 class Schema:
-    """What `take` returns.
+    """The columns that `take` returns.
 
     Attributes:
-        columns: every column by name; where there are classes, the input column and `label` (int64) are among them.
-        input: name of the input column: `image` (H, W, C) uint8 or `features` (F,) float32; empty where the columns
-            are a training loop's own business.
-        num_classes: labels lie in 0..num_classes-1; None where samples have no class.
-        class_names: one name a class, or empty.
+        columns: every column by name; with classes, the input column and `label` (int64) are among them.
+        input: name of the input column: `image` (H, W, C) uint8 or `features` (F,) float32; empty where only the
+            user's training loop knows what the columns mean.
+        num_classes: labels are in 0..num_classes-1; None where samples have no class.
+        class_names: one name per class, or empty.
 
     Raises:
         ValueError: num_classes is below 1.
@@ -56,6 +54,22 @@ class Schema:
         if self.num_classes is not None and self.num_classes < 1:
             raise DataError(f"num_classes is {self.num_classes}: labels must be at least 0, and data.num_classes 1")
 
+    @classmethod
+    def for_classification(
+        cls, input_name: str, shape: tuple[int, ...], num_classes: int, class_names: Sequence[str] = ()
+    ) -> Schema:
+        """Return the schema of labeled images or feature vectors.
+
+        Args:
+            input_name: `image` or `features`.
+            shape: of one input: (H, W, C) or (F,).
+            num_classes: at least 1.
+            class_names: ignored unless there is one per class.
+        """
+        dtype = "uint8" if input_name == "image" else "float32"
+        columns = {input_name: Column(shape, dtype), "label": Column((), "int64")}
+        return cls(columns, input_name, num_classes, tuple(class_names) if len(class_names) == num_classes else ())
+
     @property
     def row_bytes(self) -> int:
         """The bytes of one decoded row."""
@@ -63,7 +77,7 @@ class Schema:
 
 
 class SampleSource(abc.ABC):
-    """Labelled samples that are read by id, 0..N-1.
+    """Labeled samples that are read by id, 0..N-1.
 
     An implementation pickles into paths and settings rather than data, opens its files in the process that reads,
     and lets several threads call `take` at once.
@@ -81,7 +95,7 @@ class SampleSource(abc.ABC):
     @property
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """Hex name of these samples: changes with their order, labels or content size, never with where they lie."""
+        """Hex digest of the samples: changes with their order, labels or content size, never with their location."""
 
     @property
     @abc.abstractmethod
@@ -100,7 +114,7 @@ class SampleSource(abc.ABC):
             ids: (B,) int64 in 0..N-1, in any order, repeats allowed.
 
         Returns:
-            The schema's columns, each with B C-contiguous rows in the order asked for.
+            The schema's columns, each with B C-contiguous rows in the order of the ids.
 
         Raises:
             ValueError: an id is not in the source.
@@ -117,12 +131,63 @@ class SampleSource(abc.ABC):
         return None
 
     @property
-    def row_cost(self) -> Literal["cheap", "expensive"]:
+    def row_cost(self) -> RowCost:
         """`cheap` for rows copied from memory or a memory map, `expensive` for rows decoded at every `take`."""
         return "cheap"
 
     def prepare(self) -> None:  # noqa: B027  # most sources have nothing to prepare
-        """Do once, before training, what is expensive (decoding into a cache); `take` works without it too."""
+        """Do expensive work, such as decoding into a cache, once before training; `take` works without it too."""
+
+
+class DescribedSource(SampleSource):
+    """Base class of sources whose length, schema and fingerprint are known once they are constructed.
+
+    Labels are read when they are first needed. Pickled copies drop them, and every other attribute that
+    `process_local` names; in the copy these are None until it reads them again.
+
+    Args:
+        num_samples: N.
+        schema: the columns.
+        fingerprint: of the samples.
+        labels: (N,) int64, where they have been read already.
+    """
+
+    process_local: ClassVar[tuple[str, ...]] = ("_labels",)
+
+    def __init__(self, num_samples: int, schema: Schema, fingerprint: str, labels: np.ndarray | None = None) -> None:
+        self._num_samples = num_samples
+        self._schema = schema
+        self._fingerprint = fingerprint
+        self._labels = labels
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        dropped = {"_lock", *self.process_local}
+        return {name: value for name, value in vars(self).items() if name not in dropped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(dict.fromkeys(self.process_local), **state, _lock=threading.Lock())
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    @property
+    def schema(self) -> Schema:
+        return self._schema
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @property
+    def labels(self) -> np.ndarray:
+        if self._labels is None:
+            self._labels = self._read_labels()
+        return self._labels
+
+    @abc.abstractmethod
+    def _read_labels(self) -> np.ndarray:
+        """Return all labels, (N,) int64."""
 
 
 @dataclass(frozen=True)
@@ -134,65 +199,43 @@ class Splits:
 
     @property
     def by_name(self) -> dict[str, SampleSource]:
-        """The sources there are, as "train" and "validation"."""
+        """The sources as "train" and, where there is one, "validation"."""
         return {"train": self.train, **({"validation": self.validation} if self.validation is not None else {})}
 
 
-def shuffle_name(source: SampleSource) -> str:
-    """Return what a plan's order depends on besides ids and seed: "" or a digest of the source's windows."""
-    groups = source.groups
-    return "" if groups is None else digest("windows", groups, block_rows(source.schema.row_bytes))
+class _View(SampleSource):
+    """Some samples of another source: those of its ids in `rows`."""
+
+    def __init__(self, source: SampleSource, rows: np.ndarray | slice) -> None:
+        self._source, self._rows = source, rows
+
+    @property
+    def schema(self) -> Schema:
+        return self._source.schema
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self._source.labels[self._rows]
+
+    def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        return self.read(ids)[0]
+
+    @property
+    def row_cost(self) -> RowCost:
+        return self._source.row_cost
+
+    def prepare(self) -> None:
+        self._source.prepare()
 
 
-def check_ids(ids: np.ndarray, num_samples: int) -> None:
-    """Refuse ids that are not in 0..num_samples-1.
-
-    Raises:
-        ValueError: some are not; the first five are named.
-    """
-    unknown = ids[(ids < 0) | (ids >= num_samples)]
-    if len(unknown):
-        named = ", ".join(str(int(sample)) for sample in unknown[:5])
-        raise DataError(
-            f"{len(unknown)} sample ids are not in the source, first {named}: valid are 0..{num_samples - 1}"
-        )
-
-
-# With more classes than this the labels are numbers of something else.
-MAX_LABEL = 2**31 - 1
-SPARE_CLASSES, CLASSES_A_SAMPLE = 1_000, 10
-
-
-def count_classes(labels: np.ndarray, named: str, given: int | None) -> int:
-    """Return the number of classes: the one given, else the largest label + 1.
-
-    Args:
-        labels: (N,) integers of any width, N at least 1.
-        named: where they come from, for messages.
-        given: data.num_classes.
-
-    Raises:
-        ValueError: the labels are too large, or too sparse to be numbered classes.
-    """
-    largest = int(labels.max())
-    if largest > MAX_LABEL:
-        raise DataError(f"{named} holds {largest}: labels must be below 2**31, number the classes from 0")
-    if given is None and largest + 1 > CLASSES_A_SAMPLE * len(labels) + SPARE_CLASSES:
-        raise DataError(
-            f"{named} look like ids, no labels: the largest of {len(labels)} is {largest}; number the classes from 0, "
-            "name another column or set data.num_classes"
-        )
-    return largest + 1 if given is None else given
-
-
-class Limited(SampleSource):
+class Limited(_View):
     """The first samples of a source.
 
-    A limit that cuts nothing keeps the source's fingerprint, so that scores of the whole source still fit.
+    A limit that removes nothing keeps the source's fingerprint, so that scores of the whole source still fit.
 
     Args:
         source: any source.
-        num_samples: at least 1; more than the source holds means all of them.
+        num_samples: at least 1; all samples are kept where the source has fewer.
 
     Raises:
         ValueError: num_samples is below 1.
@@ -200,28 +243,17 @@ class Limited(SampleSource):
 
     def __init__(self, source: SampleSource, num_samples: int) -> None:
         if num_samples < 1:
-            raise DataError(f"data.limit is {num_samples}: set it to at least 1, or leave it out for all samples")
-        self._source = source
+            raise ConfigError(f"data.limit is {num_samples}: set it to at least 1, or leave it out for all samples")
         self._num_samples = min(num_samples, len(source))
+        super().__init__(source, slice(self._num_samples))
 
     def __len__(self) -> int:
         return self._num_samples
 
     @property
-    def schema(self) -> Schema:
-        return self._source.schema
-
-    @property
     def fingerprint(self) -> str:
         whole = self._num_samples == len(self._source)
         return self._source.fingerprint if whole else digest("limited", self._source.fingerprint, self._num_samples)
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self._source.labels[: self._num_samples]
-
-    def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        return self.read(ids)[0]
 
     def read(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
         check_ids(ids, self._num_samples)
@@ -232,16 +264,9 @@ class Limited(SampleSource):
         groups = self._source.groups
         return None if groups is None else np.append(groups[groups < self._num_samples], self._num_samples)
 
-    @property
-    def row_cost(self) -> Literal["cheap", "expensive"]:
-        return self._source.row_cost
 
-    def prepare(self) -> None:
-        self._source.prepare()
-
-
-class Subset(SampleSource):
-    """Chosen rows of a source, in the order given: id i is row `rows[i]`.
+class Subset(_View):
+    """Chosen samples of a source, in the given order: id i is sample `rows[i]`.
 
     Args:
         source: any source.
@@ -251,96 +276,81 @@ class Subset(SampleSource):
         ValueError: a row is not in the source.
     """
 
+    _rows: np.ndarray
+
     def __init__(self, source: SampleSource, rows: np.ndarray) -> None:
         check_ids(rows, len(source))
-        self._source = source
-        self._rows = np.ascontiguousarray(rows, dtype=np.int64)
+        super().__init__(source, np.ascontiguousarray(rows, dtype=np.int64))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Ascending rows, which is what a holdout makes, travel as one bit a row: pickles go out with every read task.
-        if not self._ascending:
+        # Every read task carries a pickle. Ascending rows, as a holdout has, take one bit per row of the source.
+        if not self._is_ascending:
             return {"source": self._source, "rows": self._rows}
         chosen = np.zeros(len(self._source), dtype=bool)
         chosen[self._rows] = True
         return {"source": self._source, "bits": np.packbits(chosen)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._source = state["source"]
-        self._rows = state["rows"] if "rows" in state else np.flatnonzero(np.unpackbits(state["bits"])).astype(np.int64)
+        rows = state["rows"] if "rows" in state else np.flatnonzero(np.unpackbits(state["bits"])).astype(np.int64)
+        super().__init__(state["source"], rows)
 
     @property
-    def _ascending(self) -> bool:
+    def _is_ascending(self) -> bool:
         return bool((np.diff(self._rows) > 0).all())
 
     def __len__(self) -> int:
         return len(self._rows)
 
     @property
-    def schema(self) -> Schema:
-        return self._source.schema
-
-    @property
     def fingerprint(self) -> str:
         return digest("subset", self._source.fingerprint, self._rows)
 
-    @property
-    def labels(self) -> np.ndarray:
-        return self._source.labels[self._rows]
-
-    def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        return self.read(ids)[0]
-
     def read(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
-        check_ids(ids, len(self._rows))
+        check_ids(ids, len(self))
         return self._source.read(self._rows[ids])
 
     @property
     def groups(self) -> np.ndarray | None:
         groups = self._source.groups
-        if groups is None or not self._ascending:
+        if groups is None or not self._is_ascending:
             return None
         return np.unique(np.searchsorted(self._rows, groups)).astype(np.int64)
 
-    @property
-    def row_cost(self) -> Literal["cheap", "expensive"]:
-        return self._source.row_cost
 
-    def prepare(self) -> None:
-        self._source.prepare()
-
-
-def holdout(source: SampleSource, fraction: float, seed: int) -> Splits:
+def holdout(source: SampleSource, fraction: float, seed: int = 0) -> Splits:
     """Split off a stratified validation part.
 
-    Classes share `round(fraction · N)` (at least 1) validation samples in proportion, by largest remainder; every
-    class keeps a training sample, so a class with a single one is never held out. Both parts keep the source's order.
+    The validation part has `round(fraction · N)` samples, at least 1, distributed over the classes in proportion to
+    their sizes, by largest remainder. Every class keeps a training sample. Both parts keep the source's order.
 
     Args:
         source: any source with N samples.
-        fraction: validation share, above 0 and below 1.
+        fraction: validation share, below 1; 0 for no validation part.
         seed: of `numpy.random.default_rng`.
 
     Returns:
-        Both parts; validation is None where no class has two samples.
+        Both parts; validation is None also where no class has two samples.
 
     Raises:
         ValueError: the fraction is outside its range.
     """
-    if not 0 < fraction < 1:
-        raise DataError(f"validation_fraction is {fraction}: it must be above 0 and below 1")
+    if not 0 <= fraction < 1:
+        raise ConfigError(f"validation_fraction is {fraction}: it must be at least 0 and below 1")
+    if fraction == 0:
+        return Splits(source, None)
     labels = source.labels
     classes, counts = np.unique(labels, return_counts=True)
-    quotas = _quotas(counts, fraction)
+    quotas = _holdout_quotas(counts, fraction)
     if quotas.sum() == 0:
         return Splits(source, None)
     rng = np.random.default_rng(seed)
-    held = np.zeros(len(labels), dtype=bool)
+    validates = np.zeros(len(labels), dtype=bool)
     for label, quota in zip(classes, quotas, strict=True):
-        held[rng.permutation(np.flatnonzero(labels == label))[:quota]] = True
-    return Splits(Subset(source, np.flatnonzero(~held)), Subset(source, np.flatnonzero(held)))
+        validates[rng.permutation(np.flatnonzero(labels == label))[:quota]] = True
+    return Splits(Subset(source, np.flatnonzero(~validates)), Subset(source, np.flatnonzero(validates)))
 
 
-def _quotas(counts: np.ndarray, fraction: float) -> np.ndarray:
+def _holdout_quotas(counts: np.ndarray, fraction: float) -> np.ndarray:
     total = max(1, round(fraction * int(counts.sum())))
     shares = fraction * counts
     quotas = np.minimum(np.floor(shares).astype(np.int64), counts - 1)
@@ -348,3 +358,80 @@ def _quotas(counts: np.ndarray, fraction: float) -> np.ndarray:
         if quotas.sum() < total and quotas[position] < counts[position] - 1:
             quotas[position] += 1
     return np.asarray(quotas)
+
+
+def shuffle_name(source: SampleSource) -> str:
+    """Return what the shuffled order depends on besides ids and seed: "" or a digest of the source's windows."""
+    groups = source.groups
+    return "" if groups is None else digest("windows", groups, block_rows(source.schema.row_bytes))
+
+
+def check_ids(ids: np.ndarray, num_samples: int) -> None:
+    """Refuse ids that are not in 0..num_samples-1.
+
+    Raises:
+        ValueError: names the first five.
+    """
+    unknown = ids[(ids < 0) | (ids >= num_samples)]
+    if len(unknown):
+        first = ", ".join(str(int(sample)) for sample in unknown[:5])
+        raise DataError(
+            f"{len(unknown)} sample ids are not in the source, first {first}: valid are 0..{num_samples - 1}"
+        )
+
+
+def id_faults(ids: np.ndarray, num_samples: int) -> str:
+    """Return which ids keep integers from being each of 0..N-1 once, the first five of each kind; "" for none.
+
+    >>> id_faults(np.array([2, 0, 1]), 3), id_faults(np.array([0, 0, 3]), 3)
+    ('', 'repeated [0], missing [1, 2], outside [3]')
+    """
+    is_outside = (ids < 0) | (ids >= num_samples)
+    counts = np.bincount(ids[~is_outside].astype(np.int64), minlength=num_samples)
+    faults = {
+        "repeated": np.flatnonzero(counts > 1),
+        "missing": np.flatnonzero(counts == 0),
+        "outside": ids[is_outside],
+    }
+    return ", ".join(f"{fault} {wrong[:5].tolist()}" for fault, wrong in faults.items() if len(wrong))
+
+
+def spaced_ids(num_samples: int, count: int) -> np.ndarray:
+    """Return at most `count` evenly spaced ids, int64.
+
+    >>> spaced_ids(10, 4).tolist(), spaced_ids(2, 4).tolist()
+    ([0, 2, 5, 7], [0, 1])
+    """
+    count = min(count, num_samples)
+    return np.arange(count, dtype=np.int64) * num_samples // count
+
+
+MAX_LABEL = 2**31 - 1
+# A larger label than this allows is probably an id of something else.
+SPARE_CLASSES, CLASSES_PER_SAMPLE = 1_000, 10
+
+
+def count_classes(
+    labels: np.ndarray, labels_name: str, num_classes: int | None, class_names: Sequence[str] = ()
+) -> int:
+    """Return the number of classes: as configured, else the number of class names, else the largest label + 1.
+
+    Args:
+        labels: (N,) integers of any width, N at least 1.
+        labels_name: where they come from, for messages.
+        num_classes: data.num_classes.
+        class_names: names that are stored with the labels, or none.
+
+    Raises:
+        ValueError: the labels are too large, or too sparse to be numbered classes.
+    """
+    largest = int(labels.max())
+    if largest > MAX_LABEL:
+        raise DataError(f"{labels_name} holds {largest}: labels must be below 2**31, number the classes from 0")
+    known = num_classes if num_classes is not None else len(class_names) or None
+    if known is None and largest + 1 > CLASSES_PER_SAMPLE * len(labels) + SPARE_CLASSES:
+        raise DataError(
+            f"{labels_name} look like ids, not labels: the largest of {len(labels)} is {largest}; number the classes "
+            "from 0, name another column or set data.num_classes"
+        )
+    return largest + 1 if known is None else known

@@ -1,12 +1,9 @@
 """The decoded cache: arrays that are built once, then memory-mapped by every process.
 
-An entry is the folder `<cache>/<kind>-<fingerprint>/` with one .npy file an array and a manifest of their sizes. It is
-written beside its place and renamed into it, so nobody ever sees half an entry; of several processes that build one at
-once the first rename wins and the others drop theirs. An entry whose files do not fit its manifest is rebuilt.
-
-Decode once: any source's rows as arrays on disk, memory-mapped, or in the memory of each process that reads.
-
-Files that are there whole or not at all.
+An entry is the folder `<cache>/<kind>-<fingerprint>/` with one .npy file per array and a manifest of their sizes. It is
+built in a temporary folder beside it, which is then renamed, so no process ever sees half an entry; if several
+processes build one at once, the first rename wins and the others discard theirs. An entry whose files do not match its
+manifest is built again.
 """
 
 from __future__ import annotations
@@ -20,43 +17,87 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 
 from rayprune.core.references import closest
 from rayprune.errors import DataError
-from rayprune.sources.base import SampleSource
+from rayprune.sources.base import SampleSource, Subset
 from rayprune.sources.memory import RowSource
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to; it takes the place of `path` once the block has ended without an error.
-
-    Raises:
-        ValueError: the folder does not exist.
-    """
-    if not path.parent.is_dir():
-        raise DataError(f"{path} can't be written: there is no folder {path.parent}, create it first")
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
 
 logger = logging.getLogger(__name__)
 
+CacheMode = Literal["auto", "memory", "disk", "none"]
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
-# Nothing builds this long without writing: an older unfinished folder was left by a killed process.
+CHUNK_BYTES = 1 << 26
+# With `auto` the cache never takes more than this share of the free space.
+_SHARE_OF_FREE = 0.5
+# No build goes this long without writing: an older temporary folder was left by a killed process.
 ABANDONED_S = 24 * 3600
 _TEMPORARY = re.compile(r"\.[a-z][a-z0-9_-]*-[0-9a-f]{32}-[a-z0-9_]{8}")  # `.<kind>-<fingerprint>-` and mkdtemp's end
+
+
+def decoded(source: SampleSource, mode: str = "auto", cache_dir: str | None = None) -> SampleSource:
+    """Return a source of the same samples that decodes each row once.
+
+    Args:
+        source: labeled samples whose `take` decodes.
+        mode: `disk` keeps the rows in the decoded cache; `memory` in each process that reads (a copy in each); `none`
+            decodes at every visit; `auto` is `disk` where decoding is expensive and the disk has twice the room.
+        cache_dir: see `cache_root`.
+
+    Raises:
+        DataError: an unknown mode; at the first use: the cache can't be written.
+    """
+    check_mode(mode)
+    if mode == "none" or (mode == "auto" and source.row_cost == "cheap"):
+        return source
+    if mode == "memory":
+        return RowSource(partial(_decode_all, source, None), source.schema, source.fingerprint, source.labels)
+    num_bytes = len(source) * source.schema.row_bytes
+    root, key = cache_root(cache_dir), f"decoded-{source.fingerprint}"
+    # An existing entry takes no more room.
+    if mode == "auto" and num_bytes > _SHARE_OF_FREE * _free_bytes(root) and not is_complete(root / key):
+        logger.warning(
+            "decoded, the samples take %.1f GB, more than half of the free space at %s: they are decoded at every "
+            "visit; set data.cache=disk, or data.cache_dir to a larger disk",
+            num_bytes / 1e9,
+            root,
+        )
+        return source
+    open_arrays = partial(cached_arrays, key, root, partial(_decode_all, source), num_bytes)
+    return RowSource(open_arrays, source.schema, source.fingerprint, source.labels)
+
+
+def check_mode(mode: str) -> None:
+    """Check the value of `data.cache`.
+
+    Raises:
+        DataError: the mode is unknown; names the closest one.
+    """
+    if mode not in get_args(CacheMode):
+        raise DataError(f"data.cache = {mode!r}: {closest(mode, get_args(CacheMode))}")
+
+
+def leave_out_unreadable(source: SampleSource, readable: np.ndarray, name: Callable[[int], str]) -> SampleSource:
+    """Return the samples of a source that can be read; warn of the others.
+
+    Args:
+        source: any source.
+        readable: (N,) bool.
+        name: id → what a message calls the sample.
+    """
+    if readable.all():
+        return source
+    bad = np.flatnonzero(~readable)
+    names = ", ".join(name(int(sample)) for sample in bad[:5])
+    logger.warning("left out %d of %d samples that can't be read, first: %s", len(bad), len(readable), names)
+    return Subset(source, np.flatnonzero(readable))
 
 
 def cache_root(cache_dir: str | Path | None) -> Path:
@@ -65,21 +106,21 @@ def cache_root(cache_dir: str | Path | None) -> Path:
 
 
 def cached_arrays(
-    key: str, cache_dir: str | Path | None, build: Callable[[Path], None], num_bytes: int
+    key: str, cache_dir: str | Path | None, build: Callable[[Path], object], num_bytes: int
 ) -> dict[str, np.ndarray]:
-    """Memory-map the arrays of a cache entry, building them first where they are missing or damaged.
+    """Memory-map the arrays of a cache entry; build them first where they are missing or damaged.
 
     Args:
         key: `<kind>-<fingerprint>`, the entry's folder; it must change with everything that `build` depends on.
         cache_dir: see `cache_root`.
-        build: writes .npy files into the folder it is given.
-        num_bytes: what `build` will write, checked against the free space.
+        build: writes .npy files into the folder that it gets.
+        num_bytes: the size of these files, checked against the free space.
 
     Returns:
         Read-only arrays by file stem.
 
     Raises:
-        ValueError: the folder can't be written, or the disk is too full.
+        DataError: the folder can't be written, or the disk is too full.
     """
     folder = cache_root(cache_dir) / key
     # Again where another process, replacing a damaged entry, moved this one away before it was mapped.
@@ -88,21 +129,16 @@ def cached_arrays(
     return arrays
 
 
-def has_entry(key: str, cache_dir: str | Path | None) -> bool:
-    """Tell whether an entry is there, whole."""
-    return _is_complete(cache_root(cache_dir) / key)
-
-
 def new_array(folder: Path, name: str, dtype: str, shape: tuple[int, ...]) -> np.memmap:
-    """Create `<name>.npy` in a folder for writing piece by piece, with its disk space reserved.
+    """Create `<name>.npy` in a folder, for writing piece by piece, and reserve its disk space.
 
     Raises:
-        ValueError: the disk is full.
+        DataError: the disk is full.
     """
     file = folder / f"{name}.npy"
     array = np.lib.format.open_memmap(file, mode="w+", dtype=np.dtype(dtype), shape=shape)
     if hasattr(os, "posix_fallocate"):
-        # A full disk is an error here; met later, through the memory map, it would kill the process by SIGBUS.
+        # A full disk is an error here; later, through the memory map, it would kill the process by SIGBUS.
         try:
             with file.open("r+b") as handle:
                 os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
@@ -111,8 +147,40 @@ def new_array(folder: Path, name: str, dtype: str, shape: tuple[int, ...]) -> np
     return array
 
 
+def is_complete(folder: Path) -> bool:
+    """Return whether an entry exists and its files match its manifest."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return bool(manifest["version"] == MANIFEST_VERSION and manifest["files"] == _file_sizes(folder))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _decode_all(source: SampleSource, folder: Path | None) -> dict[str, np.ndarray]:
+    """Decode all rows into .npy files of a folder, or into memory."""
+    arrays: dict[str, np.ndarray] = {}
+    for name, column in source.schema.columns.items():
+        shape = (len(source), *column.shape)
+        arrays[name] = np.empty(shape, column.dtype) if folder is None else new_array(folder, name, column.dtype, shape)
+    num_rows = max(1, CHUNK_BYTES // max(1, source.schema.row_bytes))
+    for start in range(0, len(source), num_rows):
+        stop = min(start + num_rows, len(source))
+        for name, values in source.take(np.arange(start, stop, dtype=np.int64)).items():
+            arrays[name][start:stop] = values
+    for array in arrays.values():
+        if isinstance(array, np.memmap):
+            array.flush()
+    return arrays
+
+
+def _free_bytes(root: Path) -> int:
+    while not root.exists():
+        root = root.parent
+    return shutil.disk_usage(root).free
+
+
 def _load(folder: Path) -> dict[str, np.ndarray] | None:
-    if not _is_complete(folder):
+    if not is_complete(folder):
         return None
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
@@ -121,19 +189,11 @@ def _load(folder: Path) -> dict[str, np.ndarray] | None:
         return None
 
 
-def _is_complete(folder: Path) -> bool:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        return bool(manifest["version"] == MANIFEST_VERSION and manifest["files"] == _file_sizes(folder))
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def _file_sizes(folder: Path) -> dict[str, int]:
     return {file.name: file.stat().st_size for file in sorted(folder.glob("*.npy"))}
 
 
-def _build_entry(folder: Path, build: Callable[[Path], None], num_bytes: int) -> None:
+def _build_entry(folder: Path, build: Callable[[Path], object], num_bytes: int) -> None:
     temporary = _new_temporary(folder, num_bytes)
     started = time.perf_counter()
     try:
@@ -150,7 +210,12 @@ def _new_temporary(folder: Path, num_bytes: int) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder)
-        _check_space(root, num_bytes)
+        free_bytes = shutil.disk_usage(root).free
+        if num_bytes > free_bytes:
+            raise DataError(
+                f"cache folder {root} has {free_bytes / 1e9:.2f} GB free and {num_bytes / 1e9:.2f} GB are needed: "
+                "free some space, or set data.cache_dir or RAYPRUNE_CACHE to a larger disk"
+            )
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
         temporary.chmod(0o755)  # mkdtemp's 0700 would shut other users out of a shared cache
     except OSError as error:
@@ -158,20 +223,11 @@ def _new_temporary(folder: Path, num_bytes: int) -> Path:
     return temporary
 
 
-def _unwritable(root: Path, error: OSError) -> ValueError:
+def _unwritable(root: Path, error: OSError) -> DataError:
     return DataError(
         f"cache folder {root} can't be written ({error.strerror or error}): "
         "set data.cache_dir or RAYPRUNE_CACHE to another folder"
     )
-
-
-def _check_space(root: Path, num_bytes: int) -> None:
-    free_bytes = shutil.disk_usage(root).free
-    if num_bytes > free_bytes:
-        raise DataError(
-            f"cache folder {root} has {free_bytes / 1e9:.2f} GB free and {num_bytes / 1e9:.2f} GB are needed: "
-            "free some space, or set data.cache_dir or RAYPRUNE_CACHE to a larger disk"
-        )
 
 
 def _write_manifest(folder: Path) -> None:
@@ -185,106 +241,27 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _publish(temporary: Path, folder: Path) -> None:
-    if folder.exists() and not _is_complete(folder):
+    if folder.exists() and not is_complete(folder):
         # Moved away in one step: another process may be about to rename a good entry into this place.
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(folder.rename(temporary / "damaged"))
     try:
         temporary.rename(folder)
     except OSError as error:
-        # ENOTEMPTY or EEXIST: another process was first; whether its entry is whole is for the caller to see.
+        # ENOTEMPTY or EEXIST: another process was first; the caller checks whether its entry is complete.
         if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
             raise _unwritable(folder.parent, error) from error
-        logger.info("cache entry %s was built by another process meanwhile: its copy is used", folder)
+        logger.info("another process has built cache entry %s meanwhile: its copy is used", folder)
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove what killed processes left of this entry and of all others, whose data may never be opened again."""
+    """Remove what killed processes left of this entry, and of others that may never be opened again."""
     for other in folder.parent.glob(".*-*"):
         # The cache folder may be one of the user's, with other hidden folders.
         if not (other.name.startswith(f".{folder.name}-") or _TEMPORARY.fullmatch(other.name)):
             continue
-        # The folder of a process at work may be renamed away meanwhile.
+        # Its process, if still at work, may rename the folder meanwhile.
         with contextlib.suppress(FileNotFoundError):
             newest = max(entry.stat().st_mtime for entry in [other, *other.glob("*")])
             if time.time() - newest > ABANDONED_S:
                 shutil.rmtree(other, ignore_errors=True)
-
-
-MODES = ("auto", "memory", "disk", "none")
-CHUNK_BYTES = 1 << 26
-# With `auto` the cache never takes more than this share of what is free.
-_SHARE_OF_FREE = 0.5
-
-
-def check_mode(mode: str) -> None:
-    """Refuse a mode that is none.
-
-    Raises:
-        ValueError: with the closest one.
-    """
-    if mode not in MODES:
-        raise DataError(f"data.cache is {mode!r}: {closest(mode, MODES)}")
-
-
-def decoded(source: SampleSource, mode: str = "auto", cache_dir: str | None = None) -> SampleSource:
-    """Return a source of the same samples whose rows are decoded once.
-
-    Args:
-        source: labelled samples whose `take` decodes.
-        mode: `disk` keeps the rows in the decoded cache; `memory` in each process that reads (a copy in each); `none`
-            decodes at every visit; `auto` is `disk` where decoding is expensive and the disk has twice the room.
-        cache_dir: see `cache.cache_root`.
-
-    Raises:
-        ValueError: an unknown mode; at the first use: the cache can't be written.
-    """
-    check_mode(mode)
-    if mode == "none" or (mode == "auto" and source.row_cost == "cheap"):
-        return source
-    if mode == "memory":
-        return RowSource(partial(_in_memory, source), source.schema, source.fingerprint, source.labels)
-    num_bytes = len(source) * source.schema.row_bytes
-    root, key = cache_root(cache_dir), f"decoded-{source.fingerprint}"
-    # An entry that is there already takes no more room.
-    if mode == "auto" and num_bytes > _SHARE_OF_FREE * _free_bytes(root) and not has_entry(key, root):
-        logger.warning(
-            "decoded, the samples take %.1f GB, more than half of what is free at %s: they are decoded at every visit; "
-            "set data.cache=disk, or data.cache_dir to a larger disk",
-            num_bytes / 1e9,
-            root,
-        )
-        return source
-    open_arrays = partial(cached_arrays, key, root, partial(_build, source), num_bytes)
-    return RowSource(open_arrays, source.schema, source.fingerprint, source.labels)
-
-
-def _free_bytes(root: Path) -> int:
-    while not root.exists():
-        root = root.parent
-    return shutil.disk_usage(root).free
-
-
-def _in_memory(source: SampleSource) -> dict[str, np.ndarray]:
-    columns = source.schema.columns
-    arrays = {name: np.empty((len(source), *column.shape), column.dtype) for name, column in columns.items()}
-    _fill(source, arrays)
-    return arrays
-
-
-def _build(source: SampleSource, folder: Path) -> None:
-    columns = source.schema.columns
-    arrays = {
-        name: new_array(folder, name, column.dtype, (len(source), *column.shape)) for name, column in columns.items()
-    }
-    _fill(source, arrays)
-    for array in arrays.values():
-        array.flush()
-
-
-def _fill(source: SampleSource, arrays: dict[str, np.ndarray] | dict[str, np.memmap]) -> None:
-    rows = max(1, CHUNK_BYTES // max(1, source.schema.row_bytes))
-    for start in range(0, len(source), rows):
-        stop = min(start + rows, len(source))
-        for name, values in source.take(np.arange(start, stop, dtype=np.int64)).items():
-            arrays[name][start:stop] = values

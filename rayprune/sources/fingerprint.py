@@ -1,4 +1,4 @@
-"""Hex names for samples: from their order, labels and content, never from a path or a time stamp."""
+"""Hex digests of samples, from their order, labels and content; never from a path or a timestamp."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-# Content above this size is sampled, so that opening a source of any size costs about a second.
+# Larger content is sampled, so that opening a source of any size takes about a second.
 WHOLE_BYTES = 1 << 30
 SAMPLE_BYTES = 1 << 20
 
@@ -32,7 +32,7 @@ def digest(*parts: str | int | np.ndarray) -> str:
 
 def file_digest(path: Path) -> str:
     """Hash a file's length and content: all of it up to 1 GiB, above that 1,024 evenly spaced MiB and the last one."""
-    if path.stat().st_size == 0:
+    if path.stat().st_size == 0:  # an empty file can't be mapped
         return digest("bytes", 0)
     return _sampled_digest(np.memmap(path, dtype=np.uint8, mode="r"))
 

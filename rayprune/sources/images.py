@@ -1,21 +1,16 @@
-"""Encoded images to uint8 arrays, with Pillow.
+"""Decode images to uint8 arrays.
 
-A data set has one mode, that of its first image: RGB when it is in colour (palette and transparent images count as
-colour), grey otherwise. The rest is converted to it; transparency is dropped. Deeper than 8 bits is refused, because
-squeezing it into a byte would lose what the user stored. With a size given, the shorter side is scaled to it and the
-middle square cut out, as is usual for evaluation on ImageNet.
+A data set has one mode, that of its first image: RGB if it is in color (palette and transparent images count as color),
+otherwise gray. Other images are converted to it; transparency is dropped. Images of more than 8 bits per channel are
+refused, because conversion to bytes would lose what the user stored. With a size given, the shorter side is scaled to
+it and the middle square cut out, as is usual for evaluation on ImageNet.
 
-Encoded images to the rows of one column, decoded at every visit.
+Pillow decodes with Python's lock held, torchvision without it, so that threads use all cores. torchvision decodes plain
+JPEGs; Pillow decodes all images where the two could differ (CMYK, color turned to gray, other than 8 bits), where it is
+faster (much larger JPEGs, which it scales by halves for free), files that torchvision refuses, and all PNGs, because
+torchvision's PNG decoder ends the process on damaged ones.
 
-Shapes: N samples, B batch, H height, W width, C channels.
-
-JPEG decoding through torchvision, which lets go of Python's lock, so that threads use all cores.
-
-Pillow decodes with the lock held. It is still asked wherever the two could differ (CMYK, colour turned to grey, other
-than 8 bits), wherever it is faster (far larger JPEGs, which its decoder scales by halves for free), for files that
-torchvision refuses, and for all PNGs: torchvision's PNG decoder ends the process on damaged ones.
-
-Work on many rows in a few threads of this process.
+Shapes: B batch, H height, W width, C channels, S pixels per side.
 """
 
 from __future__ import annotations
@@ -23,7 +18,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -32,29 +27,139 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from rayprune.errors import DataError, UnreadableImage
+from rayprune.errors import DataError, UnreadableImage, one_line
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-
-def num_cpus() -> int:
-    """Return the CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def in_threads(function: Callable[[Item], Result], items: Iterable[Item], count: int) -> list[Result]:
-    """Call a function for every item in a few threads; results come in the items' order, the first error is raised."""
-    items = list(items)
-    if min(count, len(items)) <= 1:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(min(count, len(items)), thread_name_prefix="rayprune-decode") as pool:
-        return list(pool.map(function, items))
-
-
+# The cure for bad data, of sources with the key.
+LEAVE_OUT = "leave it out with data.on_error=skip"
+# The images that a thread decodes under one release of the lock.
+ROWS_PER_TASK = 32
 GREY_MODES = {"1", "L", "LA", "La"}
 DEEP_MODES = ("I", "F")
-PNG, PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24  # its first bytes, and the place of its bits a channel
+_JPEG = b"\xff\xd8"
+_PNG, _PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24  # its first bytes, and the position of its bits per channel
+# Start-of-frame markers: 0xC0 to 0xCF without the Huffman tables, the reserved one and the arithmetic conditioning.
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_STUFFING = 0xFF
+_GREY, _RGB = 1, 3  # torchvision's ImageReadMode
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """The shape of every row of an image column.
+
+    Attributes:
+        shape: (H, W, C).
+        size: S, to which images are scaled and cut; None where all images have the same size already.
+        cure: of an image that can't be read, for messages.
+    """
+
+    shape: tuple[int, ...]
+    size: int | None
+    cure: str = "correct it, or leave it out"
+
+
+def first_shape(
+    images: Iterable[bytes | None],
+    name: Callable[[int], str],
+    num_channels: int | None = None,
+    size: int | None = None,
+    *,
+    on_error: str | None = None,
+    owner: str = "the data set",
+) -> ImageShape:
+    """Return the shape of the first image that can be read.
+
+    Args:
+        images: encoded, in the order of the rows; no more are read than needed.
+        name: row → what a message calls it.
+        num_channels: 1 or 3; None takes the image's own mode.
+        size: see ImageShape.
+        on_error: data.on_error, "skip" passes over images that can't be read; None for sources without the key.
+        owner: of the images, for messages.
+
+    Raises:
+        DataError: the first image can't be read (and on_error is not "skip") or has more than 8 bits per channel, or
+            none can be read.
+    """
+    cure = ImageShape.cure if on_error is None else f"correct it, or {LEAVE_OUT}"
+    for row, encoded in enumerate(images):
+        try:
+            return ImageShape(decode_image(encoded, num_channels, size).shape, size, cure)
+        except UnreadableImage as error:
+            if on_error != "skip":
+                raise DataError(f"{name(row)} {error}: {cure}") from None
+        except DataError as error:
+            raise DataError(f"{name(row)} {error}") from None
+    raise DataError(f"{owner} holds no readable image: correct the images, or the path or column they are read from")
+
+
+def decode_rows(
+    encoded: Sequence[bytes | None],
+    images: ImageShape,
+    name: Callable[[int], str],
+    rows: np.ndarray | None = None,
+) -> np.ndarray:
+    """Decode a batch.
+
+    Args:
+        encoded: B images.
+        images: the shape of every row.
+        name: position in the batch → what a message calls the sample.
+        rows: (B, H, W, C) uint8 to write to; default: a new array.
+
+    Returns:
+        (B, H, W, C) uint8.
+
+    Raises:
+        DataError: an image can't be read, or is of another shape.
+    """
+    rows = np.empty((len(encoded), *images.shape), np.uint8) if rows is None else rows
+    decoded = _decode_in_threads(encoded, images)
+    for position, pixels in enumerate(decode_each(encoded, images, name, decoded)):
+        if isinstance(pixels, UnreadableImage):
+            raise pixels
+        rows[position] = pixels
+    return rows
+
+
+def readable_rows(encoded: Sequence[bytes | None], images: ImageShape, name: Callable[[int], str]) -> np.ndarray:
+    """Decode a batch, and return which images can be read, (B,) bool; arguments and errors as in `decode_rows`."""
+    decoded = decode_each(encoded, images, name, _decode_in_threads(encoded, images))
+    return np.array([not isinstance(pixels, UnreadableImage) for pixels in decoded], dtype=bool)
+
+
+def decode_each(
+    encoded: Sequence[bytes | None],
+    images: ImageShape,
+    name: Callable[[int], str],
+    decoded: Iterable[np.ndarray | None] | None = None,
+) -> Iterator[np.ndarray | UnreadableImage]:
+    """Yield the pixels of each image, (H, W, C) uint8, or the error of one that can't be read.
+
+    Args:
+        encoded, images, name: as in `decode_rows`.
+        decoded: the pixels of images that are decoded already, None for the others; default: none is.
+
+    Raises:
+        DataError: an image has another size, or more than 8 bits per channel.
+    """
+    for position, (content, pixels) in enumerate(zip(encoded, decoded or [None] * len(encoded), strict=True)):
+        try:
+            pixels = decode_image(content, images.shape[2], images.size) if pixels is None else pixels
+            if pixels.shape != images.shape:
+                (height, width), (first_height, first_width) = pixels.shape[:2], images.shape[:2]
+                raise DataError(
+                    f"is an image of {width}×{height} pixels and the first one has {first_width}×{first_height}: "
+                    f"set data.image_size={min(first_width, first_height)}, or resize all images to one size"
+                )
+            yield pixels
+        except UnreadableImage as error:
+            yield UnreadableImage(f"{name(position)} {error}: {images.cure}")
+        except DataError as error:
+            raise DataError(f"{name(position)} {error}") from None
 
 
 def decode_image(encoded: bytes | None, num_channels: int | None = None, size: int | None = None) -> np.ndarray:
@@ -63,126 +168,66 @@ def decode_image(encoded: bytes | None, num_channels: int | None = None, size: i
     Args:
         encoded: the file's bytes; None counts as unreadable.
         num_channels: 1 or 3; None takes the image's own mode.
-        size: S pixels; None keeps the image's own size.
+        size: S; None keeps the image's own size.
 
     Returns:
         (H, W, C) uint8; (S, S, C) with a size.
 
     Raises:
-        UnreadableImage: the bytes are missing, no image or damaged.
-        DataError: the image has more than 8 bits a channel.
+        UnreadableImage: the bytes are missing, not an image, or damaged.
+        DataError: the image has more than 8 bits per channel.
     """
     if not encoded:
-        raise UnreadableImage("its bytes are missing or damaged")
+        raise UnreadableImage("is not a readable image (its bytes are missing or damaged)")
     try:
         image: Image.Image = Image.open(io.BytesIO(encoded))
         if size is not None:
             image.draft(None, (size, size))  # a JPEG decoder scales by halves for free; never below the size
         image.load()
     except Exception as error:  # on damaged bytes Pillow's format plugins raise whatever their parsing runs into
-        reason = "no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise UnreadableImage(reason) from None
-    # Pillow squeezes a PNG of 16 bits in colour, or with transparency, into 8 by itself, and its mode does not tell.
-    deep_png = encoded.startswith(PNG) and encoded[PNG_DEPTH] == 16
+        reason = "no known image format" if isinstance(error, UnidentifiedImageError) else one_line(error)
+        raise UnreadableImage(f"is not a readable image ({reason})") from None
+    # Pillow reduces a PNG of 16 bits in color, or with transparency, to 8 bits, and its mode does not tell.
+    deep_png = encoded.startswith(_PNG) and encoded[_PNG_DEPTH] == 16
     if deep_png or image.mode.startswith(DEEP_MODES):
-        kind = f"{image.mode};16" if deep_png and ";" not in image.mode else image.mode
-        raise DataError(f"image mode {kind} has more than 8 bits a channel: convert the images to 8 bits")
+        mode = f"{image.mode};16" if deep_png and ";" not in image.mode else image.mode
+        raise DataError(f"has image mode {mode}, more than 8 bits per channel: convert the images to 8 bits")
     mode = "L" if num_channels == 1 or (num_channels is None and image.mode in GREY_MODES) else "RGB"
-    image = image if image.mode == mode else image.convert(mode)
-    pixels = np.asarray(image if size is None else square(image, size))
-    return pixels[:, :, None] if mode == "L" else pixels
+    return _pixels(image if image.mode == mode else image.convert(mode), size)
 
 
-def square(image: Image.Image, size: int) -> Image.Image:
-    """Scale the shorter side to `size` pixels and cut out the middle square."""
-    width, height = image.size
-    if (width, height) == (size, size):
-        return image
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    # One call cuts and scales: the pixels that are cut off are never resampled.
-    return image.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
+def decode_jpegs(encoded: Sequence[bytes], num_channels: int, size: int | None = None) -> list[np.ndarray | None]:
+    """Decode plain JPEGs with torchvision, to the same pixels as `decode_image` but for libjpeg-turbo's rounding.
 
-
-# What a thread decodes under one release of the lock.
-ROWS_PER_TASK = 32
-JPEG = b"\xff\xd8"
-# Start-of-frame markers: 0xC0 to 0xCF without the Huffman tables, the reserved one and the arithmetic conditioning.
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_STUFFING = 0xFF
-_GREY, _RGB = 1, 3  # torchvision's ImageReadMode
-
-Frame = tuple[int, int, int]
-
-
-def decode_unlocked(encoded: bytes, num_channels: int, size: int | None = None) -> np.ndarray | None:
-    """Decode a plain JPEG to what `images.decode_image` returns, up to rounding between versions of libjpeg-turbo.
+    Python's lock is released once for all of them: taking it back after each small image takes about as long as
+    decoding it, once several threads want it.
 
     Args:
-        encoded: a file's bytes.
+        encoded: B files of any content.
         num_channels: 1 or 3.
-        size: S pixels; None keeps the image's own size.
+        size: S; None keeps the images' own sizes.
 
     Returns:
-        (H, W, C) uint8, (S, S, C) with a size; None for what is left to Pillow.
+        For each file (H, W, C) uint8, (S, S, C) with a size; None for those that Pillow has to decode.
     """
-    return decode_all([encoded], num_channels, size)[0]
-
-
-def decode_all(encoded: Sequence[bytes], num_channels: int, size: int | None = None) -> list[np.ndarray | None]:
-    """Decode as `decode_unlocked` does, all of them under one release of Python's lock.
-
-    Taking the lock back after each small image costs about as long as decoding it, once several threads want it.
-    """
-    found: list[np.ndarray | None] = [None] * len(encoded)
-    mode = _GREY if num_channels == 1 else _RGB
+    pixels: list[np.ndarray | None] = [None] * len(encoded)
     rows = [row for row, content in enumerate(encoded) if _is_plain(content, num_channels, size)]
-    for row, pixels in zip(rows, _decode([encoded[row] for row in rows], mode), strict=True):
-        found[row] = pixels if pixels is None or size is None else _scaled(pixels, size)
-    return found
+    decoded = _decode_unlocked([encoded[row] for row in rows], _GREY if num_channels == 1 else _RGB)
+    for row, image in zip(rows, decoded, strict=True):
+        if image is None or size is None or image.shape[:2] == (size, size):
+            pixels[row] = image
+        else:
+            pixels[row] = _pixels(Image.fromarray(image[:, :, 0] if num_channels == 1 else image), size)
+    return pixels
 
 
-def decode_in_threads(
-    encoded: Sequence[bytes | None], num_channels: int, size: int | None = None
-) -> list[np.ndarray | None]:
-    """Decode as `decode_all` does, on all CPUs of the process; None also for what is missing."""
-    found: list[np.ndarray | None] = [None] * len(encoded)
-    rows = [row for row, content in enumerate(encoded) if content is not None and content.startswith(JPEG)]
-    parts = [rows[start : start + ROWS_PER_TASK] for start in range(0, len(rows), ROWS_PER_TASK)]
-
-    def decode(part: list[int]) -> list[np.ndarray | None]:
-        return decode_all([encoded[row] or b"" for row in part], num_channels, size)
-
-    for part, decoded in zip(parts, in_threads(decode, parts, num_cpus()), strict=True):
-        for row, pixels in zip(part, decoded, strict=True):
-            found[row] = pixels
-    return found
-
-
-def _is_plain(encoded: bytes, num_channels: int, size: int | None) -> bool:
-    """Return whether torchvision decodes an image; the others are left to Pillow."""
-    frame = jpeg_frame(encoded)
-    if frame is None:
-        return False
-    width, height, components = frame
-    return components in {1, num_channels} and (size is None or min(width, height) < 2 * size)
-
-
-def _scaled(pixels: np.ndarray, size: int) -> np.ndarray:
-    if pixels.shape[:2] == (size, size):
-        return pixels
-    grey = pixels.shape[2] == 1
-    scaled = np.asarray(square(Image.fromarray(pixels[:, :, 0] if grey else pixels), size))
-    return scaled[:, :, None] if grey else scaled
-
-
-def jpeg_frame(encoded: bytes) -> Frame | None:
+def jpeg_frame(encoded: bytes) -> tuple[int, int, int] | None:
     """Return width, height and number of components of a JPEG of 8 bits; None for anything else.
 
     >>> jpeg_frame(bytes.fromhex("ffd8 ffdb 0003 00 ffc0 000b 08 0010 0020 01 01 11 00"))
     (32, 16, 1)
     """
-    if not encoded.startswith(JPEG):
+    if not encoded.startswith(_JPEG):
         return None
     position, end = 2, len(encoded) - 9
     while position < end and encoded[position] == _STUFFING:
@@ -198,26 +243,90 @@ def jpeg_frame(encoded: bytes) -> Frame | None:
     return None
 
 
-def _decode(encoded: Sequence[bytes], mode: int) -> list[np.ndarray | None]:
-    if not encoded or (loop := _loop()) is None:  # without a JPEG torch is not even imported
+def check_size(image_size: int | None) -> None:
+    """Check the value of `data.image_size`.
+
+    Raises:
+        DataError: it is below 1.
+    """
+    if image_size is not None and image_size < 1:
+        raise DataError(f"data.image_size is {image_size}: give pixels, at least 1, or leave it out")
+
+
+def num_cpus() -> int:
+    """Return the number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> list[Result]:
+    """Call a function for every item in a few threads.
+
+    Returns:
+        The results, in the order of the items; the first error is raised.
+    """
+    items = list(items)
+    if min(num_threads, len(items)) <= 1:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(min(num_threads, len(items)), thread_name_prefix="rayprune-decode") as pool:
+        return list(pool.map(function, items))
+
+
+def _pixels(image: Image.Image, size: int | None) -> np.ndarray:
+    """Return an image's pixels, (H, W, C); with a size, of its middle square, scaled to it."""
+    width, height = image.size
+    if size is not None and (width, height) != (size, size):
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        # One call cuts and scales: the pixels that are cut off are never resampled.
+        image = image.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
+    pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def _decode_in_threads(encoded: Sequence[bytes | None], images: ImageShape) -> list[np.ndarray | None]:
+    """Decode plain JPEGs on all CPUs of the process; None for the other images."""
+    pixels: list[np.ndarray | None] = [None] * len(encoded)
+    rows = [row for row, content in enumerate(encoded) if content and content.startswith(_JPEG)]
+    parts = [rows[start : start + ROWS_PER_TASK] for start in range(0, len(rows), ROWS_PER_TASK)]
+
+    def decode(part: list[int]) -> list[np.ndarray | None]:
+        return decode_jpegs([encoded[row] or b"" for row in part], images.shape[2], images.size)
+
+    for part, decoded in zip(parts, in_threads(decode, parts, num_cpus()), strict=True):
+        for row, image in zip(part, decoded, strict=True):
+            pixels[row] = image
+    return pixels
+
+
+def _is_plain(encoded: bytes, num_channels: int, size: int | None) -> bool:
+    """Return whether torchvision decodes a file; the others are left to Pillow."""
+    frame = jpeg_frame(encoded)
+    if frame is None:
+        return False
+    width, height, components = frame
+    return components in {1, num_channels} and (size is None or min(width, height) < 2 * size)
+
+
+def _decode_unlocked(encoded: Sequence[bytes], mode: int) -> list[np.ndarray | None]:
+    if not encoded or (decode := _torchvision_decoder()) is None:  # without a JPEG torch is not even imported
         return [None] * len(encoded)
     import torch
 
     tensors = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in encoded]
     try:
-        return [np.asarray(pixels.permute(1, 2, 0).numpy()) for pixels in loop(tensors, mode)]
-    except RuntimeError:  # one is damaged: Pillow says what is wrong, or reads it all the same
+        return [np.asarray(pixels.permute(1, 2, 0).numpy()) for pixels in decode(tensors, mode)]
+    except RuntimeError:  # one is damaged: Pillow names the damage, or reads it all the same
         if len(encoded) == 1:
             return [None]
-        return [pixels for content in encoded for pixels in _decode([content], mode)]
+        return [pixels for content in encoded for pixels in _decode_unlocked([content], mode)]
 
 
 @cache
-def _loop() -> Any:
+def _torchvision_decoder() -> Any:
     """Return torchvision's decoder for a list of JPEGs; None where torchvision was built without it."""
     import torch
 
-    def jpegs(encoded: list[torch.Tensor], mode: int) -> list[torch.Tensor]:
+    def decode(encoded: list[torch.Tensor], mode: int) -> list[torch.Tensor]:
         decoded: list[torch.Tensor] = []
         for content in encoded:
             decoded.append(torch.ops.image.decode_jpeg(content, mode, False))
@@ -233,125 +342,6 @@ def _loop() -> Any:
         with warnings.catch_warnings():
             # Deprecated in torch, and without a successor that runs a loop outside of Python's lock.
             warnings.simplefilter("ignore")
-            return torch.jit.script(jpegs)
-    except Exception:  # a torch that has lost TorchScript: slower by threads, the same pixels
-        return jpegs
-
-
-@dataclass(frozen=True)
-class ImageShape:
-    """What every row of an image column is brought to.
-
-    Attributes:
-        shape: (H, W, C).
-        size: pixels that both sides are scaled to; None where all images have the shape's size already.
-    """
-
-    shape: tuple[int, ...]
-    size: int | None
-
-    def decode(self, encoded: bytes | None, pixels: np.ndarray | None = None) -> np.ndarray:
-        """Return one image's pixels, of this shape.
-
-        Args:
-            encoded: the image.
-            pixels: what it has been decoded to, where it has.
-
-        Raises:
-            UnreadableImage: its bytes are missing, no image or damaged.
-            DataError: it has another size, or more than 8 bits a channel.
-        """
-        if pixels is None:
-            pixels = decode_image(encoded, self.shape[2], self.size)
-        if pixels.shape != self.shape:
-            (height, width), (first_height, first_width) = pixels.shape[:2], self.shape[:2]
-            raise DataError(
-                f"is an image of {width}×{height} pixels and the first one has {first_width}×{first_height}: "
-                "set data.image_size, or resize them all to one size before storing them"
-            )
-        return pixels
-
-
-def check_size(image_size: int | None) -> None:
-    """Refuse a size that no image can have.
-
-    Raises:
-        DataError: it is below 1.
-    """
-    if image_size is not None and image_size < 1:
-        raise DataError(f"data.image_size is {image_size}: give pixels, at least 1, or leave it out")
-
-
-def first_shape(
-    images: Iterable[bytes | None],
-    named: Callable[[int], str],
-    num_channels: int | None = None,
-    size: int | None = None,
-    skip_errors: bool = False,
-) -> ImageShape:
-    """Return the shape of the first image that can be read.
-
-    Args:
-        images: encoded, in the order of the rows; no more are read than needed.
-        named: says which row it is, for messages.
-        num_channels: 1 or 3; None takes the image's own mode.
-        size: see ImageShape.
-        skip_errors: pass over images that can't be read.
-
-    Raises:
-        DataError: the first one is unreadable and skip_errors is off, none is readable, or it is deeper than 8 bits.
-    """
-    for row, encoded in enumerate(images):
-        try:
-            return ImageShape(decode_image(encoded, num_channels, size).shape, size)
-        except UnreadableImage as error:
-            if not skip_errors:
-                raise _unreadable(named(row), error) from None
-        except ValueError as error:
-            raise DataError(f"{named(row)}: {error}") from None
-    raise DataError("none of the samples has a readable image: correct data.path, or the column of the images")
-
-
-def decode_rows(encoded: Sequence[bytes | None], images: ImageShape, named: Callable[[int], str]) -> np.ndarray:
-    """Decode a batch.
-
-    Args:
-        encoded: B images.
-        images: what they are brought to.
-        named: says which sample a position of the batch is, for messages.
-
-    Returns:
-        (B, H, W, C) uint8.
-
-    Raises:
-        DataError: an image can't be read, or is of another shape.
-    """
-    rows = np.empty((len(encoded), *images.shape), np.uint8)
-    decoded = decode_in_threads(encoded, images.shape[2], images.size)
-    for position, (content, pixels) in enumerate(zip(encoded, decoded, strict=True)):
-        try:
-            rows[position] = images.decode(content, pixels)
-        except UnreadableImage as error:
-            raise _unreadable(named(position), error) from None
-        except ValueError as error:
-            raise DataError(f"{named(position)} {error}") from None
-    return rows
-
-
-def is_readable(encoded: bytes | None, images: ImageShape, named: str) -> bool:
-    """Return whether an image can be decoded.
-
-    Raises:
-        DataError: it is readable, and of another shape; `named` says which it is.
-    """
-    try:
-        images.decode(encoded)
-    except UnreadableImage:
-        return False
-    except ValueError as error:
-        raise DataError(f"{named} {error}") from None
-    return True
-
-
-def _unreadable(named: str, error: UnreadableImage) -> ValueError:
-    return DataError(f"{named} is no readable image ({error}): correct it, or leave it out")
+            return torch.jit.script(decode)
+    except Exception:  # a torch without TorchScript: slower in threads, the same pixels
+        return decode

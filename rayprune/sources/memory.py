@@ -1,31 +1,29 @@
-"""Columns in memory: a mapping of equally long NumPy arrays, for training loops of one's own and for notebooks.
-
-A source of rows in equally long arrays, memory-mapped or in memory, that every process opens for itself.
-"""
+"""Rows of equally long NumPy arrays: opened by each process for itself, or held in memory."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from rayprune.errors import DataError
-from rayprune.sources.base import Column, SampleSource, Schema, check_ids
+from rayprune.errors import DataError, one_line
+from rayprune.sources.base import RESERVED_NAMES, Column, DescribedSource, Schema, check_ids
 from rayprune.sources.fingerprint import array_digest, digest
 
 
-class RowSource(SampleSource):
-    """Rows of arrays that are opened at the first use in each process.
+class RowSource(DescribedSource):
+    """Rows of arrays that each process opens when it first needs them.
 
     Args:
         open_arrays: returns the schema's columns by name, N rows each, readable as the schema's dtypes; picklable
             (a module's function, or a `functools.partial` of one with paths and settings).
         schema: the columns.
         fingerprint: of the samples.
-        labels: (N,) int64; kept in this process only, the others read the `label` column.
+        labels: (N,) int64; not pickled, other processes read the `label` column.
     """
+
+    process_local = ("_arrays", "_labels")
 
     def __init__(
         self,
@@ -34,41 +32,9 @@ class RowSource(SampleSource):
         fingerprint: str,
         labels: np.ndarray,
     ) -> None:
+        super().__init__(len(labels), schema, fingerprint, labels)
         self._open_arrays = open_arrays
-        self._schema = schema
-        self._fingerprint = fingerprint
-        self._num_samples = len(labels)
-        self._forget()
-        self._labels: np.ndarray | None = labels
-
-    def _forget(self) -> None:
-        self._lock = threading.Lock()
         self._arrays: Mapping[str, np.ndarray] | None = None
-        self._labels = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in {"_lock", "_arrays", "_labels"}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._forget()
-
-    def __len__(self) -> int:
-        return self._num_samples
-
-    @property
-    def schema(self) -> Schema:
-        return self._schema
-
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    @property
-    def labels(self) -> np.ndarray:
-        if self._labels is None:
-            self._labels = np.asarray(self.arrays()["label"], dtype=np.int64).reshape(-1)
-        return self._labels
 
     def arrays(self) -> Mapping[str, np.ndarray]:
         """Return the opened arrays; the first call in a process opens them and may build a cache."""
@@ -77,79 +43,65 @@ class RowSource(SampleSource):
                 self._arrays = self._open_arrays()
             return self._arrays
 
+    def _read_labels(self) -> np.ndarray:
+        return np.asarray(self.arrays()["label"], dtype=np.int64).reshape(-1)
+
     def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        check_ids(ids, self._num_samples)
+        check_ids(ids, len(self))
         arrays = self.arrays()
         return {
             name: np.ascontiguousarray(arrays[name][ids], dtype=column.dtype)
-            for name, column in self._schema.columns.items()
+            for name, column in self.schema.columns.items()
         }
 
     def prepare(self) -> None:
         self.arrays()
 
 
-class MemorySource(SampleSource):
-    """Rows of arrays that are there already; pickles with them.
+class MemorySource(DescribedSource):
+    """Rows of arrays in memory, for notebooks and users' own training loops; pickles with the arrays.
 
     Args:
-        columns: name → (N, …) array of numbers; `id` and `weight` are names of the engine. An
-            integer column `label` of shape (N,) gives the classes that a class floor counts.
+        columns: name → (N, …) array of numbers; `id` and `weight` are names of columns that every batch has
+            anyway. An integer column `label` of shape (N,) gives the classes that a class floor counts.
 
     Raises:
-        ValueError: no columns, columns of several lengths, of Python objects, or with a name that is taken.
+        ValueError: no columns, columns of different lengths, of Python objects, or with a reserved name.
     """
 
     def __init__(self, columns: Mapping[str, np.ndarray]) -> None:
         if not columns:
             raise DataError("no columns: give arrays by name, such as {'image': images, 'label': labels}")
-        self._columns = {name: _array(name, values) for name, values in columns.items()}
+        self._columns = {name: _as_array(name, values) for name, values in columns.items()}
         lengths = {name: len(values) if values.ndim else 0 for name, values in self._columns.items()}
         if len(set(lengths.values())) != 1:
             raise DataError(f"columns must be arrays of one length, got {lengths}")
         for name, values in self._columns.items():
-            if name in {"id", "weight"}:
-                raise DataError(f"column {name!r} is the engine's own name: call it something else")
+            if name in RESERVED_NAMES:
+                raise DataError(f"column {name!r} has a name that rayprune adds itself: rename it")
             if values.dtype.kind not in "biuf":
                 raise DataError(f"column {name!r} is {values.dtype}: give numbers (encode text and categories first)")
-        self._length = next(iter(lengths.values()))
-        if self._length == 0:
+        num_samples = next(iter(lengths.values()))
+        if num_samples == 0:
             raise DataError(f"columns {', '.join(self._columns)} have no rows: give at least one sample")
-        columns_of = {name: Column(values.shape[1:], values.dtype.name) for name, values in self._columns.items()}
-        self._schema = Schema(columns_of)
+        schema = Schema({name: Column(values.shape[1:], values.dtype.name) for name, values in self._columns.items()})
         parts = [part for name, values in self._columns.items() for part in (name, array_digest(values))]
-        self._fingerprint = digest("memory", *parts)
+        super().__init__(num_samples, schema, digest("memory", *parts))
 
-    def __len__(self) -> int:
-        return self._length
-
-    @property
-    def schema(self) -> Schema:
-        return self._schema
-
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    @property
-    def labels(self) -> np.ndarray:
+    def _read_labels(self) -> np.ndarray:
         labels = self._columns.get("label")
         if labels is None or labels.dtype.kind not in "iu" or labels.ndim != 1:
             raise DataError("these samples have no integer column 'label' of shape (N,): add it, or set class_floor=0")
         return labels.astype(np.int64)
 
     def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        check_ids(ids, self._length)
+        check_ids(ids, len(self))
         return {name: np.ascontiguousarray(values[ids]) for name, values in self._columns.items()}
 
 
-def _array(name: str, values: Any) -> np.ndarray:
+def _as_array(name: str, values: Any) -> np.ndarray:
     try:
         return np.asarray(values)
-    except (
-        ValueError,
-        TypeError,
-        RuntimeError,
-    ) as error:  # ragged lists; tensors on a GPU, with gradients, in bfloat16
-        line = " ".join(str(error).split())[:120]
-        raise DataError(f"column {name!r} makes no array ({line}): give a NumPy array of numbers") from None
+    except (ValueError, TypeError, RuntimeError) as error:
+        # Ragged lists, and tensors on a GPU, with gradients or in bfloat16.
+        raise DataError(f"column {name!r} is not an array ({one_line(error)}): give a NumPy array of numbers") from None

@@ -1,45 +1,39 @@
-"""Data sources by name, and opening one from the keys of the config's `data:` section.
+"""Data sources by name: open one from the keys of the config's `data:` section, and measure its inputs.
 
-Mean and standard deviation of a source's input, for normalising it.
-
-One pass in chunks that are merged by the formulas of Chan, Golub and LeVeque (1979).
+Shapes: N samples, C channels, F features.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from rayprune.core.plan import rows_of_groups
 from rayprune.core.references import closest, is_reference, load_object
 from rayprune.core.validation import check_keys, plain
-from rayprune.errors import DataError
-from rayprune.sources.base import Limited, SampleSource, Splits, holdout
-
-if TYPE_CHECKING:
-    from rayprune.sources.base import SampleSource
+from rayprune.errors import ConfigError, DataError
+from rayprune.sources.base import Limited, SampleSource, Splits, holdout, spaced_ids
 
 SOURCES: dict[str, type[Any]] = {}
+NO_AUGMENT = {"crop": 0, "flip": False}
+CHUNK_VALUES = 1 << 22  # of inputs, read at once for their statistics
+MAX_GROUPS = 64
 
 
 class SourceKeys(Protocol):
-    """A frozen dataclass whose fields are the keys of `data:` for one source."""
+    """A frozen dataclass whose fields are the keys of `data:` for one source.
 
-    default_augment: ClassVar[dict[str, Any]]
+    A class attribute `default_augment` names the augmentation that suits its samples, where there is one.
+    """
 
     def open(self) -> Splits:
         """Open the source."""
         ...
-
-
-@dataclass(frozen=True)
-class _NoKeys:
-    """A source that is not registered: its function has the keys."""
 
 
 Keys = TypeVar("Keys", bound=SourceKeys)
@@ -55,6 +49,11 @@ def register_source(name: str) -> Callable[[type[Keys]], type[Keys]]:
     return register
 
 
+def default_augment(source_name: str) -> dict[str, Any]:
+    """Return the augmentation that suits a source: `crop` in pixels of padding and `flip`; none for an unknown one."""
+    return dict(getattr(SOURCES.get(source_name), "default_augment", NO_AUGMENT))
+
+
 def open_data(
     source: str, limit: int | None = None, cache: str | None = None, hold_out: float | None = None, **keys: Any
 ) -> Splits:
@@ -63,18 +62,16 @@ def open_data(
     Args:
         source: a registered name, or `module:function` or `path.py:function`; the function is called with the keys
             and returns Splits, a SampleSource, or a pair (train, validation or None).
-        limit: keep the first samples of the training part only.
-        cache: `auto`, `memory`, `disk` or `none`, for sources that decode; the others have nothing to keep.
+        limit: use only the first samples of the training part.
+        cache: `auto`, `memory`, `disk` or `none`; ignored by sources that do not decode.
         hold_out: share of the training part, in (0, 1), that validates in place of the source's validation part.
         **keys: the source's own keys.
 
     Raises:
         ValueError: an unknown source or key, a missing key, a value of another type, an empty part, labels outside
-            0..num_classes-1, or what the source itself refuses.
+            0..num_classes-1, or an error of the source.
     """
-    if cache is not None and "cache" in {field.name for field in fields(SOURCES.get(source, _NoKeys))}:
-        keys = {"cache": cache, **keys}
-    splits = _call_function(source, keys) if is_reference(source) else _open_registered(source, keys)
+    splits = _call_function(source, keys) if is_reference(source) else _open_registered(source, cache, keys)
     _check_part("training", splits.train)
     if splits.validation is not None:
         _check_part("validation", splits.validation)
@@ -82,34 +79,39 @@ def open_data(
     if limit is not None:
         splits = Splits(Limited(splits.train, limit), splits.validation)
     if hold_out is not None:
-        splits = holdout(splits.train, hold_out, seed=0)  # of any run: what validates must not change with its seed
+        splits = holdout(splits.train, hold_out)  # its seed is fixed: the samples must not change with the run's seed
         if splits.validation is None:
             raise DataError(f"data.hold_out {hold_out:g} leaves nothing: no class has two samples")
     return splits
 
 
-def default_augment(source_name: str) -> dict[str, Any]:
-    """Return the augmentation that suits a source: `crop` in pixels of padding and `flip`; none for an unknown one."""
-    cls = SOURCES.get(source_name)
-    return {"crop": 0, "flip": False} if cls is None else dict(cls.default_augment)
+def call_with_keys(setting: str, reference: str, keys: Mapping[str, Any], keys_name: str) -> Any:
+    """Call the function that a setting names as `module:function` or `path.py:function`.
+
+    Raises:
+        ConfigError: there is no such function, or it does not take these keys; names the setting and the keys.
+    """
+    function = load_object(reference)
+    try:
+        inspect.signature(function).bind(**keys)
+    except TypeError as error:
+        raise ConfigError(f"{setting} {reference!r} can't be called with {keys_name}: {error}") from None
+    return function(**keys)
 
 
-def _open_registered(name: str, keys: dict[str, Any]) -> Splits:
+def _open_registered(name: str, cache: str | None, keys: dict[str, Any]) -> Splits:
     if name not in SOURCES:
-        raise DataError(f"data.source {name!r} is unknown: {closest(name, SOURCES)}, or give 'module:function'")
+        raise ConfigError(f"data.source {name!r} is unknown: {closest(name, SOURCES)}, or give 'module:function'")
     cls = SOURCES[name]
+    if cache is not None and "cache" in {field.name for field in fields(cls)}:
+        keys = {"cache": cache, **keys}
     check_keys(cls, keys, "data", f"source {name!r}")
     splits: Splits = cls(**{key: plain(value) for key, value in keys.items()}).open()
     return splits
 
 
 def _call_function(reference: str, keys: dict[str, Any]) -> Splits:
-    function = load_object(reference)
-    try:
-        inspect.signature(function).bind(**keys)
-    except TypeError as error:
-        raise DataError(f"data.source {reference!r} can't be called with the keys {sorted(keys)}: {error}") from None
-    match function(**keys):
+    match call_with_keys("data.source", reference, keys, f"the keys {sorted(keys)}"):
         case Splits() as splits:
             return splits
         case SampleSource() as train:
@@ -117,7 +119,7 @@ def _call_function(reference: str, keys: dict[str, Any]) -> Splits:
         case (SampleSource() as train, (SampleSource() | None) as validation):
             return Splits(train, validation)
         case other:
-            raise DataError(
+            raise ConfigError(
                 f"data.source {reference!r} returned {type(other).__name__}: "
                 "return Splits, a SampleSource, or (train, validation)"
             )
@@ -148,53 +150,48 @@ def _check_part(part: str, source: SampleSource) -> None:
 def _check_alike(train: SampleSource, validation: SampleSource) -> None:
     ours, theirs = train.schema, validation.schema
     if dict(ours.columns) != dict(theirs.columns) or ours.num_classes != theirs.num_classes:
-        described = [{name: column.shape for name, column in schema.columns.items()} for schema in (ours, theirs)]
+        shapes = [{name: column.shape for name, column in schema.columns.items()} for schema in (ours, theirs)]
         raise DataError(
-            f"training and validation rows differ: {described[0]} and {ours.num_classes} classes, "
-            f"{described[1]} and {theirs.num_classes} classes: bring both to one shape, dtype and number of classes"
+            f"training and validation rows differ: {shapes[0]} and {ours.num_classes} classes, {shapes[1]} and "
+            f"{theirs.num_classes} classes: bring both to one shape, dtype and number of classes"
         )
-
-
-CHUNK_VALUES = 1 << 22
-MAX_GROUPS = 64
 
 
 def input_statistics(source: SampleSource, num_rows: int = 10_000) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Measure the mean and standard deviation of the input over at most num_rows evenly spaced samples.
 
-    Where rows are read in groups, the samples come from at most MAX_GROUPS evenly spaced groups.
+    Where rows are read in groups, the samples come from at most MAX_GROUPS evenly spaced groups. The chunks of one
+    pass are merged by the formulas of Chan, Golub and LeVeque (1979).
 
     Returns:
-        Mean and standard deviation, float64: one a channel for images (scaled to 0..1), one a feature otherwise.
-        The deviation of a constant is given as 1.
+        Mean and standard deviation, float64: (C,) for images, scaled to 0..1, (F,) for features. The deviation of a
+        constant is given as 1.
     """
-    column = source.schema.columns[source.schema.input]
-    scale = 255.0 if source.schema.input == "image" else 1.0
-    ids = _evenly_spaced(source, num_rows)
-    num_rows = len(ids)
-    size = max(1, CHUNK_VALUES // math.prod(column.shape))
+    name = source.schema.input
+    shape = source.schema.columns[name].shape
+    ids = _evenly_spaced_ids(source, num_rows)
+    chunk_rows = max(1, CHUNK_VALUES // math.prod(shape))
     # Relative to the first sample: a constant is then exactly 0, and a large offset costs no digits.
-    pivot = source.take(ids[:1])[source.schema.input].reshape(-1, column.shape[-1])[0].astype(np.float64)
-    count, mean, squares = 0, np.zeros(column.shape[-1]), np.zeros(column.shape[-1])
-    for start in range(0, num_rows, size):
-        taken = source.take(ids[start : start + size])[source.schema.input]
-        values = taken.reshape(-1, column.shape[-1]).astype(np.float64) - pivot
+    pivot = source.take(ids[:1])[name].reshape(-1, shape[-1])[0].astype(np.float64)
+    count, mean, squares = 0, np.zeros(shape[-1]), np.zeros(shape[-1])
+    for start in range(0, len(ids), chunk_rows):
+        inputs = source.take(ids[start : start + chunk_rows])[name]
+        values = inputs.reshape(-1, shape[-1]).astype(np.float64) - pivot
         shift = values.mean(axis=0) - mean
         total = count + len(values)
         squares += len(values) * values.var(axis=0) + shift**2 * (count * len(values) / total)
         mean += shift * (len(values) / total)
         count = total
+    scale = 255.0 if name == "image" else 1.0
     deviation = np.sqrt(squares / count) / scale
     deviation[deviation == 0] = 1.0
     return tuple(((mean + pivot) / scale).tolist()), tuple(deviation.tolist())
 
 
-def _evenly_spaced(source: SampleSource, num_rows: int) -> np.ndarray:
+def _evenly_spaced_ids(source: SampleSource, num_rows: int) -> np.ndarray:
     groups, total = source.groups, len(source)
     starts = np.unique(groups[groups < total]) if groups is not None else np.empty(0, np.int64)
     if groups is None or len(starts) <= MAX_GROUPS:
-        num_rows = min(num_rows, total)
-        return np.arange(num_rows, dtype=np.int64) * total // num_rows
-    rows = rows_of_groups(starts[np.arange(MAX_GROUPS) * len(starts) // MAX_GROUPS], groups)
-    num_rows = min(num_rows, len(rows))
-    return rows[np.arange(num_rows) * len(rows) // num_rows]
+        return spaced_ids(total, num_rows)
+    rows = rows_of_groups(starts[spaced_ids(len(starts), MAX_GROUPS)], groups)
+    return rows[spaced_ids(len(rows), num_rows)]

@@ -188,10 +188,10 @@ def test_two_prunes_of_one_dataset_do_not_meet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda row: {**row, "weight": 1.0}, "engine's own name"),
-        (lambda row: {**row, "id": min(row["id"], 699)}, "holds 699 twice"),
-        (lambda row: {**row, "id": row["id"] + (row["id"] == 700)}, r"holds 701: ids of 701 rows must be 0..700"),
-        (lambda row: {**row, "id": float(row["id"])}, "is float64: ids are integers"),
+        (lambda row: {**row, "weight": 1.0}, "a name that rayprune adds itself"),
+        (lambda row: {**row, "id": min(row["id"], 699)}, r"once: repeated \[699\], missing \[700\]"),
+        (lambda row: {**row, "id": row["id"] + (row["id"] == 700)}, r"once: missing \[700\], outside \[701\]"),
+        (lambda row: {**row, "id": float(row["id"])}, "is float64: ids must be integers"),
         (lambda row: {"x": row["x"]}, "no column 'id'"),
     ],
 )

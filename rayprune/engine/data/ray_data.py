@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,7 @@ from rayprune.engine.scoring.client import LoopClient, ScoreClient
 from rayprune.engine.scoring.messages import PlanPass, RankRows
 from rayprune.errors import DataError, PlanMismatch
 from rayprune.sources import MemorySource, SampleSource, Schema
+from rayprune.sources.base import DescribedSource, RowCost, id_faults
 from rayprune.sources.fingerprint import digest
 from rayprune.sources.torch_dataset import ItemSource
 
@@ -134,25 +135,7 @@ class _ReadBlock:
         return [BlockAccessor.batch_to_block(rows)]
 
 
-class _Metadata(SampleSource):
-    """Length, schema and fingerprint of another source."""
-
-    def __init__(self, source: SampleSource) -> None:
-        self._length, self._schema, self._fingerprint = len(source), source.schema, source.fingerprint
-
-    def __len__(self) -> int:
-        return self._length
-
-    @property
-    def schema(self) -> Schema:
-        return self._schema
-
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-
-class SourceMetadata(_Metadata):
+class SourceMetadata(DescribedSource):
     """Everything the ScoreActor needs of a source; without rows, so that a restart of the actor sends little.
 
     Args:
@@ -160,15 +143,15 @@ class SourceMetadata(_Metadata):
         labelled: whether the actor needs the labels.
     """
 
+    process_local = ()
+
     def __init__(self, source: SampleSource, labelled: bool) -> None:
-        super().__init__(source)
-        self._labels = source.labels if labelled else None
+        labels = source.labels if labelled else None
+        super().__init__(len(source), source.schema, source.fingerprint, labels)
         self._groups = source.groups
 
-    @property
-    def labels(self) -> np.ndarray:
-        assert self._labels is not None
-        return self._labels
+    def _read_labels(self) -> np.ndarray:
+        raise RuntimeError("the ScoreActor was sent no labels")
 
     @property
     def groups(self) -> np.ndarray | None:
@@ -178,7 +161,7 @@ class SourceMetadata(_Metadata):
         raise RuntimeError("the ScoreActor reads no rows")
 
 
-class ObjectStoreSource(_Metadata):
+class ObjectStoreSource(DescribedSource):
     """A source in Ray's object store; a process fetches it when it first reads.
 
     Args:
@@ -186,15 +169,14 @@ class ObjectStoreSource(_Metadata):
     """
 
     def __init__(self, source: SampleSource) -> None:
-        super().__init__(source)
+        super().__init__(len(source), source.schema, source.fingerprint)
         self._reference, self._row_cost, self._groups = ray.put(source), source.row_cost, source.groups
 
-    @property
-    def labels(self) -> np.ndarray:
+    def _read_labels(self) -> np.ndarray:
         return _fetch(self._reference).labels
 
     @property
-    def row_cost(self) -> Literal["cheap", "expensive"]:
+    def row_cost(self) -> RowCost:
         return self._row_cost
 
     @property
@@ -223,7 +205,7 @@ def in_object_store(source: SampleSource) -> SampleSource:
     return ObjectStoreSource(source) if is_large else source
 
 
-class IdColumn(SampleSource):
+class IdColumn(DescribedSource):
     """The ids (and labels) of a Dataset, from one pass over these columns; its rows come through its stream only.
 
     Args:
@@ -234,6 +216,8 @@ class IdColumn(SampleSource):
     Raises:
         DataError: a column is missing or not of integers, or ids repeat or leave gaps; names the first.
     """
+
+    process_local = ()
 
     def __init__(self, dataset: Any, id_column: str, label_column: str | None) -> None:
         schema = dataset.schema()
@@ -252,33 +236,19 @@ class IdColumn(SampleSource):
         if not parts[id_column]:
             raise DataError("the Dataset has no rows")
         ids = _checked_ids(np.concatenate(parts[id_column]), id_column)
-        self._length = len(ids)
-        self._labels: NDArray[np.int64] | None = None
+        labels: NDArray[np.int64] | None = None
         if label_column:
-            labels = np.concatenate(parts[label_column])
-            if labels.dtype.kind not in "iu":
-                raise DataError(f"column {label_column!r} is {labels.dtype}: class_floor needs integers, none missing")
-            self._labels = np.empty(len(ids), dtype=np.int64)
-            self._labels[ids] = labels
+            values = np.concatenate(parts[label_column])
+            if values.dtype.kind not in "iu":
+                raise DataError(f"column {label_column!r} is {values.dtype}: class_floor needs integers, none missing")
+            labels = np.empty(len(ids), dtype=np.int64)
+            labels[ids] = values
         fields = [str(field) for field in zip(names, schema.types, strict=True)]
-        self._fingerprint = digest("dataset", self._length, *fields, *([] if self._labels is None else [self._labels]))
+        fingerprint = digest("dataset", len(ids), *fields, *([] if labels is None else [labels]))
+        super().__init__(len(ids), Schema({}), fingerprint, labels)
 
-    def __len__(self) -> int:
-        return self._length
-
-    @property
-    def schema(self) -> Schema:
-        return Schema({})
-
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    @property
-    def labels(self) -> np.ndarray:
-        if self._labels is None:
-            raise DataError("class_floor needs an integer column 'label' in the Dataset")
-        return self._labels
+    def _read_labels(self) -> np.ndarray:
+        raise DataError("class_floor needs an integer column 'label' in the Dataset")
 
     def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         raise RuntimeError("the rows of a ray.data.Dataset come through its stream")
@@ -287,14 +257,8 @@ class IdColumn(SampleSource):
 def _checked_ids(ids: NDArray[Any], name: str) -> NDArray[np.int64]:
     if ids.dtype.kind not in "iu":
         raise DataError(f"column {name!r} of the Dataset is {ids.dtype}: ids must be integers 0..N−1")
-    outside = ids[(ids < 0) | (ids >= ids.size)]
-    if outside.size:
-        raise DataError(
-            f"column {name!r} holds {outside[0]}: the ids of {ids.size} rows must be 0..{ids.size - 1}, without gaps"
-        )
-    counts = np.bincount(ids, minlength=ids.size)
-    if (counts > 1).any():
-        raise DataError(f"column {name!r} holds {int(np.argmax(counts > 1))} twice: every row needs its own id")
+    if faults := id_faults(ids, ids.size):
+        raise DataError(f"column {name!r} of the Dataset must hold each id of 0..{ids.size - 1} once: {faults}")
     return ids.astype(np.int64)
 
 

@@ -28,7 +28,7 @@ from rayprune.methods import Method, build_method
 from rayprune.methods.fixed import Fixed
 from rayprune.sources import SampleSource
 from rayprune.sources.score_files import read_scores
-from rayprune.sources.selection_files import read_chosen, read_selection_file, write_selection_file
+from rayprune.sources.selection_files import read_selection_file, read_selection_for, write_selection_file
 from rayprune.sources.trajectories import read_trajectories
 
 SELECTION = "selection.parquet"
@@ -164,7 +164,7 @@ def chosen_subset(config: Config, source: SampleSource) -> SelectionSetup:
     """
     method = config.build_method()
     assert isinstance(method, Fixed)
-    file = read_chosen(method.path, source)
+    file = read_selection_for(method.path, source)
     selection, facts = file.selection(len(source)), file.about.get("facts")
     if isinstance(facts, dict):
         selection = selection.with_facts(**facts)

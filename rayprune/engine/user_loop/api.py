@@ -39,7 +39,7 @@ from rayprune.errors import ConfigError
 from rayprune.methods import Method
 from rayprune.methods.fixed import Fixed
 from rayprune.sources import SampleSource, as_source
-from rayprune.sources.selection_files import read_chosen
+from rayprune.sources.selection_files import read_selection_for
 
 _TOKEN = "rayprune"  # the key in a DataContext under which workers find their actor
 _CHECKED_SAMPLES = 1_000
@@ -323,5 +323,5 @@ def _score_spec(
         run_folder=None,
         keep_selections=0,
         labelled=labelled,
-        chosen=read_chosen(method.path, samples).selection(len(samples)) if isinstance(method, Fixed) else None,
+        chosen=read_selection_for(method.path, samples).selection(len(samples)) if isinstance(method, Fixed) else None,
     )

@@ -1,76 +1,64 @@
-"""Which Parquet files are for training, and which columns hold the inputs and the labels."""
+"""The files of a Parquet data set that are for training, and the columns that hold the inputs and the labels."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pyarrow as pa
 
 from rayprune.core.references import closest
 from rayprune.errors import DataError
-from rayprune.sources.parquet.reader import ShardFile
-from rayprune.sources.storage import Storage, public
+from rayprune.sources.parquet.reader import ShardFile, is_text
+from rayprune.sources.storage import Storage, split_shards
 
-DEFAULT_VALIDATION_FILES = "*test*"
-OTHER_VALIDATION_FILES = "*val*"
 IMAGE_NAMES = ("image", "img", "images", "picture", "png", "jpg", "jpeg", "bytes")
 LABEL_NAMES = ("label", "labels", "y", "target", "targets", "fine_label", "class", "cls")
 
-# What messages call the data: a file of it, or a folder.
-Named = ShardFile | Path
+# What messages name: a file, or the folder of a data set.
+Owner = ShardFile | Path
 
 
 def split_files(
     path: str, train_files: str, validation_files: str
 ) -> tuple[tuple[ShardFile, ...], tuple[ShardFile, ...]]:
-    """Sort the files of a folder into training and validation by patterns of their stems.
-
-    A file that matches both patterns is for training. A single file is for training.
+    """Split the files of a folder into training and validation as `split_shards` does; a single file is for training.
 
     Raises:
-        ValueError: no file is there, or a validation pattern other than the default matches none.
+        DataError: there is no file, or a pattern matches none.
     """
     storage = Storage(path)
     if storage.is_file():
         return (ShardFile(storage),), ()
     names = [file.name for file in storage.files()] if storage.is_folder() else []
-    files = [ShardFile(storage, name) for name in names if name.endswith(".parquet") and "/" not in name]
-    if not files:
+    names = [name for name in names if name.endswith(".parquet") and "/" not in name]
+    if not names:
         raise DataError(
-            f"data.path {public(storage.path)!r} is neither a Parquet file nor a folder of *.parquet: correct it"
+            f"data.path {storage.public()!r} is neither a Parquet file nor a folder of *.parquet: correct it"
         )
-    train = [file for file in files if fnmatchcase(file.stem, train_files)]
-    others = [file for file in files if file not in train]
-    validation = [file for file in others if fnmatchcase(file.stem, validation_files)]
-    if not validation and validation_files == DEFAULT_VALIDATION_FILES:
-        validation = [file for file in others if fnmatchcase(file.stem, OTHER_VALIDATION_FILES)]
-    elif not validation and validation_files:
-        stems = closest(validation_files, [file.stem for file in others])
-        raise DataError(f"data.validation_files {validation_files!r} matches no file left for validation: {stems}")
-    return tuple(train or [file for file in others if file not in validation]), tuple(validation)
+    files = {name.removesuffix(".parquet"): ShardFile(storage, name) for name in names}
+    return split_shards(files, train_files, validation_files, "file")
 
 
 def find_columns(
-    file: Named,
+    owner: Owner,
     schema: pa.Schema,
     image_column: str | None,
     label_column: str | None,
     feature_columns: Sequence[str] | None,
 ) -> tuple[str | None, str, tuple[str, ...]]:
-    """Choose the columns to read; what is given is checked, the rest is found by name and type.
+    """Choose the columns to read: check the configured ones, and find the others by name and type.
 
     Returns:
         The image column or None, the label column, and the feature columns, which are empty for images.
 
     Raises:
-        ValueError: a column given is missing or of a wrong type, or none suits.
+        DataError: a configured column is missing or of a wrong type, or none suits.
     """
-    named = [name for name in (image_column, label_column, *(feature_columns or ())) if name is not None]
-    _check_names(file, named, schema.names)
+    configured = [name for name in (image_column, label_column, *(feature_columns or ())) if name is not None]
+    _check_names(owner, configured, schema.names)
     if image_column is not None and feature_columns is not None:
         raise DataError("data.image_column and data.feature_columns are both set: keep one, a sample has one input")
     image = None
@@ -78,16 +66,16 @@ def find_columns(
         image = image_column or _find_image(schema)
         if image is not None and not _is_image(schema.field(image).type):
             kind = schema.field(image).type
-            raise DataError(f"{file} column {image!r} is {kind}: images must be binary or a struct with `bytes`")
-    label = label_column or _find_label(file, schema)
-    return image, label, () if image is not None else _features(file, schema, label, feature_columns)
+            raise DataError(f"{owner} column {image!r} is {kind}: images must be binary or a struct with `bytes`")
+    label = label_column or _find_label(owner, schema)
+    return image, label, () if image is not None else _find_features(owner, schema, label, feature_columns)
 
 
 def check_columns(file: ShardFile, first: pa.Schema, image: str | None, label: str, features: Sequence[str]) -> None:
-    """Refuse a file that lacks a column, or has another type or other class names there than the first file.
+    """Refuse a file that lacks a column, or whose types or class names differ from those of the first file.
 
     Raises:
-        ValueError: names the file and the column.
+        DataError: names the file and the column.
     """
     schema = file.schema()
     names = [label, *features, *([] if image is None else [image])]
@@ -105,7 +93,7 @@ def string_labels(files: Sequence[ShardFile], column: str) -> tuple[str, ...]:
     names: set[str] = set()
     for file in files:
         values = file.column(column)
-        if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        if is_text(values.type):
             names.update(value for value in values.unique().to_pylist() if value is not None)
     return tuple(sorted(names))
 
@@ -119,24 +107,24 @@ def hub_class_names(schema: pa.Schema, label: str) -> tuple[str, ...]:
         return ()
 
 
-def check_class_names(file: Named, found: Sequence[str], usual: Sequence[str], where: str) -> None:
+def check_class_names(owner: Owner, names: Sequence[str], usual: Sequence[str], where: str) -> None:
     """Refuse class names that are stored in two orders: one label would stand for two classes.
 
     Raises:
-        ValueError: both have names, and they differ.
+        DataError: both have names, and they differ.
     """
-    if not found or not usual or tuple(found) == tuple(usual):
+    if not names or not usual or tuple(names) == tuple(usual):
         return
-    pairs = list(zip(found, usual, strict=False))
+    pairs = list(zip(names, usual, strict=False))
     start = next((label for label, (name, other) in enumerate(pairs) if name != other), len(pairs))
-    ours, theirs = (f"{len(names)} classes, from {start}: {list(names[start : start + 3])}" for names in (found, usual))
-    raise DataError(f"{file} has {ours}, and {where} {theirs}: store them with one order of names")
+    ours, theirs = (f"{len(part)} classes, from {start}: {list(part[start : start + 3])}" for part in (names, usual))
+    raise DataError(f"{owner} has {ours}, and {where} {theirs}: store them with one order of names")
 
 
-def _check_names(file: Named, wanted: Sequence[str], names: Sequence[str]) -> None:
-    for name in wanted:
-        if name not in names:
-            raise DataError(f"{file} has no column {name!r}: {closest(name, names)}")
+def _check_names(owner: Owner, columns: Sequence[str], valid: Sequence[str]) -> None:
+    for name in columns:
+        if name not in valid:
+            raise DataError(f"{owner} has no column {name!r}: {closest(name, valid)}")
 
 
 def _is_image(kind: pa.DataType) -> bool:
@@ -151,19 +139,19 @@ def _is_number(kind: pa.DataType) -> bool:
 
 def _sort_of_label(kind: pa.DataType) -> str:
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if pa.types.is_string(plain) or pa.types.is_large_string(plain):
+    if is_text(plain):
         return "text"
     return "integer" if pa.types.is_integer(plain) or pa.types.is_boolean(plain) else str(plain)
 
 
 def _index_columns(schema: pa.Schema) -> set[str]:
-    """Return the columns that pandas wrote for its index: row numbers and the like, which tell a network the row."""
+    """Return the columns of pandas' index: row numbers and the like, from which a network could tell the row."""
     try:
         stored = json.loads((schema.metadata or {})[b"pandas"])["index_columns"]
     except (KeyError, TypeError, ValueError):
         stored = []
-    listed = {name for name in stored if isinstance(name, str)}  # an index that is a range stands there as a mapping
-    return listed | {name for name in schema.names if re.fullmatch(r"__index_level_\d+__", name)}
+    names = {name for name in stored if isinstance(name, str)}  # an index that is a range is stored as a mapping
+    return names | {name for name in schema.names if re.fullmatch(r"__index_level_\d+__", name)}
 
 
 def _find_image(schema: pa.Schema) -> str | None:
@@ -171,7 +159,7 @@ def _find_image(schema: pa.Schema) -> str | None:
     return next((field.name for field in usual_first if _is_image(field.type)), None)
 
 
-def _find_label(file: Named, schema: pa.Schema) -> str:
+def _find_label(owner: Owner, schema: pa.Schema) -> str:
     index = _index_columns(schema)
     usual = [name for name in LABEL_NAMES if name in schema.names and name not in index]
     integers: list[str] = [
@@ -179,16 +167,16 @@ def _find_label(file: Named, schema: pa.Schema) -> str:
     ]
     if usual or len(integers) == 1:
         return (usual or integers)[0]
-    raise DataError(f"{file} has no column with a usual label name: set data.label_column to one of {schema.names}")
+    raise DataError(f"{owner} has no column with a usual label name: set data.label_column to one of {schema.names}")
 
 
-def _features(file: Named, schema: pa.Schema, label: str, given: Sequence[str] | None) -> tuple[str, ...]:
+def _find_features(owner: Owner, schema: pa.Schema, label: str, configured: Sequence[str] | None) -> tuple[str, ...]:
     numeric = [field.name for field in schema if field.name != label and _is_number(field.type)]
-    for name in given or ():
+    for name in configured or ():
         if name not in numeric:
-            raise DataError(f"{file} column {name!r} is {schema.field(name).type}: {closest(name, numeric)}")
+            raise DataError(f"{owner} column {name!r} is {schema.field(name).type}: {closest(name, numeric)}")
     index = _index_columns(schema)
-    found = tuple(name for name in numeric if name not in index) if given is None else tuple(given)
-    if not found:
-        raise DataError(f"{file} has neither an image nor a numeric column: set data.image_column")
-    return found
+    features = tuple(name for name in numeric if name not in index) if configured is None else tuple(configured)
+    if not features:
+        raise DataError(f"{owner} has neither an image nor a numeric column: set data.image_column")
+    return features

@@ -1,10 +1,8 @@
-"""Rows of Parquet files, read once into the decoded cache: images decoded, numeric columns as float32.
+"""Parquet files on any file system: labels, encoded images and numeric columns, and their decoded cache.
 
 Random access into Parquet reads and decompresses a whole row group for one row, hence the cache.
 
 Shapes: N rows of all files, H height, W width, C channels, F features.
-
-Parquet files on any file system, and which of them can be used.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -25,19 +24,25 @@ import pyarrow.parquet as pq
 from rayprune.errors import DataError, UnreadableImage
 from rayprune.sources.cache import new_array
 from rayprune.sources.fingerprint import digest, file_digest
-from rayprune.sources.images import decode_image
-from rayprune.sources.storage import Storage, one_line, public
+from rayprune.sources.images import LEAVE_OUT, ImageShape, decode_each, first_shape
+from rayprune.sources.storage import Storage, one_line
 
 logger = logging.getLogger(__name__)
 
-LEFT_OUT = "or leave it out with data.on_error=skip"
-# The end of a file that is not local: its footer names the place, size and statistics of every column chunk.
+BATCH_ROWS = 1024
+ROWS_PER_TASK = 64
+TASKS_PER_THREAD = 16
+# Smaller images spend their time in Python, where two threads were measured to be slower than one.
+THREADED_PIXELS = 1 << 15
+# The end of a remote file: its footer holds the position, size and statistics of every column chunk.
 _TAIL_BYTES = 1 << 20
+# A row that can't be used: its number in the file, and the error that names it.
+BadRow = tuple[int, DataError]
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One Parquet file; pickles into its place.
+    """One Parquet file; pickles into its path.
 
     Attributes:
         storage: the folder, or the file itself.
@@ -48,8 +53,7 @@ class ShardFile:
     relative: str = ""
 
     def __str__(self) -> str:
-        place = public(self.storage.path)
-        return f"{place.rstrip('/')}/{self.relative}" if self.relative else place
+        return self.storage.public(self.relative)
 
     @property
     def name(self) -> str:
@@ -57,58 +61,48 @@ class ShardFile:
         return str(self).rsplit("/", 1)[-1]
 
     @property
-    def stem(self) -> str:
-        """The name without its ending."""
-        return self.name.removesuffix(".parquet")
-
-    @property
-    def _where(self) -> str:
+    def _path(self) -> str:
         return self.storage.full(self.relative)
 
     def open(self) -> pq.ParquetFile:
-        """Open the file; far away, neighbouring columns come in one request."""
+        """Open the file; a remote one reads neighboring columns in one request."""
         return pq.ParquetFile(
-            self._where, filesystem=self.storage.filesystem, pre_buffer=not self.storage.is_local, memory_map=False
+            self._path, filesystem=self.storage.filesystem, pre_buffer=not self.storage.is_local, memory_map=False
         )
 
     def metadata(self) -> pq.FileMetaData:
         """Read the footer."""
-        return pq.read_metadata(self._where, filesystem=self.storage.filesystem)
+        return pq.read_metadata(self._path, filesystem=self.storage.filesystem)
 
     def schema(self) -> pa.Schema:
         """Read the schema."""
-        return pq.read_schema(self._where, filesystem=self.storage.filesystem)
+        return pq.read_schema(self._path, filesystem=self.storage.filesystem)
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """Read one column whole; dictionary-encoded values come as plain ones."""
-        table = pq.read_table(self._where, filesystem=self.storage.filesystem, columns=[name], partitioning=None)
+        """Read one whole column; dictionary-encoded values are decoded."""
+        table = pq.read_table(self._path, filesystem=self.storage.filesystem, columns=[name], partitioning=None)
         return plain_values(table.column(name))
 
     def digest(self) -> str:
-        """Return the content's digest; of a file that is not local that of its length and its last MiB.
+        """Return the digest of the content; of a remote file that of its length and its last MiB.
 
-        Reading it all over a network would cost as much as an epoch.
+        Reading it all over a network would take as long as an epoch.
         """
         if self.storage.is_local:
-            return file_digest(Path(self._where))
+            return file_digest(Path(self._path))
         with self.storage.open(self.relative) as file:
             size = file.size()
             start = max(0, size - _TAIL_BYTES)
             return digest("tail", size, bytes(file.read_at(size - start, start)).hex())
 
 
-def plain_values(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return a column without its dictionary."""
-    return values.cast(values.type.value_type) if pa.types.is_dictionary(values.type) else values
-
-
 def usable_files(
     files: tuple[ShardFile, ...], check: Callable[[ShardFile], object], skip_errors: bool
 ) -> tuple[ShardFile, ...]:
-    """Return the files that `check` can read and finds no fault with.
+    """Return the files that `check` can read and does not refuse.
 
     Raises:
-        ValueError: a file is damaged or at fault, and skip_errors is off.
+        DataError: a file is damaged or refused, and skip_errors is off.
     """
     usable = []
     for file in files:
@@ -118,25 +112,16 @@ def usable_files(
             damaged = isinstance(error, pa.ArrowInvalid | OSError)
             fault = f"{file} is not a readable Parquet file ({one_line(error, 120)})" if damaged else str(error)
             if not skip_errors:
-                raise DataError(f"{fault}: {'restore' if damaged else 'correct'} it, {LEFT_OUT}") from None
+                raise DataError(f"{fault}: {'restore' if damaged else 'correct'} it, or {LEAVE_OUT}") from None
             logger.warning("left out: %s", fault)
         else:
             usable.append(file)
     return tuple(usable)
 
 
-BATCH_ROWS = 1024
-ROWS_PER_TASK = 64
-TASKS_PER_THREAD = 16
-# Smaller images spend their time in Python, where two threads were measured to be slower than one.
-THREADED_PIXELS = 1 << 15
-# A row that can't be used: its number in the file, and why.
-BadRow = tuple[int, str]
-
-
 @dataclass(frozen=True)
 class ParquetRows:
-    """Which rows of which files: all a process needs to read them for itself.
+    """The rows of a data set; all that a process needs to read them.
 
     Attributes:
         files: in the order of the rows.
@@ -144,9 +129,8 @@ class ParquetRows:
         label_names: the strings that stand for the labels 0, 1, …; empty for integer labels.
         image_column: the encoded images; None for numeric rows.
         feature_columns: the numeric columns; empty for images.
-        shape: of one row, (H, W, C) or (F,).
-        skip_errors: mark rows that can't be read instead of refusing them.
-        image_size: pixels that every image is scaled and cut to; None keeps its own size.
+        skip_errors: leave out rows that can't be read instead of refusing them.
+        images: the shape of every image; None for numeric rows.
     """
 
     files: tuple[ShardFile, ...]
@@ -154,34 +138,43 @@ class ParquetRows:
     label_names: tuple[str, ...]
     image_column: str | None
     feature_columns: tuple[str, ...]
-    shape: tuple[int, ...]
     skip_errors: bool
-    image_size: int | None = None
+    images: ImageShape | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one row, (H, W, C) or (F,)."""
+        return (len(self.feature_columns),) if self.images is None else self.images.shape
+
+    def row_name(self, row: int) -> str:
+        """Return what messages call a row, 0..N-1; reads footers."""
+        for file in self.files:
+            num_rows = file.metadata().num_rows
+            if row < num_rows:
+                break
+            row -= num_rows
+        return f"{file} row {row}"
 
 
 def read_labels(rows: ParquetRows) -> tuple[np.ndarray, np.ndarray]:
     """Read all labels.
 
     Returns:
-        labels (N,) int64, and whether a row has one (N,) bool; a row without is labelled 0.
+        labels (N,) int64, and whether a row has one (N,) bool; a row without one has label 0.
 
     Raises:
-        ValueError: labels are neither integers nor strings, a string is not among the label_names, or a row has no
+        DataError: labels are neither integers nor strings, a string is not among the label_names, or a row has no
             label and skip_errors is off.
     """
-    parts = [_file_labels(rows, file) for file in rows.files]
+    parts = [as_labels(rows, file, file.column(rows.label_column)) for file in rows.files]
     return np.concatenate([labels for labels, _ in parts]), np.concatenate([present for _, present in parts])
 
 
-def _file_labels(rows: ParquetRows, file: ShardFile) -> tuple[np.ndarray, np.ndarray]:
-    return as_labels(rows, file, file.column(rows.label_column))
-
-
 def as_labels(rows: ParquetRows, file: ShardFile, values: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Return a label column as int64, and which rows have one; see `read_labels`."""
+    """Return a label column as int64, and which rows have a label; see `read_labels`."""
     present = np.asarray(values.is_valid())
     if not present.all() and not rows.skip_errors:
-        raise bad_row(file, (int(np.argmin(present)), f"has no {rows.label_column}"))
+        raise bad_row(file, int(np.argmin(present)), f"has no {rows.label_column}")
     if rows.label_names:
         labels = pc.index_in(values.cast(pa.string()), value_set=pa.array(rows.label_names, pa.string()))
         unknown = np.flatnonzero(present & np.asarray(labels.is_null()))
@@ -196,29 +189,21 @@ def as_labels(rows: ParquetRows, file: ShardFile, values: pa.ChunkedArray) -> tu
         return np.asarray(labels.cast(pa.int64()).fill_null(0)), present
     except pa.ArrowInvalid as error:
         raise DataError(
-            f"{file} column {rows.label_column!r} holds no class numbers ({one_line(error, 120)})"
+            f"{file} column {rows.label_column!r} does not hold class numbers ({one_line(error, 120)})"
         ) from None
 
 
-def first_image_shape(rows: ParquetRows) -> tuple[int, ...]:
-    """Return the shape (H, W, C) of the first image that can be read, which the others must have too.
+def first_image_shape(rows: ParquetRows, image_size: int | None) -> ImageShape:
+    """Return the shape of the first image that can be read, which the others must have too.
 
     Raises:
-        ValueError: it is unreadable and skip_errors is off, none is readable, or it is deeper than 8 bits.
+        DataError: as `images.first_shape`.
     """
-    for file in rows.files:
-        for start, encoded in _encoded_images(file, str(rows.image_column)):
-            for offset, content in enumerate(encoded):
-                try:
-                    return decode_image(content, size=rows.image_size).shape
-                except UnreadableImage as error:
-                    if not rows.skip_errors:
-                        raise bad_row(file, (start + offset, f"is no readable image ({error})")) from None
-                except ValueError as error:
-                    raise DataError(f"{file} row {start + offset}: {error}") from None
-    raise DataError(
-        f"{public(rows.files[0].storage.path)} holds no readable image in column {rows.image_column!r}: correct it"
-    )
+    batches = chain.from_iterable(_encoded_images(rows, file) for file in rows.files)
+    images = chain.from_iterable(encoded for _, encoded in batches)
+    owner = f"column {rows.image_column!r} of {rows.files[0].storage.public()}"
+    on_error = "skip" if rows.skip_errors else "fail"
+    return first_shape(images, rows.row_name, None, image_size, on_error=on_error, owner=owner)
 
 
 def build_rows(rows: ParquetRows, folder: Path) -> None:
@@ -227,18 +212,19 @@ def build_rows(rows: ParquetRows, folder: Path) -> None:
     Unreadable rows keep their place, so that row numbers stay those of the files.
 
     Raises:
-        ValueError: images of several sizes, or a row or file can't be read and skip_errors is off.
+        DataError: images of several sizes, or a row or file can't be read and skip_errors is off.
     """
     labels, readable = read_labels(rows)
-    name, dtype = ("image", "uint8") if rows.image_column is not None else ("features", "float32")
+    name, dtype, fill = (
+        ("features", "float32", _fill_features) if rows.images is None else ("image", "uint8", _fill_images)
+    )
     target = new_array(folder, name, dtype, (len(labels), *rows.shape))
-    fill = _fill_images if name == "image" else _fill_features
     first = 0
     for file in rows.files:
         num_rows = file.metadata().num_rows
-        for row, reason in fill(rows, file, target[first : first + num_rows]):
+        for row, error in fill(rows, file, target[first : first + num_rows]):
             if not rows.skip_errors:
-                raise bad_row(file, (row, reason))
+                raise error
             readable[first + row] = False
         first += num_rows
     target.flush()
@@ -246,8 +232,55 @@ def build_rows(rows: ParquetRows, folder: Path) -> None:
     np.save(folder / "readable.npy", readable)
 
 
+def _fill_features(rows: ParquetRows, file: ShardFile, target: np.ndarray) -> Iterator[BadRow]:
+    for start, num_rows, batch in _batches(file, list(rows.feature_columns)):
+        if batch is None:
+            for row in range(start, start + num_rows):
+                yield row, bad_row(file, row, "is in a damaged part of the file")
+        else:
+            values = feature_values(rows, batch)
+            target[start : start + num_rows] = values
+            for position, problem in non_finite_rows(rows, values):
+                yield start + position, bad_row(file, start + position, problem)
+
+
+def _fill_images(rows: ParquetRows, file: ShardFile, target: np.ndarray) -> Iterator[BadRow]:
+    num_threads = (os.cpu_count() or 1) if target.shape[1] * target.shape[2] >= THREADED_PIXELS else 1
+    pending: deque[Future[list[BadRow]]] = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        for start, encoded in _encoded_images(rows, file):
+            for offset in range(0, len(encoded), ROWS_PER_TASK):
+                task = encoded[offset : offset + ROWS_PER_TASK]
+                pending.append(pool.submit(_decode_into, target, rows, file, start + offset, task))
+            # Row groups may be smaller than what keeps all threads busy, files larger than memory.
+            while len(pending) > TASKS_PER_THREAD * num_threads:
+                yield from pending.popleft().result()
+        for rest in pending:
+            yield from rest.result()
+
+
+def _decode_into(
+    target: np.ndarray, rows: ParquetRows, file: ShardFile, start: int, encoded: list[bytes | None]
+) -> list[BadRow]:
+    assert rows.images is not None
+    bad: list[BadRow] = []
+    images = decode_each(encoded, rows.images, lambda position: f"{file} row {start + position}")
+    for row, pixels in enumerate(images, start):
+        if isinstance(pixels, UnreadableImage):
+            bad.append((row, pixels))
+        else:
+            target[row] = pixels
+    return bad
+
+
+def _encoded_images(rows: ParquetRows, file: ShardFile) -> Iterator[tuple[int, list[bytes | None]]]:
+    leaf = image_leaf(file.schema(), str(rows.image_column))
+    for start, num_rows, batch in _batches(file, [leaf]):
+        yield start, [None] * num_rows if batch is None else encoded_values(batch.column(0)).to_pylist()
+
+
 def _batches(file: ShardFile, columns: list[str]) -> Iterator[tuple[int, int, pa.RecordBatch | None]]:
-    """Yield the first row, the number of rows and the values of each batch; None for what a damaged row group lacks."""
+    """Yield first row, number of rows and values of each batch; None for values that a damaged row group lacks."""
     with file.open() as parquet:
         end = 0
         for group in range(parquet.num_row_groups):
@@ -262,14 +295,18 @@ def _batches(file: ShardFile, columns: list[str]) -> Iterator[tuple[int, int, pa
                 yield start, end - start, None
 
 
-def _encoded_images(file: ShardFile, column: str) -> Iterator[tuple[int, list[bytes | None]]]:
-    leaf = image_leaf(file.schema(), column)
-    for start, num_rows, batch in _batches(file, [leaf]):
-        yield start, [None] * num_rows if batch is None else encoded_values(batch.column(0)).to_pylist()
+def plain_values(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column without its dictionary."""
+    return values.cast(values.type.value_type) if pa.types.is_dictionary(values.type) else values
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Return whether a column holds strings."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def image_leaf(schema: pa.Schema, column: str) -> str:
-    """Return what is to be read of an image column: of the hub's structs the `bytes` alone."""
+    """Return the column to read for images: of the hub's structs only the field `bytes`."""
     return f"{column}.bytes" if pa.types.is_struct(schema.field(column).type) else column
 
 
@@ -278,70 +315,8 @@ def encoded_values(values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedA
     return pc.struct_field(values, "bytes") if pa.types.is_struct(values.type) else values
 
 
-def _fill_images(rows: ParquetRows, file: ShardFile, target: np.ndarray) -> Iterator[BadRow]:
-    num_threads = (os.cpu_count() or 1) if target.shape[1] * target.shape[2] >= THREADED_PIXELS else 1
-    pending: deque[Future[list[BadRow]]] = deque()
-    with ThreadPoolExecutor(num_threads) as pool:
-        for start, encoded in _encoded_images(file, str(rows.image_column)):
-            for offset in range(0, len(encoded), ROWS_PER_TASK):
-                task = encoded[offset : offset + ROWS_PER_TASK]
-                pending.append(pool.submit(_decode_into, target, rows, file, start + offset, task))
-            # Row groups may be smaller than what keeps all threads busy, files larger than memory.
-            while len(pending) > TASKS_PER_THREAD * num_threads:
-                yield from pending.popleft().result()
-        for rest in pending:
-            yield from rest.result()
-
-
-def _decode_into(
-    target: np.ndarray, rows: ParquetRows, file: ShardFile, start: int, encoded: list[bytes | None]
-) -> list[BadRow]:
-    bad = []
-    for row, content in enumerate(encoded, start):
-        try:
-            target[row] = decode_row(rows, file, row, content)
-        except UnreadableImage as error:
-            bad.append((row, f"is no readable image ({error})"))
-    return bad
-
-
-def decode_row(
-    rows: ParquetRows, file: ShardFile, row: int, content: bytes | None, pixels: np.ndarray | None = None
-) -> np.ndarray:
-    """Decode the image of a row into the shape of all; `pixels` are what it has been decoded to, where it has.
-
-    Raises:
-        UnreadableImage: as `decode_image`.
-        ValueError: the image is deeper than 8 bits, or of another size than the first one.
-    """
-    try:
-        if pixels is None:
-            pixels = decode_image(content, rows.shape[2], rows.image_size)
-    except UnreadableImage:
-        raise
-    except ValueError as error:
-        raise DataError(f"{file} row {row}: {error}") from None
-    if pixels.shape != rows.shape:
-        (height, width), (first_height, first_width) = pixels.shape[:2], rows.shape[:2]
-        raise DataError(
-            f"{file} row {row} is an image of {width}×{height} pixels and the first one has "
-            f"{first_width}×{first_height}: resize them all to one size before storing them, or set data.image_size"
-        )
-    return pixels
-
-
-def _fill_features(rows: ParquetRows, file: ShardFile, target: np.ndarray) -> Iterator[BadRow]:
-    for start, num_rows, batch in _batches(file, list(rows.feature_columns)):
-        if batch is None:
-            yield from ((row, "lies in a damaged part of the file") for row in range(start, start + num_rows))
-            continue
-        values = feature_values(rows, batch)
-        target[start : start + num_rows] = values
-        yield from ((start + row, reason) for row, reason in not_finite(rows, values))
-
-
 def feature_values(rows: ParquetRows, batch: pa.RecordBatch | pa.Table) -> np.ndarray:
-    """Return the numeric columns as (rows, F) float32."""
+    """Return the numeric columns as (B, F) float32."""
     values = np.empty((batch.num_rows, len(rows.feature_columns)), dtype=np.float32)
     for position, name in enumerate(rows.feature_columns):
         with np.errstate(over="ignore"):
@@ -349,14 +324,12 @@ def feature_values(rows: ParquetRows, batch: pa.RecordBatch | pa.Table) -> np.nd
     return values
 
 
-def not_finite(rows: ParquetRows, values: np.ndarray) -> list[BadRow]:
-    """Return which rows of numeric values have one that is none."""
-    return [
-        (int(row), f"is null, NaN or infinite in column {rows.feature_columns[position]!r}")
-        for row, position in np.argwhere(~np.isfinite(values))
-    ]
+def non_finite_rows(rows: ParquetRows, values: np.ndarray) -> Iterator[tuple[int, str]]:
+    """Yield the position of each row of (B, F) values that has a missing or infinite one, and the problem."""
+    for position, column in np.argwhere(~np.isfinite(values)).tolist():
+        yield position, f"is null, NaN or infinite in column {rows.feature_columns[column]!r}"
 
 
-def bad_row(file: ShardFile, bad: BadRow) -> ValueError:
+def bad_row(file: ShardFile, row: int, problem: str) -> DataError:
     """Return the error that names a row."""
-    return DataError(f"{file} row {bad[0]} {bad[1]}: correct it, {LEFT_OUT}")
+    return DataError(f"{file} row {row} {problem}: correct it, or {LEAVE_OUT}")

@@ -1,15 +1,11 @@
 """Rows of Parquet files decoded at every visit: no cache, so the data may be larger than memory and disk.
 
-A row group is read as a whole, whatever is asked of it. Each process keeps the encoded columns of the last ones, up to
-`buffer_bytes`: plans visit such rows in windows of groups (rayprune.core.plan), so that a group is read about once
-by each process that visits its window. Where a window's groups are larger than the buffer, what does not fit is read
-again for every span of rows. Pruning saves decoding here, and reading only where a group has no kept row left.
+A row group can only be read whole. Each process keeps the encoded columns of the groups it read last, up to
+`buffer_bytes`: plans visit such rows in windows of groups (rayprune.core.plan), so that each process that visits a
+window reads its groups about once. Where a window's groups are larger than the buffer, those that do not fit are read
+again for every span of rows. Pruning saves decoding here, but reading only where a group has no kept row left.
 
 Shapes: N rows of all files, B batch, G row groups of all files, D files.
-
-Row groups of Parquet files, read whole, the last ones kept in memory: one buffer a source and process.
-
-Shapes: D files.
 """
 
 from __future__ import annotations
@@ -17,8 +13,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -26,149 +22,40 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayprune.errors import UnreadableImage
 from rayprune.sources.base import SampleSource, Schema, check_ids
-from rayprune.sources.images import decode_in_threads
+from rayprune.sources.images import LEAVE_OUT, decode_rows, readable_rows
 from rayprune.sources.parquet.reader import (
-    LEFT_OUT,
-    BadRow,
     ParquetRows,
     ShardFile,
     as_labels,
     bad_row,
-    decode_row,
     encoded_values,
     feature_values,
     image_leaf,
-    not_finite,
+    non_finite_rows,
     plain_values,
     read_labels,
 )
-from rayprune.sources.storage import one_line
-
-_OPEN_FILES = 64
-_KEPT_BUFFERS = 4
-
-
-@dataclass(frozen=True)
-class EncodedGroup:
-    """A row group as it is stored: the images' bytes or the numeric columns, and the labels."""
-
-    inputs: pa.ChunkedArray | pa.Table
-    labels: pa.ChunkedArray
-
-    @property
-    def num_bytes(self) -> int:
-        """What it takes in memory."""
-        return int(self.inputs.nbytes + self.labels.nbytes)
-
-
-class GroupBuffer:
-    """Read row groups; several threads may.
-
-    Args:
-        rows: which files and columns.
-        first_groups: (D+1,) int64, which groups of all are a file's.
-        buffer_bytes: how much is kept; what was read last stays.
-    """
-
-    def __init__(self, rows: ParquetRows, first_groups: np.ndarray, buffer_bytes: int) -> None:
-        self._rows, self._first_groups, self._buffer_bytes = rows, first_groups, buffer_bytes
-        self._lock = threading.Lock()
-        self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
-        self._held: OrderedDict[int, EncodedGroup] = OrderedDict()
-        self._held_bytes = 0
-
-    def clear(self) -> None:
-        """Keep nothing of what was read."""
-        with self._lock:
-            self._held.clear()
-            self._held_bytes = 0
-
-    def held_first(self, groups: Iterable[int]) -> list[int]:
-        """Return the groups, those that are held first: reading the others might push them out."""
-        with self._lock:
-            return sorted(groups, key=lambda group: group not in self._held)
-
-    def group(self, group: int) -> tuple[EncodedGroup, int]:
-        """Return a group and the bytes read for it: its columns' compressed chunks, 0 where it is held.
-
-        Raises:
-            OSError: it can't be read.
-        """
-        with self._lock:
-            if group in self._held:
-                self._held.move_to_end(group)
-                return self._held[group], 0
-            encoded, num_bytes = self._read(group)
-            self._held[group] = encoded
-            self._held_bytes += encoded.num_bytes
-            while self._held_bytes > self._buffer_bytes:
-                self._held_bytes -= self._held.popitem(last=False)[1].num_bytes
-            return encoded, num_bytes
-
-    def _read(self, group: int) -> tuple[EncodedGroup, int]:
-        number = int(np.searchsorted(self._first_groups, group, side="right")) - 1
-        place = group - int(self._first_groups[number])
-        rows = self._rows
-        try:
-            file = self._open(number)
-            image = [] if rows.image_column is None else [image_leaf(file.schema_arrow, rows.image_column)]
-            columns = [*image, *rows.feature_columns, rows.label_column]
-            table = file.read_row_group(place, columns=columns, use_threads=False)
-        except (pa.ArrowInvalid, OSError) as error:
-            where = f"{rows.files[number]} row group {place}"
-            raise OSError(f"{where} can't be read ({one_line(error, 120)}): restore it, {LEFT_OUT}") from None
-        found = file.metadata.row_group(place)
-        chunks = [found.column(position) for position in range(found.num_columns)]
-        num_bytes = sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema in columns)
-        labels = plain_values(table.column(rows.label_column))
-        if rows.image_column is not None:
-            return EncodedGroup(encoded_values(table.column(rows.image_column)), labels), num_bytes
-        return EncodedGroup(table.select(rows.feature_columns), labels), num_bytes
-
-    def _open(self, number: int) -> pq.ParquetFile:
-        if number not in self._files:
-            self._files[number] = self._rows.files[number].open()
-        self._files.move_to_end(number)
-        while len(self._files) > _OPEN_FILES:
-            self._files.popitem(last=False)[1].close(force=True)
-        return self._files[number]
-
-
-_buffers: OrderedDict[Any, GroupBuffer] = OrderedDict()
-_buffers_lock = threading.Lock()
-
-
-def shared_buffer(rows: ParquetRows, fingerprint: str, first_groups: np.ndarray, buffer_bytes: int) -> GroupBuffer:
-    """Return this process's buffer of a source: every read task brings its own copy of the source."""
-    key = (fingerprint, buffer_bytes, *map(str, rows.files))
-    with _buffers_lock:
-        if key not in _buffers:
-            _buffers[key] = GroupBuffer(rows, first_groups, buffer_bytes)
-        _buffers.move_to_end(key)
-        while len(_buffers) > _KEPT_BUFFERS:
-            _buffers.popitem(last=False)
-        return _buffers[key]
-
+from rayprune.sources.storage import OPEN_FILES, one_line
 
 logger = logging.getLogger(__name__)
 
 BUFFER_BYTES = 64 * 1024 * 1024
+_BUFFERS = 4
 _CHECKED_ROWS = 256
 
 
 class ParquetGroups(SampleSource):
     """Rows decoded from row groups; `read` counts the compressed bytes of the column chunks that it really read.
 
-    Pickles into places and sizes; the copies in one process share one buffer.
+    Pickles into paths and sizes; the copies in one process share one buffer.
 
     Args:
-        rows: which files and columns.
+        rows: of which files and columns.
         schema: the columns.
         fingerprint: of the samples.
         labels: (N,) int64; kept in this process only, the others read the label column.
-        buffer_bytes: how much of the encoded columns each process keeps.
+        buffer_bytes: the size of the encoded columns that each process keeps.
     """
 
     def __init__(
@@ -178,25 +65,25 @@ class ParquetGroups(SampleSource):
         self._buffer_bytes = buffer_bytes
         self._labels: np.ndarray | None = labels
         footers = [file.metadata() for file in rows.files]
-        sizes = [footer.row_group(place).num_rows for footer in footers for place in range(footer.num_row_groups)]
+        sizes = [footer.row_group(number).num_rows for footer in footers for number in range(footer.num_row_groups)]
         counts = [footer.num_row_groups for footer in footers]
         self._set_groups(np.array(sizes, dtype=np.int64), np.cumsum([0, *counts]))
 
     def _set_groups(self, sizes_G: np.ndarray, first_groups: np.ndarray) -> None:
-        self._first_groups = first_groups  # (D+1,): which groups are a file's
+        self._first_groups = first_groups  # (D+1,): file d has the groups first_groups[d]..first_groups[d+1]-1
         self._groups = np.concatenate([[0], np.cumsum(sizes_G)])
 
     def __getstate__(self) -> dict[str, Any]:
-        # Row groups of one size, which is what writers make, travel as runs: pickles go out with every read task.
+        # Writers make row groups of one size: they are pickled as runs, because pickles go out with every read task.
         sizes = np.diff(self._groups)
         runs = np.flatnonzero(np.diff(sizes, prepend=-1))
-        kept = {name: value for name, value in vars(self).items() if name not in {"_groups", "_first_groups"}}
+        state = {name: value for name, value in vars(self).items() if name not in {"_groups", "_first_groups"}}
         packed = sizes[runs], np.diff(runs, append=sizes.size), self._first_groups.astype(np.uint32)
-        return {**kept, "_labels": None, "packed": packed}
+        return {**state, "_labels": None, "packed": packed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        sizes, counts, first_groups = state["packed"]
-        vars(self).update({name: value for name, value in state.items() if name != "packed"})
+        sizes, counts, first_groups = state.pop("packed")
+        vars(self).update(state)
         self._set_groups(np.repeat(sizes, counts), first_groups.astype(np.int64))
 
     def __len__(self) -> int:
@@ -234,63 +121,138 @@ class ParquetGroups(SampleSource):
         order = np.argsort(by_group, kind="stable")
         touched, starts = np.unique(by_group[order], return_index=True)
         # Without ids there is one empty part and no group.
-        places = dict(zip(touched.tolist(), np.split(order, starts[1:]), strict=False))
+        positions = dict(zip(touched.tolist(), np.split(order, starts[1:]), strict=False))
         buffer, num_bytes = self._buffer(), 0
-        for group in buffer.held_first(places):
-            encoded, read = buffer.group(group)
-            num_bytes += read
-            rows = ids[places[group]] - self._groups[group]
-            decoded, bad = self._decoded(encoded, group, rows)
-            if bad:
-                file, first = self._place(group)
-                raise bad_row(file, (first + bad[0][0], bad[0][1]))
-            for name, values in decoded.items():
-                columns[name][places[group]] = values
+        for group in buffer.held_first(positions):
+            table, group_bytes = buffer.group(group)
+            num_bytes += group_bytes
+            rows = ids[positions[group]] - self._groups[group]
+            inputs, columns["label"][positions[group]] = self._decode(table.take(pa.array(rows)), group, rows)
+            columns[self._schema.input][positions[group]] = inputs
         return columns, num_bytes
 
+    def _decode(self, table: pa.Table, group: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the inputs and the labels of rows of a group."""
+        file, first = self._location(group)
+        labels, _ = as_labels(self._rows, file, table.column(self._rows.label_column))
+        if self._rows.images is None:
+            values = feature_values(self._rows, table)
+            for position, problem in non_finite_rows(self._rows, values):
+                raise bad_row(file, first + int(rows[position]), problem)
+            return values, labels
+        encoded = table.column(self._rows.image_column).to_pylist()
+        images = self._rows.images
+        return decode_rows(encoded, images, lambda position: f"{file} row {first + rows[position]}"), labels
+
     def prepare(self) -> None:
-        """Empty this process's buffer: the bytes that a run counts must not depend on what was read before it."""
+        """Empty this process's buffer: the bytes that a run counts must not depend on earlier reads."""
         self._buffer().clear()
 
     def readable(self) -> np.ndarray:
-        """Decode everything once; return which rows can be, (N,) bool."""
+        """Decode everything once; return which rows can be read, (N,) bool."""
         readable = np.zeros(len(self), dtype=bool)
         for group, (first, stop) in enumerate(pairwise(self._groups.tolist())):
             try:
-                encoded, _ = self._buffer().group(group)
+                table, _ = self._buffer().group(group)
             except OSError as error:
                 logger.warning("%s", error)
                 continue
-            _, readable[first:stop] = as_labels(self._rows, self._place(group)[0], encoded.labels)
+            file, file_row = self._location(group)
+            _, readable[first:stop] = as_labels(self._rows, file, table.column(self._rows.label_column))
             for start in range(0, stop - first, _CHECKED_ROWS):
-                rows = np.arange(start, min(start + _CHECKED_ROWS, stop - first))
-                readable[[first + row for row, _ in self._decoded(encoded, group, rows)[1]]] = False
+                part = slice(first + start, min(first + start + _CHECKED_ROWS, stop))
+                readable[part] &= self._readable(table.slice(start, _CHECKED_ROWS), file, file_row + start)
         return readable
+
+    def _readable(self, table: pa.Table, file: ShardFile, start: int) -> np.ndarray:
+        if self._rows.images is None:
+            return np.asarray(np.isfinite(feature_values(self._rows, table)).all(axis=1))
+        encoded = table.column(self._rows.image_column).to_pylist()
+        return readable_rows(encoded, self._rows.images, lambda position: f"{file} row {start + position}")
 
     def _buffer(self) -> GroupBuffer:
         return shared_buffer(self._rows, self._fingerprint, self._first_groups, self._buffer_bytes)
 
-    def _place(self, group: int) -> tuple[ShardFile, int]:
+    def _location(self, group: int) -> tuple[ShardFile, int]:
         """Return a group's file and the number of its first row there."""
         number = int(np.searchsorted(self._first_groups, group, side="right")) - 1
         return self._rows.files[number], int(self._groups[group] - self._groups[self._first_groups[number]])
 
-    def _decoded(
-        self, encoded: EncodedGroup, group: int, rows: np.ndarray
-    ) -> tuple[dict[str, np.ndarray], list[BadRow]]:
-        """Decode rows of a group; return the columns, and the rows that can't be, by their numbers in the group."""
-        file, first = self._place(group)
-        labels, _ = as_labels(self._rows, file, encoded.labels.take(pa.array(rows)))
-        if self._rows.image_column is None:
-            values = feature_values(self._rows, encoded.inputs.take(pa.array(rows)))
-            bad = [(int(rows[place]), reason) for place, reason in not_finite(self._rows, values)]
-            return {self._schema.input: values, "label": labels}, bad
-        values, bad = np.empty((rows.size, *self._rows.shape), np.uint8), []
-        contents = encoded.inputs.take(pa.array(rows)).to_pylist()
-        decoded = decode_in_threads(contents, self._rows.shape[2], self._rows.image_size)
-        for place, row in enumerate(rows.tolist()):
-            try:
-                values[place] = decode_row(self._rows, file, first + row, contents[place], decoded[place])
-            except UnreadableImage as error:
-                bad.append((row, f"is no readable image ({error})"))
-        return {self._schema.input: values, "label": labels}, bad
+
+class GroupBuffer:
+    """Reads row groups and keeps the ones read last; several threads may use it.
+
+    Args:
+        rows: of which files and columns.
+        first_groups: (D+1,) int64, file d has the groups first_groups[d]..first_groups[d+1]-1.
+        buffer_bytes: the size of the groups that are kept.
+    """
+
+    def __init__(self, rows: ParquetRows, first_groups: np.ndarray, buffer_bytes: int) -> None:
+        self._rows, self._first_groups, self._buffer_bytes = rows, first_groups, buffer_bytes
+        self._lock = threading.Lock()
+        self._open: Callable[[int], pq.ParquetFile] = lru_cache(OPEN_FILES)(lambda number: rows.files[number].open())
+        self._held: OrderedDict[int, pa.Table] = OrderedDict()
+        self._held_bytes = 0
+
+    def clear(self) -> None:
+        """Drop all groups."""
+        with self._lock:
+            self._held.clear()
+            self._held_bytes = 0
+
+    def held_first(self, groups: Iterable[int]) -> list[int]:
+        """Return groups, starting with those in the buffer: reading the others might push them out."""
+        with self._lock:
+            return sorted(groups, key=lambda group: group not in self._held)
+
+    def group(self, group: int) -> tuple[pa.Table, int]:
+        """Return a group's encoded columns, and the bytes read for them: their compressed chunks, 0 from the buffer.
+
+        Raises:
+            OSError: it can't be read.
+        """
+        with self._lock:
+            if group in self._held:
+                self._held.move_to_end(group)
+                return self._held[group], 0
+            table, num_bytes = self._read(group)
+            self._held[group] = table
+            self._held_bytes += table.nbytes
+            while self._held_bytes > self._buffer_bytes:
+                self._held_bytes -= self._held.popitem(last=False)[1].nbytes
+            return table, num_bytes
+
+    def _read(self, group: int) -> tuple[pa.Table, int]:
+        number = int(np.searchsorted(self._first_groups, group, side="right")) - 1
+        place = group - int(self._first_groups[number])
+        rows = self._rows
+        try:
+            file = self._open(number)
+            image = [] if rows.image_column is None else [image_leaf(file.schema_arrow, rows.image_column)]
+            columns = [*image, *rows.feature_columns, rows.label_column]
+            table = file.read_row_group(place, columns=columns, use_threads=False)
+        except (pa.ArrowInvalid, OSError) as error:
+            where = f"{rows.files[number]} row group {place}"
+            raise OSError(f"{where} can't be read ({one_line(error, 120)}): restore it, or {LEAVE_OUT}") from None
+        metadata = file.metadata.row_group(place)
+        chunks = [metadata.column(position) for position in range(metadata.num_columns)]
+        num_bytes = sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema in columns)
+        encoded = {name: plain_values(encoded_values(table.column(name))) for name in table.column_names}
+        return pa.table(encoded), num_bytes
+
+
+_buffers: OrderedDict[Any, GroupBuffer] = OrderedDict()
+_buffers_lock = threading.Lock()
+
+
+def shared_buffer(rows: ParquetRows, fingerprint: str, first_groups: np.ndarray, buffer_bytes: int) -> GroupBuffer:
+    """Return this process's buffer of a source: every read task brings its own copy of the source."""
+    key = (fingerprint, buffer_bytes, *map(str, rows.files))
+    with _buffers_lock:
+        if key not in _buffers:
+            _buffers[key] = GroupBuffer(rows, first_groups, buffer_bytes)
+        _buffers.move_to_end(key)
+        while len(_buffers) > _BUFFERS:
+            _buffers.popitem(last=False)
+        return _buffers[key]

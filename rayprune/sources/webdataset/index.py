@@ -1,9 +1,9 @@
-"""Where the samples of tar shards lie: the headers are walked once, and what they say is kept in the decoded cache.
+"""The index of tar shards: the positions of their samples, found in one walk and kept in the decoded cache.
 
-As in WebDataset, a sample is a run of members whose names agree up to the first dot of the base name, and what follows
-that dot says what a member is. Directories, links and names between double underscores are passed over.
+As in WebDataset, a sample is a run of members whose names agree up to the first dot of the base name; the rest of the
+name is the member's suffix. Directories, links and names between double underscores are passed over.
 
-An entry of the cache goes by the shard's address, size and times, as nothing else is known without reading it all.
+An entry of the cache is keyed by the shard's path, size and times, because nothing else is known without reading it.
 
 Shapes: M samples of a shard.
 """
@@ -16,12 +16,12 @@ import re
 import tarfile
 import zlib
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rayprune import errors
 from rayprune.errors import DataError
 from rayprune.sources.cache import cache_root, cached_arrays
 from rayprune.sources.fingerprint import digest
@@ -31,13 +31,13 @@ logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"}
 DEFAULT_LABEL_KEYS = ("cls", "json:label")
-# As in WebDataset: directories and the base name up to its first dot, then what the member is.
+# As in WebDataset: directories and the base name up to its first dot, then the suffix.
 MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 META_NAME = re.compile(r"__[^/]*__($|/)")
-# Longer texts are no labels; all records of a shard are as wide as its longest.
+# Longer texts are not labels; all records of a shard are as wide as its longest.
 MAX_LABEL_BYTES = 1 << 10
 MAX_TEXT_BYTES = 200
-# One request brings the headers of many small members; on a disk seeking is cheaper than reading on.
+# One request reads the headers of many small members; on a disk seeking is cheaper than reading on.
 LOCAL_WINDOW_BYTES, REMOTE_WINDOW_BYTES = 1 << 16, 1 << 23
 HEAD_BYTES = 1 << 12
 CRC_BYTES = 1 << 23
@@ -46,7 +46,7 @@ BLOCK_BYTES = 512
 
 @dataclass(frozen=True)
 class SampleKeys:
-    """Which members of a sample are read.
+    """The members of a sample that are read.
 
     Attributes:
         image: the suffix of the image; None for the first with a usual one.
@@ -57,11 +57,11 @@ class SampleKeys:
     label: str | None
 
     def is_image(self, suffix: str) -> bool:
-        """Whether a member is the image."""
+        """Return whether a member is the image."""
         return suffix in IMAGE_SUFFIXES if self.image is None else suffix == self.image.lower()
 
     def label_rank(self, suffix: str) -> tuple[int, str | None] | None:
-        """Return how far down the list of choices a member stands, and the field to read; None for no label."""
+        """Return a member's rank among the choices for the label, 0 first, and its JSON field; None for no label."""
         for rank, choice in enumerate(DEFAULT_LABEL_KEYS if self.label is None else (self.label,)):
             member, _, name = choice.partition(":")
             if suffix == member.lower():
@@ -69,8 +69,138 @@ class SampleKeys:
         return None
 
 
+def shard_samples(
+    storage: Storage, file: StoredFile, keys: SampleKeys, cache_dir: str | None, whole: bool = False
+) -> np.ndarray:
+    """Return a shard's samples, (M,) records.
+
+    Fields are `name`, `offset` and `num_bytes` of the image, `crc` (a checksum of its first 4 KiB, or all of it with
+    `whole`), `label` (its text), and `fault`, empty where nothing is wrong. The records of a damaged shard end with one
+    that has the damage as its fault, and no name.
+
+    Raises:
+        DataError: the shard can't be read, or the cache can't be written.
+    """
+    if file.mtime_ns is None:  # an old entry could not be told from a new shard
+        return _scan(storage, file, keys, whole)
+    # A tool that rewrites a shard may restore its modification time, but not its change time.
+    changed_ns = _change_time_ns(storage, file) if storage.is_local else 0
+    address = digest(storage.path, file.name, file.num_bytes, file.mtime_ns, changed_ns)
+    key = f"webdataset-index-{digest(address, str(keys.image), str(keys.label), 'whole' if whole else 'head')}"
+
+    def build(folder: Path) -> None:
+        np.save(folder / "samples.npy", _scan(storage, file, keys, whole))
+
+    return cached_arrays(key, cache_root(cache_dir), build, num_bytes=file.num_bytes // 100)["samples"]
+
+
+def shard_name(storage: Storage, file: StoredFile) -> str:
+    """Return what messages call a shard."""
+    return file.name or storage.full("").rpartition("/")[2]
+
+
+def _change_time_ns(storage: Storage, file: StoredFile) -> int:
+    try:
+        return Path(storage.full(file.name)).stat().st_ctime_ns
+    except OSError as error:
+        raise _unreadable(storage, file, error) from None
+
+
+def _unreadable(storage: Storage, file: StoredFile, error: OSError) -> DataError:
+    return DataError(f"{shard_name(storage, file)} can't be read ({one_line(error)}): restore it, or try again")
+
+
+def _scan(storage: Storage, file: StoredFile, keys: SampleKeys, whole: bool) -> np.ndarray:
+    try:
+        reader = _WindowReader(storage, file)
+        samples = _walk(reader, keys, whole)
+    except OSError as error:
+        raise _unreadable(storage, file, error) from None
+    if not reader.has_end_mark:
+        logger.warning("%s has no end mark: it may have been cut off", shard_name(storage, file))
+    records = [sample.record() for sample in samples]
+    widths = [max((len(record[column]) for record in records), default=0) or 1 for column in (0, 4, 5)]  # type: ignore[arg-type]
+    fields = [("name", f"S{widths[0]}"), ("offset", "<i8"), ("num_bytes", "<i8"), ("crc", "<u4")]
+    return np.array(records, dtype=[*fields, ("label", f"S{widths[1]}"), ("fault", f"S{widths[2]}")])
+
+
+def _walk(reader: _WindowReader, keys: SampleKeys, whole: bool) -> list[_Sample]:
+    samples: list[_Sample] = []
+    try:
+        with tarfile.open(fileobj=reader, mode="r:") as archive:  # type: ignore[call-overload]
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # tarfile would keep every header
+                if member.isreg() and not META_NAME.match(member.name):
+                    _add_member(samples, reader, member, keys, whole)
+            end = archive.offset
+            if any(reader.read_at(end, BLOCK_BYTES)):
+                raise tarfile.ReadError(f"no header at byte {end}")
+            reader.has_end_mark = end < reader.num_bytes
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        samples.append(_Sample("", fault=f"is not a tar archive, or cut off ({errors.one_line(error)[:80]})"))
+    return samples
+
+
+def _add_member(
+    samples: list[_Sample], reader: _WindowReader, member: tarfile.TarInfo, keys: SampleKeys, whole: bool
+) -> None:
+    parts = MEMBER_NAME.fullmatch(member.name)
+    if parts is None:
+        return
+    name, suffix = parts[1], parts[2].lower()
+    if not samples or samples[-1].name != name:
+        samples.append(_Sample(name))
+    sample = samples[-1]
+    if suffix in sample.suffixes:
+        sample.fault = f"has two members .{suffix}: give every sample a name of its own"
+    sample.suffixes.append(suffix)
+    if member.sparse is not None or member.offset_data + member.size > reader.num_bytes:
+        sample.fault = f"has a member .{suffix} that is {'sparse' if member.sparse is not None else 'cut off'}"
+    elif keys.is_image(suffix) and sample.image is None:
+        crc, num_bytes = 0, member.size if whole else min(member.size, HEAD_BYTES)
+        for start in range(0, num_bytes, CRC_BYTES):
+            crc = zlib.crc32(reader.read_at(member.offset_data + start, min(CRC_BYTES, num_bytes - start)), crc)
+        sample.image = (member.offset_data, member.size, crc)
+    elif (choice := keys.label_rank(suffix)) is not None and choice[0] < sample.label_rank:
+        try:
+            label = _label_text(reader.read_at(member.offset_data, member.size), choice[1])
+        except ValueError as error:
+            sample.label_fault = f"has an unsuitable label in .{suffix} ({errors.one_line(error)[:100]})"
+            return
+        if label is not None:
+            sample.label, sample.label_rank, sample.label_fault = label, choice[0], ""
+
+
+def _label_text(content: bytes, name: str | None) -> bytes | None:
+    """Return a label's text; None where a JSON member lacks the field."""
+    if name is None:
+        value: Any = content.decode("utf-8")
+    else:
+        fields = json.loads(content)
+        if not isinstance(fields, dict) or fields.get(name) is None:
+            return None
+        value = fields[name]
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise DataError(f"{name} is {str(value)[:40]}: labels must be whole numbers or text")
+    label = str(value).strip().encode()
+    if len(label) > MAX_LABEL_BYTES:
+        raise DataError(f"{len(label)} bytes are too long for a label")
+    return label
+
+
 @dataclass
 class _Sample:
+    """A sample whose members are being read.
+
+    Attributes:
+        name: of its members, without the suffix.
+        suffixes: of its members.
+        image: offset, size in bytes and checksum.
+        label: its text.
+        label_rank: of the member that the label is from; higher than all ranks where there is none.
+        label_fault, fault: what is wrong with the label and with the sample.
+    """
+
     name: str
     suffixes: list[str] = field(default_factory=list)
     image: tuple[int, int, int] | None = None
@@ -80,6 +210,7 @@ class _Sample:
     fault: str = ""
 
     def record(self) -> tuple[bytes, int, int, int, bytes, bytes]:
+        """Return the fields that `shard_samples` lists."""
         fault = self.fault or self.label_fault
         if self.image is None:
             fault = fault or f"has no image (its members: {', '.join(self.suffixes)})"
@@ -91,64 +222,8 @@ class _Sample:
         return name, *(self.image or (0, 0, 0)), self.label or b"", text
 
 
-def shard_samples(
-    storage: Storage, file: StoredFile, keys: SampleKeys, cache_dir: str | None, whole: bool = False
-) -> np.ndarray:
-    """Return a shard's samples, (M,) records.
-
-    Fields are `name`, `offset` and `num_bytes` of the image, `crc` (a checksum of its first 4 KiB, or all of it with
-    `whole`), `label` (its text), and `fault`, empty where nothing is wrong. A shard that is damaged ends with a record
-    of that, without a name.
-
-    Raises:
-        ValueError: the shard can't be read, or the cache can't be written.
-    """
-    if file.mtime_ns is None:  # nothing would tell an old entry from a new shard
-        return _scan(storage, file, keys, whole)
-    # A tool that writes a shard anew may set its old time again, but not that of the change.
-    changed_ns = _changed_ns(storage, file) if storage.is_local else 0
-    address = digest(storage.path, file.name, file.num_bytes, file.mtime_ns, changed_ns)
-    key = f"webdataset-index-{digest(address, str(keys.image), str(keys.label), 'whole' if whole else 'head')}"
-    build = partial(_build, storage, file, keys, whole)
-    return cached_arrays(key, cache_root(cache_dir), build, num_bytes=file.num_bytes // 100)["samples"]
-
-
-def _changed_ns(storage: Storage, file: StoredFile) -> int:
-    try:
-        return Path(storage.full(file.name)).stat().st_ctime_ns
-    except OSError as error:
-        raise _unreadable(storage, file, error) from None
-
-
-def _unreadable(storage: Storage, file: StoredFile, error: OSError) -> ValueError:
-    return DataError(f"{shard_name(storage, file)} can't be read ({one_line(error)}): restore it, or try again")
-
-
-def _build(storage: Storage, file: StoredFile, keys: SampleKeys, whole: bool, folder: Path) -> None:
-    np.save(folder / "samples.npy", _scan(storage, file, keys, whole))
-
-
-def _scan(storage: Storage, file: StoredFile, keys: SampleKeys, whole: bool) -> np.ndarray:
-    try:
-        reader = _Windows(storage, file)
-        samples = _walk(reader, keys, whole)
-    except OSError as error:
-        raise _unreadable(storage, file, error) from None
-    if not reader.ended:
-        logger.warning("%s has no end mark: it may have been cut off", shard_name(storage, file))
-    records = [sample.record() for sample in samples]
-    widths = [max((len(record[column]) for record in records), default=0) or 1 for column in (0, 4, 5)]  # type: ignore[arg-type]
-    fields = [("name", f"S{widths[0]}"), ("offset", "<i8"), ("num_bytes", "<i8"), ("crc", "<u4")]
-    return np.array(records, dtype=[*fields, ("label", f"S{widths[1]}"), ("fault", f"S{widths[2]}")])
-
-
-def shard_name(storage: Storage, file: StoredFile) -> str:
-    """Return what messages call a shard."""
-    return file.name or storage.full("").rpartition("/")[2]
-
-
-class _Windows:
-    """A stored file as tarfile reads one: in windows, so that many headers cost one request."""
+class _WindowReader:
+    """A file object for tarfile that reads a stored file in windows, so that one request brings many headers."""
 
     def __init__(self, storage: Storage, file: StoredFile) -> None:
         self._file = storage.open(file.name)
@@ -156,7 +231,7 @@ class _Windows:
         self._window_bytes = LOCAL_WINDOW_BYTES if storage.is_local else REMOTE_WINDOW_BYTES
         self._start, self._window = 0, b""
         self._position = 0
-        self.ended = True
+        self.has_end_mark = True
 
     def tell(self) -> int:
         return self._position
@@ -178,68 +253,3 @@ class _Windows:
             wanted = min(max(num_bytes, self._window_bytes), self.num_bytes - offset)
             self._start, self._window = offset, bytes(self._file.read_at(wanted, offset))
         return self._window[offset - self._start :][:num_bytes]
-
-
-def _walk(reader: _Windows, keys: SampleKeys, whole: bool) -> list[_Sample]:
-    samples: list[_Sample] = []
-    try:
-        with tarfile.open(fileobj=reader, mode="r:") as archive:  # type: ignore[call-overload]
-            while (member := archive.next()) is not None:
-                archive.members.clear()  # tarfile would keep every header
-                if member.isreg() and not META_NAME.match(member.name):
-                    _add_member(samples, reader, member, keys, whole)
-            end = archive.offset
-            if any(reader.read_at(end, BLOCK_BYTES)):
-                raise tarfile.ReadError(f"no header at byte {end}")
-            reader.ended = end < reader.num_bytes
-    except (tarfile.TarError, ValueError, EOFError) as error:
-        line = " ".join(str(error).split())[:80]
-        samples.append(_Sample("", fault=f"is no tar archive, or cut off ({line})"))
-    return samples
-
-
-def _add_member(
-    samples: list[_Sample], reader: _Windows, member: tarfile.TarInfo, keys: SampleKeys, whole: bool
-) -> None:
-    parts = MEMBER_NAME.fullmatch(member.name)
-    if parts is None:
-        return
-    name, suffix = parts[1], parts[2].lower()
-    if not samples or samples[-1].name != name:
-        samples.append(_Sample(name))
-    sample = samples[-1]
-    if suffix in sample.suffixes:
-        sample.fault = f"has two members .{suffix}: give every sample a name of its own"
-    sample.suffixes.append(suffix)
-    if member.sparse is not None or member.offset_data + member.size > reader.num_bytes:
-        sample.fault = f"has a member .{suffix} that is {'sparse' if member.sparse is not None else 'cut off'}"
-    elif keys.is_image(suffix) and sample.image is None:
-        crc, num_bytes = 0, member.size if whole else min(member.size, HEAD_BYTES)
-        for start in range(0, num_bytes, CRC_BYTES):
-            crc = zlib.crc32(reader.read_at(member.offset_data + start, min(CRC_BYTES, num_bytes - start)), crc)
-        sample.image = (member.offset_data, member.size, crc)
-    elif (found := keys.label_rank(suffix)) is not None and found[0] < sample.label_rank:
-        try:
-            label = _label_text(reader.read_at(member.offset_data, member.size), found[1])
-        except ValueError as error:
-            sample.label_fault = f"has an unsuitable label in .{suffix} ({' '.join(str(error).split())[:100]})"
-            return
-        if label is not None:
-            sample.label, sample.label_rank, sample.label_fault = label, found[0], ""
-
-
-def _label_text(content: bytes, name: str | None) -> bytes | None:
-    """Return a label's text; None where a JSON member lacks the field."""
-    if name is None:
-        value: Any = content.decode("utf-8")
-    else:
-        fields = json.loads(content)
-        if not isinstance(fields, dict) or fields.get(name) is None:
-            return None
-        value = fields[name]
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise DataError(f"{name} is {str(value)[:40]}: labels must be whole numbers or text")
-    label = str(value).strip().encode()
-    if len(label) > MAX_LABEL_BYTES:
-        raise DataError(f"{len(label)} bytes are no label")
-    return label

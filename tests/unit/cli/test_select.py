@@ -91,10 +91,10 @@ def test_options_are_those_of_choose(tmp_path: Path, words: list[str], options: 
 
 def test_several_formats_hold_one_choice(tmp_path: Path) -> None:
     scores_in(tmp_path)
-    files = [tmp_path / f"seven{ending}" for ending in (".parquet", ".npz", ".txt", ".tsv", ".npy")]
+    files = [tmp_path / f"seven{ending}" for ending in (".parquet", ".txt")]
     printed = run(tmp_path, "--keep", "7", *(word for file in files for word in ("--out", file)))
     ids = [read_selection_file(file).ids.tolist() for file in files]
-    assert ids == [ids[0]] * 5
+    assert ids == [ids[0]] * 2
     assert all(f"wrote    {file}" in printed for file in files)
     assert not (tmp_path / "chosen.parquet").exists()
 
@@ -102,7 +102,7 @@ def test_several_formats_hold_one_choice(tmp_path: Path) -> None:
 def test_an_existing_file_is_overwritten_only_when_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = scores_in(tmp_path)
     run(tmp_path, "--keep", "7")
-    new = tmp_path / "new.npz"
+    new = tmp_path / "new.txt"
     assert "--force" in refused(capsys, tmp_path, "--keep", 9, "--out", new, "--out", tmp_path / "chosen.parquet")
     assert not new.exists()
     run(tmp_path, "--keep", "9", "--force")
@@ -153,9 +153,8 @@ def test_a_csv_without_labels_and_many_classes(tmp_path: Path) -> None:
         (["--keep", "40", "--drop-top", "0.5"], "outside 1..20"),
         (["--keep", "5", "--reweigh"], "rule 'strata'"),
         (["--keep", "5", "--rule", "strata", "--reweigh"], "take fewer strata"),
-        (["--keep", "5", "--out", "chosen.csv"], "end it in one of"),
-        (["--keep", "5", "--out", "nowhere/chosen.npz"], "create it first"),
-        (["--keep", "30", "--rule", "strata", "--strata", "2", "--reweigh", "--out", "w.npy"], "no place for weights"),
+        (["--keep", "5", "--out", "chosen.npz"], "end it in .parquet or .txt"),
+        (["--keep", "5", "--out", "nowhere/chosen.txt"], "create it first"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(
@@ -175,7 +174,7 @@ def test_scores_that_cannot_be_used_are_one_line(tmp_path: Path, capsys: pytest.
     assert "does not exist" in refused(capsys, tmp_path / "none.parquet", "--keep", 5)
     assert "let the run finish" in refused(capsys, tmp_path, "--keep", 5)
     scores_in(tmp_path, el2n=LOSS)
-    assert "2 scores: name the one to go by, one of loss, el2n" in refused(capsys, tmp_path, "--keep", 5)
+    assert "2 scores: name the one to use, one of loss, el2n" in refused(capsys, tmp_path, "--keep", 5)
     run(tmp_path, "--keep", 5, "--by", "el2n")
     assert "is a selection" in refused(capsys, tmp_path / "chosen.parquet", "--keep", 5, "--force")
     write_scores(tmp_path / "bare.parquet", 40, {"loss": LOSS})

@@ -1,4 +1,4 @@
-"""The decoded cache: built once, atomically, and again when damaged."""
+"""Cache entries: built once, atomically, and again when damaged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def total(root, pause_s=0.0):
     return int(cached_arrays("test-1", root, partial(build, pause_s=pause_s), 64_000)["values"].sum())
 
 
-def test_second_use_does_not_build(tmp_path):
+def test_an_entry_is_built_once(tmp_path):
     first = cached_arrays("test-1", tmp_path, build, 64_000)["values"]
     again = cached_arrays("test-1", tmp_path, refuse, 64_000)["values"]
     np.testing.assert_array_equal(first, again)
@@ -68,14 +68,14 @@ def test_a_failed_build_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_processes_at_once(tmp_path):
+def test_two_processes_may_build_at_once(tmp_path):
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         tasks = [pool.submit(total, tmp_path, 1.0) for _ in range(2)]
         assert [task.result() for task in tasks] == [24_000, 24_000]
     assert [entry.name for entry in tmp_path.iterdir()] == ["test-1"]
 
 
-def test_many_threads_at_once_over_a_damaged_entry(tmp_path):
+def test_many_threads_may_replace_a_damaged_entry_at_once(tmp_path):
     (tmp_path / "test-1").mkdir()
     (tmp_path / "test-1" / "values.npy").write_bytes(b"half")
     with ThreadPoolExecutor(4) as pool:
@@ -89,7 +89,7 @@ def test_too_little_space_is_refused_before_writing(tmp_path):
         cached_arrays("test-1", tmp_path, refuse, 10**15)
 
 
-def test_unwritable_place_is_refused(tmp_path):
+def test_an_unwritable_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"can't be written .*RAYPRUNE_CACHE"):
         cached_arrays("test-1", tmp_path / "file" / "cache", build, 1)
@@ -107,7 +107,7 @@ def test_folders_of_killed_processes_are_removed(tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [".my-own", ".test-1-new", "test-1"]
 
 
-def test_cache_root(tmp_path, monkeypatch):
+def test_the_cache_folder_comes_from_the_argument_then_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("RAYPRUNE_CACHE", str(tmp_path / "env"))
     assert cache_root(None) == tmp_path / "env"
     assert cache_root(tmp_path / "given") == tmp_path / "given"

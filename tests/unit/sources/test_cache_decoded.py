@@ -1,4 +1,4 @@
-"""Decoding once: modes, room on the disk, several processes, half-written entries, changed data."""
+"""Rows decoded once: modes, room on the disk, several processes, half-written entries, changed data."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rayprune.sources import open_data
-from rayprune.sources.cache import decoded, has_entry
+from rayprune.sources import image_folder, open_data
+from rayprune.sources.cache import decoded, is_complete
+from tests.support.sources import all_rows
 
 Usage = namedtuple("Usage", "total used free")
 ROW_BYTES = 5 * 6 * 3 + 8
@@ -50,10 +51,6 @@ def entries(tmp_path):
     return sorted(entry.name for entry in (tmp_path / "cache").glob("*"))
 
 
-def all_rows(source):
-    return source.take(np.arange(len(source)))
-
-
 def assert_same(first, second):
     for name, column in all_rows(first).items():
         other = all_rows(second)[name]
@@ -61,15 +58,16 @@ def assert_same(first, second):
         np.testing.assert_array_equal(column, other)
 
 
-def count_decodings(monkeypatch):
-    """Return a list that gets an element for every image that is decoded from now on."""
-    from rayprune.sources.image_folder import ImageRows
+def record_decodings(monkeypatch):
+    """Return a list that gets the file name of every image that is decoded from now on."""
+    decode_rows, files = image_folder.decode_rows, []
 
-    decode, seen = ImageRows._pixels, []
-    monkeypatch.setattr(
-        ImageRows, "_pixels", lambda self, sample, *args: (seen.append(sample), decode(self, sample, *args))[1]
-    )
-    return seen
+    def record(encoded, images, name, rows):
+        files.extend(Path(name(position)).name for position in range(len(encoded)))
+        return decode_rows(encoded, images, name, rows)
+
+    monkeypatch.setattr(image_folder, "decode_rows", record)
+    return files
 
 
 def test_modes_agree_bit_for_bit(tmp_path, data, opened, monkeypatch):
@@ -84,9 +82,10 @@ def test_modes_agree_bit_for_bit(tmp_path, data, opened, monkeypatch):
         ids = np.array([39, 0, 39])
         num_bytes = source.read(ids)[1]
         assert num_bytes == len(ids) * ROW_BYTES
-        seen = count_decodings(monkeypatch)
-        source.take(ids)
-        assert seen == []
+        with monkeypatch.context() as patch:
+            files = record_decodings(patch)
+            source.take(ids)
+        assert files == []
         assert_same(pickle.loads(pickle.dumps(source)), none)
     assert entries(tmp_path) == [f"decoded-{none.fingerprint}"]
 
@@ -98,15 +97,15 @@ def test_neither_none_nor_memory_writes(tmp_path, data, opened):
 
 
 def test_rows_are_decoded_once_whatever_part_is_read(data, opened, monkeypatch):
-    seen = count_decodings(monkeypatch)
+    files = record_decodings(monkeypatch)
     splits = open_data(
         "image_folder", path=str(data), cache="disk", cache_dir=str(data.parent / "cache"), validation_fraction=0.25
     )
     splits.train.prepare()
     splits.validation.prepare()
-    assert sorted(seen) == list(range(40))
+    assert sorted(files) == sorted(file.name for file in data.rglob("*.bmp"))
     opened("disk").take(np.arange(40))
-    assert len(seen) == 40
+    assert len(files) == 40
 
 
 def test_cheap_rows_are_kept_as_they_are():
@@ -115,7 +114,7 @@ def test_cheap_rows_are_kept_as_they_are():
     assert digits.schema.row_bytes == 72
 
 
-def test_too_little_room(tmp_path, data, opened, monkeypatch, caplog):
+def test_auto_decodes_at_every_visit_where_the_disk_is_too_small(tmp_path, data, opened, monkeypatch, caplog):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 0, 40 * ROW_BYTES - 1))
     with caplog.at_level(logging.WARNING):
         assert opened("auto").row_cost == "expensive"
@@ -125,7 +124,7 @@ def test_too_little_room(tmp_path, data, opened, monkeypatch, caplog):
     assert entries(tmp_path) == []
 
 
-def test_an_entry_that_is_there_needs_no_room(tmp_path, data, opened, monkeypatch):
+def test_an_existing_entry_needs_no_room(tmp_path, data, opened, monkeypatch):
     opened("disk").prepare()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 0))
     source = opened("auto")
@@ -140,7 +139,7 @@ def checksum(folder):
     return os.getpid(), int(all_rows(source)["image"].sum())
 
 
-def test_two_processes_at_once(tmp_path, data, opened):
+def test_two_processes_may_build_at_once(tmp_path, data, opened):
     expected = int(all_rows(opened("none"))["image"].sum())
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         tasks = [pool.submit(checksum, tmp_path) for _ in range(2)]
@@ -153,7 +152,7 @@ def test_half_written_entries_are_built_again(tmp_path, data, opened, damage):
     none = opened("none")
     opened("disk").prepare()
     entry = tmp_path / "cache" / f"decoded-{none.fingerprint}"
-    assert has_entry(entry.name, tmp_path / "cache")
+    assert is_complete(entry)
     match damage:
         case "short":
             file = entry / "image.npy"
@@ -162,9 +161,9 @@ def test_half_written_entries_are_built_again(tmp_path, data, opened, damage):
             (entry / "manifest.json").unlink()
         case "column missing":
             (entry / "label.npy").unlink()
-    assert not has_entry(entry.name, tmp_path / "cache")
+    assert not is_complete(entry)
     assert_same(opened("disk"), none)
-    assert has_entry(entry.name, tmp_path / "cache")
+    assert is_complete(entry)
 
 
 def test_changed_data_get_an_entry_of_their_own(tmp_path, data, opened):
@@ -180,11 +179,11 @@ def test_changed_data_get_an_entry_of_their_own(tmp_path, data, opened):
 
 def test_a_damaged_image_leaves_no_entry(tmp_path, data, opened):
     (data / "b" / "05.bmp").write_bytes((data / "b" / "05.bmp").read_bytes()[:60])
-    with pytest.raises(ValueError, match=r"b/05\.bmp is no readable image"):
+    with pytest.raises(ValueError, match=r"b/05\.bmp is not a readable image"):
         opened("disk").prepare()
     assert entries(tmp_path) == []
 
 
-def test_unknown_mode(data, opened):
-    with pytest.raises(ValueError, match=r"data\.cache is 'disc': did you mean 'disk'"):
+def test_an_unknown_mode_is_refused(data, opened):
+    with pytest.raises(ValueError, match=r"data\.cache = 'disc': did you mean 'disk'"):
         opened("disc")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import socket
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 from PIL import Image
 
 from rayprune.sources import from_huggingface, open_data
+from tests.support.sources import all_rows, encode_image, pixels
 
 datasets = pytest.importorskip("datasets")
 datasets.disable_progress_bars()
@@ -20,25 +20,13 @@ datasets.disable_progress_bars()
 
 @pytest.fixture
 def opened(tmp_path):
-    """Open a path without validation part and with a cache of the test's own."""
+    """Open a path without a validation part and with the test's own cache."""
 
     def call(path, **keys):
         fixed = {"path": str(path), "cache_dir": str(tmp_path / "cache"), "validation_fraction": 0}
         return open_data("huggingface", **fixed | keys)
 
     return call
-
-
-def pixels(count, size=(6, 5), channels=3):
-    shape = (count, size[1], size[0], *([channels] if channels > 1 else []))
-    return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-
-
-def encode(array, kind="PNG", mode=None):
-    stream = io.BytesIO()
-    image = Image.fromarray(array)
-    (image.convert(mode) if mode else image).save(stream, kind)
-    return stream.getvalue()
 
 
 def images_of(encoded, labels, names=("cat", "dog", "größe")):
@@ -51,15 +39,11 @@ def images_of(encoded, labels, names=("cat", "dog", "größe")):
 
 
 def image_set(count=12):
-    return images_of([encode(image) for image in pixels(count)], [row % 3 for row in range(count)])
-
-
-def all_rows(source):
-    return source.take(np.arange(len(source)))
+    return images_of([encode_image(image) for image in pixels(count)], [row % 3 for row in range(count)])
 
 
 @pytest.mark.parametrize("cache", ["none", "auto"])
-def test_a_saved_dataset_dict(tmp_path, opened, cache):
+def test_a_saved_dataset_dict_is_read(tmp_path, opened, cache):
     whole = image_set()
     parts = datasets.DatasetDict(train=whole.select(range(9)), test=whole.select(range(9, 12)))
     parts.save_to_disk(tmp_path / "set", num_shards={"train": 2, "test": 1})
@@ -91,7 +75,7 @@ def test_nothing_is_downloaded(tmp_path, opened, monkeypatch):
         opened("s3://bucket/set")
 
 
-def test_the_splits(tmp_path, opened):
+def test_splits_are_found_and_chosen(tmp_path, opened):
     whole = image_set()
     saved = datasets.DatasetDict(train=whole, test=whole.select([0]), val=whole.select([1, 2]))
     saved.save_to_disk(tmp_path / "set")
@@ -106,7 +90,7 @@ def test_the_splits(tmp_path, opened):
         opened(tmp_path / "set", validation_split="valid")
 
 
-def test_the_fingerprint_is_the_content(tmp_path, opened):
+def test_the_fingerprint_changes_with_the_content_only(tmp_path, opened):
     whole = image_set()
     whole.save_to_disk(tmp_path / "one")
     whole.save_to_disk(tmp_path / "many", num_shards=4)
@@ -118,7 +102,7 @@ def test_the_fingerprint_is_the_content(tmp_path, opened):
     assert from_huggingface(whole, image_size=4).fingerprint != fingerprint
     other = pixels(12)
     other[7, 0, 0, 0] ^= 1
-    changed = images_of([encode(image) for image in other], whole["label"])
+    changed = images_of([encode_image(image) for image in other], whole["label"])
     assert from_huggingface(changed).fingerprint != fingerprint
 
 
@@ -127,11 +111,11 @@ def test_a_selection_of_rows_is_read_through(tmp_path):
     source = pickle.loads(pickle.dumps(from_huggingface(chosen)))
     columns, num_bytes = source.read(np.array([3, 0]))
     np.testing.assert_array_equal(columns["image"], pixels(12)[[11, 5]])
-    assert num_bytes == sum(len(encode(image)) for image in pixels(12)[[11, 5]]) + 16
+    assert num_bytes == sum(len(encode_image(image)) for image in pixels(12)[[11, 5]]) + 16
     assert source.row_cost == "expensive"
 
 
-def test_images_in_files_of_their_own(tmp_path):
+def test_images_in_separate_files_are_read(tmp_path):
     paths = [str(tmp_path / f"bild ü {row}.png") for row in range(3)]
     for path, image in zip(paths, pixels(3), strict=True):
         Image.fromarray(image).save(path)
@@ -142,11 +126,11 @@ def test_images_in_files_of_their_own(tmp_path):
     Image.fromarray(pixels(6)[5]).save(paths[1])
     assert from_huggingface(named).fingerprint != source.fingerprint
     (tmp_path / "bild ü 2.png").unlink()
-    with pytest.raises(ValueError, match="row 2 is no readable image"):
+    with pytest.raises(ValueError, match="row 2 is not a readable image"):
         source.take(np.array([2]))
 
 
-def test_numbers_and_lists_of_numbers(tmp_path, opened):
+def test_numbers_and_lists_of_numbers_are_features(tmp_path, opened):
     rows = {
         "width": [1, 2, 3],
         "code": [[0.5, 1.5], [2.5, 3.5], [4.5, 5.5]],
@@ -168,7 +152,7 @@ def test_numbers_and_lists_of_numbers(tmp_path, opened):
     np.testing.assert_array_equal(all_rows(again)["features"], [[3, 4.5, 5.5], [1, 0.5, 1.5]])
 
 
-def test_string_labels_of_both_splits(tmp_path, opened):
+def test_string_labels_are_numbered_alike_in_both_splits(tmp_path, opened):
     train = datasets.Dataset.from_dict({"x": [1.0, 2.0, 3.0], "y": ["owl", "cat", "owl"]})
     test = datasets.Dataset.from_dict({"x": [1.0], "y": ["owl"]})
     datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "set")
@@ -180,8 +164,12 @@ def test_string_labels_of_both_splits(tmp_path, opened):
         opened(tmp_path / "other")
 
 
-def test_sizes_and_modes(tmp_path):
-    images = [encode(pixels(1, (9, 4))[0]), encode(pixels(1)[0], mode="L"), encode(pixels(1)[0], mode="RGBA")]
+def test_images_of_several_sizes_and_modes_are_brought_to_one(tmp_path):
+    images = [
+        encode_image(pixels(1, (9, 4))[0]),
+        encode_image(pixels(1)[0], mode="L"),
+        encode_image(pixels(1)[0], mode="RGBA"),
+    ]
     mixed = images_of(images, [0, 1, 2])
     with pytest.raises(ValueError, match=r"row 1 is an image of 6×5 pixels and the first one has 9×4: set data\.image"):
         from_huggingface(mixed).take(np.array([0, 1]))
@@ -190,19 +178,19 @@ def test_sizes_and_modes(tmp_path):
         from_huggingface(mixed, image_size=0)
 
 
-@pytest.mark.parametrize("content", [b"no image", encode(pixels(1)[0])[:60], None])
+@pytest.mark.parametrize("content", [b"no image", encode_image(pixels(1)[0])[:60], None])
 def test_unreadable_images_are_named(content):
-    damaged = images_of([*[encode(image) for image in pixels(2)], content], [0, 1, 2])
-    with pytest.raises(ValueError, match="the dataset row 2 is no readable image"):
+    damaged = images_of([*[encode_image(image) for image in pixels(2)], content], [0, 1, 2])
+    with pytest.raises(ValueError, match="the dataset row 2 is not a readable image"):
         from_huggingface(damaged).take(np.array([1, 2]))
-    with pytest.raises(ValueError, match="row 0 is no readable image"):
+    with pytest.raises(ValueError, match="row 0 is not a readable image"):
         from_huggingface(damaged.select([2]))
 
 
-def test_an_image_of_no_bytes_is_named():
+def test_an_empty_image_is_named():
     kind = datasets.Features({"image": datasets.Value("binary"), "label": datasets.Value("int64")})
-    stored = datasets.Dataset.from_dict({"image": [encode(pixels(1)[0]), b""], "label": [0, 1]}, features=kind)
-    with pytest.raises(ValueError, match="row 1 is no readable image"):
+    stored = datasets.Dataset.from_dict({"image": [encode_image(pixels(1)[0]), b""], "label": [0, 1]}, features=kind)
+    with pytest.raises(ValueError, match="row 1 is not a readable image"):
         from_huggingface(stored).take(np.array([1]))
 
 
@@ -223,20 +211,20 @@ def test_an_image_of_no_bytes_is_named():
         ({"x": [], "y": []}, {}, "has no rows"),
     ],
 )
-def test_unsuitable_columns(rows, keys, message):
+def test_unsuitable_columns_are_refused(rows, keys, message):
     with pytest.raises(ValueError, match=message) as caught:
         all_rows(from_huggingface(datasets.Dataset.from_dict(rows), **keys))
     assert "\n" not in str(caught.value)
 
 
-def test_no_dataset():
+def test_other_objects_are_refused():
     for other in (datasets.DatasetDict(train=image_set()), image_set().to_iterable_dataset(), [1, 2]):
-        with pytest.raises(ValueError, match=r"is no datasets\.Dataset: choose a split"):
+        with pytest.raises(ValueError, match=r"is not a datasets\.Dataset: choose a split"):
             from_huggingface(other)
 
 
-def test_missing_and_damaged_folders(tmp_path, opened):
-    with pytest.raises(ValueError, match=r"is no folder written by Dataset\.save_to_disk: correct it$"):
+def test_missing_and_damaged_folders_are_refused(tmp_path, opened):
+    with pytest.raises(ValueError, match=r"is not a folder written by Dataset\.save_to_disk: correct it$"):
         opened(tmp_path)
     image_set().to_parquet(tmp_path / "data" / "train.parquet")
     with pytest.raises(ValueError, match=r"or set data\.source=parquet"):
@@ -249,7 +237,7 @@ def test_missing_and_damaged_folders(tmp_path, opened):
     assert "\n" not in str(caught.value)
 
 
-def test_without_the_package(tmp_path):
+def test_a_missing_package_is_named(tmp_path):
     (tmp_path / "state.json").write_text("{}")
     code = (
         "import sys; sys.modules['datasets'] = None\n"
@@ -262,7 +250,7 @@ def test_without_the_package(tmp_path):
 
 
 def test_validation_class_names_in_another_order_are_refused(tmp_path, opened):
-    encoded = [encode(image) for image in pixels(2)]
+    encoded = [encode_image(image) for image in pixels(2)]
     parts = {"train": images_of(encoded, [0, 1], ("cat", "dog")), "test": images_of(encoded, [0, 1], ("dog", "cat"))}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
     for keys in ({}, {"num_classes": 3}):

@@ -1,4 +1,4 @@
-"""Files of scores: what is written comes back, tables of other programs are read, and faults are one line.
+"""Files of scores: written ones are read back, tables of other programs are read, and faults are one line.
 
 Shapes: N samples.
 """
@@ -31,7 +31,7 @@ def parquet(folder: Path, columns: dict[str, Any], metadata: Any = None) -> Path
     return file
 
 
-def test_what_is_written_comes_back(tmp_path: Path) -> None:
+def test_written_scores_are_read_back(tmp_path: Path) -> None:
     labels, visits = np.array([1, 0, 1]), np.array([4, -1, 4], dtype=np.int32)
     extra = {"hard": np.array([True, False, True]), "text": ["a", "b", "c"]}
     file = write(tmp_path, labels=labels, extra=extra, last_visit=visits, times_pruned=np.array([0, 5, 0]))
@@ -49,7 +49,7 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
         assert stored.ids.tolist() == [0, 1, 2]
 
 
-def test_rows_in_another_order_are_put_in_order(tmp_path: Path) -> None:
+def test_rows_are_sorted_by_id(tmp_path: Path) -> None:
     file = parquet(tmp_path, {"id": [2, 0, 1], "score": [0.2, 0.0, 0.1], "label": [7, 5, 6]})
     stored = read_scores(file)
     assert stored.scores["score"].tolist() == [0.0, 0.1, 0.2]
@@ -74,12 +74,12 @@ def test_whole_numbers_with_gaps_are_scores_with_nan(tmp_path: Path) -> None:
     assert np.array_equal(stored.scores["events"], [3, np.nan], equal_nan=True)
 
 
-def test_names_of_classes_are_no_labels(tmp_path: Path) -> None:
+def test_names_of_classes_are_not_labels(tmp_path: Path) -> None:
     assert read_scores(parquet(tmp_path, {"id": [0, 1], "label": ["a", "b"], "s": [1, 2]})).labels is None
 
 
 @pytest.mark.parametrize(
-    ("columns", "said"),
+    ("columns", "message"),
     [
         ({"number": [0, 1], "score": [1.0, 2.0]}, "no column 'id'"),
         ({"id": [0, 1]}, "no column of numbers"),
@@ -93,8 +93,8 @@ def test_names_of_classes_are_no_labels(tmp_path: Path) -> None:
         ({"id": pa.array([], pa.int64()), "score": pa.array([], pa.float32())}, "no rows"),
     ],
 )
-def test_a_table_that_does_not_fit_is_refused(tmp_path: Path, columns: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said) as refused:
+def test_a_table_that_does_not_fit_is_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
         read_scores(parquet(tmp_path, columns))
     assert "\n" not in str(refused.value)
 
@@ -102,15 +102,20 @@ def test_a_table_that_does_not_fit_is_refused(tmp_path: Path, columns: dict[str,
 def test_a_missing_or_unreadable_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
     (tmp_path / "a.csv").write_text("id,score\n0\n1,2,3\n")
-    cases = {"none.parquet": "does not exist", "": "let the run finish", "a.parquet": "no Parquet", "a.csv": "no CSV"}
-    for name, said in cases.items():
-        with pytest.raises(ValueError, match=said) as refused:
+    messages = {
+        "none.parquet": "does not exist",
+        "": "let the run finish",
+        "a.parquet": "not a Parquet",
+        "a.csv": "not a CSV",
+    }
+    for name, message in messages.items():
+        with pytest.raises(ValueError, match=message) as refused:
             read_scores(tmp_path / name)
         assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (json.dumps({"schema": 2}), "upgrade rayprune"),
         ("{", "damaged metadata"),
@@ -119,29 +124,29 @@ def test_a_missing_or_unreadable_file_is_one_line(tmp_path: Path) -> None:
         (json.dumps({"schema": 1, "kind": "selection"}), "give the scores"),
     ],
 )
-def test_metadata_of_another_kind_is_refused(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_metadata_of_another_kind_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         read_scores(parquet(tmp_path, {"id": [0], "loss": [1.0]}, {"rayprune": text}))
 
 
-def named(names: list[str], method: str | None = None) -> ScoreFile:
+def score_file(names: list[str], method: str | None = None) -> ScoreFile:
     about = {"method": {"name": method}} if method else {}
     return ScoreFile(Path("s"), 1, {name: np.zeros(1) for name in names}, about=about)
 
 
-def test_the_score_to_go_by_is_the_wanted_the_methods_or_the_only_one() -> None:
-    assert named(["loss", "last_visit", "times_pruned"]).score_name() == "loss"
-    assert named(["loss", "el2n"], "el2n").score_name() == "el2n"
-    assert named(["loss", "last_visit"]).score_name("last_visit") == "last_visit"
-    with pytest.raises(ValueError, match="2 scores: name the one to go by, one of loss, el2n"):
-        named(["loss", "el2n"], "infobatch").score_name()
+def test_the_score_to_use_is_the_requested_the_methods_or_the_only_one() -> None:
+    assert score_file(["loss", "last_visit", "times_pruned"]).score_name() == "loss"
+    assert score_file(["loss", "el2n"], "el2n").score_name() == "el2n"
+    assert score_file(["loss", "last_visit"]).score_name("last_visit") == "last_visit"
+    with pytest.raises(ValueError, match="2 scores: name the one to use, one of loss, el2n"):
+        score_file(["loss", "el2n"], "infobatch").score_name()
     with pytest.raises(ValueError, match="no scores"):
-        named(["last_visit"]).score_name()
+        score_file(["last_visit"]).score_name()
     with pytest.raises(ValueError, match="did you mean 'loss'"):
-        named(["loss"]).score_name("los")
+        score_file(["loss"]).score_name("los")
 
 
-def test_nothing_half_written_is_left(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'loss' has 3 rows for 4 samples"):
         write_scores(tmp_path / "s.parquet", 4, {"loss": LOSS})
     with pytest.raises(ValueError, match="two columns of the scores are called 'loss'"):
@@ -157,6 +162,6 @@ def test_nothing_half_written_is_left(tmp_path: Path) -> None:
     assert (tmp_path / "scores.parquet").read_bytes() == before
 
 
-def torn_write(table: pa.Table, where: Path) -> None:
-    where.write_bytes(b"PAR1")
+def torn_write(table: pa.Table, file: Path) -> None:
+    file.write_bytes(b"PAR1")
     raise OSError("disk full")

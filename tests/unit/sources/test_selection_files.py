@@ -1,6 +1,6 @@
-"""Files of chosen samples: every format gives back what was chosen, and faults are one line.
+"""Files of selected samples: both formats return the selection, and faults are one line.
 
-Shapes: N samples, M chosen.
+Shapes: N samples, M selected.
 """
 
 from __future__ import annotations
@@ -15,42 +15,39 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayprune.core import Selection
-from rayprune.sources.selection_files import read_selection_file, write_selection_file
+from rayprune.sources.selection_files import (
+    FORMATS,
+    read_selection_file,
+    read_selection_for,
+    write_selection_file,
+)
+from tests.support.sources import make_source
 
-ENDINGS = [".parquet", ".npz", ".txt", ".tsv"]
 BEYOND_FLOAT32 = (1 << 24) + 1
-CHOSEN = Selection.of_ids([7, 2, BEYOND_FLOAT32], 1 << 25, weights=[1 / 3, 0.0, 2.5])
+SELECTION = Selection.of_ids([7, 2, BEYOND_FLOAT32], 1 << 25, weights=[1 / 3, 0.0, 2.5])
 ABOUT = {"by": "loss", "rule": "top", "note": "é\n#"}
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_what_is_written_comes_back(tmp_path: Path, ending: str) -> None:
-    file = write_selection_file(tmp_path / f"chosen{ending}", CHOSEN, "ab", ABOUT)
+@pytest.mark.parametrize("ending", FORMATS)
+def test_a_written_selection_is_read_back(tmp_path: Path, ending: str) -> None:
+    file = write_selection_file(tmp_path / f"chosen{ending}", SELECTION, "ab", ABOUT)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
     stored = read_selection_file(file, 1 << 25)
     assert stored.ids.dtype == np.int64
-    assert stored.ids.tolist() == CHOSEN.ids.tolist()
+    assert stored.ids.tolist() == SELECTION.ids.tolist()
     assert stored.weights.dtype == np.float32
-    assert np.array_equal(stored.weights, CHOSEN.weights)
+    assert np.array_equal(stored.weights, SELECTION.weights)
     assert (stored.num_samples, stored.fingerprint, dict(stored.about)) == (1 << 25, "ab", ABOUT)
     again = stored.selection(1 << 25)
-    assert np.array_equal(again.codes, CHOSEN.codes)
+    assert np.array_equal(again.codes, SELECTION.codes)
     assert again.requested == pytest.approx(1 - 3 / (1 << 25))
 
 
-@pytest.mark.parametrize("ending", [*ENDINGS, ".npy"])
-def test_weights_of_1_and_no_facts_come_back(tmp_path: Path, ending: str) -> None:
-    file = write_selection_file(tmp_path / f"chosen{ending}", Selection.of_ids([3, 1], 5))
-    stored = read_selection_file(file)
+@pytest.mark.parametrize("ending", FORMATS)
+def test_a_selection_without_weights_and_metadata_is_read_back(tmp_path: Path, ending: str) -> None:
+    stored = read_selection_file(write_selection_file(tmp_path / f"chosen{ending}", Selection.of_ids([3, 1], 5)))
     assert (stored.ids.tolist(), stored.weights.tolist()) == ([1, 3], [1.0, 1.0])
-    assert (stored.fingerprint, dict(stored.about)) == (None, {})
-    assert stored.num_samples == (None if ending == ".npy" else 5)
-
-
-def test_ids_alone_have_no_place_for_weights(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no place for weights"):
-        write_selection_file(tmp_path / "chosen.npy", CHOSEN)
-    assert list(tmp_path.iterdir()) == []
+    assert (stored.num_samples, stored.fingerprint, dict(stored.about)) == (5, None, {})
 
 
 def test_a_text_file_of_ids_is_read(tmp_path: Path) -> None:
@@ -63,54 +60,52 @@ def test_a_text_file_of_ids_is_read(tmp_path: Path) -> None:
     assert (stored.ids.tolist(), stored.weights.tolist()) == ([1, 3], [2.0, 0.5])
 
 
-def test_files_of_other_programs_are_read(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"id": [4, 1], "name": ["a", "b"]}), tmp_path / "a.parquet")
-    np.savez(tmp_path / "a.npz", ids=np.array([4, 1], dtype=np.uint8), weights=np.array([1, 3]))
-    np.save(tmp_path / "a.npy", np.array([4, 1], dtype=np.uint64))
-    weights = [read_selection_file(tmp_path / f"a{ending}").weights.tolist() for ending in (".parquet", ".npz", ".npy")]
-    assert weights == [[1, 1], [3, 1], [1, 1]]
+@pytest.mark.parametrize(
+    ("columns", "weights"),
+    [({"name": ["a", "b"]}, [1, 1]), ({"weight": np.array([1, 3], np.uint8)}, [3, 1])],
+)
+def test_parquet_files_of_other_programs_are_read(
+    tmp_path: Path, columns: dict[str, Any], weights: list[float]
+) -> None:
+    pq.write_table(pa.table({"id": np.array([4, 1], np.uint64), **columns}), tmp_path / "a.parquet")
+    stored = read_selection_file(tmp_path / "a.parquet")
+    assert (stored.ids.tolist(), stored.weights.tolist()) == ([1, 4], weights)
 
 
-IDS_AND_WEIGHTS: list[tuple[Any, Any, str]] = [
-    ([1, 2, 1], None, r"ids \[1\] repeat"),
-    ([1, -2], None, "id -2 is out of range"),
-    ([1, 9], None, r"ids \[9\] are out of range: ids go from 0 to 8"),
-    ([1.0, 2.0], None, "whole number"),
-    ([], None, "no ids|whole number"),
-    ([1, 2], [1.0, -0.5], "row 1 has -0.5"),
-    ([1, 2], [float("nan"), 1.0], "row 0 has nan"),
-    ([1, 2], [1e300, 1.0], "row 0 has 1e"),
-]
-
-
-@pytest.mark.parametrize("ending", [*ENDINGS, ".npy"])
-@pytest.mark.parametrize(("ids", "weights", "said"), IDS_AND_WEIGHTS)
-def test_bad_ids_and_weights_are_refused(tmp_path: Path, ending: str, ids: Any, weights: Any, said: str) -> None:
+@pytest.mark.parametrize("ending", FORMATS)
+@pytest.mark.parametrize(
+    ("ids", "weights", "message"),
+    [
+        ([1, 2, 1], None, r"ids \[1\] repeat"),
+        ([1, -2], None, "id -2 is out of range"),
+        ([1, 9], None, r"ids \[9\] are out of range: ids go from 0 to 8"),
+        ([1.0, 2.0], None, "whole number"),
+        ([], None, "no ids|whole number"),
+        ([1, 2], [1.0, -0.5], "row 1 has -0.5"),
+        ([1, 2], [float("nan"), 1.0], "row 0 has nan"),
+        ([1, 2], [1e300, 1.0], "row 0 has 1e"),
+        ([1, 2], [0.0, 0.0], "all weights are 0"),
+    ],
+)
+def test_bad_ids_and_weights_are_refused(tmp_path: Path, ending: str, ids: Any, weights: Any, message: str) -> None:
     file = tmp_path / f"chosen{ending}"
     if ending == ".parquet":
         pq.write_table(pa.table({"id": ids} if weights is None else {"id": ids, "weight": weights}), file)
-    elif ending == ".npz":
-        np.savez(file, ids=ids, **({} if weights is None else {"weights": weights}))
-    elif ending == ".npy":
-        if weights is not None:
-            return
-        np.save(file, ids)
     else:
         rows = ids if weights is None else [f"{number}\t{weight}" for number, weight in zip(ids, weights, strict=True)]
         file.write_text("".join(f"{row}\n" for row in rows))
-    with pytest.raises(ValueError, match=said) as refused:
+    with pytest.raises(ValueError, match=message) as refused:
         read_selection_file(file, 9)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
-        ("a.csv", b"1", r"ends in '\.csv': end it in one of \.parquet, \.npz, \.txt, \.tsv, \.npy"),
+        ("a.csv", b"1", r"ends in '\.csv': end it in \.parquet or \.txt"),
+        ("a.npz", b"PK", r"ends in '\.npz': end it in \.parquet or \.txt"),
         ("a", b"1", "ends in 'nothing'"),
-        ("a.parquet", b"PAR1", "no Parquet file"),
-        ("a.npz", b"PK", "no readable .npz"),
-        ("a.npy", b"\x93NUMPY", "no readable .npy"),
+        ("a.parquet", b"PAR1", "not a Parquet file"),
         ("a.txt", b"1 2\n", "a line must be a whole number"),
         ("a.txt", b"1\t2\t3\n", "a line must be a whole number"),
         ("a.txt", b"1\tx\n", "a line must be a whole number"),
@@ -125,43 +120,45 @@ def test_bad_ids_and_weights_are_refused(tmp_path: Path, ending: str, ids: Any, 
         ("a.txt", b"# num_samples: 5\n3\n", "chosen among 5 samples, not 9"),
     ],
 )
-def test_an_unreadable_file_is_one_line(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+def test_an_unreadable_file_is_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=said) as refused:
+    with pytest.raises(ValueError, match=message) as refused:
         read_selection_file(tmp_path / name, 9)
     assert "\n" not in str(refused.value)
 
 
-def test_other_things_are_told_from_a_selection(tmp_path: Path) -> None:
+def test_files_that_hold_no_selection_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         read_selection_file(tmp_path / "none.parquet")
     scores = pa.table({"id": [0], "loss": [1.0]}).replace_schema_metadata({"rayprune": json.dumps({"schema": 1})})
     pq.write_table(scores, tmp_path / "scores.parquet")
-    with pytest.raises(ValueError, match="holds scores, not a choice"):
+    with pytest.raises(ValueError, match="holds scores, not a selection"):
         read_selection_file(tmp_path / "scores.parquet")
-    np.savez(tmp_path / "other.npz", images=np.zeros(1))
-    with pytest.raises(ValueError, match="no array 'ids', only images"):
-        read_selection_file(tmp_path / "other.npz")
-    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
-    with pytest.raises(ValueError, match=r"no readable \.npy"):
-        read_selection_file(tmp_path / "objects.npy")
-    np.save(tmp_path / "ids.npy", np.arange(3))
-    (tmp_path / "ids.npy").rename(tmp_path / "ids.npz")
-    with pytest.raises(ValueError, match=r"is no \.npz file"):
-        read_selection_file(tmp_path / "ids.npz")
+    pq.write_table(pa.table({"number": [0]}), tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match="no column 'id'"):
+        read_selection_file(tmp_path / "other.parquet")
+    pq.write_table(pa.table({"id": [0], "weight": ["heavy"]}), tmp_path / "text.parquet")
+    with pytest.raises(ValueError, match="weights must be numbers, got object"):
+        read_selection_file(tmp_path / "text.parquet")
 
 
 def test_a_selection_among_other_data_is_refused(tmp_path: Path) -> None:
-    stored = read_selection_file(write_selection_file(tmp_path / "a.npz", Selection.of_ids([1], 5)))
+    source = make_source([0, 1, 0, 1, 0])
+    file = write_selection_file(tmp_path / "a.parquet", Selection.of_ids([1], 5), source.fingerprint)
+    assert read_selection_for(str(file), source).ids.tolist() == [1]
+    with pytest.raises(ValueError, match="was chosen on other data"):
+        read_selection_for(str(file), make_source([1, 1, 0, 1, 0]))
+    with pytest.raises(ValueError, match=r"method\.path is missing"):
+        read_selection_for("", source)
     with pytest.raises(ValueError, match="chosen among 5 samples, not 6"):
-        stored.selection(6)
+        read_selection_file(file).selection(6)
     (tmp_path / "b.txt").write_text("1\n8\n")
     with pytest.raises(ValueError, match=r"ids \[8\] are out of range"):
         read_selection_file(tmp_path / "b.txt").selection(6)
 
 
-@pytest.mark.parametrize("ending", [*ENDINGS, ".npy"])
-def test_nothing_half_written_is_left(tmp_path: Path, ending: str) -> None:
+@pytest.mark.parametrize("ending", FORMATS)
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, ending: str) -> None:
     file = write_selection_file(tmp_path / f"a{ending}", Selection.of_ids([1], 5))
     before = file.read_bytes()
     with pytest.MonkeyPatch.context() as patch:
@@ -171,7 +168,7 @@ def test_nothing_half_written_is_left(tmp_path: Path, ending: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
     assert file.read_bytes() == before
     with pytest.raises(ValueError, match="create it first"):
-        write_selection_file(tmp_path / "none" / "a.npz", CHOSEN)
-    (tmp_path / "folder.npz").mkdir()
+        write_selection_file(tmp_path / "none" / f"a{ending}", SELECTION)
+    (tmp_path / f"folder{ending}").mkdir()
     with pytest.raises(ValueError, match="is a folder"):
-        write_selection_file(tmp_path / "folder.npz", CHOSEN)
+        write_selection_file(tmp_path / f"folder{ending}", SELECTION)

@@ -1,4 +1,4 @@
-"""A folder of logits that another program logged: what is read, and what is refused in which words."""
+"""A folder of logits that another program logged: the pieces read from it, and the errors of damaged files."""
 
 from __future__ import annotations
 
@@ -39,11 +39,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("piece", [1 << 21, 6])
-def test_rows_come_with_their_ids_and_as_probabilities(
-    folder: Path, piece: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_probabilities_with_their_ids(folder: Path, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trajectories, "_PIECE_NUMBERS", piece)
-    seen: dict[int, list[int]] = {}
+    all_ids: dict[int, list[int]] = {}
     for epoch, ids, probs, losses in read_trajectories(folder, EPOCHS):
         assert (ids.dtype, probs.dtype) == (np.int64, np.float32)
         assert ids.size <= max(piece // CLASSES, 1)
@@ -51,17 +49,17 @@ def test_rows_come_with_their_ids_and_as_probabilities(
         np.testing.assert_allclose(probs, powers / powers.sum(axis=1, keepdims=True), rtol=1e-6)
         assert losses is not None
         np.testing.assert_allclose(losses, ids / 10, rtol=1e-6)
-        seen.setdefault(epoch, []).extend(ids.tolist())
-    assert seen == {epoch: order_of(epoch).tolist() for epoch in range(EPOCHS)}
+        all_ids.setdefault(epoch, []).extend(ids.tolist())
+    assert all_ids == {epoch: order_of(epoch).tolist() for epoch in range(EPOCHS)}
 
 
-def test_numbers_may_begin_at_one_and_only_the_first_epochs_are_read(folder: Path) -> None:
+def test_numbers_may_start_at_one_and_only_the_first_epochs_are_read(folder: Path) -> None:
     for epoch in reversed(range(EPOCHS)):
         for kind in ("Output", "Index", "Loss"):
             (folder / f"{epoch}_{kind}.npy").rename(folder / f"{epoch + 1}_{kind}.npy")
-    (folder / "4_Index.npy").unlink()  # epoch 3 here, which is not asked for
+    (folder / "4_Index.npy").unlink()  # of epoch 3, which is not requested
     (folder / "1_Loss.npy").unlink()
-    np.save(folder / "9_Output.npy", logits_of(9))  # what is missing before it comes too late to matter
+    np.save(folder / "9_Output.npy", logits_of(9))  # the gap before it comes after the requested epochs
     pieces = list(read_trajectories(folder, 3))
     assert [epoch for epoch, *_ in pieces] == [0, 1, 2]
     assert [losses is None for *_, losses in pieces] == [True, False, False]
@@ -96,15 +94,20 @@ def removed(*names: str) -> Callable[[Path], None]:
         (replaced("1_Output.npy", np.ones(NUM)), "1_Output.npy is of shape (7,): it must be (samples, classes)"),
         (replaced("1_Index.npy", np.arange(7.0)), "1_Index.npy is float64: sample ids must be integers"),
         (replaced("1_Index.npy", np.arange(6)), "1_Index.npy is of shape (6,): it must be (7,)"),
-        (replaced("1_Index.npy", np.arange(1, 8)), "1_Index.npy holds id 7: ids of 7 samples are 0 … 6"),
-        (replaced("1_Index.npy", np.arange(-1, 6)), "1_Index.npy holds id -1"),
-        (replaced("1_Index.npy", [0, 0, 1, 2, 3, 5, 5]), "holds ids [0, 5] twice and lacks ids [4, 6]"),
+        (
+            replaced("1_Index.npy", np.arange(1, 8)),
+            "1_Index.npy must hold each id of 0..6 once: missing [0], outside [7]",
+        ),
+        (replaced("1_Index.npy", np.arange(-1, 6)), "missing [6], outside [-1]"),
+        (replaced("1_Index.npy", [0, 0, 1, 2, 3, 5, 5]), "repeated [0, 5], missing [4, 6]"),
         (replaced("1_Loss.npy", np.ones(6)), "1_Loss.npy is float64 of shape (6,): it must be 7 losses"),
-        (replaced("1_Index.npy", np.array([{}] * 7, dtype=object)), "1_Index.npy is no readable .npy file"),
-        (lambda folder: (folder / "1_Index.npy").write_bytes(b"torn") and None, "1_Index.npy is no readable .npy"),
+        (replaced("1_Index.npy", np.array([{}] * 7, dtype=object)), "1_Index.npy is truncated, or is not a .npy file"),
+        (lambda folder: (folder / "1_Index.npy").write_bytes(b"torn") and None, "1_Index.npy is truncated, or is not"),
     ],
 )
-def test_damage_is_named_before_anything_is_read(folder: Path, damage: Callable[[Path], None], message: str) -> None:
+def test_damaged_files_are_named_before_any_logits_are_read(
+    folder: Path, damage: Callable[[Path], None], message: str
+) -> None:
     damage(folder)
     with pytest.raises(ValueError, match=re.escape(message)) as refused:
         read_trajectories(folder, EPOCHS)

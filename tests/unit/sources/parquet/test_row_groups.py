@@ -23,6 +23,7 @@ from rayprune.core import Plan, Selection
 from rayprune.sources import SampleSource, input_statistics, open_data
 from rayprune.sources import cache as decoded
 from rayprune.sources.parquet.row_groups import ParquetGroups
+from tests.support.sources import encode_image, pixels
 
 SIZE = (7, 5)
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -30,12 +31,7 @@ PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 def pictures(count: int, seed: int = 0, size: tuple[int, int] = SIZE) -> list[bytes]:
     """Return grey PNG images of noise."""
-    encoded = []
-    for pixels in np.random.default_rng(seed).integers(0, 256, (count, *size)).astype(np.uint8):
-        stream = io.BytesIO()
-        Image.fromarray(pixels).save(stream, "PNG")
-        encoded.append(stream.getvalue())
-    return encoded
+    return [encode_image(image) for image in pixels(count, (size[1], size[0]), 1, seed)]
 
 
 def write_images(file: Path, images: list[Any], labels: list[Any], group_rows: int, struct: bool = True) -> Path:
@@ -125,7 +121,7 @@ def test_the_buffer_is_bounded_and_what_it_holds_is_used_first(folder: Path) -> 
     nothing_kept = opened(folder, buffer_bytes=0)
     for _ in range(2):
         assert nothing_kept.read(np.array([0, 1, 2]))[1] == stored[0]
-    size = opened(folder)._buffer().group(0)[0].num_bytes
+    size = opened(folder)._buffer().group(0)[0].nbytes
     two_kept = opened(folder, buffer_bytes=int(2.5 * size))
     assert two_kept.read(np.array([0, 10, 20]))[1] == sum(stored[:3])
     assert two_kept.read(np.array([0, 10, 20]))[1] == stored[0], "groups 1 and 2 are held, whatever comes first"
@@ -135,7 +131,7 @@ def test_the_buffer_is_bounded_and_what_it_holds_is_used_first(folder: Path) -> 
 def test_an_epoch_in_windows_reads_each_group_about_once(tmp_path: Path) -> None:
     write_images(tmp_path / "a" / "a.parquet", pictures(640), [row % 2 for row in range(640)], 10)
     total = sum(stored_bytes(tmp_path / "a", IMAGE_BYTES))
-    window = sum(group.num_bytes for group in (opened(tmp_path / "a")._buffer().group(k)[0] for k in range(8)))
+    window = sum(group.nbytes for group in (opened(tmp_path / "a")._buffer().group(k)[0] for k in range(8)))
     for share in (1.0, 0.5):
         source = opened(tmp_path / "a", buffer_bytes=int(window * 1.3))
         selection = Selection.of_mask(np.random.default_rng(0).random(640) < share)
@@ -191,10 +187,10 @@ def test_image_size_brings_images_to_one_size(tmp_path: Path) -> None:
     assert np.array_equal(
         cut.take(np.array([0]))["image"][0, ..., 0], np.asarray(Image.open(io.BytesIO(images[0])))[:, 2:10]
     )
-    with pytest.raises(ValueError, match=r"row 4 is an image of 8×16 pixels .*or set data\.image_size"):
+    with pytest.raises(ValueError, match=r"row 4 is an image of 8×16 pixels .*: set data\.image_size=8"):
         opened(file).take(np.arange(8))
     assert opened(file, image_size=7).fingerprint != cut.fingerprint
-    with pytest.raises(ValueError, match=r"data\.image_size = 0: must be at least 1 pixel"):
+    with pytest.raises(ValueError, match=r"data\.image_size is 0: give pixels, at least 1"):
         opened(file, image_size=0)
     pq.write_table(pa.table({"a": [0.5, 1.5], "y": [0, 1]}), tmp_path / "n.parquet")
     with pytest.raises(ValueError, match=r"data\.image_size is set and .* has no image column"):
@@ -212,9 +208,12 @@ def test_bad_rows_are_refused_or_left_out(tmp_path: Path, caplog: pytest.LogCapt
     assert len(left) == 17
     assert left.fingerprint == kept.fingerprint
     assert_same_rows(left, kept, np.arange(17))
-    assert "left out 3 of 20 rows, first: a.parquet row 3, a.parquet row 7, a.parquet row 12" in caplog.text
+    assert (
+        "left out 3 of 20 samples that can't be read, first: a.parquet row 3, a.parquet row 7, a.parquet row 12"
+        in caplog.text
+    )
     whole = write_images(tmp_path / "b.parquet", images, [0, 1] * 10, 5)
-    with pytest.raises(ValueError, match=r"b\.parquet row 12 is no readable image .*data\.on_error=skip"):
+    with pytest.raises(ValueError, match=r"b\.parquet row 12 is not a readable image .*data\.on_error=skip"):
         opened(whole).take(np.array([13, 12]))
 
 
@@ -242,16 +241,16 @@ def test_auto_decodes_at_every_visit_where_the_disk_is_small(
     monkeypatch.setattr(decoded, "_free_bytes", lambda root: 91 * 35)
     with caplog.at_level(logging.WARNING):
         assert isinstance(opened(folder, "auto", cache_dir=str(tmp_path / "cache")), ParquetGroups)
-    assert [record.getMessage().count("more than half of what is free") for record in caplog.records] == [1]
+    assert [record.getMessage().count("more than half of the free space") for record in caplog.records] == [1]
     assert opened(folder, "disk", cache_dir=str(tmp_path / "cache")).groups is None
-    with pytest.raises(ValueError, match=r"data\.cache is 'nome': did you mean 'none'"):
+    with pytest.raises(ValueError, match=r"data\.cache = 'nome': did you mean 'none'"):
         opened(folder, "nome")
 
 
 def test_statistics_read_a_few_groups_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = opened(folder, buffer_bytes=1 << 20)
-    pixels = source.take(np.arange(91))["image"] / 255
-    assert input_statistics(source)[0][0] == pytest.approx(pixels.mean(), rel=1e-9)
+    values = source.take(np.arange(91))["image"] / 255
+    assert input_statistics(source)[0][0] == pytest.approx(values.mean(), rel=1e-9)
     monkeypatch.setattr("rayprune.sources.registry.MAX_GROUPS", 2)
-    few = np.concatenate([pixels[:10], pixels[47:54]])  # groups 0 and 5 of 10
+    few = np.concatenate([values[:10], values[47:54]])  # groups 0 and 5 of 10
     assert input_statistics(source)[0][0] == pytest.approx(few.mean(), rel=1e-9)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import pickle
@@ -14,9 +13,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from rayprune.sources import open_data
+from tests.support.sources import all_rows, encode_image, pixels
 
 
 @pytest.fixture
@@ -31,20 +30,8 @@ def opened(tmp_path):
     return call
 
 
-def pixels(count, size=(6, 5), channels=3, seed=0):
-    shape = (count, size[1], size[0], *([channels] if channels > 1 else []))
-    return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
-
-
-def encode(array, kind="PNG", mode=None):
-    stream = io.BytesIO()
-    image = Image.fromarray(array)
-    (image.convert(mode) if mode else image).save(stream, kind)
-    return stream.getvalue()
-
-
 def encoded(count, **keys):
-    return [encode(array) for array in pixels(count, **keys)]
+    return [encode_image(array) for array in pixels(count, **keys)]
 
 
 def write(file, images, labels, names=None, struct=True, **options):
@@ -63,14 +50,10 @@ def write(file, images, labels, names=None, struct=True, **options):
     return file
 
 
-def all_rows(source):
-    return source.take(np.arange(len(source)))
-
-
 @pytest.mark.parametrize("struct", [True, False])
 def test_png_images_over_shards(tmp_path, opened, struct):
     images, folder = pixels(30), tmp_path / "data"
-    data = [encode(image) for image in images]
+    data = [encode_image(image) for image in images]
     labels = np.arange(30) % 3
     for part in (1, 0):
         rows = slice(part * 10, part * 10 + 10)
@@ -93,7 +76,10 @@ def test_png_images_over_shards(tmp_path, opened, struct):
 def test_jpeg_images_and_class_names(tmp_path, opened):
     images = [np.full((8, 8, 3), value, np.uint8) for value in (10, 100, 200)]
     file = write(
-        tmp_path / "a.parquet", [encode(image, "JPEG") for image in images], [0, 1, 1], names=["cat", "dog", "owl"]
+        tmp_path / "a.parquet",
+        [encode_image(image, "JPEG") for image in images],
+        [0, 1, 1],
+        names=["cat", "dog", "owl"],
     )
     train = opened(file).train
     assert train.schema.class_names == ("cat", "dog", "owl")
@@ -131,7 +117,7 @@ def test_string_labels_are_sorted_class_names(tmp_path, opened):
     [(["RGB", "L", "P", "RGBA"], 3), (["P", "L"], 3), (["L", "RGB", "1"], 1), (["RGBA"], 3), (["LA"], 1)],
 )
 def test_the_first_image_decides_the_mode(tmp_path, opened, modes, channels):
-    images = [encode(array, mode=mode) for array, mode in zip(pixels(len(modes)), modes, strict=True)]
+    images = [encode_image(array, mode=mode) for array, mode in zip(pixels(len(modes)), modes, strict=True)]
     train = opened(write(tmp_path / "a.parquet", images, [0] * len(modes))).train
     assert all_rows(train)["image"].shape == (len(modes), 5, 6, channels)
 
@@ -139,15 +125,16 @@ def test_the_first_image_decides_the_mode(tmp_path, opened, modes, channels):
 @pytest.mark.parametrize("position", [0, 1])
 def test_deep_images_are_refused_by_name(tmp_path, opened, position):
     images = encoded(2)
-    images[position] = encode(np.zeros((5, 6), np.uint16))
-    with pytest.raises(ValueError, match=rf"row {position}: image mode I;16 has more than 8 bits"):
+    images[position] = encode_image(np.zeros((5, 6), np.uint16))
+    with pytest.raises(ValueError, match=rf"row {position} has image mode I;16, more than 8 bits"):
         opened(write(tmp_path / "a.parquet", images, [0, 1])).train.prepare()
 
 
 def test_mixed_sizes_are_refused(tmp_path, opened):
-    images = [*encoded(2), encode(pixels(1, size=(9, 4))[0])]
+    images = [*encoded(2), encode_image(pixels(1, size=(9, 4))[0])]
     with pytest.raises(
-        ValueError, match=r"a\.parquet row 2 is an image of 9×4 pixels and the first one has 6×5: resize"
+        ValueError,
+        match=r"a\.parquet row 2 is an image of 9×4 pixels and the first one has 6×5: set data\.image_size=5",
     ):
         opened(write(tmp_path / "a.parquet", images, [0, 1, 0])).train.prepare()
 
@@ -162,7 +149,7 @@ def damaged_images():
 
 def test_unreadable_images_fail_by_name(tmp_path, opened):
     file = write(tmp_path / "a.parquet", damaged_images(), np.arange(9) % 2)
-    with pytest.raises(ValueError, match=r"a\.parquet row 3 is no readable image .*data\.on_error=skip") as caught:
+    with pytest.raises(ValueError, match=r"a\.parquet row 3 is not a readable image .*data\.on_error=skip") as caught:
         opened(file).train.take(np.array([0]))
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -172,7 +159,10 @@ def test_unreadable_images_are_skipped(tmp_path, opened, caplog):
     file = write(tmp_path / "a.parquet", damaged_images(), np.arange(9))
     with caplog.at_level(logging.WARNING):
         train = opened(file, on_error="skip").train
-    assert "left out 3 of 9 rows, first: a.parquet row 3, a.parquet row 5, a.parquet row 7" in caplog.text
+    assert (
+        "left out 3 of 9 samples that can't be read, first: a.parquet row 3, a.parquet row 5, a.parquet row 7"
+        in caplog.text
+    )
     kept = [0, 1, 2, 4, 6, 8]
     assert train.labels.tolist() == kept
     np.testing.assert_array_equal(all_rows(train)["image"], pixels(9)[kept])
@@ -187,7 +177,7 @@ def test_skipping_nothing_keeps_the_fingerprint(tmp_path, opened):
 
 def test_first_image_unreadable(tmp_path, opened):
     file = write(tmp_path / "a.parquet", [b"x", *encoded(2)], [0, 1, 1])
-    with pytest.raises(ValueError, match="row 0 is no readable image"):
+    with pytest.raises(ValueError, match="row 0 is not a readable image"):
         opened(file)
     assert len(opened(file, on_error="skip").train) == 2
     nothing = write(tmp_path / "b.parquet", [b"x"], [0])
@@ -222,7 +212,7 @@ def test_a_damaged_row_group_of_images(tmp_path, opened):
     file = write(tmp_path / "a.parquet", encoded(40), np.arange(40) % 2, row_group_size=10, use_dictionary=False)
     damage(file, 2)
     with pytest.raises(
-        ValueError, match=r"a\.parquet row 20 is no readable image \(its bytes are missing or damaged\)"
+        ValueError, match=r"a\.parquet row 20 is not a readable image \(its bytes are missing or damaged\)"
     ):
         opened(file).train.prepare()
     taken = all_rows(opened(file, on_error="skip").train)
@@ -233,7 +223,7 @@ def test_a_damaged_row_group_of_numbers(tmp_path, opened):
     table = pa.table({"a": np.arange(30.0), "y": np.arange(30) % 2})
     pq.write_table(table, tmp_path / "n.parquet", row_group_size=10, use_dictionary=False)
     damage(tmp_path / "n.parquet", 0)
-    with pytest.raises(ValueError, match=r"n\.parquet row 0 lies in a damaged part"):
+    with pytest.raises(ValueError, match=r"n\.parquet row 0 is in a damaged part"):
         opened(tmp_path / "n.parquet").train.prepare()
     assert all_rows(opened(tmp_path / "n.parquet", on_error="skip").train)["features"].ravel().tolist() == [
         *range(10, 30)
@@ -304,7 +294,7 @@ def test_columns_and_files_that_do_not_suit(tmp_path, opened):
     numeric(tmp_path / "d" / "train-1.parquet", b=[1.0], y=[0])
     with pytest.raises(ValueError, match=r"train-1\.parquet has no column 'a'"):
         opened(tmp_path / "d")
-    with pytest.raises(ValueError, match=r"data\.on_error is 'skp': did you mean 'skip'"):
+    with pytest.raises(ValueError, match=r"data\.on_error = 'skp': did you mean 'skip'"):
         opened(tmp_path / "d", on_error="skp")
 
 
@@ -371,10 +361,10 @@ def test_whole_and_broken_numbers_go_together(tmp_path, opened):
     ("labels", "message"),
     [
         (pa.array([0, 2**62]), rf"column 'y' of .* holds {2**62}: labels must be below"),
-        (pa.array([0, 2**63 + 1], pa.uint64()), "column 'y' holds no class numbers"),
+        (pa.array([0, 2**63 + 1], pa.uint64()), "column 'y' does not hold class numbers"),
         (
             pa.array([0, 5000]),
-            "column 'y' of .* look like ids, no labels: the largest of 2 is 5000; .*data.num_classes",
+            "column 'y' of .* look like ids, not labels: the largest of 2 is 5000; .*data.num_classes",
         ),
     ],
 )
@@ -410,7 +400,7 @@ def test_threads_and_pickles(tmp_path, opened):
 
 def test_large_images_are_decoded_by_several_threads(tmp_path, opened):
     images = pixels(80, size=(256, 128), channels=1)
-    data = [encode(image) for image in images]
+    data = [encode_image(image) for image in images]
     splits = opened(write(tmp_path / "a.parquet", data, [0, 1] * 40, row_group_size=7))
     np.testing.assert_array_equal(all_rows(splits.train)["image"][..., 0], images)
 

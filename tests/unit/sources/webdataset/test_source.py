@@ -12,11 +12,11 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from rayprune.sources import open_data
 from rayprune.sources.webdataset import index as webdataset_index
 from rayprune.sources.webdataset import source as webdataset_rows
+from tests.support.sources import all_rows, encode_image, pixels
 
 
 @pytest.fixture
@@ -28,18 +28,6 @@ def opened(tmp_path):
         return open_data("webdataset", **fixed | keys)
 
     return call
-
-
-def pixels(count, size=(6, 5), channels=3):
-    shape = (count, size[1], size[0], *([channels] if channels > 1 else []))
-    return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-
-
-def encode(array, kind="PNG", mode=None):
-    stream = io.BytesIO()
-    image = Image.fromarray(array)
-    (image.convert(mode) if mode else image).save(stream, kind)
-    return stream.getvalue()
 
 
 def tar_of(members, tar_format=tarfile.PAX_FORMAT):
@@ -57,7 +45,7 @@ def samples_of(images, labels, start=0, prefix=""):
     return [
         member
         for row, (image, label) in enumerate(zip(images, labels, strict=True), start)
-        for member in ((f"{prefix}{row:05}.png", encode(image)), (f"{prefix}{row:05}.cls", str(label).encode()))
+        for member in ((f"{prefix}{row:05}.png", encode_image(image)), (f"{prefix}{row:05}.cls", str(label).encode()))
     ]
 
 
@@ -74,10 +62,6 @@ def write_set(folder, count=30, shards=3):
         rows = range(shard * part, shard * part + part)
         write(folder / f"train-{shard:04}.tar", samples_of(images[rows], [row % 3 for row in rows], rows.start))
     return images
-
-
-def all_rows(source):
-    return source.take(np.arange(len(source)))
 
 
 @pytest.mark.parametrize("cache", ["none", "disk"])
@@ -98,7 +82,7 @@ def test_shards_in_the_order_of_their_names(tmp_path, opened, cache):
 
 
 def test_only_what_is_asked_for_is_read(tmp_path, opened):
-    big = [encode(image) for image in pixels(8, size=(100, 90))]
+    big = [encode_image(image) for image in pixels(8, size=(100, 90))]
     write(
         tmp_path / "a.tar",
         [pair for row, image in enumerate(big) for pair in ((f"{row}.png", image), (f"{row}.cls", b"0"))],
@@ -160,7 +144,7 @@ def test_training_and_validation_shards(tmp_path, opened):
 
 
 def test_label_keys(tmp_path, opened):
-    image = encode(pixels(1)[0])
+    image = encode_image(pixels(1)[0])
     records = [{"label": 1, "breed": "größe"}, {"label": 0, "breed": "owl"}, {"label": 1, "breed": "owl"}]
     members = []
     for row, record in enumerate(records):
@@ -175,7 +159,7 @@ def test_label_keys(tmp_path, opened):
 
 
 def test_a_label_file_goes_before_json(tmp_path, opened):
-    members = [("0.json", b'{"label": 7}'), ("0.png", encode(pixels(1)[0])), ("0.cls", b"1")]
+    members = [("0.json", b'{"label": 7}'), ("0.png", encode_image(pixels(1)[0])), ("0.cls", b"1")]
     assert opened(write(tmp_path / "a.tar", members)).train.labels.tolist() == [1]
     members[0] = ("0.json", b"no json")
     assert opened(write(tmp_path / "b.tar", members)).train.labels.tolist() == [1]
@@ -196,14 +180,18 @@ def test_names_of_any_kind(tmp_path, opened, tar_format):
     names = ["größe/日本", long, "v1.2/a", "./b"]
     members = [("__meta__/set.json", b"{}"), ("README", b"no suffix")]
     for row, name in enumerate(names):
-        members += [(f"{name}.PNG", encode(image[row])), (f"{name}.seg.png", b"mask"), (f"{name}.cls", b"%d" % row)]
+        members += [
+            (f"{name}.PNG", encode_image(image[row])),
+            (f"{name}.seg.png", b"mask"),
+            (f"{name}.cls", b"%d" % row),
+        ]
     train = opened(write(tmp_path / "mit leer é.tar", members, tar_format=tar_format)).train
     np.testing.assert_array_equal(all_rows(train)["image"], image)
     assert train.labels.tolist() == [0, 1, 2, 3]
 
 
 def test_sizes_modes_and_channels(tmp_path, opened):
-    images = [encode(pixels(1, (9, 4))[0]), encode(pixels(1)[0], mode="L")]
+    images = [encode_image(pixels(1, (9, 4))[0]), encode_image(pixels(1)[0], mode="L")]
     path = write(
         tmp_path / "a.tar",
         [(f"{row}.{kind}", content) for row in (0, 1) for kind, content in (("png", images[row]), ("cls", b"0"))],
@@ -214,7 +202,7 @@ def test_sizes_modes_and_channels(tmp_path, opened):
         opened(path, on_error="skip")
     assert all_rows(opened(path, image_size=4).train)["image"].shape == (2, 4, 4, 3)
     assert all_rows(opened(path, image_size=4, num_channels=1).train)["image"].shape == (2, 4, 4, 1)
-    with pytest.raises(ValueError, match=r"data\.num_channels is 2"):
+    with pytest.raises(ValueError, match=r"data\.num_channels = 2: must be 1, 3 or null"):
         opened(path, num_channels=2)
     assert len(opened(path, image_key="PNG", image_size=4).train) == 2
     with pytest.raises(ValueError, match=r"sample '0' has no image \(its members: png, cls\)"):
@@ -222,16 +210,16 @@ def test_sizes_modes_and_channels(tmp_path, opened):
 
 
 FAULTS = {
-    "has no label": [("3.png", encode(pixels(1)[0]))],
-    "has an empty label": [("3.png", encode(pixels(1)[0])), ("3.cls", b" ")],
+    "has no label": [("3.png", encode_image(pixels(1)[0]))],
+    "has an empty label": [("3.png", encode_image(pixels(1)[0])), ("3.cls", b" ")],
     "has no image": [("3.cls", b"1")],
     "has an image of 0 bytes": [("3.png", b""), ("3.cls", b"1")],
-    "is no readable image": [("3.png", encode(pixels(1)[0])[:70]), ("3.cls", b"1")],
-    r"has two members \.png": [("3.png", encode(pixels(1)[0])), ("3.png", b"x"), ("3.cls", b"1")],
-    r"has an unsuitable label in \.json": [("3.png", encode(pixels(1)[0])), ("3.json", b'{"label": 1.5}')],
-    r"has an unsuitable label in \.json \(Exp": [("3.png", encode(pixels(1)[0])), ("3.json", b"{")],
-    r"has an unsuitable label in \.cls \(3000": [("3.png", encode(pixels(1)[0])), ("3.cls", b"x" * 3000)],
-    r"has an unsuitable label in \.cls": [("3.png", encode(pixels(1)[0])), ("3.cls", b"\xff\xfe")],
+    "is not a readable image": [("3.png", encode_image(pixels(1)[0])[:70]), ("3.cls", b"1")],
+    r"has two members \.png": [("3.png", encode_image(pixels(1)[0])), ("3.png", b"x"), ("3.cls", b"1")],
+    r"has an unsuitable label in \.json": [("3.png", encode_image(pixels(1)[0])), ("3.json", b'{"label": 1.5}')],
+    r"has an unsuitable label in \.json \(Exp": [("3.png", encode_image(pixels(1)[0])), ("3.json", b"{")],
+    r"has an unsuitable label in \.cls \(3000": [("3.png", encode_image(pixels(1)[0])), ("3.cls", b"x" * 3000)],
+    r"has an unsuitable label in \.cls": [("3.png", encode_image(pixels(1)[0])), ("3.cls", b"\xff\xfe")],
 }
 
 
@@ -277,7 +265,7 @@ def test_damage_inside_a_shard(tmp_path, opened):
     start = content.index(b"00003.png")
     content[start : start + 512] = b"\x55" * 512
     (tmp_path / "a.tar").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.tar is no tar archive, or cut off \(no header at byte"):
+    with pytest.raises(ValueError, match=r"a\.tar is not a tar archive, or cut off \(no header at byte"):
         opened(tmp_path / "a.tar")
     assert len(opened(tmp_path / "a.tar", on_error="skip").train) == 3
 
@@ -294,7 +282,7 @@ def test_a_shard_that_shrinks_later(tmp_path, opened):
 @pytest.mark.parametrize("content", [b"", b"no tar at all" * 100])
 def test_no_tar(tmp_path, opened, content):
     (tmp_path / "a.tar").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.tar is no tar archive"):
+    with pytest.raises(ValueError, match=r"a\.tar is not a tar archive"):
         opened(tmp_path / "a.tar")
 
 
@@ -309,21 +297,21 @@ def test_nothing_to_read(tmp_path, opened):
         opened(tmp_path / "set" / "train-{0000..0009}.tar")
     with pytest.raises(ValueError, match="hold no samples"):
         opened(write(tmp_path / "empty.tar", []))
-    with pytest.raises(ValueError, match=r"data\.on_error is 'skpi': did you mean 'skip'"):
+    with pytest.raises(ValueError, match=r"data\.on_error = 'skpi': did you mean 'skip'"):
         opened(tmp_path, on_error="skpi")
 
 
 def test_members_apart_are_no_sample(tmp_path, opened):
-    image = encode(pixels(1)[0])
+    image = encode_image(pixels(1)[0])
     path = write(tmp_path / "a.tar", [("0.png", image), ("1.png", image), ("0.cls", b"0"), ("1.cls", b"1")])
     with pytest.raises(ValueError, match="sample '0' has no label"):
         opened(path)
 
 
 def test_the_fingerprint_counts_whole_images_and_old_times_hide_nothing(tmp_path, opened, monkeypatch):
-    noise = encode(pixels(1, (64, 48))[0], "BMP")
-    changed = noise[:-1] + bytes([noise[-1] ^ 1])
-    path = write(tmp_path / "a.tar", [("0.bmp", noise), ("0.cls", b"0")])
+    whole = encode_image(pixels(1, (64, 48))[0], "BMP")
+    changed = whole[:-1] + bytes([whole[-1] ^ 1])
+    path = write(tmp_path / "a.tar", [("0.bmp", whole), ("0.cls", b"0")])
     before, fingerprint = path.stat(), opened(path).train.fingerprint
     time.sleep(0.02)  # longer than the clock of a file system ticks
     write(path, [("0.bmp", changed), ("0.cls", b"0")])
@@ -331,4 +319,4 @@ def test_the_fingerprint_counts_whole_images_and_old_times_hide_nothing(tmp_path
     assert opened(path).train.fingerprint != fingerprint
     monkeypatch.setattr(webdataset_rows, "WHOLE_BYTES", 1000)
     beginnings = opened(path).train.fingerprint
-    assert opened(write(tmp_path / "b.tar", [("0.bmp", noise), ("0.cls", b"0")])).train.fingerprint == beginnings
+    assert opened(write(tmp_path / "b.tar", [("0.bmp", whole), ("0.cls", b"0")])).train.fingerprint == beginnings
