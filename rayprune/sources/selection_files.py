@@ -27,7 +27,7 @@ from rayprune.sources.storage import replace_file
 
 SELECTION_SCHEMA = 1
 FORMATS = (".parquet", ".txt")
-_METADATA = {"kind": str, "schema": int, "num_samples": int, "fingerprint": str, "about": dict}
+_METADATA_TYPES = {"kind": str, "schema": int, "num_samples": int, "fingerprint": str, "about": dict}
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +157,7 @@ def read_selection_file(path: str | Path, num_samples: int | None = None) -> Sel
     if not file.is_file():
         raise RunFolderError(f"{file} does not exist: `rayprune select` writes such a file")
     ids, weights, metadata = _read_parquet(file) if file.suffix == ".parquet" else _read_text(file)
-    for name, kind in _METADATA.items():
+    for name, kind in _METADATA_TYPES.items():
         if metadata.get(name) is not None and not isinstance(metadata[name], kind):
             raise _damaged(file, name, str(metadata[name]))
     check_schema(file, metadata.get("schema") or 0, SELECTION_SCHEMA)
@@ -189,7 +189,7 @@ def _read_text(file: Path) -> _Content:
         while (line := stream.readline()).lstrip().startswith(b"#") or line in (b"\n", b"\r\n"):
             start = stream.tell()
             name, _, value = line.decode(errors="replace").lstrip("# \t").partition(":")
-            if name in _METADATA:
+            if name in _METADATA_TYPES:
                 try:
                     metadata[name] = json.loads(value)
                 except ValueError:
