@@ -34,7 +34,7 @@ MULTIPLIER_2 = 0x94D049BB133111EB
 
 
 def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
-    """Derive the seed of one optimisation step on one worker.
+    """Derive the seed of one optimization step on one worker.
 
     Returns:
         A seed in [0, 2**63), as torch.manual_seed takes it.

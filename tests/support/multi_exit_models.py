@@ -65,7 +65,7 @@ def fails_once(*, num_classes: int, input_shape: tuple[int, ...], marker: str, p
         count += module.training
         if count == passes and not Path(marker).exists():
             Path(marker).touch()
-            raise RuntimeError("as asked")
+            raise RuntimeError("failed on purpose")
 
     model.register_forward_pre_hook(fail)
     return model

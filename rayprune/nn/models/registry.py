@@ -28,7 +28,7 @@ def register_model(builder: ModelBuilder) -> ModelBuilder:
 
 
 def build_model(name: str, *, num_classes: int, input_shape: tuple[int, ...], **options: Any) -> nn.Module:
-    """Build a classifier from (batch, *input_shape) to (batch, num_classes) logits, freshly initialised.
+    """Build a classifier from (batch, *input_shape) to (batch, num_classes) logits, with new random weights.
 
     Args:
         name: a key of MODELS, "torchvision:NAME", or "module:function" or "path/to/file.py:function" of a function

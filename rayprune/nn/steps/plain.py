@@ -1,4 +1,4 @@
-"""The plain train step (forward, weighted loss, backward, clip, update), of which every other one is a variation.
+"""The plain train step: forward, weighted loss, backward, clip, update. The other steps replace parts of it.
 
 Shapes: B rows of this worker's part of the batch, C classes, W workers.
 """
@@ -71,7 +71,7 @@ class PlainStep:
 
     @staticmethod
     def module_of(network: nn.Module, input_shape: tuple[int, ...], **options: Any) -> nn.Module:
-        """Return the module to train, which DDP wraps if there are several ranks: here the network itself."""
+        """Return the module to train, here the network; DDP wraps it if there are several ranks."""
         return network
 
     def __call__(self, inputs: Tensor, targets_B: Tensor, weights_B: Tensor) -> dict[str, Tensor]:

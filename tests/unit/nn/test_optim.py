@@ -16,7 +16,7 @@ def torch_onecycle(num_steps: int, peak: float, pct_start: float = 0.3) -> list[
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peak, total_steps=num_steps, pct_start=pct_start)
     rates = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the scheduler steps without its optimiser
+        warnings.simplefilter("ignore", UserWarning)  # the scheduler steps without its optimizer
         for _ in range(num_steps):
             rates.append(optimizer.param_groups[0]["lr"])
             if len(rates) < num_steps:

@@ -67,9 +67,9 @@ def test_gradient_equilibrium_inside_a_network(name: str) -> None:
     plain = network(name).double().eval()
     plain.load_state_dict(model.state_dict())
     images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
-    for left, right in zip(model(images), plain(images), strict=True):
-        assert torch.equal(left, right)
-    exit = model.num_exits - 2  # the following gradient, the last classifier's, is not rescaled itself
+    for logits, expected in zip(model(images), plain(images), strict=True):
+        assert torch.equal(logits, expected)
+    exit = model.num_exits - 2  # the following gradient, the last classifier's, is not rescaled
     gradients = [map_gradients(network, images, exit) for network in (model, plain)]
     (balanced, _, _), (_, own, following) = gradients
     torch.testing.assert_close(balanced, (own + following) / 2)
@@ -135,8 +135,8 @@ def test_state_dicts_and_channels_last(name: str) -> None:
     with torch.no_grad():
         expected = model(images)
         assert all(torch.equal(*pair) for pair in zip(other(images), expected, strict=True))
-        found = other.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        logits = other.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

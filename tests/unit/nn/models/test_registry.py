@@ -55,8 +55,8 @@ def test_channels_last_gives_the_same_logits() -> None:
     images = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
         expected = model(images)
-        found = model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        logits = model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(5,), (1, 8, 8)])

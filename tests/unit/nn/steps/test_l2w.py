@@ -335,7 +335,7 @@ def test_a_run_that_ends_inside_an_epoch_continues_as_if_uninterrupted(tmp_path:
     run = {"max_failures": 0, "checkpoint_steps": 4}
     model = {"name": f"{MULTI_EXIT_MODELS}:fails_once", "marker": str(marker), "passes": 62}
     config = l2w_config(tmp_path, "parts", model=model, run=run)
-    with pytest.raises(Exception, match="as asked"):
+    with pytest.raises(Exception, match="on purpose"):
         train(config)
     epoch, step = newest_position(tmp_path / "parts")
     assert epoch > 0
