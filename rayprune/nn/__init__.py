@@ -1,1 +1,1 @@
-"""The torch side of the engine: models, losses, per-sample signals, augmentation, optimisers. Imports no Ray."""
+"""The torch side of the engine, without Ray: models, train steps, per-sample signals, augmentation, optimizers."""

@@ -1,14 +1,14 @@
 """Batched augmentation on the device, keyed by (seed, epoch, sample id).
 
-Every draw is a hash of its key and no generator exists: a sample looks the same in an epoch whatever the batch it came
-in, the order, the number of workers or the device, and a resumed run has no state to restore. The hash is SplitMix64
-(Steele, Lea, Flood, OOPSLA 2014); one 64-bit word a sample gives the flip (bit 63) and the two offsets of the crop
-(31 bits each). Drawing is arithmetic on a few hundred integers: the host does it in some microseconds, where a GPU
-would be given thirty kernels.
+Every random draw is a hash of its key, and no generator exists: a sample looks the same in an epoch whatever its batch,
+the order, the number of workers or the device, and a resumed run has no state to restore. The hash is SplitMix64
+(Steele, Lea, Flood, OOPSLA 2014). One 64-bit word per sample gives the flip (bit 63) and the two offsets of the crop
+(31 bits each). The host draws: arithmetic on a few hundred integers takes it microseconds, where a GPU would launch
+thirty kernels.
 
-The augmentation is the usual one of small images (He et al., arXiv 1512.03385, section 4.2), with the flip before the
-zero padding and crop: the distribution is the same, and the crop is then one gather of whole rows. The padding is 0 in
-pixels, so black, and not the mean as where one normalises first.
+The augmentation is the usual one for small images (He et al., arXiv 1512.03385, section 4.2), with the flip before the
+zero padding and crop: the distribution is the same, and the crop is then one gather of whole rows. Padding is 0 in
+pixel values, so black, not the mean as when images are normalized first.
 
 Shapes: B batch, H height, W width, C channels, F features.
 """
@@ -34,10 +34,10 @@ MULTIPLIER_2 = 0x94D049BB133111EB
 
 
 def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
-    """Derive the seed of one optimisation step on one worker.
+    """Derive the seed of one optimization step on one worker.
 
     Returns:
-        a seed in [0, 2**63), fit for torch.manual_seed.
+        A seed in [0, 2**63), as torch.manual_seed takes it.
 
     >>> step_seed(0, 1, 2, 3) == step_seed(0, 1, 2, 3) != step_seed(0, 1, 3, 2)
     True
@@ -48,8 +48,8 @@ def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
 def seed_generators(seed: int, device: torch.device) -> None:
     """Seed the generators that a step on this device draws from, as torch.manual_seed does.
 
-    torch.manual_seed itself, on a machine where CUDA is not in use, keeps the call for later with the text of its
-    stack, for three kinds of device: a third of a millisecond, at every step.
+    On a machine where CUDA is not in use, torch.manual_seed itself stores the call with its formatted stack for three
+    kinds of device: a third of a millisecond in every step.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -85,13 +85,13 @@ def hash_ids(ids_B: NDArray[np.int64], key: int) -> NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class Augment:
-    """Crop, flip and normalise batches of images; standardise batches of features.
+    """Crop, flip and normalize batches of images; standardize batches of features.
 
     Args:
         crop: pixels of zero padding on each side before a random crop back to the size; 0 for none.
         flip: mirror a random half of the images.
-        mean: per channel, of pixels scaled to [0, 1] (of the raw values for features), or one for all; empty for 0.
-        std: likewise, above 0; empty for 1.
+        mean: of each channel, or one for all, of pixels scaled to [0, 1] (for features: of the raw values); empty: 0.
+        std: of each channel, or one for all, above 0; empty: 1.
 
     Raises:
         ConfigError: a value is outside its range.
@@ -113,22 +113,23 @@ class Augment:
     def draws(
         self, ids_B: NDArray[np.int64], shape: tuple[int, ...], *, seed: int, epoch: int
     ) -> NDArray[np.int64] | None:
-        """Draw on the host what `train` does to each sample.
+        """Draw each sample's flip and crop for `train`, on the host.
 
         Args:
             ids_B: (B,) int64 sample ids.
-            shape: of a network's input: (C, H, W), or (F,) for features.
+            shape: of the network's input: (C, H, W), or (F,) for features.
             seed: of the run.
             epoch: from 0.
 
         Returns:
-            (B,) int64: where each sample's first row of pixels lies among its two sides; None where nothing is drawn.
+            (B,) int64: the pixel at which each sample's crop starts, in its padded image followed by the mirrored one;
+            None if nothing is random.
 
         Raises:
             ConfigError: ids of another dtype or shape.
         """
         if ids_B.dtype != np.int64 or ids_B.ndim != 1:
-            raise ConfigError(f"ids must be int64, one a sample, got {ids_B.dtype} {ids_B.shape}")
+            raise ConfigError(f"ids must be int64, one per sample, got {ids_B.dtype} {ids_B.shape}")
         if len(shape) != 3 or not (self.crop or self.flip):
             return None
         words_B = hash_ids(ids_B, hash_key(seed, epoch))
@@ -138,28 +139,28 @@ class Augment:
 
     @torch.no_grad()
     def train(self, images_BHWC: Tensor, draws_B: Tensor | None) -> Tensor:
-        """Augment and normalise a training batch.
+        """Augment and normalize a training batch.
 
         Args:
-            images_BHWC: (B, H, W, C) uint8, or features (B, F) of any real dtype, which are only standardised.
-            draws_B: what `draws` gave for their ids and shape, on the images' device.
+            images_BHWC: (B, H, W, C) uint8, or features (B, F) of any real dtype, which are only standardized.
+            draws_B: (B,) from `draws` for the batch's ids and shape, on the images' device.
 
         Returns:
             (B, C, H, W) float32 in channels_last memory layout, or (B, F) float32, on the images' device.
 
         Raises:
-            ConfigError: a wrong shape or dtype, a mean or std of another length, or draws of other samples.
+            ConfigError: a wrong shape or dtype, a mean or std of another length, or draws for another batch.
         """
         if draws_B is not None:
             _check_images(images_BHWC)
             if draws_B.shape != images_BHWC.shape[:1]:
-                raise ConfigError(f"there are draws for {len(draws_B)} samples, and {len(images_BHWC)} samples")
+                raise ConfigError(f"draws for {len(draws_B)} samples do not fit a batch of {len(images_BHWC)}")
             images_BHWC = self._flip_and_crop(images_BHWC, draws_B)
         return self.evaluate(images_BHWC)
 
     @torch.no_grad()
     def evaluate(self, images_BHWC: Tensor) -> Tensor:
-        """Normalise a batch, as `train` does after its draws.
+        """Normalize a batch, without random changes.
 
         Args:
             images_BHWC: (B, H, W, C) uint8, or features (B, F) of any real dtype.
@@ -170,15 +171,18 @@ class Augment:
         Raises:
             ConfigError: a wrong shape or dtype, or a mean or std of another length.
         """
-        _check_lengths(self, images_BHWC.shape[-1])
+        channels, device = images_BHWC.shape[-1], images_BHWC.device
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (0, 1, channels):
+                raise ConfigError(f"{name} must have 1 or {channels} values for {channels} channels, got {len(values)}")
         if images_BHWC.ndim == 2:
-            scale, shift = _affine(self.mean, self.std, 1.0, images_BHWC.shape[1], 1, images_BHWC.device)
-            return images_BHWC.to(torch.float32, copy=True).mul_(scale).add_(shift)
+            factor, term = _affine(self, 1.0, channels, 1, device)
+            return images_BHWC.to(torch.float32, copy=True).mul_(factor).add_(term)
         _check_images(images_BHWC)
-        batch, height, width, channels = images_BHWC.shape
-        # Constants repeated along the row: the inner loop then runs over W·C values and not over C.
-        scale, shift = _affine(self.mean, self.std, 255.0, channels, width, images_BHWC.device)
-        rows = images_BHWC.reshape(batch, height, width * channels).float().mul_(scale).add_(shift)
+        batch, height, width, _ = images_BHWC.shape
+        # Constants repeated along the row: the inner loop runs over W·C values instead of C.
+        factor, term = _affine(self, 255.0, channels, width, device)
+        rows = images_BHWC.reshape(batch, height, width * channels).float().mul_(factor).add_(term)
         return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
     def _flip_and_crop(self, images_BHWC: Tensor, draws_B: Tensor) -> Tensor:
@@ -190,7 +194,7 @@ class Augment:
         if self.crop:
             sides = functional.pad(sides, (0, 0, self.crop, self.crop, self.crop, self.crop))
         sides = sides.contiguous()
-        # Every run of W pixels is a row of this overlapping view, so that a crop is H rows copied whole.
+        # Every run of W pixels is a row of this overlapping view: a crop is a copy of H whole rows.
         runs = sides.as_strided((sides.numel() // channels - width + 1, width * channels), (channels, 1))
         firsts_BH = _firsts(batch, height, sides.numel() // (batch * channels), sides.shape[3], draws_B.device)
         rows_BH = firsts_BH + draws_B[:, None]
@@ -204,26 +208,19 @@ def _offsets(words_B: NDArray[np.uint64], crop: int) -> NDArray[np.int64]:
 
 @lru_cache(maxsize=16)
 def _firsts(batch: int, height: int, sample: int, width: int, device: torch.device) -> Tensor:
-    """Return (B, H) int64: where row h of sample b's first side begins, in pixels, with its padding."""
+    """Return (B, H) int64: the pixel at which row h of sample b starts, padding included."""
     with torch.inference_mode(False):
         samples_B = torch.arange(batch, device=device) * sample
         return samples_B[:, None] + torch.arange(height, device=device) * width
 
 
 @lru_cache(maxsize=64)
-def _affine(
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    scale: float,
-    channels: int,
-    repeats: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Turn (x/scale − mean)/std into x·a + b: a and b, (repeats·channels,) float32."""
-    # A tensor made under inference_mode stays one, and is cached here for every later caller.
+def _affine(augment: Augment, scale: float, channels: int, repeats: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return a and b of (x/scale − mean)/std = x·a + b, (repeats·channels,) float32."""
+    # A tensor made under inference_mode remains an inference tensor, and the cache would pass it to training.
     with torch.inference_mode(False):
-        means = torch.tensor(mean or (0.0,), dtype=torch.float64).expand(channels)
-        stds = torch.tensor(std or (1.0,), dtype=torch.float64).expand(channels)
+        means = torch.tensor(augment.mean or (0.0,), dtype=torch.float64).expand(channels)
+        stds = torch.tensor(augment.std or (1.0,), dtype=torch.float64).expand(channels)
         factor, term = 1.0 / (scale * stds), -means / stds
         return factor.repeat(repeats).to(device, torch.float32), term.repeat(repeats).to(device, torch.float32)
 
@@ -233,9 +230,3 @@ def _check_images(images: Tensor) -> None:
         raise ConfigError(
             f"images must be uint8 (batch, height, width, channels), got {images.dtype} {tuple(images.shape)}"
         )
-
-
-def _check_lengths(augment: Augment, channels: int) -> None:
-    for name, values in (("mean", augment.mean), ("std", augment.std)):
-        if len(values) not in (0, 1, channels):
-            raise ConfigError(f"{name} must have 1 or {channels} values for {channels} channels, got {len(values)}")

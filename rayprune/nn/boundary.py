@@ -1,12 +1,12 @@
 """Exact distances of samples to the decision boundaries of a network's last linear layer.
 
-The margin is MASE of Emam, Chu, Chiang, Czaja, Leapman, Goldblum, Goldstein (Active learning at the ImageNet scale,
-2021, arXiv 2111.12880), which DynaMS (Wang et al., ICLR 2023) selects by: with z = W h + b and anchor class a,
+DynaMS (Wang et al., ICLR 2023) selects by this margin. It is the MASE of Emam, Chu, Chiang, Czaja, Leapman, Goldblum,
+Goldstein (Active learning at the ImageNet scale, 2021, arXiv 2111.12880): with z = W h + b and anchor class a,
 m(x) = min over c≠a of (z_a − z_c)/‖w_a − w_c‖. The nearest boundary need not be that of the second largest logit.
-Logits and one (C, C) table suffice: ‖w_a − w_c‖² = G_aa + G_cc − 2 G_ac with G = W Wᵀ, and no (B, C, D) tensor exists.
+Logits and one (C, C) table suffice: ‖w_a − w_c‖² = G_aa + G_cc − 2 G_ac with G = W Wᵀ, without a (B, C, D) tensor.
 
-Two classes with the same row of W have no boundary between them, and a class has none with itself: their distance in
-the table is 0, and a sample is +inf away. A NaN among a row's logits makes all that is said of the row NaN.
+A class has no boundary with itself, nor with a class that has the same row of W: their distance in the table is 0, and
+a sample is +inf away. A NaN among a row's logits makes every distance of the row NaN.
 
 Shapes: B batch, C classes, D features of the last layer.
 """
@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from rayprune.errors import ConfigError
 
-# Rows nearer than 1e-6 of their norms count as one: their logits in float32 differ by rounding alone.
+# Rows closer than 1e-6 of their norms count as equal: in float32 their logits differ only by rounding.
 _SAME_SQUARED = 1e-12
 
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every part of a model in eval mode, and each back as it was."""
+    """Put every module of a model in eval mode, and restore each module's mode on exit."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -44,20 +44,20 @@ def last_linear(model: nn.Module, example: Tensor) -> str:
     """Find the nn.Linear whose output is the logits, by one forward in eval mode.
 
     Args:
-        model: (B, …) inputs to (B, C) logits; its train and eval modes are put back.
+        model: (B, …) inputs to (B, C) logits; its train and eval modes are restored.
         example: a batch of 2 rows, such as zeros, on the model's device.
 
     Returns:
-        the layer's name, as in `model.get_submodule`; "" for a model that is itself one nn.Linear.
+        The layer's name, for `model.get_submodule`; "" if the model itself is an nn.Linear.
 
     Raises:
-        ConfigError: there is none, or its output is changed afterwards.
+        ConfigError: there is no such layer, or its output is changed afterwards.
     """
-    seen: dict[str, tuple[Tensor, int]] = {}
+    outputs: dict[str, tuple[Tensor, int]] = {}
 
     def remember(name: str, output: Tensor) -> None:
-        # The version tells a change in place, which leaves the tensor the same one.
-        seen[name] = (output, output._version)
+        # The version shows a change in place, which leaves the tensor's identity as it is.
+        outputs[name] = (output, output._version)
 
     handles = [
         module.register_forward_hook(lambda _module, _inputs, output, name=name: remember(name, output))
@@ -70,27 +70,28 @@ def last_linear(model: nn.Module, example: Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    for name, (output, version) in reversed(seen.items()):
-        if _same_values(output, logits) and version == logits._version:
+    for name, (output, version) in reversed(outputs.items()):
+        # The logits are the layer's output, or an unchanged view of it.
+        if output.is_set_to(logits) and version == logits._version:
             return name
-    last = next(reversed(seen), None)
-    what = f"the output of its last one, {last!r}, is changed afterwards" if last is not None else "it calls none"
+    last = next(reversed(outputs), None)
+    reason = f"the output of its last one, {last!r}, is changed afterwards" if last is not None else "it calls none"
     raise ConfigError(
-        f"the model's logits are not the output of an nn.Linear ({what}): boundaries and proxies need one, so let "
-        "forward() return that layer's output as it is, or choose signals and options that need none"
+        f"the model's logits are not the output of an nn.Linear ({reason}): boundaries and proxies need one, so let "
+        "forward() return that layer's output unchanged, or choose signals and options that need none"
     )
 
 
 def pair_distances(weight_CD: Tensor) -> Tensor:
     """Compute the distances between the rows of the last layer's weight.
 
-    The Gram matrix is taken in float64: in float32, G_aa + G_cc − 2 G_ac cancels to noise where rows are close.
+    The Gram matrix is computed in float64: in float32, G_aa + G_cc − 2 G_ac cancels to noise for close rows.
 
     Args:
         weight_CD: (C, D) of any floating dtype; may require grad.
 
     Returns:
-        (C, C) float32, detached: ‖w_a − w_c‖, and exactly 0 for a class and itself and for equal rows.
+        (C, C) float32, detached: ‖w_a − w_c‖, and exactly 0 on the diagonal and for equal rows.
 
     >>> pair_distances(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-3.0, 0.0], [1.0, 0.0]]))[0]
     tensor([0.0000, 1.4142, 4.0000, 0.0000])
@@ -99,15 +100,15 @@ def pair_distances(weight_CD: Tensor) -> Tensor:
     gram_CC = weight_CD @ weight_CD.T
     squares_C = gram_CC.diagonal()
     sums_CC = squares_C[:, None] + squares_C
-    apart_CC = (sums_CC - 2.0 * gram_CC).clamp_(min=0.0)
-    return apart_CC.masked_fill_(apart_CC <= _SAME_SQUARED * sums_CC, 0.0).sqrt_().float()
+    squares_CC = (sums_CC - 2.0 * gram_CC).clamp_(min=0.0)
+    return squares_CC.masked_fill_(squares_CC <= _SAME_SQUARED * sums_CC, 0.0).sqrt_().float()
 
 
 class PairDistances:
-    """Keep a layer's table until its weight changes, so that a sweep computes it once.
+    """A cache of a layer's `pair_distances`, valid until its weight changes: a sweep computes them once.
 
     Args:
-        num_features: D of the leading slice of the weight that is meant; None for all.
+        num_features: use only the first D columns of the weight; None for all.
     """
 
     def __init__(self, num_features: int | None = None) -> None:
@@ -119,11 +120,11 @@ class PairDistances:
     def __call__(self, weight_CD: Tensor) -> Tensor:
         """Return `pair_distances` of the weight, or of its slice.
 
-        An update in place raises a tensor's version, as optimisers and load_state_dict do; one through `.data` does
-        not, and is not seen.
+        Updates in place, by optimizers and load_state_dict, raise a tensor's version; those through `.data` do not and
+        go unnoticed.
         """
-        kept = self._weight() if self._weight is not None else None
-        if kept is not weight_CD or self._version != weight_CD._version:
+        cached = self._weight() if self._weight is not None else None
+        if cached is not weight_CD or self._version != weight_CD._version:
             self._table_CC = pair_distances(weight_CD[:, : self._num_features])
             self._weight, self._version = weakref.ref(weight_CD), weight_CD._version
         return self._table_CC
@@ -137,12 +138,12 @@ def boundary_distance(
     Args:
         logits_BC: (B, C) of any floating dtype; computed in float32.
         distances_CC: (C, C) float32 of `pair_distances`.
-        anchor_B: (B,) int64 classes, such as the labels; None for the predicted ones.
-        signed: the minimum of the signed values, below 0 beyond a boundary; else that of their absolute values.
-            Of predicted classes no value is below 0.
+        anchor_B: (B,) int64 classes, such as the labels; None for the predicted classes.
+        signed: take the minimum of the signed distances, which are below 0 beyond a boundary, instead of their
+            absolute values. No distance of a predicted class is below 0.
 
     Returns:
-        (B,) float32; +inf without a boundary, NaN where a logit is NaN.
+        (B,) float32; +inf without a boundary, NaN if a logit is NaN.
 
     >>> table = pair_distances(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-3.0, 0.0]]))
     >>> boundary_distance(torch.tensor([[2.0, 0.5, 0.0]]), table)
@@ -170,14 +171,8 @@ def class_boundaries(logits_BC: Tensor, distances_CC: Tensor) -> Tensor:
 
 def _to_each_boundary(logits_BC: Tensor, distances_CC: Tensor, anchor_B: Tensor) -> Tensor:
     logits_BC = logits_BC.float()
-    apart_BC = distances_CC[anchor_B]
+    norms_BC = distances_CC[anchor_B]
     gaps_BC = logits_BC.gather(1, anchor_B[:, None]) - logits_BC
-    distances_BC = (gaps_BC / apart_BC).masked_fill_(apart_BC == 0.0, math.inf)
-    # Classes without a boundary would hide their NaN.
+    distances_BC = (gaps_BC / norms_BC).masked_fill_(norms_BC == 0.0, math.inf)
+    # The fill hides a NaN of a class without a boundary.
     return distances_BC.masked_fill_(logits_BC.isnan().any(dim=1, keepdim=True), math.nan)
-
-
-def _same_values(output: Tensor, logits: Tensor) -> bool:
-    """Tell whether two tensors are one, or one an unchanged view of the other."""
-    same_place = output.data_ptr() == logits.data_ptr() and output.dtype == logits.dtype
-    return same_place and output.shape == logits.shape and output.stride() == logits.stride()

@@ -1,4 +1,4 @@
-"""The collective operations of a train step, which do nothing where there is one rank only."""
+"""The collective operations of a train step; with one rank they return their input."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from torch import Tensor, nn
 
 
 class Ranks:
-    """The ranks that a model is trained on together: those of its DDP wrapper, or one."""
+    """The ranks that train a model together: those of its DDP wrapper, or one.
+
+    Attributes:
+        number: W.
+        rank: this process's, in 0..W-1.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        shared = isinstance(model, nn.parallel.DistributedDataParallel)
-        self.number = torch.distributed.get_world_size() if shared else 1
-        self.rank = torch.distributed.get_rank() if shared else 0
+        distributed = isinstance(model, nn.parallel.DistributedDataParallel)
+        self.number = torch.distributed.get_world_size() if distributed else 1
+        self.rank = torch.distributed.get_rank() if distributed else 0
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over the ranks."""
@@ -23,7 +28,7 @@ class Ranks:
         return total
 
     def sum_each(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return each tensor's sum over the ranks, in one operation; all ranks have the same names and shapes."""
+        """Return each tensor's sum over the ranks, in one operation; all ranks pass the same names and shapes."""
         if self.number == 1 or not tensors:
             return tensors
         flat = self.sum(torch.cat([tensor.reshape(-1) for tensor in tensors.values()]))
@@ -31,7 +36,7 @@ class Ranks:
         return {name: part.view_as(tensor) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Return the ranks' rows one after the other, (W·B, …); all ranks have as many."""
+        """Return the ranks' rows in rank order, (W·B, …); all ranks pass the same number of rows."""
         if self.number == 1:
             return tensor
         parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.number)]

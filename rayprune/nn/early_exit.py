@@ -1,15 +1,11 @@
-"""Lazy inference: a network with exits answers as soon as it is sure, and computes nothing behind.
+"""Networks with several exits in use: how many exits there are, and inference that stops at the first confident one.
 
 The rule is that of MSDNet (Huang et al., ICLR 2018, arXiv 1703.09844): a sample leaves at the first exit whose largest
 softmax probability reaches that exit's threshold. Deviation from the published programs, which run the whole network
-and choose afterwards: rows that have left are dropped from the state, and without rows nothing runs. The answers are
-those of the whole network in evaluation mode, up to the rounding that smaller batches bring.
+and choose afterwards: rows that have left are dropped from the state, and nothing runs without rows. The predictions
+are those of the whole network in eval mode, up to the rounding of smaller batches.
 
 Shapes: B batch, C classes, K exits, R rows that have not left.
-
-Networks with several exits: their forward returns a list (or tuple) of K ≥ 2 logits, the earliest exit first.
-
-Shapes: B batch, C classes, K exits.
 """
 
 from __future__ import annotations
@@ -23,15 +19,30 @@ from torch import Tensor, nn
 
 from rayprune.errors import ConfigError
 from rayprune.nn.boundary import eval_mode
-from rayprune.nn.flops import check_stepwise
-from rayprune.nn.models.multi_exit import MultiExitModel
+from rayprune.nn.flops import example_input
+from rayprune.nn.models.multi_exit import check_stepwise
+from rayprune.nn.signals import max_probability
+
+
+@torch.no_grad()
+def count_exits(network: nn.Module, input_shape: tuple[int, ...]) -> int:
+    """Return a network's number of exits, by one forward pass of zeros in eval mode: 1 if it returns one tensor.
+
+    Raises:
+        ConfigError: as `num_exits_of`.
+    """
+    with eval_mode(network):
+        return num_exits_of(network(example_input(network, input_shape)))
 
 
 def num_exits_of(output: Any) -> int:
-    """Return how many exits a forward's output is of: K, or 1 for one tensor.
+    """Return the number of exits of a forward pass's output: K, or 1 for one tensor.
 
     Raises:
-        ConfigError: one line: a list of less than two, of something else than (B, C) logits, or of different shapes.
+        ConfigError: a list of fewer than two, of anything but logits (B, C), or of different shapes.
+
+    >>> num_exits_of(torch.zeros(4, 3)), num_exits_of((torch.zeros(4, 3), torch.zeros(4, 3)))
+    (1, 2)
     """
     if isinstance(output, Tensor):
         return 1
@@ -41,39 +52,26 @@ def num_exits_of(output: Any) -> int:
         raise ConfigError(f"it returns a list of {len(output)}: a network of one exit returns its logits themselves")
     shapes = [tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__ for each in output]
     if len(shapes[0]) != 2 or isinstance(shapes[0], str) or len(set(shapes)) > 1:
-        raise ConfigError(f"its exits return {', '.join(map(str, shapes))}: all must return logits (B, C) of one C")
+        raise ConfigError(
+            f"its exits return {', '.join(map(str, shapes))}: all must return logits (B, C) with the same C"
+        )
     return len(output)
 
 
-@torch.no_grad()
-def count_exits(network: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Return a network's number of exits, by one forward of zeros in eval mode: 1 where it returns one tensor.
-
-    Raises:
-        ConfigError: as `num_exits_of`.
-    """
-    parameter = next(network.parameters())
-    example = torch.zeros(2, *input_shape, device=parameter.device, dtype=parameter.dtype)
-    with eval_mode(network):
-        return num_exits_of(network(example))
-
-
 class EarlyExit:
-    """A trained network with exits and the confidence at which each lets a sample go.
+    """A trained network with exits, and the confidence at which samples leave at each.
 
     Args:
-        model: with `num_exits`, `begin` and `advance` of `rayprune.nn.models.multi_exit`.
-        thresholds: of the first K − 1 exits, or of all K; the last exit takes every row whatever its threshold is.
-            −inf lets everything out, +inf nothing.
+        model: a `rayprune.nn.models.multi_exit.MultiExitModel`.
+        thresholds: of the first K − 1 exits, or of all K; the last exit takes every remaining row whatever its
+            threshold is. At −inf every row leaves, at +inf none.
 
     Raises:
-        ConfigError: the model can't be run exit by exit, or the thresholds are not its own.
+        ConfigError: the model cannot run exit by exit, or the thresholds do not fit it.
     """
 
     def __init__(self, model: nn.Module, thresholds: Sequence[float]) -> None:
-        check_stepwise(model)
-        assert isinstance(model, MultiExitModel)
-        self.num_exits = model.num_exits
+        self.num_exits = check_stepwise(model).num_exits
         self.thresholds = tuple(float(threshold) for threshold in thresholds)
         if len(self.thresholds) not in (self.num_exits - 1, self.num_exits):
             raise ConfigError(
@@ -81,22 +79,24 @@ class EarlyExit:
                 f"{self.num_exits} exits, got {len(self.thresholds)}"
             )
         if any(math.isnan(threshold) for threshold in self.thresholds):
-            raise ConfigError(f"thresholds must be numbers, got {list(self.thresholds)}: +inf lets nothing out")
+            raise ConfigError(
+                f"thresholds must be numbers, got {list(self.thresholds)}: use +inf for an exit at which no row leaves"
+            )
         self.model = model
 
     @torch.no_grad()
     def predict(self, inputs: Any, *, max_exit: int | None = None) -> tuple[Tensor, Tensor]:
-        """Classify a batch, running each exit for the rows that no earlier one was sure of.
+        """Classify a batch, running each exit only for the rows that have not left before.
 
         Args:
             inputs: a batch of B rows, as the model's `begin` takes it.
-            max_exit: the exit, from 0, at which every row left must answer: what time allows. None for the last.
+            max_exit: the exit, from 0, at which all remaining rows leave, for a limit in time; None for the last.
 
         Returns:
-            The logits (B, C) of the exit that each row left at, and that exit, (B,) int64.
+            The logits (B, C) of the exit at which each row left, and that exit, (B,) int64.
 
         Raises:
-            ConfigError: the model is in training mode, max_exit is no exit, or the state can't be split into rows.
+            ConfigError: the model is in training mode, max_exit is not an exit, or the state cannot be split into rows.
         """
         last = self.num_exits - 1 if max_exit is None else max_exit
         if not 0 <= last < self.num_exits:
@@ -107,44 +107,34 @@ class EarlyExit:
             )
         model: Any = self.model
         logits, state = model.advance(0, model.begin(inputs))
-        answers = torch.empty_like(logits)
+        predictions = torch.empty_like(logits)
         exits = torch.full((len(logits),), last, device=logits.device)
         rows = torch.arange(len(logits), device=logits.device)
         for exit in range(last):
-            leaves = confidence(logits) >= self.thresholds[exit]
-            answers[rows[leaves]] = logits[leaves]
-            exits[rows[leaves]] = exit
-            stays = (~leaves).nonzero().squeeze(1)
-            if not len(stays):
-                return answers, exits
-            if len(stays) < len(rows):
-                state = select_rows(state, stays, len(rows))
-                rows = rows[stays]
+            leaving = max_probability(logits) >= self.thresholds[exit]
+            predictions[rows[leaving]] = logits[leaving]
+            exits[rows[leaving]] = exit
+            remaining = (~leaving).nonzero().squeeze(1)
+            if not len(remaining):
+                return predictions, exits
+            if len(remaining) < len(rows):
+                state = select_rows(state, remaining, len(rows))
+                rows = rows[remaining]
             logits, state = model.advance(exit + 1, state)
-        answers[rows] = logits
-        return answers, exits
-
-
-def confidence(logits: Tensor) -> Tensor:
-    """Give the largest softmax probability of logits (B, C) as (B,), in float32 or the logits' wider type.
-
-    >>> confidence(torch.tensor([[0.0, 0.0], [0.0, 100.0]]))
-    tensor([0.5000, 1.0000])
-    """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return wide.softmax(dim=1).amax(dim=1)
+        predictions[rows] = logits
+        return predictions, exits
 
 
 def select_rows(state: Any, rows: Tensor, batch_size: int) -> Any:
-    """Give a state of fewer rows.
+    """Return a state of fewer rows.
 
     Args:
-        state: a tensor, or lists and tuples of tensors, nested as they may be, whose first axis is the batch.
+        state: a tensor whose first axis is the batch, or nested lists and tuples of such tensors.
         rows: (R,) int64, the rows to keep.
         batch_size: B of the state.
 
     Raises:
-        ConfigError: something else in the state, or a tensor whose first axis is not the batch.
+        ConfigError: the state holds anything else, or a tensor whose first axis is not the batch.
 
     >>> select_rows([torch.arange(3), (torch.eye(3)[:, :1],)], torch.tensor([2]), 3)
     [tensor([2]), (tensor([[0.]]),)]

@@ -1,20 +1,14 @@
-"""Per-sample signals: what a training step observes of a sample, derived from its logits.
+"""Per-sample losses and signals: what training observes of every sample.
 
-Every signal is one registered function of `Outputs`. Probabilities are computed once a batch, in float32 whatever the
-logits' dtype, and shared. EL2N is the error norm of Paul, Ganguli, Dziugaite (NeurIPS 2021, arXiv 2107.07075);
-`margin` is the probability gap whose mean over epochs is the AUM of Pleiss et al. (NeurIPS 2020, arXiv 2001.10528),
-in probabilities instead of logits as in CCS (Zheng et al., ICLR 2023, arXiv 2210.15809). The distances to decision
-boundaries are those of `rayprune.nn.boundary`; what is recorded of them is finite, where that gives +inf.
+A signal is one registered function of `Outputs`. The train steps call `compute_signals`, for one class per sample; a
+user's loop calls `signals_per_sample`, which also takes dense and multi-label targets.
 
-Shapes: B batch, C classes.
+Probabilities are computed once per batch, in float32 whatever the logits' dtype. EL2N is the error norm of Paul,
+Ganguli, Dziugaite (NeurIPS 2021, arXiv 2107.07075). `margin` is the probability gap whose mean over epochs is the AUM
+of Pleiss et al. (NeurIPS 2020, arXiv 2001.10528), in probabilities instead of logits as in CCS (Zheng et al., ICLR
+2023, arXiv 2210.15809). The boundary signals are the distances of `rayprune.nn.boundary`, clipped to finite values.
 
-Per-sample training losses.
-
-Shapes: B batch, C classes.
-
-One loss and one set of signals a sample, from the losses, logits and targets that a training loop has, of any task.
-
-Shapes: B rows of this worker's share, C classes, P positions of a sample (tokens, pixels).
+Shapes: B batch, C classes, P positions of a sample (tokens, pixels).
 """
 
 from __future__ import annotations
@@ -32,6 +26,14 @@ from rayprune.core.references import closest
 from rayprune.errors import ConfigError
 from rayprune.nn.boundary import PairDistances, boundary_distance, class_boundaries
 
+# A user's loop passes these directly; every other signal is derived from logits.
+DIRECT_SIGNALS = ("loss", "embedding")
+# These need the distances between the last layer's rows besides the logits.
+BOUNDARY_SIGNALS = ("boundary", "boundary_classes", "boundary_label", "boundary_label_unsigned")
+
+# A sweep uses the same layer for every batch.
+_HEAD_DISTANCES = PairDistances()
+
 
 def per_sample_loss(logits_BC: Tensor, targets_B: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Compute the cross entropy of every sample, in float32 even under autocast.
@@ -42,23 +44,74 @@ def per_sample_loss(logits_BC: Tensor, targets_B: Tensor, *, label_smoothing: fl
         label_smoothing: share of the target mass spread evenly over all classes, in [0, 1].
 
     Returns:
-        (B,) float32 (float64 of such logits), differentiable in the logits, not reduced.
-
-    Raises:
-        ConfigError: label_smoothing lies outside [0, 1].
+        (B,) float32 (float64 for float64 logits), not reduced, differentiable with respect to the logits.
 
     >>> import torch
     >>> per_sample_loss(torch.zeros(2, 4), torch.tensor([0, 3]))
     tensor([1.3863, 1.3863])
     """
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ConfigError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    wide_BC = logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
-    return functional.cross_entropy(wide_BC, targets_B, reduction="none", label_smoothing=label_smoothing)
+    return functional.cross_entropy(_wide(logits_BC), targets_B, reduction="none", label_smoothing=label_smoothing)
 
 
-# What can't be told from the logits alone.
-BOUNDARY_SIGNALS = ("boundary", "boundary_classes", "boundary_label", "boundary_label_unsigned")
+def max_probability(logits: Tensor) -> Tensor:
+    """Return the largest softmax probability of logits (…, C) as (…), in float32 or float64.
+
+    >>> max_probability(torch.tensor([[0.0, 0.0], [0.0, 100.0]]))
+    tensor([0.5000, 1.0000])
+    """
+    return _wide(logits).softmax(dim=-1).amax(dim=-1)
+
+
+def losses_per_sample(losses: Tensor, num_rows: int, mask: Tensor | None = None) -> Tensor:
+    """Reduce losses to one per sample: the mean over every axis but the first.
+
+    Args:
+        losses: (B,), (B, T), (B, 1, …) or (B, H, W), differentiable.
+        num_rows: B of the batch.
+        mask: the weight of every position, of the losses' shape; 0 leaves a position (a padding token) out. None
+            weights all positions equally.
+
+    Returns:
+        (B,) of the losses' dtype; 0 for a sample whose mask is all 0.
+
+    Raises:
+        ConfigError: a scalar, another number of rows, or a mask of another shape.
+
+    >>> losses_per_sample(torch.tensor([[1.0, 3.0], [5.0, 0.0]]), 2, torch.tensor([[1, 1], [1, 0]]))
+    tensor([2., 5.])
+    """
+    if losses.ndim == 0:
+        raise ConfigError(
+            "weigh needs one loss per sample and got a scalar: compute the loss with reduction='none' "
+            "(cross_entropy(logits, labels, reduction='none')) and let weigh take the mean"
+        )
+    if losses.shape[0] != num_rows:
+        raise ConfigError(
+            f"weigh got losses of shape {tuple(losses.shape)} for a batch of {num_rows}: the first axis must be the "
+            "samples, in the batch's order"
+        )
+    if mask is None:
+        return losses if losses.ndim == 1 else losses.flatten(1).mean(1)
+    if mask.shape != losses.shape:
+        raise ConfigError(f"mask {tuple(mask.shape)} and losses {tuple(losses.shape)} must have the same shape")
+    weights_BP, losses_BP = mask.to(losses.dtype).reshape(num_rows, -1), losses.reshape(num_rows, -1)
+    # A NaN loss at a masked position must not reach the sum.
+    sums_B = (losses_BP.where(weights_BP != 0, torch.zeros_like(losses_BP)) * weights_BP).sum(1)
+    totals_B = weights_BP.sum(1)
+    return sums_B / totals_B.where(totals_B > 0, torch.ones_like(totals_B))
+
+
+def weighted_mean(losses_B: Tensor, weights_B: Tensor, batch_rows: int) -> Tensor:
+    """Return Σ(w·l) ÷ batch_rows, a scalar.
+
+    The divisor is a worker's number of rows in every global batch, never Σw and never the length of a short batch.
+    DDP's mean over the ranks is then the weighted mean over the global batch, and every sample of an epoch counts by
+    its weight alone.
+    """
+    losses_B = losses_B.float()  # the sum of many float16 losses would overflow before it is divided
+    # A NaN loss of a padding row stays out of the mean (its gradient, where logits are NaN, cannot be kept out).
+    weighted_B = torch.where(weights_B > 0, losses_B * weights_B, torch.zeros_like(losses_B))
+    return weighted_B.sum() / batch_rows
 
 
 @dataclass(frozen=True)
@@ -79,31 +132,31 @@ class Outputs:
 
     @cached_property
     def probs_BC(self) -> Tensor:
-        """Give the softmax of the logits, (B, C) float32."""
+        """The softmax of the logits, (B, C) float32."""
         return self.logits_BC.float().softmax(dim=1)
 
     @cached_property
     def prob_label_B(self) -> Tensor:
-        """Give the probability of the label, (B,) float32."""
+        """The probability of the label, (B,) float32."""
         return self.probs_BC.gather(1, self.targets_B[:, None]).squeeze(1)
 
     @property
-    def table_CC(self) -> Tensor:
-        """Give the distances between the last layer's rows.
+    def pair_distances_CC(self) -> Tensor:
+        """The distances between the last layer's rows, checked against the logits.
 
         Raises:
-            ConfigError: the step gave none, or a table of another number of classes.
+            ConfigError: the step passed none, or those of another number of classes.
         """
         num_classes = self.logits_BC.shape[1]
         if self.distances_CC is None:
             raise ConfigError(
-                "distances to a boundary need the last layer's weight: give "
-                "distances_CC=pair_distances(model.fc.weight) of rayprune.nn.boundary"
+                "signals of decision boundaries need the last layer's weight: give a train step head=last_linear(…), "
+                "compute_signals distances_CC=pair_distances(model.fc.weight), both of rayprune.nn.boundary"
             )
         if self.distances_CC.shape != (num_classes, num_classes):
             raise ConfigError(
-                f"the table of distances {tuple(self.distances_CC.shape)} does not fit {num_classes} logits: it must "
-                "be of the weight of the layer whose output they are"
+                f"the distances {tuple(self.distances_CC.shape)} do not fit {num_classes} logits: compute them from "
+                "the weight of the layer whose output the logits are"
             )
         return self.distances_CC
 
@@ -118,11 +171,11 @@ def register_signal(function: Signal) -> Signal:
     return function
 
 
-def check_signals(names: Iterable[str]) -> None:
-    """Refuse names that are no signals.
+def check_signals(names: Iterable[str], valid: Iterable[str] = SIGNALS) -> None:
+    """Refuse names that are not signals.
 
     Raises:
-        ConfigError: a name is not in SIGNALS.
+        ConfigError: a name is not among the valid ones.
 
     >>> check_signals(["loss", "entrpy"])
     Traceback (most recent call last):
@@ -131,8 +184,8 @@ boundary_classes, boundary_label, boundary_label_unsigned, confidence, correct, 
 margin, prob_label, probs)
     """
     for name in names:
-        if name not in SIGNALS:
-            raise ConfigError(f"unknown signal {name!r}: {closest(name, SIGNALS)}")
+        if name not in valid:
+            raise ConfigError(f"unknown signal {name!r}: {closest(name, valid)}")
 
 
 def signal_floats(name: str, num_classes: int) -> int:
@@ -141,8 +194,8 @@ def signal_floats(name: str, num_classes: int) -> int:
     >>> signal_floats("loss", 10), signal_floats("probs", 10)
     (1, 10)
     """
-    table_CC = torch.ones(1, 1).expand(num_classes, num_classes)  # C² numbers would be much to ask one
-    outputs = Outputs(torch.zeros(1, num_classes), torch.zeros(1, dtype=torch.int64), torch.zeros(1), table_CC)
+    distances_CC = torch.ones(1, 1).expand(num_classes, num_classes)  # without the memory of C² numbers
+    outputs = Outputs(torch.zeros(1, num_classes), torch.zeros(1, dtype=torch.int64), torch.zeros(1), distances_CC)
     return SIGNALS[name](outputs).numel()
 
 
@@ -165,10 +218,10 @@ def compute_signals(
         distances_CC: (C, C) float32 of `rayprune.nn.boundary.pair_distances`; BOUNDARY_SIGNALS need it.
 
     Returns:
-        name -> detached float32 tensor, (B,), or (B, C) for `probs` and `boundary_classes`, on the logits' device.
+        name → detached float32 tensor on the logits' device, (B,), or (B, C) for `probs` and `boundary_classes`.
 
     Raises:
-        ConfigError: a name is not in SIGNALS, or a signal's table is missing.
+        ConfigError: a name is not in SIGNALS, or distances_CC is missing or of another shape.
     """
     names = tuple(names)
     check_signals(names)
@@ -176,42 +229,142 @@ def compute_signals(
     return {name: SIGNALS[name](outputs).float() for name in names}
 
 
+@torch.no_grad()
+def signals_per_sample(
+    names: Iterable[str],
+    losses_B: Tensor,
+    *,
+    logits: Tensor | None = None,
+    targets: Tensor | None = None,
+    embeddings: Tensor | None = None,
+    head: nn.Linear | Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Compute the named signals of a batch of any task.
+
+    Args:
+        names: `loss`, `embedding`, or keys of SIGNALS, which need logits and targets.
+        losses_B: (B,) the loss of every sample.
+        logits: (B, C) for classes, (B, C, …) for dense targets (B, …), (B, C) for multi-label targets (B, C).
+        targets: int64 class indices (B,) or (B, …); floating (B, C) in [0, 1] for several labels per sample.
+        embeddings: (B, d).
+        head: the layer whose output the logits are, or its weight (C, D); BOUNDARY_SIGNALS need it.
+
+    Returns:
+        name → (B,) or (B, d) float32, detached. Dense signals are means over the positions, multi-label signals means
+        over the labels.
+
+    Raises:
+        ConfigError: a required argument is missing, or its shape does not fit.
+    """
+    names = tuple(names)
+    check_signals(names, (*DIRECT_SIGNALS, *SIGNALS))
+    signals: dict[str, Tensor] = {"loss": losses_B.detach().float()}
+    if "embedding" in names:
+        if embeddings is None or embeddings.ndim != 2 or embeddings.shape[0] != losses_B.shape[0]:
+            shape = None if embeddings is None else tuple(embeddings.shape)
+            raise ConfigError(f"the method needs embeddings: give weigh(embeddings=) of shape (B, d), got {shape}")
+        signals["embedding"] = embeddings.detach().float()
+    if derived := tuple(name for name in names if name not in DIRECT_SIGNALS):
+        if logits is None:
+            raise ConfigError(f"the method needs {', '.join(derived)}: give weigh(logits=) beside the losses")
+        if targets is None:
+            raise ConfigError("the method needs the targets: give weigh(targets=), or a batch with a column 'label'")
+        signals |= _derived_signals(derived, losses_B.detach(), logits.detach(), targets, head)
+    return {name: signals[name] for name in names}
+
+
+def _derived_signals(
+    names: tuple[str, ...], losses_B: Tensor, logits: Tensor, targets: Tensor, head: nn.Linear | Tensor | None
+) -> dict[str, Tensor]:
+    rows, multi_label = losses_B.shape[0], targets.is_floating_point()
+    if logits.ndim < 2 or logits.shape[0] != rows:
+        raise ConfigError(f"weigh(logits=) has shape {tuple(logits.shape)}: it must be ({rows}, classes, …)")
+    boundaries = [name for name in names if name in BOUNDARY_SIGNALS]
+    if boundaries and (multi_label or logits.ndim != 2):
+        raise ConfigError(
+            f"{', '.join(boundaries)} need one class per sample, got targets {tuple(targets.shape)} and logits "
+            f"{tuple(logits.shape)}: choose a method that uses other signals"
+        )
+    if multi_label:
+        if targets.shape != logits.shape or logits.ndim != 2:
+            raise ConfigError(
+                f"targets of several labels {tuple(targets.shape)} must have the logits' shape {tuple(logits.shape)}"
+            )
+        return _multi_label_signals(names, losses_B, logits, targets)
+    if targets.shape != (rows, *logits.shape[2:]):
+        raise ConfigError(
+            f"targets {tuple(targets.shape)} do not fit logits {tuple(logits.shape)}: "
+            f"give class indices of shape {(rows, *logits.shape[2:])}"
+        )
+    if logits.ndim > 2:
+        return _dense_signals(names, losses_B, logits, targets)
+    if not boundaries:
+        return compute_signals(names, logits, targets, losses_B)
+    if head is None:
+        raise ConfigError(
+            f"the method needs {', '.join(boundaries)}: give weigh(head=model.fc), the nn.Linear that gives the logits"
+        )
+    distances_CC = _HEAD_DISTANCES(head if isinstance(head, Tensor) else head.weight)
+    return compute_signals(names, logits, targets, losses_B, distances_CC=distances_CC)
+
+
+def _dense_signals(names: tuple[str, ...], losses_B: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    rows, classes = logits.shape[:2]
+    flat = logits.flatten(2).transpose(1, 2).reshape(-1, classes)
+    positions = flat.shape[0] // rows
+    signals = compute_signals(names, flat, targets.reshape(-1), losses_B.repeat_interleave(positions))
+    return {name: values.reshape(rows, positions, *values.shape[1:]).mean(1) for name, values in signals.items()}
+
+
+def _multi_label_signals(
+    names: tuple[str, ...], losses_B: Tensor, logits: Tensor, targets: Tensor
+) -> dict[str, Tensor]:
+    """Treat every label as a decision between two classes."""
+    rows, labels = logits.shape
+    binary = torch.stack([torch.zeros_like(logits), logits], dim=2).reshape(-1, 2)
+    classes = (targets.reshape(-1) >= 0.5).long()
+    scalars = tuple(name for name in names if name != "probs")
+    signals = compute_signals(scalars, binary, classes, losses_B.repeat_interleave(labels))
+    means = {name: values.reshape(rows, labels).mean(1) for name, values in signals.items()}
+    return means | ({"probs": logits.float().sigmoid()} if "probs" in names else {})
+
+
 @register_signal
 def loss(outputs: Outputs) -> Tensor:
-    """Give the training loss as the step computed it."""
+    """Return the training loss as the step computed it."""
     return outputs.losses_B
 
 
 @register_signal
 def correct(outputs: Outputs) -> Tensor:
-    """Give 1 where the largest logit is the label's, else 0."""
+    """Return 1 where the largest logit is the label's, else 0."""
     largest_B, class_B = outputs.logits_BC.max(dim=1)
-    # The largest of a diverged row is NaN or infinite: it would count as a correct class 0.
+    # The largest logit of a diverged row is NaN or infinite: the row would count as a correct class 0.
     return (class_B == outputs.targets_B) & (largest_B.abs() < math.inf)
 
 
 @register_signal
 def confidence(outputs: Outputs) -> Tensor:
-    """Give the largest probability."""
+    """Return the largest probability."""
     return outputs.probs_BC.amax(dim=1)
 
 
 @register_signal
 def prob_label(outputs: Outputs) -> Tensor:
-    """Give the label's probability, p_y."""
+    """Return the label's probability, p_y."""
     return outputs.prob_label_B
 
 
 @register_signal
 def entropy(outputs: Outputs) -> Tensor:
-    """Give the entropy of the prediction in nats, 0 log 0 being 0."""
+    """Return the entropy of the prediction in nats, with 0 log 0 = 0."""
     entropies_B: Tensor = torch.special.entr(outputs.probs_BC).sum(dim=1)
     return entropies_B
 
 
 @register_signal
 def el2n(outputs: Outputs) -> Tensor:
-    """Give the Euclidean distance of the probabilities from the one-hot label."""
+    """Return the Euclidean distance of the probabilities from the one-hot label."""
     errors_BC = outputs.probs_BC.scatter(1, outputs.targets_B[:, None], (outputs.prob_label_B - 1.0)[:, None])
     norms_B: Tensor = torch.linalg.vector_norm(errors_BC, dim=1)
     return norms_B
@@ -219,7 +372,7 @@ def el2n(outputs: Outputs) -> Tensor:
 
 @register_signal
 def margin(outputs: Outputs) -> Tensor:
-    """Give the label's probability less the best other one, in [-1, 1]."""
+    """Return the label's probability minus the largest other one, in [-1, 1]."""
     others_BC = outputs.probs_BC.scatter(1, outputs.targets_B[:, None], -1.0)
     gaps_B: Tensor = outputs.prob_label_B - others_BC.amax(dim=1)
     return gaps_B
@@ -227,197 +380,38 @@ def margin(outputs: Outputs) -> Tensor:
 
 @register_signal
 def probs(outputs: Outputs) -> Tensor:
-    """Give all probabilities, (B, C)."""
+    """Return all probabilities, (B, C)."""
     return outputs.probs_BC
 
 
 @register_signal
 def boundary(outputs: Outputs) -> Tensor:
-    """Give the distance to the nearest decision boundary of the predicted class, m(x), at least 0."""
-    return _recordable(boundary_distance(outputs.logits_BC, outputs.table_CC))
+    """Return the distance to the nearest decision boundary of the predicted class, m(x), at least 0."""
+    return _finite(boundary_distance(outputs.logits_BC, outputs.pair_distances_CC))
 
 
 @register_signal
 def boundary_label(outputs: Outputs) -> Tensor:
-    """Give the smallest signed distance to the label's boundaries: below 0 where another class is predicted."""
-    return _recordable(boundary_distance(outputs.logits_BC, outputs.table_CC, outputs.targets_B))
+    """Return the smallest signed distance to the label's boundaries, below 0 where another class is predicted."""
+    return _finite(boundary_distance(outputs.logits_BC, outputs.pair_distances_CC, outputs.targets_B))
 
 
 @register_signal
 def boundary_label_unsigned(outputs: Outputs) -> Tensor:
-    """Give the distance to the nearest of the label's boundaries, on either side of it."""
-    return _recordable(boundary_distance(outputs.logits_BC, outputs.table_CC, outputs.targets_B, signed=False))
+    """Return the distance to the nearest of the label's boundaries, on either side of it."""
+    return _finite(boundary_distance(outputs.logits_BC, outputs.pair_distances_CC, outputs.targets_B, signed=False))
 
 
 @register_signal
 def boundary_classes(outputs: Outputs) -> Tensor:
-    """Give the distances to the predicted class's boundary with every class, (B, C); its own entry is m(x)."""
-    return _recordable(class_boundaries(outputs.logits_BC, outputs.table_CC))
+    """Return the distances to the predicted class's boundary with every class, (B, C); its own entry is m(x)."""
+    return _finite(class_boundaries(outputs.logits_BC, outputs.pair_distances_CC))
 
 
-def _recordable(distances: Tensor) -> Tensor:
-    """Put the largest float32 for +inf: the recorder takes what is not finite for a diverged sample."""
+def _finite(distances: Tensor) -> Tensor:
+    """Replace +inf by the largest float32: the recorder counts a sample whose signals are not finite as diverged."""
     return distances.clamp(max=torch.finfo(torch.float32).max)
 
 
-# What a loop gives directly; every other signal is derived from logits.
-GIVEN = ("loss", "embedding")
-# A sweep asks for the same layer batch after batch.
-_LAST_HEAD = PairDistances()
-
-
-def losses_per_sample(losses: Tensor, num_rows: int, mask: Tensor | None = None) -> Tensor:
-    """Reduce losses to one a sample: the mean over every axis but the first.
-
-    Args:
-        losses: (B,), (B, T), (B, 1, …) or (B, H, W), differentiable.
-        num_rows: B of the batch.
-        mask: of the losses' shape, 0 where a position does not count (padding tokens), else its weight, such as 1;
-            None counts all alike.
-
-    Returns:
-        (B,) of the losses' dtype; a sample whose mask is all 0 has loss 0.
-
-    Raises:
-        ConfigError: a scalar, another number of rows, or a mask of another shape; with the cure.
-
-    >>> losses_per_sample(torch.tensor([[1.0, 3.0], [5.0, 0.0]]), 2, torch.tensor([[1, 1], [1, 0]]))
-    tensor([2., 5.])
-    """
-    if losses.ndim == 0:
-        raise ConfigError(
-            "weigh needs one loss a sample and got a scalar: compute the loss with reduction='none' "
-            "(cross_entropy(logits, labels, reduction='none')) and let weigh take the mean"
-        )
-    if losses.shape[0] != num_rows:
-        raise ConfigError(
-            f"weigh got losses of shape {tuple(losses.shape)} for a batch of {num_rows}: the first axis must be the "
-            "samples, in the batch's order"
-        )
-    if mask is not None:
-        if mask.shape != losses.shape:
-            raise ConfigError(f"mask {tuple(mask.shape)} and losses {tuple(losses.shape)} must have one shape")
-        counted = mask.to(losses.dtype).reshape(num_rows, -1)
-        total_B = counted.sum(1)
-        flat = losses.reshape(num_rows, -1)
-        summed_B = (flat.where(counted != 0, torch.zeros_like(flat)) * counted).sum(1)
-        return summed_B / total_B.where(total_B > 0, torch.ones_like(total_B))
-    return losses if losses.ndim == 1 else losses.flatten(1).mean(1)
-
-
-def weighted_mean(losses_B: Tensor, weights_B: Tensor, batch_rows: int) -> Tensor:
-    """Return Σ(w·l) ÷ batch_rows, a scalar.
-
-    The divisor is a worker's share of every global batch, never Σw and never a short batch's length: DDP's mean over
-    the ranks is then the weighted mean over the global batch, and every sample of an epoch counts by its weight alone.
-    """
-    losses_B = losses_B.float()  # a sum of many float16 losses overflows before it is divided
-    # A NaN loss of a padding row stays out of the mean (its gradient, where logits are NaN, cannot be kept out).
-    weighted = torch.where(weights_B > 0, losses_B * weights_B, torch.zeros_like(losses_B))
-    return weighted.sum() / batch_rows
-
-
-@torch.no_grad()
-def signals_per_sample(
-    names: Iterable[str],
-    losses_B: Tensor,
-    logits: Tensor | None = None,
-    targets: Tensor | None = None,
-    embeddings: Tensor | None = None,
-    head: nn.Linear | Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Return the named signals of a batch.
-
-    Args:
-        names: `loss`, `embedding`, or keys of SIGNALS, which need logits and targets.
-        losses_B: (B,) the loss of every sample.
-        logits: (B, C) for classes, (B, C, …) for dense targets (B, …), (B, C) for multi-label targets (B, C).
-        targets: int64 class indices (B,) or (B, …); floating (B, C) in [0, 1] for several labels a sample.
-        embeddings: (B, d).
-        head: the layer whose output the logits are, or its weight (C, D); signals of decision boundaries need it.
-
-    Returns:
-        name → (B,) or (B, d) float32, detached. Dense signals are means over the positions, those of several labels
-        means over the labels.
-
-    Raises:
-        ConfigError: something needed was not given, or its shape does not fit.
-    """
-    names = tuple(names)
-    for name in names:
-        if name not in GIVEN and name not in SIGNALS:
-            raise ConfigError(f"unknown signal {name!r}: {closest(name, (*GIVEN, *SIGNALS))}")
-    found: dict[str, Tensor] = {"loss": losses_B.detach().float()}
-    if "embedding" in names:
-        if embeddings is None or embeddings.ndim != 2 or embeddings.shape[0] != losses_B.shape[0]:
-            got = None if embeddings is None else tuple(embeddings.shape)
-            raise ConfigError(f"the method needs embeddings: give weigh(embeddings=) of shape (B, d), got {got}")
-        found["embedding"] = embeddings.detach().float()
-    derived = tuple(name for name in names if name not in GIVEN)
-    if derived:
-        if logits is None:
-            raise ConfigError(f"the method needs {', '.join(derived)}: give weigh(logits=) beside the losses")
-        found |= _derived(derived, losses_B.detach(), logits.detach(), targets, head)
-    return {name: found[name] for name in names}
-
-
-def _derived(
-    names: tuple[str, ...],
-    losses_B: Tensor,
-    logits: Tensor,
-    targets: Tensor | None,
-    head: nn.Linear | Tensor | None,
-) -> dict[str, Tensor]:
-    if targets is None:
-        raise ConfigError("the method needs the targets too: give weigh(targets=), or a batch with a column 'label'")
-    rows = losses_B.shape[0]
-    if logits.ndim < 2 or logits.shape[0] != rows:
-        raise ConfigError(f"weigh(logits=) has shape {tuple(logits.shape)}: it must be ({rows}, classes, …)")
-    of_boundaries = [name for name in names if name in BOUNDARY_SIGNALS]
-    if of_boundaries and (targets.is_floating_point() or logits.ndim != 2):
-        raise ConfigError(
-            f"{', '.join(of_boundaries)} need one class a sample: targets {tuple(targets.shape)} of logits "
-            f"{tuple(logits.shape)} are several; choose a method that asks for other signals"
-        )
-    if targets.is_floating_point():
-        if targets.shape != logits.shape or logits.ndim != 2:
-            raise ConfigError(
-                f"targets of several labels {tuple(targets.shape)} must have the logits' shape {tuple(logits.shape)}"
-            )
-        return _multi_label(names, losses_B, logits, targets)
-    if targets.shape != (rows, *logits.shape[2:]):
-        raise ConfigError(
-            f"targets {tuple(targets.shape)} do not fit logits {tuple(logits.shape)}: "
-            f"give class indices of shape {(rows, *logits.shape[2:])}"
-        )
-    if logits.ndim == 2:
-        distances_CC = _distances(of_boundaries, head) if of_boundaries else None
-        return compute_signals(names, logits, targets, losses_B, distances_CC=distances_CC)
-    return _dense(names, losses_B, logits, targets)
-
-
-def _distances(names: list[str], head: nn.Linear | Tensor | None) -> Tensor:
-    if head is None:
-        raise ConfigError(
-            f"the method needs {', '.join(names)}: give weigh(head=model.fc), the nn.Linear whose output the logits are"
-        )
-    return _LAST_HEAD(head if isinstance(head, Tensor) else head.weight)
-
-
-def _dense(names: tuple[str, ...], losses_B: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    rows, classes = logits.shape[:2]
-    flat_PC = logits.flatten(2).transpose(1, 2).reshape(-1, classes)
-    positions = flat_PC.shape[0] // rows
-    seen = compute_signals(names, flat_PC, targets.reshape(-1), losses_B.repeat_interleave(positions))
-    return {name: values.reshape(rows, positions, *values.shape[1:]).mean(1) for name, values in seen.items()}
-
-
-def _multi_label(names: tuple[str, ...], losses_B: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Take every label for a decision between two classes."""
-    rows, labels = logits.shape
-    two = torch.stack([torch.zeros_like(logits), logits], dim=2).reshape(-1, 2)
-    wanted = (targets.reshape(-1) >= 0.5).long()
-    single = tuple(name for name in names if name != "probs")
-    seen = compute_signals(single, two, wanted, losses_B.repeat_interleave(labels))
-    means = {name: values.reshape(rows, labels).mean(1) for name, values in seen.items()}
-    return means | ({"probs": logits.float().sigmoid()} if "probs" in names else {})
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

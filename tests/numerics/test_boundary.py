@@ -1,4 +1,4 @@
-"""Distances to decision boundaries: the method's worked example, its invariances, and naive loops.
+"""Distances to decision boundaries against a worked example, their invariances and naive loops.
 
 Shapes: B batch, C classes, D features.
 """
@@ -33,8 +33,8 @@ def naive_distance(logits: list[float], weight: list[list[float]], anchor: int, 
     return (logits[anchor] - logits[other]) / math.dist(weight[anchor], weight[other])
 
 
-def made(batch: int, classes: int, features: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits, weight and labels; half of the labels are the predicted classes."""
+def make_outputs(batch: int, classes: int, features: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits, weight and labels; every second label is the predicted class."""
     generator = torch.Generator().manual_seed(seed)
     weight_CD = torch.randn(classes, features, generator=generator)
     logits_BC = torch.randn(batch, features, generator=generator) @ weight_CD.T
@@ -43,26 +43,26 @@ def made(batch: int, classes: int, features: int, seed: int = 0) -> tuple[Tensor
     return logits_BC, weight_CD, labels_B
 
 
-def test_the_nearest_boundary_need_not_be_the_runner_ups() -> None:
-    table_CC = pair_distances(WEIGHT)
+def test_the_nearest_boundary_is_not_always_the_second_largest_logits() -> None:
+    distances_CC = pair_distances(WEIGHT)
     logits_BC = POINT @ WEIGHT.T + BIAS
     assert logits_BC.tolist() == [[2.0, 0.5, 0.0]]
-    to_classes = class_boundaries(logits_BC, table_CC)[0].tolist()
+    to_classes = class_boundaries(logits_BC, distances_CC)[0].tolist()
     assert to_classes == pytest.approx([0.5, 1.06066, 0.5], abs=1e-6)
-    assert boundary_distance(logits_BC, table_CC).item() == 0.5
+    assert boundary_distance(logits_BC, distances_CC).item() == 0.5
     label = torch.tensor([1])
-    assert boundary_distance(logits_BC, table_CC, label).item() == pytest.approx(-1.06066, abs=1e-6)
-    assert boundary_distance(logits_BC, table_CC, label, signed=False).item() == pytest.approx(0.158114, abs=1e-6)
+    assert boundary_distance(logits_BC, distances_CC, label).item() == pytest.approx(-1.06066, abs=1e-6)
+    assert boundary_distance(logits_BC, distances_CC, label, signed=False).item() == pytest.approx(0.158114, abs=1e-6)
     probs = logits_BC.softmax(dim=1)[0]
     assert (probs[0] - probs[1]).item() == pytest.approx(0.571873, abs=1e-6)
-    # A step of m(x) towards the boundary ends on it.
-    there = POINT - 0.5 * (WEIGHT[0] - WEIGHT[2]) / 4.0
-    assert there.tolist() == [[1.5, 0.5]]
-    tied = (there @ WEIGHT.T + BIAS)[0]
+    # A step of length m(x) towards the boundary ends on it.
+    end = POINT - 0.5 * (WEIGHT[0] - WEIGHT[2]) / 4.0
+    assert end.tolist() == [[1.5, 0.5]]
+    tied = (end @ WEIGHT.T + BIAS)[0]
     assert tied[0] == tied[2]
 
 
-def test_scale_and_shift_of_the_last_layer_change_nothing() -> None:
+def test_scaling_and_shifting_the_last_layer_change_no_distance() -> None:
     generator = torch.Generator().manual_seed(1)
     weight_CD, bias_C = torch.randn(7, 5, generator=generator), torch.randn(7, generator=generator)
     features_BD, labels_B = torch.randn(40, 5, generator=generator), torch.arange(40) % 7
@@ -77,16 +77,16 @@ def test_scale_and_shift_of_the_last_layer_change_nothing() -> None:
 @pytest.mark.parametrize(("classes", "features"), [(2, 3), (5, 2), (11, 8), (40, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_every_distance_equals_a_naive_loop(classes: int, features: int, dtype: torch.dtype) -> None:
-    logits_BC, weight_CD, labels_B = made(60, classes, features)
+    logits_BC, weight_CD, labels_B = make_outputs(60, classes, features)
     if classes > 2:
         weight_CD[-1] = weight_CD[0]
     logits_BC = logits_BC.to(dtype)
-    table_CC = pair_distances(weight_CD)
-    found = {
-        "boundary": boundary_distance(logits_BC, table_CC),
-        "boundary_label": boundary_distance(logits_BC, table_CC, labels_B),
-        "boundary_label_unsigned": boundary_distance(logits_BC, table_CC, labels_B, signed=False),
-        "boundary_classes": class_boundaries(logits_BC, table_CC),
+    distances_CC = pair_distances(weight_CD)
+    distances = {
+        "boundary": boundary_distance(logits_BC, distances_CC),
+        "boundary_label": boundary_distance(logits_BC, distances_CC, labels_B),
+        "boundary_label_unsigned": boundary_distance(logits_BC, distances_CC, labels_B, signed=False),
+        "boundary_classes": class_boundaries(logits_BC, distances_CC),
     }
     weight = weight_CD.double().tolist()
     for row, (logits, label) in enumerate(zip(logits_BC.float().tolist(), labels_B.tolist(), strict=True)):
@@ -100,32 +100,32 @@ def test_every_distance_equals_a_naive_loop(classes: int, features: int, dtype: 
             "boundary_label_unsigned": min(map(abs, of_label)),
             "boundary_classes": to_all,
         }
-        for name, values in found.items():
+        for name, values in distances.items():
             assert values.dtype == torch.float32
             assert values[row].tolist() == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
-    signals = compute_signals(list(found), logits_BC, labels_B, torch.zeros(60), distances_CC=table_CC)
-    for name, values in found.items():
+    signals = compute_signals(list(distances), logits_BC, labels_B, torch.zeros(60), distances_CC=distances_CC)
+    for name, values in distances.items():
         assert torch.equal(signals[name], values.clamp(max=LARGEST)), name
 
 
-def test_of_equal_predictions_the_label_and_the_predicted_class_say_the_same() -> None:
-    logits_BC, weight_CD, _ = made(50, 6, 4)
-    table_CC = pair_distances(weight_CD)
+def test_a_correct_label_has_the_distance_of_the_predicted_class() -> None:
+    logits_BC, weight_CD, _ = make_outputs(50, 6, 4)
+    distances_CC = pair_distances(weight_CD)
     predicted_B = logits_BC.argmax(dim=1)
     for signed in (True, False):
-        same = boundary_distance(logits_BC, table_CC, predicted_B, signed=signed)
-        assert torch.equal(same, boundary_distance(logits_BC, table_CC, signed=signed))
+        of_label = boundary_distance(logits_BC, distances_CC, predicted_B, signed=signed)
+        assert torch.equal(of_label, boundary_distance(logits_BC, distances_CC, signed=signed))
 
 
-def test_equal_rows_have_no_boundary_however_the_sum_rounds() -> None:
+def test_equal_rows_have_no_boundary_whatever_the_rounding() -> None:
     generator = torch.Generator().manual_seed(3)
     for features in (1, 7, 64, 513):
         weight_CD = torch.randn(30, features, generator=generator) * 10.0 + 50.0
         weight_CD[1::2] = weight_CD[::2]
-        table_CC = pair_distances(weight_CD)
+        distances_CC = pair_distances(weight_CD)
         same = torch.arange(30)[:, None] // 2 == torch.arange(30) // 2
-        assert torch.equal(table_CC == 0.0, same)
-    # Rows of norm 1,600: a Gram matrix in float32 puts these two anywhere from 0 to 1 apart.
+        assert torch.equal(distances_CC == 0.0, same)
+    # Rows of norm 1,600: with a Gram matrix in float32, these two are anywhere from 0 to 1 apart.
     weight_CD = torch.full((2, 1024), 50.0)
     weight_CD[1, 0] += 2.0**-6
     assert pair_distances(weight_CD)[0, 1].item() == pytest.approx(2.0**-6, rel=1e-4)
@@ -133,68 +133,68 @@ def test_equal_rows_have_no_boundary_however_the_sum_rounds() -> None:
     assert pair_distances(weight_CD)[0, 1].item() == 0.0
 
 
-def test_without_a_boundary_the_distance_is_infinite_and_the_signal_the_largest_float() -> None:
+def test_without_a_boundary_the_distance_is_infinite_and_the_signal_the_largest_float32() -> None:
     for weight_CD in (torch.ones(1, 4), torch.ones(3, 4), torch.zeros(3, 4)):
         classes = len(weight_CD)
         logits_BC, labels_B = torch.arange(2.0 * classes).reshape(2, classes), torch.zeros(2, dtype=torch.int64)
-        table_CC = pair_distances(weight_CD)
-        assert boundary_distance(logits_BC, table_CC).tolist() == [math.inf] * 2
-        assert class_boundaries(logits_BC, table_CC).tolist() == [[math.inf] * classes] * 2
-        found = compute_signals(BOUNDARY_SIGNALS, logits_BC, labels_B, torch.zeros(2), distances_CC=table_CC)
-        for values in found.values():
+        distances_CC = pair_distances(weight_CD)
+        assert boundary_distance(logits_BC, distances_CC).tolist() == [math.inf] * 2
+        assert class_boundaries(logits_BC, distances_CC).tolist() == [[math.inf] * classes] * 2
+        signals = compute_signals(BOUNDARY_SIGNALS, logits_BC, labels_B, torch.zeros(2), distances_CC=distances_CC)
+        for values in signals.values():
             assert torch.equal(values, torch.full_like(values, LARGEST))
 
 
-def test_a_nan_is_never_a_number() -> None:
-    table_CC = pair_distances(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]))
+def test_nan_logits_and_weights_give_nan() -> None:
+    distances_CC = pair_distances(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]))
     nan = math.nan
     logits_BC = torch.tensor([[nan] * 4, [nan, 0.0, 0.0, 0.0], [0.0, 0.0, 5.0, nan], [3.0, 1.0, 0.0, 0.0]])
     labels_B = torch.tensor([0, 1, 1, 0])
-    found = compute_signals(BOUNDARY_SIGNALS, logits_BC, labels_B, torch.zeros(4), distances_CC=table_CC)
-    for name, values in found.items():
+    signals = compute_signals(BOUNDARY_SIGNALS, logits_BC, labels_B, torch.zeros(4), distances_CC=distances_CC)
+    for name, values in signals.items():
         assert values.isnan().reshape(4, -1).all(dim=1).tolist() == [True, True, True, False], name
         assert values[3].isfinite().all()
     one = boundary_distance(torch.tensor([[nan]]), pair_distances(torch.ones(1, 2)))
     assert one.isnan().all()
-    # A diverged layer says nothing of any sample whose boundaries it is part of.
+    # A diverged row of the layer makes the distances of all samples with a boundary to its class NaN.
     broken = pair_distances(torch.tensor([[1.0, 0.0], [0.0, nan], [0.0, 1.0]]))
     assert boundary_distance(torch.tensor([[3.0, 1.0, 0.0]]), broken).isnan().all()
 
 
-def test_signals_without_their_table_are_refused_with_the_cure() -> None:
+def test_boundary_signals_without_distances_are_refused_with_the_cure() -> None:
     logits_BC, labels_B = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
     for name in BOUNDARY_SIGNALS:
-        with pytest.raises(ValueError, match=r"need the last layer's weight: give distances_CC=pair_distances"):
+        with pytest.raises(ValueError, match=r"need the last layer's weight: .*distances_CC=pair_distances"):
             compute_signals([name], logits_BC, labels_B, torch.zeros(2))
-    with pytest.raises(ValueError, match=r"\(4, 4\) does not fit 3 logits"):
+    with pytest.raises(ValueError, match=r"\(4, 4\) do not fit 3 logits"):
         compute_signals(["boundary"], logits_BC, labels_B, torch.zeros(2), distances_CC=torch.ones(4, 4))
     assert [signal_floats(name, 5) for name in BOUNDARY_SIGNALS] == [1, 5, 1, 1]
-    assert signal_floats("boundary", 10**7) == 1  # no table of so many classes is made for it
+    assert signal_floats("boundary", 10**7) == 1  # without the memory of so many classes
 
 
-def test_the_table_is_computed_again_when_the_weight_changes_and_only_then() -> None:
+def test_cached_distances_are_recomputed_only_when_the_weight_changes() -> None:
     layer = nn.Linear(4, 3)
-    table = PairDistances()
-    first = table(layer.weight)
-    assert table(layer.weight) is first
+    cache = PairDistances()
+    first = cache(layer.weight)
+    assert cache(layer.weight) is first
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
     layer(torch.randn(2, 4)).square().sum().backward()
     optimizer.step()
-    second = table(layer.weight)
+    second = cache(layer.weight)
     assert torch.equal(second, pair_distances(layer.weight))
     assert not torch.equal(second, first)
     layer.load_state_dict(nn.Linear(4, 3).state_dict())
-    assert torch.equal(table(layer.weight), pair_distances(layer.weight))
-    assert not torch.equal(table(layer.weight), second)
+    assert torch.equal(cache(layer.weight), pair_distances(layer.weight))
+    assert not torch.equal(cache(layer.weight), second)
     one, other = nn.Linear(4, 3).weight, nn.Linear(4, 3).weight
-    for weight in (one, other, one):  # two of one version
-        assert torch.equal(table(weight), pair_distances(weight))
+    for weight in (one, other, one):  # both weights have the same version
+        assert torch.equal(cache(weight), pair_distances(weight))
     sliced = PairDistances(2)
     assert torch.equal(sliced(other), pair_distances(other[:, :2]))
 
 
 class Ending(nn.Module):
-    """A body, a classifier, and something that is done to its output."""
+    """A body, a classifier, and an operation on its output."""
 
     def __init__(self, ending: str) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class Ending(nn.Module):
         return logits.view(-1, 3) if self.ending == "view" else logits
 
 
-def test_the_last_layer_is_found_by_its_output() -> None:
+def test_the_last_linear_layer_is_found_by_its_output() -> None:
     assert last_linear(build_model("resnet8", num_classes=3, input_shape=(3, 8, 8)), torch.zeros(2, 3, 8, 8)) == "fc"
     assert last_linear(build_model("mlp", num_classes=3, input_shape=(5,)), torch.zeros(2, 5)) == "fc"
     assert last_linear(nn.Sequential(nn.Linear(4, 3), nn.Dropout(), nn.Identity()), torch.zeros(2, 4)) == "0"
@@ -233,7 +233,7 @@ def test_the_last_layer_is_found_by_its_output() -> None:
 
 
 @pytest.mark.parametrize("ending", ["in place", "softmax", "no linear"])
-def test_a_model_that_ends_otherwise_is_refused(ending: str) -> None:
+def test_a_model_that_changes_the_layers_output_is_refused(ending: str) -> None:
     with pytest.raises(ValueError, match=r"are not the output of an nn.Linear .*'aside', is changed") as refused:
         last_linear(Ending(ending), torch.zeros(2, 4))
     assert "\n" not in str(refused.value)

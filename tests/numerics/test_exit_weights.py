@@ -1,4 +1,4 @@
-"""L2W-DEN's arithmetic against hand-worked numbers and the reference's golden arrays."""
+"""L2W-DEN's arithmetic against numbers computed by hand and the reference's golden arrays."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import torch
 from rayprune.nn.steps.l2w import (
     WeightNet,
     allocate_exits,
-    centred,
+    center,
     exit_distribution,
-    exit_quotas,
+    leaving_counts,
     meta_loss,
-    observed,
     weight_range,
     weights_of,
 )
@@ -31,27 +30,29 @@ REAL = torch.tensor([True, True])
         ("row", 0.3, [[1.075, 0.85, 0.85, 0.85, 0.925], [0.925, 1.15, 1.15, 1.15, 1.075]]),
     ],
 )
-def test_weights_by_hand_and_padding_changes_none(normalise: str, epsilon: float, expected: list[list[float]]) -> None:
-    found = weights_of(centred(RAW, normalise, REAL), epsilon)
-    torch.testing.assert_close(found, torch.tensor(expected))
+def test_weights_are_the_hand_computed_ones_with_and_without_padding(
+    normalise: str, epsilon: float, expected: list[list[float]]
+) -> None:
+    weights = weights_of(center(RAW, normalise, REAL), epsilon)
+    torch.testing.assert_close(weights, torch.tensor(expected))
     padded = torch.cat([RAW[:1], torch.full((1, 5), float("nan")), RAW[1:]])
-    masked = weights_of(centred(padded, normalise, torch.tensor([True, False, True])), epsilon)
+    masked = weights_of(center(padded, normalise, torch.tensor([True, False, True])), epsilon)
     torch.testing.assert_close(masked[[0, 2]], torch.tensor(expected))
     low, high = weight_range(epsilon, normalise, 5)
-    assert low - 1e-6 <= found.min() <= found.max() <= high + 1e-6
-    clamped = weights_of(centred(10 * RAW, normalise, REAL), epsilon, nonnegative=True)
+    assert low - 1e-6 <= weights.min() <= weights.max() <= high + 1e-6
+    clamped = weights_of(center(10 * RAW, normalise, REAL), epsilon, nonnegative=True)
     assert clamped.min() == 0.0
 
 
 @pytest.mark.parametrize("normalise", ["row", "col", "mat"])
-def test_its_gradient_goes_through_the_same_projection(normalise: str) -> None:
+def test_the_gradient_of_centering_is_the_same_projection(normalise: str) -> None:
     values = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     upstream, real = torch.randn(4, 3, dtype=torch.float64), torch.tensor([True, True, False, True])
-    (centred(values, normalise, real) * upstream).sum().backward()
-    torch.testing.assert_close(values.grad, centred(upstream, normalise, real))
+    (center(values, normalise, real) * upstream).sum().backward()
+    torch.testing.assert_close(values.grad, center(upstream, normalise, real))
 
 
-def test_the_weight_network_is_the_references() -> None:
+def test_the_weight_network_computes_the_references_weights() -> None:
     golden = np.load(GOLDEN / "l2w_weight_net.npz")
     net = WeightNet(5)
     assert sum(parameter.numel() for parameter in net.parameters()) == 5505
@@ -66,14 +67,20 @@ def test_the_weight_network_is_the_references() -> None:
     np.testing.assert_allclose(raw, golden["tanh_out"], rtol=1e-6, atol=1e-7)
     for normalise in ("row", "col", "mat"):
         for epsilon in (0.3, 0.8):
-            found = weights_of(centred(raw, normalise, torch.ones(6, dtype=torch.bool)), epsilon)
-            np.testing.assert_allclose(found, golden[f"w_{normalise}_{epsilon}"], rtol=1e-6, atol=1e-6)
+            weights = weights_of(center(raw, normalise, torch.ones(6, dtype=torch.bool)), epsilon)
+            np.testing.assert_allclose(weights, golden[f"w_{normalise}_{epsilon}"], rtol=1e-6, atol=1e-6)
 
 
-def test_what_the_weight_network_sees_and_where_it_begins() -> None:
-    losses, sure = torch.zeros(2, 3), torch.ones(2, 3)
-    assert observed("both", losses, sure).tolist() == [[0, 0, 0, 1, 1, 1]] * 2
-    assert observed("conf", losses, sure).tolist() == sure.tolist()
+def test_the_weight_network_reads_losses_or_confidences_or_both() -> None:
+    losses, confidences = torch.zeros(2, 3, requires_grad=True), torch.ones(2, 3)
+    assert WeightNet(3).inputs_of(losses, confidences).tolist() == losses.tolist()
+    assert WeightNet(3, inputs="conf").inputs_of(losses, confidences).tolist() == confidences.tolist()
+    both = WeightNet(3, inputs="both").inputs_of(losses, confidences)
+    assert both.tolist() == [[0, 0, 0, 1, 1, 1]] * 2
+    assert not both.requires_grad
+
+
+def test_the_weight_networks_initial_weights_depend_on_its_seed_alone() -> None:
     before = torch.get_rng_state()
     one, other, third = WeightNet(3, seed=1), WeightNet(3, seed=1), WeightNet(3, inputs="both", layers=2, seed=2)
     assert torch.equal(torch.get_rng_state(), before)
@@ -81,28 +88,29 @@ def test_what_the_weight_network_sees_and_where_it_begins() -> None:
     assert [tuple(layer.weight.shape) for layer in third.hidden] == [(500, 6), (500, 500)]
 
 
-def test_exit_shares_and_quotas_are_the_references() -> None:
-    shares = np.load(GOLDEN / "l2w_target_probs_K5.npz")["probs"]
+def test_exit_fractions_and_counts_are_the_references() -> None:
+    fractions = np.load(GOLDEN / "l2w_target_probs_K5.npz")["probs"]
     for p in range(1, 40):
-        np.testing.assert_allclose(exit_distribution(p, 5), shares[p - 1], rtol=1e-6)
+        np.testing.assert_allclose(exit_distribution(p, 5), fractions[p - 1], rtol=1e-6)
     golden = np.load(GOLDEN / "l2w_allocation_counts.npz")
     for (num_exits, p, rows), counts in zip(golden["keys"].tolist(), golden["counts"].tolist(), strict=True):
-        assert exit_quotas(rows, exit_distribution(p, num_exits)) == [each for each in counts if each >= 0]
+        assert leaving_counts(rows, exit_distribution(p, num_exits)) == [each for each in counts if each >= 0]
 
 
 def test_rows_leave_by_confidence_and_padding_never() -> None:
-    drawn = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     for rows, num_exits, p in [(20, 3, 15), (7, 5, 39), (3, 4, 20), (2, 5, 1)]:
-        sure, real = drawn.random((rows, num_exits)), drawn.random(rows) < 0.8
-        found = allocate_exits(torch.from_numpy(sure), torch.from_numpy(real), exit_distribution(p, num_exits)).tolist()
-        quotas = exit_quotas(int(real.sum()), exit_distribution(p, num_exits))
-        expected, here = [-1] * rows, [row for row in range(rows) if real[row]]
-        for place in range(num_exits):
-            leaving = sorted(here, key=lambda row, place=place: -sure[row, place])[: quotas[place]]
+        confidences, real = generator.random((rows, num_exits)), generator.random(rows) < 0.8
+        fractions = exit_distribution(p, num_exits)
+        exits = allocate_exits(torch.from_numpy(confidences), torch.from_numpy(real), fractions).tolist()
+        counts = leaving_counts(int(real.sum()), fractions)
+        expected, remaining = [-1] * rows, [row for row in range(rows) if real[row]]
+        for exit in range(num_exits):
+            leaving = sorted(remaining, key=lambda row, exit=exit: -confidences[row, exit])[: counts[exit]]
             for row in leaving:
-                expected[row] = place
-            here = [row for row in here if row not in leaving]
-        assert found == expected
+                expected[row] = exit
+            remaining = [row for row in remaining if row not in leaving]
+        assert exits == expected
 
 
 def test_an_exit_without_rows_adds_nothing_to_the_meta_loss() -> None:

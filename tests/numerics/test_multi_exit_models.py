@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from rayprune.nn.flops import exit_macs, exit_parameters
+from rayprune.nn.flops import example_input, exit_macs
 from rayprune.nn.models import build_model
 from tests.support.paths import GOLDEN
 
@@ -45,7 +45,7 @@ def counts() -> dict[str, Any]:
 
 
 def published(key: str) -> tuple[torch.nn.Module, tuple[int, int, int]]:
-    """Return the network of a key of model_counts.json, without values, and its input shape."""
+    """Return the network of a key of model_counts.json, on the meta device, and its input shape."""
     data, configuration = key.split("_", 1)
     name, options = (IMAGENET if data == "in" else CIFAR)[configuration]
     shape = (3, 224, 224) if data == "in" else (3, 32, 32)
@@ -54,6 +54,22 @@ def published(key: str) -> tuple[torch.nn.Module, tuple[int, int, int]]:
             name, num_classes={"in": 1000, "c100": 100, "c10": 10}[data], input_shape=shape, **dict(options)
         )
     return model, shape
+
+
+def exit_parameters(model: Any, input_shape: tuple[int, int, int]) -> list[int]:
+    """Return the number of parameters that one sample uses up to each exit."""
+    used: dict[torch.nn.Parameter, int] = {}
+
+    def add(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        used.update((parameter, parameter.numel()) for parameter in module.parameters(recurse=False))
+
+    for module in model.eval().modules():
+        module.register_forward_hook(add)
+    state, totals = model.begin(example_input(model, input_shape)), []
+    for exit in range(model.num_exits):
+        _, state = model.advance(exit, state)
+        totals.append(sum(used.values()))
+    return totals
 
 
 @pytest.mark.parametrize("key", counts())
@@ -66,7 +82,7 @@ def test_parameters_and_macs_are_the_published_ones(key: str) -> None:
 
 
 def fill(model: torch.nn.Module) -> None:
-    """Give every parameter the golden file's values."""
+    """Set every parameter to the golden file's values."""
     for index, (name, parameter) in enumerate(model.named_parameters()):
         steps = torch.arange(parameter.numel(), dtype=torch.float64)
         if parameter.ndim >= 2:
@@ -79,7 +95,7 @@ def fill(model: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_the_forward_is_the_published_one(training: bool) -> None:
+def test_the_logits_are_the_published_ones(training: bool) -> None:
     with np.load(GOLDEN / "l2w_forward_msd_cifar100.npz", allow_pickle=False) as arrays:
         names = json.loads(str(arrays["names"]))
         expected = torch.from_numpy(arrays["logits_train" if training else "logits_eval"])

@@ -1,4 +1,4 @@
-"""Signals against naive per-sample Python and against arrays made by DeepCore's own program.
+"""Signals against naive per-sample Python and against arrays computed by DeepCore's own program.
 
 Shapes: B batch, C classes.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from rayprune.nn.signals import BOUNDARY_SIGNALS, SIGNALS, check_signals, compute_signals, per_sample_loss
 from tests.support.paths import GOLDEN
 
-# The others have numerics of their own in test_boundary.py.
+# The boundary signals are tested in test_boundary.py.
 OF_LOGITS = [name for name in SIGNALS if name not in BOUNDARY_SIGNALS]
 STORED_SIGNALS = GOLDEN / "deepcore_signals.npz"
 
@@ -56,9 +56,9 @@ def test_every_signal_equals_its_naive_definition(case: str) -> None:
     logits_BC = make_logits(case).requires_grad_()
     targets_B = torch.arange(len(logits_BC)) % logits_BC.shape[1]
     losses_B = per_sample_loss(logits_BC, targets_B)
-    found = compute_signals(OF_LOGITS, logits_BC, targets_B, losses_B)
+    signals = compute_signals(OF_LOGITS, logits_BC, targets_B, losses_B)
     expected = [naive_signals(row, target) for row, target in zip(logits_BC.tolist(), targets_B.tolist(), strict=True)]
-    for name, values in found.items():
+    for name, values in signals.items():
         assert values.dtype == torch.float32
         assert not values.requires_grad
         if name == "loss":
@@ -69,20 +69,20 @@ def test_every_signal_equals_its_naive_definition(case: str) -> None:
         torch.testing.assert_close(values.double(), naive, rtol=2e-6, atol=1e-6, msg=f"{name} in {case}")
 
 
-def test_deepcore_arrays_agree() -> None:
+def test_signals_equal_deepcores_arrays() -> None:
     golden = np.load(STORED_SIGNALS, allow_pickle=False)
     logits_BC, targets_B = torch.from_numpy(golden["logits"]), torch.from_numpy(golden["targets"])
     losses_B = torch.zeros(len(targets_B))
-    found = compute_signals(["el2n", "entropy"], logits_BC, targets_B, losses_B)
-    np.testing.assert_allclose(found["el2n"], golden["el2n"], rtol=1e-5, atol=1e-6)
+    signals = compute_signals(["el2n", "entropy"], logits_BC, targets_B, losses_B)
+    np.testing.assert_allclose(signals["el2n"], golden["el2n"], rtol=1e-5, atol=1e-6)
     # DeepCore adds 1e-6 inside the logarithm: at most about C·1e-6.
-    np.testing.assert_allclose(found["entropy"], -golden["neg_entropy"], rtol=0, atol=1.2e-5)
-    # Its margin is of the two best classes, which is ours with the best class for the label.
+    np.testing.assert_allclose(signals["entropy"], -golden["neg_entropy"], rtol=0, atol=1.2e-5)
+    # Its margin is the gap of the two best classes: ours, with the best class as the label.
     best = compute_signals(["margin"], logits_BC, logits_BC.argmax(dim=1), losses_B)["margin"]
     np.testing.assert_allclose(best, golden["margin"], rtol=0, atol=1e-6)
 
 
-def test_margin_is_not_the_gap_of_the_two_best() -> None:
+def test_the_margin_is_not_the_gap_of_the_two_best_classes() -> None:
     logits_BC = torch.tensor([[3.0, 1.0, 0.0]])
     value = compute_signals(["margin"], logits_BC, torch.tensor([2]), torch.zeros(1))["margin"].item()
     probs = naive_signals([3.0, 1.0, 0.0], 2)["probs"]
@@ -95,19 +95,19 @@ def test_a_diverged_row_is_not_correct() -> None:
     logits_BC = torch.tensor(
         [[math.nan, math.nan], [2.0, 1.0], [math.inf, 1.0], [-math.inf, -math.inf], [1.0, math.nan]]
     )
-    found = compute_signals(["correct", "entropy"], logits_BC, torch.tensor([0, 0, 0, 0, 1]), torch.zeros(5))
-    assert found["correct"].tolist() == [0.0, 1.0, 0.0, 0.0, 0.0]
-    assert found["entropy"].isnan().tolist() == [True, False, True, True, True]
+    signals = compute_signals(["correct", "entropy"], logits_BC, torch.tensor([0, 0, 0, 0, 1]), torch.zeros(5))
+    assert signals["correct"].tolist() == [0.0, 1.0, 0.0, 0.0, 0.0]
+    assert signals["entropy"].isnan().tolist() == [True, False, True, True, True]
 
 
-def test_masked_classes_have_no_probability() -> None:
+def test_a_class_with_logit_minus_infinity_has_no_probability() -> None:
     logits_BC = torch.tensor([[0.0, 0.0, -math.inf]])
-    found = compute_signals(["entropy", "margin"], logits_BC, torch.tensor([0]), torch.zeros(1))
-    assert found["entropy"].item() == pytest.approx(math.log(2))
-    assert found["margin"].item() == pytest.approx(0.0)
+    signals = compute_signals(["entropy", "margin"], logits_BC, torch.tensor([0]), torch.zeros(1))
+    assert signals["entropy"].item() == pytest.approx(math.log(2))
+    assert signals["margin"].item() == pytest.approx(0.0)
 
 
-def test_unknown_signal_is_refused_with_the_closest() -> None:
+def test_an_unknown_signal_is_refused_with_the_closest_name() -> None:
     check_signals(SIGNALS)
     with pytest.raises(ValueError, match=r"unknown signal 'el2m': did you mean 'el2n'\?"):
         compute_signals(["loss", "el2m"], torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), torch.zeros(1))

@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Tower(nn.Module):
-    """A trunk of layers with an exit after each."""
+    """Layers with an exit after each."""
 
     def __init__(self, features: int, widths: list[int], num_classes: int, norm: bool, tuples: bool = False) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class Tower(nn.Module):
         self._tuples = tuples
 
     def forward(self, inputs: torch.Tensor) -> list[torch.Tensor] | tuple[torch.Tensor, ...]:
-        """Give one tensor of logits (B, C) an exit."""
+        """Return one tensor of logits (B, C) per exit."""
         hidden, exits = inputs.flatten(1), []
         for block, norm, classifier in zip(self.blocks, self.norms, self.classifier, strict=True):
             hidden = torch.tanh(norm(block(hidden)))
@@ -44,12 +44,12 @@ def tower(
 
 
 def one_in_a_list(*, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
-    """Return a list of one."""
+    """Build a network that returns a list of one."""
     return tower(num_classes=num_classes, input_shape=input_shape, exits=1)
 
 
 def of_different_classes(*, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
-    """Have a first exit of one class more."""
+    """Build a network whose first exit has one class more."""
     model = tower(num_classes=num_classes, input_shape=input_shape)
     assert isinstance(model, Tower)
     model.classifier[0] = nn.Linear(16, num_classes + 1)
@@ -57,15 +57,15 @@ def of_different_classes(*, num_classes: int, input_shape: tuple[int, ...]) -> n
 
 
 def fails_once(*, num_classes: int, input_shape: tuple[int, ...], marker: str, passes: int) -> nn.Module:
-    """Fail at the `passes`-th forward pass of a training, unless it happened before."""
-    model, seen = tower(num_classes=num_classes, input_shape=input_shape), 0
+    """Build a network that fails at the `passes`-th forward pass of a training, unless it has failed before."""
+    model, count = tower(num_classes=num_classes, input_shape=input_shape), 0
 
     def fail(module: nn.Module, _: object) -> None:
-        nonlocal seen
-        seen += module.training
-        if seen == passes and not Path(marker).exists():
+        nonlocal count
+        count += module.training
+        if count == passes and not Path(marker).exists():
             Path(marker).touch()
-            raise RuntimeError("as asked")
+            raise RuntimeError("failed on purpose")
 
     model.register_forward_pre_hook(fail)
     return model

@@ -1,4 +1,4 @@
-"""A small network that is computed exit by exit, named in configs as `path/to/stepwise_model.py:ladder`."""
+"""A small network that can run exit by exit, named in configs as `path/to/stepwise_model.py:ladder`."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class Ladder(nn.Module):
         self.num_exits = len(widths)
 
     def begin(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Give the state before exit 0."""
+        """Return the state before exit 0."""
         return inputs.flatten(1)
 
     def advance(self, exit: int, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give the logits at an exit, and the next state."""
+        """Return the logits at an exit, and the next state."""
         state = self.layers[exit](state).relu()
         return self.heads[exit](state), state
 
     def forward(self, inputs: torch.Tensor) -> list[torch.Tensor]:
-        """Give the logits of all exits."""
+        """Return the logits of all exits."""
         state, exits = self.begin(inputs), []
         for number in range(self.num_exits):
             logits, state = self.advance(number, state)
@@ -38,5 +38,5 @@ class Ladder(nn.Module):
 
 
 def ladder(*, num_classes: int, input_shape: tuple[int, ...], widths: Sequence[int] = (8, 16, 32)) -> nn.Module:
-    """Build an exit a width."""
+    """Build a network with an exit after a layer of each width."""
     return Ladder(math.prod(input_shape), widths, num_classes)

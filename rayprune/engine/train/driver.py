@@ -66,7 +66,7 @@ from rayprune.engine.train.worker import Worker
 from rayprune.errors import ConfigError, TrainingFailed, TrainingPaused, TrainingStopped
 from rayprune.methods import Method
 from rayprune.methods.fixed import Fixed
-from rayprune.nn.device import pinned
+from rayprune.nn.device import pin_column
 from rayprune.nn.signals import check_signals
 from rayprune.sources import SampleSource, Splits, open_data
 from rayprune.sources.base import shuffle_name
@@ -205,11 +205,11 @@ class Run:
 
 
 def _ray_loop(spec: WorkerSpec) -> None:
-    Worker(spec, RayStream(ray.train.get_dataset_shard("train"), pinned if spec.use_gpu else None)).run()
+    Worker(spec, RayStream(ray.train.get_dataset_shard("train"), pin_column if spec.use_gpu else None)).run()
 
 
 def _local_loop(spec: WorkerSpec, sources: Mapping[str, SampleSource]) -> None:
-    Worker(spec, LocalStream(sources, pinned if spec.use_gpu else None)).run()
+    Worker(spec, LocalStream(sources, pin_column if spec.use_gpu else None)).run()
 
 
 def _device_loop(spec: WorkerSpec, sources: Mapping[str, SampleSource]) -> None:

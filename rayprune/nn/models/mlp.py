@@ -27,12 +27,12 @@ class MLP(nn.Module):
         self.fc = nn.Linear(num_features, num_classes)
 
     def features(self, inputs: Tensor) -> Tensor:
-        """Give the embedding before the classifier, (B, last hidden width), of inputs (B, F) or (B, C, H, W)."""
+        """Return the embedding before the classifier, (B, last hidden width), of inputs (B, F) or (B, C, H, W)."""
         embedding: Tensor = self.layers(inputs.flatten(1))
         return embedding
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Give logits (B, C) of inputs (B, F) or (B, C, H, W)."""
+        """Return logits (B, C) of inputs (B, F) or (B, C, H, W)."""
         logits: Tensor = self.fc(self.features(inputs))
         return logits
 
@@ -42,7 +42,7 @@ def mlp(*, num_classes: int, input_shape: tuple[int, ...], hidden: Sequence[int]
     """Build an MLP of two hidden layers of 256 units, or of the widths in `hidden`.
 
     Raises:
-        ValueError: a width is below 1.
+        ConfigError: a width is below 1.
     """
     if any(width < 1 for width in hidden):
         raise ConfigError(f"hidden must be widths of at least 1, got {tuple(hidden)}")

@@ -3,10 +3,10 @@
 Huang, Chen, Li, Wu, van der Maaten, Weinberger: Multi-Scale Dense Networks for Resource Efficient Image
 Classification, ICLR 2018, arXiv 1703.09844. Layers and counts are those of the published program: with n layers and S
 scales, the finest scale is dropped every ⌈n/S⌉ layers (its `prune=max`), and the layer that drops it is followed by
-1×1 convolutions that keep the share `reduction` of the channels. Deviations: a layer whose growth is odd gives the
-half that is left over to the same-scale connection; maps that neither a later layer nor a classifier reads are not
-made, for DDP refuses parameters without gradients (no published configuration has such maps); and the classifiers
-average their whole map (see `multi_scale`).
+1×1 convolutions that keep the fraction `reduction` of the channels. Deviations: a layer of odd growth gives the extra
+channel to the same-scale connection; maps that neither a later layer nor a classifier reads are not computed, because
+DDP refuses parameters without gradients (no published configuration has such maps); and the classifiers average their
+whole map (see `multi_exit`).
 
 Shapes: B batch, C classes, K exits, H height, W width; S scales.
 """
@@ -31,7 +31,7 @@ from rayprune.nn.models.multi_exit import (
     choose_stem,
     classifier,
     convolution,
-    initialise,
+    initialize,
 )
 from rayprune.nn.models.registry import image_channels, register_model
 
@@ -39,11 +39,11 @@ Maps = list[Tensor]
 
 
 class Connections(nn.Module):
-    """What a layer adds to one scale: of its own map and, but for the finest, of the finer map halved.
+    """One scale of a layer: new channels from its own map and, except at the finest scale, from the finer map halved.
 
     Args:
-        own, finer: channels of both maps; finer None for the finest scale.
-        growth: g, the channels that are added.
+        own, finer: channels of both maps; finer is None at the finest scale.
+        growth: g, the channels that it adds.
         factor, finer_factor: of the bottlenecks; None for none.
     """
 
@@ -54,20 +54,20 @@ class Connections(nn.Module):
         self.normal = bottlenecked(own, growth - halved, factor)
 
     def forward(self, own: Tensor, finer: Tensor | None) -> Tensor:
-        """Give (B, own + growth, H, W) of the map (B, own, H, W) and the finer one."""
+        """Return (B, own + growth, H, W) of the map (B, own, H, W) and the finer one."""
         halved = [] if self.down is None else [self.down(finer)]
         return torch.cat([own, *halved, self.normal(own)], dim=1)
 
 
 class Layer(nn.Module):
-    """One layer of all scales that are left, `first` being the finest of them.
+    """One layer of all remaining scales.
 
     Args:
         widths: channels of all S scales, the finest first.
         growths: the channels added to each.
         factors: of the bottlenecks at each.
-        first: the finest scale that is made.
-        drops: whether the scale before it is read and then dropped.
+        first: the finest remaining scale.
+        drops: whether the layer reads the scale finer than that and then drops it.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Layer(nn.Module):
             self.scales.append(connections)
 
     def forward(self, maps: Maps) -> Maps:
-        """Give the maps that are left, the finest first."""
+        """Return the maps of the remaining scales, the finest first."""
         dropped = len(maps) - len(self.scales)
         pairs = zip(maps[dropped:], [None, *maps][dropped:], self.scales, strict=False)
         return [scale(own, finer) for own, finer, scale in pairs]
@@ -101,7 +101,7 @@ class Transition(nn.Module):
         self.scales = nn.ModuleList(convolution(before, after, size=1) for before, after in pairs)
 
     def forward(self, maps: Maps) -> Maps:
-        """Give the maps with fewer channels."""
+        """Return the maps with fewer channels."""
         return [scale(own) for scale, own in zip(self.scales, maps, strict=True)]
 
 
@@ -109,8 +109,8 @@ class MSDNet(MultiExit):
     """Stem, blocks, and a classifier of the coarsest map after each.
 
     Args:
-        num_layers: of every block; as many blocks as exits.
-        growth_factors, bottleneck_factors: of every scale, the finest first; a bottleneck factor of None for none.
+        num_layers: of every block; there are as many blocks as exits.
+        growth_factors, bottleneck_factors: of every scale, the finest first; a bottleneck factor of None means none.
         in_channels, num_classes and the others: see `msdnet`.
     """
 
@@ -147,23 +147,23 @@ class MSDNet(MultiExit):
                 layers.append(Layer(scaled(channels), scaled(growth_rate), bottleneck_factors, first, drops))
                 channels += growth_rate
                 if layer > 0 and layer % interval == 0:
-                    # The width is rounded down where the factor is 1, so that scales stay multiples of each other.
-                    kept = max(int(reduction * channels), 1)
-                    layers.append(Transition(list(zip(scaled(channels), scaled(kept), strict=True))[first:]))
-                    channels = kept
+                    # Rounded before scaling, so that the scales' widths stay multiples of each other.
+                    reduced = max(int(reduction * channels), 1)
+                    layers.append(Transition(list(zip(scaled(channels), scaled(reduced), strict=True))[first:]))
+                    channels = reduced
                 layer += 1
             self.blocks.append(nn.Sequential(*layers))
             coarsest.append(channels * growth_factors[-1])
         self.classifiers = nn.ModuleList(classifier(width, num_classes, stem) for width in coarsest)
-        initialise(self)
+        initialize(self)
 
     def begin(self, inputs: Tensor) -> Maps:
-        """Give the stem's maps of images (B, channels, H, W), the finest first."""
+        """Return the stem's maps of images (B, channels, H, W), the finest first."""
         maps: Maps = self.stem(inputs)
         return maps
 
     def advance(self, exit: int, state: Maps) -> tuple[Tensor, Maps]:
-        """Give the logits (B, C) at `exit`, and the block's maps; none after the last exit."""
+        """Return the logits (B, C) at `exit`, and the block's maps; no maps after the last exit."""
         maps: Maps = self.blocks[exit](state)
         own = maps[-1]
         if self.gradient_equilibrium:
@@ -198,16 +198,16 @@ def msdnet(
         num_blocks, base: K, the number of exits, and the layers of the first block.
         step, step_mode: layers of the others: `step` each ("even"), or step·i + 1 in block i from 0 ("lin_grow").
         channels, growth_rate: of the finest map after the stem, and added to it by a layer.
-        growth_factors: how many times wider each scale is, the finest first; 1, 2, 4 … by default.
-        bottleneck, bottleneck_factors: whether 1×1 convolutions come first, and how many times wider than their
-            3×3's output they may be, at each scale; the growth_factors by default.
+        growth_factors: the width of each scale in multiples of these, the finest first; 1, 2, 4 … by default.
+        bottleneck, bottleneck_factors: whether a 1×1 convolution precedes each 3×3 one, and its largest width in
+            multiples of the 3×3's output, at each scale; the growth_factors by default.
         num_scales: S; by default as many as growth_factors, or 3, or fewer for images under 16 pixels.
-        reduction: the share of channels that is kept where a scale is dropped, in (0, 1].
-        stem: "cifar" or "imagenet"; by default the latter for images of at least 96 pixels.
+        reduction: the fraction of channels kept where a scale is dropped, in (0, 1].
+        stem: "cifar" or "imagenet"; by default "imagenet" for images of at least 96 pixels.
         gradient_equilibrium: balance the gradients of early and later exits (Li et al., ICCV 2019).
 
     Raises:
-        ValueError: an option out of its range.
+        ConfigError: an option is out of its range.
     """
     in_channels = image_channels("msdnet", input_shape)
     counts = {"num_blocks": num_blocks, "base": base, "step": step, "channels": channels, "growth_rate": growth_rate}

@@ -1,19 +1,16 @@
 """RANet: sub-networks from low to high resolution, each of which reuses the features of the one before.
 
 Yang, Han, Chen, Song, Dai, Huang: Resolution Adaptive Networks for Efficient Inference, CVPR 2020, arXiv 2003.07326.
-Layers and counts are those of the published program. Sub-network i has num_blocks + block_step·i blocks: first as many
-fusion blocks as its predecessor has blocks, each reading the features of its counterpart there, then dense blocks with
-a classifier each. A fusion block whose number is among the last (scale − 1) block counts of the predecessors halves its
-map, so that every classifier reads a map of the lowest resolution. Deviations: classifiers average their whole map (see
-`multi_scale`); gradient equilibrium, which its authors did not use, balances the map that a classifier reads.
+Layers and counts are those of the published program. Sub-network i has num_blocks + block_step·i blocks: one fusion
+block for each block of its predecessor, whose features it reads, and then dense blocks with a classifier each. A fusion
+block whose number equals one of the last (scale − 1) predecessors' block counts halves its map, so that every
+classifier reads a map of the lowest resolution. Every block also returns the maps before and after each of its layers,
+which the next sub-network reads.
+
+Deviations: classifiers average their whole map (see `multi_exit`); gradient equilibrium, which the authors did not use,
+balances the map that a classifier reads.
 
 Shapes: B batch, C classes, K exits, H height, W width.
-
-The blocks of RANet (Yang et al., CVPR 2020, arXiv 2003.07326): dense ones, and ones that fuse lower resolutions.
-
-Every block gives its map and the maps before and after each of its layers, which the next sub-network reads.
-
-Shapes: B batch, H height, W width.
 """
 
 from __future__ import annotations
@@ -39,7 +36,7 @@ from rayprune.nn.models.multi_exit import (
     choose_stem,
     classifier,
     convolution,
-    initialise,
+    initialize,
 )
 from rayprune.nn.models.registry import image_channels, register_model
 
@@ -48,14 +45,14 @@ Maps = list[Tensor]
 
 @dataclass(frozen=True)
 class Widths:
-    """How wide a sub-network is.
+    """The width of a sub-network.
 
     Args:
         growth: g, the channels that a layer adds.
         factor: of its bottlenecks; None for none.
-        low_factor: of the bottlenecks that read the sub-network before.
-        compress_factor: the share of a fusion's channels that come from the sub-network before.
-        reduction: the share of channels that a transition keeps.
+        low_factor: of the bottlenecks that read the previous sub-network.
+        compress_factor: the fraction of a fusion's channels that come from the previous sub-network.
+        reduction: the fraction of channels that a transition keeps.
     """
 
     growth: int
@@ -66,7 +63,7 @@ class Widths:
 
 
 class FusionLayer(nn.Module):
-    """A dense layer that also reads a map of the sub-network before.
+    """A dense layer that also reads a map of the previous sub-network.
 
     Args:
         own, low: channels of both maps.
@@ -81,16 +78,16 @@ class FusionLayer(nn.Module):
         self.normal = bottlenecked(own, widths.growth - from_low, widths.factor, stride=stride)
 
     def forward(self, own: Tensor, low: Tensor) -> Tensor:
-        """Give (B, own + growth, H/stride, W/stride) of the map (B, own, H, W) and the lower one."""
+        """Return (B, own + growth, H/stride, W/stride) of the map (B, own, H, W) and the lower one."""
         added = self.normal(own)
-        return torch.cat([_resized(own, added), _resized(self.up(low), added), added], dim=1)
+        return torch.cat([_resize(own, added), _resize(self.up(low), added), added], dim=1)
 
 
 class DenseBlock(nn.Module):
-    """Dense layers, and a 1×1 transition where `ends_stage`.
+    """Dense layers, and a 1×1 transition if `ends_stage`.
 
     Args:
-        in_channels: of the map that it reads.
+        in_channels: of its input map.
         num_layers: at least 1.
         widths: of the sub-network.
     """
@@ -104,7 +101,7 @@ class DenseBlock(nn.Module):
         self.transition, self.out_channels = _transition(self.map_channels[-1], widths, ends_stage)
 
     def forward(self, own: Tensor) -> tuple[Tensor, Maps]:
-        """Give the block's map, and the maps before and after each of its layers."""
+        """Return the block's map, and the maps before and after each of its layers."""
         maps = [own]
         for layer in self.layers:
             maps.append(torch.cat([maps[-1], layer(maps[-1])], dim=1))
@@ -112,11 +109,11 @@ class DenseBlock(nn.Module):
 
 
 class FusionBlock(nn.Module):
-    """Fusion layers, the last low map compressed and appended, and a 1×1 transition where `ends_stage`.
+    """Fusion layers, the last low map compressed and appended, and a 1×1 transition if `ends_stage`.
 
     Args:
-        in_channels: of the map that it reads.
-        low: channels of the maps of its counterpart in the sub-network before, one more than it has layers.
+        in_channels: of its input map.
+        low: channels of the maps of its counterpart in the previous sub-network, one more than it has layers.
         widths: of the sub-network.
         halves: whether its last layer halves the map.
     """
@@ -133,23 +130,23 @@ class FusionBlock(nn.Module):
         self.transition, self.out_channels = _transition(self.map_channels[-1] + from_low, widths, ends_stage)
 
     def forward(self, own: Tensor, low: Maps) -> tuple[Tensor, Maps]:
-        """Give the block's map, and the maps before and after each of its layers."""
+        """Return the block's map, and the maps before and after each of its layers."""
         maps = [own]
         for layer, below in zip(self.layers, low, strict=False):
             maps.append(layer(maps[-1], below))
-        compressed = _resized(self.last(low[-1]), maps[-1])
+        compressed = _resize(self.last(low[-1]), maps[-1])
         return self.transition(torch.cat([maps[-1], compressed], dim=1)), maps
 
 
 class SubNetwork(nn.Module):
-    """The blocks at one resolution: fusion blocks, one for each of the sub-network before, then dense ones.
+    """The blocks at one resolution: a fusion block for each block of the previous sub-network, then dense blocks.
 
     Args:
         in_channels: of the stem's map at this resolution.
         num_layers: of each of its blocks.
-        low: channels of the maps of every block of the sub-network before; empty for the first.
+        low: channels of the maps of every block of the previous sub-network; empty for the first.
         widths: of the layers.
-        scale: how many stages of the same share of blocks there are; each but the last ends in a transition.
+        scale: the number of stages into which the blocks divide; each but the last ends in a transition.
         halving: the numbers, from 1, of the fusion blocks that halve the map.
     """
 
@@ -166,12 +163,12 @@ class SubNetwork(nn.Module):
         super().__init__()
         self.num_fusions = len(low)
         self.blocks = nn.ModuleList()
-        # What the next sub-network and the classifiers read: channels of the maps inside and after each block.
+        # Channels of the maps inside each block, which the next sub-network reads, and after it, for the classifier.
         self.map_channels: list[list[int]] = []
         self.out_channels: list[int] = []
-        ends = {stage * len(num_layers) // scale for stage in range(1, scale)}
+        stage_ends = {stage * len(num_layers) // scale for stage in range(1, scale)}
         for number, count in enumerate(num_layers, start=1):
-            ends_stage = number in ends
+            ends_stage = number in stage_ends
             block: DenseBlock | FusionBlock
             if number <= len(low):
                 halves = number in halving
@@ -184,7 +181,7 @@ class SubNetwork(nn.Module):
             self.out_channels.append(in_channels)
 
     def fuse(self, own: Tensor, low: Sequence[Maps]) -> tuple[Tensor, list[Maps]]:
-        """Give the map after the fusion blocks and each one's maps, of the stem's map and the lower blocks' maps."""
+        """Fuse the stem's map with the lower blocks' maps: return the map after the fusion blocks, and their maps."""
         maps = []
         for block, below in zip(self.blocks[: self.num_fusions], low, strict=True):
             own, inside = block(own, below)
@@ -195,17 +192,17 @@ class SubNetwork(nn.Module):
 def _transition(channels: int, widths: Widths, ends_stage: bool) -> tuple[nn.Module, int]:
     if not ends_stage:
         return nn.Identity(), channels
-    kept = max(int(widths.reduction * channels), 1)
-    return convolution(channels, kept, size=1), kept
+    reduced = max(int(widths.reduction * channels), 1)
+    return convolution(channels, reduced, size=1), reduced
 
 
-def _resized(maps: Tensor, like: Tensor) -> Tensor:
+def _resize(maps: Tensor, like: Tensor) -> Tensor:
     if maps.shape[2:] == like.shape[2:]:
         return maps
     return functional.interpolate(maps, size=like.shape[2:], mode="bilinear", align_corners=True)
 
 
-# The map after the last block, the stem's maps for the sub-networks to come, and, for each block so far of the current
+# The map after the last block; the stem's maps for the later sub-networks; and for each block so far of the current
 # sub-network, the maps that its counterpart in the next one reads.
 State = tuple[Tensor, Maps, list[Maps]]
 
@@ -215,8 +212,8 @@ class RANet(MultiExit):
 
     Args:
         block_counts: of every sub-network, increasing.
-        num_layers: of every block of the last sub-network; those of the others have as many as their counterparts.
-        scales: of every sub-network, not decreasing: its resolution doubles from one value to the next.
+        num_layers: of every block of the last sub-network; the others' blocks have as many as their counterparts.
+        scales: of every sub-network, not decreasing: the resolution doubles from one value to the next.
         stem_channels: of the stem's map for every sub-network.
         widths: of every sub-network.
         in_channels, num_classes, stem, gradient_equilibrium: see `ranet`.
@@ -240,7 +237,7 @@ class RANet(MultiExit):
         strides = [2 if finer > own else 1 for finer, own in zip(scales[:0:-1], scales[-2::-1], strict=True)]
         self.stem = MultiScaleStem(in_channels, stem_channels[::-1], strides, stem)
         self.sub_networks = nn.ModuleList()
-        self.owners: list[int] = []  # the sub-network of every exit; its block there has the exit's own number
+        self.owners: list[int] = []  # the sub-network of every exit; the exit's block there has the exit's number
         low: list[list[int]] = []
         outputs: list[int] = []
         for index, (count, scale) in enumerate(zip(block_counts, scales, strict=True)):
@@ -257,15 +254,15 @@ class RANet(MultiExit):
             outputs += sub_network.out_channels[len(low) :]
             low = sub_network.map_channels
         self.classifiers = nn.ModuleList(classifier(channels, num_classes, stem) for channels in outputs)
-        initialise(self)
+        initialize(self)
 
     def begin(self, inputs: Tensor) -> State:
-        """Give the stem's maps of images (B, channels, H, W)."""
+        """Return the stem's maps of images (B, channels, H, W)."""
         lowest, *others = reversed(self.stem(inputs))
         return lowest, others, []
 
     def advance(self, exit: int, state: State) -> tuple[Tensor, State]:
-        """Give the logits (B, C) at `exit`, and what the next one needs."""
+        """Return the logits (B, C) at `exit`, and the state for the next one."""
         own, stem, maps = state
         owner = self.owners[exit]
         network = self.sub_networks[owner]
@@ -277,11 +274,11 @@ class RANet(MultiExit):
         own, inside = block(own)
         if self.gradient_equilibrium:
             for_classifier, following = balance_gradients(own, exit, self.num_exits)
-            # Without a transition the next sub-network reads this very map too.
+            # Without a transition the next sub-network reads the same map too.
             inside = [*(following if each is own else each for each in inside)]
         else:
             for_classifier = following = own
-        # The last sub-network's inner maps are nobody's: rows are not to be selected from them.
+        # Nothing reads the last sub-network's inner maps: early exit need not select rows from them.
         maps = [*maps, inside] if stem else []
         return self.classifiers[exit](for_classifier), (following, stem, maps)
 
@@ -310,17 +307,17 @@ def ranet(
 
     Args:
         num_classes, input_shape: C, and (channels, H, W).
-        num_blocks, block_step: blocks of the first sub-network, and how many more each later one has; the last has K.
+        num_blocks, block_step: blocks of the first sub-network, and the increase from one to the next; the last has K.
         step, step_mode: layers of a block: `step` each ("even"), or step·i in block i from 1 ("lin_grow").
         scales: of every sub-network, from 1, rising by 1 where the resolution doubles and by 0 where it stays; 1, 2, 3
             by default, or fewer for images under 16 pixels.
-        channels, growth_rate: of the stem's map, and added by a layer, where the growth factor is 1.
-        growth_factors: how many times wider each sub-network is; by default each halves when the resolution doubles.
-        compress_factor: the share of a fusion's channels that come from the sub-network before, in (0, 1).
+        channels, growth_rate: of the stem's map, and added by a layer, for a growth factor of 1.
+        growth_factors: the width of each sub-network in multiples; by default it halves when the resolution doubles.
+        compress_factor: the fraction of a fusion's channels that come from the previous sub-network, in (0, 1).
         bottleneck, bottleneck_factors, reduction, stem, gradient_equilibrium: as for `msdnet`.
 
     Raises:
-        ValueError: an option out of its range.
+        ConfigError: an option is out of its range.
     """
     in_channels = image_channels("ranet", input_shape)
     counts = {"num_blocks": num_blocks, "block_step": block_step, "channels": channels, "growth_rate": growth_rate}
@@ -373,7 +370,7 @@ def ranet_imagenet(
 
 
 def _checked_scales(scales: Sequence[int] | None, input_shape: tuple[int, ...], stem: str) -> tuple[int, ...]:
-    """Give a scale a sub-network: those asked for, or as many as the images have room for."""
+    """Return the requested scales, or by default as many as the images have room for."""
     if scales is None:
         return tuple(range(1, choose_scales("ranet", "scales", input_shape, stem, None) + 1))
     scales = check_list("ranet", "scales", scales)
@@ -387,16 +384,16 @@ def _checked_scales(scales: Sequence[int] | None, input_shape: tuple[int, ...], 
 def _widths(
     growths: Sequence[int], factors: Sequence[int] | None, compress_factor: float, reduction: float
 ) -> list[Widths]:
-    """Give the widths of every sub-network, whose fusions take at least 1 channel of either side."""
+    """Return the widths of every sub-network; a fusion takes at least 1 channel from both of its inputs."""
     if not 0 < compress_factor < 1:
         raise ConfigError(f"model 'ranet' needs a compress_factor above 0 and below 1, got {compress_factor}")
     if min(growths) * compress_factor < 1:
         raise ConfigError(
-            f"model 'ranet' takes {compress_factor:g} of {min(growths)} channels from the sub-network before, which is "
-            "none: raise growth_rate or compress_factor"
+            f"model 'ranet' takes {compress_factor:g} of {min(growths)} channels from the previous sub-network, less "
+            "than one: raise growth_rate or compress_factor"
         )
     inner: Sequence[int | None] = factors or [None] * len(growths)
-    # The first sub-network has no fusions, so what it finds before itself is of no matter.
+    # The first sub-network has no fusions and does not use its low_factor.
     return [
         Widths(growth, own, low, compress_factor, reduction)
         for growth, own, low in zip(growths, inner, [None, *inner], strict=False)

@@ -1,4 +1,4 @@
-"""The models' registry and `build_model`: a built-in name, one of torchvision's, or a function of the user's.
+"""Models by name: built-in ones, torchvision's, and functions of the user's.
 
 Shapes: C channels, H height, W width, F features; an input shape is that of one sample as the model sees it.
 """
@@ -17,7 +17,7 @@ from rayprune.errors import ConfigError
 ModelBuilder = Callable[..., nn.Module]
 MODELS: dict[str, ModelBuilder] = {}
 
-# Their auxiliary heads make training outputs named tuples, where every step expects logits.
+# With their auxiliary heads they return named tuples in training, where train steps expect logits.
 AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
 
@@ -28,7 +28,7 @@ def register_model(builder: ModelBuilder) -> ModelBuilder:
 
 
 def build_model(name: str, *, num_classes: int, input_shape: tuple[int, ...], **options: Any) -> nn.Module:
-    """Build a classifier from (batch, *input_shape) to (batch, num_classes) logits, freshly initialised.
+    """Build a classifier from (batch, *input_shape) to (batch, num_classes) logits, with new random weights.
 
     Args:
         name: a key of MODELS, "torchvision:NAME", or "module:function" or "path/to/file.py:function" of a function
@@ -38,8 +38,8 @@ def build_model(name: str, *, num_classes: int, input_shape: tuple[int, ...], **
         **options: passed to the builder.
 
     Raises:
-        ValueError: an unknown name, an option the builder does not take, an input shape the model can't take, or a
-            function that returned no module.
+        ConfigError: an unknown name, an option that the builder does not take, an input shape that the model cannot
+            take, or a function that does not return a module.
     """
     if num_classes < 1:
         raise ConfigError(f"num_classes must be at least 1, got {num_classes}")
@@ -64,10 +64,10 @@ def build_model(name: str, *, num_classes: int, input_shape: tuple[int, ...], **
 
 
 def image_channels(name: str, input_shape: tuple[int, ...]) -> int:
-    """Give C of an image's shape (C, H, W).
+    """Return C of an image's shape (C, H, W).
 
     Raises:
-        ValueError: the shape is that of features.
+        ConfigError: the shape is not that of an image.
     """
     if len(input_shape) != 3:
         raise ConfigError(
@@ -80,7 +80,7 @@ def image_channels(name: str, input_shape: tuple[int, ...]) -> int:
 def _check_arguments(name: str, builder: ModelBuilder, arguments: dict[str, Any]) -> None:
     try:
         signature = inspect.signature(builder)
-    except ValueError:  # a builtin without a signature: its own call will tell
+    except ValueError:  # a builtin without a signature checks its own arguments
         return
     parameters = signature.parameters.values()
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
@@ -95,8 +95,7 @@ def _check_arguments(name: str, builder: ModelBuilder, arguments: dict[str, Any]
 
 
 def _build_torchvision(name: str, num_classes: int, input_shape: tuple[int, ...], options: dict[str, Any]) -> nn.Module:
-    # torchvision takes a second or more to import.
-    from torchvision import models
+    from torchvision import models  # takes a second or more
 
     channels = image_channels(f"torchvision:{name}", input_shape)
     classifiers = models.list_models(module=models)
@@ -114,7 +113,7 @@ def _build_torchvision(name: str, num_classes: int, input_shape: tuple[int, ...]
 
 
 def _replace_first_convolution(model: nn.Module, channels: int) -> None:
-    """Swap the convolution that sees the image for one of as many input channels, alike in all else."""
+    """Replace the convolution that reads the image by one with this many input channels."""
     path, old = next((path, module) for path, module in model.named_modules() if isinstance(module, nn.Conv2d))
     new = nn.Conv2d(
         channels,

@@ -1,7 +1,7 @@
 """Residual networks for small images.
 
 He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, CVPR 2016, arXiv 1512.03385. The stages are the
-paper's; the stem is the 3×3 convolution of its CIFAR networks (section 4.2) without max-pooling, in resnet18, 34 and 50
+paper's. The stem is the 3×3 convolution of its CIFAR networks (section 4.2) without max-pooling, in resnet18, 34 and 50
 too, so that an 8×8 image still has an 8×8 map after it. Deviations: shortcuts that change the shape are projections
 (the paper's option B) in resnet8 as well; a bottleneck strides in its 3×3 convolution, as torchvision's does.
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rayprune.nn.models.registry import image_channels, register_model
+
+WIDTHS = (64, 128, 256, 512)  # of the four stages for ImageNet
 
 
 class BasicBlock(nn.Module):
@@ -32,14 +34,14 @@ class BasicBlock(nn.Module):
         self.shortcut = _shortcut(in_channels, width, stride)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Give (B, width, H/stride, W/stride)."""
+        """Return (B, width, H/stride, W/stride) of (B, in_channels, H, W)."""
         residual = functional.relu(self.bn1(self.conv1(inputs)), inplace=True)
         residual = self.bn2(self.conv2(residual))
         return functional.relu(residual + self.shortcut(inputs), inplace=True)
 
 
 class Bottleneck(nn.Module):
-    """A 1×1, a 3×3 and a 1×1 convolution, four times as wide at its ends, and a shortcut."""
+    """A 1×1, a 3×3 and a four times wider 1×1 convolution, and a shortcut."""
 
     expansion = 4
 
@@ -55,7 +57,7 @@ class Bottleneck(nn.Module):
         self.shortcut = _shortcut(in_channels, out_channels, stride)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Give (B, 4·width, H/stride, W/stride)."""
+        """Return (B, 4·width, H/stride, W/stride) of (B, in_channels, H, W)."""
         residual = functional.relu(self.bn1(self.conv1(inputs)), inplace=True)
         residual = functional.relu(self.bn2(self.conv2(residual)), inplace=True)
         residual = self.bn3(self.conv3(residual))
@@ -63,7 +65,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A 3×3 stem, stages that halve the map and double the width, average pooling, and the classifier `fc`."""
+    """A 3×3 stem, stages that halve the map, average pooling, and the classifier `fc`."""
 
     def __init__(
         self,
@@ -92,13 +94,13 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def features(self, images: Tensor) -> Tensor:
-        """Give the embedding before the classifier, (B, D), of images (B, channels, H, W)."""
+        """Return the embedding before the classifier, (B, D), of images (B, channels, H, W)."""
         maps = functional.relu(self.bn1(self.conv1(images)), inplace=True)
         pooled: Tensor = self.stages(maps).mean(dim=(2, 3))
         return pooled
 
     def forward(self, images: Tensor) -> Tensor:
-        """Give logits (B, C) of images (B, channels, H, W)."""
+        """Return logits (B, C) of images (B, channels, H, W)."""
         logits: Tensor = self.fc(self.features(images))
         return logits
 
@@ -114,21 +116,21 @@ def resnet8(*, num_classes: int, input_shape: tuple[int, ...]) -> ResNet:
 def resnet18(*, num_classes: int, input_shape: tuple[int, ...]) -> ResNet:
     """Build ResNet-18 with the stem for small images."""
     channels = image_channels("resnet18", input_shape)
-    return ResNet(BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), in_channels=channels, num_classes=num_classes)
+    return ResNet(BasicBlock, (2, 2, 2, 2), WIDTHS, in_channels=channels, num_classes=num_classes)
 
 
 @register_model
 def resnet34(*, num_classes: int, input_shape: tuple[int, ...]) -> ResNet:
     """Build ResNet-34 with the stem for small images."""
     channels = image_channels("resnet34", input_shape)
-    return ResNet(BasicBlock, (3, 4, 6, 3), (64, 128, 256, 512), in_channels=channels, num_classes=num_classes)
+    return ResNet(BasicBlock, (3, 4, 6, 3), WIDTHS, in_channels=channels, num_classes=num_classes)
 
 
 @register_model
 def resnet50(*, num_classes: int, input_shape: tuple[int, ...]) -> ResNet:
     """Build ResNet-50 with the stem for small images."""
     channels = image_channels("resnet50", input_shape)
-    return ResNet(Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512), in_channels=channels, num_classes=num_classes)
+    return ResNet(Bottleneck, (3, 4, 6, 3), WIDTHS, in_channels=channels, num_classes=num_classes)
 
 
 def _convolution(in_channels: int, out_channels: int, size: int, stride: int) -> nn.Conv2d:

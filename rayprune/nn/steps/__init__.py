@@ -1,18 +1,20 @@
-"""Train steps: one optimisation step that returns per-sample signals."""
+"""Train steps: one optimization step that returns per-sample signals."""
 
-from rayprune.nn.steps.base import TrainStep
 from rayprune.nn.steps.exits import ExitStep
 from rayprune.nn.steps.l2w import L2wStep
 from rayprune.nn.steps.plain import PlainStep
 from rayprune.nn.steps.psp import PspStep, WithProxy
 
-# What a method's step() or train.step names.
+# The type of all train steps: each is the plain step with some of its methods replaced.
+TrainStep = PlainStep
+
+# The steps by the name that a method's step() or train.step gives.
 STEPS: dict[str, type[PlainStep]] = {"plain": PlainStep, "psp": PspStep, "exits": ExitStep, "l2w": L2wStep}
-# Those for networks with several exits; they take their number as num_exits.
+# For networks with several exits; they take the number of exits as num_exits.
 MULTI_EXIT_STEPS = ("exits", "l2w")
-# Those with parameters of their own, drawn by the seed that they take.
+# With parameters of their own, drawn from the seed that they take.
 SEEDED_STEPS = ("l2w",)
-# Those that call the network as a whole and no derivative of it by hand: it may be compiled.
+# The network may be compiled: they call it as a whole and compute none of its derivatives by hand.
 COMPILED_STEPS = ("plain", "exits")
 
 __all__ = [

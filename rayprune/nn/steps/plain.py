@@ -1,6 +1,6 @@
-"""The plain step: forward, weighted loss, backward, clip, optimiser.
+"""The plain train step: forward, weighted loss, backward, clip, update. The other steps replace parts of it.
 
-Shapes: B rows of this worker's share of the batch, C classes, W workers.
+Shapes: B rows of this worker's part of the batch, C classes, W workers.
 """
 
 from __future__ import annotations
@@ -17,23 +17,30 @@ from rayprune.errors import ConfigError
 from rayprune.nn.boundary import PairDistances
 from rayprune.nn.signals import BOUNDARY_SIGNALS, compute_signals, per_sample_loss
 
-# What the metrics of every run are made of, whatever the method asks for.
-_ALWAYS = ("loss", "correct")
+# The metrics of every run are made of these, whatever the method needs.
+_METRIC_SIGNALS = ("loss", "correct")
 
 
 class PlainStep:
-    """Take one optimisation step on a weighted batch.
+    """Take one optimization step on a weighted batch.
 
     Args:
-        model: (B, …) inputs to (B, C) logits; DDP-wrapped or not.
+        model: what `module_of` returned, DDP-wrapped or not: (B, …) inputs to (B, C) logits.
         optimizer: over the model's parameters.
         signals: names that the step returns besides loss and correct.
         label_smoothing: in [0, 1).
-        accumulate: micro-batches that the share is split into; gradients are synchronised once.
+        accumulate: number of micro-batches that the rows are split into; gradients are synchronized once.
         clip_norm: largest gradient norm, or None.
         autocast: dtype of mixed precision, or None for full precision.
-        head: name in the network of the nn.Linear whose output the logits are, as `last_linear` finds it; None where
-            no signal of decision boundaries is asked for.
+        head: name in the network of the nn.Linear whose output the logits are, as `last_linear` finds it; signals of
+            decision boundaries need it.
+
+    Attributes:
+        num_exits: K of a network with several exits, whose step also returns `exit_loss` and `exit_correct`, (B, K);
+            1 otherwise.
+        parts: networks that `evaluate` can run; "model" is the first and always there.
+        train_cost: of a training step per sample, relative to a plain one.
+        meta_cost: additional cost per sample that weights are learned from.
     """
 
     parts: tuple[str, ...] = ("model",)
@@ -52,45 +59,46 @@ class PlainStep:
         head: str | None = None,
     ) -> None:
         self.model, self.optimizer = model, optimizer
-        # Past DDP: an evaluation has no gradients to synchronise.
+        # Without DDP: an evaluation has no gradients to synchronize.
         self._module: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self._network = self._module
         self.train_cost, self.meta_cost = 1.0, 0.0
-        self._signals = tuple(dict.fromkeys((*_ALWAYS, *signals)))
+        self._signals = tuple(dict.fromkeys((*_METRIC_SIGNALS, *signals)))
         self._label_smoothing, self._accumulate, self._clip_norm = label_smoothing, accumulate, clip_norm
         self._autocast, self._head = autocast, head
-        self._tables = {"model": PairDistances()}
+        self._pair_distances = {"model": PairDistances()}
         self._training: bool | None = None
 
     @staticmethod
-    def module_of(network: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
-        """Return what is to be trained: the network itself."""
+    def module_of(network: nn.Module, input_shape: tuple[int, ...], **options: Any) -> nn.Module:
+        """Return the module to train, here the network; DDP wraps it if there are several ranks."""
         return network
 
     def __call__(self, inputs: Tensor, targets_B: Tensor, weights_B: Tensor) -> dict[str, Tensor]:
         """Update the model once.
 
-        The loss is Σ(w·l)/B with the constant B of this worker's share (global batch ÷ W), never Σw: DDP's mean over
-        the ranks is then the weighted mean over the global batch, and padding at weight 0 adds nothing to it (batch
-        statistics, where a network has them, do see its rows).
+        The loss is Σ(w·l)/B with the constant B of this worker (global batch ÷ W), never Σw: DDP's mean over the ranks
+        is then the weighted mean over the global batch, and padding at weight 0 adds nothing to it. (Batch statistics,
+        if the network has them, do include padding rows.)
 
         Returns:
-            signal name → (B, …) float32, detached, on the device.
+            Signal name → (B, …) float32, detached, on the device. Metrics use `metric_loss` and `metric_correct`
+            where `loss` and `correct` are scores of another kind.
         """
-        self._mode(training=True)
+        self._set_mode(training=True)
         self.optimizer.zero_grad(set_to_none=True)
         rows = targets_B.shape[0]
         size = rows // self._accumulate
-        seen: list[dict[str, Tensor]] = []
+        signals: list[dict[str, Tensor]] = []
         for start in range(0, rows, size):
             part = slice(start, start + size)
             last = start + size >= rows
             logits, losses = self._backward(inputs[part], targets_B[part], weights_B[part], rows, last=last)
-            seen.append(self._compute(self._signals, logits.detach(), targets_B[part], losses.detach()))
-        if self._clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
-        self.optimizer.step()
-        return seen[0] if len(seen) == 1 else {name: torch.cat([s[name] for s in seen]) for name in seen[0]}
+            signals.append(self._compute_signals(self._signals, logits.detach(), targets_B[part], losses.detach()))
+        self._update()
+        if len(signals) == 1:
+            return signals[0]
+        return {name: torch.cat([part[name] for part in signals]) for name in signals[0]}
 
     @torch.no_grad()
     def evaluate(
@@ -105,68 +113,75 @@ class PlainStep:
         """Return loss, correct and the named signals in eval mode, without an update.
 
         Args:
-            smoothed: True for the training loss, whose scores go on with those of training; False for the plain loss.
+            smoothed: True for the training loss, comparable with the scores of training; False for the plain loss.
             signals: names of SIGNALS.
             part: one of `parts`.
 
         Raises:
-            ValueError: an unknown part or signal.
+            ConfigError: an unknown part or signal.
         """
-        self._mode(training=False)
+        self._set_mode(training=False)
         with self._mixed(inputs):
-            logits = self._evaluated(inputs, self._known(part))
+            logits = self._eval_logits(inputs, self._check_part(part))
         losses = self._losses(logits, targets_B, self._label_smoothing if smoothed else 0.0)
-        return self._compute(tuple(dict.fromkeys((*_ALWAYS, *signals))), logits, targets_B, losses, part)
+        return self._compute_signals(
+            tuple(dict.fromkeys((*_METRIC_SIGNALS, *signals))), logits, targets_B, losses, part
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: network and optimiser are all the state there is."""
+        """Return the state beyond network and optimizer, not copied, in types that weights_only loading takes: none."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned: nothing.
+        """Restore the state that `state_dict` returned.
 
         Raises:
-            ValueError: the state is of a step that holds some.
+            ConfigError: the state is another train step's.
         """
-        if state:
-            raise ConfigError(f"the state of another train step (it holds {', '.join(sorted(state)[:3])}): not taken")
+        self._check_state(state, set())
 
     def buffers(self) -> Iterator[Tensor]:
-        """Yield nothing: the network's own buffers are all there are."""
+        """Yield the buffers, beyond the network's, that all ranks must share before an evaluation: none."""
         return iter(())
 
     def relative_cost(self, part: str = "model") -> float:
-        """Return the multiply-adds of a forward through a part, relative to the model's: 1 for the model.
+        """Return the multiply-adds of a forward pass through a part, relative to the model's.
 
         Raises:
-            ValueError: an unknown part.
+            ConfigError: an unknown part.
         """
-        self._known(part)
+        self._check_part(part)
         return 1.0
 
-    def _mode(self, *, training: bool) -> None:
-        # Only where it changes: a walk through all modules at every step takes as long as some of their kernels.
+    def _set_mode(self, *, training: bool) -> None:
+        # Only on a change: a walk through all modules in every step takes as long as some of their kernels.
         if not (self._training is self.model.training is self._module.training is training):
             self.model.train(training)
             self._training = training
 
-    def _evaluated(self, inputs: Tensor, part: str) -> Tensor:
+    def _update(self) -> None:
+        """Clip the gradients and take the optimizer's step."""
+        if self._clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
+        self.optimizer.step()
+
+    def _eval_logits(self, inputs: Tensor, part: str) -> Tensor:
         return self._logits(self._module(inputs))
 
     def _logits(self, output: Any) -> Tensor:
-        """Return what the model gave as one tensor."""
+        """Return the model's output as one tensor."""
         logits: Tensor = output
         return logits
 
     def _losses(self, logits: Tensor, targets_B: Tensor, label_smoothing: float) -> Tensor:
-        """Return each sample's losses, (B,), or (…, B) where it has several."""
+        """Return each sample's losses, (B,), or (…, B) if there are several."""
         return per_sample_loss(logits, targets_B, label_smoothing=label_smoothing)
 
     def _backward(
         self, inputs: Tensor, targets_B: Tensor, weights_B: Tensor, rows: int, *, last: bool
     ) -> tuple[Tensor, Tensor]:
         """Add a micro-batch's gradients; return its logits and losses."""
-        return self._pass(inputs, targets_B, weights_B, rows, synchronise=last)
+        return self._pass(inputs, targets_B, weights_B, rows, synchronize=last)
 
     def _pass(
         self,
@@ -175,40 +190,41 @@ class PlainStep:
         weights_B: Tensor,
         rows: int,
         *,
-        synchronise: bool,
+        synchronize: bool,
         factor: float = 1.0,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Go forward and backward once; `options` are the module's, and the loss counts `factor` times."""
-        with contextlib.nullcontext() if synchronise else _no_sync(self.model):
+        """Go forward and backward once, with the module's `options` and the loss times `factor`."""
+        context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if not synchronize and isinstance(self.model, nn.parallel.DistributedDataParallel):
+            context = self.model.no_sync()
+        with context:
             with self._mixed(inputs):
                 logits = self._logits(self.model(inputs, **options))
             losses = self._losses(logits, targets_B, self._label_smoothing)
             (factor * ((losses * weights_B).sum() / rows)).backward()
         return logits, losses
 
-    def _compute(
+    def _compute_signals(
         self, names: tuple[str, ...], logits: Tensor, targets_B: Tensor, losses_B: Tensor, part: str = "model"
     ) -> dict[str, Tensor]:
         distances_CC = None
-        if any(name in BOUNDARY_SIGNALS for name in names):
-            if self._head is None:
-                raise ConfigError("signals of decision boundaries need the step's head: give head=last_linear(…)")
+        if self._head is not None and any(name in BOUNDARY_SIGNALS for name in names):
             weight = self._network.get_submodule(self._head).weight
             assert isinstance(weight, Tensor)
-            distances_CC = self._tables[part](weight)
+            distances_CC = self._pair_distances[part](weight)
         return compute_signals(names, logits, targets_B, losses_B, distances_CC=distances_CC)
 
-    def _known(self, part: str) -> str:
+    def _check_part(self, part: str) -> str:
         if part not in self.parts:
             raise ConfigError(f"unknown part {part!r} of the train step: {closest(part, self.parts)}")
         return part
 
+    @staticmethod
+    def _check_state(state: dict[str, Any], keys: set[str]) -> None:
+        if set(state) != keys:
+            names = ", ".join(sorted(state)[:3]) or "nothing"
+            raise ConfigError(f"the state of another train step cannot be loaded (it holds {names})")
+
     def _mixed(self, inputs: Tensor) -> Any:
         return torch.autocast(inputs.device.type, self._autocast, enabled=self._autocast is not None)
-
-
-def _no_sync(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return model.no_sync()  # type: ignore[no-any-return, operator]
-    return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Augmentation: a pure function of (seed, epoch, id), equal to a naive transcription, uniform.
+"""Augmentation is a pure function of (seed, epoch, id), equal to a naive transcription, and uniform.
 
 Shapes: B batch, H height, W width, C channels.
 """
@@ -17,18 +17,13 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def make_images(batch: int, height: int = 12, width: int = 10, channels: int = 3) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, 256, (batch, height, width, channels), dtype=torch.uint8, generator=generator)
 
 
-def augmented(augment: Augment, images: Tensor, ids: npt.ArrayLike, seed: int, epoch: int) -> Tensor:
-    """Draw and augment as a worker does."""
+def augment_batch(augment: Augment, images: Tensor, ids: npt.ArrayLike, seed: int, epoch: int) -> Tensor:
+    """Draw and augment like a worker."""
     shape = (images.shape[-1], *images.shape[1:-1])
     draws = augment.draws(np.asarray(ids), shape, seed=seed, epoch=epoch)
     return augment.train(images, None if draws is None else torch.from_numpy(draws).to(images.device))
@@ -48,7 +43,7 @@ def naive_word(sample: int, seed: int, epoch: int) -> int:
 
 
 def naive_augment(image: npt.NDArray[np.uint8], word: int, crop: int, flip: bool) -> npt.NDArray[np.float64]:
-    """Flip, pad, crop and normalise one (H, W, C) image."""
+    """Flip, pad, crop and normalize one (H, W, C) image."""
     height, width, _ = image.shape
     if flip and word >> 63:
         image = image[:, ::-1]
@@ -59,7 +54,7 @@ def naive_augment(image: npt.NDArray[np.uint8], word: int, crop: int, flip: bool
     return np.asarray(((pixels / 255 - MEAN) / STD).transpose(2, 0, 1))
 
 
-def test_hash_is_splitmix64() -> None:
+def test_the_hash_is_splitmix64() -> None:
     first = 0xE220A8397B1DCDAF  # the published first output of SplitMix64 from state 0
     assert hash_key(0) == naive_splitmix64(0) == first
     ids = [0, 1, 2, 12345, 2**31, 2**62 + 17, 2**63 - 1]
@@ -74,11 +69,11 @@ def test_hash_is_splitmix64() -> None:
 def test_train_equals_a_naive_transcription(crop: int, flip: bool, device: str) -> None:
     images, ids_B = make_images(24), torch.arange(24) * 977 + 3
     augment = Augment(crop=crop, flip=flip, mean=MEAN, std=STD)
-    found = augmented(augment, images.to(device), ids_B, seed=5, epoch=2)
-    assert found.dtype == torch.float32
-    assert found.shape == (24, 3, 12, 10)
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    for image, sample, result in zip(images.numpy(), ids_B.tolist(), found.cpu().numpy(), strict=True):
+    batch = augment_batch(augment, images.to(device), ids_B, seed=5, epoch=2)
+    assert batch.dtype == torch.float32
+    assert batch.shape == (24, 3, 12, 10)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    for image, sample, result in zip(images.numpy(), ids_B.tolist(), batch.cpu().numpy(), strict=True):
         expected = naive_augment(image, naive_word(sample, 5, 2), crop, flip)
         np.testing.assert_allclose(result, expected, rtol=0, atol=2e-6)
 
@@ -87,17 +82,17 @@ def test_train_equals_a_naive_transcription(crop: int, flip: bool, device: str) 
 def test_a_sample_does_not_depend_on_its_batch(channels: int) -> None:
     images, ids_B = make_images(40, channels=channels), torch.arange(100, 140)
     augment = Augment(crop=2, flip=True, mean=(0.5,), std=(0.25,))
-    whole = augmented(augment, images, ids_B, seed=0, epoch=3)
+    whole = augment_batch(augment, images, ids_B, seed=0, epoch=3)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(augmented(augment, images[order], ids_B[order], seed=0, epoch=3), whole[order])
-    halves = [augmented(augment, images[part], ids_B[part], seed=0, epoch=3) for part in (slice(13), slice(13, 40))]
+    assert torch.equal(augment_batch(augment, images[order], ids_B[order], seed=0, epoch=3), whole[order])
+    halves = [augment_batch(augment, images[part], ids_B[part], seed=0, epoch=3) for part in (slice(13), slice(13, 40))]
     assert torch.equal(torch.cat(halves), whole)
 
 
-def test_epochs_and_seeds_differ() -> None:
+def test_draws_differ_between_epochs_and_seeds() -> None:
     images, ids_B = make_images(64), torch.arange(64)
     augment = Augment(crop=4, flip=True)
-    runs = [augmented(augment, images, ids_B, seed=s, epoch=e) for s, e in ((0, 0), (0, 1), (1, 0))]
+    runs = [augment_batch(augment, images, ids_B, seed=s, epoch=e) for s, e in ((0, 0), (0, 1), (1, 0))]
     for first, second in ((0, 1), (0, 2), (1, 2)):
         same = sum(torch.equal(a, b) for a, b in zip(runs[first], runs[second], strict=True))
         assert same <= 6  # one draw in 162 is alike by chance
@@ -105,15 +100,15 @@ def test_epochs_and_seeds_differ() -> None:
 
 def test_draws_are_uniform_and_independent() -> None:
     num_samples, crop = 40_000, 4
-    # An image whose only channels are its coordinates and a side mark shows its own draw.
+    # An image whose channels are its coordinates shows its own draw.
     size = 2 * crop + 1
     rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     image = torch.stack((rows + 1, columns + 1), dim=2).to(torch.uint8)
     images = image.expand(num_samples, size, size, 2)
-    drawn = augmented(Augment(crop=crop, flip=True), images, np.arange(num_samples), seed=9, epoch=0)
-    centre, neighbour = drawn[:, :, crop, crop], drawn[..., crop, :]
-    row, column = (centre * 255).round().long().sub(1).unbind(1)
-    flipped = ((neighbour[:, 1] * 255).round().diff(dim=1) == -1).any(dim=1)
+    batch = augment_batch(Augment(crop=crop, flip=True), images, np.arange(num_samples), seed=9, epoch=0)
+    center, middle_row = batch[:, :, crop, crop], batch[..., crop, :]
+    row, column = (center * 255).round().long().sub(1).unbind(1)
+    flipped = ((middle_row[:, 1] * 255).round().diff(dim=1) == -1).any(dim=1)
     assert flipped.float().mean().item() == pytest.approx(0.5, abs=0.01)
     cells = (flipped * size + row) * size + column
     counts = torch.bincount(cells, minlength=2 * size * size).double()
@@ -122,26 +117,26 @@ def test_draws_are_uniform_and_independent() -> None:
     assert 161 - 5 * 18 < chi_square < 161 + 5 * 18  # 161 degrees of freedom, deviation sqrt(2·161) = 18
 
 
-def test_evaluate_only_normalises() -> None:
+def test_evaluation_only_normalizes() -> None:
     images = make_images(3)
-    found = Augment(crop=4, flip=True, mean=MEAN, std=STD).evaluate(images)
+    batch = Augment(crop=4, flip=True, mean=MEAN, std=STD).evaluate(images)
     expected = (images.double() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
-    torch.testing.assert_close(found.double(), expected.permute(0, 3, 1, 2), rtol=0, atol=2e-6)
-    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(batch.double(), expected.permute(0, 3, 1, 2), rtol=0, atol=2e-6)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
     plain = Augment().evaluate(images[:, ::2])  # not contiguous
     torch.testing.assert_close(plain, images[:, ::2].permute(0, 3, 1, 2) / 255)
 
 
-def test_features_are_standardised_and_left_alone() -> None:
+def test_features_are_standardized_and_the_input_does_not_change() -> None:
     features = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
     augment = Augment(crop=4, flip=True, mean=(1.0, 2.0), std=(2.0, 4.0))
-    found = augmented(augment, features, np.arange(2), seed=0, epoch=0)
-    assert found.tolist() == [[0.0, 0.0], [1.0, 1.0]]
+    batch = augment_batch(augment, features, np.arange(2), seed=0, epoch=0)
+    assert batch.tolist() == [[0.0, 0.0], [1.0, 1.0]]
     assert features.tolist() == [[1.0, 2.0], [3.0, 6.0]]
-    assert torch.equal(augment.evaluate(features.double()), found)
+    assert torch.equal(augment.evaluate(features.double()), batch)
 
 
-def test_constants_cached_in_inference_mode_serve_training() -> None:
+def test_constants_cached_in_inference_mode_work_in_training() -> None:
     augment, images = Augment(mean=(0.123,), std=(0.456,)), make_images(2)
     with torch.inference_mode():
         augment.evaluate(images)
@@ -166,12 +161,12 @@ def test_wrong_values_are_refused(options: dict[str, object], message: str) -> N
 
 def test_wrong_batches_are_refused() -> None:
     images, flip = make_images(2), Augment(flip=True)
-    with pytest.raises(ValueError, match="ids must be int64, one a sample, got float32"):
-        augmented(flip, images, np.arange(2, dtype=np.float32), seed=0, epoch=0)
-    with pytest.raises(ValueError, match="draws for 3 samples, and 2 samples"):
-        augmented(flip, images, np.arange(3), seed=0, epoch=0)
+    with pytest.raises(ValueError, match="ids must be int64, one per sample, got float32"):
+        augment_batch(flip, images, np.arange(2, dtype=np.float32), seed=0, epoch=0)
+    with pytest.raises(ValueError, match="draws for 3 samples do not fit a batch of 2"):
+        augment_batch(flip, images, np.arange(3), seed=0, epoch=0)
     with pytest.raises(ValueError, match="images must be uint8"):
-        augmented(flip, images.float(), np.arange(2), seed=0, epoch=0)
+        augment_batch(flip, images.float(), np.arange(2), seed=0, epoch=0)
     with pytest.raises(ValueError, match="mean must have 1 or 3 values for 3 channels, got 2"):
         Augment(mean=(0.1, 0.2)).evaluate(images)
 

@@ -1,4 +1,4 @@
-"""Lazy inference: the exits the whole network would have chosen, and nothing computed for rows that have left.
+"""Early exit gives the whole network's predictions and computes nothing for rows that have left.
 
 Shapes: B batch, C classes, K exits.
 """
@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rayprune.nn.early_exit import EarlyExit, confidence, select_rows
+from rayprune.nn.early_exit import EarlyExit, count_exits, num_exits_of, select_rows
 from rayprune.nn.flops import exit_macs
 from rayprune.nn.models import build_model
 from rayprune.nn.models.multi_exit import MultiExit
+from rayprune.nn.signals import max_probability
+from tests.support.multi_exit_models import tower
 
 INF = float("inf")
 SHAPE = (3, 16, 16)
@@ -26,14 +28,8 @@ SMALL = {
 Pair = namedtuple("Pair", ["left", "right"])
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
 def trained(name: str) -> Any:
-    """Return a network in evaluation mode whose norms have seen some images."""
+    """Return a network in eval mode whose batch normalizations have statistics of some images."""
     torch.manual_seed(0)
     model = build_model(name, num_classes=5, input_shape=SHAPE, **SMALL[name]).double()
     for _ in range(3):
@@ -41,45 +37,45 @@ def trained(name: str) -> Any:
     return model.eval()
 
 
-def chosen(model: nn.Module, images: Tensor, thresholds: list[float]) -> tuple[Tensor, Tensor]:
-    """Choose from the whole forward, a row at a time."""
+def naive_predictions(model: nn.Module, images: Tensor, thresholds: list[float]) -> tuple[Tensor, Tensor]:
+    """Choose each row's exit from the whole forward pass."""
     with torch.no_grad():
         whole = model(images)
     exits = []
     for row in range(len(images)):
-        sure = [k for k, logits in enumerate(whole) if logits[row].softmax(0).max() >= thresholds[k]]
-        exits.append(min([*sure, len(whole) - 1]))
+        confident = [k for k, logits in enumerate(whole) if logits[row].softmax(0).max() >= thresholds[k]]
+        exits.append(min([*confident, len(whole) - 1]))
     return torch.stack([whole[k][row] for row, k in enumerate(exits)]), torch.tensor(exits)
 
 
-def spread(model: nn.Module, images: Tensor) -> list[float]:
-    """Return thresholds that let some rows out at every exit."""
+def find_thresholds(model: nn.Module, images: Tensor) -> list[float]:
+    """Return thresholds at which some rows leave at every exit."""
     with torch.no_grad():
-        return [confidence(logits).quantile(0.8).item() for logits in model(images)[:-1]] + [-INF]
+        return [max_probability(logits).quantile(0.8).item() for logits in model(images)[:-1]] + [-INF]
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_the_answers_are_those_of_the_whole_network(name: str) -> None:
+def test_the_predictions_are_those_of_the_whole_network(name: str) -> None:
     model, images = trained(name), torch.randn(40, *SHAPE, dtype=torch.float64)
-    thresholds = spread(model, images)
-    logits, exits = chosen(model, images, thresholds)
-    assert len(exits.unique()) == model.num_exits
-    found, left_at = EarlyExit(model, thresholds).predict(images)
-    assert left_at.dtype == torch.int64
-    assert torch.equal(left_at, exits)
-    torch.testing.assert_close(found, logits, rtol=1e-9, atol=1e-9)
-    assert not found.requires_grad
+    thresholds = find_thresholds(model, images)
+    expected, expected_exits = naive_predictions(model, images, thresholds)
+    assert len(expected_exits.unique()) == model.num_exits
+    logits, exits = EarlyExit(model, thresholds).predict(images)
+    assert exits.dtype == torch.int64
+    assert torch.equal(exits, expected_exits)
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+    assert not logits.requires_grad
     for row in range(6):
         alone, exit = EarlyExit(model, thresholds[:-1]).predict(images[row : row + 1])
-        assert exit.tolist() == [exits[row]]
-        torch.testing.assert_close(alone, logits[row : row + 1], rtol=1e-9, atol=1e-9)
+        assert exit.tolist() == [expected_exits[row]]
+        torch.testing.assert_close(alone, expected[row : row + 1], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_only_rows_that_have_not_left_are_computed(name: str) -> None:
-    """What all modules really computed is what the rows' exits cost."""
+    """The multiply-accumulates of all modules add up to the costs of the rows' exits."""
     model, images = trained(name), torch.randn(24, *SHAPE, dtype=torch.float64)
-    early = EarlyExit(model, spread(model, images))
+    early = EarlyExit(model, find_thresholds(model, images))
     computed: list[int] = []
 
     def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -105,7 +101,7 @@ def test_only_rows_that_have_not_left_are_computed(name: str) -> None:
 
 
 class Counted(MultiExit):
-    """Logits [x, 0] at every one of 3 exits, and the size of the batch each was called with."""
+    """Return logits [x, 0] at each of 3 exits, and record the exits' batch sizes."""
 
     def __init__(self) -> None:
         super().__init__(3)
@@ -116,11 +112,11 @@ class Counted(MultiExit):
         return torch.stack([state, torch.zeros_like(state)], dim=1), state + 1
 
 
-def test_nothing_runs_once_no_row_is_left() -> None:
+def test_nothing_runs_after_all_rows_have_left() -> None:
     model = Counted().eval()
-    sure = confidence(torch.tensor([[1.0, 0.0]])).item()
-    logits, exits = EarlyExit(model, [sure, sure, -INF]).predict(torch.tensor([2.0, 0.0, 1.0]))
-    assert exits.tolist() == [0, 1, 0]  # a confidence equal to the threshold leaves
+    threshold = max_probability(torch.tensor([[1.0, 0.0]])).item()
+    logits, exits = EarlyExit(model, [threshold, threshold, -INF]).predict(torch.tensor([2.0, 0.0, 1.0]))
+    assert exits.tolist() == [0, 1, 0]  # a row whose confidence equals the threshold leaves
     assert logits[:, 0].tolist() == [2.0, 1.0, 1.0]
     assert model.sizes == [(0, 3), (1, 1)]
     model.sizes.clear()
@@ -132,19 +128,13 @@ def test_nothing_runs_once_no_row_is_left() -> None:
     assert EarlyExit(model, [-INF, INF]).predict(torch.zeros(2))[1].tolist() == [0, 0]
 
 
-def test_rows_that_are_no_number_go_to_the_last_exit() -> None:
+def test_rows_of_nan_go_to_the_last_exit() -> None:
     logits, exits = EarlyExit(Counted().eval(), [0.5, 0.5]).predict(torch.tensor([float("nan"), 3.0]))
     assert exits.tolist() == [2, 0]
     assert logits[0].isnan().any()
 
 
-def test_half_precision_confidences_are_computed_in_float32() -> None:
-    logits = torch.tensor([[9.0, 0.0]], dtype=torch.bfloat16)
-    assert confidence(logits).dtype == torch.float32
-    assert confidence(logits).item() == pytest.approx(0.999877, abs=1e-6)
-
-
-def test_states_of_lists_and_tuples_lose_rows() -> None:
+def test_rows_are_selected_from_lists_and_tuples() -> None:
     state = [torch.arange(4), (torch.arange(8).reshape(4, 2), []), Pair(torch.zeros(4), torch.ones(4))]
     first, (second, third), pair = select_rows(state, torch.tensor([3, 1]), 4)
     assert first.tolist() == [3, 1]
@@ -170,3 +160,32 @@ def test_wrong_use_is_refused_in_one_line() -> None:
         EarlyExit(model, [0.5, 0.5]).predict(torch.zeros(1), max_exit=3)
     with pytest.raises(ValueError, match="Counted is in training mode, where rows depend on each other: call eval"):
         EarlyExit(model.train(), [0.5, 0.5]).predict(torch.zeros(1))
+
+
+def test_exits_are_counted() -> None:
+    logits = torch.zeros(4, 3)
+    assert num_exits_of(logits) == 1
+    assert num_exits_of([logits, logits]) == num_exits_of((logits, logits)) == 2
+    model = tower(num_classes=3, input_shape=(5,), exits=4)
+    model.blocks[0].eval()
+    assert count_exits(model, (5,)) == 4
+    assert (model.training, model.blocks[0].training) == (True, False)
+    assert count_exits(nn.Linear(5, 3), (5,)) == 1
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ([torch.zeros(4, 3)], "returns a list of 1: a network of one exit returns its logits themselves"),
+        ({"a": torch.zeros(4, 3)}, "returns dict, not logits"),
+        ([torch.zeros(4, 3), torch.zeros(4, 5)], r"return \(4, 3\), \(4, 5\): all must return logits"),
+        ([torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(2, 3)], r"return \(4, 3\), \(4, 3\), \(2, 3\): all"),
+        ([torch.zeros(4, 3), torch.zeros(4)], r"return \(4, 3\), \(4,\): all"),
+        ([torch.zeros(4), torch.zeros(4)], r"return \(4,\), \(4,\): all"),
+        ([torch.zeros(4, 3), None], r"return \(4, 3\), NoneType: all"),
+    ],
+)
+def test_outputs_that_are_not_exits_are_refused_in_one_line(output: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        num_exits_of(output)
+    assert "\n" not in str(caught.value)

@@ -1,6 +1,6 @@
-"""Losses and targets of any task become one loss and one set of signals a sample.
+"""Per-sample losses, and signals of targets of any task: classes, dense targets, several labels.
 
-Per-sample losses keep float32 and torch's definition.
+Their definitions are tested in tests/numerics/test_signals.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rayprune.nn.signals import (
     SIGNALS,
     compute_signals,
     losses_per_sample,
+    max_probability,
     per_sample_loss,
     signals_per_sample,
     weighted_mean,
@@ -33,12 +34,12 @@ def logits(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 7), (4, 1, 1, 1), (4, 3, 5)])
-def test_losses_of_any_shape_are_means_over_all_but_the_first_axis(shape: tuple[int, ...]) -> None:
+def test_losses_of_any_shape_reduce_to_means_over_all_but_the_first_axis(shape: tuple[int, ...]) -> None:
     losses = logits(*shape).abs()
     assert torch.allclose(losses_per_sample(losses, 4), torch.stack([one.mean() for one in losses]))
 
 
-def test_a_mask_leaves_positions_out_and_an_empty_one_gives_zero() -> None:
+def test_a_mask_leaves_positions_out_and_an_empty_mask_gives_zero() -> None:
     losses = torch.tensor([[1.0, 2.0, 9.0], [4.0, 9.0, 9.0], [9.0, 9.0, 9.0]], requires_grad=True)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
     reduced = losses_per_sample(losses, 3, mask)
@@ -48,94 +49,96 @@ def test_a_mask_leaves_positions_out_and_an_empty_one_gives_zero() -> None:
     assert losses.grad.tolist() == [[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
 
 
-def test_a_mask_may_weigh_positions() -> None:
+def test_a_mask_can_weigh_positions() -> None:
     assert losses_per_sample(torch.tensor([[1.0, 3.0]]), 1, torch.tensor([[0.1, 0.3]])).tolist() == pytest.approx([2.5])
 
 
 @pytest.mark.parametrize(
     ("losses", "mask", "words"),
     [
-        (torch.tensor(1.0), None, r"one loss a sample and got a scalar.*reduction='none'"),
+        (torch.tensor(1.0), None, r"one loss per sample and got a scalar.*reduction='none'"),
         (torch.zeros(3), None, r"shape \(3,\) for a batch of 4"),
-        (torch.zeros(4, 2), torch.ones(4), "must have one shape"),
+        (torch.zeros(4, 2), torch.ones(4), "must have the same shape"),
     ],
 )
-def test_what_cannot_be_weighed_is_explained(losses: torch.Tensor, mask: torch.Tensor | None, words: str) -> None:
+def test_losses_of_a_wrong_shape_are_refused(losses: torch.Tensor, mask: torch.Tensor | None, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         losses_per_sample(losses, 4, mask)
 
 
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=1, max_size=9), st.integers(1, 16))
 @settings(max_examples=50, deadline=None)
-def test_the_divisor_is_the_share_of_the_batch_whatever_the_weights(weights: list[float], rows: int) -> None:
+def test_the_divisor_is_the_number_of_rows_whatever_the_weights(weights: list[float], rows: int) -> None:
     losses = torch.arange(1.0, len(weights) + 1)
     expected = sum(weight * loss for weight, loss in zip(weights, losses.tolist(), strict=True)) / rows
     assert weighted_mean(losses, torch.tensor(weights), rows).item() == pytest.approx(expected)
 
 
-def test_a_nan_loss_of_padding_does_not_reach_the_mean() -> None:
+def test_a_nan_loss_of_padding_stays_out_of_the_mean() -> None:
     losses = torch.tensor([1.0, float("nan")])
     assert weighted_mean(losses, torch.tensor([2.0, 0.0]), 2).item() == 1.0
 
 
-def test_class_targets_give_the_engines_own_signals() -> None:
+def test_class_targets_give_the_signals_of_the_train_steps() -> None:
     scores, targets = logits(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
     losses = functional.cross_entropy(scores, targets, reduction="none")
     head = torch.nn.Linear(3, 5)
-    theirs = compute_signals(SIGNALS, scores, targets, losses, distances_CC=pair_distances(head.weight))
-    for given_head in (head, head.weight):
-        ours = signals_per_sample(SIGNALS, losses, scores, targets, head=given_head)
-        assert all(torch.equal(ours[name], theirs[name]) for name in SIGNALS)
+    expected = compute_signals(SIGNALS, scores, targets, losses, distances_CC=pair_distances(head.weight))
+    for layer in (head, head.weight):
+        signals = signals_per_sample(SIGNALS, losses, logits=scores, targets=targets, head=layer)
+        assert all(torch.equal(signals[name], expected[name]) for name in SIGNALS)
 
 
 def test_another_head_gives_other_distances() -> None:
     scores, targets, heads = logits(6, 5), torch.zeros(6, dtype=torch.int64), [torch.nn.Linear(3, 5) for _ in range(2)]
     for head in (*heads, *heads):
-        found = signals_per_sample(("boundary",), torch.zeros(6), scores, targets, head=head)
-        table = pair_distances(head.weight)
-        expected = compute_signals(("boundary",), scores, targets, torch.zeros(6), distances_CC=table)
-        assert torch.equal(found["boundary"], expected["boundary"])
+        signals = signals_per_sample(("boundary",), torch.zeros(6), logits=scores, targets=targets, head=head)
+        distances = pair_distances(head.weight)
+        expected = compute_signals(("boundary",), scores, targets, torch.zeros(6), distances_CC=distances)
+        assert torch.equal(signals["boundary"], expected["boundary"])
 
 
 @pytest.mark.parametrize("name", BOUNDARY_SIGNALS)
-def test_boundaries_need_the_last_layer_and_one_class_a_sample(name: str) -> None:
+def test_boundary_signals_need_the_last_layer_and_one_class_per_sample(name: str) -> None:
     scores, targets, head = logits(6, 5), torch.zeros(6, dtype=torch.int64), torch.nn.Linear(3, 5)
     with pytest.raises(ValueError, match=rf"needs {name}: give weigh\(head=model.fc\)"):
-        signals_per_sample((name,), torch.zeros(6), scores, targets)
-    dense, several = (logits(6, 5, 4), torch.zeros(6, 4, dtype=torch.int64)), (scores, torch.zeros(6, 5))
-    for outputs in (dense, several):
-        with pytest.raises(ValueError, match=f"{name} need one class a sample"):
-            signals_per_sample((name,), torch.zeros(6), *outputs, head=head)
+        signals_per_sample((name,), torch.zeros(6), logits=scores, targets=targets)
+    dense = {"logits": logits(6, 5, 4), "targets": torch.zeros(6, 4, dtype=torch.int64)}
+    several_labels = {"logits": scores, "targets": torch.zeros(6, 5)}
+    for outputs in (dense, several_labels):
+        with pytest.raises(ValueError, match=f"{name} need one class per sample"):
+            signals_per_sample((name,), torch.zeros(6), **outputs, head=head)
 
 
-def test_dense_targets_are_means_over_the_positions() -> None:
+def test_signals_of_dense_targets_are_means_over_the_positions() -> None:
     scores, targets = logits(2, 3, 4, 5), torch.from_numpy(GENERATOR.integers(0, 3, (2, 4, 5)))
     losses = losses_per_sample(functional.cross_entropy(scores, targets, reduction="none"), 2)
     names = ("correct", "entropy", "el2n", "margin", "prob_label", "probs")
-    found = signals_per_sample(names, losses, scores, targets)
+    signals = signals_per_sample(names, losses, logits=scores, targets=targets)
     for row in range(2):
         flat = scores[row].flatten(1).T
-        one = compute_signals(names, flat, targets[row].flatten(), torch.zeros(20))
+        expected = compute_signals(names, flat, targets[row].flatten(), torch.zeros(20))
         for name in names:
-            assert torch.allclose(found[name][row], one[name].mean(0), atol=1e-6), name
+            assert torch.allclose(signals[name][row], expected[name].mean(0), atol=1e-6), name
 
 
-def test_several_labels_a_sample_are_a_decision_each() -> None:
+def test_each_of_several_labels_is_a_decision_between_two_classes() -> None:
     scores, targets = logits(3, 4), torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]])
-    found = signals_per_sample(("correct", "prob_label", "entropy", "probs"), torch.zeros(3), scores, targets)
+    names = ("correct", "prob_label", "entropy", "probs")
+    signals = signals_per_sample(names, torch.zeros(3), logits=scores, targets=targets)
     p = scores.sigmoid()
     of_label = torch.where(targets > 0, p, 1 - p)
-    assert torch.allclose(found["prob_label"], of_label.mean(1), atol=1e-6)
-    assert torch.equal(found["correct"], (of_label > 0.5).float().mean(1))
-    assert torch.allclose(found["entropy"], -(p * p.log() + (1 - p) * (1 - p).log()).mean(1), atol=1e-5)
-    assert torch.allclose(found["probs"], p)
+    assert torch.allclose(signals["prob_label"], of_label.mean(1), atol=1e-6)
+    assert torch.equal(signals["correct"], (of_label > 0.5).float().mean(1))
+    assert torch.allclose(signals["entropy"], -(p * p.log() + (1 - p) * (1 - p).log()).mean(1), atol=1e-5)
+    assert torch.allclose(signals["probs"], p)
 
 
 @pytest.mark.parametrize(
-    ("names", "given", "words"),
+    ("names", "arguments", "words"),
     [
         (("el2n",), {}, r"needs el2n: give weigh\(logits=\)"),
-        (("el2n",), {"logits": logits(3, 2)}, r"needs the targets too"),
+        (("el2n",), {"logits": logits(3, 2)}, "needs the targets: give"),
         (("el2n",), {"logits": logits(3, 2), "targets": torch.zeros(2, dtype=torch.int64)}, "do not fit logits"),
         (("el2n",), {"logits": logits(3, 2), "targets": torch.zeros(3, 5)}, "several labels"),
         (("el2n",), {"logits": logits(4, 2), "targets": torch.zeros(4, dtype=torch.int64)}, r"must be \(3, classes"),
@@ -143,26 +146,31 @@ def test_several_labels_a_sample_are_a_decision_each() -> None:
         (("embeding",), {}, "unknown signal 'embeding'.*embedding"),
     ],
 )
-def test_what_a_method_needs_is_asked_for(names: tuple[str, ...], given: dict[str, torch.Tensor], words: str) -> None:
+def test_missing_and_misshapen_arguments_are_named(
+    names: tuple[str, ...], arguments: dict[str, torch.Tensor], words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
-        signals_per_sample(names, torch.zeros(3), **given)
+        signals_per_sample(names, torch.zeros(3), **arguments)
 
 
 def test_embeddings_pass_through() -> None:
     values = logits(3, 7).requires_grad_()
-    found = signals_per_sample(("embedding", "loss"), torch.ones(3), embeddings=values)
-    assert torch.equal(found["embedding"], values)
-    assert not found["embedding"].requires_grad
+    signals = signals_per_sample(("embedding", "loss"), torch.ones(3), embeddings=values)
+    assert torch.equal(signals["embedding"], values)
+    assert not signals["embedding"].requires_grad
 
 
-def test_half_precision_losses_do_not_overflow_and_masked_nan_stays_out() -> None:
+def test_half_precision_losses_do_not_overflow() -> None:
     assert weighted_mean(torch.full((8192,), 20.0, dtype=torch.float16), torch.ones(8192), 8192).item() == 20.0
+
+
+def test_a_nan_at_a_masked_position_stays_out_of_the_mean() -> None:
     losses = torch.tensor([[1.0, float("nan")]])
     assert losses_per_sample(losses, 1, torch.tensor([[1, 0]])).tolist() == [1.0]
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-def test_mean_equals_torch_mean(smoothing: float) -> None:
+def test_the_mean_of_the_losses_is_torchs_cross_entropy(smoothing: float) -> None:
     logits_BC, targets_B = torch.randn(9, 5), torch.arange(9) % 5
     losses_B = per_sample_loss(logits_BC, targets_B, label_smoothing=smoothing)
     assert losses_B.shape == (9,)
@@ -171,7 +179,7 @@ def test_mean_equals_torch_mean(smoothing: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_logits_lose_nothing_more(dtype: torch.dtype) -> None:
+def test_losses_of_half_precision_logits_are_computed_in_float32(dtype: torch.dtype) -> None:
     logits_BC = (torch.randn(6, 4) * 5).to(dtype)
     targets_B = torch.arange(6) % 4
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -181,6 +189,7 @@ def test_half_precision_logits_lose_nothing_more(dtype: torch.dtype) -> None:
         assert loss == pytest.approx(math.log(sum(math.exp(z) for z in row)) - row[target], rel=1e-5, abs=1e-6)
 
 
-def test_smoothing_outside_its_range_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\], got 1.5"):
-        per_sample_loss(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), label_smoothing=1.5)
+def test_the_largest_probability_of_half_precision_logits_is_computed_in_float32() -> None:
+    logits = torch.tensor([[9.0, 0.0]], dtype=torch.bfloat16)
+    assert max_probability(logits).dtype == torch.float32
+    assert max_probability(logits).item() == pytest.approx(0.999877, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Networks with exits: the contract, gradient equilibrium, what torch does with them, and errors that say the cure.
+"""Networks with exits: their interface, gradient equilibrium, torch's operations on them, and wrong options.
 
 Shapes: B batch, C classes, K exits.
 """
@@ -6,7 +6,6 @@ Shapes: B batch, C classes, K exits.
 from __future__ import annotations
 
 import copy
-from collections import namedtuple
 from typing import Any
 
 import pytest
@@ -15,21 +14,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn import functional
 
-from rayprune.nn.flops import exit_macs, exit_parameters
+from rayprune.nn.early_exit import num_exits_of
 from rayprune.nn.models import build_model
-from rayprune.nn.models.multi_exit import MultiExit, MultiExitModel, as_exits, balance_gradients, is_multi_exit
+from rayprune.nn.models.multi_exit import MultiExitModel, balance_gradients
 
 SMALL = {
     "msdnet": {"num_blocks": 3, "channels": 4, "growth_rate": 2},
     "ranet": {"channels": 4, "growth_rate": 4, "step": 1},
 }
-Named = namedtuple("Named", ["logits", "auxiliary"])
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
 
 
 def network(name: str, side: int = 16, **options: Any) -> Any:
@@ -37,67 +29,18 @@ def network(name: str, side: int = 16, **options: Any) -> Any:
     return build_model(name, num_classes=5, input_shape=(3, side, side), **{**SMALL[name], **options})
 
 
-class Chain(MultiExit):
-    """Three linear layers of 6 units with a classifier each; no norms, no ReLU but one."""
-
-    def __init__(self) -> None:
-        super().__init__(3)
-        self.trunk = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
-        self.heads = nn.ModuleList(nn.Linear(6, 4, bias=False) for _ in range(3))
-        self.relu = nn.ReLU()
-
-    def advance(self, exit: int, state: Tensor) -> tuple[Tensor, Tensor]:
-        state = self.trunk[exit](state)
-        return self.heads[exit](self.relu(state) if exit == 1 else state), state
-
-
-# The contract
-
-
-def test_what_counts_as_exits() -> None:
-    logits = torch.zeros(4, 3)
-    assert is_multi_exit([logits, logits])
-    assert is_multi_exit((logits, logits))
-    assert not is_multi_exit(logits)
-    assert not is_multi_exit(Named(logits, logits))
-    assert as_exits((logits, logits + 1), num_classes=3)[1] is not logits
-
-
-@pytest.mark.parametrize(
-    ("output", "num_classes", "message"),
-    [
-        (torch.zeros(4, 3), None, r"the model returns one tensor \(4, 3\): a network with exits returns a list"),
-        ([torch.zeros(4, 3)], None, "the model returns a list of 1: a network with exits returns a list of at least 2"),
-        (Named(torch.zeros(4, 3), torch.zeros(4, 3)), None, "the model returns a Named: "),
-        ({"a": torch.zeros(4, 3)}, None, "the model returns a dict: "),
-        ([torch.zeros(4, 3), torch.zeros(4, 5)], None, r"differ in shape, \(4, 3\) and \(4, 5\): every exit must"),
-        ([torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(2, 3)], None, r"differ in shape, \(4, 3\) and \(2, 3\)"),
-        ([torch.zeros(4, 3), torch.zeros(4)], None, r"exit 1 of the model gives a tensor \(4,\): a network"),
-        ([torch.zeros(4, 3), None], None, "exit 1 of the model gives a NoneType: a network"),
-        ([torch.zeros(4, 3)] * 2, 10, "the exits score 3 classes, the data have 10"),
-    ],
-)
-def test_wrong_exits_are_refused_in_one_line(output: object, num_classes: int | None, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        as_exits(output, num_classes)
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("training", [False, True])
-def test_begin_and_advance_are_the_forward(name: str, training: bool) -> None:
+def test_begin_and_advance_give_the_forward_pass(name: str, training: bool) -> None:
     model = network(name).train(training)
     assert isinstance(model, MultiExitModel)
     images = torch.randn(4, 3, 16, 16)
-    whole = as_exits(copy.deepcopy(model)(images), num_classes=5)
-    assert len(whole) == model.num_exits
+    whole = copy.deepcopy(model)(images)
+    assert num_exits_of(whole) == model.num_exits
     state = model.begin(images)
     for exit, expected in enumerate(whole):
         logits, state = model.advance(exit, state)
         assert torch.equal(logits, expected)
-
-
-# Gradient equilibrium
 
 
 def test_gradient_equilibrium_by_hand() -> None:
@@ -119,14 +62,14 @@ def test_gradient_equilibrium_by_hand() -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_gradient_equilibrium_inside_a_network(name: str) -> None:
-    """What reaches an exit's map is compared with the plain network's two gradients, taken apart by hand."""
+    """Compare the gradient of an exit's map with the plain network's two gradients, separated by hand."""
     model = network(name, gradient_equilibrium=True).double().eval()
     plain = network(name).double().eval()
     plain.load_state_dict(model.state_dict())
     images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
-    for left, right in zip(model(images), plain(images), strict=True):
-        assert torch.equal(left, right)
-    exit = model.num_exits - 2  # what follows it, the last classifier's gradient, is not rescaled itself
+    for logits, expected in zip(model(images), plain(images), strict=True):
+        assert torch.equal(logits, expected)
+    exit = model.num_exits - 2  # the following gradient, the last classifier's, is not rescaled
     gradients = [map_gradients(network, images, exit) for network in (model, plain)]
     (balanced, _, _), (_, own, following) = gradients
     torch.testing.assert_close(balanced, (own + following) / 2)
@@ -169,9 +112,6 @@ def test_forward_mode_agrees_with_reverse_mode(name: str, gradient_equilibrium: 
     torch.testing.assert_close(forward, sum((g * d).sum() for g, d in pairs))  # type: ignore[arg-type]
 
 
-# What torch does with them
-
-
 @pytest.mark.parametrize("name", SMALL)
 def test_functional_call_leaves_the_model_alone(name: str) -> None:
     model = network(name)
@@ -195,8 +135,8 @@ def test_state_dicts_and_channels_last(name: str) -> None:
     with torch.no_grad():
         expected = model(images)
         assert all(torch.equal(*pair) for pair in zip(other(images), expected, strict=True))
-        found = other.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        logits = other.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -219,14 +159,15 @@ def test_state_dicts_and_channels_last(name: str) -> None:
 )
 def test_images_of_all_sizes_train(name: str, shape: tuple[int, ...], options: dict[str, Any], num_exits: int) -> None:
     model: Any = build_model(name, num_classes=5, input_shape=shape, **options)
-    exits = as_exits(model(torch.randn(3, *shape)), num_classes=5)
-    assert len(exits) == num_exits
+    exits = model(torch.randn(3, *shape))
+    assert num_exits_of(exits) == num_exits
+    assert exits[0].shape == (3, 5)
     torch.stack([functional.cross_entropy(logits, torch.tensor([0, 1, 4])) for logits in exits]).sum().backward()
     unused = [key for key, value in model.named_parameters() if value.grad is None or not value.grad.isfinite().all()]
     assert not unused
 
 
-def test_convolutions_start_as_published() -> None:
+def test_initial_weights_are_as_published() -> None:
     model = build_model("msdnet", num_classes=100, input_shape=(3, 32, 32))
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.weight.numel() > 5000:
@@ -246,7 +187,7 @@ def test_convolutions_start_as_published() -> None:
         ("msdnet", {"step_mode": "lg"}, "no step_mode 'lg': choose even or lin_grow"),
         ("msdnet", {"reduction": 0}, "reduction above 0 and at most 1, got 0"),
         ("msdnet", {"stem": "mnist"}, "no stem 'mnist': choose one of cifar, imagenet"),
-        ("msdnet", {"num_scales": 6}, "can't have 6 scales for images of 16×16, .* give num_scales of 1 to 5"),
+        ("msdnet", {"num_scales": 6}, "can't have 6 scales for images of 16×16: .* give num_scales of 1 to 5"),
         ("msdnet", {"num_scales": 2, "growth_factors": [1, 2, 4]}, "growth_factors of 2 numbers .* got \\[1, 2, 4\\]"),
         ("msdnet", {"bottleneck_factors": [1, 2]}, "bottleneck_factors of 3 numbers"),
         ("msdnet", {"nblocks": 3}, "model 'msdnet' takes no 'nblocks': did you mean 'num_blocks'"),
@@ -268,52 +209,3 @@ def test_wrong_options_are_refused_in_one_line(name: str, options: dict[str, Any
     with pytest.raises(ValueError, match=message) as caught:
         build_model(name, **{"num_classes": 10, "input_shape": (3, 16, 16), **options})
     assert "\n" not in str(caught.value)
-
-
-# What exits cost
-
-
-def test_exits_of_a_users_network_are_counted_by_the_rule() -> None:
-    model = Chain()
-    assert exit_macs(model, (6,)) == [42 + 24, 2 * (42 + 24) + 6, 3 * (42 + 24) + 6]
-    assert exit_parameters(model, (6,)) == [66, 132, 198]
-
-
-def test_convolutions_and_pooling_are_counted_by_the_rule() -> None:
-    class Pools(MultiExit):
-        def __init__(self) -> None:
-            super().__init__(2)
-            self.first = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2, padding=1), nn.BatchNorm2d(6), nn.ReLU())
-            self.pools = nn.ModuleList([nn.MaxPool2d(3, stride=2, padding=1), nn.AvgPool2d((2, 4))])
-            self.last = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-        def advance(self, exit: int, state: Tensor) -> tuple[Tensor, Tensor]:
-            state = self.first(state) if exit == 0 else state
-            return self.last(self.pools[exit](state)), state
-
-    convolution, relu = 6 * 64 * (2 * 9), 6 * 64
-    first = convolution + relu + 6 * 16 * 9 + 6 * 16
-    assert exit_macs(Pools(), (4, 8, 8)) == [first, first + 6 * 8 * 8 + 6 * 8]
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_counting_leaves_the_model_as_it_is(name: str) -> None:
-    model = network(name)
-    model.stem.eval()
-    before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
-    costs = exit_macs(model, (3, 16, 16))
-    assert costs == sorted(set(costs))
-    assert exit_parameters(model, (3, 16, 16))[-1] == sum(parameter.numel() for parameter in model.parameters())
-    assert modes == [module.training for module in model.modules()]
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_a_network_without_steps_is_told_what_it_lacks() -> None:
-    class Whole(nn.Module):
-        num_exits = 2
-
-    with pytest.raises(
-        ValueError, match=r"Whole can't be run exit by exit, it lacks begin, advance: add num_exits, beg"
-    ):
-        exit_macs(Whole(), (3,))

@@ -1,4 +1,4 @@
-"""The plain step of networks with several exits: its loss, the signals that methods see, the metrics."""
+"""The plain step of networks with several exits: its loss, the signals for methods, the metrics."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def network(**options: Any) -> nn.Module:
 
 
 def batch(rows: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    drawn = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     weights = torch.tensor([1.0, 2.0, 0.5, 1.0, 0.0, 0.0])[:rows]
-    return torch.randn(rows, *SHAPE, generator=drawn), torch.randint(4, (rows,), generator=drawn), weights
+    return torch.randn(rows, *SHAPE, generator=generator), torch.randint(4, (rows,), generator=generator), weights
 
 
 def exits(model: nn.Module, **options: Any) -> ExitStep:
@@ -42,34 +42,34 @@ def exits(model: nn.Module, **options: Any) -> ExitStep:
 def test_the_loss_is_the_sum_over_exits_of_weighted_means(accumulate: int) -> None:
     model, reference = network(norm=False), network(norm=False)
     inputs, targets, weights = batch()
-    seen = exits(model, label_smoothing=0.1, accumulate=accumulate)(inputs, targets, weights)
+    signals = exits(model, label_smoothing=0.1, accumulate=accumulate)(inputs, targets, weights)
     each = [
         functional.cross_entropy(logits, targets, reduction="none", label_smoothing=0.1) for logits in reference(inputs)
     ]
     sum((losses * weights).sum() / 6 for losses in each).backward()
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
-    torch.testing.assert_close(seen["loss"], each[-1].detach())
-    torch.testing.assert_close(seen["exit_loss"], torch.stack(each, dim=1).detach())
+    torch.testing.assert_close(signals["loss"], each[-1].detach())
+    torch.testing.assert_close(signals["exit_loss"], torch.stack(each, dim=1).detach())
 
 
-def test_methods_see_the_exit_that_score_names() -> None:
+def test_methods_get_the_signals_that_score_names() -> None:
     inputs, targets, _ = batch()
     logits = network().eval()(inputs)
     losses = torch.stack([functional.cross_entropy(each, targets, reduction="none") for each in logits])
-    sure = torch.stack([each.softmax(1).amax(1) for each in logits])
+    confidences = torch.stack([each.softmax(1).amax(1) for each in logits])
     for score, loss, confidence in [
-        (1, losses[0], sure[0]),
-        ("last", losses[2], sure[2]),
-        ("mean", losses.mean(0), sure.mean(0)),
+        (1, losses[0], confidences[0]),
+        ("last", losses[2], confidences[2]),
+        ("mean", losses.mean(0), confidences.mean(0)),
     ]:
-        seen = exits(network(), score=score).evaluate(inputs, targets, smoothed=True, signals=("confidence",))
-        torch.testing.assert_close(seen["loss"], loss.detach())
-        torch.testing.assert_close(seen["confidence"], confidence.detach())
-        torch.testing.assert_close(seen["metric_loss"], losses[2].detach())
-    level = float(sure.detach().median())
-    depth = exits(network(), score="depth", confident=level).evaluate(inputs, targets, smoothed=True)
-    expected = [next((k + 1 for k in range(3) if sure[k, b] >= level), 4) for b in range(6)]
+        signals = exits(network(), score=score).evaluate(inputs, targets, smoothed=True, signals=("confidence",))
+        torch.testing.assert_close(signals["loss"], loss.detach())
+        torch.testing.assert_close(signals["confidence"], confidence.detach())
+        torch.testing.assert_close(signals["metric_loss"], losses[2].detach())
+    threshold = float(confidences.detach().median())
+    depth = exits(network(), score="depth", confident=threshold).evaluate(inputs, targets, smoothed=True)
+    expected = [next((k + 1 for k in range(3) if confidences[k, b] >= threshold), 4) for b in range(6)]
     assert depth["loss"].tolist() == expected
     torch.testing.assert_close(depth["metric_loss"], losses[2].detach())
 
@@ -81,21 +81,21 @@ def test_a_diverged_sample_has_no_depth() -> None:
     assert depth.isnan().tolist() == [True] + [False] * 5
 
 
-def test_metrics_of_each_exit_leave_padding_out() -> None:
+def test_metrics_of_every_exit_leave_padding_out() -> None:
     inputs, targets, _ = batch()
-    seen = exits(network(), score="depth").evaluate(inputs, targets, smoothed=False)
+    signals = exits(network(), score="depth").evaluate(inputs, targets, smoothed=False)
     sums, real = MetricSums(torch.device("cpu"), 4, 3), torch.tensor([True] * 4 + [False] * 2)
-    sums.add(seen, PlacedRows(targets, torch.ones(6), real), real.numpy(), 0, targets)
-    found = validated(sums.total(1), 3)
-    assert found["val_exit_loss"] == pytest.approx(seen["exit_loss"][:4].mean(0).tolist())
-    assert found["val_exit_accuracy"] == pytest.approx(seen["exit_correct"][:4].mean(0).tolist())
-    assert found["val_loss"] == pytest.approx(found["val_exit_loss"][-1])
-    assert found["val_accuracy"] == found["val_exit_accuracy"][-1]
-    assert len(found["val_class_accuracy"]) == 4
+    sums.add(signals, PlacedRows(targets, torch.ones(6), real), real.numpy(), 0, targets)
+    metrics = validated(sums.total(1), 3)
+    assert metrics["val_exit_loss"] == pytest.approx(signals["exit_loss"][:4].mean(0).tolist())
+    assert metrics["val_exit_accuracy"] == pytest.approx(signals["exit_correct"][:4].mean(0).tolist())
+    assert metrics["val_loss"] == pytest.approx(metrics["val_exit_loss"][-1])
+    assert metrics["val_accuracy"] == metrics["val_exit_accuracy"][-1]
+    assert len(metrics["val_class_accuracy"]) == 4
 
 
 @pytest.mark.parametrize("step", ["plain", {"name": "exits", "score": "depth", "confident": 0.5}])
-def test_a_run_of_several_exits(tmp_path: Path, step: Any) -> None:
+def test_a_run_reports_every_exit(tmp_path: Path, step: Any) -> None:
     config = run_config(
         tmp_path,
         model={"name": f"{MULTI_EXIT_MODELS}:tower", "tuples": step == "plain"},
@@ -138,7 +138,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_refused_before_anything_is_written(case: str, tmp_path: Path) -> None:
+def test_a_model_that_does_not_fit_the_step_is_refused_before_anything_is_written(case: str, tmp_path: Path) -> None:
     sections, words = REFUSED[case]
     with pytest.raises(ValueError, match=words) as caught:
         train(run_config(tmp_path, **sections))
@@ -165,6 +165,6 @@ def test_a_wrong_step_is_refused_in_one_line(step: Any, words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_step_at_its_default_leaves_the_digest_alone() -> None:
+def test_the_default_step_does_not_change_the_digest() -> None:
     assert make_config({"train": {"step": "plain"}}).digest() == make_config({}).digest()
     assert make_config({"train": {"step": "exits"}}).digest() != make_config({}).digest()

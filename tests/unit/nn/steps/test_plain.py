@@ -1,4 +1,4 @@
-"""Train steps: what an evaluation returns, a network trained with its proxy, and both over ranks.
+"""The plain step and the step with a proxy: updates, evaluation, state, cost, and two ranks.
 
 Shapes: B batch, C classes.
 """
@@ -22,12 +22,6 @@ from rayprune.nn.steps import STEPS, ExitStep, L2wStep, PlainStep, PspStep, Trai
 from rayprune.nn.steps.psp import Proxy
 
 SHAPE, CLASSES = (3, 8, 8), 4
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
 
 
 def resnet() -> nn.Module:
@@ -62,7 +56,7 @@ def gradients(network: nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("make", [plain, psp])
-def test_a_step_keeps_the_contract(make: Any) -> None:
+def test_a_step_has_the_interface_of_train_steps(make: Any) -> None:
     step: TrainStep = make(resnet(), signals=("entropy",))
     images, targets_B, weights_B = batch()
     assert step.parts[0] == "model"
@@ -71,12 +65,12 @@ def test_a_step_keeps_the_contract(make: Any) -> None:
     assert set(trained) == {"loss", "correct", "entropy"}
     for part in step.parts:
         assert set(step.evaluate(images, targets_B, smoothed=False, part=part)) == {"loss", "correct"}
-        found = step.evaluate(images, targets_B, smoothed=False, part=part, signals=("boundary", "loss"))
-        assert set(found) == {"loss", "correct", "boundary"}
-        assert found["boundary"].shape == (8,)
-    for ask in (step.relative_cost, lambda part: step.evaluate(images, targets_B, smoothed=False, part=part)):
+        signals = step.evaluate(images, targets_B, smoothed=False, part=part, signals=("boundary", "loss"))
+        assert set(signals) == {"loss", "correct", "boundary"}
+        assert signals["boundary"].shape == (8,)
+    for call in (step.relative_cost, lambda part: step.evaluate(images, targets_B, smoothed=False, part=part)):
         with pytest.raises(ValueError, match=r"unknown part 'proxi' of the train step: .*\(valid: model"):
-            ask("proxi")
+            call("proxi")
     stored = io.BytesIO()
     torch.save(step.state_dict(), stored)
     stored.seek(0)
@@ -85,7 +79,7 @@ def test_a_step_keeps_the_contract(make: Any) -> None:
         step.load_state_dict({"else": torch.zeros(1)})
 
 
-def test_the_steps_by_name() -> None:
+def test_steps_are_found_by_name() -> None:
     assert {"plain": PlainStep, "psp": PspStep, "exits": ExitStep, "l2w": L2wStep} == STEPS
     network = mlp()
     assert STEPS["plain"].module_of(network, SHAPE) is network
@@ -100,22 +94,22 @@ def test_an_evaluation_is_in_eval_mode_and_changes_nothing(smoothing: float) -> 
     before = copy.deepcopy(network.state_dict())
     for smoothed in (False, True):
         network.train()
-        found = step.evaluate(images, targets_B, smoothed=smoothed)
+        signals = step.evaluate(images, targets_B, smoothed=smoothed)
         logits = network.eval()(images)
         expected = per_sample_loss(logits, targets_B, label_smoothing=smoothing if smoothed else 0.0)
-        assert torch.equal(found["loss"], expected)
-        assert torch.equal(found["correct"], (logits.argmax(1) == targets_B).float())
+        assert torch.equal(signals["loss"], expected)
+        assert torch.equal(signals["correct"], (logits.argmax(1) == targets_B).float())
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-def test_modes_follow_the_step_whoever_changed_them() -> None:
+def test_the_step_sets_the_mode_even_after_others_change_it() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.BatchNorm1d(4))
-    network[2].eval()  # before training: model.train() of a plain loop ends that
+    network[2].eval()  # the first step ends it, like model.train() in a plain loop
     step = PlainStep(network, torch.optim.SGD(network.parameters(), lr=0.1))
     batch = torch.rand(6, 4), torch.arange(6) % 4
     step(*batch, torch.ones(6))
     assert network[2].training
-    network.eval()  # somebody looks at the network meanwhile
+    network.eval()  # someone evaluates the network between steps
     step(*batch, torch.ones(6))
     assert network[2].training
     step.evaluate(*batch, smoothed=False)
@@ -124,45 +118,45 @@ def test_modes_follow_the_step_whoever_changed_them() -> None:
     assert network[2].training
 
 
-def test_boundaries_are_those_of_the_weights_that_made_the_logits() -> None:
+def test_boundaries_belong_to_the_weights_that_gave_the_logits() -> None:
     network = resnet()
     step = plain(network, signals=("boundary",))
     images, targets_B, weights_B = batch()
     for _ in range(3):
         twin = copy.deepcopy(network).train()
-        table = pair_distances(twin.fc.weight)
-        found = step(images, targets_B, weights_B)["boundary"]
-        torch.testing.assert_close(found, boundary_distance(twin(images), table), rtol=1e-5, atol=1e-6)
-        assert not torch.equal(pair_distances(network.fc.weight), table)
-    with pytest.raises(ValueError, match="need the step's head"):
+        distances = pair_distances(twin.fc.weight)
+        boundary = step(images, targets_B, weights_B)["boundary"]
+        torch.testing.assert_close(boundary, boundary_distance(twin(images), distances), rtol=1e-5, atol=1e-6)
+        assert not torch.equal(pair_distances(network.fc.weight), distances)
+    with pytest.raises(ValueError, match=r"give a train step head=last_linear"):
         PlainStep(network, step.optimizer).evaluate(images, targets_B, smoothed=False, signals=BOUNDARY_SIGNALS)
 
 
-def test_both_losses_add_up_in_one_step() -> None:
+def test_the_losses_of_network_and_proxy_add_up_in_one_step() -> None:
     images, targets_B, weights_B = batch()
     network = resnet()
     step = psp(network, weight=0.5, label_smoothing=0.1, signals=("entropy",))
-    by_hand = resnet()
-    proxy = Proxy(by_hand, 0.5, SHAPE)
-    seen = step(images, targets_B, weights_B)
-    logits = by_hand.train()(images)
+    reference = resnet()
+    proxy = Proxy(reference, 0.5, SHAPE)
+    signals = step(images, targets_B, weights_B)
+    logits = reference.train()(images)
     total = torch.zeros(())
     for factor, outputs in ((1.0, logits), (0.5, proxy(images))):
         losses_B = functional.cross_entropy(outputs, targets_B, reduction="none", label_smoothing=0.1)
         total = total + factor * (losses_B * weights_B).sum() / len(targets_B)
     total.backward()
-    for ours, theirs in zip(network.parameters(), by_hand.parameters(), strict=True):
+    for ours, theirs in zip(network.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(ours.detach(), theirs.detach() - 0.1 * theirs.grad, rtol=1e-5, atol=1e-6)
-    # The whole network's signals, and both networks' statistics of this batch alone.
-    torch.testing.assert_close(seen["entropy"], torch.special.entr(logits.softmax(1)).sum(1), rtol=1e-5, atol=1e-6)
-    assert all(torch.equal(a, b) for a, b in zip(network.buffers(), by_hand.buffers(), strict=True))
+    # The signals are the whole network's, and each network has its own statistics of this batch.
+    torch.testing.assert_close(signals["entropy"], torch.special.entr(logits.softmax(1)).sum(1), rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(network.buffers(), reference.buffers(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(step.buffers(), proxy.buffers(), strict=True))
     assert len(list(step.buffers())) == len(list(proxy.buffers())) > 0
 
 
 @pytest.mark.parametrize("make", [plain, psp])
-def test_micro_batches_and_clipping(make: Any) -> None:
+def test_micro_batches_add_up_and_gradients_are_clipped(make: Any) -> None:
     images, targets_B, weights_B = batch()
     whole, parts = mlp().double(), mlp().double()
     make(whole, lr=0.0)(images.double(), targets_B, weights_B.double())
@@ -181,21 +175,21 @@ def test_the_proxy_is_evaluated_with_its_own_statistics_and_head() -> None:
     images, targets_B, _ = batch()
     for seed in range(3):
         step(*batch(seed=seed))
-    found = step.evaluate(images, targets_B, smoothed=False, signals=("boundary", "probs"), part="proxy")
+    signals = step.evaluate(images, targets_B, smoothed=False, signals=("boundary", "probs"), part="proxy")
     proxy = step.model.proxy
     network.eval()
     with torch.no_grad():
         logits = proxy(images)
-    assert torch.equal(found["probs"], logits.softmax(1))
-    sliced = boundary_distance(logits, pair_distances(network.fc.weight[:, : proxy.head_features]))
-    assert torch.equal(found["boundary"], sliced)
-    assert not torch.allclose(sliced, boundary_distance(logits, pair_distances(network.fc.weight)))
+    assert torch.equal(signals["probs"], logits.softmax(1))
+    boundary = boundary_distance(logits, pair_distances(network.fc.weight[:, : proxy.head_features]))
+    assert torch.equal(signals["boundary"], boundary)
+    assert not torch.allclose(boundary, boundary_distance(logits, pair_distances(network.fc.weight)))
     whole = step.evaluate(images, targets_B, smoothed=False, signals=("probs",))
     assert torch.equal(whole["probs"], network(images).softmax(1).detach())
-    assert not torch.allclose(whole["probs"], found["probs"])
+    assert not torch.allclose(whole["probs"], signals["probs"])
 
 
-def test_a_restored_step_goes_on_alike() -> None:
+def test_a_restored_step_continues_identically() -> None:
     network, other = resnet(), resnet()
     step, restored = psp(network), psp(other)
     step(*batch())
@@ -224,18 +218,15 @@ def test_costs_count_the_proxy() -> None:
     assert psp(resnet(), width=1.0).relative_cost("proxy") == 1.0
 
 
-def test_mixed_precision_trains_both() -> None:
+def test_mixed_precision_trains_network_and_proxy() -> None:
     network = resnet()
     step = psp(network, autocast=torch.bfloat16, signals=("boundary",))
     images, targets_B, weights_B = batch()
     losses = [step(images, targets_B, weights_B)["loss"] for _ in range(12)]
     assert losses[0].dtype == torch.float32
     assert (losses[-1] * weights_B).sum() < 0.7 * (losses[0] * weights_B).sum()
-    assert (
-        step.evaluate(images, targets_B, smoothed=True, signals=("boundary",), part="proxy")["boundary"]
-        .isfinite()
-        .all()
-    )
+    signals = step.evaluate(images, targets_B, smoothed=True, signals=("boundary",), part="proxy")
+    assert signals["boundary"].isfinite().all()
 
 
 @pytest.mark.parametrize(("options", "message"), [({"weight": 0.0}, "must be above 0"), ({"width": 0.0}, "must be in")])
@@ -245,7 +236,7 @@ def test_wrong_options_are_refused(options: dict[str, float], message: str) -> N
 
 
 def one_rank(rank: int, folder: str) -> None:
-    """Take a step on this rank's half of a batch, in two micro-batches, and store what it leaves."""
+    """Take two steps on this rank's half of a batch, in two micro-batches, and save gradients and parameters."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     network = mlp()
@@ -253,22 +244,22 @@ def one_rank(rank: int, folder: str) -> None:
     wrapped = nn.parallel.DistributedDataParallel(module)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     step = PspStep(wrapped, optimizer, width=0.5, weight=0.7, accumulate=2)
-    share = slice(4 * rank, 4 * rank + 4)
+    rows = slice(4 * rank, 4 * rank + 4)
     for seed in range(2):
-        step(*(tensor[share] for tensor in batch(seed=seed)))
+        step(*(tensor[rows] for tensor in batch(seed=seed)))
     torch.save((gradients(network), list(network.parameters())), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_take_the_whole_batchs_step(tmp_path: Path) -> None:
+def test_two_ranks_take_the_step_of_the_whole_batch(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
     network = mlp()
     step = psp(network, weight=0.7)
     for seed in range(2):
         step(*batch(seed=seed))
     for rank in range(2):
-        found, parameters = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for ours, theirs in zip(found, gradients(network), strict=True):
+        rank_gradients, parameters = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for ours, theirs in zip(rank_gradients, gradients(network), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
         for ours, theirs in zip(parameters, network.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)

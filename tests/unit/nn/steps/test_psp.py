@@ -1,4 +1,4 @@
-"""The proxy is the leading slice of its network: storage, gradients, statistics, cost, and what it refuses.
+"""The proxy is the leading slice of its network: storage, gradients, statistics, cost, and refused networks.
 
 Shapes: B batch, C channels, H height, W width.
 """
@@ -15,9 +15,8 @@ from torch.nn import functional
 from torchvision.models import DenseNet
 
 from rayprune.nn.boundary import boundary_distance, pair_distances
-from rayprune.nn.flops import mac_ratio, num_macs
 from rayprune.nn.models import build_model
-from rayprune.nn.steps.psp import Proxy
+from rayprune.nn.steps.psp import Proxy, WithProxy
 
 IMAGE = (3, 32, 32)
 # Residual, with a concatenation, depthwise, and with a flattened map before the classifier.
@@ -31,13 +30,7 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
-def built(name: str, classes: int = 10) -> nn.Module:
+def build(name: str, classes: int = 10) -> nn.Module:
     if name == "flattened":
         maps = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten())
         return nn.Sequential(*maps, nn.Linear(6 * 16, 12), nn.ReLU(), nn.Linear(12, classes))
@@ -53,21 +46,21 @@ def inputs_of(name: str, batch: int = 4) -> Tensor:
 
 
 def gradients(network: nn.Module) -> dict[str, Tensor]:
-    found = {name: value.grad.clone() for name, value in network.named_parameters() if value.grad is not None}
+    values = {name: value.grad.clone() for name, value in network.named_parameters() if value.grad is not None}
     network.zero_grad(set_to_none=True)
-    return found
+    return values
 
 
-def copied(module: nn.Module) -> dict[str, Tensor]:
+def copy_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
-def same(module: nn.Module, before: dict[str, Tensor]) -> bool:
+def is_unchanged(module: nn.Module, before: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
 class Narrow8(nn.Module):
-    """An independent ResNet-8 stage at half width: explicit slices, no patching, fresh batch statistics."""
+    """An independent ResNet-8 at half width: explicit slices, no patching, the batch's own statistics."""
 
     def __init__(self, network: Any, num_channels: int) -> None:
         super().__init__()
@@ -95,13 +88,13 @@ class Narrow8(nn.Module):
         return functional.linear(pooled, net.fc.weight[:, : pooled.shape[1]], net.fc.bias)
 
 
-def test_the_proxy_is_the_slice_written_out_by_hand() -> None:
-    network, images = built("resnet8"), inputs_of("resnet8", 8)
+def test_the_proxy_equals_explicit_slices() -> None:
+    network, images = build("resnet8"), inputs_of("resnet8", 8)
     proxy = Proxy(network, 0.5, NETWORKS["resnet8"])
-    by_hand = Narrow8(network, 8)
-    found, expected = proxy(images), by_hand(images)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    found.square().sum().backward()
+    explicit = Narrow8(network, 8)
+    logits, expected = proxy(images), explicit(images)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    logits.square().sum().backward()
     ours = gradients(network)
     expected.square().sum().backward()
     theirs = gradients(network)
@@ -111,7 +104,7 @@ def test_the_proxy_is_the_slice_written_out_by_hand() -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradients_stay_in_the_slice_and_add_up(name: str) -> None:
-    network, inputs = built(name), inputs_of(name)
+    network, inputs = build(name), inputs_of(name)
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -141,8 +134,8 @@ def test_gradients_stay_in_the_slice_and_add_up(name: str) -> None:
         torch.testing.assert_close(gradient, of_network[path] + of_proxy[path], rtol=1e-3, atol=1e-4, msg=path)
 
 
-def test_the_slice_is_the_networks_own_storage() -> None:
-    network, inputs = built("mlp"), inputs_of("mlp")
+def test_the_slice_shares_the_networks_storage() -> None:
+    network, inputs = build("mlp"), inputs_of("mlp")
     proxy = Proxy(network, 0.5, NETWORKS["mlp"])
     before = proxy(inputs)
     with torch.no_grad():
@@ -157,32 +150,33 @@ def test_the_slice_is_the_networks_own_storage() -> None:
 
 @pytest.mark.parametrize("name", ["resnet8", "densenet", "mobilenet_v2"])
 def test_each_width_has_its_own_statistics(name: str) -> None:
-    network, inputs = built(name), inputs_of(name)
-    before = copied(network)
+    network, inputs = build(name), inputs_of(name)
+    before = copy_state(network)
     proxy = Proxy(network, 0.5, NETWORKS[name])
-    assert same(network, before)
+    assert is_unchanged(network, before)
     assert network.training
-    fresh = copied(proxy)
+    fresh = copy_state(proxy)
     proxy(inputs)
-    assert same(network, before)
-    moved = copied(proxy)
+    assert is_unchanged(network, before)
+    moved = copy_state(proxy)
     assert sum(not torch.equal(moved[key], fresh[key]) for key in fresh) == len(fresh)
     network(inputs)
-    assert same(proxy, moved)
-    assert not same(network, before)
+    assert is_unchanged(proxy, moved)
+    assert not is_unchanged(network, before)
     network.eval()
     proxy(inputs)
-    assert same(proxy, moved)
+    assert is_unchanged(proxy, moved)
 
 
 @pytest.mark.parametrize("name", ["resnet8", "mobilenet_v2", "densenet"])
 def test_at_full_width_the_proxy_is_the_network(name: str) -> None:
-    network = built(name)
+    network = build(name)
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    proxy = Proxy(network, 1.0, NETWORKS[name])
-    assert mac_ratio(network, proxy, NETWORKS[name]) == 1.0
+    pair = WithProxy(network, 1.0, NETWORKS[name])
+    proxy = pair.proxy
+    assert pair.mac_ratio == 1.0
     head = [layer for layer in network.modules() if isinstance(layer, nn.Linear)][-1]
     table = pair_distances(head.weight[:, : proxy.head_features])
     inputs = inputs_of(name)
@@ -200,7 +194,7 @@ def test_at_full_width_the_proxy_is_the_network(name: str) -> None:
 
 
 def test_statistics_are_saved_and_moved_with_the_proxy() -> None:
-    network, images = built("resnet8"), inputs_of("resnet8")
+    network, images = build("resnet8"), inputs_of("resnet8")
     proxy = Proxy(network, 0.5, NETWORKS["resnet8"])
     shapes = {name: tuple(value.shape) for name, value in proxy.state_dict().items()}
     assert shapes["norms.0.running_mean"] == (8,)
@@ -210,15 +204,15 @@ def test_statistics_are_saved_and_moved_with_the_proxy() -> None:
     other.load_state_dict(proxy.state_dict())
     network.eval()
     assert torch.equal(other(images), proxy(images))
-    doubled = copy.deepcopy(nn.ModuleList([network, proxy])).double()
-    assert doubled[1].norms[0].running_mean.dtype == torch.float64
-    torch.testing.assert_close(doubled[1](images.double()).float(), proxy(images), rtol=1e-4, atol=1e-5)
+    double = copy.deepcopy(nn.ModuleList([network, proxy])).double()
+    assert double[1].norms[0].running_mean.dtype == torch.float64
+    torch.testing.assert_close(double[1](images.double()).float(), proxy(images), rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        doubled[0].fc.bias += 1.0  # a copy slices the copied network
-    assert not torch.allclose(doubled[1](images.double()).float(), proxy(images))
+        double[0].fc.bias += 1.0  # a copy slices the copied network
+    assert not torch.allclose(double[1](images.double()).float(), proxy(images))
 
 
-def test_a_cumulative_average_and_frozen_or_absent_statistics_are_kept_up_as_torch_does() -> None:
+def test_cumulative_frozen_and_absent_statistics_follow_torch() -> None:
     for options in ({"momentum": None}, {"track_running_stats": False}, {"affine": False}, {"momentum": 0.3}):
         network = nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4, **options), nn.Flatten(), nn.Linear(12, 3))
         proxy = Proxy(network, 1.0, (2, 5))
@@ -231,8 +225,8 @@ def test_a_cumulative_average_and_frozen_or_absent_statistics_are_kept_up_as_tor
         assert torch.equal(network(batch), proxy(batch))
 
 
-def test_channels_last_and_autocast() -> None:
-    network, images = built("resnet8"), inputs_of("resnet8")
+def test_the_proxy_runs_in_channels_last_and_under_autocast() -> None:
+    network, images = build("resnet8"), inputs_of("resnet8")
     proxy = Proxy(network, 0.5, NETWORKS["resnet8"])
     network.eval()
     expected = proxy(images)
@@ -248,16 +242,15 @@ def test_channels_last_and_autocast() -> None:
     assert gradient[8:].count_nonzero() == 0 < gradient[:8].count_nonzero()
 
 
-def test_resnet18_costs_what_is_published() -> None:
+def test_proxies_of_resnet18_cost_the_published_fraction() -> None:
     network = build_model("resnet18", num_classes=10, input_shape=IMAGE)
-    assert num_macs(network.eval(), torch.zeros(1, *IMAGE)) / 1e6 == pytest.approx(555.42, abs=0.005)
     for width, ratio in ((0.5, 0.2508), (0.25, 0.0631)):
-        proxy = Proxy(network, width, IMAGE)
-        assert mac_ratio(network, proxy, IMAGE) == pytest.approx(ratio, abs=0.00005)
-        assert proxy.head_features == 512 * width
+        pair = WithProxy(network, width, IMAGE)
+        assert pair.mac_ratio == pytest.approx(ratio, abs=0.00005)
+        assert pair.proxy.head_features == 512 * width
 
 
-def test_group_and_layer_norm_and_padding_modes() -> None:
+def test_group_norm_layer_norm_and_padding_modes_are_sliced() -> None:
     network = nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1, padding_mode="circular"),
         nn.GroupNorm(2, 8),
@@ -286,7 +279,7 @@ def test_group_and_layer_norm_and_padding_modes() -> None:
 
 
 class Fixed(nn.Module):
-    """A network whose forward fixes sizes in one way or another."""
+    """A network whose forward fixes a size: the features, or the batch."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -298,7 +291,7 @@ class Fixed(nn.Module):
 
 
 class OwnConv(nn.Conv2d):
-    """Something else than a convolution."""
+    """A subclass that does not compute a convolution."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         return super().forward(inputs) * 2.0
@@ -325,7 +318,7 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_sliced_is_named(case: str) -> None:
+def test_a_network_that_cannot_be_sliced_is_refused_with_the_layers_name(case: str) -> None:
     network, shape, message = REFUSED[case]
     with pytest.raises(ValueError, match=message) as refused:
         Proxy(network, 0.5, shape)
@@ -334,14 +327,14 @@ def test_what_cannot_be_sliced_is_named(case: str) -> None:
     assert not any("forward" in vars(module) for module in network.modules())
 
 
-def test_class_tokens_are_named() -> None:
+def test_a_class_token_is_refused_with_its_name() -> None:
     network = in_front(nn.Linear(4, 8))
     network.register_parameter("class_token", nn.Parameter(torch.zeros(8)))
     with pytest.raises(ValueError, match="'class_token' of the network"):
         Proxy(network, 0.5, (4,))
 
 
-def test_a_width_that_leaves_nothing_is_refused_with_one_that_works() -> None:
+def test_a_width_without_channels_is_refused_with_one_that_works() -> None:
     network = build_model("resnet8", num_classes=2, input_shape=(3, 8, 8))
     with pytest.raises(ValueError, match=r"layer 'conv1', which has 16: use at least 0\.0625"):
         Proxy(network, 0.06, (3, 8, 8))
@@ -354,6 +347,6 @@ def test_a_width_that_leaves_nothing_is_refused_with_one_that_works() -> None:
     for width in (0.0, -0.5, 1.5, float("nan")):
         with pytest.raises(ValueError, match=r"width must be in \(0, 1\]"):
             Proxy(network, width, (3, 8, 8))
-    # A depthwise layer over the image itself has as many channels as the image has.
+    # A depthwise layer on the image itself has as many channels as the image.
     over_image = in_front(nn.Conv2d(3, 3, 1, groups=3), nn.Conv2d(3, 8, 1))
     assert Proxy(over_image, 0.25, (3, 1, 1)).head_features == 2
