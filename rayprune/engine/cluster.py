@@ -64,7 +64,8 @@ def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = F
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     if ray.is_initialized():
         return
-    threading.Thread(target=_import_for_optimizers, daemon=True).start()
+    # Torch imports this for a process's first optimizer; it takes a second, while Ray starts.
+    threading.Thread(target=importlib.import_module, args=("torch._dynamo",), daemon=True).start()
     options: dict[str, Any] = {"log_to_driver": debug, "logging_level": "INFO" if debug else "ERROR"}
     if (cluster := cluster_address(address)) is not None:
         connect(cluster, **options)
@@ -86,12 +87,6 @@ def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = F
             f"no Ray starts on this machine ({_first_line(error)}): free ports and memory (other Ray processes: "
             "ps -C raylet), or train in this process with scaling.num_workers=0"
         ) from error
-
-
-def _import_for_optimizers() -> None:
-    """Import what torch imports for a process's first optimizer; it takes a second, while Ray starts."""
-    with contextlib.suppress(ImportError):
-        importlib.import_module("torch._dynamo")
 
 
 def cluster_address(address: str) -> str | None:
@@ -170,12 +165,12 @@ def _open_channel(address: str) -> grpc.Channel:
 
 
 def _token_header() -> list[tuple[str, str]]:
-    """Return the header with the token that ray.init will send, or none: from a variable, or from a file."""
+    """Return the header with the token that ray.init will send, if this process has one."""
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return []
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
-    token = os.environ.get("RAY_AUTH_TOKEN") or (file.read_text().strip() if file.is_file() else "")
-    return [("authorization", f"Bearer {token}")] if token else []
+    token = os.environ.get("RAY_AUTH_TOKEN") or (file.read_text() if file.is_file() else "")
+    return [("authorization", f"Bearer {token.strip()}")] if token else []
 
 
 def _is_about_token(error: BaseException | None) -> bool:
@@ -186,7 +181,7 @@ def _is_about_token(error: BaseException | None) -> bool:
 
 def _token_error(where: str) -> ClusterError:
     return ClusterError(
-        f"the Ray cluster {where} requires a token that this process does not send: set RAY_AUTH_MODE=token and "
+        f"the Ray cluster {where} requires a token, and this process has none or another: set RAY_AUTH_MODE=token and "
         "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, here and on every machine of the cluster"
     )
 

@@ -54,13 +54,6 @@ def write_checkpoint(
 ) -> Path:
     """Write the state before a step; readers ignore it until its manifest exists.
 
-    Args:
-        run_folder: the run's folder.
-        epoch, step: the position.
-        model, trainer: tensors, plain numbers and containers of them.
-        selector: name → array.
-        position: JSON values for position.json.
-
     Raises:
         OSError: the checkpoint could not be written; its files have been removed.
     """

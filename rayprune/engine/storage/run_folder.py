@@ -150,15 +150,9 @@ def write_scores(
     extra: Mapping[str, Any] | None = None,
     method: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write scores.parquet.
+    """Write scores.parquet: id, label, the (N,) columns of `extra`, the scores, last_visit, times_pruned.
 
-    Args:
-        run_folder: the run's folder.
-        selector: at the end of the run.
-        labels: (N,) classes.
-        fingerprint: of the training source.
-        extra: name → (N,) column.
-        method: the config of the method that scored; by default, the Selector's.
+    `method` is the config of the method that scored; by default, the Selector's.
     """
     return score_files.write_scores(
         run_folder / "scores.parquet",

@@ -32,12 +32,12 @@ class RemoteActor:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
 
     def call(self, method: str, *args: Any) -> Any:
-        return self.ask(method, 0.0)
+        return self.try_call(method, 0.0)
 
     def post(self, method: str, *args: Any) -> None:
         self.calls.append((method, args))
 
-    def ask(self, method: str, timeout_s: float) -> Any:
+    def try_call(self, method: str, timeout_s: float) -> Any:
         self.calls.append((method, ()))
         return self.answers.get(method)
 
