@@ -30,10 +30,10 @@ def figures() -> Iterator[Figure]:
     table = {f"column{number}": np.zeros(SAMPLES, np.float32) for number in range(COLUMNS)}
     copies, writes = [], []
     with tempfile.TemporaryDirectory() as folder:
-        saver = CheckpointWriter(Path(folder), make_config({"run": {"name": "saving"}}), "", "", rank=0)
+        saver = CheckpointWriter(Path(folder), make_config({"run": {"name": "saving"}}), 0, fingerprint="", shuffle="")
         for number in range(REPETITIONS + 1):
-            copies.append(seconds(lambda: saver.copied(network, step, table)))
-            state = saver.copied(network, step, table)
+            copies.append(seconds(lambda: saver.copy_state(network, step, table)))
+            state = saver.copy_state(network, step, table)
             writes.append(
                 seconds(
                     lambda number=number, state=state: write_checkpoint(  # type: ignore[misc]

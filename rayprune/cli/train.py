@@ -91,7 +91,7 @@ def _listeners(display: Any) -> dict[str, Any]:
         length = f", {stops} of {config.train.epochs} epochs" if stops else ""
         console.print(
             f"{start.folder.name}: {config.method['name']} on {config.data.source}, {config.model.name}{length}, "
-            f"{workers}, stream {resources.stream} ({resources.why})",
+            f"{workers}, stream {resources.stream} ({resources.stream_reason})",
             highlight=False,
         )
         display.begin(config.last_epoch, first, [m for m in read_metrics(start.folder) if m["epoch"] < first])
@@ -108,7 +108,7 @@ def _scored(scored: Any) -> None:
     cost = (
         "logs of another program, whose cost is not counted"
         if scored.imported
-        else (f"{scored.before.samples_trained:,} samples trained to score them, part of what the run costs")
+        else (f"{scored.prior_cost.samples_trained:,} samples trained to score them, part of what the run costs")
     )
     threshold = f", threshold {facts['threshold']:.4g}" if "threshold" in facts else ""
     console.print(

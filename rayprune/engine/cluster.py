@@ -1,10 +1,7 @@
-"""Which resources a run takes, checked before Ray would wait for them without a word.
+"""Ray for a run: which cluster, what each worker gets, and how many runs fit at the same time.
 
-Connecting to a Ray cluster: which one a run means, and one line within seconds when it does not answer.
-
-Ray itself tries for minutes, prints tracebacks of several processes, and then may end the process.
-
-How many runs go at once and what each gets, settled before Ray would wait for resources without a word.
+All of it is checked first. Ray itself tries for minutes to reach a wrong address, prints tracebacks of several
+processes and may end the process; and it waits forever for resources that the cluster does not have.
 """
 
 from __future__ import annotations
@@ -17,121 +14,33 @@ import socket
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import grpc
 import ray
 import torch
-from ray._private.grpc_utils import init_grpc_channel
+from ray.exceptions import AuthenticationError
 
 from rayprune.config import Config
+from rayprune.config.schema import ScalingSection
 from rayprune.engine.data.device import check_columns
 from rayprune.errors import ClusterError
 from rayprune.sources import SampleSource
 
+Stream = Literal["ray", "local", "device"]
+
 _ANSWER_S = 5.0
-_LAST_PORT = 65_535
-# What Ray's own processes ask a head node, to hear whether it is alive.
-_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+# How Ray's own processes check that a head node is alive.
+_CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 _CURES = (
     "start it (ray start --head), correct run.address or RAY_ADDRESS, or train on this machine alone with "
     "run.address=local"
 )
-
-
-def cluster_address(address: str) -> str | None:
-    """Return the address of the cluster that `run.address` means, None for a Ray of this machine's own.
-
-    Args:
-        address: auto (RAY_ADDRESS where it is set, else this machine's own), local, or host:port.
-    """
-    named = os.environ.get("RAY_ADDRESS", "").strip() if address == "auto" else address
-    return None if named in {"", "local"} else named
-
-
-def connect(address: str, **options: Any) -> None:
-    """Connect to a cluster of which this machine is a part.
-
-    Args:
-        address: host:port of its head, or auto for the one that runs on this machine.
-        **options: as for ray.init.
-
-    Raises:
-        ValueError: it does not answer within seconds, or can't be joined from here; one line with the cure.
-    """
-    if "://" in address:
-        raise ClusterError(
-            f"Ray address {address} is one for clients, and a run needs a machine of the cluster itself: submit it "
-            "with ray job submit --address http://HEAD:8265 --working-dir . -- rayprune train CONFIG, or name HEAD:6379"
-        )
-    if address != "auto":
-        _check_answer(address)
-    try:
-        ray.init(address, **options)
-    except (OSError, RuntimeError, ValueError) as error:
-        ray.shutdown()
-        where = "on this machine" if address == "auto" else f"at {address}"
-        if _is_about_a_token(error):
-            raise _asks_for_a_token(where) from error
-        raise ClusterError(f"no Ray cluster can be joined {where} ({first_line(error)}): {_CURES}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _asks_for_a_token(where: str) -> ValueError:
-    return ClusterError(
-        f"the Ray cluster {where} asks for a token that this process does not send: set RAY_AUTH_MODE=token and "
-        "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, here and on every machine of the cluster"
-    )
-
-
-def _is_about_a_token(error: BaseException | None) -> bool:
-    while error is not None and "AuthenticationError" not in str(error):
-        error = error.__cause__ or error.__context__
-    return error is not None
-
-
-def _check_answer(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > _LAST_PORT:
-        raise ClusterError(f"Ray address {address!r} is none of auto, local, HOST:PORT (such as 10.0.0.1:6379)")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
-        # Something listens; Ray would wait for minutes to hear that it is no head node, or one that hangs.
-        channel = init_grpc_channel(address)
-        with contextlib.closing(channel):
-            channel.unary_unary(_ALIVE)(b"", timeout=_ANSWER_S)
-    except grpc.RpcError as error:
-        if error.code() in {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}:
-            raise _asks_for_a_token(f"at {address}") from None
-        late = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-        why = f"nothing within {_ANSWER_S:g} s" if late else "what listens there is no head node of Ray"
-        raise ClusterError(f"no Ray cluster answers at {address} ({why}): {_CURES}") from None
-    except UnicodeError:
-        raise ClusterError(f"Ray address {address!r} names no host: {_CURES}") from None
-    except (OSError, OverflowError) as error:
-        raise ClusterError(f"no Ray cluster answers at {address} ({first_line(error)}): {_CURES}") from None
-
-
-# Below this an automatic share means that the machine is far too small for so many workers.
-_LEAST_AUTO_CPUS = 0.5
-
-Stream = Literal["ray", "local", "device"]
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What each worker gets and how its rows come."""
-
-    num_workers: int | tuple[int, int]
-    use_gpu: bool
-    cpus_per_worker: float
-    threads: int
-    stream: Stream
-    why: str
+_RAY_ERRORS = (OSError, RuntimeError, ValueError, AuthenticationError)  # of ray.init
+_LEAST_AUTO_CPUS = 0.5  # fewer CPUs for each worker mean that the machine is far too small for them
+_LEAST_TRIAL_CPUS = 0.25
+_TRIAL_ACTOR_CPUS = 0.1  # the actor of a trial with workers only waits for them
 
 
 def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = False, address: str = "auto") -> None:
@@ -139,128 +48,277 @@ def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = F
 
     Args:
         debug: show Ray's own logs.
-        elastic: the number of workers may change while the run trains.
-        dashboard: start Ray's dashboard too: without it the CPUs of a Ray Train that Ray Tune ended stay taken.
+        elastic: the number of workers may change during the run.
+        dashboard: start Ray's dashboard too; without it, a Ray Train run that Ray Tune ends keeps its CPUs.
         address: `run.address`; see `cluster_address`.
 
     Raises:
-        ValueError: no cluster answers there, or no Ray starts here; one line with the cure.
+        ClusterError: no cluster answers, or Ray does not start here; one line with the cure.
     """
-    # The controller looks for reports every 2 s by default: that would cost a second an epoch. Ray Train hands the
-    # driver's setting on to it, also on a cluster that is there already.
+    # By default the controller polls for reports every 2 s, which would cost a second an epoch. Ray Train passes the
+    # driver's setting on to its controller, on an existing cluster too.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     if elastic:
-        # When a machine is lost, Ray counts on it for up to 20 s more and waits for workers there, by default for a
-        # minute before it looks again what is left.
+        # Ray counts on a lost machine for up to 20 s and waits for workers there; by default, it waits a minute before
+        # it looks at the remaining machines.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     if ray.is_initialized():
         return
-    threading.Thread(target=_import_for_optimizers, daemon=True).start()
-    quiet: dict[str, Any] = {"log_to_driver": debug, "logging_level": "INFO" if debug else "ERROR"}
+    # Torch imports this for a process's first optimizer; it takes a second, while Ray starts.
+    threading.Thread(target=importlib.import_module, args=("torch._dynamo",), daemon=True).start()
+    options: dict[str, Any] = {"log_to_driver": debug, "logging_level": "INFO" if debug else "ERROR"}
     if (cluster := cluster_address(address)) is not None:
-        connect(cluster, **quiet)
+        connect(cluster, **options)
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not dashboard:
-        # Nobody looks at Ray's metrics and its record of tasks then; they grow by some 3 MB an epoch, for ever.
+        # Nobody reads Ray's metrics and task records then, and they grow by some 3 MB an epoch.
         os.environ.setdefault("RAY_enable_metrics_collection", "0")
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
-    allowed = len(os.sched_getaffinity(0))  # Ray does not look at that by itself
+    allowed = len(os.sched_getaffinity(0))  # Ray ignores the affinity
     if allowed < (os.cpu_count() or allowed):
-        quiet["num_cpus"] = allowed
+        options["num_cpus"] = allowed
     try:
-        # "local" always starts a cluster of its own: without it Ray joins whatever cluster it finds on the machine.
-        ray.init("local", include_dashboard=dashboard, _node_ip_address="127.0.0.1", **quiet)
-    except (OSError, RuntimeError, ValueError) as error:
+        # "local" always starts a new cluster; without it, Ray joins any cluster that it finds on the machine.
+        ray.init("local", include_dashboard=dashboard, _node_ip_address="127.0.0.1", **options)
+    except _RAY_ERRORS as error:
         ray.shutdown()
         raise ClusterError(
-            f"no Ray starts on this machine ({first_line(error)}): free ports and memory (other Ray processes: "
+            f"no Ray starts on this machine ({_first_line(error)}): free ports and memory (other Ray processes: "
             "ps -C raylet), or train in this process with scaling.num_workers=0"
         ) from error
 
 
-def _import_for_optimizers() -> None:
-    """Import what torch imports for the first optimiser of a process: a second, in which Ray starts."""
-    with contextlib.suppress(ImportError):
-        importlib.import_module("torch._dynamo")
+def cluster_address(address: str) -> str | None:
+    """Return the address of the cluster that `run.address` means, or None for a Ray of this machine's own.
+
+    Args:
+        address: auto (RAY_ADDRESS if it is set, otherwise this machine's own), local, or host:port.
+    """
+    resolved = os.environ.get("RAY_ADDRESS", "").strip() if address == "auto" else address
+    return None if resolved in {"", "local"} else resolved
+
+
+def connect(address: str, **options: Any) -> None:
+    """Connect to a cluster that this machine is part of.
+
+    Args:
+        address: host:port of its head node, or auto for the cluster that runs on this machine.
+        **options: as for ray.init.
+
+    Raises:
+        ClusterError: it does not answer within seconds, or can't be joined from here; one line with the cure.
+    """
+    if "://" in address:
+        raise ClusterError(
+            f"Ray address {address} is for Ray clients, and a run must start on a machine of the cluster: submit it "
+            "with ray job submit --address http://HEAD:8265 --working-dir . -- rayprune train CONFIG, or use HEAD:6379"
+        )
+    if address != "auto":
+        _check_head_node(address)
+    try:
+        ray.init(address, **options)
+    except _RAY_ERRORS as error:
+        ray.shutdown()
+        where = "on this machine" if address == "auto" else f"at {address}"
+        if _is_about_token(error):
+            raise _token_error(where) from error
+        raise ClusterError(f"no Ray cluster can be joined {where} ({_first_line(error)}): {_CURES}") from error
+
+
+def _check_head_node(address: str) -> None:
+    """Refuse an address without a head node that answers, or one that refuses this process's token."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65_535:
+        raise ClusterError(f"Ray address {address!r} is not auto, local or HOST:PORT (such as 10.0.0.1:6379)")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
+        # A server listens, but it may be another program's, or a head node that hangs.
+        with contextlib.closing(_open_channel(address)) as channel:
+            channel.unary_unary(_CHECK_ALIVE)(b"", timeout=_ANSWER_S, metadata=_token_header())
+        return
+    except grpc.RpcError as error:
+        if error.code() in {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}:
+            if "RAY_ENABLE_K8S_TOKEN_AUTH" in os.environ:
+                return  # ray.init gets this process's token from Kubernetes
+            raise _token_error(f"at {address}") from None
+        is_late = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        reason = f"no answer within {_ANSWER_S:g} s" if is_late else "the server there is not a Ray head node"
+    except KeyError as error:
+        reason = f"RAY_USE_TLS is set and {error} is not"
+    except UnicodeError:
+        reason = "the host name is invalid"
+    except OSError as error:
+        reason = _first_line(error)
+    raise ClusterError(f"no Ray cluster answers at {address} ({reason}): {_CURES}")
+
+
+def _open_channel(address: str) -> grpc.Channel:
+    """Open a channel with the settings of Ray's own: no HTTP proxy, and TLS if RAY_USE_TLS is set."""
+    options = [("grpc.enable_http_proxy", 0)]
+    if os.environ.get("RAY_USE_TLS", "0").lower() not in {"1", "true"}:
+        return grpc.insecure_channel(address, options)
+    names = ("RAY_TLS_CA_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_SERVER_CERT")
+    return grpc.secure_channel(
+        address, grpc.ssl_channel_credentials(*(Path(os.environ[name]).read_bytes() for name in names)), options
+    )
+
+
+def _token_header() -> list[tuple[str, str]]:
+    """Return the header with the token that ray.init will send, if this process has one."""
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return []
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    token = os.environ.get("RAY_AUTH_TOKEN") or (file.read_text() if file.is_file() else "")
+    return [("authorization", f"Bearer {token.strip()}")] if token else []
+
+
+def _is_about_token(error: BaseException | None) -> bool:
+    while error is not None and "AuthenticationError" not in repr(error):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _token_error(where: str) -> ClusterError:
+    return ClusterError(
+        f"the Ray cluster {where} requires a token, and this process has none or another: set RAY_AUTH_MODE=token and "
+        "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, here and on every machine of the cluster"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """The `scaling` section with every `auto` resolved.
+
+    Attributes:
+        num_workers: workers, or the fewest and the most of an elastic run.
+        use_gpu: whether each worker has a GPU.
+        cpus_per_worker: what Ray reserves for each.
+        threads: of torch in each worker.
+        stream: how workers get their rows.
+        stream_reason: why that stream, for a person.
+    """
+
+    num_workers: int | tuple[int, int]
+    use_gpu: bool
+    cpus_per_worker: float
+    threads: int
+    stream: Stream
+    stream_reason: str
 
 
 def resolve_resources(config: Config, source: SampleSource) -> Resources:
-    """Settle every `auto` of the scaling section.
+    """Resolve every `auto` of the scaling section; Ray is connected, unless there are no workers.
 
     Raises:
-        ValueError: the cluster can never place the workers, in one line with the cure.
+        ClusterError: the cluster can never place the workers; one line with the cure.
     """
     scaling = config.scaling
     if scaling.stream == "device":
         check_columns(source.schema)
     if scaling.num_workers == 0:
-        device = scaling.stream == "device"
-        why = "stream ray needs workers" if scaling.stream == "ray" else "as configured" if device else "no workers"
-        use_gpu = torch.cuda.is_available() if scaling.use_gpu == "auto" else scaling.use_gpu
-        threads = len(os.sched_getaffinity(0)) if scaling.threads == "auto" else int(scaling.threads)
-        return Resources(
-            0, _checked_gpu(use_gpu, torch.cuda.device_count(), 1), 0.0, threads, "device" if device else "local", why
-        )
+        stream, reason = _in_process_stream(scaling)
+        use_gpu = _resolve_gpu(scaling, torch.cuda.device_count(), 1)
+        threads = len(os.sched_getaffinity(0)) if scaling.threads == "auto" else scaling.threads
+        return Resources(0, use_gpu, 0.0, threads, stream, reason)
     total = ray.cluster_resources()
-    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
-    use_gpu = gpus > 0 if scaling.use_gpu == "auto" else scaling.use_gpu
+    cpus = total.get("CPU", 0.0)
     fewest, most = scaling.worker_range
-    _checked_gpu(use_gpu, int(gpus), fewest)
-    stream, why = _pick_stream(scaling.stream, source)
-    # An elastic run starts as soon as its fewest workers fit; the shares are made for the most that fit today.
+    use_gpu = _resolve_gpu(scaling, int(total.get("GPU", 0.0)), fewest)
+    stream, reason = _worker_stream(scaling, source)
+    # An elastic run starts as soon as its fewest workers fit; CPUs are divided among the most that fit today.
     today = max(fewest, min(most, int(cpus)))
-    cpus_per_worker = _cpus_per_worker(scaling.cpus_per_worker, today, fewest, cpus, stream)
-    threads = max(1, int(cpus // today)) if scaling.threads == "auto" else int(scaling.threads)
-    return Resources(scaling.num_workers, use_gpu, cpus_per_worker, threads, stream, why)
+    cpus_per_worker = _cpus_per_worker(scaling, today, cpus, stream)
+    threads = max(1, int(cpus // today)) if scaling.threads == "auto" else scaling.threads
+    return Resources(scaling.num_workers, use_gpu, cpus_per_worker, threads, stream, reason)
 
 
-def _pick_stream(stream: Literal["auto", "ray", "local", "device"], source: SampleSource) -> tuple[Stream, str]:
-    if stream != "auto":
-        return stream, "as configured"
+def _in_process_stream(scaling: ScalingSection) -> tuple[Stream, str]:
+    if scaling.stream == "device":
+        return "device", "as configured"
+    return "local", "stream ray needs workers" if scaling.stream == "ray" else "no workers"
+
+
+def _worker_stream(scaling: ScalingSection, source: SampleSource) -> tuple[Stream, str]:
+    if scaling.stream != "auto":
+        return scaling.stream, "as configured"
     if source.row_cost == "cheap":
         return "local", "rows are cheap to read: memory-mapped or in memory"
     return "ray", "rows are expensive to read: Ray Data spreads the decoding"
 
 
-def _cpus_per_worker(asked: float | str, today: int, num_workers: int, cpus: float, stream: str) -> float:
-    for_data = 1.0 if stream == "ray" and cpus > 1 else 0.0
-    share = (cpus - for_data) / today
-    # Whole CPUs where there are enough; a fraction is only Ray's book-keeping, threads are set apart.
-    automatic = float(int(share)) if share >= 1 else max(share, _LEAST_AUTO_CPUS)
-    each = automatic if asked == "auto" else float(asked)
-    if each * num_workers + for_data > cpus + 1e-6:
-        data = " + 1 CPU for Ray Data" if for_data else ""
-        most = max(0, int((cpus - for_data) / each))
+def _resolve_gpu(scaling: ScalingSection, num_gpus: int, num_workers: int) -> bool:
+    use_gpu = num_gpus >= 1 if scaling.use_gpu == "auto" else scaling.use_gpu
+    if use_gpu and num_gpus < num_workers:
         raise ClusterError(
-            f"scaling.num_workers {num_workers} × {each:g} CPUs{data} is more than the {cpus:g} CPUs of the cluster; "
-            f"Ray would wait for ever: set scaling.num_workers={max(most, 1)} or scaling.cpus_per_worker={share:.2g}"
-        )
-    return each
-
-
-def _checked_gpu(use_gpu: bool, gpus: int, workers: int) -> bool:
-    if use_gpu and gpus < workers:
-        raise ClusterError(
-            f"scaling.use_gpu with {workers} workers needs {workers} GPUs, there are {gpus}: set scaling.use_gpu=false"
-            + (f" or scaling.num_workers={gpus}" if gpus else "")
+            f"scaling.use_gpu needs {num_workers} GPU{'s' if num_workers > 1 else ''}, there are {num_gpus}: set "
+            "scaling.use_gpu=false" + (f" or scaling.num_workers={num_gpus}" if num_gpus else "")
         )
     return use_gpu
 
 
-# The actor of a trial with workers only waits for them.
-_WAITING_CPUS = 0.1
-_LEAST_CPUS = 0.25
+def _cpus_per_worker(scaling: ScalingSection, num_workers: int, cpus: float, stream: Stream) -> float:
+    for_data = _cpus_for_data(stream, cpus)
+    largest = (cpus - for_data) / num_workers
+    # Whole CPUs if there are enough. Fractions only matter to Ray's scheduler: threads are set separately.
+    automatic = float(int(largest)) if largest >= 1 else max(largest, _LEAST_AUTO_CPUS)
+    each = automatic if scaling.cpus_per_worker == "auto" else scaling.cpus_per_worker
+    fewest = scaling.worker_range[0]
+    if each * fewest + for_data > cpus + 1e-6:
+        data = " + 1 CPU for Ray Data" if for_data else ""
+        most = max(1, int((cpus - for_data) / each))
+        raise ClusterError(
+            f"scaling.num_workers {fewest} × {each:g} CPUs{data} is more than the {cpus:g} CPUs of the cluster, and "
+            f"Ray would wait forever: set scaling.num_workers={most} or scaling.cpus_per_worker={largest:.2g}"
+        )
+    return each
+
+
+def _cpus_for_data(stream: Stream, cpus: float) -> float:
+    return 1.0 if stream == "ray" and cpus > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class ConcurrencyRequest:
+    """How many of several runs to make at the same time.
+
+    Attributes:
+        num_runs: runs to make.
+        value: how many at the same time, or "auto".
+        key: the config key of `value`, for messages.
+        noun: what a run is called there.
+    """
+
+    num_runs: int
+    value: int | Literal["auto"]
+    key: str = "sweep.max_concurrent"
+    noun: str = "trial"
+
+    def limit(self, most: int) -> int:
+        """Return how many runs go at the same time if `most` fit.
+
+        Raises:
+            ClusterError: fewer fit than are requested.
+        """
+        if self.value == "auto":
+            return max(1, min(most, self.num_runs))
+        if self.value > most:
+            raise ClusterError(f"{self.key} {self.value} is more than fit at a time ({most}): set {self.key}={most}")
+        return self.value
 
 
 @dataclass(frozen=True)
 class TrialResources:
-    """What each run gets.
+    """What each of several runs gets.
 
     Attributes:
-        num_concurrent: runs that go at once.
+        num_concurrent: runs that go at the same time.
         reserved: what Ray reserves for a run's own actor.
-        scaling: the keys of `scaling` that its config gets.
+        scaling: values for the keys of the run's `scaling` section.
         text: the same for a person.
     """
 
@@ -270,104 +328,67 @@ class TrialResources:
     text: str
 
 
-@dataclass(frozen=True)
-class Asked:
-    """Who asks for how many runs at once, for messages that name the key.
-
-    Attributes:
-        value: a number, or "auto".
-        key: where it was asked.
-        noun: what a run is called there.
-    """
-
-    value: int | Literal["auto"]
-    key: str = "sweep.max_concurrent"
-    noun: str = "trial"
-
-
-def share_resources(
-    config: Config, source: SampleSource, num_runs: int, asked: Asked, total: Mapping[str, float]
+def divide_resources(
+    config: Config, source: SampleSource, request: ConcurrencyRequest, total: Mapping[str, float]
 ) -> TrialResources:
-    """Settle how many runs go at once.
+    """Divide the resources among runs that go at the same time.
 
     Args:
-        config: of the runs.
-        source: of the training data.
-        num_runs: runs to make.
-        asked: how many at once, and who says so.
-        total: the resources that there are, as Ray counts them.
+        config, source: of the runs.
+        request: how many runs.
+        total: all resources, as Ray counts them.
 
     Raises:
-        ValueError: no run can have what the config asks for, or not so many at once; with the cure.
+        ClusterError: they are not enough for one run, or for as many as requested; one line with the cure.
     """
-    if isinstance(config.scaling.num_workers, tuple):
-        fewest = config.scaling.num_workers[0]
-        raise ClusterError(f"{asked.noun}s at once need a fixed number of workers: set scaling.num_workers={fewest}")
-    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
-    if config.scaling.num_workers == 0:
-        return _in_process(config, num_runs, asked, cpus, gpus)
-    return _with_workers(config, source, num_runs, asked, cpus, gpus)
-
-
-def _in_process(config: Config, num_runs: int, asked: Asked, cpus: float, gpus: float) -> TrialResources:
     scaling = config.scaling
-    use_gpu = gpus >= 1 if scaling.use_gpu == "auto" else scaling.use_gpu
+    if isinstance(scaling.num_workers, tuple):
+        cure = f"set scaling.num_workers={scaling.num_workers[0]}"
+        raise ClusterError(f"{request.noun}s at the same time need a fixed number of workers: {cure}")
+    if scaling.num_workers == 0:
+        return _divide_in_process(scaling, request, total.get("CPU", 0.0), int(total.get("GPU", 0.0)))
+    alone = resolve_resources(config, source)
+    return _divide_with_workers(scaling, alone, request, total)
+
+
+def _divide_in_process(scaling: ScalingSection, request: ConcurrencyRequest, cpus: float, gpus: int) -> TrialResources:
+    use_gpu = _resolve_gpu(scaling, gpus, 1)
     threads = 1 if scaling.threads == "auto" else scaling.threads
-    _check(asked, threads, cpus, "threads", f"scaling.threads={max(1, int(cpus))}")
-    if use_gpu:
-        _check(asked, 1, gpus, "GPU", "scaling.use_gpu=false")
-    most = int(min(cpus // threads, gpus if use_gpu else math.inf))
-    concurrent = _concurrent(asked, most, num_runs)
+    if threads > cpus:
+        raise ClusterError(
+            f"no {request.noun} can have {threads} threads: the cluster has {cpus:g} CPUs, and Ray would wait forever: "
+            f"set scaling.threads={max(1, int(cpus))}"
+        )
+    concurrent = request.limit(int(min(cpus // threads, gpus if use_gpu else math.inf)))
     if scaling.threads == "auto":
         threads = max(1, int(cpus // concurrent))
     reserved = {"CPU": float(threads), **({"GPU": 1.0} if use_gpu else {})}
-    text = f"{concurrent} at once, {threads} thread{'s' if threads > 1 else ''} each" + (", a GPU each" * use_gpu)
-    stream = "device" if scaling.stream == "device" else "local"
-    return TrialResources(concurrent, reserved, {"threads": threads, "use_gpu": use_gpu, "stream": stream}, text)
+    settings = {"threads": threads, "use_gpu": use_gpu, "stream": _in_process_stream(scaling)[0]}
+    text = f"{concurrent} at once, {threads} thread{'s' if threads > 1 else ''}{' and a GPU' if use_gpu else ''} each"
+    return TrialResources(concurrent, reserved, settings, text)
 
 
-def _with_workers(
-    config: Config, source: SampleSource, num_runs: int, asked: Asked, cpus: float, gpus: float
+def _divide_with_workers(
+    scaling: ScalingSection, alone: Resources, request: ConcurrencyRequest, total: Mapping[str, float]
 ) -> TrialResources:
-    scaling = config.scaling
-    workers = scaling.num_workers
-    assert isinstance(workers, int)
-    alone = resolve_resources(config, source)
-    beside = _WAITING_CPUS + (1.0 if alone.stream == "ray" and cpus > 1 else 0.0)  # the actor, and Ray Data
-    largest = math.floor((cpus - beside) / workers * 100) / 100
-    each = float(scaling.cpus_per_worker) if scaling.cpus_per_worker != "auto" else min(1.0, largest)
-    if each > largest or each < _LEAST_CPUS:
-        cure = f"scaling.cpus_per_worker={largest:g}" if largest >= _LEAST_CPUS else "scaling.num_workers=0"
+    workers, cpus = scaling.worker_range[0], total.get("CPU", 0.0)
+    overhead = _TRIAL_ACTOR_CPUS + _cpus_for_data(alone.stream, cpus)
+    largest = math.floor((cpus - overhead) / workers * 100) / 100
+    each = min(1.0, largest) if scaling.cpus_per_worker == "auto" else scaling.cpus_per_worker
+    if each > largest or each < _LEAST_TRIAL_CPUS:
+        cure = f"scaling.cpus_per_worker={largest:g}" if largest >= _LEAST_TRIAL_CPUS else "scaling.num_workers=0"
         raise ClusterError(
-            f"no {asked.noun} can have its {workers} workers × {max(each, _LEAST_CPUS):g} CPUs + {beside:g} CPUs "
-            f"beside them: the cluster has {cpus:g}, Ray would wait for ever: set {cure}"
+            f"no {request.noun} can have its {workers} workers × {max(each, _LEAST_TRIAL_CPUS):g} CPUs and "
+            f"{overhead:g} CPUs for itself: the cluster has {cpus:g}, and Ray would wait forever: set {cure}"
         )
-    most = int(cpus // (workers * each + beside))
+    most = int(cpus // (workers * each + overhead))
     if alone.use_gpu:
-        most = min(most, int(gpus // workers))
-    concurrent = _concurrent(asked, most, num_runs)
+        most = min(most, int(total.get("GPU", 0.0) // workers))
+    concurrent = request.limit(most)
     if scaling.cpus_per_worker == "auto":
-        each = math.floor((cpus / concurrent - beside) / workers * 100) / 100
+        each = math.floor((cpus / concurrent - overhead) / workers * 100) / 100
         each = float(int(each)) if each >= 1 else each
     threads = max(1, int(cpus // (workers * concurrent))) if scaling.threads == "auto" else scaling.threads
-    settled = {"threads": threads, "use_gpu": alone.use_gpu, "stream": alone.stream, "cpus_per_worker": each}
+    settings = {"threads": threads, "use_gpu": alone.use_gpu, "stream": alone.stream, "cpus_per_worker": each}
     text = f"{concurrent} at once, {workers} worker{'s' if workers > 1 else ''} of {each:g} CPUs each"
-    return TrialResources(concurrent, {"CPU": _WAITING_CPUS}, settled, text)
-
-
-def _check(asked: Asked, needed: float, there: float, what: str, cure: str) -> None:
-    if needed > there:
-        raise ClusterError(
-            f"no {asked.noun} can have {needed:g} {what}: the cluster has {there:g}, Ray would wait for ever: "
-            f"set {cure}"
-        )
-
-
-def _concurrent(asked: Asked, most: int, num_runs: int) -> int:
-    if asked.value == "auto":
-        return max(1, min(most, num_runs))
-    if asked.value > most:
-        raise ClusterError(
-            f"{asked.key} {asked.value} is more than there is room for ({most} at a time): set {asked.key}={most}"
-        )
-    return asked.value
+    return TrialResources(concurrent, {"CPU": _TRIAL_ACTOR_CPUS}, settings, text)

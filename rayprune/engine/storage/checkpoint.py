@@ -1,15 +1,15 @@
-"""Checkpoints: everything a resume needs in one folder, its manifest of checksums written last.
+"""Checkpoints: one folder with all that a resume needs; its manifest of checksums is written last.
 
     <run>/checkpoints/epoch-000003/                  the state before epoch 3
     <run>/checkpoints/epoch-000003-step-00000120/    the state before step 120 of epoch 3
         model.pt       the network's state_dict
-        trainer.pt     the optimiser's state_dict
-        selector.npz   score table and the selection of epoch 3 (rayprune.core.selector)
-        position.json  epoch, step, counts, the last metrics line, what the run is (config digest, fingerprint)
-        manifest.json  name → SHA-256; a folder without it was never finished
+        trainer.pt     the state_dicts of the optimizer and the train step
+        selector.npz   the score table and the selection of epoch 3 (rayprune.core.selector)
+        position.json  epoch, step, counts, the last metrics line, and the run's identity (config digest, fingerprint)
+        manifest.json  name → SHA-256; without it, a folder is incomplete
 
-The manifest is written last and nothing is renamed: that holds on storage without atomic renames too, such as a
-mounted object store. Nothing in it needs pickle to load: torch loads with weights_only, NumPy without allow_pickle.
+Nothing is renamed, so this also works on storage without atomic renames, such as a mounted object store. Nothing needs
+pickle to load: torch loads with weights_only, NumPy without allow_pickle.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from rayprune.errors import RunFolderError
 
-if TYPE_CHECKING:  # the ScoreActor and read tasks load states without torch: 0.4 GB and a second less for each process
+if TYPE_CHECKING:  # the ScoreActor loads states without torch, which would cost it 0.4 GB and a second
     import torch
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ _FOLDER, _MANIFEST = "checkpoints", "manifest.json"
 
 
 def checkpoint_path(run_folder: Path, epoch: int, step: int = 0) -> Path:
-    """Return where the state before a step of an epoch lies; sorted by name, checkpoints are sorted by position."""
+    """Return the folder of the state before a step of an epoch; names sort by position."""
     return run_folder / _FOLDER / (f"epoch-{epoch:06d}" + (f"-step-{step:08d}" if step else ""))
 
 
@@ -52,16 +52,16 @@ def write_checkpoint(
     selector: Mapping[str, NDArray[Any]],
     position: Mapping[str, Any],
 ) -> Path:
-    """Write the state before a step; until its manifest is there, no reader takes it for one.
+    """Write the state before a step; readers ignore it until its manifest exists.
 
     Raises:
-        OSError: it could not be written; what was written of it is gone again.
+        OSError: the checkpoint could not be written; its files have been removed.
     """
     import torch
 
     folder = checkpoint_path(run_folder, epoch, step)
-    folder.parent.mkdir(exist_ok=True)  # never the run folder: where its storage is away, nothing may take its place
-    remove_checkpoint(folder)  # an earlier attempt's state of the same step
+    folder.parent.mkdir(exist_ok=True)  # without parents: nothing may take the place of storage that is not mounted
+    remove_checkpoint(folder)  # by an earlier attempt
     try:
         folder.mkdir()
         torch.save(dict(model), folder / "model.pt")
@@ -77,7 +77,7 @@ def write_checkpoint(
 
 
 def copy_checkpoint(origin: Path, run_folder: Path) -> Path:
-    """Copy a sound checkpoint into another run folder, its manifest last."""
+    """Copy an intact checkpoint into another run folder, its manifest last."""
     position = read_position(origin)
     folder = checkpoint_path(run_folder, position["epoch"], position["step"])
     remove_checkpoint(folder)
@@ -87,20 +87,19 @@ def copy_checkpoint(origin: Path, run_folder: Path) -> Path:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint as far as it is there, its manifest first: half a checkpoint must not look whole."""
+    """Delete a checkpoint, if it exists; its manifest goes first, so that no remainder looks complete."""
     with contextlib.suppress(OSError):
         (folder / _MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
-    """Return the newest checkpoint whose files match their manifest; a damaged one is named and passed over."""
-    folders = sorted((run_folder / _FOLDER).glob("epoch-*"), reverse=True)
-    for folder in folders:
-        found = damage(folder)
-        if found is None:
+    """Return the newest checkpoint whose files match their manifest; log and skip damaged ones."""
+    for folder in sorted((run_folder / _FOLDER).glob("epoch-*"), reverse=True):
+        problem = damage(folder)
+        if problem is None:
             return folder
-        logger.warning("checkpoint %s can't be used (%s): the one before it is", folder, found)
+        logger.warning("checkpoint %s can't be used (%s): trying the one before it", folder, problem)
     return None
 
 
@@ -108,7 +107,7 @@ def read_position(folder: Path) -> dict[str, Any]:
     """Return position.json.
 
     Raises:
-        ValueError: the checkpoint is of a newer schema.
+        RunFolderError: a newer version of rayprune wrote it.
     """
     position: dict[str, Any] = json.loads((folder / "position.json").read_text())
     if position["schema"] > SCHEMA:
@@ -119,16 +118,16 @@ def read_position(folder: Path) -> dict[str, Any]:
 
 
 def newest_position(run_folder: Path) -> tuple[int, int]:
-    """Return the (epoch, step) that the newest sound checkpoint leads to; (0, 0) without one."""
+    """Return the (epoch, step) at which the newest intact checkpoint resumes; (0, 0) without one."""
     folder = newest_checkpoint(run_folder)
     if folder is None:
         return 0, 0
     position = read_position(folder)
-    return int(position["epoch"]), int(position["step"])
+    return position["epoch"], position["step"]
 
 
 def is_written(folder: Path) -> bool:
-    """Return whether a checkpoint is whole, without reading it: its manifest comes last."""
+    """Return whether all files of a checkpoint are written; does not verify them."""
     return (folder / _MANIFEST).exists()
 
 
@@ -143,7 +142,7 @@ def load_selector_state(run_folder: Path, epoch: int, step: int = 0) -> dict[str
 
 
 def load_tensors(file: Path, device: torch.device) -> dict[str, Any]:
-    """Load a file of tensors, plain numbers and containers; refuses anything else."""
+    """Load a file of tensors, plain numbers and containers; torch refuses anything else."""
     import torch
 
     loaded: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
@@ -151,19 +150,19 @@ def load_tensors(file: Path, device: torch.device) -> dict[str, Any]:
 
 
 def remove_old_steps(run_folder: Path, epoch: int, keep: int, resume_step: int) -> None:
-    """Delete the checkpoints inside epochs that are not needed any more.
+    """Delete mid-epoch checkpoints that are no longer needed.
 
     Args:
         run_folder: the run's folder.
-        epoch: the running epoch; all of earlier epochs go.
-        keep: how many of the running epoch stay.
-        resume_step: the step that this attempt began the epoch at; an actor that restarts begins there again, so its
-            checkpoint stays as long as the epoch runs.
+        epoch: the current epoch; those of other epochs are deleted.
+        keep: how many of the current epoch to keep.
+        resume_step: the step at which this attempt began the epoch. A ScoreActor that restarts needs its checkpoint, so
+            it is kept until the epoch ends.
     """
-    inside = sorted((run_folder / _FOLDER).glob("epoch-*-step-*"), reverse=True)
-    running = [folder for folder in inside if folder.name.startswith(f"epoch-{epoch:06d}")]
-    needed = {*running[:keep], checkpoint_path(run_folder, epoch, resume_step)}
-    for folder in inside:
+    mid_epoch = sorted((run_folder / _FOLDER).glob("epoch-*-step-*"), reverse=True)
+    current = [folder for folder in mid_epoch if folder.name.startswith(f"epoch-{epoch:06d}")]
+    needed = {*current[:keep], checkpoint_path(run_folder, epoch, resume_step)}
+    for folder in mid_epoch:
         if folder not in needed:
             remove_checkpoint(folder)
 
@@ -176,16 +175,16 @@ def remove_old_checkpoints(run_folder: Path, keep: int) -> None:
 
 
 def forget_ray_records(run_folder: Path) -> None:
-    """Delete Ray Train's own list of checkpoints: where a kill left it behind the folders, Ray refuses to start."""
+    """Delete Ray Train's own list of checkpoints: if a kill left it out of date, Ray refuses to start."""
     (run_folder / _FOLDER / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
 
 
 def damage(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint's files, or None when they match their manifest."""
+    """Return the first mismatch between a checkpoint's files and its manifest, or None."""
     try:
         sums = json.loads((folder / _MANIFEST).read_text())
     except FileNotFoundError:
-        return "it was never finished"
+        return "it is incomplete"
     except (OSError, ValueError) as error:
         return f"{_MANIFEST}: {error}"
     for name, expected in sums.items():

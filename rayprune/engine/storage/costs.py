@@ -1,4 +1,4 @@
-"""What a run has cost so far, out of its folder: the scoring run of a static method with it, whole or in part."""
+"""The cost of a run, read from its folder; a scoring run counts in full or in part."""
 
 from __future__ import annotations
 
@@ -8,20 +8,58 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# A training step is a forward pass and a backward one of twice the work.
+# A training step is a forward pass and a backward pass of twice the work.
 FORWARDS_PER_STEP = 3
 
 
 @dataclass(frozen=True)
-class Costs:
-    """What a run has cost.
+class PriorCost:
+    """The cost of the run that scored a run's samples before it began; zero where there was none.
 
     Attributes:
-        samples_trained, samples_forwarded: rows that went forward and backward, and forward only.
+        samples_trained, samples_forwarded, samples_padded, bytes_read, samples_meta: as in metrics.jsonl.
         compute: in samples trained.
-        flops: floating-point operations, by torch's counter of one forward pass; 0 where its folder does not tell.
+        wall_time: seconds.
+        seconds: phase → seconds, summed over the epochs.
+    """
+
+    samples_trained: int = 0
+    samples_forwarded: int = 0
+    samples_padded: int = 0
+    bytes_read: int = 0
+    samples_meta: int = 0
+    compute: float = 0.0
+    wall_time: float = 0.0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The counts that the run adds its own to."""
+        names = ("samples_trained", "samples_forwarded", "samples_padded", "bytes_read", "samples_meta")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The fields of each line of metrics.jsonl that tell the prior cost apart from the totals."""
+        return {
+            "samples_collected": self.samples_trained,
+            "samples_forwarded_collected": self.samples_forwarded,
+            "compute_collected": self.compute,
+            "wall_time_collected": self.wall_time,
+            "seconds_collected": dict(self.seconds),
+        }
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The cost of a run.
+
+    Attributes:
+        samples_trained, samples_forwarded: rows of forward and backward passes, and of forward passes alone.
+        compute: in samples trained.
+        flops: floating-point operations, from torch's count of one forward pass.
         seconds: of training, selection and checkpoints, without validation.
-        wall_time: seconds in all.
+        wall_time: total seconds.
     """
 
     samples_trained: int
@@ -33,58 +71,33 @@ class Costs:
 
 
 def costs_of(folder: Path, metrics: Sequence[dict[str, Any]], amortise: int = 1) -> Costs:
-    """Add up what a run has cost.
+    """Add up the cost of a run.
 
     Args:
         folder: of the run.
-        metrics: the lines of its metrics.jsonl so far, at least one.
-        amortise: trainings that share a scoring run's cost: each bears one part in so many.
+        metrics: the lines of its metrics.jsonl, at least one.
+        amortise: the number of trainings that use the same scoring run; each bears an equal part of its cost.
     """
-    last = metrics[-1]
-    left_out = 1.0 - 1.0 / amortise  # of what was collected
-    collected = last.get("seconds_collected") or {}
+    last, share = metrics[-1], 1.0 / amortise
 
-    def less(total: str, part: str) -> float:
-        return float(last[total] - left_out * last.get(part, 0))
+    def total(name: str, prior: str) -> float:
+        return float(last[name] - (1.0 - share) * last[prior])
 
-    own = sum(_working(line["seconds"]) for line in metrics)
-    compute = less("compute", "compute_collected")
+    compute = total("compute", "compute_collected")
     return Costs(
-        samples_trained=round(less("samples_trained", "samples_collected")),
-        samples_forwarded=round(less("samples_forwarded", "samples_forwarded_collected")),
+        samples_trained=round(total("samples_trained", "samples_collected")),
+        samples_forwarded=round(total("samples_forwarded", "samples_forwarded_collected")),
         compute=round(compute, 1),
         flops=FORWARDS_PER_STEP * forward_flops_of(folder) * compute,
-        seconds=own + (1.0 - left_out) * _working(collected),
-        wall_time=less("wall_time", "wall_time_collected"),
+        seconds=sum(_working(line["seconds"]) for line in metrics) + share * _working(last["seconds_collected"]),
+        wall_time=total("wall_time", "wall_time_collected"),
     )
 
 
-def _working(seconds: dict[str, float]) -> float:
+def _working(seconds: Mapping[str, float]) -> float:
     return float(seconds.get("epoch", 0.0) - seconds.get("validate", 0.0))
 
 
 def forward_flops_of(folder: Path) -> int:
-    """Return the floating-point operations of one sample's forward pass, as the run's folder tells; 0 where not."""
-    environment = folder / "environment.json"
-    return int(json.loads(environment.read_text()).get("forward_flops_per_sample", 0)) if environment.exists() else 0
-
-
-@dataclass(frozen=True)
-class PriorCost:
-    """What was spent on a run's samples before it began: by the run that scored them.
-
-    Attributes:
-        samples_trained, samples_forwarded, samples_padded, bytes_read, samples_meta: as in metrics.jsonl.
-        compute: in samples trained.
-        wall_time: seconds.
-        seconds: where they went, summed over its epochs.
-    """
-
-    samples_trained: int = 0
-    samples_forwarded: int = 0
-    samples_padded: int = 0
-    bytes_read: int = 0
-    samples_meta: int = 0
-    compute: float = 0.0
-    wall_time: float = 0.0
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Return the floating-point operations of one sample's forward pass in a run."""
+    return int(json.loads((folder / "environment.json").read_text())["forward_flops_per_sample"])

@@ -1,6 +1,6 @@
 """The run folder: config.yaml, environment.json, metrics.jsonl, selections/, scores.parquet.
 
-Plain files that other programs read: JSON lines, Parquet, NumPy without pickle.
+Other programs can read all of them: YAML, JSON, Parquet, and NumPy arrays without pickle.
 """
 
 from __future__ import annotations
@@ -16,24 +16,54 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.config import Config, make_config
+from rayprune.config.yaml import read_yaml
 from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
-from rayprune.errors import RunFolderError
-from rayprune.sources import score_files as score_file
+from rayprune.errors import RunFolderError, one_line
+from rayprune.sources import score_files
 
 RUN_SCHEMA = 1  # of environment.json and gallery.json
 _PACKAGES = ("rayprune", "ray", "torch", "torchvision", "numpy", "pandas", "pyarrow", "scikit-learn")
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one."""
+    """Write a text file atomically: a kill leaves the old file or the new one."""
     partial = file.with_name(f"{file.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)
 
 
+def read_config(file: Path, cure: str = "restore it or choose another run.name") -> Config:
+    """Return the config in a YAML file that a run, sweep or comparison has written.
+
+    Args:
+        file: config.yaml, sweep.yaml or compare.yaml.
+        cure: the end of the error message.
+
+    Raises:
+        RunFolderError: the file cannot be read, or does not hold a valid config.
+    """
+    try:
+        return make_config(read_yaml(file.read_text(encoding="utf-8")) or {})
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{file} can't be read ({one_line(error)}): {cure}") from None
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by their dotted keys.
+
+    >>> flatten({"train": {"epochs": 3, "seed": 0}, "name": "a"})
+    {'train.epochs': 3, 'train.seed': 0, 'name': 'a'}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
 def write_environment(run_folder: Path, **facts: Any) -> None:
-    """Write versions and hardware, and what the caller adds (seed, fingerprint, devices)."""
+    """Write environment.json: versions, hardware, and the caller's facts (seed, fingerprint, devices)."""
     versions = {}
     for name in _PACKAGES:
         try:
@@ -41,43 +71,43 @@ def write_environment(run_folder: Path, **facts: Any) -> None:
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
     machine = {"system": platform.platform(), "processor": platform.machine(), "python": platform.python_version()}
-    text = json.dumps({"schema": RUN_SCHEMA, "versions": versions, "machine": machine, **facts}, indent=1)
-    (run_folder / "environment.json").write_text(text + "\n")
+    environment = {"schema": RUN_SCHEMA, "versions": versions, "machine": machine, **facts}
+    write_whole(run_folder / "environment.json", json.dumps(environment, indent=1) + "\n")
 
 
 def append_metrics(run_folder: Path, record: Mapping[str, Any]) -> None:
-    """Append one epoch's line to metrics.jsonl; a line torn by a kill is dropped first."""
+    """Append one epoch's line to metrics.jsonl, after removing a line that a kill has cut short."""
     file = run_folder / "metrics.jsonl"
-    _drop_torn_line(file)
+    _remove_partial_line(file)
     with file.open("a") as stream:
         stream.write(json.dumps(_without_nan(record)) + "\n")
 
 
 def mend_metrics(run_folder: Path, last: Mapping[str, Any] | None) -> None:
-    """Write the newest checkpoint's line (None in epoch 0) where a kill came between the checkpoint and the line."""
+    """Append the newest checkpoint's line (None in epoch 0) if a kill came between the checkpoint and the line."""
     if last is not None and all(record["epoch"] != last["epoch"] for record in read_metrics(run_folder)):
         append_metrics(run_folder, last)
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """Return the last line of each epoch, in order of epochs; a torn last line is left out."""
+    """Return the last line of each epoch, in order of epochs; an incomplete last line is ignored."""
     file = run_folder / "metrics.jsonl"
-    by_epoch = {record["epoch"]: record for record in _lines(file)} if file.exists() else {}
+    by_epoch = {record["epoch"]: record for record in _complete_lines(file)} if file.exists() else {}
     return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
 
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
+def _complete_lines(file: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(file.read_text().splitlines(keepends=True), start=1):
         if line.endswith("\n"):
             try:
                 yield json.loads(line)
             except ValueError:
                 raise RunFolderError(
-                    f"{file}, line {number} is no JSON: restore the file or choose another run.name"
+                    f"{file}, line {number} is not valid JSON: restore the file or choose another run.name"
                 ) from None
 
 
-def _drop_torn_line(file: Path) -> None:
+def _remove_partial_line(file: Path) -> None:
     if not file.exists():
         return
     with file.open("rb+") as stream:
@@ -87,7 +117,7 @@ def _drop_torn_line(file: Path) -> None:
 
 
 def _without_nan(value: Any) -> Any:
-    # JSON has no NaN: a loss that is none is null.
+    """Return a value with null for the numbers that JSON does not have."""
     if isinstance(value, Mapping):
         return {key: _without_nan(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -116,14 +146,15 @@ def write_scores(
     selector: Selector,
     labels: NDArray[np.int64],
     fingerprint: str,
+    *,
     extra: Mapping[str, Any] | None = None,
     method: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write scores.parquet: id, label, the (N,) columns of `extra`, every score, last_visit, times_pruned.
+    """Write scores.parquet: id, label, the (N,) columns of `extra`, the scores, last_visit, times_pruned.
 
-    `method` is the config of the method that scored, where it is not the Selector's.
+    `method` is the config of the method that scored; by default, the Selector's.
     """
-    return score_file.write_scores(
+    return score_files.write_scores(
         run_folder / "scores.parquet",
         selector.num_samples,
         selector.scores(),

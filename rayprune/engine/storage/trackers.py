@@ -1,12 +1,13 @@
-"""A run's lines of metrics.jsonl in experiment trackers: TensorBoard always, MLflow and W&B where run.trackers asks.
+"""Send a run's metrics lines to experiment trackers: TensorBoard always, MLflow and W&B if run.trackers names them.
 
-Rank 0 tracks, each tracker in a thread of its own: training waits for none of them but a little at its end. A tracker
-that fails is left alone until the next start of the workers, and costs one line. What a tracker has had is kept in
-`run.json` of its folder inside the run folder: a resumed run goes on in the same tracker run, with the lines that it
-has missed.
+Rank 0 tracks, in a thread for each tracker: a client's call can hang for minutes and can't be interrupted, so in a
+shared thread a slow server would cost the other trackers their lines. Training waits for the threads only at its end,
+and only for a limited time. A tracker that fails costs one line and is not used again until the workers' next start.
+Each tracker's progress is kept in `run.json` of its folder inside the run folder. A resumed run continues the same
+tracker run and first sends it the epochs that it has missed.
 
-Both are used through their own clients: Ray's `setup_mlflow` and `setup_wandb` name a run for each start of the
-workers, and `setup_wandb` asks for a key where it is not told to stay offline.
+MLflow and W&B are used through their own clients. Ray's `setup_mlflow` and `setup_wandb` would name a new run at each
+start of the workers, and `setup_wandb` asks for a key unless it is offline.
 """
 
 from __future__ import annotations
@@ -19,30 +20,20 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
 
 from rayprune.config import Config
-from rayprune.engine.storage.run_folder import read_metrics, write_whole
-from rayprune.errors import RunFolderError
+from rayprune.engine.storage.run_folder import flatten, read_metrics, write_whole
+from rayprune.errors import RunFolderError, one_line
 
 logger = logging.getLogger(__name__)
 
-_CLOSE_S = 30.0  # for what is not yet told when the run ends
+_CLOSE_S = 30.0  # the longest wait at the end of a run, for all trackers together
 _LONGEST_PARAM = 500  # MLflow 2 refuses longer ones
 _PROJECT = "rayprune"
-
-
-class Tracker(Protocol):
-    """One run of an experiment tracker."""
-
-    def log(self, epoch: int, values: Mapping[str, float]) -> None:
-        """Take an epoch's numbers."""
-
-    def close(self, finished: bool) -> None:
-        """End; the run may go on later when it is not finished."""
 
 
 def check_trackers(config: Config) -> None:
@@ -52,102 +43,119 @@ def check_trackers(config: Config) -> None:
         RunFolderError: one line with the cure.
     """
     for name in config.run.trackers:
-        found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:  # a plain folder of that name is no package
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # a folder of that name is a namespace package without an origin
             raise RunFolderError(f"run.trackers has {name}, which is not installed: pip install 'rayprune[{name}]'")
 
 
-def scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of a line of metrics.jsonl, without those that are missing or not finite.
-
-    >>> scalars({"epoch": 3, "lr": 0.5, "val_loss": None, "plan_hash": "ab", "seconds": {"train": 2.0}})
-    {'lr': 0.5, 'seconds/train': 2.0}
-    """
-    named = {name: value for name, value in line.items() if name != "epoch"}
-    named |= {f"seconds/{name}": value for name, value in line.get("seconds", {}).items()}
-    return {name: v for name, v in named.items() if isinstance(v, int | float) and math.isfinite(v)}
-
-
 def failures(run_folder: Path, config: Config) -> list[str]:
-    """Return a line for each tracker that failed at the last start of the workers."""
-    states = {name: _read_state(run_folder / name) for name in ("tensorboard", *config.run.trackers)}
+    """Return a line for each tracker that has failed since the last start of the workers."""
+    states = {name: _read_state(run_folder / name) for name in _names(config)}
     return [
-        f"{name} has failed ({state['failed']}); the run itself is whole, and its next start tells {name} the rest"
+        f"{name} has failed ({state['failed']}); the run is not affected, and its next start sends {name} the rest"
         for name, state in states.items()
         if state.get("failed")
     ]
 
 
 class Trackers:
-    """Tell all trackers of a run (rank 0)."""
+    """All trackers of a run (rank 0); their threads start with the first line."""
 
     def __init__(self, run_folder: Path, config: Config) -> None:
-        self._feeds = [_Feed(run_folder, name, config) for name in ("tensorboard", *config.run.trackers)]
+        self._run_folder, self._config = run_folder, config
+        self._threads: list[_TrackerThread] = []
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Pass on a line that is in metrics.jsonl already."""
-        for feed in self._feeds:
-            feed.put(line)
+        """Send a line that metrics.jsonl already holds to all trackers; does not wait."""
+        if not self._threads:
+            self._threads = [_TrackerThread(self._run_folder, name, self._config) for name in _names(self._config)]
+        for thread in self._threads:
+            thread.lines.put(line)
 
     def close(self) -> None:
-        """Let the trackers end, and wait a little for them."""
-        for feed in self._feeds:
-            feed.put(None)
+        """Close the trackers, and wait for them for a limited time."""
+        for thread in self._threads:
+            thread.lines.put(None)
         deadline = time.monotonic() + _CLOSE_S
-        for feed in self._feeds:
-            feed.join(max(0.0, deadline - time.monotonic()))
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                thread.mark_failed(f"no answer within {_CLOSE_S:g} s of the end")
 
 
-class _Feed:
-    """One tracker, from the first line on in a thread."""
+class _TrackerThread(threading.Thread):
+    """Open one tracker and send it the lines that it does not have yet, until None comes."""
 
-    def __init__(self, run_folder: Path, name: str, config: Config) -> None:
-        self._run_folder, self._folder, self._name, self._config = run_folder, run_folder / name, name, config
-        self._lines: SimpleQueue[Mapping[str, Any] | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
+    def __init__(self, run_folder: Path, tracker: str, config: Config) -> None:
+        super().__init__(name=f"rayprune-{tracker}", daemon=True)  # a hanging client must not keep the process alive
+        self.lines: SimpleQueue[Mapping[str, Any] | None] = SimpleQueue()
+        self._run_folder, self._folder, self._tracker, self._config = run_folder, run_folder / tracker, tracker, config
+        self.start()
 
-    def put(self, line: Mapping[str, Any] | None) -> None:
-        if self._thread is None and line is not None:
-            self._thread = threading.Thread(target=self._run, name=f"rayprune-{self._name}", daemon=True)
-            self._thread.start()
-        self._lines.put(line)
-
-    def join(self, timeout_s: float) -> None:
-        if self._thread is not None:
-            self._thread.join(timeout_s)
-            if self._thread.is_alive():
-                self._fail(f"no answer within {_CLOSE_S:g} s of the end")
-
-    def _run(self) -> None:
+    def run(self) -> None:
         try:
             self._folder.mkdir(exist_ok=True)
             state = _read_state(self._folder)
             state.pop("failed", None)
-            tracker = _OPEN[self._name](self._run_folder, self._config, state)
-            last = self._told(tracker, state, read_metrics(self._run_folder))
-            for line in iter(self._lines.get, None):
-                last = self._told(tracker, state, [line])
-            tracker.close(last + 1 == self._config.last_epoch)
-        except Exception as error:  # whatever it is: training does not depend on it
-            logger.debug("%s failed", self._name, exc_info=True)
-            self._fail(f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no message')}")
+            tracker = _OPEN[self._tracker](self._run_folder, self._config, state)
+            self._send(tracker, state, read_metrics(self._run_folder))
+            for line in iter(self.lines.get, None):
+                self._send(tracker, state, [line])
+            tracker.close(state["epoch"] + 1 == self._config.last_epoch)
+        except Exception as error:  # of any kind: training does not depend on trackers
+            logger.debug("%s failed", self._tracker, exc_info=True)
+            self.mark_failed(f"{type(error).__name__}: {one_line(error)}")
 
-    def _told(self, tracker: Tracker, state: dict[str, Any], lines: list[Any]) -> int:
-        """Log the epochs that the tracker has not had; return the last that it has."""
+    def _send(self, tracker: Tracker, state: dict[str, Any], lines: Iterable[Mapping[str, Any]]) -> None:
         for line in lines:
             if line["epoch"] > state.get("epoch", -1):
                 tracker.log(line["epoch"], scalars(line))
                 state["epoch"] = line["epoch"]
-        write_whole(self._folder / "run.json", json.dumps(state) + "\n")
-        return int(state.get("epoch", -1))
+        _write_state(self._folder, state)
 
-    def _fail(self, why: str) -> None:
+    def mark_failed(self, reason: str) -> None:
+        """Write down why the tracker failed, for `failures`."""
         try:
             self._folder.mkdir(exist_ok=True)
-            state = {**_read_state(self._folder), "failed": why}
-            write_whole(self._folder / "run.json", json.dumps(state) + "\n")
+            _write_state(self._folder, {**_read_state(self._folder), "failed": reason})
         except OSError:
-            logger.warning("%s has failed (%s); training goes on", self._name, why)
+            logger.warning("%s has failed (%s); training goes on", self._tracker, reason)
+
+
+def scalars(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the finite numbers of a line of metrics.jsonl.
+
+    >>> scalars({"epoch": 3, "lr": 0.5, "val_loss": None, "plan_hash": "ab", "seconds": {"train": 2.0}})
+    {'lr': 0.5, 'seconds/train': 2.0}
+    """
+    values = {name: value for name, value in line.items() if name != "epoch"}
+    values |= {f"seconds/{name}": value for name, value in line["seconds"].items()}
+    return {name: v for name, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
+
+
+def _names(config: Config) -> tuple[str, ...]:
+    return ("tensorboard", *config.run.trackers)
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "run.json").read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    write_whole(folder / "run.json", json.dumps(state) + "\n")
+
+
+class Tracker(Protocol):
+    """One run of an experiment tracker."""
+
+    def log(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Log an epoch's numbers."""
+
+    def close(self, finished: bool) -> None:
+        """End the tracker run; if it is not finished, it may be continued."""
 
 
 class _TensorBoard:
@@ -170,7 +178,7 @@ class _MLflow:
 
     def __init__(self, run_folder: Path, config: Config, state: dict[str, Any]) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # else it tells of each table that it makes
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # otherwise it logs each table that it creates
         from mlflow import MlflowClient
 
         uri, artifacts = os.environ.get("MLFLOW_TRACKING_URI"), None
@@ -178,7 +186,7 @@ class _MLflow:
             folder = run_folder / "mlflow"
             uri, artifacts = f"sqlite:///{folder / 'mlflow.db'}", (folder / "artifacts").as_uri()
         self._client = MlflowClient(tracking_uri=uri)
-        if state.get("uri") != _without_password(uri):  # another server knows nothing of the run
+        if state.get("uri") != _without_password(uri):  # another server does not have the run
             state.clear()
             state |= {"uri": _without_password(uri), "run": self._new_run(run_folder, config, artifacts)}
         self._run = state["run"]
@@ -189,25 +197,24 @@ class _MLflow:
 
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
         experiment = self._client.get_experiment_by_name(name)
-        where = experiment.experiment_id if experiment else self._client.create_experiment(name, artifacts)
-        run = str(self._client.create_run(where, run_name=_shown(run_folder)).info.run_id)
-        flat = _flat(config.model_dump(mode="json"))
-        self._client.log_batch(run, params=[Param(key, str(value)[:_LONGEST_PARAM]) for key, value in flat.items()])
+        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name, artifacts)
+        run = str(self._client.create_run(experiment_id, run_name=_display_name(run_folder)).info.run_id)
+        settings = flatten(config.model_dump(mode="json"))
+        self._client.log_batch(run, params=[Param(key, str(v)[:_LONGEST_PARAM]) for key, v in settings.items()])
         return run
 
     def log(self, epoch: int, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
-        from mlflow.utils.time import get_current_time_millis
 
-        now = get_current_time_millis()
-        self._client.log_batch(self._run, metrics=[Metric(name, v, now, epoch) for name, v in values.items()])
+        now_ms = time.time_ns() // 10**6
+        self._client.log_batch(self._run, metrics=[Metric(name, v, now_ms, epoch) for name, v in values.items()])
 
     def close(self, finished: bool) -> None:
         self._client.set_terminated(self._run, "FINISHED" if finished else "KILLED")
 
 
 class _Wandb:
-    """A run in the run folder's `wandb`, without the network, unless WANDB_MODE or WANDB_DIR say otherwise."""
+    """An offline run in the run folder's `wandb`, unless WANDB_MODE or WANDB_DIR say otherwise."""
 
     def __init__(self, run_folder: Path, config: Config, state: dict[str, Any]) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -217,12 +224,12 @@ class _Wandb:
         self._run = wandb.init(
             id=state["run"],
             resume="allow",
-            name=_shown(run_folder),
+            name=_display_name(run_folder),
             project=os.environ.get("WANDB_PROJECT", _PROJECT),
             dir=os.environ.get("WANDB_DIR", str(run_folder)),
-            mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]  # W&B checks what it gets
+            mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]  # W&B checks the value
             config=config.model_dump(mode="json"),
-            reinit="create_new",  # runs that train side by side in one process
+            reinit="create_new",  # for runs that train at the same time in one process
             settings=wandb.Settings(silent=True, console="off", disable_git=True),
         )
 
@@ -240,25 +247,11 @@ _OPEN: dict[str, Callable[[Path, Config, dict[str, Any]], Tracker]] = {
 }
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((folder / "run.json").read_text()))
-    except (OSError, ValueError):
-        return {}
-
-
-def _shown(run_folder: Path) -> str:
-    """Name a run in its tracker; a scoring run lies inside its run's folder."""
+def _display_name(run_folder: Path) -> str:
+    """Return a run's name in its tracker; a scoring run is inside its run's folder."""
     return f"{run_folder.parent.name}/{run_folder.name}" if run_folder.name == "collect" else run_folder.name
 
 
 def _without_password(uri: str) -> str:
-    scheme, found, rest = uri.partition("://")
-    return f"{scheme}{found}{rest.rpartition('@')[2]}"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+    scheme, separator, rest = uri.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"

@@ -118,14 +118,14 @@ class SelectionSetup:
         method: the selection method.
         num_epochs: the number of epochs to select for.
         chosen: the selection of a method that reads one from a file.
-        before: the cost of the run that scored the samples.
+        prior_cost: the cost of the run that scored the samples.
         scores: name → (N,) the scores of that run, for scores.parquet.
     """
 
     method: Method
     num_epochs: int
     chosen: Selection | None = None
-    before: PriorCost = field(default_factory=PriorCost)
+    prior_cost: PriorCost = field(default_factory=PriorCost)
     scores: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
@@ -142,7 +142,7 @@ class WorkerSpec:
         run_folder: where the run writes.
         use_gpu, threads: what this worker computes on.
         has_validation: whether there is a validation split.
-        before: the cost of the run that scored the samples.
+        prior_cost: the cost of the run that scored the samples.
     """
 
     config: Config
@@ -155,7 +155,7 @@ class WorkerSpec:
     use_gpu: bool
     threads: int
     has_validation: bool
-    before: PriorCost = field(default_factory=PriorCost)
+    prior_cost: PriorCost = field(default_factory=PriorCost)
 
 
 def pick_device(use_gpu: bool) -> torch.device:

@@ -30,7 +30,7 @@ from rayprune.engine.cluster import Resources, resolve_resources, start_ray
 from rayprune.engine.data.device import DeviceStream, check_room
 from rayprune.engine.data.ray_data import plan_dataset, task_rows
 from rayprune.engine.data.transport import LocalStream, RayStream
-from rayprune.engine.monitoring import Watcher, on_sigterm
+from rayprune.engine.monitoring import RunListeners, Watcher, on_sigterm
 from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import StopReason
@@ -111,7 +111,7 @@ class Run:
             labelled=needs_labels or len(splits.train) <= _LABELLED_SAMPLES,
             chosen=choice.chosen,
             record=record,
-            visits_collected=choice.before.samples_trained,
+            visits_collected=choice.prior_cost.samples_trained,
             meta_every=config.train.meta_interval,
         )
         self._handle: Any = None
@@ -134,21 +134,14 @@ class Run:
             use_gpu=resources.use_gpu,
             threads=resources.threads,
             has_validation=splits.validation is not None,
-            before=choice.before,
+            prior_cost=choice.prior_cost,
         )
 
-    def fit(
-        self,
-        on_epoch: EpochListener | None,
-        on_progress: ProgressListener | None,
-        on_notice: Callable[[str], None],
-        pause: threading.Event | None = None,
-    ) -> None:
+    def fit(self, listeners: RunListeners) -> None:
         """Train to the end, or until `pause` is set; Ray restarts the workers after a failure."""
         failure: Exception | None = None
         try:
-            stall_s = self._config.run.stall_seconds
-            watcher = Watcher(self._folder, self.scores, on_epoch, on_progress, on_notice, stall_s, pause)
+            watcher = Watcher(self._folder, self.scores, listeners, self._config.run.stall_seconds)
             with watcher, on_sigterm(watcher.request_pause):
                 self._trainer().fit()
         except Exception as error:  # without workers the loop's own errors come through as they are
@@ -261,15 +254,11 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Listeners:
+class Listeners(RunListeners):
     """Who hears of a run; see `train`."""
 
-    on_epoch: EpochListener | None = None
-    on_progress: ProgressListener | None = None
     on_start: Callable[[Start], None] | None = None
     on_scored: Callable[[Scored], None] | None = None
-    on_notice: Callable[[str], None] = logger.warning
-    pause: threading.Event | None = None
 
 
 def train(
@@ -305,7 +294,7 @@ def train(
         TrainingPaused: SIGTERM came, or `pause` was set; the run has saved and left.
         TrainingFailed: anything else that ended training.
     """
-    listeners = Listeners(on_epoch, on_progress, on_start, on_scored, on_notice, pause)
+    listeners = Listeners(on_epoch, on_progress, on_notice, pause, on_start, on_scored)
     splits = _open(config, debug)
     method = config.build_method()
     check_folder(config)
@@ -444,7 +433,7 @@ def _run(config: Config, splits: Splits, choice: SelectionSetup, listeners: List
                 listeners.on_notice(line)
             run = Run(config, splits, spec, resources, folder, choice)
             try:
-                run.fit(listeners.on_epoch, listeners.on_progress, listeners.on_notice, listeners.pause)
+                run.fit(listeners)
             finally:  # also where training itself has failed
                 for line in failures(folder, config):
                     listeners.on_notice(line)
@@ -487,4 +476,4 @@ def _write_scores(
     selector.load_state_dict(load_selector_state(folder, config.last_epoch))
     own = selector.scores()
     extra = {f"collected_{name}" if name in own else name: column for name, column in choice.scores.items()}
-    write_scores(folder, selector, labels, source.fingerprint, extra, config.method)
+    write_scores(folder, selector, labels, source.fingerprint, extra=extra, method=config.method)

@@ -129,17 +129,15 @@ def validated(sums: Tensor | None, num_exits: int = 1) -> dict[str, Any]:
     return results
 
 
-def compute(counts: Mapping[str, int], before: PriorCost, step: TrainStep, part: str) -> float:
+def compute(counts: Mapping[str, int], prior_cost: PriorCost, step: TrainStep, part: str) -> float:
     """Return a run's compute so far, in training samples; a forward pass alone counts a third.
 
     Args:
-        counts: the run's cumulative counts, `before` included.
-        before: the cost of the run that scored the samples.
+        counts: the run's cumulative counts, `prior_cost` included.
+        prior_cost: the cost of the run that scored the samples.
         step: knows the cost of a sample, in training and through `part`.
         part: the part of the network that forward-only passes use.
     """
-    num_rows = counts["samples_trained"] + counts["samples_padded"] - before.samples_trained - before.samples_padded
-    num_forwarded = counts["samples_forwarded"] - before.samples_forwarded
-    meta_compute = (counts["samples_meta"] - before.samples_meta) * step.meta_cost
-    own = num_rows * step.train_cost + meta_compute + num_forwarded * step.relative_cost(part) / 3
-    return round(before.compute + own, 1)
+    own = {name: count - prior_cost.counts[name] for name, count in counts.items()}
+    trained = (own["samples_trained"] + own["samples_padded"]) * step.train_cost + own["samples_meta"] * step.meta_cost
+    return round(prior_cost.compute + trained + own["samples_forwarded"] * step.relative_cost(part) / 3, 1)

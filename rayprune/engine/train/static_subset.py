@@ -42,20 +42,20 @@ class Scored:
     Attributes:
         scores: the file of scores.
         selection: the subset that the method selects by them.
-        before: the cost of scoring; nothing for imported logits.
+        prior_cost: the cost of scoring; nothing for imported logits.
         imported: whether logits of another program were read.
     """
 
     scores: Path
     selection: Selection
-    before: PriorCost = field(default_factory=PriorCost)
+    prior_cost: PriorCost = field(default_factory=PriorCost)
     imported: bool = False
 
     def setup(self, config: Config) -> SelectionSetup:
         """Return the setup of the run that trains on the subset."""
         columns = {name: column for name, column in read_scores(self.scores).scores.items() if name not in _NOT_SCORES}
         method = Fixed(path=SELECTION, batch_mean_weights=self.selection.batch_mean_weights)
-        return SelectionSetup(method, config.train.epochs, self.selection, self.before, columns)
+        return SelectionSetup(method, config.train.epochs, self.selection, self.prior_cost, columns)
 
 
 def score_samples(config: Config, source: SampleSource, folder: Path | None) -> Scored:
@@ -72,15 +72,15 @@ def score_samples(config: Config, source: SampleSource, folder: Path | None) -> 
     """
     labels = np.asarray(source.labels)
     if folder is None:
-        selector, before = _imported_scores(config, labels), PriorCost()
+        selector, prior_cost = _imported_scores(config, labels), PriorCost()
         folder = run_folder_of(config) / SCORING
         folder.mkdir(parents=True, exist_ok=True)
     else:
-        selector, before = _collected_scores(config, source, folder), _collected_cost(config, source, folder)
+        selector, prior_cost = _collected_scores(config, source, folder), _collected_cost(config, source, folder)
     selection = selector.begin_epoch(config.build_method().collect_epochs)
     selector.table.times_pruned[:] = 0  # scoring prunes nothing
     scores = write_scores(folder, selector, labels, source.fingerprint)
-    return Scored(scores, selection, before, imported=config.collect.trajectories is not None)
+    return Scored(scores, selection, prior_cost, imported=config.collect.trajectories is not None)
 
 
 def _imported_scores(config: Config, labels: NDArray[Any]) -> Selector:

@@ -22,7 +22,7 @@ from rayprune.core.plan import is_meta, num_meta_batches, train_step_of
 from rayprune.engine.data.batch import Batch
 from rayprune.engine.data.device import DeviceBatch, DevicePlacer
 from rayprune.engine.data.transport import Transport
-from rayprune.engine.monitoring import Pulsing
+from rayprune.engine.monitoring import PulseSender
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import EpochSnapshot, Moment, Phase, PlanHeader, StopReason
 from rayprune.engine.scoring.session import ScoringSession
@@ -54,7 +54,12 @@ class Worker:
         self._place = DevicePlacer(spec.input.column, self._device)
         network = build_network(self._config, spec.input, self._device)
         self._saver = CheckpointWriter(
-            Path(spec.run_folder), self._config, spec.fingerprint, spec.shuffle, self.rank, spec.before
+            Path(spec.run_folder),
+            self._config,
+            self.rank,
+            fingerprint=spec.fingerprint,
+            shuffle=spec.shuffle,
+            prior_cost=spec.prior_cost,
         )
         # Rank 0 decides for all: another rank might see a checkpoint that is just being written.
         start = broadcast_from_rank_zero(self._next_start() if self.rank == 0 else None)
@@ -70,7 +75,7 @@ class Worker:
         self._network = network
         self._session = ScoringSession(spec.scores, generation, self.rank, self.world_size, spec.step.signals)
         self._trigger = CheckpointTrigger(self._session, self._device, self._config.run)
-        self._pulse = Pulsing(spec.scores, generation, self.rank, self.world_size)
+        self._pulse = PulseSender(spec.scores, generation, self.rank, self.world_size)
         self._seconds: dict[str, float] = {}
 
     def _next_start(self) -> tuple[int, tuple[int, int]]:
@@ -190,9 +195,9 @@ class Worker:
         batches = self._session.batches(header, self._transport.batches)
         while True:
             with self._timed("data_wait"):
-                self._pulse.doing("waiting for the stream")
+                self._pulse.set_activity("waiting for the stream")
                 batch = next(batches, None)
-            self._pulse.doing("in one step")
+            self._pulse.set_activity("in one step")
             if batch is None:
                 return
             yield batch
@@ -210,7 +215,7 @@ class Worker:
 
     def _barrier(self, moment: Moment, step: int) -> EpochSnapshot:
         """Wait for all ranks and their observations; return the snapshot, with its state on rank 0."""
-        self._pulse.doing("waiting for the ScoreActor or the other ranks")
+        self._pulse.set_activity("waiting for the ScoreActor or the other ranks")
         with self._timed("record"):
             snapshot = self._session.barrier(moment, step)
         self._seconds["record"] -= snapshot.select_s
@@ -235,7 +240,13 @@ class Worker:
         num_forwarded = int(forwarded[REAL]) if forwarded is not None else 0
         num_bytes = sum(int(part[BYTES]) for part in phases if part is not None)
         num_meta = num_meta_batches(header.num_train_steps, self._meta_interval) * self._config.train.batch_size
-        counts = self._saver.count(int(sums[REAL]), num_forwarded, int(sums[PADDED]), num_bytes, num_meta)
+        counts = self._saver.add_counts(
+            samples_trained=int(sums[REAL]),
+            samples_forwarded=num_forwarded,
+            samples_padded=int(sums[PADDED]),
+            bytes_read=num_bytes,
+            samples_meta=num_meta,
+        )
         return {
             "epoch": epoch,
             "requested_prune_ratio": header.requested,
@@ -243,8 +254,8 @@ class Worker:
             "kept": header.num_kept,
             "num_samples": header.num_samples,
             **counts,
-            **self._saver.collected,
-            "compute": compute(counts, self._spec.before, self._step, self._spec.step.sweep_part),
+            **self._spec.prior_cost.metrics,
+            "compute": compute(counts, self._spec.prior_cost, self._step, self._spec.step.sweep_part),
             "train_loss": loss,
             "train_accuracy": accuracy,
             **validated(validation, self._step.num_exits),
@@ -256,7 +267,7 @@ class Worker:
         Raises:
             TrainingPaused: the run was asked to leave, and has saved.
         """
-        self._saver.look()
+        self._saver.raise_failure()
         verdict = self._trigger.verdict(step)
         if verdict == "continue":
             return
@@ -264,16 +275,16 @@ class Worker:
             total = sums.total(self.world_size).tolist()
             snapshot = self._barrier("snapshot", plan_step)
             if self.rank == 0:
-                state = self._saver.copied(self._network, self._step, snapshot.state)
-                self._saver.save_inside(epoch, plan_step, state, total, self._resume_step)
+                state = self._saver.copy_state(self._network, self._step, snapshot.state)
+                self._saver.save_mid_epoch(epoch, plan_step, state, total, self._resume_step)
         if verdict == "leave":
             raise TrainingPaused(f"before step {step} of epoch {epoch}")
 
     def _save(self, epoch: int, record: dict[str, Any], snapshot: EpochSnapshot, start: float) -> None:
-        self._pulse.doing("saving, or waiting for rank 0 to save")
+        self._pulse.set_activity("saving, or waiting for rank 0 to save")
         with self._timed("checkpoint"):
             self._saver.report()  # the last epoch: its files were written meanwhile
-            state = self._saver.copied(self._network, self._step, snapshot.state) if self.rank == 0 else None
+            state = self._saver.copy_state(self._network, self._step, snapshot.state) if self.rank == 0 else None
         self._seconds["epoch"] = time.perf_counter() - start
         self._saver.save(epoch + 1, record, self._seconds, state)
 

@@ -37,8 +37,8 @@ from ray.exceptions import RayError
 
 from rayprune.config import Config, make_config
 from rayprune.config.yaml import merge, read_yaml
-from rayprune.engine.cluster import Asked, TrialResources, cluster_address, share_resources, start_ray
-from rayprune.engine.monitoring import on_sigterm, one_line
+from rayprune.engine.cluster import ConcurrencyRequest, TrialResources, cluster_address, divide_resources, start_ray
+from rayprune.engine.monitoring import error_line, on_sigterm
 from rayprune.engine.storage.costs import Costs, costs_of
 from rayprune.engine.storage.resume import check_folder, lock_folder, run_folder_of
 from rayprune.engine.storage.run_folder import read_metrics, write_whole
@@ -65,7 +65,7 @@ class _Trainer:
         try:
             train(make_config(read_yaml(config_yaml)), on_notice=lambda line: None, pause=self._pause)
         except Exception as error:
-            return one_line(error)
+            return error_line(error)
         return None
 
     def pause(self) -> None:
@@ -109,7 +109,7 @@ def _raise_for(done: Any, name: str) -> None:
     try:
         problem = ray.get(done)
     except RayError as error:
-        problem = f"its process ended ({one_line(error)})"
+        problem = f"its process ended ({error_line(error)})"
     if problem is not None:
         raise TrainingFailed(f"run {name}: {problem}")
 
@@ -377,7 +377,6 @@ def _share(config: Config, source: SampleSource, num_arms: int, debug: bool) -> 
         ValueError: there is no room for so many.
     """
     section = config.compare
-    asked = Asked(section.parallel, "compare.parallel", "run")
     num_shared = num_arms * max(0, len(section.all_seeds) - section.timed_seeds)
     if section.parallel == 1 or (section.parallel == "auto" and not num_shared):
         return None
@@ -389,7 +388,8 @@ def _share(config: Config, source: SampleSource, num_arms: int, debug: bool) -> 
     else:
         start_ray(debug, dashboard=config.scaling.num_workers != 0, address=config.run.address)
         total = ray.cluster_resources()
-    share = share_resources(config, source, max(1, num_shared), asked, total)
+    request = ConcurrencyRequest(max(1, num_shared), section.parallel, "compare.parallel", "run")
+    share = divide_resources(config, source, request, total)
     return share if share.num_concurrent > 1 else None
 
 

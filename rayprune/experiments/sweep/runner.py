@@ -42,8 +42,8 @@ from ray.tune.search import Searcher
 from rayprune.config import Config, make_config
 from rayprune.config.experiments import Axis
 from rayprune.config.yaml import read_yaml
-from rayprune.engine.cluster import Asked, TrialResources, share_resources, start_ray
-from rayprune.engine.monitoring import on_sigterm, one_line
+from rayprune.engine.cluster import ConcurrencyRequest, TrialResources, divide_resources, start_ray
+from rayprune.engine.monitoring import error_line, on_sigterm
 from rayprune.engine.storage.resume import SCORING, run_folder_of
 from rayprune.engine.storage.run_folder import read_metrics
 from rayprune.engine.train.driver import Start, check, open_splits, train
@@ -239,8 +239,8 @@ class Trial(tune.Trainable):
             self._thread.join()
             # What a config or its data cannot do, another attempt cannot either.
             if isinstance(self._failure, ValueError | TrainingStopped):
-                return {**self._last, "error": one_line(self._failure), "done": True}
-            raise RuntimeError(one_line(self._failure or RuntimeError("training ended without a word")))
+                return {**self._last, "error": error_line(self._failure), "done": True}
+            raise RuntimeError(error_line(self._failure or RuntimeError("training ended without a word")))
         self._last = report_of(record)
         done = record["epoch"] + 1 >= self._run_config.last_epoch
         if done:
@@ -448,7 +448,7 @@ class _Endings(tune.Callback):
         """Write down a trial whose attempts are used up."""
         error = trial.get_pickled_error() or trial.get_error()
         cause = getattr(error, "cause", None) or error
-        self._end(trial.config["trial"], FAILED, one_line(cause or RuntimeError("the trial's process ended")))
+        self._end(trial.config["trial"], FAILED, error_line(cause or RuntimeError("the trial's process ended")))
 
     def _end(self, spec: Mapping[str, Any], status: str, error: str | None = None) -> None:
         state = TrialState(spec["name"], spec["point"], status, error)
@@ -496,7 +496,8 @@ def sweep(base: Config, folder: Path, listeners: SweepListeners | None = None, *
     start_ray(debug, dashboard=base.scaling.num_workers != 0, address=base.run.address)
     names = [trial_name(number, point) for number, point in enumerate(points)]
     num_trials = base.sweep.num_trials or 0 if optuna else len(points)
-    share = share_resources(base, splits.train, num_trials, Asked(base.sweep.max_concurrent), ray.cluster_resources())
+    request = ConcurrencyRequest(num_trials, base.sweep.max_concurrent)
+    share = divide_resources(base, splits.train, request, ray.cluster_resources())
     with open_sweep(base, folder):
         states = read_states(folder)
         ended = {name: state for name, state in states.items() if state.status in {FINISHED, STOPPED}}

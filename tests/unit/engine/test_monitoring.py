@@ -1,63 +1,195 @@
-"""Stalls: each is reported once, with who and since when, and so is its end."""
+"""Listeners hear of each new epoch; stalls are reported once, with who and for how long, and so is their end."""
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
+from pathlib import Path
+from typing import Any
 
-from rayprune.engine.monitoring import StallWatch
+import pytest
+from ray.exceptions import RayError
+
+from rayprune.engine.monitoring import PulseSender, RunListeners, StallWatch, Watcher, error_line, on_sigterm
 from rayprune.engine.scoring.actor import ScoreActor, ScoreSpec
+from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import Pulse
+from rayprune.engine.storage.run_folder import append_metrics
 from rayprune.sources import open_data
 
 LIMIT_S = 10.0
+WAITING = {0: Pulse(0.5, "waiting for the stream", 12.0)}
 
 
-def test_work_is_no_stall() -> None:
+class RemoteActor:
+    """A channel to a ScoreActor of another process: busy ones give no answer."""
+
+    name = "actor"
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Any] = {}
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def call(self, method: str, *args: Any) -> Any:
+        return self.try_call(method, 0.0)
+
+    def post(self, method: str, *args: Any) -> None:
+        self.calls.append((method, args))
+
+    def try_call(self, method: str, timeout_s: float) -> Any:
+        self.calls.append((method, ()))
+        return self.answers.get(method)
+
+
+def wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def local_actor() -> ScoreActor:
+    source = open_data("digits", limit=8).train
+    return ScoreActor(ScoreSpec({"name": "full"}, source, 0, 1, 0, 4, "pad", 64, None, 0))
+
+
+def test_new_lines_are_delivered_the_last_before_the_block_ends(tmp_path: Path) -> None:
+    append_metrics(tmp_path, {"epoch": 0})
+    epochs: list[int] = []
+    listeners = RunListeners(on_epoch=lambda line: epochs.append(line["epoch"]))
+    with Watcher(tmp_path, ScoreClient(RemoteActor()), listeners, LIMIT_S):
+        append_metrics(tmp_path, {"epoch": 1})
+        wait_until(lambda: epochs == [1])
+        with (tmp_path / "metrics.jsonl").open("a") as stream:
+            stream.write('{"epo')
+        append_metrics(tmp_path, {"epoch": 2})
+    assert epochs == [1, 2]
+
+
+def test_a_listener_that_fails_gets_the_next_lines_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    epochs: list[int] = []
+
+    def listen(line: dict[str, Any]) -> None:
+        epochs.append(line["epoch"])
+        raise RuntimeError("a listener's own mistake")
+
+    with Watcher(tmp_path, ScoreClient(RemoteActor()), RunListeners(on_epoch=listen), LIMIT_S):
+        append_metrics(tmp_path, {"epoch": 0})
+        append_metrics(tmp_path, {"epoch": 1})
+    assert epochs == [0, 1]
+    assert "a listener's own mistake" in caplog.text
+
+
+def test_progress_and_stalls_come_from_the_actor(tmp_path: Path) -> None:
+    actor = RemoteActor()
+    actor.answers = {"progress": (3, 10, 20), "pulses": WAITING}
+    progress: list[tuple[int, ...]] = []
+    notices: list[str] = []
+    listeners = RunListeners(on_progress=lambda *numbers: progress.append(numbers), on_notice=notices.append)
+    with Watcher(tmp_path, ScoreClient(actor), listeners, LIMIT_S):
+        wait_until(lambda: len(progress) > 1)
+    assert progress[0] == (3, 10, 20)
+    assert notices == ["stall: rank 0 has been waiting for the stream for 12 s"]
+
+
+def test_setting_pause_asks_the_actor_again_and_again(tmp_path: Path) -> None:
+    """An actor that restarts has forgotten it."""
+    actor, pause = RemoteActor(), threading.Event()
+    with Watcher(tmp_path, ScoreClient(actor), RunListeners(pause=pause), LIMIT_S) as watcher:
+        wait_until(lambda: len(actor.calls) > 1)
+        assert ("pause", ()) not in actor.calls
+        watcher.request_pause(signal.SIGTERM, None)
+        wait_until(lambda: actor.calls.count(("pause", ())) > 1)
+    assert pause.is_set()
+
+
+def test_a_rank_sends_its_activity_until_it_stops() -> None:
+    actor = RemoteActor()
+    sender = PulseSender(ScoreClient(actor), 7, 1, 2)
+    wait_until(lambda: actor.calls)
+    sender.set_activity("in one step")
+    wait_until(lambda: len(actor.calls) > 1)
+    sender.stop()
+    pulses = [args for _, args in actor.calls]
+    assert [args[:4] for args in pulses[:2]] == [(7, 1, 2, "starting"), (7, 1, 2, "in one step")]
+    assert all(0 <= args[4] < 10 for args in pulses)
+
+
+def test_work_is_not_a_stall() -> None:
     watch = StallWatch(LIMIT_S)
-    assert watch.look({}) == []
-    assert watch.look({0: Pulse(1.0, "is in one step", 9.0), 1: Pulse(9.0, "waits for the stream", 9.0)}) == []
+    assert watch.update({}) == []
+    assert watch.update({0: Pulse(1.0, "in one step", 9.0), 1: Pulse(9.0, "waiting for the stream", 9.0)}) == []
 
 
 def test_a_waiting_rank_is_reported_once_and_again_when_it_goes_on() -> None:
     watch = StallWatch(LIMIT_S)
-    waiting = {0: Pulse(0.5, "waits for the stream", 12.0), 1: Pulse(0.5, "is in one step", 0.1)}
-    assert watch.look(waiting) == ["stall: rank 0 waits for the stream since 12 s"]
-    assert watch.look(waiting) == []
-    assert watch.look({**waiting, 0: Pulse(0.5, "is in one step", 0.1)}) == ["stall over: rank 0 goes on"]
+    pulses = {**WAITING, 1: Pulse(0.5, "in one step", 0.1)}
+    assert watch.update(pulses) == ["stall: rank 0 has been waiting for the stream for 12 s"]
+    assert watch.update(pulses) == []
+    assert watch.update({**pulses, 0: Pulse(0.5, "in one step", 0.1)}) == ["stall over: rank 0 goes on"]
 
 
-def test_a_silent_rank_is_reported_with_what_it_last_said() -> None:
-    watch = StallWatch(LIMIT_S)
-    assert watch.look({1: Pulse(11.0, "is in one step", 0.2)}) == [
-        "stall: rank 1 has been silent for 11 s; it last said: is in one step"
+def test_a_silent_rank_is_reported_with_its_last_activity() -> None:
+    assert StallWatch(LIMIT_S).update({1: Pulse(11.0, "in one step", 0.2)}) == [
+        "stall: rank 1 has been silent for 11 s; last activity: in one step"
     ]
 
 
 def test_a_silent_actor_is_reported() -> None:
     watch = StallWatch(0.05)
-    assert watch.look(None) == []
+    assert watch.update(None) == []
     time.sleep(0.1)
-    (line,) = watch.look(None)
+    (line,) = watch.update(None)
     assert line.startswith("stall: the ScoreActor has not answered for")
-    assert watch.look(None) == []
-    assert watch.look({}) == ["stall over: the ScoreActor goes on"]
+    assert watch.update(None) == []
+    assert watch.update({}) == ["stall over: the ScoreActor goes on"]
 
 
-def test_ranks_stay_stalled_while_nothing_is_known_of_them() -> None:
+def test_ranks_stay_stalled_while_the_actor_does_not_answer() -> None:
     watch = StallWatch(LIMIT_S)
-    stalled = {0: Pulse(0.5, "waits for the stream", 12.0)}
-    assert len(watch.look(stalled)) == 1
-    assert watch.look(None) == []
-    assert watch.look(stalled) == []
+    assert len(watch.update(WAITING)) == 1
+    assert watch.update(None) == []
+    assert watch.update(WAITING) == []
 
 
-def test_a_rank_that_was_never_heard_is_silent_too() -> None:
-    source = open_data("digits", limit=8).train
-    actor = ScoreActor(ScoreSpec({"name": "full"}, source, 0, 1, 0, 4, "pad", 64, None, 0))
-    actor.pulse(1, 0, 2, "is in one step", 0.0)
+def test_a_rank_that_has_never_sent_a_pulse_is_silent_too() -> None:
+    actor = local_actor()
+    actor.pulse(1, 0, 2, "in one step", 0.0)
     time.sleep(0.1)
-    actor.pulse(1, 0, 2, "is in one step", 0.0)
-    (line,) = StallWatch(0.05).look(actor.pulses())
+    actor.pulse(1, 0, 2, "in one step", 0.0)
+    (line,) = StallWatch(0.05).update(actor.pulses())
     assert line.startswith("stall: rank 1 has been silent")
-    actor.pulse(2, 0, 1, "starts", 0.0)
+    actor.pulse(2, 0, 1, "starting", 0.0)
     assert list(actor.pulses()) == [0]
+
+
+def test_sigterm_interrupts_like_ctrl_c_and_the_handler_is_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), on_sigterm():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_interrupts_where_a_shell_ignores_ctrl_c() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), on_sigterm():
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("no such\n  file"), "no such file"),
+        (OSError("disk is full"), "OSError: disk is full"),
+        (RuntimeError(), "RuntimeError"),
+        (RayError("\x1b[36mray::train()\x1b[39m\n  File a.py\nValueError: lr is 0\n"), "RayError: ValueError: lr is 0"),
+    ],
+)
+def test_an_error_is_one_line(error: BaseException, line: str) -> None:
+    assert error_line(error) == line

@@ -1,4 +1,4 @@
-"""Trackers hold a run's lines, once, in one run of theirs; none of them can end or change a run."""
+"""A tracker gets each line of a run once, in one tracker run; no tracker can end or change a run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import importlib
 import json
 import struct
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,21 +16,21 @@ import pytest
 
 from rayprune.config import make_config
 from rayprune.engine.storage import trackers
-from rayprune.engine.storage.run_folder import read_metrics
-from rayprune.engine.storage.trackers import check_trackers
+from rayprune.engine.storage.run_folder import append_metrics, read_metrics
+from rayprune.engine.storage.trackers import Trackers, check_trackers, failures
 from rayprune.engine.train.driver import train
 from rayprune.errors import TrainingStopped
 from tests.support.runs import assert_same_run, run_config, tracked, user
 
 
 @pytest.fixture(autouse=True)
-def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "WANDB_MODE", "WANDB_DIR", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
 
 
-def stop_and_go_on(tmp_path: Path, *names: str) -> Path:
-    """Train two epochs, then the other two; return the run folder."""
+def train_twice(tmp_path: Path, *names: str) -> Path:
+    """Train two epochs, then resume for the other two; return the run folder."""
     for stop_after in (2, 4):
         train_sections: dict[str, Any] = {"epochs": 4, "batch_size": 32, "stop_after": stop_after}
         folder = train(run_config(tmp_path, train=train_sections, run={"trackers": list(names)})).folder
@@ -37,7 +39,7 @@ def stop_and_go_on(tmp_path: Path, *names: str) -> Path:
 
 def test_mlflow_has_one_run_of_all_epochs(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
-    folder = stop_and_go_on(tmp_path, "mlflow")
+    folder = train_twice(tmp_path, "mlflow")
     (run,), points = tracked(folder)
     assert run.info.run_name == "run"
     assert run.info.status == "FINISHED"
@@ -48,7 +50,7 @@ def test_mlflow_has_one_run_of_all_epochs(tmp_path: Path) -> None:
     assert points["seconds/train"] == [(line["epoch"], line["seconds"]["train"]) for line in metrics]
 
 
-def test_mlflow_goes_where_its_variables_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflows_variables_choose_server_and_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     uri = f"sqlite:///{tmp_path / 'shared.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -60,40 +62,40 @@ def test_mlflow_goes_where_its_variables_say(tmp_path: Path, monkeypatch: pytest
 
 
 def records(content: bytes) -> Iterator[bytes]:
-    """Yield the records of a .wandb file: LevelDB's log format behind a header of 7 bytes."""
+    """Yield the records of a .wandb file: LevelDB's log format after a header of 7 bytes."""
     block_bytes, at, parts = 32 * 1024, 7, b""
     while at + 7 <= len(content):
-        if block_bytes - at % block_bytes < 7:  # no header fits any more: the rest of the block is empty
+        if block_bytes - at % block_bytes < 7:  # too short for a header: the rest of the block is empty
             at += block_bytes - at % block_bytes
             continue
         _, size, kind = struct.unpack("<IHB", content[at : at + 7])
         parts += content[at + 7 : at + 7 + size]
         at += 7 + size
-        if kind in (1, 4):  # whole, or a last part
+        if kind in (1, 4):  # a whole record, or its last part
             yield parts
             parts = b""
 
 
 def wandb_lines(folder: Path) -> dict[int, dict[str, Any]]:
-    """Return epoch → what the offline files of a run folder hold for it, as `wandb sync` would send it."""
+    """Return epoch → the values in the offline files of a run folder, as `wandb sync` would send them."""
     from wandb.proto import wandb_internal_pb2
 
-    found: dict[int, dict[str, Any]] = {}
+    lines: dict[int, dict[str, Any]] = {}
     for file in sorted((folder / "wandb").glob("offline-run-*/*.wandb")):
         for data in records(file.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
             if record.WhichOneof("record_type") == "history":
                 items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-                assert items["_step"] not in found, "an epoch was logged twice"
-                found[items["_step"]] = items
-    return found
+                assert items["_step"] not in lines, "an epoch was logged twice"
+                lines[items["_step"]] = items
+    return lines
 
 
-def test_wandb_is_offline_and_goes_on_in_its_run(tmp_path: Path) -> None:
+def test_wandb_is_offline_and_continues_its_run(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
-    folder = stop_and_go_on(tmp_path, "wandb")
-    # offline-run-TIME-ID, and a number behind it where two begin in the same second.
+    folder = train_twice(tmp_path, "wandb")
+    # offline-run-TIME-ID, with a number after it if two start in the same second.
     starts = [path.name.split("-")[3] for path in (folder / "wandb").glob("offline-run-*")]
     assert len(starts) == 2
     assert len(set(starts)) == 1, "the second start has the first one's id"
@@ -104,7 +106,7 @@ def test_wandb_is_offline_and_goes_on_in_its_run(tmp_path: Path) -> None:
     }
 
 
-def test_a_server_that_is_away_costs_one_line_and_changes_nothing(
+def test_an_unreachable_server_costs_one_line_and_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("mlflow")
@@ -119,43 +121,92 @@ def test_a_server_that_is_away_costs_one_line_and_changes_nothing(
 
 
 class Fails:
-    """Take one epoch, then fail; count what was taken."""
+    """Accept one epoch, or two after a restart, then fail."""
 
-    taken: list[int] = []  # noqa: RUF012  # shared on purpose: each start of a run makes a new tracker
+    accepted: list[int] = []  # noqa: RUF012  # shared on purpose: each start of a run opens a new tracker
 
     def __init__(self, run_folder: Path, config: Any, state: dict[str, Any]) -> None:
-        self.epochs = 2 if self.taken else 1
+        self.epochs = 2 if self.accepted else 1
 
     def log(self, epoch: int, values: Mapping[str, float]) -> None:
         if not self.epochs:
             raise OSError("no space left on device")
         self.epochs -= 1
-        self.taken.append(epoch)
+        self.accepted.append(epoch)
 
     def close(self, finished: bool) -> None:
-        self.taken.append(-1)
+        self.accepted.append(-1)
 
 
-def test_what_a_failed_tracker_missed_comes_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_start_sends_the_epochs_that_a_tracker_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(trackers._OPEN, "tensorboard", Fails)
     notices: list[str] = []
     for stop_after in (2, 3):
         train(run_config(tmp_path, train={"stop_after": stop_after}), on_notice=notices.append)
     assert notices == [
-        "tensorboard has failed (OSError: no space left on device); the run itself is whole, and its next start tells "
+        "tensorboard has failed (OSError: no space left on device); the run is not affected, and its next start sends "
         "tensorboard the rest"
     ]
-    assert Fails.taken == [0, 1, 2, -1], "each epoch once"
+    assert Fails.accepted == [0, 1, 2, -1], "each epoch once"
 
 
-def test_a_tracker_that_failed_is_named_also_where_training_fails(
+class Hangs:
+    """Block in the first epoch until `answer` is set, like a client of a server that does not answer."""
+
+    answer = threading.Event()
+
+    def __init__(self, run_folder: Path, config: Any, state: dict[str, Any]) -> None:
+        pass
+
+    def log(self, epoch: int, values: Mapping[str, float]) -> None:
+        self.answer.wait(60)
+
+    def close(self, finished: bool) -> None:
+        pass
+
+
+class Accepts:
+    """Accept every epoch; -1 is the end of a finished run."""
+
+    accepted: list[int] = []  # noqa: RUF012  # read by the test
+
+    def __init__(self, run_folder: Path, config: Any, state: dict[str, Any]) -> None:
+        pass
+
+    def log(self, epoch: int, values: Mapping[str, float]) -> None:
+        self.accepted.append(epoch)
+
+    def close(self, finished: bool) -> None:
+        self.accepted.append(-1 if finished else -2)
+
+
+def test_a_tracker_that_hangs_delays_neither_training_nor_other_trackers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(trackers._OPEN, "tensorboard", Hangs)
+    monkeypatch.setitem(trackers._OPEN, "mlflow", Accepts)
+    monkeypatch.setattr(trackers, "_CLOSE_S", 1.0)
+    config = run_config(tmp_path, run={"trackers": ["mlflow"]})
+    all_trackers = Trackers(tmp_path, config)
+    start = time.monotonic()
+    for epoch in range(4):
+        line = {"epoch": epoch, "train_loss": 1.0, "seconds": {}}
+        append_metrics(tmp_path, line)
+        all_trackers.log(line)
+    assert time.monotonic() - start < 0.5
+    all_trackers.close()
+    assert time.monotonic() - start < 5
+    assert Accepts.accepted == [0, 1, 2, 3, -1]
+    (line_of_failure,) = failures(tmp_path, config)
+    assert line_of_failure.startswith("tensorboard has failed (no answer within 1 s of the end)")
+    Hangs.answer.set()
+
+
+def test_a_failed_tracker_is_named_even_if_training_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(trackers._OPEN, "tensorboard", Fails)
-    monkeypatch.setattr(Fails, "taken", [])
+    monkeypatch.setattr(Fails, "accepted", [])
     notices: list[str] = []
-    spoilt = {"name": user("nan_rows"), "rows": 1}
-    config = run_config(tmp_path, model=spoilt, train={"max_nonfinite": 25})
+    config = run_config(tmp_path, model={"name": user("nan_rows"), "rows": 1}, train={"max_nonfinite": 25})
     with pytest.raises(TrainingStopped, match="NaN or infinite"):
         train(config, on_notice=notices.append)
     assert notices[-1].startswith("tensorboard has failed (OSError: no space left on device)")
@@ -170,7 +221,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_the_cure(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_plain_folder_of_its_name_is_no_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_with_a_trackers_name_is_not_the_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "wandb").mkdir()  # as W&B itself leaves one in the working directory
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
@@ -179,7 +230,7 @@ def test_a_plain_folder_of_its_name_is_no_tracker(tmp_path: Path, monkeypatch: p
         check_trackers(make_config({"run": {"trackers": ["wandb"]}}))
 
 
-def test_trackers_are_no_part_of_the_run() -> None:
+def test_trackers_do_not_change_the_digest() -> None:
     assert make_config({"run": {"trackers": ["mlflow", "wandb"]}}).digest() == make_config({}).digest()
     with pytest.raises(ValueError, match=r"run.trackers = \['wanbd'\]: there is no tracker 'wanbd'.*wandb"):
         make_config({"run": {"trackers": ["wanbd"]}})

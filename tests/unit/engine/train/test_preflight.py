@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -86,66 +83,6 @@ def test_a_network_trains_together_with_its_proxy(tmp_path: Path) -> None:
         assert result.metrics[-1]["val_accuracy"] > 0.5
         folders[name] = result.folder
     assert not same_weights(folders["psp"], folders["plain"])
-
-
-def test_a_folder_without_its_config_is_still_known_by_its_checkpoints(tmp_path: Path) -> None:
-    folder = train(run_config(tmp_path, train={"epochs": 2})).folder
-    (folder / "config.yaml").unlink()
-    with pytest.raises(ValueError, match="holds another run"):
-        train(run_config(tmp_path, train={"epochs": 2}, optim={"lr": 0.001}))
-    assert not (folder / "config.yaml").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("config.yaml", "garbage", r"config\.yaml can't be read"),
-        ("config.yaml", "a: [1", r"config\.yaml can't be read"),
-        ("metrics.jsonl", "garbage\n", r"metrics\.jsonl, line 1 is no JSON"),
-    ],
-)
-def test_a_damaged_file_of_the_run_folder_is_named(name: str, content: str, words: str, tmp_path: Path) -> None:
-    config = run_config(tmp_path, train={"epochs": 2})
-    folder = train(config).folder
-    (folder / name).write_text(content)
-    with pytest.raises(ValueError, match=words) as caught:
-        train(config)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_file_where_a_folder_belongs_is_named(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "checkpoints").write_text("")
-    with pytest.raises(ValueError, match=r"can't be written \(.*checkpoints: File exists\)"):
-        train(run_config(tmp_path))
-
-
-def test_a_folder_where_a_file_belongs_is_named(tmp_path: Path) -> None:
-    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"can't be written \(.*metrics\.jsonl: Is a directory\)"):
-        train(run_config(tmp_path))
-
-
-HOLD = """
-import fcntl, sys
-lock = open(sys.argv[1], "w")
-fcntl.flock(lock, fcntl.LOCK_EX)
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
-def test_one_folder_takes_one_process_at_a_time(tmp_path: Path) -> None:
-    config = run_config(tmp_path, train={"epochs": 2})
-    folder = train(config).folder
-    command = [sys.executable, "-c", HOLD, str(folder / ".lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"held\n"
-        with pytest.raises(ValueError, match="another process is training"):
-            train(config)
-        other.communicate()
-    assert len(train(config).metrics) == 2
 
 
 def test_samples_with_a_nan_are_named_as_they_occurred(tmp_path: Path) -> None:

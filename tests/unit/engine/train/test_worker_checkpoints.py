@@ -135,7 +135,7 @@ def test_a_run_begins_at_a_checkpoint_of_another_folder(
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("nowhere", "holds no sound checkpoint"),
+        ("nowhere", "holds no intact checkpoint"),
         ("whole", "holds another run.*train.seed 0 → 1"),
         ("whole/checkpoints/epoch-000004", "holds another run.*train.seed 0 → 1"),
     ],

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rayprune.cli.sweep import sweep_table
 from rayprune.config import load_config, make_config
-from rayprune.engine.storage.costs import costs_of
+from rayprune.engine.storage.costs import PriorCost, costs_of
 from rayprune.engine.storage.run_folder import read_metrics
 from rayprune.experiments.sweep.folder import (
     TrialState,
@@ -66,7 +66,7 @@ def trial(
             "compute": compute * (epoch + 1),
             "wall_time": float(epoch + 1),
             "seconds": {"epoch": 0.9, "validate": 0.2},
-            **collected,
+            **{**PriorCost().metrics, **collected},
         }
         for epoch, accuracy in enumerate(accuracies)
     ]
