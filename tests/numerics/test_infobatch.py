@@ -178,7 +178,7 @@ def test_saving_of_static_exponential_losses() -> None:
 @pytest.mark.parametrize("batch_size", [2, 4, 6])
 def test_two_ranks_share_eleven_samples(batch_size: int) -> None:
     plan = Plan.of_selection(Selection.full(11), batch_size, seed=0, epoch=0)
-    shares = [plan.share(rank, 2, 0, plan.num_steps) for rank in (0, 1)]
+    shares = [plan.rank_rows(rank, 2, 0, plan.num_steps) for rank in (0, 1)]
     rows = [ids[real].tolist() for ids, _, real in shares]
     assert [ids.size for ids, _, _ in shares] == [plan.num_steps * batch_size // 2] * 2
     assert not set(rows[0]) & set(rows[1])

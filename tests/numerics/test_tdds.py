@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rayprune.core import Plan, Selector
 from rayprune.engine.train.static_subset import score_trajectories
 from rayprune.methods import build_method
-from rayprune.methods.tdds import restored, stored
+from rayprune.methods.tdds import decode_probs, encode_probs
 from tests.support.paths import GOLDEN
 
 SCORED = ("A_hand_T3_J3", "A_hand_T4_J3", "B_rand_T14_J5_d0.9", "D_ties_T14_J5", "J_saturated_T6_J4")
@@ -413,7 +413,7 @@ def test_half_precision_storage_keeps_the_same_samples(num_samples: int, num_cla
 
 def test_half_precision_storage_is_precise_below_epsilon() -> None:
     probs = np.geomspace(2e-9, 1.0, 1_000).astype(np.float32)
-    again = restored(stored(probs, "float16"))
+    again = decode_probs(encode_probs(probs, "float16"))
     assert (np.abs(again / probs - 1) <= 2.0**-11).all()
     assert (np.abs(probs.astype(np.float16).astype(np.float32) / probs - 1) > 0.5).any()
 
@@ -428,7 +428,7 @@ def test_weights_of_batches_are_means_of_normalised_scores() -> None:
     np.testing.assert_allclose(selection.weights, expected, rtol=1e-6)
     assert selection.num_kept == 12
     plan = Plan.of_selection(selection, batch_size=4, seed=0, epoch=5)
-    _, weights, _ = plan.share(0, 1, 0, 3)
+    _, weights, _ = plan.rank_rows(0, 1, 0, 3)
     by_id = dict(zip(selection.ids.tolist(), expected.tolist(), strict=True))
     means = [np.mean([by_id[i] for i in plan.order[step * 4 : step * 4 + 4].tolist()]) for step in range(3)]
     np.testing.assert_allclose(weights.reshape(3, 4), np.repeat(means, 4).reshape(3, 4), rtol=1e-6)

@@ -28,7 +28,7 @@ def weighted_sum(selection: Selection, values: NDArray[np.float64]) -> float:
 
 @pytest.mark.parametrize("chunk_rows", [1 << 16, 7, 1])
 def test_every_sample_and_every_pair_is_equally_likely(chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(table, "CHUNK_NUMBERS", chunk_rows)
     num, kept = 15, 6
     masks_RN = kept_masks(np.ones(num, dtype=np.uint8), [kept / num])
     assert (masks_RN.sum(axis=1) == kept).all()
@@ -45,7 +45,7 @@ def test_every_sample_and_every_pair_is_equally_likely(chunk_rows: int, monkeypa
 
 @pytest.mark.parametrize("chunk_rows", [1 << 16, 5])
 def test_strata_are_drawn_apart_with_exact_counts(chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(table, "CHUNK_NUMBERS", chunk_rows)
     strata = np.random.default_rng(1).permutation(np.repeat(np.arange(4, dtype=np.uint8), [6, 10, 8, 5]))
     masks_RN = kept_masks(strata, [0.5, 0.25, 1.0], 1_000)
     for stratum, kept in enumerate([6, 5, 2, 5]):
@@ -117,7 +117,7 @@ def test_a_million_rows_in_half_a_second() -> None:
 def test_the_class_floor_is_exact_and_unbiased(
     class_floor: float, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table, "CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(table, "CHUNK_NUMBERS", chunk_rows)
     rng = np.random.default_rng(4)
     labels = np.repeat(np.arange(5, dtype=np.uint8), [30, 12, 7, 2, 1])
     strata = rng.integers(0, 3, size=labels.size).astype(np.uint8)

@@ -94,7 +94,14 @@ class ScoreSpec:
         """Return a fresh Selector."""
         labels = self.source.labels if self.labelled else None
         run = (len(self.source), self.num_epochs, self.seed)
-        return Selector(build_method(self.method), *run, labels, self.chosen, self.record, self.visits_collected)
+        return Selector(
+            build_method(self.method),
+            *run,
+            labels,
+            chosen=self.chosen,
+            record=self.record,
+            visits_collected=self.visits_collected,
+        )
 
 
 class ScoreActor:
@@ -178,7 +185,14 @@ class ScoreActor:
             return Plan.in_order(selection.num_samples, spec.batch_size, selection.scored_ids)
         groups, window_rows = spec.source.groups, block_rows(spec.row_bytes)
         return Plan.of_selection(
-            selection, spec.batch_size, spec.seed, epoch, spec.last_batch, groups, window_rows, spec.meta_every
+            selection,
+            spec.batch_size,
+            spec.seed,
+            epoch,
+            spec.last_batch,
+            groups=groups,
+            window_rows=window_rows,
+            meta_every=spec.meta_every,
         )
 
     def rank_rows(self, plan_pass: PlanPass, rank: int, start_step: int, stop_step: int) -> RankRows:
@@ -186,7 +200,7 @@ class ScoreActor:
         if plan_pass != self._pass:  # a restarted actor lays the same plan out again
             self.announce(plan_pass)
         assert self._plan is not None
-        return self._plan.share(rank, plan_pass.world_size, start_step, stop_step)
+        return self._plan.rank_rows(rank, plan_pass.world_size, start_step, stop_step)
 
     def blocks(self) -> tuple[str, list[PlanBlock]]:
         """Return the running pass's phase and its blocks for the stream; no blocks before the first pass."""
@@ -194,7 +208,7 @@ class ScoreActor:
             return "train", []
         running, plan = self._pass, self._plan
         cut = plan.blocks(running.world_size, self._spec.row_bytes, running.start_step, self._spec.task_rows)
-        rows = [plan.share(b.rank, running.world_size, b.start_step, b.stop_step)[:2] for b in cut]
+        rows = [plan.rank_rows(b.rank, running.world_size, b.start_step, b.stop_step)[:2] for b in cut]
         return running.phase, rows
 
     def observe(self, key: AttemptKey, push: Push) -> None:

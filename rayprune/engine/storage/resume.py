@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rayprune.config import Config, make_config
-from rayprune.config.yaml import read_yaml
+from rayprune.config.yaml import flatten, read_yaml
 from rayprune.engine.storage.checkpoint import copy_checkpoint, damage, newest_checkpoint, read_position
 from rayprune.engine.storage.run_folder import append_metrics, mend_metrics, read_metrics, write_environment
 from rayprune.errors import RunFolderError
@@ -174,18 +174,11 @@ def _adopt(folder: Path, origin: Path) -> None:
 def _check_same(config: Config, stored: Config, folder: Path) -> None:
     if config.digest() == stored.digest():
         return
-    new, old = (_flat(c.model_dump(mode="json", exclude=_FREE)) for c in (config, stored))
+    new, old = (flatten(c.model_dump(mode="json", exclude=_FREE)) for c in (config, stored))
     changed = [
         f"{key} {old.get(key)!r} → {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)
     ]
     raise RunFolderError(f"{folder} holds another run ({'; '.join(changed)}): choose another run.name")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _sound_position(folder: Path, config: Config, source: SampleSource) -> dict[str, Any] | None:

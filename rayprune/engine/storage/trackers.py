@@ -25,6 +25,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from rayprune.config import Config
+from rayprune.config.yaml import flatten
 from rayprune.engine.storage.run_folder import read_metrics, write_whole
 from rayprune.errors import RunFolderError
 
@@ -191,7 +192,7 @@ class _MLflow:
         experiment = self._client.get_experiment_by_name(name)
         where = experiment.experiment_id if experiment else self._client.create_experiment(name, artifacts)
         run = str(self._client.create_run(where, run_name=_shown(run_folder)).info.run_id)
-        flat = _flat(config.model_dump(mode="json"))
+        flat = flatten(config.model_dump(mode="json"))
         self._client.log_batch(run, params=[Param(key, str(value)[:_LONGEST_PARAM]) for key, value in flat.items()])
         return run
 
@@ -255,10 +256,3 @@ def _shown(run_folder: Path) -> str:
 def _without_password(uri: str) -> str:
     scheme, found, rest = uri.partition("://")
     return f"{scheme}{found}{rest.rpartition('@')[2]}"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

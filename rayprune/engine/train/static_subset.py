@@ -131,9 +131,9 @@ def score_samples(config: Config, source: SampleSource, folder: Path | None) -> 
         scoring = config.scoring()
         run = (len(source), max(scoring.train.epochs, last + 1), scoring.train.seed)
         record = recorded_signals(scoring, input_spec(scoring, source))
-        scored = Selector(scoring.build_method(), *run, labels, None, record)
+        scored = Selector(scoring.build_method(), *run, labels, record=record)
         scored.load_state_dict(load_selector_state(folder, last))
-        selector = Selector(method, *run, labels, None, record)
+        selector = Selector(method, *run, labels, record=record)
         selector.table.load_arrays(scored.table.to_arrays())
         lines = read_metrics(folder)
         seconds = {key: round(sum(line["seconds"][key] for line in lines), 6) for key in lines[-1]["seconds"]}

@@ -42,7 +42,7 @@ def assert_batches_are(batches: list[Batch], plan: Plan, world_size: int, rank: 
     """Every batch is this rank's slice of its global batch, columns included."""
     assert len(batches) == plan.num_steps - start_step
     for step, batch in enumerate(batches, start_step):
-        ids, weights, real = plan.share(rank, world_size, step, step + 1)
+        ids, weights, real = plan.rank_rows(rank, world_size, step, step + 1)
         assert np.array_equal(batch.ids, ids)
         assert np.array_equal(batch.weights, weights)
         assert np.array_equal(batch.real, real)
@@ -135,7 +135,7 @@ def test_blocks_hold_the_plan_and_there_are_none_before_the_first_pass() -> None
     assert phase == "train"
     plan = Plan.of_selection(Selection.full(301), 8, SEED, 0)
     for rank, (ids, weights) in enumerate(blocks):  # small enough for one block a rank
-        expected_ids, expected_weights, _ = plan.share(rank, 2, 2, plan.num_steps)
+        expected_ids, expected_weights, _ = plan.rank_rows(rank, 2, 2, plan.num_steps)
         assert np.array_equal(ids, expected_ids)
         assert np.array_equal(weights, expected_weights)
     assert len(blocks) == 2
