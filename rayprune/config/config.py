@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -33,16 +32,7 @@ from rayprune.errors import ConfigError
 from rayprune.methods import Method, build_method
 from rayprune.methods.registry import method_fields
 
-# Sections and keys that do not affect the result. Runs compare the data's fingerprint instead of its paths.
-_NOT_IN_DIGEST = {
-    "scaling": True,
-    "run": True,
-    "compare": True,
-    "sweep": True,
-    "data": {"path", "cache", "cache_dir", "buffer_bytes"},
-    "train": {"stop_after"},  # a later command with a higher one continues the run
-}
-# Keys that are left out of the digest at these values, so that adding such a key to a config does not rename its run.
+# Keys that are not part of the digest at these values, so that spelling out a default does not rename a run.
 _NEUTRAL: dict[str, dict[str, Any]] = {
     "train": {"record": (), "compile": False, "step": {"name": "plain"}},
     "data": {"hold_out": None},
@@ -108,20 +98,18 @@ class Config(Strict):
         Raises:
             ConfigError: a key of `collect` is wrong.
         """
-        tree = self.model_dump(mode="json", exclude={"collect", "compare", "sweep"})
-        changes = self.collect.changes
         if "stop_after" in self.collect.train:
             raise ConfigError("collect.train.stop_after is set by the method (its trajectory): leave it out")
-        for name, keys in changes.items():
-            section: Any = type(getattr(self, name))
-            if section.model_config.get("extra") == "forbid":
-                for key in keys:
-                    if key not in section.model_fields:
-                        hint = closest(key, section.model_fields)
-                        raise ConfigError(f"unknown key {f'collect.{name}.{key}'!r}: {hint}")
+        for name in ("train", "optim"):  # data and model pass unknown keys on
+            fields = type(getattr(self, name)).model_fields
+            for key in self.collect.changes[name]:
+                if key not in fields:
+                    raise ConfigError(f"unknown key {f'collect.{name}.{key}'!r}: {closest(key, fields)}")
+        method = self.build_method()
+        tree = self.model_dump(mode="json", exclude={"collect", "compare", "sweep"})
         tree["train"].pop("validate_every")
-        tree = merge(tree, changes)
-        epochs, needed = tree["train"]["epochs"], self.build_method().collect_epochs
+        tree = merge(tree, self.collect.changes)
+        epochs, needed = tree["train"]["epochs"], method.collect_epochs
         if epochs < needed:
             raise ConfigError(
                 f"method {self.method['name']!r} scores over {needed} epochs, and the run has {epochs}: set "
@@ -132,14 +120,15 @@ class Config(Strict):
         folder = str(Path(self.run.storage_path) / str(self.run.name))
         tree["run"] |= {"storage_path": folder, "name": "collect", "resume": "auto"}
         # Scores do not depend on the selection made from them, so that another ratio can reuse the scoring run.
-        method = self.build_method()
         defaults = method_fields(type(method))
         tree["method"] |= {name: defaults[name] for name in method.selection_fields}
         return make_config(tree)
 
     def digest(self) -> str:
         """Return 8 hexadecimal digits over the settings that affect the result; paths on this machine do not."""
-        excluded: Any = copy.deepcopy(_NOT_IN_DIGEST)
+        excluded: Any = dict.fromkeys(("scaling", "run", "compare", "sweep"), True)
+        # Runs compare the data's fingerprint instead of its paths, and a higher stop_after continues a run.
+        excluded |= {"data": {"path", "cache", "cache_dir", "buffer_bytes"}, "train": {"stop_after"}}
         for section, values in _NEUTRAL.items():
             excluded[section] |= {key for key, value in values.items() if getattr(getattr(self, section), key) == value}
         if not self.build_method().collect_epochs:

@@ -217,19 +217,12 @@ class RunSection(Section):
     address: str = Field(
         "auto", description="auto: the cluster of RAY_ADDRESS, else a local Ray; local: always a local Ray; HOST:PORT"
     )
-    name: str | None = Field(
-        None, description="folder name; default: the config file's name and a digest of its content"
-    )
-    resume: str = Field(
-        "auto",
-        description="auto: continue the folder's run; never: refuse a folder with a run; a path: start from that run",
-    )
+    name: str | None = Field(None, description="folder name; default: the config's name and a digest of its content")
+    resume: str = Field("auto", description="auto: continue; never: refuse a folder with a run; a path: start from it")
     checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints inside an epoch")
     checkpoint_minutes: float | None = Field(10.0, gt=0, description="minutes between checkpoints inside an epoch")
     max_failures: int = Field(3, ge=-1, description="restarts of the worker group; -1: no limit")
-    stall_seconds: float = Field(
-        120.0, gt=0, description="seconds of silence of a rank, the actor or the stream before a report"
-    )
+    stall_seconds: float = Field(120.0, gt=0, description="silence of a rank, the actor or the stream to report")
     keep_checkpoints: int = Field(2, ge=1)
     keep_selections: int = Field(10, ge=0)
     trackers: tuple[str, ...] = Field((), description="mlflow, wandb; TensorBoard is always written")

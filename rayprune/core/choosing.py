@@ -41,7 +41,7 @@ def choose(
     drop_top: float = 0.0,
     reweigh: bool = False,
 ) -> Selection:
-    """Choose exactly `count` samples by their scores.
+    """Choose exactly `count` samples by their scores; the Selection's `requested` is 1 − M/N.
 
     Args:
         scores: (N,) numbers without NaN.
@@ -54,16 +54,12 @@ def choose(
         num_strata: S, for "strata".
         drop_bottom, drop_top: shares of all N in [0, 1), rounded down, of the lowest and the highest scores, which are
             never kept, whatever their class.
-        reweigh: for "strata", weight = the stratum's size over the number drawn from it, so that weighted sums are
-            unbiased estimates of the sums over all samples not dropped first; otherwise all weights are 1.
-
-    Returns:
-        A Selection whose `requested` is 1 − M/N.
+        reweigh: for "strata", weigh by the stratum's size over the number drawn from it, so that weighted sums are
+            unbiased; otherwise all weights are 1.
 
     Raises:
         DataError: a NaN score, or scores that have no strata.
-        ConfigError: a setting out of range or unknown, missing labels or generator, or strata without a kept sample
-            under `reweigh`.
+        ConfigError: a setting out of range or unknown, missing labels or generator, or strata with no sample to weigh.
 
     >>> choose(np.array([0.3, 0.9, 0.1, 0.9]), 2).ids.tolist(), choose(np.array([5, 5, 5]), 2, "bottom").ids.tolist()
     ([1, 3], [0, 1])
@@ -263,13 +259,7 @@ def quotas(sizes: NDArray[np.integer[Any]], count: int, balance: Balance) -> NDA
 
 
 def draw_strata(
-    rows: Ids,
-    values: NDArray[Any],
-    count: int,
-    num_strata: int,
-    rng: np.random.Generator,
-    *,
-    reweigh: bool,
+    rows: Ids, values: NDArray[Any], count: int, num_strata: int, rng: np.random.Generator, *, reweigh: bool
 ) -> tuple[Ids, NDArray[np.float64]]:
     """Draw rows from every part of the range of their values.
 
@@ -279,7 +269,7 @@ def draw_strata(
         count: M, in [1, R].
         num_strata: S.
         rng: the generator of the draw.
-        reweigh: refuse strata that have samples of which none is drawn.
+        reweigh: refuse non-empty strata from which no sample is drawn.
 
     Returns:
         (M,) rows, and the size of each one's stratum over the number drawn from it, (M,) float64.

@@ -14,24 +14,29 @@ Shapes: K blocks.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from rayprune.core.references import closest
-from rayprune.core.validation import check_fields, check_keys, check_ratio, check_share, mismatch, short_repr
+from rayprune.core.validation import (
+    check_fields,
+    check_keys,
+    check_ratio,
+    check_share,
+    fields_to_yaml,
+    mismatch,
+    short_repr,
+)
 from rayprune.errors import ConfigError
 
-SCHEDULES: dict[str, type[Schedule]] = {}
 Family = Literal["power", "polynomial", "linear", "constant", "step"]
 
 _BELOW_ONE = math.nextafter(1.0, 0.0)  # for a ratio just below 1 that rounds to 1
 _MAX_EXPONENT = 64.0
-_S = TypeVar("_S", bound="type[Schedule]")
 
 
 @dataclass(frozen=True)
@@ -84,24 +89,14 @@ class Schedule:
 
     def to_config(self) -> float | dict[str, Any]:
         """Return the schedule in plain YAML types, as `of` takes it."""
-        fields = dataclasses.asdict(self)
-        return {"schedule": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
+        return {"schedule": self.name, **fields_to_yaml(self)}
 
 
-def _register(name: str) -> Callable[[_S], _S]:
-    def add(cls: _S) -> _S:
-        cls.name = name
-        SCHEDULES[name] = cls
-        return cls
-
-    return add
-
-
-@_register("constant")
 @dataclass(frozen=True)
 class Constant(Schedule):
     """The same ratio in every epoch."""
 
+    name = "constant"
     value: float = 0.5
 
     def __post_init__(self) -> None:
@@ -131,7 +126,6 @@ def _progress(epoch: int, num_epochs: int) -> float:
     return epoch / (num_epochs - 1) if num_epochs > 1 else 1.0
 
 
-@_register("linear")
 @dataclass(frozen=True)
 class Linear(_Ramp):
     """A line from `start` in the first epoch to `end` in the last.
@@ -140,11 +134,12 @@ class Linear(_Ramp):
     [0.0, 0.1, 0.2, 0.3, 0.4]
     """
 
+    name = "linear"
+
     def ratio(self, epoch: int, num_epochs: int) -> float:
         return self.start + (self.end - self.start) * _progress(epoch, num_epochs)
 
 
-@_register("cosine")
 @dataclass(frozen=True)
 class Cosine(_Ramp):
     """Half a cosine wave from `start` to `end`.
@@ -153,11 +148,12 @@ class Cosine(_Ramp):
     [0.0, 0.059, 0.2, 0.341, 0.4]
     """
 
+    name = "cosine"
+
     def ratio(self, epoch: int, num_epochs: int) -> float:
         return self.start + (self.end - self.start) * (1 - math.cos(math.pi * _progress(epoch, num_epochs))) / 2
 
 
-@_register("polynomial")
 @dataclass(frozen=True)
 class Polynomial(_Ramp):
     """Keep γ_f + (γ_0 − γ_f)(1 − x)^p with γ = 1 − r; for p > 1 the keep ratio falls fastest at the start.
@@ -166,6 +162,7 @@ class Polynomial(_Ramp):
     [0.0, 0.175, 0.3, 0.375, 0.4]
     """
 
+    name = "polynomial"
     power: float = 2.0
 
     def __post_init__(self) -> None:
@@ -178,7 +175,6 @@ class Polynomial(_Ramp):
         return self.end + (self.start - self.end) * remaining
 
 
-@_register("power")
 @dataclass(frozen=True)
 class Power(Schedule):
     """Keep γ_k = k^(−ρ) in block k = 1..K of equal length, with ρ such that the mean of γ is the budget.
@@ -188,6 +184,7 @@ class Power(Schedule):
     (0.2514, 0.84008, 0.4709)
     """
 
+    name = "power"
     budget: float = 0.6
     blocks: int = 20
 
@@ -216,7 +213,6 @@ class Power(Schedule):
         return float(1.0 - block**-self.exponent)
 
 
-@_register("step")
 @dataclass(frozen=True)
 class Step(Schedule):
     """Switch to `ratios[i]` at the share `milestones[i]` of the run; `start` before the first milestone.
@@ -225,6 +221,7 @@ class Step(Schedule):
     [0.0, 0.0, 0.3, 0.6]
     """
 
+    name = "step"
     milestones: tuple[float, ...] = (0.5,)
     ratios: tuple[float, ...] = (0.5,)
     start: float = 0.0
@@ -243,7 +240,6 @@ class Step(Schedule):
         return (self.start, *self.ratios)[num_reached]
 
 
-@_register("annealed")
 @dataclass(frozen=True)
 class AnnealedToFull(Schedule):
     """Follow another schedule, then train on all samples from epoch floor(δE) on (InfoBatch's annealing).
@@ -252,6 +248,7 @@ class AnnealedToFull(Schedule):
     [0.5, 0.5, 0.0, 0.0, 0.0]
     """
 
+    name = "annealed"
     of_ratio: Any = 0.5
     until: float = 0.875
 
@@ -264,8 +261,10 @@ class AnnealedToFull(Schedule):
         full = epoch >= epoch_at(self.until, num_epochs)
         return 0.0 if full else float(self.of_ratio(epoch, num_epochs))
 
-    def to_config(self) -> dict[str, Any]:
-        return {"schedule": self.name, "of_ratio": self.of_ratio.to_config(), "until": self.until}
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    schedule.name: schedule for schedule in (Constant, Linear, Cosine, Polynomial, Power, Step, AnnealedToFull)
+}
 
 
 def epoch_at(share: float, num_epochs: int) -> int:

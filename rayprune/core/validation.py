@@ -76,6 +76,17 @@ def plain(value: Any) -> Any:
     return value
 
 
+def fields_to_yaml(instance: Any) -> dict[str, Any]:
+    """Return a dataclass's fields in plain YAML types: tuples as lists, schedules and methods as their configs."""
+    return {field.name: _to_yaml(getattr(instance, field.name)) for field in dataclasses.fields(instance)}
+
+
+def _to_yaml(value: Any) -> Any:
+    if hasattr(value, "to_config"):
+        return value.to_config()
+    return [_to_yaml(item) for item in value] if isinstance(value, tuple) else value
+
+
 def short_repr(value: Any) -> str:
     """Return a value for a message: on one line, long values shortened.
 

@@ -15,7 +15,6 @@ Shapes: N samples, B observed.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from rayprune.core.schedule import Schedule
 from rayprune.core.selection import Selection
 from rayprune.core.selector import EpochContext
 from rayprune.core.table import Ids, ScoreTable, Signals
-from rayprune.core.validation import check_fields, check_share
+from rayprune.core.validation import check_fields, check_share, fields_to_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -120,13 +119,7 @@ class Method:
 
     def to_config(self) -> dict[str, Any]:
         """Return `name` and the hyperparameters in plain YAML types, as `build_method` takes them."""
-        return {"name": self.name, **{f.name: _to_yaml(getattr(self, f.name)) for f in dataclasses.fields(self)}}
-
-
-def _to_yaml(value: Any) -> Any:
-    if isinstance(value, Schedule | Method):
-        return value.to_config()
-    return [_to_yaml(item) for item in value] if isinstance(value, tuple) else value
+        return {"name": self.name, **fields_to_yaml(self)}
 
 
 @cache

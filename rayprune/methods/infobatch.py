@@ -131,14 +131,8 @@ class InfoBatch(Method):
         candidates = int(np.count_nonzero(strata))
         ratio = max(0.0, (target - saved) / (end - context.epoch)) / max(candidates, 1)
         if ratio > self.max_prune_ratio:
-            logger.warning(
-                "epoch %d: target_saving %g needs prune ratio %.2f of %d candidates; max_prune_ratio %g is used",
-                context.epoch,
-                self.target_saving,
-                ratio,
-                candidates,
-                self.max_prune_ratio,
-            )
+            need = f"target_saving {self.target_saving:g} needs prune ratio {ratio:.2f} of {candidates} candidates"
+            logger.warning("epoch %d: %s; max_prune_ratio %g is used", context.epoch, need, self.max_prune_ratio)
         return min(ratio, self.max_prune_ratio)
 
     def _check_reachable(self, target: float, end: int, num_epochs: int) -> None:
