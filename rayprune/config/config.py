@@ -32,7 +32,7 @@ from rayprune.errors import ConfigError
 from rayprune.methods import Method, build_method
 from rayprune.methods.registry import method_fields
 
-# Keys that are not part of the digest at these values, so that spelling out a default does not rename a run.
+# Keys left out of the digest at these default values, so that adding the key did not rename the runs of a config.
 _NEUTRAL: dict[str, dict[str, Any]] = {
     "train": {"record": (), "compile": False, "step": {"name": "plain"}},
     "data": {"hold_out": None},

@@ -23,7 +23,8 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         duplicates = [key for key in keys if keys.count(key) > 1]
         if duplicates:
-            raise yaml.YAMLError(f"key {duplicates[0]!r} appears twice, from line {node.start_mark.line + 1} on")
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"key {duplicates[0]!r} appears twice in the mapping that starts in line {line}")
         return super().construct_mapping(node, deep=deep)
 
 
@@ -42,7 +43,7 @@ def read_yaml(text: str) -> Any:
     """
     try:
         return _Loader(text).get_single_data()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no such date, too many digits
         raise ConfigError(one_line(error)) from None
 
 

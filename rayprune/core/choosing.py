@@ -184,7 +184,7 @@ def num_pruned(prune_ratio: float, num_samples: int) -> int:
     >>> num_pruned(0.5, 5), num_pruned(0.29, 100)
     (2, 29)
     """
-    # The product of two rounded numbers has a relative error of about 2e-16, which is above 1e-9 from N = 10^8 on.
+    # The product of two rounded numbers has a relative error of about 2e-16: an absolute one above 1e-9 from N = 10^8.
     return int(np.floor(prune_ratio * num_samples * (1 + 1e-15) + 1e-9))
 
 
@@ -226,8 +226,8 @@ def quotas(sizes: NDArray[np.integer[Any]], count: int, balance: Balance) -> NDA
         sizes: (C,) integers, the number of samples of each class.
         count: the number to keep in total, in [0, sum of sizes].
         balance: "proportional" keeps the same share of every class, rounded down; the largest remainders get one more,
-            lower classes first. "even" keeps the same number of every class; the rest of a class that is too small
-            goes evenly to the classes with room, and the last few to the lower of these.
+            lower classes first. "even" keeps the same number of every class; classes with room make up evenly for
+            classes that are too small, lower classes first.
 
     Returns:
         (C,) int64, at most the sizes, with sum `count`.

@@ -18,7 +18,7 @@ def test_numbers_are_read_in_all_common_notations() -> None:
     }
 
 
-@pytest.mark.parametrize("word", ["train.epochs", "=3", "train..epochs=3", "a=[1"])
+@pytest.mark.parametrize("word", ["train.epochs", "=3", "train..epochs=3", "a=[1", "a=2024-13-45"])
 def test_an_invalid_override_is_refused(word: str) -> None:
     with pytest.raises(ValueError, match=r"^override "):
         parse_overrides([word])
