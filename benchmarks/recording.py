@@ -49,7 +49,7 @@ def figures() -> Iterator[Figure]:
         start = time.perf_counter()
         signals = step(images, targets, weights)
         step_s = time.perf_counter() - start
-        ids, _, real = plan.share(0, 1, number, number + 1)
+        ids, _, real = plan.rank_rows(0, 1, number, number + 1)
         # A push comes every PUSH_ROWS rows; its cost is spread over the steps in between, as in training.
         start = time.perf_counter()
         recorder.record(ids, real, signals)
@@ -75,7 +75,7 @@ def _push_share(plan: Plan) -> float:
         full = Recorder(_client(), 0, ("loss",))
         full.start_epoch(AttemptKey(1, 0))
         for number in range(plan.num_steps):
-            ids, _, real = plan.share(0, 1, number, number + 1)
+            ids, _, real = plan.rank_rows(0, 1, number, number + 1)
             full.record(ids, real, {"loss": torch.zeros(BATCH)})
         start = time.perf_counter()
         full.push()

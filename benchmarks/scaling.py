@@ -98,7 +98,9 @@ def _driver_seconds() -> tuple[list[float], list[float], list[float]]:
         plans.append((time.perf_counter() - started) / PLAN_SAMPLES)
         selects.append(seconds(lambda epoch=epoch: selector.begin_epoch(epoch)) / PLAN_SAMPLES)
         steps = min(plan.num_steps, 64)
-        cut = seconds(lambda plan=plan, steps=steps: [plan.share(r, PAPER_GPUS, 0, steps) for r in range(PAPER_GPUS)])
+        cut = seconds(
+            lambda plan=plan, steps=steps: [plan.rank_rows(r, PAPER_GPUS, 0, steps) for r in range(PAPER_GPUS)]
+        )
         shares.append(cut / (steps * PAPER_BATCH))
     return plans, selects, shares
 

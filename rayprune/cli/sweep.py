@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from rayprune.config.experiments import shown_value
+from rayprune.config.experiments import format_value
 from rayprune.errors import ConfigError
 from rayprune.report.read import count_of
 from rayprune.report.tables import by_accuracy, sweep_cells
@@ -34,10 +34,10 @@ def sweep(debug: bool, words: tuple[str, ...], debug_here: bool) -> None:
     paths = [word for word in words if "=" not in word]
     if len(paths) != 1:
         raise ConfigError("name one config: rayprune sweep configs/digits_sweep.yaml")
-    from rayprune.config import load_tree
+    from rayprune.config import read_config
     from rayprune.experiments.sweep.space import check_space, sweep_folder_of
 
-    base = load_tree(paths[0], [word for word in words if "=" in word])
+    base = read_config(paths[0], [word for word in words if "=" in word])
     check_space(base)  # before Ray and torch are loaded
     from rayprune.experiments.sweep.runner import SweepListeners
     from rayprune.experiments.sweep.runner import sweep as run
@@ -114,7 +114,7 @@ class SweepDisplay:
             self._rows[row["trial"]] = dict(row)
             self._live.update(self._table())
             return
-        values = " ".join(f"{key}={shown_value(row[key])}" for key in self._keys)
+        values = " ".join(f"{key}={format_value(row[key])}" for key in self._keys)
         figures = f": {row['error']}"
         if row["status"] != "failed":
             figures = (
@@ -133,7 +133,7 @@ class SweepDisplay:
             table.add_column(column)
         order = sorted(self._rows.values(), key=lambda row: row["status"] != "running")
         for row in order[:_MOST_SHOWN]:
-            swept = (shown_value(row[key]) for key in self._keys)
+            swept = (format_value(row[key]) for key in self._keys)
             figures = (str(row["epochs"] or "–"), _share(row.get("val_accuracy")), _share(row.get("compute_share")))
             table.add_row(row["trial"], *swept, row["status"], *figures)
         return table

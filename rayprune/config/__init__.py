@@ -1,5 +1,5 @@
-"""Configuration: strict YAML sections, dotted overrides, one line for every mistake."""
+"""The configuration of runs: strict YAML sections, dotted overrides, one line for every mistake."""
 
-from rayprune.config.config import Config, load_config, load_tree, make_config
+from rayprune.config.config import Config, load_config, make_config, read_config
 
-__all__ = ["Config", "load_config", "load_tree", "make_config"]
+__all__ = ["Config", "load_config", "make_config", "read_config"]

@@ -1,4 +1,4 @@
-"""The sections of a config: which keys there are, of which type and range.
+"""The sections of a config: keys, types and ranges.
 
 Keys of a data source or a model pass through to it; every other unknown key is refused.
 """
@@ -15,21 +15,28 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_val
 
 from rayprune.core.references import absolute_reference, closest
 from rayprune.core.step_options import step_config
-from rayprune.core.validation import check_keys, wrong_type
+from rayprune.core.validation import check_keys, mismatch
 from rayprune.errors import ConfigError
 
 Auto = Literal["auto"]
 TRACKERS = ("mlflow", "wandb")
 Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
 Reference = Annotated[str, AfterValidator(absolute_reference)]
 
 
-def absolute_method(named: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a method's config with the files that it names made absolute: actors run in other folders."""
-    absolute = {**named, "name": absolute_reference(named["name"])}
-    if isinstance(path := named.get("path"), str) and path and "://" not in path:
+def _check_auto_count(value: Any) -> Any:
+    if value != "auto" and value < 1:
+        raise ConfigError("must be at least 1, or auto")
+    return value
+
+
+AutoCount = Annotated[Auto | int, AfterValidator(_check_auto_count)]
+
+
+def absolute_method(method: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a method's config with absolute paths, as actors run in other folders."""
+    absolute = {**method, "name": absolute_reference(method["name"])}
+    if isinstance(path := method.get("path"), str) and path and "://" not in path:
         absolute["path"] = str(Path(path).expanduser().absolute())
     return absolute
 
@@ -43,9 +50,9 @@ class Section(Strict):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _of_its_type(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic takes true and "1" for numbers, and names a union's members one by one.
-        if problem := wrong_type(value, cls.model_fields[str(info.field_name)].annotation):
+    def _check_type(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic accepts true and "1" as numbers, and reports each member of a union in its own message.
+        if problem := mismatch(value, cls.model_fields[str(info.field_name)].annotation):
             raise ConfigError(problem)
         return value
 
@@ -57,24 +64,26 @@ class _Augmentation:
 
 
 class DataSection(Section, extra="allow"):
-    """Where the samples come from; keys other than these belong to the source."""
+    """The data source; other keys belong to the source."""
 
     source: Reference = Field("digits", description="a named data set, or module:function")
     limit: int | None = Field(None, ge=1, description="train on the first n samples only")
     hold_out: float | None = Field(
-        None, gt=0, lt=1, description="share of the training samples that validates in place of the validation part"
+        None, gt=0, lt=1, description="share of the training samples to validate on, instead of the validation part"
     )
-    cache: Literal["auto", "memory", "disk", "none"] = Field("auto", description="where decoded samples are kept")
-    augment: Auto | dict[str, Any] = Field("auto", description="crop (pixels), flip; auto: the data set's usual")
+    cache: Literal["auto", "memory", "disk", "none"] = Field("auto", description="where to keep decoded samples")
+    augment: Auto | dict[str, Any] = Field(
+        "auto", description="crop (pixels), flip; auto: the usual one of the data set"
+    )
 
     @model_validator(mode="before")
     @classmethod
-    def _references(cls, values: Any) -> Any:
+    def _absolute_paths(cls, values: Any) -> Any:
         return {k: absolute_reference(v) for k, v in values.items()} if isinstance(values, Mapping) else values
 
     @field_validator("augment")
     @classmethod
-    def _known_augmentation(cls, value: Any) -> Any:
+    def _check_augmentation(cls, value: Any) -> Any:
         if value != "auto":
             check_keys(_Augmentation, value, "data.augment", "the augmentation")
             if value.get("crop", 0) < 0:
@@ -88,38 +97,38 @@ class DataSection(Section, extra="allow"):
 
 
 class ModelSection(Section, extra="allow"):
-    """Which network; keys other than the name are its options."""
+    """The network; other keys are its options."""
 
     name: Reference = "resnet8"
 
     @property
     def options(self) -> dict[str, Any]:
-        """Return the model's own options."""
+        """The keys that belong to the model."""
         return dict(self.model_extra or {})
 
 
 class TrainSection(Section):
-    """How long, in which batches, at which precision."""
+    """Length, batches and precision of training."""
 
     epochs: int = Field(20, ge=1)
     batch_size: int = Field(128, ge=1, description="global batch: all workers together, accumulation included")
     seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     last_batch: Literal["pad", "drop"] = "pad"
-    accumulate: int = Field(1, ge=1, description="micro-batches a worker splits its share of a batch into")
-    clip_norm: float | None = Field(None, gt=0, description="largest gradient norm")
+    accumulate: int = Field(1, ge=1, description="micro-batches per batch of a worker")
+    clip_norm: float | None = Field(None, gt=0, description="maximum gradient norm")
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     channels_last: Auto | bool = "auto"
-    compile: bool = Field(False, description="torch.compile the network; the first epoch pays for it")
+    compile: bool = Field(False, description="torch.compile the network, which slows the first epoch")
     validate_every: int = Field(1, ge=1, description="epochs between validations; the last epoch always validates")
     step: str | dict[str, Any] = Field("plain", description="plain | exits | l2w, or {name: …} with its options")
-    stop_after: int | None = Field(None, ge=1, description="end after so many epochs of the schedule of all epochs")
-    record: tuple[str, ...] = Field((), description="signals whose mean over the visits is written to scores.parquet")
-    max_nonfinite: int = Field(100, ge=0, description="NaN or infinite losses in the run before training stops")
+    stop_after: int | None = Field(None, ge=1, description="stop after so many epochs; schedules still span all epochs")
+    record: tuple[str, ...] = Field((), description="signals whose mean over the visits goes to scores.parquet")
+    max_nonfinite: int = Field(100, ge=0, description="NaN or infinite losses in a run before training stops")
 
     @field_validator("step")
     @classmethod
-    def _known_step(cls, value: str | dict[str, Any]) -> dict[str, Any]:
+    def _resolve_step(cls, value: str | dict[str, Any]) -> dict[str, Any]:
         return step_config(value)
 
     @property
@@ -129,17 +138,17 @@ class TrainSection(Section):
 
     @property
     def step_options(self) -> dict[str, Any]:
-        """All its options."""
+        """All options of the train step."""
         return {key: value for key, value in step_config(self.step).items() if key != "name"}
 
     @property
     def meta_interval(self) -> int:
-        """From how many batches to how many weights are learned, from the first of each epoch on; 0 for never."""
+        """Batches between updates of learned sample weights, from the first batch of each epoch on; 0 for none."""
         return int(self.step_options.get("meta_interval", 0))
 
 
 class OptimSection(Section):
-    """Optimiser and learning-rate schedule, indexed by the fraction of training done."""
+    """Optimizer and learning-rate schedule; the schedule depends on the fraction of training done."""
 
     name: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(0.1, gt=0, description="peak learning rate")
@@ -154,13 +163,13 @@ class OptimSection(Section):
 
     @field_validator("milestones")
     @classmethod
-    def _ascending(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+    def _check_ascending(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if not all(a < b for a, b in pairwise((0, *value, 1))):
             raise ConfigError("must ascend between 0 and 1: shares of the run, such as [0.5, 0.75]")
         return value
 
     @model_validator(mode="after")
-    def _go_together(self) -> OptimSection:
+    def _check_combination(self) -> OptimSection:
         if self.name == "sgd" and self.nesterov and self.momentum == 0:
             raise ConfigError("optim.nesterov = True needs momentum: set optim.momentum=0.9, or optim.nesterov=false")
         if self.schedule == "onecycle" and self.warmup > 0:
@@ -169,10 +178,10 @@ class OptimSection(Section):
 
 
 class ScalingSection(Section):
-    """How many workers, on what, fed how."""
+    """Number of workers, their resources and their data stream."""
 
     num_workers: int | tuple[int, int] = Field(
-        1, description="0 trains in this process, without a Ray cluster; [min, max] takes what the cluster has"
+        1, description="0 trains in this process, without a Ray cluster; [min, max] uses what the cluster has"
     )
     use_gpu: Auto | bool = "auto"
     cpus_per_worker: Auto | float = "auto"
@@ -183,68 +192,68 @@ class ScalingSection(Section):
 
     @property
     def worker_range(self) -> tuple[int, int]:
-        """The fewest and the most workers."""
+        """The minimum and the maximum number of workers."""
         return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
 
     @field_validator("num_workers")
     @classmethod
-    def _ascending(cls, value: Any) -> Any:
+    def _check_range(cls, value: Any) -> Any:
         if not (1 <= value[0] <= value[1] if isinstance(value, tuple) else value >= 0):
             raise ConfigError("must be at least 0, or [min, max] with 1 ≤ min ≤ max")
         return value
 
     @field_validator("cpus_per_worker", "threads")
     @classmethod
-    def _positive(cls, value: Any) -> Any:
+    def _check_positive(cls, value: Any) -> Any:
         if value != "auto" and not value > 0:
             raise ConfigError("must be above 0, or auto")
         return value
 
 
 class RunSection(Section):
-    """Where the run's folder lies and how it comes back after a failure."""
+    """The run's folder, and recovery from failures."""
 
-    storage_path: str = Field("runs", description="folder of run folders; with machines, one that all of them see")
+    storage_path: str = Field("runs", description="folder of run folders; on a cluster, one that all machines share")
     address: str = Field(
-        "auto", description="auto: the cluster of RAY_ADDRESS, else a Ray of this machine; local; HOST:PORT of a head"
+        "auto", description="auto: the cluster of RAY_ADDRESS, else a local Ray; local: always a local Ray; HOST:PORT"
     )
     name: str | None = Field(None, description="folder name; default: the config's name and a digest of its content")
-    resume: str = Field("auto", description="auto goes on, never refuses a folder in use, a path starts from there")
-    checkpoint_steps: int | None = Field(None, ge=1, description="save inside an epoch every so many steps")
-    checkpoint_minutes: float | None = Field(10.0, gt=0, description="save inside an epoch every so many minutes")
+    resume: str = Field("auto", description="auto: continue; never: refuse a folder with a run; a path: start from it")
+    checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints inside an epoch")
+    checkpoint_minutes: float | None = Field(10.0, gt=0, description="minutes between checkpoints inside an epoch")
     max_failures: int = Field(3, ge=-1, description="restarts of the worker group; -1: no limit")
     stall_seconds: float = Field(120.0, gt=0, description="silence of a rank, the actor or the stream to report")
     keep_checkpoints: int = Field(2, ge=1)
     keep_selections: int = Field(10, ge=0)
-    trackers: tuple[str, ...] = Field((), description="mlflow, wandb: beside TensorBoard, which is always written")
+    trackers: tuple[str, ...] = Field((), description="mlflow, wandb; TensorBoard is always written")
 
     def storage_folder(self) -> Path:
         """Return the folder of run folders, absolute.
 
         Raises:
-            ValueError: it is one that Ray deletes.
+            ConfigError: Ray deletes this folder.
         """
         folder = Path(self.storage_path).expanduser().resolve()
         if "working_dir_files" in folder.parts:
             raise ConfigError(
                 f"run.storage_path = {self.storage_path!r} lies in the working directory of a Ray job, which Ray "
-                "deletes: name an absolute path that all machines see, such as run.storage_path=/mnt/runs"
+                "deletes: use an absolute path that all machines share, such as run.storage_path=/mnt/runs"
             )
         return folder
 
     @field_validator("storage_path")
     @classmethod
-    def _mounted(cls, value: str) -> str:
+    def _check_mounted(cls, value: str) -> str:
         if "://" in value:
             raise ConfigError(
                 f"run.storage_path = {value!r}: must be a folder: mount the storage on every machine (NFS, or an "
-                "object store by s3fs, gcsfuse, rclone mount) and name the mount, such as run.storage_path=/mnt/runs"
+                "object store by s3fs, gcsfuse, rclone mount) and use the mount, such as run.storage_path=/mnt/runs"
             )
         return value
 
     @field_validator("trackers")
     @classmethod
-    def _known_trackers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_trackers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
             if name not in TRACKERS:
                 raise ConfigError(f"there is no tracker {name!r}: {closest(name, TRACKERS)}")
@@ -252,17 +261,17 @@ class RunSection(Section):
 
     @field_validator("name")
     @classmethod
-    def _plain_name(cls, value: str | None) -> str | None:
+    def _check_name(cls, value: str | None) -> str | None:
         if value is not None and (not value or value in {".", ".."} or "/" in value or "\\" in value):
-            raise ConfigError("must be a folder name without slashes: set run.storage_path for the place")
+            raise ConfigError("must be a folder name without slashes: set run.storage_path for its parent folder")
         return value
 
 
 class CollectSection(Section):
-    """How a method that chooses one subset (static) gets its scores, before a network is trained on the subset."""
+    """How a static method, which chooses one subset, gets its scores before a network trains on the subset."""
 
-    fresh: bool = Field(True, description="train a new network on the subset; false goes on with the one that scored")
-    trajectories: str | None = Field(None, description="folder of logged E_Output.npy, E_Index.npy to score instead")
+    fresh: bool = Field(True, description="train a new network on the subset; false continues the one that scored")
+    trajectories: str | None = Field(None, description="score logged E_Output.npy, E_Index.npy in this folder instead")
     data: dict[str, Any] = Field(default_factory=dict, description="keys of data that differ while scoring")
     model: dict[str, Any] = Field(default_factory=dict, description="keys of model that differ while scoring")
     train: dict[str, Any] = Field(default_factory=dict, description="keys of train that differ while scoring")
@@ -274,19 +283,17 @@ class CollectSection(Section):
         return {name: getattr(self, name) for name in ("data", "model", "train", "optim")}
 
     @model_validator(mode="after")
-    def _one_way(self) -> CollectSection:
+    def _check_combination(self) -> CollectSection:
         changed = [f"collect.{name}.{key}" for name, keys in self.changes.items() for key in keys]
         if self.trajectories is not None:
             changed = ["collect.trajectories", *changed]
         if not self.fresh and changed:
-            raise ConfigError(f"collect.fresh = False: there is no scoring run, leave out {', '.join(changed)}")
+            raise ConfigError(f"collect.fresh = False makes no scoring run: leave out {', '.join(changed)}")
         if self.trajectories is not None and len(changed) > 1:
-            raise ConfigError(
-                f"collect.trajectories takes the place of the scoring run: leave out {', '.join(changed[1:])}"
-            )
+            raise ConfigError(f"collect.trajectories replaces the scoring run: leave out {', '.join(changed[1:])}")
         return self
 
     @field_validator("trajectories")
     @classmethod
-    def _absolute(cls, value: str | None) -> str | None:
+    def _absolute_path(cls, value: str | None) -> str | None:
         return None if value is None else str(Path(value).expanduser().absolute())

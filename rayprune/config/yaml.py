@@ -1,24 +1,30 @@
-"""Strict YAML, and the `key.sub=value` words that are laid over a config."""
+"""Strict YAML, `key.sub=value` overrides, and operations on the nested mappings that they give."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import yaml
 
-from rayprune.errors import ConfigError
+from rayprune.errors import ConfigError, one_line
+
+_FLOAT = re.compile(r"^[-+]?((\d[\d_]*)(\.\d*)?([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
+# Section → the key that names a method, model, source or train step with keys of its own.
+_NAME_KEYS = {"method": "name", "model": "name", "data": "source", "step": "name"}
+_KEYS_OF_ALL_SOURCES = {"limit", "augment", "hold_out", "cache"}
 
 
 class _Loader(yaml.SafeLoader):
-    """Read YAML with 5e-4 as a number, as in YAML 1.2, and refuse a key that stands twice."""
+    """Read YAML with 5e-4 as a number, as in YAML 1.2, and refuse duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise yaml.YAMLError(f"key {twice[0]!r} stands twice in line {node.start_mark.line + 1} and after")
+        duplicates = [key for key in keys if keys.count(key) > 1]
+        if duplicates:
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"key {duplicates[0]!r} appears twice in the mapping that starts in line {line}")
         return super().construct_mapping(node, deep=deep)
 
 
@@ -26,7 +32,6 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, regex) for tag, regex in resolvers if tag != "tag:yaml.org,2002:float"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_FLOAT = re.compile(r"^[-+]?((\d[\d_]*)(\.\d*)?([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
@@ -34,19 +39,19 @@ def read_yaml(text: str) -> Any:
     """Parse one YAML document of plain types.
 
     Raises:
-        ConfigError: what is wrong with it, in one line.
+        ConfigError: it is not valid YAML; the message is one line.
     """
     try:
         return _Loader(text).get_single_data()
-    except yaml.YAMLError as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no such date, too many digits
+        raise ConfigError(one_line(error)) from None
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """Turn `key.sub=value` words into a nested mapping; values are YAML.
+    """Parse `key.sub=value` words into a nested mapping; values are YAML.
 
     Raises:
-        ConfigError: a word without '=' or with an empty key, or a key that is given twice.
+        ConfigError: a word without '=' or with an empty key, or a key that appears twice.
 
     >>> parse_overrides(["train.epochs=3", "optim.lr=5e-2"])
     {'train': {'epochs': 3}, 'optim': {'lr': 0.05}}
@@ -59,7 +64,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             raise ConfigError(f"override {word!r} is not of the form key.sub=value")
         try:
             value = read_yaml(text)
-        except ValueError as error:
+        except ConfigError as error:
             raise ConfigError(f"override {word!r}: {error}") from None
         branch = tree
         for part in parts[:-1]:
@@ -73,17 +78,38 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """Return base with top laid over it, section by section; a new `method.name` drops the old method's keys."""
+    """Return base with top's keys laid over it, section by section.
+
+    Another method, model, source or train step drops the keys of the old one.
+    """
     merged = dict(base)
     for key, value in top.items():
         old = merged.get(key)
         if isinstance(value, Mapping) and isinstance(old, Mapping):
-            # Another method, model, source or train step has keys of its own: the old one's would only be refused.
-            switch = {"method": "name", "model": "name", "data": "source", "step": "name"}.get(key)
-            renamed = switch in value and old.get(switch) != value[switch]
-            shared = {"limit", "augment", "hold_out", "cache"} if key == "data" else set()
-            kept = {k: v for k, v in old.items() if not renamed or k in shared}
-            merged[key] = merge(kept, value)
-        else:
-            merged[key] = value
+            name = _NAME_KEYS.get(key)
+            if name in value and old.get(name) != value[name]:
+                old = {k: v for k, v in old.items() if key == "data" and k in _KEYS_OF_ALL_SOURCES}
+            value = merge(old, value)
+        merged[key] = value
     return merged
+
+
+def flatten(
+    tree: Mapping[str, Any], is_section: Callable[[str, Any], bool] = lambda key, value: isinstance(value, Mapping)
+) -> dict[str, Any]:
+    """Return dotted key → value of a nested mapping.
+
+    Args:
+        tree: the mapping.
+        is_section: whether to descend into the value at a dotted key; by default, into every mapping.
+
+    >>> flatten({"train": {"epochs": 3}, "seeds": [0, 1]})
+    {'train.epochs': 3, 'seeds': [0, 1]}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if is_section(key, value):
+            flat |= flatten({f"{key}.{name}": inner for name, inner in value.items()}, is_section)
+        else:
+            flat[key] = value
+    return flat

@@ -1,4 +1,4 @@
-"""The selection core: pure NumPy, no Ray, no torch, no I/O."""
+"""The selection core: NumPy only, without Ray, torch or I/O."""
 
 from rayprune.core.plan import Plan
 from rayprune.core.schedule import Schedule

@@ -1,4 +1,4 @@
-"""Find an object of the user's by a `module:name` or `path/to/file.py:name` reference."""
+"""Load a user's object by a `module:name` or `path/to/file.py:name` reference."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 
 from rayprune.errors import ConfigError
 
-# Names of modules that were loaded from a file; other processes can't import them by name.
+# Prefix of modules loaded from a file; other processes cannot import them by name.
 USER_MODULE_PREFIX = "rayprune_user_"
 
 
 def closest(name: str, valid: Iterable[str]) -> str:
-    """Say which names are valid and which one is nearest, for the end of an error line.
+    """Return a hint for the end of an error message: the closest match and all valid names.
 
     >>> closest("infobach", ["full", "infobatch"])
     "did you mean 'infobatch'? (valid: full, infobatch)"
@@ -30,7 +30,7 @@ def closest(name: str, valid: Iterable[str]) -> str:
 
 
 def is_reference(name: str) -> bool:
-    """Tell a `module:name` reference from a registered name.
+    """Return whether a name is a `module:name` reference rather than a registered name.
 
     >>> is_reference("my_package.losses:Mine"), is_reference("infobatch")
     (True, False)
@@ -39,24 +39,23 @@ def is_reference(name: str) -> bool:
 
 
 def load_object(reference: str) -> Any:
-    """Import what `module:name` or `path/to/file.py:name` refers to.
+    """Import the object that `module:name` or `path/to/file.py:name` refers to.
 
     Args:
-        reference: a dotted module, or a path to a Python file, then a colon and the attribute's name.
+        reference: a dotted module or the path of a Python file, a colon, and the attribute's name.
 
     Raises:
         ConfigError: the reference has another form, or the module, file or attribute does not exist.
     """
-    where, _, attribute = reference.rpartition(":")
-    if not where or not attribute:
+    source, _, attribute = reference.rpartition(":")
+    if not source or not attribute:
         raise ConfigError(f"{reference!r} is not a reference: write 'module:name' or 'path/to/file.py:name'")
-    module = _load_file(where) if where.endswith(".py") else _load_module(where)
+    module = _load_file(source) if source.endswith(".py") else _load_module(source)
     try:
-        found = getattr(module, attribute)
+        return getattr(module, attribute)
     except AttributeError:
         public = [name for name in vars(module) if not name.startswith("_")]
-        raise ConfigError(f"{where!r} has no {attribute!r}: {closest(attribute, public)}") from None
-    return found
+        raise ConfigError(f"{source!r} has no {attribute!r}: {closest(attribute, public)}") from None
 
 
 def _load_module(name: str) -> Any:
@@ -64,7 +63,7 @@ def _load_module(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
-            raise ConfigError(f"module {name!r} is not found: install it or put its folder on PYTHONPATH") from None
+            raise ConfigError(f"module {name!r} was not found: install it or put its folder on PYTHONPATH") from None
         raise
 
 
@@ -72,13 +71,13 @@ def _load_file(path: str) -> Any:
     file = Path(path).resolve()
     if not file.is_file():
         raise ConfigError(f"file {path!r} does not exist")
-    # One module per file and process: pickled instances must find the same class again.
+    # One module per file and process, so that pickled instances find the same class again.
     name = f"{USER_MODULE_PREFIX}{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"file {path!r} can't be imported as Python")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -90,7 +89,9 @@ def _load_file(path: str) -> Any:
 
 
 def absolute_reference(reference: Any) -> Any:
-    """Make `path/to/file.py:name` absolute, as workers and actors run in other folders; leave any other value alone.
+    """Make the path in `path/to/file.py:name` absolute; return any other value unchanged.
+
+    Workers and actors run in other folders.
 
     >>> absolute_reference("package.module:name")
     'package.module:name'

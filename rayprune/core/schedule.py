@@ -1,78 +1,51 @@
-"""The requested prune ratio as a function of training progress.
+"""The requested prune ratio as a function of training progress, and keep ratios that meet a budget.
 
-A Schedule is called with (epoch, num_epochs) and returns the prune ratio r of that epoch, in [0, 1). Any method that
-takes a ratio takes a schedule: a number is the constant schedule, a mapping `{schedule: NAME, ...}` builds one by name.
+A `Schedule` maps (epoch, num_epochs) to the prune ratio r of that epoch, in [0, 1). Every method that takes a ratio
+takes a schedule: a number is the constant schedule, and a mapping `{schedule: NAME, ...}` builds one by name.
 
-The power law γ_k = k^(−ρ) over K blocks with a given budget is the reading of DynaMS (Wang et al., ICLR 2023) that
-this project decided on; the paper names the law but not its constants.
-
-Keep ratios of blocks of epochs whose mean over the run is a budget, exactly.
-
-A run of E epochs is cut into a warm-up of W epochs and blocks of Q (the last may be shorter). Warm-up and block 1 use
-everything; each family of schedules has one free number, which is solved so that the sum of kept ratios over all epochs
-is budget·E. DynaMS (Wang et al., ICLR 2023) names the power law; that block 1 is full, that the warm-up counts, and the
-other families are decisions of this project.
+`kept_by_block` instead solves for a budget. A run of E epochs is a warm-up of W epochs followed by blocks of Q epochs
+(the last block may be shorter). The warm-up and block 1 use all samples. Each schedule family has one free parameter,
+chosen so that the keep ratios of all epochs sum to budget·E. DynaMS (Wang et al., ICLR 2023) names the power law
+γ_k = k^(−ρ) but not its constants; the full block 1, counting the warm-up, and the other families are decisions of this
+project.
 
 Shapes: K blocks.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, get_args
 
 from rayprune.core.references import closest
-from rayprune.core.validation import check_fields, check_keys, make_fields_plain, shown, wrong_type
+from rayprune.core.validation import (
+    check_fields,
+    check_keys,
+    check_ratio,
+    check_share,
+    fields_to_yaml,
+    mismatch,
+    short_repr,
+)
 from rayprune.errors import ConfigError
 
-SCHEDULES: dict[str, type[Schedule]] = {}
-_BELOW_ONE = math.nextafter(1.0, 0.0)  # where a ratio just below 1 would round to 1
-_S = TypeVar("_S", bound="type[Schedule]")
+Family = Literal["power", "polynomial", "linear", "constant", "step"]
 
-
-def _named(name: str) -> Callable[[_S], _S]:
-    def register(cls: _S) -> _S:
-        cls.name = name
-        SCHEDULES[name] = cls
-        return cls
-
-    return register
-
-
-def first_full_epoch(fraction: float, num_epochs: int) -> int:
-    """Return floor(δE), the first epoch of the final full-data phase; robust to products like .29 × 100 = 28.999….
-
-    >>> [first_full_epoch(0.875, e) for e in (8, 10, 90, 200, 300)]
-    [7, 8, 78, 175, 262]
-    """
-    return math.floor(fraction * num_epochs + 1e-9)
-
-
-def check_ratio(name: str, value: float) -> None:
-    """Raise ValueError unless value is a number in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
-        raise ConfigError(f"{name} {value!r} is outside [0, 1): 0 keeps everything, .5 drops half")
-
-
-def check_share(name: str, value: float) -> None:
-    """Raise ValueError unless value is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
-        raise ConfigError(f"{name} {value!r} is outside [0, 1]")
+_BELOW_ONE = math.nextafter(1.0, 0.0)  # for a ratio just below 1 that rounds to 1
+_MAX_EXPONENT = 64.0
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Give the requested prune ratio of an epoch; the base of all schedules."""
+    """Return the requested prune ratio of an epoch; the base class of all schedules."""
 
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
-        make_fields_plain(self)
         check_fields(self)
 
     def __call__(self, epoch: int, num_epochs: int) -> float:
@@ -82,16 +55,16 @@ class Schedule:
         return min(self.ratio(epoch, num_epochs), _BELOW_ONE)
 
     def ratio(self, epoch: int, num_epochs: int) -> float:
-        """Return r; subclasses define it."""
+        """Return r; every subclass defines it."""
         raise TypeError(f"{type(self).__name__} defines no ratio()")
 
     @staticmethod
     def of(value: float | Schedule | Mapping[str, Any], key: str = "prune_ratio") -> Schedule:
-        """Make a schedule of a number, a mapping with the key `schedule`, or a Schedule.
+        """Build a schedule from a number, a mapping with the key `schedule`, or a Schedule.
 
         Args:
-            value: what to make it of.
-            key: what messages call it.
+            value: the number, mapping or Schedule.
+            key: the setting that messages name.
 
         Raises:
             ConfigError: unknown schedule or key (with the closest match), or a value of another type or out of range.
@@ -104,31 +77,26 @@ class Schedule:
         if isinstance(value, Schedule):
             return value
         if not isinstance(value, Mapping):
-            if problem := wrong_type(value, float):
-                raise ConfigError(f"{key} = {shown(value)}: {problem}, or a mapping such as {{schedule: linear}}")
+            if problem := mismatch(value, float):
+                raise ConfigError(f"{key} = {short_repr(value)}: {problem}, or a mapping such as {{schedule: linear}}")
             return Constant(value)
         options = dict(value)
         name = options.pop("schedule", None)
         if not isinstance(name, str) or name not in SCHEDULES:
-            raise ConfigError(f"{key}: unknown schedule {shown(name)}: {closest(str(name), SCHEDULES)}")
+            raise ConfigError(f"{key}: unknown schedule {short_repr(name)}: {closest(str(name), SCHEDULES)}")
         check_keys(SCHEDULES[name], options, key, f"schedule {name!r}")
         return SCHEDULES[name](**options)
 
     def to_config(self) -> float | dict[str, Any]:
-        """Return what `of` takes, in plain YAML types."""
-        plain = dataclasses.asdict(self)
-        return {"schedule": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}}
+        """Return the schedule in plain YAML types, as `of` takes it."""
+        return {"schedule": self.name, **fields_to_yaml(self)}
 
 
-def _fraction(epoch: int, num_epochs: int) -> float:
-    return epoch / (num_epochs - 1) if num_epochs > 1 else 1.0
-
-
-@_named("constant")
 @dataclass(frozen=True)
 class Constant(Schedule):
     """The same ratio in every epoch."""
 
+    name = "constant"
     value: float = 0.5
 
     def __post_init__(self) -> None:
@@ -136,11 +104,9 @@ class Constant(Schedule):
         check_ratio("prune ratio", self.value)
 
     def ratio(self, epoch: int, num_epochs: int) -> float:
-        """Return the constant."""
         return float(self.value)
 
-    def to_config(self) -> float | dict[str, Any]:
-        """Return the number itself."""
+    def to_config(self) -> float:
         return float(self.value)
 
 
@@ -155,43 +121,48 @@ class _Ramp(Schedule):
         check_ratio("end", self.end)
 
 
-@_named("linear")
+def _progress(epoch: int, num_epochs: int) -> float:
+    """Return 0 in the first epoch to 1 in the last; 1 in a run of one epoch."""
+    return epoch / (num_epochs - 1) if num_epochs > 1 else 1.0
+
+
 @dataclass(frozen=True)
 class Linear(_Ramp):
-    """From `start` in the first epoch to `end` in the last along a line.
+    """A line from `start` in the first epoch to `end` in the last.
 
     >>> [round(Linear(0.0, 0.4)(e, 5), 3) for e in range(5)]
     [0.0, 0.1, 0.2, 0.3, 0.4]
     """
 
+    name = "linear"
+
     def ratio(self, epoch: int, num_epochs: int) -> float:
-        """Return the point on the line."""
-        return self.start + (self.end - self.start) * _fraction(epoch, num_epochs)
+        return self.start + (self.end - self.start) * _progress(epoch, num_epochs)
 
 
-@_named("cosine")
 @dataclass(frozen=True)
 class Cosine(_Ramp):
-    """From `start` to `end` along half a cosine wave.
+    """Half a cosine wave from `start` to `end`.
 
     >>> [round(Cosine(0.0, 0.4)(e, 5), 3) for e in range(5)]
     [0.0, 0.059, 0.2, 0.341, 0.4]
     """
 
+    name = "cosine"
+
     def ratio(self, epoch: int, num_epochs: int) -> float:
-        """Return the point on the wave."""
-        return self.start + (self.end - self.start) * (1 - math.cos(math.pi * _fraction(epoch, num_epochs))) / 2
+        return self.start + (self.end - self.start) * (1 - math.cos(math.pi * _progress(epoch, num_epochs))) / 2
 
 
-@_named("polynomial")
 @dataclass(frozen=True)
 class Polynomial(_Ramp):
-    """Keep γ_f + (γ_0 − γ_f)(1 − x)^p with γ = 1 − r: fast at first for p > 1.
+    """Keep γ_f + (γ_0 − γ_f)(1 − x)^p with γ = 1 − r; for p > 1 the keep ratio falls fastest at the start.
 
     >>> [round(Polynomial(0.0, 0.4, power=2)(e, 5), 3) for e in range(5)]
     [0.0, 0.175, 0.3, 0.375, 0.4]
     """
 
+    name = "polynomial"
     power: float = 2.0
 
     def __post_init__(self) -> None:
@@ -200,21 +171,20 @@ class Polynomial(_Ramp):
             raise ConfigError(f"power {self.power!r} must be above 0")
 
     def ratio(self, epoch: int, num_epochs: int) -> float:
-        """Return the point on the polynomial."""
-        left: float = (1.0 - _fraction(epoch, num_epochs)) ** self.power
-        return self.end + (self.start - self.end) * left
+        remaining: float = (1.0 - _progress(epoch, num_epochs)) ** self.power
+        return self.end + (self.start - self.end) * remaining
 
 
-@_named("power")
 @dataclass(frozen=True)
 class Power(Schedule):
-    """Keep γ_k = k^(−ρ) in block k = 1..K of equal length, with ρ solved so that the mean of γ is the budget.
+    """Keep γ_k = k^(−ρ) in block k = 1..K of equal length, with ρ such that the mean of γ is the budget.
 
     >>> power = Power(budget=0.6, blocks=20)
     >>> round(power.exponent, 5), round(1 - power(1, 20), 5), round(1 - power(19, 20), 5)
     (0.2514, 0.84008, 0.4709)
     """
 
+    name = "power"
     budget: float = 0.6
     blocks: int = 20
 
@@ -228,33 +198,30 @@ class Power(Schedule):
 
     @cached_property
     def exponent(self) -> float:
-        """ρ by bisection: the mean of k^(−ρ) falls monotonically in ρ."""
-        low, high = 0.0, 1.0
-        while self._mean_kept(high) > self.budget:
-            high *= 2
-        for _ in range(200):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self._mean_kept(middle) > self.budget else (low, middle)
-        return (low + high) / 2
+        """ρ."""
 
-    def _mean_kept(self, exponent: float) -> float:
-        return math.fsum(k**-exponent for k in range(1, self.blocks + 1)) / self.blocks
+        def mean_kept(exponent: float) -> float:
+            return math.fsum(k**-exponent for k in range(1, self.blocks + 1)) / self.blocks
+
+        high = 1.0
+        while mean_kept(high) > self.budget:
+            high *= 2
+        return _bisect(mean_kept, self.budget, high)
 
     def ratio(self, epoch: int, num_epochs: int) -> float:
-        """Return 1 − γ of the block that the epoch lies in."""
         block = epoch * self.blocks // num_epochs + 1
         return float(1.0 - block**-self.exponent)
 
 
-@_named("step")
 @dataclass(frozen=True)
 class Step(Schedule):
-    """Jump to `ratios[i]` at the share `milestones[i]` of the run; `start` before the first.
+    """Switch to `ratios[i]` at the share `milestones[i]` of the run; `start` before the first milestone.
 
     >>> [Step(milestones=(0.5, 0.75), ratios=(0.3, 0.6))(e, 4) for e in range(4)]
     [0.0, 0.0, 0.3, 0.6]
     """
 
+    name = "step"
     milestones: tuple[float, ...] = (0.5,)
     ratios: tuple[float, ...] = (0.5,)
     start: float = 0.0
@@ -269,23 +236,19 @@ class Step(Schedule):
             check_ratio("ratio", ratio)
 
     def ratio(self, epoch: int, num_epochs: int) -> float:
-        """Return the ratio of the last milestone reached."""
-        current = self.start
-        for milestone, ratio in zip(self.milestones, self.ratios, strict=True):
-            if epoch >= first_full_epoch(milestone, num_epochs):
-                current = ratio
-        return current
+        num_reached = sum(epoch >= epoch_at(milestone, num_epochs) for milestone in self.milestones)
+        return (self.start, *self.ratios)[num_reached]
 
 
-@_named("annealed")
 @dataclass(frozen=True)
 class AnnealedToFull(Schedule):
-    """Follow another schedule, then train on everything from epoch floor(δE) on (InfoBatch's annealing).
+    """Follow another schedule, then train on all samples from epoch floor(δE) on (InfoBatch's annealing).
 
     >>> [AnnealedToFull(0.5, until=0.5)(e, 5) for e in range(5)]
     [0.5, 0.5, 0.0, 0.0, 0.0]
     """
 
+    name = "annealed"
     of_ratio: Any = 0.5
     until: float = 0.875
 
@@ -295,18 +258,22 @@ class AnnealedToFull(Schedule):
         check_share("until", self.until)
 
     def ratio(self, epoch: int, num_epochs: int) -> float:
-        """Return the inner ratio before floor(δE), 0 from there on."""
-        if epoch >= first_full_epoch(self.until, num_epochs):
-            return 0.0
-        return float(self.of_ratio(epoch, num_epochs))
-
-    def to_config(self) -> float | dict[str, Any]:
-        """Return the nested mapping."""
-        return {"schedule": self.name, "of_ratio": self.of_ratio.to_config(), "until": self.until}
+        full = epoch >= epoch_at(self.until, num_epochs)
+        return 0.0 if full else float(self.of_ratio(epoch, num_epochs))
 
 
-Family = Literal["power", "polynomial", "linear", "constant", "step"]
-_LARGEST_EXPONENT = 64.0
+SCHEDULES: dict[str, type[Schedule]] = {
+    schedule.name: schedule for schedule in (Constant, Linear, Cosine, Polynomial, Power, Step, AnnealedToFull)
+}
+
+
+def epoch_at(share: float, num_epochs: int) -> int:
+    """Return floor(δE), the first epoch after a share δ of the run; robust to products such as 0.29 × 100 = 28.999….
+
+    >>> [epoch_at(0.875, e) for e in (8, 10, 90, 200, 300)]
+    [7, 8, 78, 175, 262]
+    """
+    return math.floor(share * num_epochs + 1e-9)
 
 
 def block_starts(num_epochs: int, block_epochs: int, warmup_epochs: int = 0) -> list[int]:
@@ -328,18 +295,18 @@ def kept_by_block(
     power: float = 2.0,
     milestones: Sequence[float] = (0.5, 0.75),
 ) -> list[float]:
-    """Return the K keep ratios, in (0, 1], the first one 1.
+    """Return the K keep ratios that meet a budget, in (0, 1]; the first is 1.
 
     Args:
         family: `power` γ_k = k^(−ρ); `polynomial` γ_f + (1 − γ_f)(1 − x)^power with x from 0 in block 1 to 1 in block
             K; `linear`, the same with power 1; `constant` from block 2 on; `step`, the same factor at each milestone.
-        budget: share of all N·E visits that is kept, in (0, 1].
+        budget: the share of all N·E visits to keep, in (0, 1].
         num_epochs, block_epochs, warmup_epochs: E, Q, W.
-        power: of `polynomial`.
-        milestones: of `step`: shares of the run after which the ratio falls; a block falls when it begins there.
+        power: the exponent of `polynomial`.
+        milestones: the shares of the run at which `step` lowers the ratio, for blocks that start there or later.
 
     Raises:
-        ConfigError: an unknown family, or a budget that no schedule of the family reaches, with the least it does.
+        ConfigError: an unknown family, or a budget below the least that the family can reach.
 
     >>> [round(kept, 4) for kept in kept_by_block("power", 0.6, 200, 10)][:2]
     [1.0, 0.8401]
@@ -347,47 +314,50 @@ def kept_by_block(
     0.3234
     """
     if family not in get_args(Family):
-        raise ConfigError(f"schedule {family!r} is none: {closest(str(family), get_args(Family))}")
+        raise ConfigError(f"unknown schedule {family!r}: {closest(str(family), get_args(Family))}")
     starts = block_starts(num_epochs, block_epochs, warmup_epochs)
     if not starts and budget < 1.0:
         raise ConfigError(f"warmup_epochs {warmup_epochs} leaves none of {num_epochs} epochs to prune: lower it")
     if budget >= 1.0:
         return [1.0] * len(starts)
-    lengths = [stop - start for start, stop in zip(starts, [*starts[1:], num_epochs], strict=True)]
-    ratios = _family(family, starts, num_epochs, power, milestones)
-    wanted = budget * num_epochs - warmup_epochs
+    lengths = [stop - start for start, stop in pairwise([*starts, num_epochs])]
+    ratios = _ratios_by_hardness(family, starts, num_epochs, power, milestones)
 
-    def visits(hardness: float) -> float:
+    def epochs_kept(hardness: float) -> float:
         return math.fsum(n * kept for n, kept in zip(lengths, ratios(hardness), strict=True))
 
-    low, high = 0.0, 1.0
-    if visits(high) >= wanted:
-        least = (visits(high) + warmup_epochs) / num_epochs
+    target = budget * num_epochs - warmup_epochs
+    if epochs_kept(1.0) >= target:
+        least = (epochs_kept(1.0) + warmup_epochs) / num_epochs
         full = warmup_epochs + lengths[0]
         raise ConfigError(
-            f"budget {budget:g} can't be reached: {full} of {num_epochs} epochs use everything (warm-up and block 1), "
+            f"budget {budget:g} can't be reached: {full} of {num_epochs} epochs use all samples (warm-up and block 1) "
             f"and the {family} schedule keeps at least {least:.3f}; raise it, or lower block_epochs or warmup_epochs"
         )
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if visits(middle) > wanted else (low, middle)
-    return ratios((low + high) / 2)
+    return ratios(_bisect(epochs_kept, target, 1.0))
 
 
-def _family(
+def _ratios_by_hardness(
     family: Family, starts: Sequence[int], num_epochs: int, power: float, milestones: Sequence[float]
 ) -> Callable[[float], list[float]]:
-    """Return hardness in [0, 1] → the K keep ratios: all 1 at 0, the family's least at 1, falling in between."""
+    """Return a function from hardness in [0, 1] to K keep ratios: all 1 at 0, decreasing to the family's least at 1."""
     count = len(starts)
     if family == "power":
-        return lambda hardness: [k ** -(_LARGEST_EXPONENT * hardness) for k in range(1, count + 1)]
+        return lambda hardness: [k ** -(_MAX_EXPONENT * hardness) for k in range(1, count + 1)]
     if family == "constant":
         return lambda hardness: [1.0] + [1.0 - hardness] * (count - 1)
     if family == "step":
-        # Robust to products like .3 × 10 = 3.0000000000000004.
-        passed = [sum(start >= math.floor(m * num_epochs + 1e-9) for m in milestones) for start in starts]
-        falls = [0, *accumulate(max(0, b - a) for a, b in pairwise(passed))]
-        return lambda hardness: [(1.0 - hardness) ** fall for fall in falls]
+        reached = [sum(start >= epoch_at(m, num_epochs) for m in milestones) for start in starts]
+        return lambda hardness: [(1.0 - hardness) ** (count - reached[0]) for count in reached]
     exponent = 1.0 if family == "linear" else power
-    left = [(1.0 - k / max(count - 1, 1)) ** exponent for k in range(count)]
-    return lambda hardness: [1.0 - hardness * (1.0 - each) for each in left]
+    remaining = [(1.0 - k / max(count - 1, 1)) ** exponent for k in range(count)]
+    return lambda hardness: [1.0 - hardness * (1.0 - each) for each in remaining]
+
+
+def _bisect(decreasing: Callable[[float], float], target: float, high: float) -> float:
+    """Return x in [0, high] where a decreasing function reaches the target."""
+    low = 0.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if decreasing(middle) > target else (low, middle)
+    return (low + high) / 2

@@ -1,4 +1,4 @@
-"""The train steps that `train.step` can name, with their options; torch is not needed to read them."""
+"""The train steps that `train.step` can name, and their options; importing them needs no torch."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from rayprune.core.references import closest
-from rayprune.core.validation import check_keys, plain, shown
+from rayprune.core.validation import check_keys, plain, short_repr
 from rayprune.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class PlainOptions:
-    """The network's usual step: `exits` with its defaults for a network with several exits."""
+    """The network's usual step; for a network with several exits, `exits` with its defaults."""
 
-    # What `rayprune methods` tells: of whom it is, what a sample costs in plain steps, what was published for that.
+    # For `rayprune methods`: the paper, the cost of a sample in plain steps, and the published gain.
     paper: ClassVar[str] = ""
     cost: ClassVar[str] = "1"
     gain: ClassVar[str] = ""
@@ -27,9 +27,9 @@ class ExitsOptions(PlainOptions):
     """The plain step of a network with several exits.
 
     Args:
-        score: whose signals selection methods see: an exit's (1..K, or last), their mean, or the depth at which a
-            sample would leave.
-        confident: the probability at which it would.
+        score: the signals for selection methods: those of one exit (1..K, or last), their mean over the exits, or the
+            depth at which a sample would exit.
+        confident: the probability at which it would exit.
     """
 
     score: int | Literal["last", "mean", "depth"] = "last"
@@ -44,20 +44,20 @@ class ExitsOptions(PlainOptions):
 
 @dataclass(frozen=True)
 class L2wOptions(ExitsOptions):
-    """The step that learns how much each sample counts at each exit (L2W-DEN).
+    """The step that learns the weight of each sample at each exit (L2W-DEN).
 
     Args:
-        input: what the weight network sees of a sample: its K losses, its K confidences, or both.
-        normalise: over what weights average 1: the half batch's samples (row), a sample's exits (col), or both (mat).
-        epsilon: how far weights reach from 1, ε.
-        p: 1..39, the samples that leave early; 20: as many at every exit, less: more leave early.
+        input: the weight network's inputs for a sample: its K losses, its K confidences, or both.
+        normalise: the weights have mean 1 over the half batch's samples (row), a sample's exits (col), or both (mat).
+        epsilon: ε, the maximum distance of a weight from 1.
+        p: 1..39, the distribution of samples over exits; 20: equal at every exit, lower: more exit early.
         meta_interval: batches between steps of the weight network.
-        meta_lr, meta_weight_decay: of its Adam; the rate follows the real one's schedule.
-        hidden, layers: width and number of its hidden layers.
-        scope: of the imagined step, normalisation and exits: a worker's rows (local), as the paper's program does, or
-            the whole batch's (global).
-        gradient: how its gradient is had; second_order is slower and gives the same.
-        nonnegative: weights below 0 become 0.
+        meta_lr, meta_weight_decay: those of the weight network's Adam; its rate follows the main optimizer's schedule.
+        hidden, layers: width and number of the weight network's hidden layers.
+        scope: the rows of the virtual step, the normalization and the exits: one worker's (local), as in the paper's
+            program, or the whole batch's (global).
+        gradient: how to compute the weight network's gradient; second_order is slower, with the same result.
+        nonnegative: clip weights below 0 to 0.
     """
 
     paper: ClassVar[str] = "Han et al., ECCV 2022, arXiv 2209.08310 (L2W-DEN)"
@@ -92,11 +92,11 @@ class L2wOptions(ExitsOptions):
 STEP_OPTIONS: dict[str, type[PlainOptions]] = {"plain": PlainOptions, "exits": ExitsOptions, "l2w": L2wOptions}
 
 
-def step_config(value: str | Mapping[str, Any]) -> dict[str, Any]:
-    """Return a step's name and all its options, from its name, or from its name and some of them.
+def step_config(step: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Return a step's name and all its options, given its name or a mapping of its name and some options.
 
     Raises:
-        ConfigError: an unknown name or option, or a value outside its range.
+        ConfigError: an unknown name or option, or a value out of range.
 
     >>> step_config("exits")
     {'name': 'exits', 'score': 'last', 'confident': 0.9}
@@ -105,12 +105,12 @@ def step_config(value: str | Mapping[str, Any]) -> dict[str, Any]:
     rayprune.errors.ConfigError: unknown key 'train.step.scor' of train step 'exits': did you mean 'score'? \
 (valid: confident, score)
     """
-    keys = {"name": value} if isinstance(value, str) else dict(value)
+    keys = {"name": step} if isinstance(step, str) else dict(step)
     name = keys.pop("name", None)
     if name is None:
         raise ConfigError("train.step has no name: write train.step: {name: exits}, or train.step: exits")
     if name not in STEP_OPTIONS:
-        raise ConfigError(f"unknown train.step {shown(name)}: {closest(str(name), STEP_OPTIONS)}")
+        raise ConfigError(f"unknown train.step {short_repr(name)}: {closest(str(name), STEP_OPTIONS)}")
     options = STEP_OPTIONS[name]
     check_keys(options, keys, "train.step", f"train step {name!r}")
-    return {"name": name, **dataclasses.asdict(options(**{key: plain(each) for key, each in keys.items()}))}
+    return {"name": name, **dataclasses.asdict(options(**{key: plain(value) for key, value in keys.items()}))}

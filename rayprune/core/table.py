@@ -1,15 +1,9 @@
-"""All mutable selection state: named arrays with one row a sample.
+"""The score table: all mutable selection state, as named arrays with one row per sample.
 
-Shapes: N samples, B observed. A missing floating-point value is NaN and its row has `last_visit` -1; observed values
-are finite, so a NaN always means "never visited".
-
-Means of signals over a run's visits, beside whatever a method keeps: EL2N and AUM scores, among others.
+A missing floating-point value is NaN and its row has `last_visit` -1; observed values are finite, so NaN always means
+"never visited".
 
 Shapes: N samples, B observed.
-
-How scores are spread at the end of an epoch, as a few quantiles: what a report can draw over epochs.
-
-Shapes: N samples.
 """
 
 from __future__ import annotations
@@ -21,29 +15,39 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.errors import ConfigError
+from rayprune.errors import ConfigError, RunFolderError
 
-# Rows a pass takes at once, so that temporaries stay in the cache and memory a sample stays small.
-CHUNK_ROWS = 1 << 16
+Ids = NDArray[np.int64]
+Signals = Mapping[str, NDArray[Any]]
+
+CHUNK_NUMBERS = 1 << 16  # temporaries of this size stay in the cache
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+_VISITS = "visits"
+# Enough rows for quantiles to a third of a percent of the samples, few enough to take milliseconds.
+_QUANTILE_ROWS = 100_000
+_QUANTILE_COLUMNS = 4
 
 
-def chunks(num_rows: int) -> Iterator[slice]:
-    """Yield slices of at most CHUNK_ROWS rows that cover [0, num_rows).
+def chunks(num_rows: int, num_columns: int = 1) -> Iterator[slice]:
+    """Yield slices of rows that cover [0, num_rows) and hold at most CHUNK_NUMBERS numbers each, one row at least.
 
-    >>> [s.stop - s.start for s in chunks(100_000)]
+    >>> [rows.stop - rows.start for rows in chunks(100_000)]
     [65536, 34464]
+    >>> list(chunks(40_000, 2))
+    [slice(0, 32768, None), slice(32768, 40000, None)]
     """
-    for start in range(0, num_rows, CHUNK_ROWS):
-        yield slice(start, min(start + CHUNK_ROWS, num_rows))
+    size = max(1, CHUNK_NUMBERS // max(num_columns, 1))
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))
 
 
 class ScoreTable:
-    """Hold a method's columns plus what every method needs: last visit and times pruned.
+    """Hold a method's columns and what every method needs: the last visit and the times pruned.
 
     Args:
         num_samples: N.
         columns: column name → NumPy dtype, or (dtype, row shape) for vectors; a row shape (None,) is a vector whose
-            length the first observation tells (`widen`).
+            length the first observation sets (`widen`).
         num_epochs: E, which sizes the counter of prunings.
     """
 
@@ -51,9 +55,8 @@ class ScoreTable:
         self.columns: MutableMapping[str, NDArray[Any]] = {}
         for name, spec in columns.items():
             dtype, shape = spec if isinstance(spec, tuple) else (spec, ())
-            missing = np.nan if np.dtype(dtype).kind == "f" else 0
-            known = tuple(0 if length is None else length for length in shape)
-            self.columns[name] = np.full((num_samples, *known), missing, dtype=dtype)
+            row_shape = tuple(0 if length is None else length for length in shape)
+            self.columns[name] = np.full((num_samples, *row_shape), _missing(dtype), dtype=dtype)
         self.last_visit: NDArray[np.int32] = np.full(num_samples, -1, dtype=np.int32)
         self.times_pruned: NDArray[Any] = np.zeros(num_samples, dtype=np.min_scalar_type(max(num_epochs, 1)))
 
@@ -69,40 +72,40 @@ class ScoreTable:
         return self.last_visit >= 0
 
     def widen(self, column: str, length: int) -> NDArray[Any]:
-        """Give a vector column of unknown length its length, and return it; later calls check it.
+        """Return a vector column, after setting its length if it has none yet.
 
         Raises:
             ConfigError: the column has another length.
         """
         array = self.columns[column]
         if array.shape[1] == 0 < length:
-            array = np.full((len(self), length), np.nan if array.dtype.kind == "f" else 0, dtype=array.dtype)
+            array = np.full((len(self), length), _missing(array.dtype), dtype=array.dtype)
             self.columns[column] = array
         if array.shape[1] != length:
-            raise ConfigError(f"{length} numbers a sample do not fit the {array.shape[1]} of column {column!r}")
+            raise ConfigError(f"{length} numbers per sample do not fit the {array.shape[1]} of column {column!r}")
         return array
 
-    def mark_visited(self, ids: NDArray[np.int64], epoch: int) -> None:
+    def mark_visited(self, ids: Ids, epoch: int) -> None:
         """Set the last visit of (B,) ids.
 
         Raises:
-            ConfigError: an id stands twice in `ids`; the table is left as it was.
+            ConfigError: an id repeats; the table is unchanged.
         """
-        if (ids[1:] > ids[:-1]).all():  # ascending, as the engine's workers send them: nothing repeats
+        if (ids[1:] > ids[:-1]).all():  # ascending, as the engine's workers send them: no id repeats
             self.last_visit[ids] = epoch
             return
         before = self.last_visit[ids]
-        # Each row writes its own mark; where an id repeats the last mark wins, and earlier rows do not find theirs.
+        # Each row writes its own mark. Where an id repeats, the last mark wins and earlier rows do not find theirs.
         marks = np.arange(-2, -2 - ids.size, -1, dtype=np.int32)
         self.last_visit[ids] = marks
         own = self.last_visit[ids] == marks
         if not own.all():
             self.last_visit[ids] = before
-            raise ConfigError(f"duplicate ids {np.unique(ids[~own])[:5].tolist()}: a sample is observed once at a time")
+            raise ConfigError(f"duplicate ids {np.unique(ids[~own])[:5].tolist()}: observe each sample once at a time")
         self.last_visit[ids] = epoch
 
-    def permuted(self, order: NDArray[np.int64]) -> ScoreTable:
-        """Return a table to read whose row i is this table's row order[i]; `times_pruned` stays with its sample."""
+    def permuted(self, order: Ids) -> ScoreTable:
+        """Return a read-only table whose row i is this table's row order[i]; `times_pruned` is not permuted."""
         copy = ScoreTable(0, {}, 0)
         copy.columns = _Permuted(self.columns, order)
         copy.last_visit = self.last_visit[order]
@@ -110,26 +113,26 @@ class ScoreTable:
         return copy
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
-        """Return every array by name, not copied: columns as `column/NAME`."""
-        named: dict[str, NDArray[Any]] = {f"column/{name}": column for name, column in self.columns.items()}
-        return {**named, "last_visit": self.last_visit, "times_pruned": self.times_pruned}
+        """Return every array by name, not copied; columns as `column/NAME`."""
+        columns: dict[str, NDArray[Any]] = {f"column/{name}": column for name, column in self.columns.items()}
+        return {**columns, "last_visit": self.last_visit, "times_pruned": self.times_pruned}
 
     def load_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Copy in what `to_arrays` returned.
+        """Copy the arrays of `to_arrays` into this table.
 
         Raises:
-            ConfigError: names, shapes or dtypes differ from this table's.
+            RunFolderError: names, shapes or dtypes differ from this table's.
         """
         own = self.to_arrays()
         if own.keys() != arrays.keys():
-            raise ConfigError(f"the table's columns differ: {sorted(arrays)} stored, {sorted(own)} expected")
+            raise RunFolderError(f"the table's columns differ: {sorted(arrays)} stored, {sorted(own)} expected")
         for name, array in arrays.items():
             if own[name].shape[1:] == (0,) and own[name].dtype == array.dtype and array.ndim == 2:
                 self.widen(name.removeprefix("column/"), array.shape[1])
         own = self.to_arrays()
         for name, array in arrays.items():
             if own[name].shape != array.shape or own[name].dtype != array.dtype:
-                raise ConfigError(
+                raise RunFolderError(
                     f"column {name!r} is {array.dtype}{array.shape}, not {own[name].dtype}{own[name].shape}"
                 )
         for name, array in arrays.items():
@@ -137,9 +140,9 @@ class ScoreTable:
 
 
 class _Permuted(UserDict[str, NDArray[Any]]):
-    """Columns that are permuted when they are asked for: wide ones that a selection never reads are not copied."""
+    """Columns permuted on access, so that wide columns that a selection never reads are not copied."""
 
-    def __init__(self, columns: Mapping[str, NDArray[Any]], order: NDArray[np.int64]) -> None:
+    def __init__(self, columns: Mapping[str, NDArray[Any]], order: Ids) -> None:
         self.data, self._order = dict(columns), order
 
     def __getitem__(self, name: str) -> NDArray[Any]:
@@ -147,67 +150,54 @@ class _Permuted(UserDict[str, NDArray[Any]]):
         return column
 
 
-_VISITS = "visits"
+def _missing(dtype: Any) -> float:
+    return np.nan if np.dtype(dtype).kind == "f" else 0
 
 
-def mean_columns(record: tuple[str, ...]) -> dict[str, Any]:
-    """Return the columns that the means of the named signals need, name → dtype.
+def mean_columns(signals: tuple[str, ...]) -> dict[str, Any]:
+    """Return the columns for the means of signals over a run's visits, name → dtype.
 
     >>> sorted(mean_columns(("el2n",)))
     ['el2n_mean', 'visits']
     """
-    return {**{f"{name}_mean": np.float32 for name in record}, **({_VISITS: np.int32} if record else {})}
+    return {**{f"{name}_mean": np.float32 for name in signals}, **({_VISITS: np.int32} if signals else {})}
 
 
-def fold_means(
-    table: ScoreTable, ids: NDArray[np.int64], signals: Mapping[str, NDArray[Any]], record: tuple[str, ...]
-) -> None:
-    """Add one visit of (B,) distinct ids to the means.
+def fold_means(table: ScoreTable, ids: Ids, signals: Signals) -> None:
+    """Add one visit of (B,) distinct ids to the means of the signals.
 
     Raises:
-        ConfigError: a signal is not one number a sample.
+        ConfigError: a signal is not one number per sample.
     """
-    if not record or not ids.size:
-        return
     visits = table[_VISITS][ids] + 1
-    for name in record:
-        seen = np.asarray(signals[name], dtype=np.float64)
-        if seen.ndim != 1:
-            raise ConfigError(f"signal {name!r} has {seen.shape[1:]} numbers a sample: train.record takes single ones")
+    for name, values in signals.items():
+        if values.ndim != 1:
+            raise ConfigError(
+                f"signal {name!r} has {values.shape[1:]} numbers per sample: train.record takes signals of one number"
+            )
         column = table[f"{name}_mean"]
         old = np.where(visits == 1, 0.0, column[ids])
-        column[ids] = old + (seen - old) / visits
+        column[ids] = old + (values.astype(np.float64) - old) / visits
     table[_VISITS][ids] = visits
 
 
-def mean_scores(table: ScoreTable, record: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-    """Return name → (N,) means, NaN where never visited, and the visits that they are over."""
-    return {name: table[name] for name in mean_columns(record)}
-
-
-QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-# Enough for quantiles to a third of a percent of the samples, few enough to cost milliseconds.
-_MOST_ROWS = 100_000
-_MOST_COLUMNS = 4
-
-
 def column_quantiles(table: ScoreTable) -> dict[str, list[float]]:
-    """Return name → values at QUANTILES of each column of single numbers, over the samples that have one.
+    """Return the QUANTILES of each floating-point column of single numbers, over the samples that have a value.
 
-    Of more than 100,000 samples, evenly spaced ones stand for all.
+    Above 100,000 samples, evenly spaced samples stand for all.
 
     >>> table = ScoreTable(5, {"loss": np.float32}, 1)
     >>> table["loss"][1:] = [1.0, 2.0, 3.0, 4.0]
     >>> column_quantiles(table)["loss"][3]
     2.5
     """
-    found: dict[str, list[float]] = {}
-    stride = -(-len(table) // _MOST_ROWS)
+    quantiles: dict[str, list[float]] = {}
+    stride = -(-len(table) // _QUANTILE_ROWS)
     for name, column in table.columns.items():
-        if column.ndim > 1 or column.dtype.kind != "f" or len(found) == _MOST_COLUMNS:
+        if column.ndim > 1 or column.dtype.kind != "f" or len(quantiles) == _QUANTILE_COLUMNS:
             continue
-        some = column[::stride].astype(np.float64)
-        some = some[np.isfinite(some)]
-        if some.size:
-            found[name] = [round(float(value), 6) for value in np.quantile(some, QUANTILES)]
-    return found
+        values = column[::stride].astype(np.float64)
+        values = values[np.isfinite(values)]
+        if values.size:
+            quantiles[name] = [round(float(value), 6) for value in np.quantile(values, QUANTILES)]
+    return quantiles

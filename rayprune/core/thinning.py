@@ -1,9 +1,10 @@
 """Unbiased random thinning: exact-size draws within strata, with inverse-probability weights.
 
-Shapes: N samples, S strata, C classes. A stratum keeps m of its n samples; m is k·n rounded at random to one of its two
-neighbours so that every sample's inclusion probability is exactly k, and the weight is 1/k: the weighted sum over the
-kept is the full sum in expectation (Horvitz and Thompson, JASA 1952). Rounding down, as the InfoBatch reference does,
-biases small strata.
+A stratum keeps m of its n samples. m is k·n rounded at random to a neighboring integer, so that every sample's
+inclusion probability is exactly k, and the weight is 1/k: the weighted sum over the kept samples has the full sum as
+its expectation (Horvitz and Thompson, JASA 1952). Rounding down, as the InfoBatch reference does, biases small strata.
+
+Shapes: N samples, S strata, C classes.
 """
 
 from __future__ import annotations
@@ -17,26 +18,7 @@ from rayprune.core.selection import Selection
 from rayprune.core.table import chunks
 from rayprune.errors import ConfigError
 
-# Generator.hypergeometric takes populations below 10^9.
-_MAX_STRATUM = 10**9 - 1
-
-
-def round_at_random(expected: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Round (S,) numbers to neighbouring integers, each with the given expectation.
-
-    One draw serves all (systematic sampling of the fractions), so that their sum too is rounded to a neighbour: several
-    strata that each might drop a sample never all drop none by chance. Values within 1e-9 of an integer are exact.
-
-    >>> round_at_random((1 - np.array([0.8, 0.5])) * 5, np.random.default_rng(0)).tolist()
-    [1, 3]
-    """
-    nearest = np.round(expected)
-    exact = np.abs(expected - nearest) <= 1e-9 * np.maximum(1.0, np.abs(expected))
-    low = np.where(exact, nearest, np.floor(expected))
-    fractions = np.where(exact, 0.0, expected - low)
-    steps = np.floor(np.cumsum(np.concatenate([[rng.random()], fractions])))
-    rounded: NDArray[np.int64] = (low + np.diff(steps)).astype(np.int64)
-    return rounded
+_MAX_STRATUM = 10**9 - 1  # Generator.hypergeometric takes populations below 10^9
 
 
 def thin(
@@ -53,38 +35,57 @@ def thin(
         A Selection whose inclusion probabilities are exactly the keep ratios; the caller sets its `requested`.
     """
     num_strata = keep_ratios.size + 1
-    left = np.zeros(num_strata, dtype=np.int64)
+    remaining = np.zeros(num_strata, dtype=np.int64)
     for rows in chunks(strata.size):
-        left[:] += np.bincount(strata[rows], minlength=num_strata)
-    if left[1:].max(initial=0) > _MAX_STRATUM:
-        raise ConfigError(f"a stratum of {left[1:].max()} samples is above the {_MAX_STRATUM} that can be drawn from")
-    expected = float(np.sum(left[1:] * (1.0 - keep_ratios)))
-    to_keep = np.concatenate([left[:1], round_at_random(left[1:] * keep_ratios, rng)])
+        remaining += np.bincount(strata[rows], minlength=num_strata)
+    if remaining[1:].max(initial=0) > _MAX_STRATUM:
+        raise ConfigError(f"a stratum of {remaining[1:].max()} samples is above {_MAX_STRATUM}, the most to draw from")
+    expected_drops = float(np.sum(remaining[1:] * (1.0 - keep_ratios)))
+    to_keep = np.concatenate([remaining[:1], round_at_random(remaining[1:] * keep_ratios, rng)])
     codes = strata.astype(np.min_scalar_type(num_strata)) + np.uint8(1)
     for rows in chunks(strata.size):
-        _thin_chunk(codes[rows], left, to_keep, rng)
+        _thin_chunk(codes[rows], remaining, to_keep, rng)
     weights = np.concatenate([[1.0], 1.0 / keep_ratios]).astype(np.float32)
-    return Selection(codes, weights, expected_drops=expected)
+    return Selection(codes, weights, expected_drops=expected_drops)
 
 
 def _thin_chunk(
-    codes: NDArray[Any], left: NDArray[np.int64], to_keep: NDArray[np.int64], rng: np.random.Generator
+    codes: NDArray[Any], remaining: NDArray[np.int64], to_keep: NDArray[np.int64], rng: np.random.Generator
 ) -> None:
-    """Draw within one chunk in place; `left` and `to_keep` become what later chunks have to share."""
+    """Prune within one chunk in place; subtract its samples from `remaining` and its kept samples from `to_keep`."""
     order = np.argsort(codes, kind="stable")
-    counts = np.bincount(codes, minlength=left.size + 1)[1:]
+    counts = np.bincount(codes, minlength=remaining.size + 1)[1:]
     ends = np.cumsum(counts)
     for stratum in np.flatnonzero(counts):
         count = int(counts[stratum])
         if stratum == 0:
             continue
-        # How many of the stratum's kept samples fall into this chunk, as a uniform draw over the whole would have it.
-        kept = int(rng.hypergeometric(count, left[stratum] - count, to_keep[stratum])) if to_keep[stratum] else 0
-        left[stratum] -= count
+        # The number of kept samples in this chunk, distributed as in one uniform draw over the whole stratum.
+        kept = int(rng.hypergeometric(count, remaining[stratum] - count, to_keep[stratum])) if to_keep[stratum] else 0
+        remaining[stratum] -= count
         to_keep[stratum] -= kept
         if kept < count:
             rows = order[ends[stratum] - count : ends[stratum]]
             codes[rows[rng.choice(count, count - kept, replace=False, shuffle=False)]] = 0
+
+
+def round_at_random(expected: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Round (S,) numbers to neighboring integers with the numbers as expectations.
+
+    A single draw serves all (systematic sampling of the fractions), so that their sum is also rounded to a neighbor:
+    several strata that each might drop a sample never all drop none by chance. Values within 1e-9 of an integer are
+    exact.
+
+    >>> round_at_random((1 - np.array([0.8, 0.5])) * 5, np.random.default_rng(0)).tolist()
+    [1, 3]
+    """
+    nearest = np.round(expected)
+    exact = np.abs(expected - nearest) <= 1e-9 * np.maximum(1.0, np.abs(expected))
+    low = np.where(exact, nearest, np.floor(expected))
+    fractions = np.where(exact, 0.0, expected - low)
+    steps = np.floor(np.cumsum(np.concatenate([[rng.random()], fractions])))
+    rounded: NDArray[np.int64] = (low + np.diff(steps)).astype(np.int64)
+    return rounded
 
 
 def thin_with_class_floor(
@@ -94,14 +95,13 @@ def thin_with_class_floor(
     class_floor: float,
     rng: np.random.Generator,
 ) -> Selection:
-    """Thin as `thin`, but keep at least the share `class_floor` of every class, still unbiased.
+    """Thin as `thin` does, but keep at least the share `class_floor` of every class, still without bias.
 
-    A class that would fall below the floor has its keep ratios moved toward 1 before the draw (never after it: a
-    correction that looks at the draw would bias the weights). Where rounding down could break the floor, counts are
-    rounded up, so it holds exactly.
+    For a class that would fall below the floor, the keep ratios move toward 1 before the draw; a correction after the
+    draw would bias the weights. Where rounding down could break the floor, counts are rounded up, so it holds exactly.
 
     Args:
-        strata, keep_ratios, rng: as `thin`.
+        strata, keep_ratios, rng: as in `thin`.
         labels: (N,) integers in [0, C).
         class_floor: share in (0, 1].
     """
@@ -109,7 +109,7 @@ def thin_with_class_floor(
     num_classes = int(labels.max(initial=0)) + 1
     counts = np.zeros(num_classes * width, dtype=np.int64)
     for rows in chunks(strata.size):
-        counts[:] += np.bincount(labels[rows].astype(np.int64) * width + strata[rows], minlength=counts.size)
+        counts += np.bincount(labels[rows].astype(np.int64) * width + strata[rows], minlength=counts.size)
     counts_CS = counts.reshape(num_classes, width)
     keep_S = np.concatenate([[1.0], keep_ratios])
     expected_C = counts_CS @ keep_S
@@ -118,7 +118,7 @@ def thin_with_class_floor(
     spare_C = np.maximum(size_C - expected_C, 1e-300)
     keep_CS = keep_S + (short_C / spare_C)[:, None] * (1.0 - keep_S)
     rounded_up_CS = np.ceil(np.round(keep_CS * counts_CS, 6)) / np.maximum(counts_CS, 1)
-    # A random rounding loses less than one sample in each of a class's strata.
+    # Random rounding loses less than one sample in each of a class's strata.
     binds_C = expected_C - keep_ratios.size < class_floor * size_C
     exact_CS = np.where(binds_C[:, None] & (counts_CS > 0), rounded_up_CS, keep_CS)[:, 1:]
     fine = np.zeros(strata.size, dtype=np.min_scalar_type(num_classes * (width - 1) + 1))

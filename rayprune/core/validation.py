@@ -1,9 +1,7 @@
-"""Keys and values at the edge, checked against a dataclass's annotations: one line for every mistake.
+"""Check keys and values against a dataclass's annotations; every mistake is one line.
 
-Checked are int, float, bool, str, None, Literal, tuple, dict and unions of them; any other annotation takes anything.
-A bool is no number, an int is a float, a float is finite, and a list is a tuple.
-
-Hyperparameters as plain Python values, so that equality, hashing, JSON and YAML see no NumPy scalar and no list.
+Supported annotations are int, float, bool, str, None, Literal, tuple, dict and unions of them; any other annotation
+accepts any value. A bool is not a number, an int is a float, a float is finite, and a list is a tuple.
 """
 
 from __future__ import annotations
@@ -21,44 +19,22 @@ import numpy as np
 from rayprune.core.references import closest
 from rayprune.errors import ConfigError
 
-
-def plain(value: Any) -> Any:
-    """Return NumPy scalars as Python numbers, and lists and arrays as tuples; anything else unchanged.
-
-    >>> plain([np.float64(0.25), 1])
-    (0.25, 1)
-    """
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return tuple(plain(item) for item in value)
-    return value
-
-
-def make_fields_plain(instance: Any) -> None:
-    """Replace the fields of a dataclass, frozen or not, by `plain` values; for `__post_init__`."""
-    for field in dataclasses.fields(instance):
-        object.__setattr__(instance, field.name, plain(getattr(instance, field.name)))
-
-
-_ONE = {int: "a whole number", float: "a number", str: "text", NoneType: "null", None: "null"}
-_MANY = {int: "whole numbers", float: "numbers", str: "texts"}
-_LONGEST_SHOWN = 100
+_SINGULAR = {int: "a whole number", float: "a number", str: "text", NoneType: "null", None: "null"}
+_PLURAL = {int: "whole numbers", float: "numbers", str: "texts"}
+_MAX_REPR = 100
 
 
 def check_keys(cls: type, keys: Mapping[Any, Any], owner: str, what: str) -> None:
-    """Check the keys from which a dataclass is to be made.
+    """Check the keys from which a dataclass is to be built.
 
     Args:
         cls: the dataclass.
         keys: field name → value.
-        owner: what stands before the key in a message, such as "method".
-        what: whose keys they are, such as "method 'infobatch'".
+        owner: the section that messages put before the key, such as "method".
+        what: the object that the keys configure, such as "method 'infobatch'".
 
     Raises:
-        ConfigError: an unknown key (with the closest match), a missing one, or a value of another type.
+        ConfigError: an unknown key (with the closest match), a missing key, or a value of another type.
     """
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for key in keys:
@@ -72,55 +48,67 @@ def check_keys(cls: type, keys: Mapping[Any, Any], owner: str, what: str) -> Non
 
 
 def check_fields(instance: Any) -> None:
-    """Check a dataclass's fields against their annotations; for `__post_init__`.
+    """Make a dataclass's fields `plain` and check them against their annotations; for `__post_init__`.
 
     Raises:
         ConfigError: a value of another type.
     """
-    values = {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)}
+    values = {field.name: plain(getattr(instance, field.name)) for field in dataclasses.fields(instance)}
+    for name, value in values.items():
+        object.__setattr__(instance, name, value)
     _check_values(type(instance), values, type(instance).__name__)
 
 
-def _check_values(cls: type, values: Mapping[str, Any], owner: str) -> None:
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-    for key, value in values.items():
-        default = defaults[key]
-        if type(value) is type(default) and value == default:
-            continue  # a default of another type than annotated, such as None, is the author's choice
-        if problem := wrong_type(value, _hints(cls).get(key, Any)):
-            raise ConfigError(f"{owner}.{key} = {shown(value)}: {problem}")
+def plain(value: Any) -> Any:
+    """Return NumPy scalars as Python numbers, and lists and arrays as tuples; anything else unchanged.
+
+    Plain hyperparameters compare, hash and serialize to JSON and YAML.
+
+    >>> plain([np.float64(0.25), 1])
+    (0.25, 1)
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return tuple(plain(item) for item in value)
+    return value
 
 
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    try:
-        return get_type_hints(cls, include_extras=True)
-    except (NameError, TypeError, AttributeError):
-        return {}  # an annotation of the user's that only a type checker can resolve
+def fields_to_yaml(instance: Any) -> dict[str, Any]:
+    """Return a dataclass's fields in plain YAML types: tuples as lists, schedules and methods as their configs."""
+    return {field.name: _to_yaml(getattr(instance, field.name)) for field in dataclasses.fields(instance)}
 
 
-def shown(value: Any) -> str:
-    """Return a value for a message: one line, long ones shortened.
+def _to_yaml(value: Any) -> Any:
+    if hasattr(value, "to_config"):
+        return value.to_config()
+    return [_to_yaml(item) for item in value] if isinstance(value, tuple) else value
 
-    >>> shown([1, 2]), shown("a" * 200)[-7:]
+
+def short_repr(value: Any) -> str:
+    """Return a value for a message: on one line, long values shortened.
+
+    >>> short_repr([1, 2]), short_repr("a" * 200)[-7:]
     ('[1, 2]', 'aaaa...')
     """
     text = " ".join(repr(value).split())
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+    return text if len(text) <= _MAX_REPR else f"{text[:_MAX_REPR]}..."
 
 
-def wrong_type(value: Any, hint: Any) -> str:
-    """Say what a value must be where it does not fit an annotation; "" where it does.
+def mismatch(value: Any, hint: Any) -> str:
+    """Return what a value must be if it does not match an annotation; "" if it does.
 
-    >>> wrong_type(3, float), wrong_type(True, float | None), wrong_type([1, "a"], tuple[int, ...])
+    >>> mismatch(3, float), mismatch(True, float | None), mismatch([1, "a"], tuple[int, ...])
     ('', 'must be a number or null', 'must be a list of whole numbers')
-    >>> wrong_type([[90]], tuple[tuple[int, int], ...])
+    >>> mismatch([[90]], tuple[tuple[int, int], ...])
     'must be a list of lists of 2 whole numbers'
-    >>> wrong_type(1.5, Literal["auto"] | bool), wrong_type(math.inf, float)
+    >>> mismatch(1.5, Literal["auto"] | bool), mismatch(math.inf, float)
     ('must be auto, true or false', 'must be a finite number')
     """
     value = plain(value)
-    if _fits(value, hint):
+    if _matches(value, hint):
         return ""
     if get_origin(_bare(hint)) is Literal and isinstance(value, str):
         return closest(value, _choices(hint))
@@ -129,23 +117,53 @@ def wrong_type(value: Any, hint: Any) -> str:
     return f"must be {words if _all_finite(value) else re.sub('(?<!whole )number', 'finite number', words)}"
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def check_ratio(name: str, value: Any) -> None:
+    """Raise ConfigError unless a value is a prune ratio, a number in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+        raise ConfigError(f"{name} {value!r} is outside [0, 1): 0 keeps everything, 0.5 drops half")
+
+
+def check_share(name: str, value: Any) -> None:
+    """Raise ConfigError unless a value is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise ConfigError(f"{name} {value!r} is outside [0, 1]")
+
+
+def _check_values(cls: type, values: Mapping[str, Any], owner: str) -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    for key, value in values.items():
+        default = defaults[key]
+        if type(value) is type(default) and value == default:
+            continue  # a default of another type than annotated, such as None, is the author's choice
+        if problem := mismatch(value, _hints(cls).get(key, Any)):
+            raise ConfigError(f"{owner}.{key} = {short_repr(value)}: {problem}")
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    try:
+        return get_type_hints(cls, include_extras=True)
+    except (NameError, TypeError, AttributeError):
+        return {}  # a user's annotation that only a type checker can resolve
+
+
+def _matches(value: Any, hint: Any) -> bool:
     hint = _bare(hint)
     origin, args = get_origin(hint), get_args(hint)
     if origin in {Union, UnionType}:
-        return any(_fits(value, member) for member in args)
+        return any(_matches(value, member) for member in args)
     if origin is Literal:
         return any(type(value) is type(member) and value == member for member in args)
     if origin is tuple:
         members = [args[0]] * len(value) if isinstance(value, tuple) and args[-1] is Ellipsis else args
-        return isinstance(value, tuple) and len(value) == len(members) and all(map(_fits, value, members))
+        return isinstance(value, tuple) and len(value) == len(members) and all(map(_matches, value, members))
     if hint in (int, float):
         number = isinstance(value, int) or (isinstance(value, float) and hint is float)
         return number and not isinstance(value, bool) and _all_finite(value)
     if hint in (bool, str):
         return isinstance(value, hint)
     if origin is dict or hint is dict:
-        return isinstance(value, Mapping) and all(_fits(key, args[0] if args else Any) for key in value)
+        return isinstance(value, Mapping) and all(_matches(key, args[0] if args else Any) for key in value)
     return value is None if hint in (None, NoneType) else True
 
 
@@ -160,6 +178,7 @@ def _bare(hint: Any) -> Any:
 
 
 def _choices(hint: Any) -> list[str]:
+    """Return the values that an annotation accepts, in words."""
     hint = _bare(hint)
     origin, args = get_origin(hint), get_args(hint)
     if origin in {Union, UnionType}:
@@ -168,10 +187,10 @@ def _choices(hint: Any) -> list[str]:
         return [str(member) for member in args]
     if origin is tuple:
         return [f"a list of {_members(args)}"]
-    return ["true", "false"] if hint is bool else [_ONE.get(hint, "a mapping of keys")]
+    return ["true", "false"] if hint is bool else [_SINGULAR.get(hint, "a mapping of keys")]
 
 
 def _members(args: tuple[Any, ...]) -> str:
     count, member = "" if args[-1] is Ellipsis else f"{len(args)} ", _bare(args[0])
-    many = f"lists of {_members(get_args(member))}" if get_origin(member) is tuple else _MANY.get(member, "values")
-    return f"{count}{many}"
+    plural = f"lists of {_members(get_args(member))}" if get_origin(member) is tuple else _PLURAL.get(member, "values")
+    return f"{count}{plural}"

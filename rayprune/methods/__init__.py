@@ -11,7 +11,7 @@ from rayprune.methods.registry import METHODS, build_method, method_fields, regi
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-# Classes under their own names (`rayprune.methods.InfoBatch`), so that a new method's file needs no line here.
+# Export classes under their own names (`rayprune.methods.InfoBatch`), so that a new method needs no line here.
 globals().update({_cls.__name__: _cls for _cls in METHODS.values()})
 
 __all__ = ["METHODS", "Method", "build_method", "method_fields", "register"]

@@ -1,18 +1,18 @@
-"""DynaMS: keep what lies near the decision boundary, chosen anew every few epochs.
+"""DynaMS: keep the samples near the decision boundary, chosen again every few epochs.
 
-Wang et al., "DynaMS: Dynamic Margin Selection for Efficient Deep Learning", ICLR 2023. Its body and code are not public
-in a form we could read.
+Wang et al., "DynaMS: Dynamic Margin Selection for Efficient Deep Learning", ICLR 2023. The paper's text and code are
+not publicly available in a form we could read.
 
-The paper's: keep the samples nearest the current classification boundary; choose again every Q epochs; keep less and
-less by a schedule (power law), budget .6; a parameter-sharing proxy (PSP), a leading slice of every layer trained
-jointly, by whose margins the samples are chosen.
+From the paper: keep the samples nearest the current classification boundary; choose again every Q epochs; keep less and
+less by a schedule (power law) with budget 0.6; a parameter-sharing proxy (PSP), a leading slice of every layer that is
+trained jointly and computes the margins for the choice.
 
 Decisions of this project, each an option: the margin is the exact distance to the nearest boundary of the last linear
 layer (MASE, Emam et al. 2021, arXiv 2111.12880), from the predicted class, unsigned; every label keeps the same number
-(quotas that a class cannot fill go to the others), or BASE of the same paper; block 1 of Q = 10 epochs is full data;
-the budget is the share of all N·E visits, warm-up included; weights are 1; scores come from a forward-only sweep over
-all samples in eval mode, without augmentation, through the full network; ties go to the lower id. The proxy is trained
-as slimmable networks are: both losses in one step, batch statistics of its own, weight 1.
+(other labels take what a label cannot fill), or BASE of the same paper; block 1 of Q = 10 epochs uses all samples; the
+budget is a share of all N·E visits, warm-up included; weights are 1; scores come from a forward-only sweep over all
+samples in eval mode, without augmentation, through the full network; ties go to the lower id. The proxy is trained as
+slimmable networks are: both losses in one step, separate batch statistics, weight 1.
 
 Shapes: N samples, C classes, K blocks.
 """
@@ -41,27 +41,28 @@ _SIGNALS = {"predicted": "boundary", "label": "boundary_label", "label_unsigned"
 @register("dynams")
 @dataclass(frozen=True)
 class DynaMS(Method):
-    """Keep the samples nearest the decision boundary; re-score and choose again every block of epochs.
+    """Keep the samples nearest the decision boundary; score and choose again every block of epochs.
 
-    Scoring costs a forward pass over all samples a block: in units of full training, kept + 1/(3Q) with the full
-    network, kept·(1 + φ) + φ/(3Q) with a proxy of φ times its MACs. The proxy pays only where blocks are shorter than
-    Q = (1 − φ)/(3·φ·kept): at budget .6 and ResNet-18 under 8.3 epochs at width .25 (φ .063), under 1.7 at width .5
-    (φ .25). metrics.jsonl counts either: `samples_forwarded`, and `compute`, all of it in samples trained.
+    Scoring costs a forward pass over all samples per block: in units of full training, a run costs kept + 1/(3Q) with
+    the full network, and kept·(1 + φ) + φ/(3Q) with a proxy of φ times its MACs. The proxy pays off only for blocks
+    shorter than Q = (1 − φ)/(3·φ·kept): for budget 0.6 and ResNet-18 below 8.3 epochs at width 0.25 (φ 0.063), below
+    1.7 at width 0.5 (φ 0.25). metrics.jsonl counts both: `samples_forwarded`, and `compute`, everything in units of
+    samples trained.
 
     Args:
         budget: share of all N·E visits that the run keeps, warm-up and block 1 included, in (0, 1].
-        schedule: how the kept ratio falls from block to block; its one free number is solved for the budget.
+        schedule: how the kept ratio falls from block to block; its one free parameter is solved for the budget.
         power: exponent of the polynomial schedule, above 0.
         milestones: shares of the run after which the step schedule falls.
-        prune_ratio: a ratio or schedule asked for in each block, in place of the budget.
-        block_epochs: Q, epochs between choices; null is 10, and a fifth of runs of less than 50 epochs.
-        warmup_epochs: epochs of full data before block 1.
-        anchor: whose boundary counts: the predicted class's, or the label's with a sign (negative = misclassified) or
-            without.
+        prune_ratio: a ratio or schedule to use in each block instead of the budget.
+        block_epochs: Q, epochs between choices; null is 10, or a fifth of a run of less than 50 epochs.
+        warmup_epochs: epochs on all samples before block 1.
+        anchor: the class whose boundary counts: the predicted one, or the label, with a sign (negative =
+            misclassified) or without.
         balance: `even` keeps the same number of every label, `none` the nearest of all, `base` fills each class's quota
             by the distance to that class's boundary.
-        proxy_width: share of each layer's channels that the proxy has, in (0, 1); null scores with the full network.
-        proxy_weight: of the proxy's loss beside the full network's.
+        proxy_width: share of each layer's channels in the proxy, in (0, 1); null scores with the full network.
+        proxy_weight: weight of the proxy's loss; the full network's has weight 1.
     """
 
     kind = "dynamic"
@@ -85,7 +86,7 @@ class DynaMS(Method):
         if self.prune_ratio is not None:
             self._set_schedule("prune_ratio")
         if not 0.0 < self.budget <= 1.0:
-            raise ConfigError(f"budget {self.budget!r} is outside (0, 1]: .6 keeps 60 % of all visits")
+            raise ConfigError(f"budget {self.budget!r} is outside (0, 1]: 0.6 keeps 60 % of all visits")
         for name, value, least in (("block_epochs", self.block_epochs, 1), ("warmup_epochs", self.warmup_epochs, 0)):
             if value is not None and value < least:
                 raise ConfigError(f"{name} {value} must be at least {least}")
@@ -103,20 +104,20 @@ class DynaMS(Method):
         object.__setattr__(self, "needs_labels", self.balance == "even")
 
     def step(self) -> tuple[str, dict[str, Any]]:
-        """Return the step that trains the proxy too, where one is asked for."""
+        """Return the step that also trains the proxy if there is one."""
         proxy = {"width": self.proxy_width, "weight": self.proxy_weight}
         return ("plain", {}) if self.proxy_width is None else ("psp", proxy)
 
     def columns(self) -> Mapping[str, Any]:
-        """Return the loss and the distance, one float32 each; with `base` a distance a class."""
+        """Return the loss and the distance, one float32 each; with `base` a distance per class."""
         distance = (np.float32, (None,)) if self.balance == "base" else np.float32
         return {"loss": np.float32, self.sweep_signals[0]: distance}
 
     def select(self, table: ScoreTable, context: EpochContext) -> Selection:
-        """Keep the nearest; in the last epoch of a block that a choice follows, ask for a sweep over all samples.
+        """Keep the nearest samples; request a sweep over all samples in the epoch before each choice.
 
         Raises:
-            ValueError: the budget can't be reached in so many epochs, or distances are missing.
+            ConfigError: the budget cannot be reached in so many epochs, or distances are missing.
         """
         starts = block_starts(context.num_epochs, self._block_epochs(context.num_epochs), self.warmup_epochs)
         kept = self._kept(starts, context.num_epochs)
@@ -124,19 +125,20 @@ class DynaMS(Method):
         ratio = kept[block] if block > 0 else 1.0
         selection = self._nearest(table, ratio, context) if ratio < 1.0 else Selection.full(context.num_samples)
         following = context.epoch + 1
-        asks = following in starts[1:] and kept[starts.index(following)] < 1.0
-        return selection.with_sweep("all" if asks else None).with_facts(block=block + 1, asked_keep=round(ratio, 6))
+        sweeps = following in starts[1:] and kept[starts.index(following)] < 1.0
+        return selection.with_sweep("all" if sweeps else None).with_facts(block=block + 1, asked_keep=round(ratio, 6))
 
     def _block_epochs(self, num_epochs: int) -> int:
         return self.block_epochs or min(10, max(1, num_epochs // 5))
 
     def _kept(self, starts: list[int], num_epochs: int) -> list[float]:
+        """Return the keep ratio of each block."""
         if self.prune_ratio is not None:
-            asked = Schedule.of(self.prune_ratio)
-            if len(starts) < 2 and any(asked(epoch, num_epochs) for epoch in range(num_epochs)):
-                full = f"all {num_epochs} epochs are warm-up and block 1, which use everything"
+            schedule = Schedule.of(self.prune_ratio)
+            if len(starts) < 2 and any(schedule(epoch, num_epochs) for epoch in range(num_epochs)):
+                full = f"all {num_epochs} epochs are warm-up and block 1, which use all samples"
                 raise ConfigError(f"prune_ratio can't be reached: {full}; lower warmup_epochs or block_epochs")
-            return [1.0, *(1.0 - asked(start, num_epochs) for start in starts[1:])]
+            return [1.0, *(1.0 - schedule(start, num_epochs) for start in starts[1:])]
         blocks = (num_epochs, self._block_epochs(num_epochs), self.warmup_epochs)
         return kept_by_block(self.schedule, self.budget, *blocks, power=self.power, milestones=self.milestones)
 
@@ -145,17 +147,17 @@ class DynaMS(Method):
         unknown = np.isnan(distances if distances.ndim == 1 else distances.sum(axis=1))
         if unknown.any() or distances.shape[1:] == (0,):
             some = f"{np.count_nonzero(unknown) or len(table)} samples (ids {np.flatnonzero(unknown)[:5].tolist()})"
-            cause = "their logits were NaN, or the sweep was left out (in a loop of one's own, shard.sweep)"
+            cause = "their logits were NaN, or a custom loop made no sweep (shard.sweep)"
             raise ConfigError(f"epoch {context.epoch}: {some} have no distance to the boundary: {cause}")
-        num_samples = context.num_samples
-        asked = num_samples - num_pruned(1.0 - ratio, num_samples)
-        count = max(1, round(ratio * num_samples) if self.prune_ratio is None else asked)
+        num = context.num_samples
+        # A budget rounds to the nearest count; a prune ratio rounds the pruned samples down, as in other methods.
+        count = max(1, round(ratio * num) if self.prune_ratio is None else num - num_pruned(1.0 - ratio, num))
         if distances.ndim == 2:
-            chosen = choose_by_boundary(distances, count)
+            selection = choose_by_boundary(distances, count)
         else:
             balance: Balance = "even" if self.balance == "even" else "none"
-            chosen = choose(distances, count, "bottom", labels=context.labels, balance=balance)
-        nearest = distances[chosen.ids] if distances.ndim == 1 else distances[chosen.ids].min(axis=1)
-        return chosen.with_requested(1.0 - ratio if chosen.realised else 0.0).with_facts(
+            selection = choose(distances, count, "bottom", labels=context.labels, balance=balance)
+        nearest = distances[selection.ids] if distances.ndim == 1 else distances[selection.ids].min(axis=1)
+        return selection.with_requested(1.0 - ratio if selection.realised else 0.0).with_facts(
             threshold=round(float(nearest.max()), 6)
         )

@@ -1,4 +1,4 @@
-"""Train on a subset that was chosen before: a file of ids and weights, as `rayprune select` writes it."""
+"""Train on an existing subset: a file of ids and weights, such as `rayprune select` writes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Fixed(Method):
     """Keep the ids of a file, with its weights, in every epoch.
 
     Args:
-        path: a selection, .parquet or .txt; in a config, relative paths begin at the folder of the command.
-        batch_mean_weights: every sample of a batch takes the mean weight of its global batch in place of its own.
+        path: a selection file, .parquet or .txt; in a config, relative paths start at the folder of the command.
+        batch_mean_weights: every sample of a batch gets the mean weight of its global batch instead of its own.
     """
 
     kind = "static"
-    paper = "a subset chosen before"
+    paper = "a given subset"
     signals = ("loss",)
     fixed = True
 
@@ -34,17 +34,17 @@ class Fixed(Method):
         """Return the selection of the file.
 
         Raises:
-            ValueError: the Selector was not given it.
+            ConfigError: the Selector has no selection.
         """
         if context.chosen is None:
             cure = f"give the Selector chosen=, the selection of {self.path}"
             if not self.path:
                 cure = "set method.path=selection.parquet (rayprune select writes one)"
             raise ConfigError(f"method 'fixed' has no selection: {cure}")
-        dropped = context.num_samples - context.chosen.num_kept
+        num_dropped = context.num_samples - context.chosen.num_kept
         return replace(
             context.chosen,
-            requested=dropped / context.num_samples,
-            expected_drops=dropped,
+            requested=num_dropped / context.num_samples,
+            expected_drops=num_dropped,
             batch_mean_weights=self.batch_mean_weights,
         )

@@ -1,4 +1,4 @@
-"""Train on everything: the run that every saving is measured against."""
+"""Train on all samples: the baseline of every saving."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rayprune.methods.registry import register
 @register("full")
 @dataclass(frozen=True)
 class Full(Method):
-    """Keep every sample with weight 1 in every epoch; records the loss, so that a full run has scores too."""
+    """Keep every sample with weight 1 in every epoch; record the loss, so that a full run has scores too."""
 
     kind = "baseline"
     paper = "no selection"
@@ -23,5 +23,4 @@ class Full(Method):
     fixed = True
 
     def select(self, table: ScoreTable, context: EpochContext) -> Selection:
-        """Keep all."""
         return Selection.full(context.num_samples)

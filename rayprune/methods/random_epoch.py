@@ -23,12 +23,12 @@ from rayprune.methods.registry import register
 @register("random_epoch")
 @dataclass(frozen=True)
 class RandomEpoch(Method):
-    """Keep a fresh random subset at weight 1 in every epoch.
+    """Keep a fresh random subset with weight 1 in every epoch.
 
     Args:
-        prune_ratio: share r that is dropped, a number in [0, 1) or a schedule.
-        replacement: True draws every epoch on its own; False draws without replacement across epochs: no sample comes
-            a second time before all have come once (the paper's RS2 without replacement).
+        prune_ratio: r, the share to drop, a number in [0, 1) or a schedule.
+        replacement: True draws every epoch independently; False draws without replacement across epochs: no sample
+            comes a second time before all have come once (the paper's RS2 without replacement).
     """
 
     kind = "baseline"
@@ -43,18 +43,18 @@ class RandomEpoch(Method):
         self._set_schedule("prune_ratio")
 
     def select(self, table: ScoreTable, context: EpochContext) -> Selection:
-        """Draw N − floor(r·N) samples, least often drawn first when drawing without replacement."""
+        """Draw N − floor(r·N) samples; without replacement, start with those drawn least often."""
         ratio = Schedule.of(self.prune_ratio)(context.epoch, context.num_epochs)
         drops = num_pruned(ratio, context.num_samples)
-        left = context.num_samples - drops
+        to_draw = context.num_samples - drops
         kept = np.zeros(context.num_samples, dtype=bool)
-        # An epoch prunes or draws a sample, so pruned most often is drawn least often: those come first.
+        # Each epoch either prunes or draws a sample, so the samples pruned most often were drawn least often.
         levels = np.unique(table.times_pruned)[::-1] if not self.replacement else [None]
         for level in levels:
             waiting = np.ones_like(kept) if level is None else table.times_pruned == level
             count = int(np.count_nonzero(waiting))
-            share = min(left, count) / count
+            share = min(to_draw, count) / count
             if share > 0:
                 kept |= thin(waiting.view(np.uint8), np.array([share]), context.rng).codes == 2
-            left -= min(left, count)
+            to_draw -= min(to_draw, count)
         return Selection.of_mask(kept, ratio, drops)

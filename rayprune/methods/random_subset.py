@@ -18,10 +18,10 @@ from rayprune.methods.registry import register
 @register("random")
 @dataclass(frozen=True)
 class Random(Method):
-    """Keep a fixed random subset at weight 1.
+    """Keep a fixed random subset with weight 1.
 
     Args:
-        prune_ratio: share r that is dropped, a number in [0, 1) or a schedule; under a schedule the subsets are nested.
+        prune_ratio: r, the share to drop, a number in [0, 1) or a schedule; under a schedule the subsets are nested.
     """
 
     kind = "baseline"
@@ -39,7 +39,7 @@ class Random(Method):
         """Keep the first N − floor(r·N) of a permutation that depends on the seed alone."""
         ratio = Schedule.of(self.prune_ratio)(context.epoch, context.num_epochs)
         drops = num_pruned(ratio, context.num_samples)
-        # Half the memory of int64 ids; 2^32 samples would need 16 GB here and more elsewhere.
+        # At most half the memory of int64 ids.
         order = np.arange(context.num_samples, dtype=np.min_scalar_type(context.num_samples))
         context.rng_of(0).shuffle(order)
         kept = np.zeros(context.num_samples, dtype=bool)

@@ -1,4 +1,4 @@
-"""Names of methods → classes, and the way from a config's `method:` section to a method."""
+"""The registry of methods by name, and building a method from a config's `method:` section."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from rayprune.core.references import closest, is_reference, load_object
-from rayprune.core.validation import check_keys, shown
+from rayprune.core.validation import check_keys, short_repr
 from rayprune.errors import ConfigError
 from rayprune.methods.base import Method
 
@@ -32,7 +32,7 @@ def method_class(name: str) -> type[Method]:
     """Return the class of a registered name or of a `module:Class` reference.
 
     Raises:
-        ConfigError: an unknown name (with the closest match), or a reference to something that is no Method.
+        ConfigError: an unknown name (with the closest match), or a reference to something other than a Method.
     """
     if not is_reference(name):
         if name not in METHODS:
@@ -40,9 +40,9 @@ def method_class(name: str) -> type[Method]:
         return METHODS[name]
     cls = load_object(name)
     if not (isinstance(cls, type) and issubclass(cls, Method)):
-        raise ConfigError(f"method {name!r} is no subclass of rayprune.methods.Method")
+        raise ConfigError(f"method {name!r} is not a subclass of rayprune.methods.Method")
     if METHODS.get(cls.name) is not cls or not cls.__module__.startswith("rayprune.methods."):
-        cls.name = name  # what a checkpoint or a worker needs to find it again; our own keep their registered names
+        cls.name = name  # so that checkpoints and workers find the class again; our own keep their registered names
     return cls
 
 
@@ -52,11 +52,11 @@ def method_fields(cls: type[Method]) -> dict[str, Any]:
 
 
 def build_method(spec: Method | str | Mapping[str, Any], key: str = "method") -> Method:
-    """Make a method of its config: a name, or a mapping of `name` and hyperparameters.
+    """Build a method from its config: a name, or a mapping of `name` and hyperparameters.
 
     Args:
-        spec: the config, or a method that is there already.
-        key: what messages call it.
+        spec: the config, or a method, which is returned as it is.
+        key: the setting that messages name.
 
     Raises:
         ConfigError: unknown name or key (with the closest match), or a value of another type or out of range.
@@ -68,13 +68,13 @@ def build_method(spec: Method | str | Mapping[str, Any], key: str = "method") ->
         return spec
     options: Any = {"name": spec} if isinstance(spec, str) else spec
     if not isinstance(options, Mapping):
-        raise ConfigError(f"{key} = {shown(spec)}: must be a name or a mapping, such as {{name: infobatch}}")
+        raise ConfigError(f"{key} = {short_repr(spec)}: must be a name or a mapping, such as {{name: infobatch}}")
     options = dict(options)
     if "name" not in options:
         raise ConfigError(f"{key} has no name: {closest('', METHODS)}")
     name = options.pop("name")
     if not isinstance(name, str):
-        raise ConfigError(f"{key}.name = {shown(name)}: must be text, {closest(str(name), METHODS)}")
+        raise ConfigError(f"{key}.name = {short_repr(name)}: must be text, {closest(str(name), METHODS)}")
     cls = method_class(name)
     check_keys(cls, options, key, f"method {name!r}")
     try:

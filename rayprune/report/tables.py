@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from rayprune.config.experiments import shown_value
+from rayprune.config.experiments import format_value
 from rayprune.core.references import closest
 from rayprune.errors import RunFolderError
 from rayprune.report.plots.runs import facts_of, spent
@@ -260,7 +260,7 @@ def sweep_cells(rows: Sequence[Row], keys: Sequence[str]) -> list[tuple[str, ...
         cells.append(
             (
                 "*" if row["pareto"] else "",
-                *("–" if row[key] is None else shown_value(row[key]) for key in keys),
+                *("–" if row[key] is None else format_value(row[key]) for key in keys),
                 share(row["val_accuracy"]),
                 share(row["compute_share"]),
                 number(row["flops"], ".2e"),

@@ -86,7 +86,7 @@ def stream_ranks(scores: ScoreClient, shards: list[Any], epoch: int, phase: Phas
 def assert_is_share(batches: list[Batch], plan: Plan, rank: int, ranks: int, source: Any) -> None:
     assert len(batches) == plan.num_steps
     for step, batch in enumerate(batches):
-        ids, weights, real = plan.share(rank, ranks, step, step + 1)
+        ids, weights, real = plan.rank_rows(rank, ranks, step, step + 1)
         assert np.array_equal(batch.ids, ids)
         assert np.array_equal(batch.columns["id"], ids)
         assert batch.columns["id"].dtype == np.int64
@@ -184,7 +184,7 @@ def test_trap_planning_happens_early_and_often() -> None:
     first, again = (read_ids(datasource.get_read_tasks(parallelism)) for parallelism in (1, 200))
     assert first == again
     plan = plans_of(11, 4)[0]
-    assert first == [plan.share(rank, 2, 0, plan.num_steps)[0].tolist() for rank in (0, 1)]
+    assert first == [plan.rank_rows(rank, 2, 0, plan.num_steps)[0].tolist() for rank in (0, 1)]
 
 
 def read_ids(tasks: list[Any]) -> list[list[int]]:

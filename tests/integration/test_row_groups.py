@@ -70,7 +70,8 @@ def test_both_transports_give_the_same_run_and_count_what_they_read(tmp_path: Pa
         window_rows = block_rows(source.schema.row_bytes)
         selection = read_selection(local.folder, epoch)
         assert (
-            line["plan_hash"] == Plan.of_selection(selection, BATCH, 0, epoch, "pad", source.groups, window_rows).hash
+            line["plan_hash"]
+            == Plan.of_selection(selection, BATCH, 0, epoch, groups=source.groups, window_rows=window_rows).hash
         )
     # Each of two processes reads a group once in the run: the data fits the buffer.
     once = stored_bytes(digits / "train.parquet") + stored_bytes(digits / "test.parquet")

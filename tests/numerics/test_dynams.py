@@ -1,4 +1,4 @@
-"""DynaMS: the budgets' conformance numbers, the balanced choices, and a naive transcription on random runs."""
+"""DynaMS: reference numbers of budgets and balanced choices, and a naive transcription on random runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAMILIES = ["power", "polynomial", "linear", "constant", "step"]
 
 
 def run(method: DynaMS, num_samples: int, num_epochs: int, labels: Any, distances: Any) -> list[Any]:
-    """Return the selections of a run whose sweeps see distances(epoch) -> (N,) or (N, C)."""
+    """Return the selections of a run whose sweeps report distances(epoch) -> (N,) or (N, C)."""
     selector = Selector(method, num_samples, num_epochs, seed=0, labels=labels)
     selections = []
     for epoch in range(num_epochs):
@@ -41,7 +41,7 @@ def test_the_power_law_meets_its_budget(budget: float, exponent: float) -> None:
     assert sum(kept) == pytest.approx(budget * 20, abs=1e-9)
 
 
-def test_the_visits_of_fifty_thousand_samples() -> None:
+def test_the_number_of_visits_of_fifty_thousand_samples() -> None:
     kept = kept_by_block("power", 0.6, 200, 10)
     assert kept[1] == pytest.approx(0.84008, abs=1e-5)
     assert kept[19] == pytest.approx(0.47090, abs=1e-5)
@@ -58,14 +58,14 @@ def test_the_visits_of_fifty_thousand_samples() -> None:
 
 
 @pytest.mark.parametrize(("power", "final"), [(1, 0.1111), (2, 0.3234), (3, 0.3956)])
-def test_the_polynomial_with_a_warm_up(power: float, final: float) -> None:
+def test_the_polynomial_with_a_warm_up_meets_its_budget(power: float, final: float) -> None:
     kept = kept_by_block("polynomial", 0.6, 200, 10, 20, power=power)
     assert kept[-1] == pytest.approx(final, abs=5e-5)
     assert 20 + 10 * math.fsum(kept) == pytest.approx(120, abs=1e-9)
 
 
 def least_visits(family: str, num_epochs: int, block: int, warmup: int) -> float:
-    """Return the fewest visits a sample has under a family, as a share of 1 an epoch, by plain counting."""
+    """Count the fewest epochs' worth of visits that a family allows."""
     starts = list(range(warmup, num_epochs, block))
     total = float(min(warmup, num_epochs))
     for epoch in range(warmup, num_epochs):
@@ -82,13 +82,13 @@ def least_visits(family: str, num_epochs: int, block: int, warmup: int) -> float
 
 
 @given(st.sampled_from(FAMILIES), st.integers(2, 60), st.integers(1, 12), st.integers(0, 10), st.floats(0.05, 1.0))
-def test_every_family_spends_its_budget_exactly(
+def test_every_family_meets_its_budget_exactly(
     family: Any, num_epochs: int, block: int, warmup: int, budget: float
 ) -> None:
     try:
         kept = kept_by_block(family, budget, num_epochs, block, warmup, milestones=(0.3, 0.6))
     except ValueError:
-        # Refused only where even the steepest schedule of the family, written out epoch by epoch, keeps no less.
+        # Refused only if even the steepest schedule of the family, epoch by epoch, keeps more than the budget.
         assert budget * num_epochs <= least_visits(family, num_epochs, block, warmup) + 1e-6
         return
     starts = block_starts(num_epochs, block, warmup)
@@ -96,12 +96,12 @@ def test_every_family_spends_its_budget_exactly(
     for epoch in range(warmup, num_epochs):
         by_epoch.append(kept[sum(start <= epoch for start in starts) - 1])
     assert math.fsum(by_epoch) == pytest.approx(budget * num_epochs, abs=1e-9)
-    assert all(0 < one <= 1 for one in kept)
+    assert all(0 < ratio <= 1 for ratio in kept)
     assert all(later <= earlier + 1e-12 for earlier, later in pairwise(kept))
     assert not kept or kept[0] == 1
 
 
-def test_the_balanced_choice_of_the_reference_numbers() -> None:
+def test_balanced_choices_by_hand() -> None:
     distances = np.arange(1, 9) / 10
     labels = np.array([0] * 5 + [1] * 3)
     for balance, expected in (("none", [0, 1, 2, 3, 4]), ("even", [0, 1, 2, 5, 6])):
@@ -109,14 +109,14 @@ def test_the_balanced_choice_of_the_reference_numbers() -> None:
         assert run(method, 8, 2, labels, lambda _: distances)[1].ids.tolist() == expected
 
 
-def test_quotas_that_a_class_cannot_fill_go_to_the_others() -> None:
+def test_other_classes_take_quotas_that_a_class_cannot_fill() -> None:
     labels = np.array([0] * 7 + [1] * 2 + [2] * 1)
     method = DynaMS(prune_ratio=0.4, block_epochs=1)
     kept = run(method, 10, 2, labels, lambda _: np.arange(10.0))[1].ids
     assert kept.tolist() == [0, 1, 2, 7, 8, 9]
 
 
-def test_a_budget_of_one_keeps_every_id_and_sweeps_nothing() -> None:
+def test_a_budget_of_one_keeps_all_samples_without_sweeps() -> None:
     for selection in run(DynaMS(budget=1.0, block_epochs=2), 20, 9, np.arange(20) % 3, None):
         assert selection.ids.tolist() == list(range(20))
         assert (selection.weights == 1).all()
@@ -125,7 +125,7 @@ def test_a_budget_of_one_keeps_every_id_and_sweeps_nothing() -> None:
 
 
 def naive(method: DynaMS, num_samples: int, num_epochs: int, labels: Any, distances: Any) -> list[list[int]]:
-    """Choose block by block with sorted lists and nothing else."""
+    """Choose block by block with sorted lists only."""
     kept: list[list[int]] = []
     current = list(range(num_samples))
     full = method.warmup_epochs + method.block_epochs
@@ -133,12 +133,12 @@ def naive(method: DynaMS, num_samples: int, num_epochs: int, labels: Any, distan
     for epoch in range(num_epochs):
         if epoch >= full and (epoch - method.warmup_epochs) % method.block_epochs == 0:
             count = max(1, round(gammas[(epoch - method.warmup_epochs) // method.block_epochs] * num_samples))
-            seen = distances(epoch - 1)
+            nearest = distances(epoch - 1)
             queues = {
-                c: sorted((seen[i], i) for i in range(num_samples) if labels[i] == c) for c in sorted(set(labels))
+                c: sorted((nearest[i], i) for i in range(num_samples) if labels[i] == c) for c in sorted(set(labels))
             }
             current = []
-            while len(current) < count:  # one each in turn, until the count is reached
+            while len(current) < count:  # round-robin over the labels until the count is reached
                 for queue in queues.values():
                     if queue and len(current) < count:
                         current.append(queue.pop(0)[1])
@@ -149,7 +149,9 @@ def naive(method: DynaMS, num_samples: int, num_epochs: int, labels: Any, distan
 @given(
     st.integers(4, 40), st.integers(2, 14), st.integers(1, 4), st.integers(0, 3), st.integers(1, 4), st.integers(0, 99)
 )
-def test_a_naive_transcription(num: int, epochs: int, block: int, warmup: int, classes: int, seed: int) -> None:
+def test_runs_equal_a_naive_transcription(
+    num: int, epochs: int, block: int, warmup: int, classes: int, seed: int
+) -> None:
     method = DynaMS(budget=0.7, block_epochs=block, warmup_epochs=warmup)
     labels = np.random.default_rng(seed).integers(0, classes, num)
 
@@ -162,24 +164,24 @@ def test_a_naive_transcription(num: int, epochs: int, block: int, warmup: int, c
         with pytest.raises(ValueError, match=r"budget|warmup_epochs"):
             run(method, num, epochs, labels, distances)
         return
-    found = run(method, num, epochs, labels, distances)
-    assert [selection.ids.tolist() for selection in found] == expected
+    selections = run(method, num, epochs, labels, distances)
+    assert [selection.ids.tolist() for selection in selections] == expected
 
 
-def test_base_takes_class_after_class() -> None:
+def test_base_serves_class_after_class() -> None:
     rng = np.random.default_rng(3)
     distances = rng.random((30, 3)).astype(np.float32)
     method = DynaMS(prune_ratio=0.5, block_epochs=1, balance="base")
     kept = run(method, 30, 2, None, lambda _: distances)[1].ids.tolist()
-    left, expected = set(range(30)), []
+    remaining, expected = set(range(30)), []
     for label in range(3):
-        nearest = sorted(left, key=lambda i: (distances[i, label], i))[:5]
+        nearest = sorted(remaining, key=lambda i: (distances[i, label], i))[:5]
         expected += nearest
-        left -= set(nearest)
+        remaining -= set(nearest)
     assert kept == sorted(expected)
 
 
-def test_a_block_keeps_its_choice_and_resumes_inside() -> None:
+def test_a_block_keeps_its_choice_across_a_resume() -> None:
     labels = np.arange(40) % 4
 
     def distances(epoch: int) -> Any:
@@ -189,7 +191,17 @@ def test_a_block_keeps_its_choice_and_resumes_inside() -> None:
     whole = run(method, 40, 9, labels, distances)
     for block in ((0, 1, 2), (3, 4, 5), (6, 7, 8)):
         assert len({tuple(whole[epoch].ids) for epoch in block}) == 1
-    assert [bool(one.num_scored) for one in whole] == [False, False, True, False, False, True, False, False, False]
+    assert [bool(selection.num_scored) for selection in whole] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
     selector = Selector(method, 40, 9, labels=labels)
     for epoch in range(5):
         selection = selector.begin_epoch(epoch)

@@ -1,4 +1,4 @@
-"""InfoBatch against its paper, transcribed here once more without NumPy, and against the reference's numbers.
+"""InfoBatch against a transcription of its paper without NumPy, and against the reference's numbers.
 
 Shapes: N samples, L the well-learned samples (candidates).
 """
@@ -22,7 +22,7 @@ TEN = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 5.5]
 
 
 def naive_candidates(scores: Sequence[float | None]) -> set[int]:
-    """Return {i : s_i < mean(s)}, the mean over the samples that have a score."""
+    """Return {i : s_i < mean(s)} with the mean over the samples that have a score."""
     known = [score for score in scores if score is not None]
     if not known:
         return set()
@@ -39,7 +39,7 @@ def naive_percentile(scores: Sequence[float], q: float) -> float:
 
 
 def naive_keep_ratios(scores: Sequence[float], quantiles: Sequence[float], keep: Sequence[float]) -> list[float]:
-    """Return each sample's keep ratio: its bucket is the lowest threshold that it lies below."""
+    """Return each sample's keep ratio: that of the lowest threshold above its score."""
     thresholds = [naive_percentile(scores, q) for q in quantiles]
     ratios = []
     for score in scores:
@@ -55,7 +55,7 @@ def infobatch(**options: Any) -> Any:
 def second_epoch(
     scores: Sequence[float | None], seed: int = 0, num_epochs: int = 8, **options: Any
 ) -> tuple[Selector, Selection]:
-    """Observe scores (None: not visited) in epoch 0 and select epoch 1."""
+    """Observe scores (None: not visited) in epoch 0, and select epoch 1."""
     selector = Selector(infobatch(**options), len(scores), num_epochs, seed)
     selector.begin_epoch(0)
     ids = [i for i, score in enumerate(scores) if score is not None]
@@ -63,22 +63,20 @@ def second_epoch(
     return selector, selector.begin_epoch(1)
 
 
-def touched(selection: Selection) -> set[int]:
-    """Return the ids that were dropped or weighted: the candidates that the code saw."""
+def candidates_of(selection: Selection) -> set[int]:
+    """Return the ids that were dropped or weighted, which are the candidates."""
     heavier = selection.ids[selection.weights != 1.0]
     return set(np.flatnonzero(selection.codes == 0).tolist()) | set(heavier.tolist())
 
 
-# Conformance line 1
-def test_first_epoch_is_full() -> None:
+def test_the_first_epoch_is_full() -> None:
     selection = Selector(infobatch(), 1000, 10, seed=1).begin_epoch(0)
     assert selection.ids.tolist() == list(range(1000))
     assert (selection.weights == 1).all()
     assert selection.realised == selection.requested == 0
 
 
-# Conformance line 2
-def test_the_only_candidate_of_four() -> None:
+def test_one_candidate_of_four_is_dropped_or_doubled() -> None:
     outcomes = Counter()
     for seed in range(400):
         _, selection = second_epoch([1, 2, 3, 2], seed)
@@ -89,16 +87,14 @@ def test_the_only_candidate_of_four() -> None:
     assert 150 < outcomes[None] < 250
 
 
-# Conformance line 3
-def test_nine_candidates_of_ten() -> None:
+def test_nine_candidates_of_ten_are_halved() -> None:
     for seed in range(50):
         _, selection = second_epoch(TEN, seed)
-        assert touched(selection) == set(range(9))
+        assert candidates_of(selection) == set(range(9))
         assert selection.weights_of(np.array([9])).tolist() == [1.0]
         assert selection.num_kept - 1 in {4, 5}
 
 
-# Conformance line 4
 @pytest.mark.parametrize("prune_ratio", [0.3, 0.5, 0.7, 0.8, 0.9])
 def test_the_weighted_sum_is_ten_in_expectation(prune_ratio: float) -> None:
     sums = []
@@ -109,19 +105,17 @@ def test_the_weighted_sum_is_ten_in_expectation(prune_ratio: float) -> None:
     assert error < 0.15
     assert abs(np.mean(sums) - 10.0) < 4 * error
     reference = {0.3: 9.786, 0.5: 9.5, 0.7: 8.833, 0.8: 8.0, 0.9: 5.5}[prune_ratio]
-    if reference < 9.6:  # floored counts, a plausible mistake, lie well outside
+    if reference < 9.6:  # the result of rounding counts down, a plausible mistake, is far away
         assert abs(np.mean(sums) - reference) > 4 * error
 
 
-# Conformance line 5
 @pytest.mark.parametrize(("num_candidates", "kept"), [(5, 1), (10, 2), (20, 4), (100, 20)])
-def test_keep_counts_at_eighty_percent(num_candidates: int, kept: int) -> None:
+def test_counts_kept_at_eighty_percent(num_candidates: int, kept: int) -> None:
     for seed in range(20):
         _, selection = second_epoch([0.1] * num_candidates + [9.0], seed, prune_ratio=0.8)
         assert selection.num_kept - 1 == kept
 
 
-# Conformance line 6
 @pytest.mark.parametrize(
     ("num_epochs", "anneal_start", "first_full"),
     [
@@ -129,7 +123,7 @@ def test_keep_counts_at_eighty_percent(num_candidates: int, kept: int) -> None:
         *[(5, 0.8, 4), (4, 1, 4), (4, 0, 0), (100, 0.29, 29)],
     ],
 )
-def test_annealing(num_epochs: int, anneal_start: float, first_full: int) -> None:
+def test_annealed_epochs_are_full(num_epochs: int, anneal_start: float, first_full: int) -> None:
     selector = Selector(infobatch(anneal_start=anneal_start), 20, num_epochs, seed=0)
     for epoch in range(num_epochs):
         selection = selector.begin_epoch(epoch)
@@ -143,8 +137,7 @@ def test_annealing(num_epochs: int, anneal_start: float, first_full: int) -> Non
             assert selection.requested == 0.5
 
 
-# Conformance line 7
-def test_scores_are_raw_losses_and_pruned_ones_stay() -> None:
+def test_scores_are_raw_losses_and_stay_while_pruned() -> None:
     selector, selection = second_epoch(TEN)
     assert selector.scores()["loss"].tobytes() == np.array(TEN, dtype=np.float32).tobytes()
     heavy = selection.ids[selection.weights == 2]
@@ -159,33 +152,30 @@ def test_scores_are_raw_losses_and_pruned_ones_stay() -> None:
     assert (selector.table.last_visit[pruned] == 0).all()
 
 
-# Conformance line 8
-def test_saving_of_static_exponential_losses() -> None:
+def test_the_saving_of_static_exponential_losses() -> None:
     losses = torch.empty(50_000).exponential_(generator=torch.Generator().manual_seed(0)).numpy()
     selector = Selector(infobatch(), 50_000, 200, seed=0)
-    dropped = []
+    drops = []
     for epoch in range(200):
         selection = selector.begin_epoch(epoch)
         selector.observe(selection.ids, {"loss": losses[selection.ids]}, epoch)
-        dropped.append(50_000 - selection.num_kept)
-    assert dropped[0] == 0
-    assert dropped[175:] == [0] * 25
-    assert all(abs(count - 15_774) <= 1 for count in dropped[1:175])
-    assert round(100 * sum(dropped) / (200 * 50_000), 1) == 27.4
+        drops.append(50_000 - selection.num_kept)
+    assert drops[0] == 0
+    assert drops[175:] == [0] * 25
+    assert all(abs(count - 15_774) <= 1 for count in drops[1:175])
+    assert round(100 * sum(drops) / (200 * 50_000), 1) == 27.4
 
 
-# Conformance line 9
 @pytest.mark.parametrize("batch_size", [2, 4, 6])
-def test_two_ranks_share_eleven_samples(batch_size: int) -> None:
+def test_two_ranks_split_eleven_samples(batch_size: int) -> None:
     plan = Plan.of_selection(Selection.full(11), batch_size, seed=0, epoch=0)
-    shares = [plan.share(rank, 2, 0, plan.num_steps) for rank in (0, 1)]
-    rows = [ids[real].tolist() for ids, _, real in shares]
-    assert [ids.size for ids, _, _ in shares] == [plan.num_steps * batch_size // 2] * 2
+    parts = [plan.rank_rows(rank, 2, 0, plan.num_steps) for rank in (0, 1)]
+    rows = [ids[trains].tolist() for ids, _, trains in parts]
+    assert [ids.size for ids, _, _ in parts] == [plan.num_steps * batch_size // 2] * 2
     assert not set(rows[0]) & set(rows[1])
     assert sorted(rows[0] + rows[1]) == list(range(11))
 
 
-# Conformance line 10
 @pytest.mark.parametrize("constant", [0.1, 1 / 3, 2.3025851, 1e-30, 1e30, 0.0])
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 10, 70_001])
 def test_constant_scores_prune_nothing(constant: float, num_samples: int) -> None:
@@ -196,7 +186,7 @@ def test_constant_scores_prune_nothing(constant: float, num_samples: int) -> Non
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300])
-def test_bad_losses_are_reported_and_change_nothing(bad: float, caplog: pytest.LogCaptureFixture) -> None:
+def test_nonfinite_losses_are_reported_and_ignored(bad: float, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="rayprune"):
         selector, selection = second_epoch([*TEN, bad], seed=5)
     assert selector.num_nonfinite == 1
@@ -208,15 +198,15 @@ def test_bad_losses_are_reported_and_change_nothing(bad: float, caplog: pytest.L
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_against_the_transcription(seed: int) -> None:
+def test_selections_equal_the_transcription(seed: int) -> None:
     rng = np.random.default_rng(seed)
     num, ratio = int(rng.integers(1, 60)), float(rng.choice([0.1, 0.3, 0.5, 0.8]))
-    drawn = rng.gamma(1.0, 2.0, size=num).astype(np.float32)
-    scores = [float(s) if rng.random() < 0.8 else None for s in drawn]
+    losses = rng.gamma(1.0, 2.0, size=num).astype(np.float32)
+    scores = [float(loss) if rng.random() < 0.8 else None for loss in losses]
     selector, selection = second_epoch(scores, seed, prune_ratio=ratio)
     expected = naive_candidates(scores)
-    # Where chance kept none of the candidates all of them are gone, and where it kept one it weighs 1/k.
-    assert touched(selection) == expected
+    # A candidate is either dropped or weighs 1/k.
+    assert candidates_of(selection) == expected
     members = [i for i in selection.ids.tolist() if i in expected]
     assert len(members) in {math.floor((1 - ratio) * len(expected)), math.ceil((1 - ratio) * len(expected) - 1e-9)}
     assert selection.weights_of(np.array(members, dtype=int)).tolist() == [np.float32(1 / (1 - ratio))] * len(members)
@@ -233,11 +223,13 @@ def test_against_the_transcription(seed: int) -> None:
         ([1, 2, 3, 2], {0}, {"not strictly below": {0, 1, 3}}),
     ],
 )
-def test_where_a_wrong_formula_differs(scores: list[Any], candidates: set[int], wrong: dict[str, set[int]]) -> None:
+def test_wrong_formulas_give_other_candidates(
+    scores: list[Any], candidates: set[int], wrong: dict[str, set[int]]
+) -> None:
     _, selection = second_epoch(scores)
     assert naive_candidates(scores) == candidates
-    assert touched(selection) == candidates
-    assert touched(selection) not in wrong.values()
+    assert candidates_of(selection) == candidates
+    assert candidates_of(selection) not in wrong.values()
 
 
 def test_stale_scores_stay_in_the_mean() -> None:
@@ -245,7 +237,7 @@ def test_stale_scores_stay_in_the_mean() -> None:
     rng = np.random.default_rng(0)
     for epoch in range(7):
         selection = selector.begin_epoch(epoch)
-        assert touched(selection) == (naive_candidates(scores) if epoch else set())
+        assert candidates_of(selection) == (naive_candidates(scores) if epoch else set())
         losses = rng.exponential(size=10).astype(np.float32) if epoch else np.array(TEN, dtype=np.float32)
         selector.observe(selection.ids, {"loss": losses[selection.ids]}, epoch)
         for i in selection.ids.tolist():
@@ -255,7 +247,7 @@ def test_stale_scores_stay_in_the_mean() -> None:
 @pytest.mark.parametrize(
     ("quantiles", "keep", "kept_share"), [([20, 85], [0.25, 0.5], 0.525), ([64], [0.5], 0.68)], ids=["20-85", "64"]
 )
-def test_quantile_presets(quantiles: list[float], keep: list[float], kept_share: float) -> None:
+def test_quantile_presets_keep_their_shares(quantiles: list[float], keep: list[float], kept_share: float) -> None:
     losses = np.random.default_rng(1).permutation(10_000).astype(float)
     selector, selection = second_epoch(losses.tolist(), quantiles=quantiles, keep=keep)
     assert abs(selection.num_kept / 10_000 - kept_share) < 2e-4
@@ -267,7 +259,7 @@ def test_quantile_presets(quantiles: list[float], keep: list[float], kept_share:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_quantiles_against_the_transcription(seed: int) -> None:
+def test_quantiles_equal_the_transcription(seed: int) -> None:
     rng = np.random.default_rng(seed)
     quantiles, keep = [15.0, 40.0, 85.0], [0.25, 0.4, 0.8]
     scores = rng.exponential(size=int(rng.integers(3, 80))).astype(np.float32).tolist()
@@ -286,7 +278,7 @@ def test_three_samples_in_three_buckets_always_lose_one() -> None:
         assert selection.num_kept in {1, 2}
 
 
-def test_moving_average_of_the_score() -> None:
+def test_ema_averages_the_score() -> None:
     rng, ema, num = np.random.default_rng(3), 0.25, 12
     selector = Selector(infobatch(ema=ema), num, 8, seed=0)
     expected: list[float | None] = [None] * num
@@ -300,7 +292,7 @@ def test_moving_average_of_the_score() -> None:
         np.testing.assert_allclose(selector.scores()["loss"], np.array(expected, dtype=float), rtol=1e-5)
 
 
-def test_a_schedule_as_prune_ratio() -> None:
+def test_prune_ratio_may_be_a_schedule() -> None:
     method = infobatch(prune_ratio={"schedule": "linear", "start": 0.0, "end": 0.75}, anneal_start=1.0)
     selector = Selector(method, 101, 4, seed=0)
     losses = np.array([0.1] * 100 + [9.0])
@@ -325,7 +317,7 @@ def test_target_saving_is_reached(target: float, class_floor: float) -> None:
         visits += selection.num_kept
         selector.observe(selection.ids, {"loss": rng.exponential(size=selection.num_kept)}, epoch)
         assert (selection.requested > 0) == (1 <= epoch < 35)
-        members = len(touched(selection))
+        members = len(candidates_of(selection))
         if members and not class_floor:
             assert abs((num - selection.num_kept) - selection.requested * members) <= 1
     assert abs((1 - visits / (num * num_epochs)) / target - 1) < 0.01
@@ -342,9 +334,9 @@ def test_target_saving_is_reached(target: float, class_floor: float) -> None:
 )
 def test_an_unreachable_target_is_refused_in_one_line(num_epochs: int, options: dict[str, Any]) -> None:
     selector = Selector(infobatch(**options), 100, num_epochs, seed=0)
-    with pytest.raises(ValueError, match=r"target_saving .* cannot be reached") as refused:
+    with pytest.raises(ValueError, match=r"target_saving .* cannot be reached") as caught:
         selector.begin_epoch(0)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -358,6 +350,6 @@ def test_an_unreachable_target_is_refused_in_one_line(num_epochs: int, options: 
     ],
     ids=str,
 )
-def test_values_out_of_range_are_refused_by_name(options: dict[str, Any]) -> None:
+def test_hyperparameters_out_of_range_are_named(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options)).replace("_", ".")):
         infobatch(**options)

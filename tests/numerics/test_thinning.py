@@ -1,4 +1,4 @@
-"""Thinning is a uniform draw of an exact size within each stratum, and its weights undo it in expectation."""
+"""Thinning draws an exact number uniformly within each stratum, and its weights make the sum unbiased."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def weighted_sum(selection: Selection, values: NDArray[np.float64]) -> float:
 
 @pytest.mark.parametrize("chunk_rows", [1 << 16, 7, 1])
 def test_every_sample_and_every_pair_is_equally_likely(chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(table, "CHUNK_NUMBERS", chunk_rows)
     num, kept = 15, 6
     masks_RN = kept_masks(np.ones(num, dtype=np.uint8), [kept / num])
     assert (masks_RN.sum(axis=1) == kept).all()
     share = kept / num
     counts = masks_RN.sum(axis=0)
-    # The counts of a fixed-size draw are negatively correlated: (N − 1)/N times the sum is chi-square, N − 1 degrees.
+    # Counts of fixed-size draws are negatively correlated: (N − 1)/N times the sum is chi-square with N − 1 degrees.
     chi_square = ((counts - NUM_DRAWS * share) ** 2 / (NUM_DRAWS * share * (1 - share))).sum() * (num - 1) / num
     assert chi_square < num - 1 + 5 * math.sqrt(2 * (num - 1))
     both = kept * (kept - 1) / (num * (num - 1))
@@ -44,8 +44,8 @@ def test_every_sample_and_every_pair_is_equally_likely(chunk_rows: int, monkeypa
 
 
 @pytest.mark.parametrize("chunk_rows", [1 << 16, 5])
-def test_strata_are_drawn_apart_with_exact_counts(chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "CHUNK_ROWS", chunk_rows)
+def test_each_stratum_has_an_exact_count(chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "CHUNK_NUMBERS", chunk_rows)
     strata = np.random.default_rng(1).permutation(np.repeat(np.arange(4, dtype=np.uint8), [6, 10, 8, 5]))
     masks_RN = kept_masks(strata, [0.5, 0.25, 1.0], 1_000)
     for stratum, kept in enumerate([6, 5, 2, 5]):
@@ -54,7 +54,7 @@ def test_strata_are_drawn_apart_with_exact_counts(chunk_rows: int, monkeypatch: 
     assert np.abs(frequency - np.array([1.0, 0.5, 0.25, 1.0])[strata]).max() < 0.08
 
 
-def test_fractional_counts_are_rounded_both_ways() -> None:
+def test_fractional_counts_round_up_and_down() -> None:
     masks_RN = kept_masks(np.ones(7, dtype=np.uint8), [0.3])
     sizes, counts = np.unique(masks_RN.sum(axis=1), return_counts=True)
     assert sizes.tolist() == [2, 3]
@@ -73,14 +73,14 @@ def test_rounding_has_the_right_mean_and_a_rounded_sum() -> None:
 
 
 @pytest.mark.parametrize("ratios", [[0.5, 0.2], [0.9, 0.37], [1 / 3, 1.0]])
-def test_the_weighted_sum_is_the_full_sum_in_expectation(ratios: list[float]) -> None:
+def test_the_weighted_sum_is_unbiased(ratios: list[float]) -> None:
     strata = np.random.default_rng(2).integers(0, 3, size=23).astype(np.uint8)
     values = np.random.default_rng(3).normal(2.0, 3.0, size=23)
     sums = [weighted_sum(thin(strata, np.array(ratios), np.random.default_rng(s)), values) for s in range(NUM_DRAWS)]
     assert abs(np.mean(sums) - values.sum()) < 4 * np.std(sums) / math.sqrt(NUM_DRAWS)
 
 
-def test_many_strata() -> None:
+def test_many_strata_keep_exact_counts() -> None:
     num_strata, num = 5_000, 20_000
     strata = (np.arange(num) % num_strata + 1).astype(np.uint16)
     ratios = np.linspace(0.25, 1.0, num_strata)
@@ -93,23 +93,23 @@ def test_many_strata() -> None:
 
 
 @pytest.mark.parametrize("num_strata", [254, 255, 256, 65_534, 65_535])
-def test_codes_hold_every_stratum(num_strata: int) -> None:
+def test_codes_are_wide_enough_for_all_strata(num_strata: int) -> None:
     strata = np.arange(num_strata + 1, dtype=np.uint32)
     selection = thin(strata, np.ones(num_strata), np.random.default_rng(0))
     assert selection.num_kept == num_strata + 1
     assert (selection.weights == 1).all()
 
 
-def test_a_million_rows_in_half_a_second() -> None:
+def test_a_million_rows_take_less_than_half_a_second() -> None:
     strata = (np.random.default_rng(0).random(1_000_000) < 0.63).astype(np.uint8)
-    spent = []
+    seconds = []
     for _ in range(3):
         begin = time.perf_counter()
         selection = thin(strata, np.array([0.5]), np.random.default_rng(0))
-        spent.append(time.perf_counter() - begin)
+        seconds.append(time.perf_counter() - begin)
     assert selection.codes.dtype == np.uint8
     assert abs(selection.realised - 0.5 * strata.mean()) < 1e-6
-    assert min(spent) < 0.5
+    assert min(seconds) < 0.5
 
 
 @pytest.mark.parametrize("class_floor", [0.1, 0.5, 0.75, 1.0])
@@ -117,11 +117,11 @@ def test_a_million_rows_in_half_a_second() -> None:
 def test_the_class_floor_is_exact_and_unbiased(
     class_floor: float, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table, "CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(table, "CHUNK_NUMBERS", chunk_rows)
     rng = np.random.default_rng(4)
     labels = np.repeat(np.arange(5, dtype=np.uint8), [30, 12, 7, 2, 1])
     strata = rng.integers(0, 3, size=labels.size).astype(np.uint8)
-    strata[labels == 1] = 2  # a class that falls as a whole into the stratum thinned most
+    strata[labels == 1] = 2  # all of class 1 is in the stratum that is thinned most
     values = rng.normal(2.0, 3.0, size=labels.size)
     sums = []
     for seed in range(800):
@@ -136,7 +136,7 @@ def test_the_class_floor_is_exact_and_unbiased(
     assert abs(np.mean(sums) - values.sum()) <= 4 * error + 1e-5
 
 
-def test_a_floor_that_nothing_falls_below_hardly_changes_the_draw() -> None:
+def test_a_floor_that_does_not_bind_leaves_counts_and_weights() -> None:
     labels = np.repeat(np.arange(4, dtype=np.uint8), 500)
     strata = np.ones(2_000, dtype=np.uint8)
     selection = thin_with_class_floor(strata, np.array([0.5]), labels, 0.2, np.random.default_rng(0))

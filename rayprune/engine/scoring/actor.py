@@ -94,7 +94,14 @@ class ScoreSpec:
         """Build a fresh Selector."""
         labels = self.source.labels if self.labelled else None
         run = (len(self.source), self.num_epochs, self.seed)
-        return Selector(build_method(self.method), *run, labels, self.chosen, self.record, self.visits_collected)
+        return Selector(
+            build_method(self.method),
+            *run,
+            labels,
+            chosen=self.chosen,
+            record=self.record,
+            visits_collected=self.visits_collected,
+        )
 
 
 class ScoreActor:
@@ -180,7 +187,14 @@ class ScoreActor:
             return Plan.in_order(selection.num_samples, spec.batch_size, selection.scored_ids)
         groups, window_rows = spec.source.groups, block_rows(spec.row_bytes)
         return Plan.of_selection(
-            selection, spec.batch_size, spec.seed, epoch, spec.last_batch, groups, window_rows, spec.meta_every
+            selection,
+            spec.batch_size,
+            spec.seed,
+            epoch,
+            spec.last_batch,
+            groups=groups,
+            window_rows=window_rows,
+            meta_every=spec.meta_every,
         )
 
     def rank_rows(self, plan_pass: PlanPass, rank: int, start_step: int, stop_step: int) -> RankRows:
@@ -188,7 +202,7 @@ class ScoreActor:
         if plan_pass != self._pass:  # after a restart
             self.announce(plan_pass)
         assert self._plan is not None
-        return self._plan.share(rank, plan_pass.world_size, start_step, stop_step)
+        return self._plan.rank_rows(rank, plan_pass.world_size, start_step, stop_step)
 
     def blocks(self) -> tuple[str, list[PlanBlock]]:
         """Return the phase of the current pass and its blocks for Ray Data; no blocks before the first pass."""
@@ -196,7 +210,7 @@ class ScoreActor:
             return "train", []
         current, plan = self._pass, self._plan
         blocks = plan.blocks(current.world_size, self._spec.row_bytes, current.start_step, self._spec.task_rows)
-        rows = [plan.share(b.rank, current.world_size, b.start_step, b.stop_step)[:2] for b in blocks]
+        rows = [plan.rank_rows(b.rank, current.world_size, b.start_step, b.stop_step)[:2] for b in blocks]
         return current.phase, rows
 
     def observe(self, key: AttemptKey, push: Push) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rayprune.config import Config
+from rayprune.config.yaml import flatten
 from rayprune.engine.storage.checkpoint import copy_checkpoint, damage, newest_checkpoint, read_position
 from rayprune.engine.storage.run_folder import (
     append_metrics,
-    flatten,
     mend_metrics,
     read_config,
     read_metrics,

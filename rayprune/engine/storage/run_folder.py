@@ -50,18 +50,6 @@ def read_config(file: Path, cure: str = "restore it or choose another run.name")
         raise RunFolderError(f"{file} can't be read ({one_line(error)}): {cure}") from None
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of nested mappings by their dotted keys.
-
-    >>> flatten({"train": {"epochs": 3, "seed": 0}, "name": "a"})
-    {'train.epochs': 3, 'train.seed': 0, 'name': 'a'}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
 def write_environment(run_folder: Path, **facts: Any) -> None:
     """Write environment.json: versions, hardware, and the caller's facts (seed, fingerprint, devices)."""
     versions = {}

@@ -26,7 +26,8 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from rayprune.config import Config
-from rayprune.engine.storage.run_folder import flatten, read_metrics, write_whole
+from rayprune.config.yaml import flatten
+from rayprune.engine.storage.run_folder import read_metrics, write_whole
 from rayprune.errors import RunFolderError, one_line
 
 logger = logging.getLogger(__name__)

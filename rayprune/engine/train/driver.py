@@ -472,7 +472,7 @@ def _write_scores(
 ) -> None:
     labels = np.asarray(source.labels)
     run = (len(source), choice.num_epochs, config.train.seed)
-    selector = Selector(choice.method, *run, labels, choice.chosen, record)
+    selector = Selector(choice.method, *run, labels, chosen=choice.chosen, record=record)
     selector.load_state_dict(load_selector_state(folder, config.last_epoch))
     own = selector.scores()
     extra = {f"collected_{name}" if name in own else name: column for name, column in choice.scores.items()}

@@ -99,9 +99,9 @@ def _collected_scores(config: Config, source: SampleSource, folder: Path) -> Sel
     scoring, method, labels = config.scoring(), config.build_method(), np.asarray(source.labels)
     run = (len(source), max(scoring.train.epochs, method.collect_epochs + 1), scoring.train.seed)
     record = recorded_signals(scoring, input_spec(scoring, source))
-    collected = Selector(scoring.build_method(), *run, labels, None, record)
+    collected = Selector(scoring.build_method(), *run, labels, record=record)
     collected.load_state_dict(load_selector_state(folder, method.collect_epochs))
-    selector = Selector(method, *run, labels, None, record)
+    selector = Selector(method, *run, labels, record=record)
     selector.table.load_arrays(collected.table.to_arrays())
     return selector
 

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from rayprune.config import Config, make_config
-from rayprune.config.experiments import judgeable
+from rayprune.config.experiments import compared_method
 from rayprune.config.yaml import merge
 from rayprune.errors import ConfigError
 from rayprune.methods import Method, build_method
@@ -91,7 +91,7 @@ def arms_of(config: Config) -> tuple[list[Arm], list[str]]:
     """
     if config.train.stop_after is not None:
         raise ConfigError("train.stop_after ends runs early, and compared are whole ones: leave it out")
-    methods = config.compare.asked or (judgeable(config.method, "method"),)
+    methods = config.compare.method_configs or (compared_method(config.method, "method"),)
     arms, notes = [Arm(FULL, FULL, {}, "")], []
     names = _names(methods)
     for name, method in zip(names, methods, strict=True):
@@ -229,6 +229,6 @@ def digest_of(config: Config) -> str:
     """
     tree = config.model_dump(mode="json", exclude={"compare"})
     changes = {"method": {"name": FULL}, "train": {"seed": 0, "validate_every": 1}}
-    methods = config.compare.asked or (config.method,)
+    methods = config.compare.method_configs or (config.method,)
     content = make_config(merge(tree, changes)).digest() + json.dumps(methods, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:8]

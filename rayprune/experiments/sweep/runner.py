@@ -142,10 +142,10 @@ class OptunaPoints(Searcher):
         )
 
     def _encoded(self, point: Point) -> dict[str, Any]:
-        return {a.key: a.values.index(point[a.key]) if a.listed else point[a.key] for a in self._axes}
+        return {a.key: a.values.index(point[a.key]) if a.is_discrete else point[a.key] for a in self._axes}
 
     def _decoded(self, params: Mapping[str, Any]) -> Point:
-        return {a.key: a.values[params[a.key]] if a.listed else params[a.key] for a in self._axes}
+        return {a.key: a.values[params[a.key]] if a.is_discrete else params[a.key] for a in self._axes}
 
     def save(self, checkpoint_path: str) -> None:
         """Keep nothing: a sweep that goes on tells what has finished."""
@@ -156,7 +156,7 @@ class OptunaPoints(Searcher):
 
 def _distribution(optuna: Any, axis: Axis) -> Any:
     kinds = optuna.distributions
-    if axis.listed:  # by position: values may be mappings
+    if axis.is_discrete:  # by position: values may be mappings
         return kinds.CategoricalDistribution(tuple(range(len(axis.values))))
     if axis.form == "quniform" and all(isinstance(bound, int) for bound in (axis.low, axis.high, axis.step)):
         return kinds.IntDistribution(axis.low, axis.high, step=axis.step)

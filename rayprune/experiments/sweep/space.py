@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from rayprune.config import Config, make_config
-from rayprune.config.experiments import Axis, SweepSection, shown_value
+from rayprune.config.experiments import Axis, SweepSection, format_value
 from rayprune.config.yaml import merge
 from rayprune.core.references import absolute_reference
 from rayprune.errors import ConfigError
@@ -133,7 +133,7 @@ def shown_point(point: Mapping[str, Any]) -> str:
     >>> shown_point({"method": {"name": "infobatch", "prune_ratio": 0.3}, "train.epochs": 4})
     'method={name: infobatch, prune_ratio: 0.3} train.epochs=4'
     """
-    return " ".join(f"{key}={shown_value(value)}" for key, value in point.items())
+    return " ".join(f"{key}={format_value(value)}" for key, value in point.items())
 
 
 def trial_name(number: int, point: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Choosing by scores: exact counts, ties by the lower id, quotas that add up, whatever the scores.
+"""Choosing by scores: exact counts, ties to the lower id, and quotas that add up.
 
 Shapes: N samples, C classes.
 """
@@ -21,56 +21,56 @@ BALANCES = ["none", "proportional", "even"]
 samples = st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 3)), min_size=1, max_size=40)
 
 
-def arrays_of(drawn: list[tuple[int, int]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    scores, labels = np.array(drawn).T
+def arrays_of(pairs: list[tuple[int, int]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    scores, labels = np.array(pairs).T
     return scores.astype(np.float32), labels
 
 
 @given(samples, st.sampled_from(RULES), st.sampled_from(BALANCES), st.data())
-def test_the_count_is_exact_and_the_choice_repeats(
-    drawn: list[tuple[int, int]], rule: Any, balance: Any, data: st.DataObject
+def test_the_count_is_exact_and_the_choice_reproducible(
+    pairs: list[tuple[int, int]], rule: Any, balance: Any, data: st.DataObject
 ) -> None:
-    scores, labels = arrays_of(drawn)
+    scores, labels = arrays_of(pairs)
     drops = data.draw(st.sampled_from([(0.0, 0.0), (0.2, 0.0), (0.0, 0.3), (0.25, 0.25)]))
-    left = scores.size - sum(num_pruned(share, scores.size) for share in drops)
-    count = data.draw(st.integers(1, left))
+    num_candidates = scores.size - sum(num_pruned(share, scores.size) for share in drops)
+    count = data.draw(st.integers(1, num_candidates))
 
-    def chosen() -> Any:
+    def select() -> Any:
         rng = np.random.default_rng(3)
         options = {"labels": labels, "balance": balance, "num_strata": 5, "drop_bottom": drops[0], "drop_top": drops[1]}
         return choose(scores, count, rule, rng=rng, **options)
 
-    selection = chosen()
+    selection = select()
     assert selection.num_kept == count
     assert selection.requested == 1 - count / scores.size
     assert selection.expected_drops == scores.size - count
-    assert np.array_equal(selection.codes, chosen().codes)
+    assert np.array_equal(selection.codes, select().codes)
     assert set(selection.weights) == {1.0}
 
 
 @given(samples, st.sampled_from(["top", "bottom", "middle"]), st.data())
-def test_of_equal_scores_the_lower_ids_are_kept(drawn: list[tuple[int, int]], rule: Any, data: st.DataObject) -> None:
-    scores, _ = arrays_of(drawn)
+def test_ties_go_to_the_lower_ids(pairs: list[tuple[int, int]], rule: Any, data: st.DataObject) -> None:
+    scores, _ = arrays_of(pairs)
     share = data.draw(st.sampled_from([0.0, 0.2]))
-    left = scores.size - 2 * num_pruned(share, scores.size)
-    kept = choose(scores, data.draw(st.integers(1, left)), rule, drop_bottom=share, drop_top=share).codes != 0
+    count = data.draw(st.integers(1, scores.size - 2 * num_pruned(share, scores.size)))
+    kept = choose(scores, count, rule, drop_bottom=share, drop_top=share).codes != 0
     for value in np.unique(scores):
         mask = kept[scores == value]
         assert mask[: mask.sum()].all()
-    # What is kept is one run of the sorted scores.
+    # The kept scores are one contiguous part of the sorted scores.
     values, inside = np.sort(scores), np.sort(scores[kept])
     assert any(np.array_equal(inside, values[i : i + inside.size]) for i in range(values.size))
 
 
 @given(samples, st.sampled_from(["proportional", "even"]), st.data())
-def test_each_class_keeps_its_quota_of_lowest(drawn: list[tuple[int, int]], balance: Any, data: st.DataObject) -> None:
-    scores, labels = arrays_of(drawn)
+def test_each_class_keeps_its_lowest_scores(pairs: list[tuple[int, int]], balance: Any, data: st.DataObject) -> None:
+    scores, labels = arrays_of(pairs)
     count = data.draw(st.integers(1, scores.size))
-    given_C = quotas(np.bincount(labels), count, balance)
+    quota_C = quotas(np.bincount(labels), count, balance)
     ids = choose(scores, count, "bottom", labels=labels, balance=balance).ids
-    assert np.bincount(labels[ids], minlength=given_C.size).tolist() == given_C.tolist()
-    by_class = (sorted((scores[i], i) for i in np.flatnonzero(labels == c)) for c in range(given_C.size))
-    lowest = [i for own, quota in zip(by_class, given_C, strict=True) for _, i in own[:quota]]
+    assert np.bincount(labels[ids], minlength=quota_C.size).tolist() == quota_C.tolist()
+    by_class = (sorted((scores[i], i) for i in np.flatnonzero(labels == c)) for c in range(quota_C.size))
+    lowest = [i for own, quota in zip(by_class, quota_C, strict=True) for _, i in own[:quota]]
     assert sorted(lowest) == ids.tolist()
 
 
@@ -78,18 +78,18 @@ def test_each_class_keeps_its_quota_of_lowest(drawn: list[tuple[int, int]], bala
 def test_quotas_add_up_and_fit(sizes: list[int], balance: Any, data: st.DataObject) -> None:
     size_C = np.array(sizes)
     count = data.draw(st.integers(0, sum(sizes)))
-    given_C = quotas(size_C, count, balance)
-    assert given_C.dtype == np.int64
-    assert given_C.sum() == count
-    assert (given_C >= 0).all()
-    assert (given_C <= size_C).all()
+    quota_C = quotas(size_C, count, balance)
+    assert quota_C.dtype == np.int64
+    assert quota_C.sum() == count
+    assert (quota_C >= 0).all()
+    assert (quota_C <= size_C).all()
     if balance == "proportional":
-        assert (np.abs(given_C * max(sum(sizes), 1) - count * size_C) < max(sum(sizes), 1)).all()
-    else:  # a class with room has as many as any other, or one less
-        assert (given_C[given_C < size_C] >= given_C.max() - 1).all()
+        assert (np.abs(quota_C * max(sum(sizes), 1) - count * size_C) < max(sum(sizes), 1)).all()
+    else:  # a class with room has at most one less than any other
+        assert (quota_C[quota_C < size_C] >= quota_C.max() - 1).all()
 
 
-def test_classes_are_balanced_as_told() -> None:
+def test_balances_by_hand() -> None:
     scores, labels = np.arange(1, 9) / 10, np.array([0] * 5 + [1] * 3)
     kept = {b: choose(scores, 5, "bottom", labels=labels, balance=b).ids.tolist() for b in BALANCES}  # type: ignore[arg-type]
     assert kept == {"none": [0, 1, 2, 3, 4], "proportional": [0, 1, 2, 5, 6], "even": [0, 1, 2, 5, 6]}
@@ -98,7 +98,7 @@ def test_classes_are_balanced_as_told() -> None:
     assert quotas(np.array([1, 0, 7, 7]), 10, "even").tolist() == [1, 0, 5, 4]
 
 
-def test_what_is_dropped_first_is_counted_over_all_samples() -> None:
+def test_samples_dropped_first_are_shares_of_all_samples() -> None:
     scores = np.arange(10.0)
     assert choose(scores, 3, "bottom", drop_bottom=0.29).ids.tolist() == [2, 3, 4]
     assert choose(scores, 3, "top", drop_top=0.3).ids.tolist() == [4, 5, 6]
@@ -108,7 +108,7 @@ def test_what_is_dropped_first_is_counted_over_all_samples() -> None:
 
 
 @given(st.integers(1, 10**6), st.integers(1, 1000))
-def test_a_share_and_its_prune_ratio_make_up_the_whole(num_samples: int, thousandths: int) -> None:
+def test_a_keep_share_and_its_prune_ratio_add_up_to_all(num_samples: int, thousandths: int) -> None:
     kept = num_kept(thousandths / 1000, num_samples)
     assert kept == max(1, -(-thousandths * num_samples // 1000))
     assert num_pruned(thousandths / 1000, num_samples) == thousandths * num_samples // 1000
@@ -121,7 +121,7 @@ def test_a_keep_out_of_range_is_refused(keep: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"rule": "highest"}, "rule 'highest' is unknown"),
         ({"balance": "evn"}, "did you mean 'even'"),
@@ -139,28 +139,27 @@ def test_a_keep_out_of_range_is_refused(keep: Any) -> None:
         ({"scores": np.array(["a", "b"])}, "must be a 1-d array of numbers"),
     ],
 )
-def test_a_bad_choice_is_refused(options: dict[str, Any], said: str) -> None:
-    usual = {"scores": np.arange(4.0), "count": 2, "labels": np.zeros(4, dtype=int), "rng": np.random.default_rng(0)}
-    with pytest.raises(ValueError, match=said):
-        choose(**(usual | options))
+def test_invalid_arguments_are_refused(options: dict[str, Any], message: str) -> None:
+    valid = {"scores": np.arange(4.0), "count": 2, "labels": np.zeros(4, dtype=int), "rng": np.random.default_rng(0)}
+    with pytest.raises(ValueError, match=message):
+        choose(**(valid | options))
 
 
-def test_weighed_strata_are_unbiased() -> None:
+def test_reweighed_strata_are_unbiased() -> None:
     rng = np.random.default_rng(0)
     scores, labels = rng.gamma(2.0, size=200), rng.integers(0, 2, 200)
     values = rng.normal(size=200) + scores
     for balance in ("none", "proportional"):
         options: Any = {"labels": labels, "balance": balance, "num_strata": 4, "reweigh": True}
         draws = [choose(scores, 40, "strata", rng=rng, **options) for _ in range(2000)]
-        sums = np.array([np.sum(drawn.weights * values[drawn.ids]) for drawn in draws])
+        sums = np.array([np.sum(draw.weights * values[draw.ids]) for draw in draws])
         assert abs(sums.mean() - values.sum()) < 4 * sums.std() / np.sqrt(sums.size)
-        totals = [drawn.weights.sum() for drawn in draws]
-        np.testing.assert_allclose(totals, 200, rtol=1e-5)
+        np.testing.assert_allclose([draw.weights.sum() for draw in draws], 200, rtol=1e-5)
 
 
-def test_strata_that_no_weight_makes_up_for_are_refused() -> None:
+def test_reweighing_refuses_strata_without_a_kept_sample() -> None:
     scores, rng = np.arange(100.0), np.random.default_rng(0)
-    with pytest.raises(ValueError, match="take fewer strata"):
+    with pytest.raises(ValueError, match="use fewer strata"):
         choose(scores, 30, "strata", rng=rng, reweigh=True)
     assert choose(scores, 30, "strata", rng=rng).num_kept == 30
     labels = np.array([0] * 99 + [1])
@@ -168,7 +167,7 @@ def test_strata_that_no_weight_makes_up_for_are_refused() -> None:
         choose(scores, 30, "strata", labels=labels, balance="proportional", num_strata=2, rng=rng, reweigh=True)
 
 
-def test_ids_beyond_float32_stay_what_they_are() -> None:
+def test_ids_beyond_float32_are_exact() -> None:
     scores = np.zeros((1 << 24) + 4, dtype=np.float16)
     scores[[(1 << 24) + 1, (1 << 24) + 3]] = 1
     assert choose(scores, 2).ids.tolist() == [(1 << 24) + 1, (1 << 24) + 3]

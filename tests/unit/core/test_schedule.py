@@ -1,4 +1,4 @@
-"""Schedules: end points, range, monotonicity, the power law's figures, and messages that name what is wrong."""
+"""Schedules: end points, range, monotonicity, the power law's published numbers, and messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayprune.core.schedule import SCHEDULES, Polynomial, Power, Schedule, first_full_epoch
+from rayprune.core.schedule import SCHEDULES, Polynomial, Power, Schedule, epoch_at
 
 ratios = st.floats(0.0, 1.0, exclude_max=True)
 ramps = st.fixed_dictionaries({"schedule": st.sampled_from(["linear", "cosine"]), "start": ratios, "end": ratios})
@@ -56,7 +56,7 @@ def test_every_ratio_lies_in_range(config: Any, num_epochs: int) -> None:
 
 
 @given(configs)
-def test_config_there_and_back(config: Any) -> None:
+def test_the_config_round_trips(config: Any) -> None:
     schedule = Schedule.of(config)
     plain = schedule.to_config()
     assert yaml.safe_load(yaml.safe_dump(plain)) == json.loads(json.dumps(plain)) == plain
@@ -66,7 +66,7 @@ def test_config_there_and_back(config: Any) -> None:
 
 
 @given(st.one_of(ramps, polynomials), st.integers(2, 60))
-def test_ramps_go_from_start_to_end_without_turning(config: dict[str, Any], num_epochs: int) -> None:
+def test_ramps_are_monotone_from_start_to_end(config: dict[str, Any], num_epochs: int) -> None:
     points = curve(config, num_epochs)
     assert points[0] == pytest.approx(config["start"], abs=1e-12)
     assert points[-1] == pytest.approx(config["end"], abs=1e-12)
@@ -75,7 +75,7 @@ def test_ramps_go_from_start_to_end_without_turning(config: dict[str, Any], num_
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "polynomial"])
-def test_a_run_of_one_epoch_is_at_the_end(name: str) -> None:
+def test_a_run_of_one_epoch_uses_the_end_value(name: str) -> None:
     assert curve({"schedule": name, "start": 0.1, "end": 0.4}, 1) == [0.4]
 
 
@@ -92,18 +92,18 @@ def test_published_exponents(budget: float, exponent: float) -> None:
     assert round(Power(budget=budget, blocks=20).exponent, 5) == exponent
 
 
-def test_published_shares_of_the_power_law() -> None:
+def test_published_keep_ratios_of_the_power_law() -> None:
     kept = [round(1 - ratio, 5) for ratio in curve({"schedule": "power", "budget": 0.6, "blocks": 20}, 20)]
     assert (kept[0], kept[1], kept[19]) == (1.0, 0.84008, 0.47090)
-    # Blocks of ten epochs: the ratio changes at their borders only.
+    # In blocks of ten epochs the ratio changes only at their boundaries.
     assert curve({"schedule": "power"}, 200) == [ratio for ratio in curve({"schedule": "power"}, 20) for _ in range(10)]
 
 
-def test_a_budget_next_to_its_limit_still_keeps_something() -> None:
+def test_a_budget_at_its_limit_keeps_some_samples() -> None:
     assert 0.999 < Power(budget=0.05 + 1e-12, blocks=20)(19, 20) < 1.0
 
 
-def test_step_and_annealing_switch_where_they_should() -> None:
+def test_step_and_annealed_switch_at_their_milestones() -> None:
     step = {"schedule": "step", "milestones": [0.29, 0.5], "ratios": [0.2, 0.0], "start": 0.6}
     assert curve(step, 100) == [0.6] * 29 + [0.2] * 21 + [0.0] * 50
     assert curve({"schedule": "step", "milestones": [0.0], "ratios": [0.3]}, 3) == [0.3] * 3
@@ -112,17 +112,9 @@ def test_step_and_annealing_switch_where_they_should() -> None:
     assert curve({"schedule": "annealed", "of_ratio": step, "until": 0.25}, 4) == [0.6, 0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize(
-    ("num_epochs", "fraction", "first"),
-    [(8, 0.875, 7), (10, 0.875, 8), (90, 0.875, 78), (200, 0.875, 175), (300, 0.875, 262), (5, 0.8, 4), (4, 1, 4)],
-)
-def test_first_full_epoch(num_epochs: int, fraction: float, first: int) -> None:
-    assert first_full_epoch(fraction, num_epochs) == first
-
-
 @given(st.integers(1, 1000), st.integers(0, 1000))
-def test_first_full_epoch_of_hundredths_is_exact(num_epochs: int, thousandths: int) -> None:
-    assert first_full_epoch(thousandths / 1000, num_epochs) == thousandths * num_epochs // 1000
+def test_epoch_at_is_exact_for_thousandths(num_epochs: int, thousandths: int) -> None:
+    assert epoch_at(thousandths / 1000, num_epochs) == thousandths * num_epochs // 1000
 
 
 def test_defaults_of_every_schedule_work() -> None:
@@ -131,7 +123,7 @@ def test_defaults_of_every_schedule_work() -> None:
         assert len(curve({"schedule": name}, 7)) == 7
 
 
-def test_numpy_numbers_are_numbers() -> None:
+def test_numpy_numbers_are_accepted() -> None:
     assert Schedule.of(np.float32(0.25)) == Schedule.of(np.float64(0.25)) == Schedule.of(0.25)
     assert type(Schedule.of(np.float32(0.3))(np.int64(1), np.int64(4))) is float  # type: ignore[arg-type]
     config = Schedule.of({"schedule": "power", "blocks": np.int64(10), "budget": np.float32(0.5)}).to_config()
@@ -179,13 +171,13 @@ def test_numpy_numbers_are_numbers() -> None:
         ({"schedule": "annealed", "of_ratio": 7}, "prune ratio 7 is outside"),
     ],
 )
-def test_bad_schedules_are_refused(config: Any, message: str) -> None:
+def test_invalid_schedules_are_refused(config: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         Schedule.of(config)
     assert "\n" not in str(caught.value)
 
 
-def test_a_schedule_of_ones_own_is_checked_alike() -> None:
+def test_a_schedule_built_in_code_is_checked() -> None:
     with pytest.raises(ValueError, match=r"Polynomial\.power = 'a': must be a number"):
         Polynomial(power="a")  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Values against annotations: what fits, and the words for what does not."""
+"""Validation of keys and values against annotations, and its messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from rayprune.core.validation import check_fields, check_keys, shown, wrong_type
+from rayprune.core.validation import check_fields, check_keys, mismatch, short_repr
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Keys:
     flag: bool = False
     mode: Literal["fast", "exact"] = "fast"
     own: Callable[[], int] | Any = 3
-    odd: int = None  # type: ignore[assignment]  # a default of another type is the author's choice
+    odd: int = None  # type: ignore[assignment]  # a default of another type than annotated
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ class Keys:
         {"flag": np.bool_(True), "count": None, "odd": None, "own": object(), "mode": "exact"},
     ],
 )
-def test_what_fits_is_taken(keys: dict[str, Any]) -> None:
+def test_matching_values_are_accepted(keys: dict[str, Any]) -> None:
     check_keys(Keys, {"path": "x", **keys}, "data", "source 'keys'")
 
 
@@ -62,7 +62,7 @@ def test_what_fits_is_taken(keys: dict[str, Any]) -> None:
         ({1: 3}, "unknown key 'data.1' of source 'keys': "),
     ],
 )
-def test_what_does_not_fit_is_one_line(keys: dict[Any, Any], line: str) -> None:
+def test_a_mistake_is_one_line(keys: dict[Any, Any], line: str) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         check_keys(Keys, {"path": "x", **keys}, "data", "source 'keys'")
     assert str(caught.value).startswith(line)
@@ -74,15 +74,15 @@ def test_a_missing_key_is_named() -> None:
         check_keys(Keys, {"ratio": 1}, "data", "source 'keys'")
 
 
-def test_the_fields_of_an_instance_are_checked_by_its_class() -> None:
+def test_the_fields_of_an_instance_are_checked() -> None:
     check_fields(Keys("x"))
     with pytest.raises(ValueError, match=r"^Keys\.names = 3: must be a list of texts$"):
         check_fields(Keys("x", names=3))  # type: ignore[arg-type]
 
 
-def test_an_annotation_that_cannot_be_resolved_takes_anything() -> None:
+def test_an_unresolvable_annotation_accepts_any_value() -> None:
     class Hidden:
-        """Known to no module."""
+        """Not a global of the module, so annotations cannot be resolved."""
 
     @dataclass(frozen=True)
     class Local:
@@ -91,6 +91,6 @@ def test_an_annotation_that_cannot_be_resolved_takes_anything() -> None:
     check_keys(Local, {"value": "anything"}, "data", "a class")
 
 
-def test_long_values_are_cut() -> None:
-    assert len(shown("x" * 1000)) < 110
-    assert wrong_type({"a": 1}, dict[str, Any] | None) == ""
+def test_long_values_are_shortened() -> None:
+    assert len(short_repr("x" * 1000)) < 110
+    assert mismatch({"a": 1}, dict[str, Any] | None) == ""

@@ -1,4 +1,4 @@
-"""What the baselines and the control arm promise beyond the conformance suite."""
+"""Properties of the baselines and the control arm beyond the conformance suite."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ NUM_EPOCHS = 12
 
 
 def selections(config: dict[str, Any], num_samples: int, seed: int = 0) -> list[Selection]:
-    """Run a method on losses 0, 1, 2, … of the samples, the same in every epoch."""
+    """Run a method on samples with losses 0, 1, 2, …, the same in every epoch."""
     selector = Selector(build_method(config), num_samples, NUM_EPOCHS, seed)
-    chosen = []
+    results = []
     for epoch in range(NUM_EPOCHS):
-        chosen.append(selector.begin_epoch(epoch))
-        selector.observe(chosen[-1].ids, {"loss": chosen[-1].ids.astype(float)}, epoch)
-    assert selector.scores()["loss"][chosen[0].ids].tolist() == chosen[0].ids.tolist()
-    return chosen
+        results.append(selector.begin_epoch(epoch))
+        selector.observe(results[-1].ids, {"loss": results[-1].ids.astype(float)}, epoch)
+    assert selector.scores()["loss"][results[0].ids].tolist() == results[0].ids.tolist()
+    return results
 
 
 def kept_EN(config: dict[str, Any], num_samples: int, seed: int = 0) -> NDArray[np.bool_]:
     return np.array([selection.codes != 0 for selection in selections(config, num_samples, seed)])
 
 
-def test_full_keeps_everything() -> None:
+def test_full_keeps_all_samples() -> None:
     assert kept_EN({"name": "full"}, 9).all()
 
 
@@ -50,7 +50,7 @@ def test_static_subsets_of_a_schedule_are_nested() -> None:
 
 
 @pytest.mark.parametrize(("num_samples", "prune_ratio"), [(20, 0.75), (10, 0.7), (11, 0.3), (7, 0.5), (3, 0.9)])
-def test_without_replacement_all_come_before_any_comes_again(num_samples: int, prune_ratio: float) -> None:
+def test_without_replacement_no_sample_repeats_before_all_have_come(num_samples: int, prune_ratio: float) -> None:
     config = {"name": "random_epoch", "prune_ratio": prune_ratio, "replacement": False}
     for seed in range(5):
         times_EN = np.cumsum(kept_EN(config, num_samples, seed), axis=0)
@@ -66,13 +66,13 @@ def test_with_replacement_epochs_are_independent_uniform_draws() -> None:
     assert abs(again - 0.16) < 0.02
 
 
-def test_the_control_prunes_alike_but_not_by_score() -> None:
+def test_the_control_prunes_as_much_but_not_by_score() -> None:
     inner = {"name": "infobatch", "prune_ratio": 0.5, "anneal_start": 1.0}
     own = kept_EN(inner, 40)
     runs_REN = np.array([kept_EN({"name": "shuffled", "of": inner}, 40, seed) for seed in range(100)])
     assert own[1:, 20:].all()
     assert own.sum(axis=1).tolist() == runs_REN[0].sum(axis=1).tolist()
-    # Low and high losses are dropped alike.
+    # Low and high losses are dropped equally often.
     assert np.abs(runs_REN[:, 1:].mean(axis=(0, 1)) - 0.75).max() < 0.1
 
 

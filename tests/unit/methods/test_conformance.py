@@ -1,4 +1,4 @@
-"""What every registered method must do; no method is named here, so a new one is tested by being registered.
+"""Conformance of every registered method; no method is named here, so registering a new one tests it.
 
 Shapes: N samples, B observed, C classes.
 """
@@ -23,12 +23,12 @@ from rayprune.methods import METHODS, Method, build_method
 from rayprune.methods.base import Kind
 
 NUM_SAMPLES, NUM_EPOCHS, NUM_CLASSES = 41, 16, 4
-# Unbalanced on purpose; the last class has one sample.
+# Deliberately unbalanced; the last class has one sample.
 LABELS = np.repeat(np.arange(NUM_CLASSES), [25, 10, 5, 1])
 
 
 def variants() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (test id, config) of each method: defaults, other ratios and schedules, flipped switches, other inners."""
+    """Yield (test id, config) per method: defaults, other ratios and schedules, flipped switches, inner methods."""
     plain = [name for name, cls in METHODS.items() if not any(isinstance(v, Method) for v in vars(cls()).values())]
     for name, cls in sorted(METHODS.items()):
         yield name, {"name": name}
@@ -57,26 +57,26 @@ every_class = pytest.mark.parametrize("cls", [METHODS[n] for n in sorted(METHODS
 def observed(
     method: Method, ids: NDArray[np.int64], epoch: int, world: int = 0, names: tuple[str, ...] = ()
 ) -> dict[str, NDArray[Any]]:
-    """Draw what workers would report; a sample's numbers depend on (world, epoch, id) alone."""
+    """Draw the workers' signals; a sample's numbers depend on (world, epoch, id) alone."""
     rng = np.random.default_rng([77, world, epoch])
     num = int(ids.max(initial=0)) + NUM_SAMPLES
-    drawn: dict[str, NDArray[Any]] = {}
+    signals: dict[str, NDArray[Any]] = {}
     for name in sorted(names or method.signals):
         if name == "boundary_classes":
-            drawn[name] = rng.exponential(size=(num, NUM_CLASSES))[ids]
+            signals[name] = rng.exponential(size=(num, NUM_CLASSES))[ids]
         elif name == "probs":
-            drawn[name] = rng.dirichlet(np.ones(NUM_CLASSES), size=num)[ids]
+            signals[name] = rng.dirichlet(np.ones(NUM_CLASSES), size=num)[ids]
         elif name == "embedding":
-            drawn[name] = rng.normal(size=(num, 3))[ids]
+            signals[name] = rng.normal(size=(num, 3))[ids]
         elif name == "correct":
-            drawn[name] = (rng.random(num) < 0.6)[ids]
+            signals[name] = (rng.random(num) < 0.6)[ids]
         elif name in {"confidence", "prob_label"}:
-            drawn[name] = rng.random(num)[ids]
+            signals[name] = rng.random(num)[ids]
         elif name == "margin":
-            drawn[name] = rng.uniform(-1, 1, num)[ids]
+            signals[name] = rng.uniform(-1, 1, num)[ids]
         else:
-            drawn[name] = rng.exponential(size=num)[ids]
-    return drawn
+            signals[name] = rng.exponential(size=num)[ids]
+    return signals
 
 
 def selector_of(method: Method, num_samples: int = NUM_SAMPLES, seed: int = 3) -> Selector:
@@ -85,7 +85,7 @@ def selector_of(method: Method, num_samples: int = NUM_SAMPLES, seed: int = 3) -
 
 
 def chosen_of(num_samples: int) -> Selection:
-    """Return what a method with a file trains on."""
+    """Return the selection for a method that reads one from a file."""
     return Selection.of_ids(np.arange(0, num_samples, 2), num_samples)
 
 
@@ -96,16 +96,16 @@ def visit(selector: Selector, selection: Selection, epoch: int) -> None:
 
 
 def sweep(selector: Selector, selection: Selection, epoch: int) -> None:
-    """Make the forward-only pass over what the method asks to be swept, in two pieces."""
+    """Make the forward-only pass that the selection requests, in two parts."""
     if selection.sweep is not None:
         ids = np.arange(NUM_SAMPLES)[: selection.num_samples] if isinstance(selection.sweep, str) else selection.sweep
         for part in np.array_split(ids, 2):
-            seen = observed(selector.method, part, epoch, names=selector.method.sweep_signals)  # type: ignore[arg-type]
-            selector.observe(part, seen, epoch, sweep=True)
+            signals = observed(selector.method, part, epoch, names=selector.method.sweep_signals)  # type: ignore[arg-type]
+            selector.observe(part, signals, epoch, sweep=True)
 
 
 def epochs_run(method: Method) -> int:
-    """Return how many epochs show what a method does: those on everything, if it needs such, and four more."""
+    """Return how many epochs to run: those on all samples, if the method needs them, and four more."""
     return method.collect_epochs + 4
 
 
@@ -149,7 +149,7 @@ def check_valid(selection: Selection, num_samples: int) -> None:
     assert ids.min() >= 0
     assert ids.max() < num_samples
     assert np.isfinite(weights).all()
-    # Where a batch trains with the mean of its weights, the lowest of them may be 0.
+    # If a batch trains with the mean of its weights, the lowest weight may be 0.
     assert (weights >= 0).all() if selection.batch_mean_weights else (weights > 0).all()
     assert weights.any()
     assert np.intersect1d(ids, selection.forward_only_ids).size == 0
@@ -166,7 +166,7 @@ def is_plain(value: Any) -> bool:
 
 
 @every_class
-def test_the_class_says_what_it_is(cls: type[Method]) -> None:
+def test_the_class_attributes_are_complete(cls: type[Method]) -> None:
     method = cls()
     assert method.kind in get_args(Kind)
     assert method.paper
@@ -178,7 +178,7 @@ def test_the_class_says_what_it_is(cls: type[Method]) -> None:
 
 
 @every_method
-def test_config_there_and_back(method: Method) -> None:
+def test_the_config_round_trips(method: Method) -> None:
     config = method.to_config()
     assert is_plain(config)
     assert yaml.safe_load(yaml.safe_dump(config)) == config == json.loads(json.dumps(config))
@@ -212,14 +212,14 @@ def test_selections_are_valid(method: Method) -> None:
 
 @every_method
 @pytest.mark.parametrize("num_samples", [1, 2, 3])
-def test_a_handful_of_samples(method: Method, num_samples: int) -> None:
+def test_a_few_samples_suffice(method: Method, num_samples: int) -> None:
     for seed in range(10):
         for selection in run(selector_of(method, num_samples, seed), range(NUM_EPOCHS)):
             check_valid(selection, num_samples)
 
 
 @every_method
-def test_the_seed_fixes_everything(method: Method) -> None:
+def test_the_seed_determines_the_selections(method: Method) -> None:
     one, two = run(selector_of(method)), run(selector_of(method))
     assert fingerprints(one) == fingerprints(two)
     draws_at_random = method.unbiased or method.kind in {"baseline", "control"}
@@ -228,7 +228,7 @@ def test_the_seed_fixes_everything(method: Method) -> None:
 
 
 @every_method
-def test_begin_epoch_again_gives_the_same(method: Method) -> None:
+def test_begin_epoch_is_idempotent(method: Method) -> None:
     selector = selector_of(method)
     pruned = np.zeros(NUM_SAMPLES, dtype=int)
     for epoch in range(epochs_run(method)):
@@ -242,7 +242,7 @@ def test_begin_epoch_again_gives_the_same(method: Method) -> None:
 
 @every_method
 @pytest.mark.parametrize("mid_epoch", [False, True])
-def test_a_stored_state_continues_alike(method: Method, mid_epoch: bool) -> None:
+def test_a_restored_state_continues_identically(method: Method, mid_epoch: bool) -> None:
     selector = selector_of(method)
     run(selector, range(2))
     current = selector.begin_epoch(2)
@@ -259,7 +259,7 @@ def test_a_stored_state_continues_alike(method: Method, mid_epoch: bool) -> None
 
 
 @every_method
-def test_a_pickled_selector_continues_alike(method: Method) -> None:
+def test_a_pickled_selector_continues_identically(method: Method) -> None:
     selector = selector_of(method)
     run(selector, range(2))
     copy = pickle.loads(pickle.dumps(selector))
@@ -269,20 +269,20 @@ def test_a_pickled_selector_continues_alike(method: Method) -> None:
 
 @every_method
 def test_the_order_of_observations_does_not_matter(method: Method) -> None:
-    whole, pieces = selector_of(method), selector_of(method)
+    whole, parts = selector_of(method), selector_of(method)
     for epoch in range(epochs_run(method)):
         visit(whole, whole.begin_epoch(epoch), epoch)
-        selection = pieces.begin_epoch(epoch)
+        selection = parts.begin_epoch(epoch)
         assert fingerprint(whole.begin_epoch(epoch)) == fingerprint(selection)
         ids = np.random.default_rng(epoch).permutation(np.union1d(selection.ids, selection.forward_only_ids))
         for batch in np.array_split(ids, 5):
-            pieces.observe(batch, observed(method, batch, epoch), epoch)
-        sweep(pieces, selection, epoch)
-    assert same_scores(whole, pieces)
+            parts.observe(batch, observed(method, batch, epoch), epoch)
+        sweep(parts, selection, epoch)
+    assert same_scores(whole, parts)
 
 
 @every_class
-def test_an_observation_that_comes_twice_counts_once(cls: type[Method]) -> None:
+def test_a_repeated_observation_counts_once(cls: type[Method]) -> None:
     once, twice = selector_of(cls()), selector_of(cls())
     num_epochs = epochs_run(once.method)  # type: ignore[arg-type]
     for epoch in range(num_epochs):
@@ -332,22 +332,22 @@ def test_a_class_floor_without_labels_is_refused(method: Method) -> None:
 
 
 @every_method
-def test_an_epoch_that_asks_for_less_drops_something(method: Method) -> None:
+def test_an_epoch_prunes_if_and_only_if_requested(method: Method) -> None:
     selections = run(selector_of(method), range(NUM_EPOCHS))
     for selection in selections:
         assert (selection.requested > 0) == (selection.num_kept < NUM_SAMPLES)
     if isinstance(getattr(method, "prune_ratio", None), Schedule):
         assert any(selection.requested > 0 for selection in selections)
     if method.collect_epochs:
-        collected, chosen = selections[: method.collect_epochs], selections[method.collect_epochs :]
-        assert all(selection.num_kept == NUM_SAMPLES for selection in collected)
-        assert chosen
-        assert all(selection.num_kept < NUM_SAMPLES for selection in chosen)
-        assert {selection.ids.tobytes() for selection in chosen} == {chosen[0].ids.tobytes()}
+        scoring, subsets = selections[: method.collect_epochs], selections[method.collect_epochs :]
+        assert all(selection.num_kept == NUM_SAMPLES for selection in scoring)
+        assert subsets
+        assert all(selection.num_kept < NUM_SAMPLES for selection in subsets)
+        assert {selection.ids.tobytes() for selection in subsets} == {subsets[0].ids.tobytes()}
 
 
 @every_method
-def test_the_global_generator_is_left_alone(method: Method) -> None:
+def test_the_global_generator_is_not_used(method: Method) -> None:
     before = np.random.get_state()  # noqa: NPY002
     run(selector_of(method))
     after = np.random.get_state()  # noqa: NPY002
@@ -357,7 +357,7 @@ def test_the_global_generator_is_left_alone(method: Method) -> None:
 
 
 @every_method
-def test_every_declared_signal_is_needed(method: Method) -> None:
+def test_every_declared_signal_is_required(method: Method) -> None:
     ids = np.arange(5)
     for missing in method.signals:
         selector = selector_of(method)
@@ -379,7 +379,7 @@ def test_a_past_epoch_is_refused(method: Method) -> None:
 
 
 @every_method
-def test_scores_are_copies_of_one_number_a_sample(method: Method) -> None:
+def test_scores_are_copies_with_one_number_per_sample(method: Method) -> None:
     selector = selector_of(method)
     run(selector, range(1))
     scores = selector.scores()
@@ -391,7 +391,7 @@ def test_scores_are_copies_of_one_number_a_sample(method: Method) -> None:
 
 
 @every_method
-def test_large_seeds_and_epochs(method: Method) -> None:
+def test_large_seeds_and_epochs_work(method: Method) -> None:
     selector = Selector(method, NUM_SAMPLES, 100_000, 2**40 + 1, labels=LABELS, chosen=chosen_of(NUM_SAMPLES))
     selector.observe(np.arange(NUM_SAMPLES), observed(method, np.arange(NUM_SAMPLES), 0), 0)
     if method.collect_epochs:

@@ -1,4 +1,4 @@
-"""What TDDS refuses, and in which words."""
+"""TDDS: invalid hyperparameters and observations, and the subset."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tdds(**options: Any) -> Any:
 
 
 def short(**options: Any) -> Selector:
-    """Return a Selector over 6 samples and 3 collected epochs."""
+    """Return a Selector over 6 samples that scores 3 epochs."""
     return Selector(tdds(trajectory_len=3, window_size=3, **options), 6, 8)
 
 
@@ -32,7 +32,7 @@ def after_one_epoch(**options: Any) -> Selector:
 
 
 def probs(*row: float, dtype: Any = np.float32) -> NDArray[Any]:
-    """Return probabilities of two samples, the first uniform."""
+    """Return probabilities of two samples; the first are uniform."""
     return np.array([[0.25, 0.25, 0.25, 0.25], row], dtype=dtype)
 
 
@@ -60,13 +60,13 @@ def probs(*row: float, dtype: Any = np.float32) -> NDArray[Any]:
         ({"trajectory_len": 10.5}, "trajectory_len = 10.5: must be a whole number"),
     ],
 )
-def test_hyperparameters_that_do_not_fit_are_refused_in_one_line(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)) as refused:
+def test_invalid_hyperparameters_are_refused_in_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
         tdds(**options)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_lists_of_pairs_are_plain_in_the_config() -> None:
+def test_pairs_are_lists_in_the_config() -> None:
     method = tdds(also=[[90, 10], [30, 10]])
     assert method.also == ((90, 10), (30, 10))
     assert method.to_config()["also"] == [[90, 10], [30, 10]]
@@ -83,7 +83,7 @@ def test_a_run_shorter_than_the_trajectory_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("values", "message"),
     [
         (probs(1.0, 0.0, 0.0, 0.0, dtype=np.float16), "probs are float16, in which small probabilities become 0"),
         (probs(2.5, -1.0, 0.3, 0.1), "probs of id 5 lie in -1 … 2.5 and sum to 1.9: they must be at least 0"),
@@ -96,17 +96,17 @@ def test_a_run_shorter_than_the_trajectory_is_refused() -> None:
         (np.full((2, 2, 2), 0.5), "probs of shape (2, 2, 2) must be"),
     ],
 )
-def test_what_is_no_probability_is_refused(given: NDArray[Any], message: str) -> None:
+def test_invalid_probabilities_are_refused(values: NDArray[Any], message: str) -> None:
     selector = after_one_epoch()
-    with pytest.raises(ValueError, match=re.escape(message)) as refused:
-        selector.observe([3, 5], {"probs": given}, 1)
-    assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        selector.observe([3, 5], {"probs": values}, 1)
+    assert "\n" not in str(caught.value)
     assert selector.table.last_visit.tolist() == [0] * 6
     selector.observe([3, 5], {"probs": probs(0.7, 0.1, 0.1, 0.1)}, 1)
     assert selector.table.last_visit.tolist() == [0, 0, 0, 1, 0, 1]
 
 
-def test_the_first_epoch_fixes_the_classes_only_when_it_is_stored() -> None:
+def test_a_refused_first_observation_does_not_set_the_number_of_classes() -> None:
     selector = short()
     with pytest.raises(ValueError, match="sum to"):
         selector.observe([0, 1], {"probs": np.ones((2, 7))}, 0)
@@ -115,7 +115,7 @@ def test_the_first_epoch_fixes_the_classes_only_when_it_is_stored() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_whole_numbers_and_rounded_sums_are_let_through(dtype: Any) -> None:
+def test_integers_and_rounded_sums_are_accepted(dtype: Any) -> None:
     selector = after_one_epoch()
     selector.observe([0], {"probs": np.array([[0, 0, 1, 0]])}, 1)
     selector.observe([1], {"probs": np.array([[0.25, 0.25, 0.25, 0.2495]], dtype=dtype)}, 1)
@@ -123,13 +123,13 @@ def test_whole_numbers_and_rounded_sums_are_let_through(dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("storage", ["float32", "float16"])
-def test_a_repeat_counts_once_and_another_visit_is_refused(storage: str) -> None:
+def test_a_repeat_counts_once_and_a_different_one_is_refused(storage: str) -> None:
     selector = after_one_epoch(storage=storage)
-    given = probs(0.7, 0.1, 0.1, 0.1)
-    selector.observe([3, 5], {"probs": given}, 1)
+    values = probs(0.7, 0.1, 0.1, 0.1)
+    selector.observe([3, 5], {"probs": values}, 1)
     changes = selector.table["changes"].copy()
-    selector.observe([5, 3], {"probs": given[::-1]}, 1)
-    selector.observe([3, 5, 2], {"probs": np.vstack([given, UNIFORM[:1]])}, 1)
+    selector.observe([5, 3], {"probs": values[::-1]}, 1)
+    selector.observe([3, 5, 2], {"probs": np.vstack([values, UNIFORM[:1]])}, 1)
     assert changes[3, 0] == 0.0
     assert changes[5, 0] > 0.1
     assert np.array_equal(selector.table["changes"][[3, 5]], changes[[3, 5]], equal_nan=True)
@@ -140,7 +140,7 @@ def test_a_repeat_counts_once_and_another_visit_is_refused(storage: str) -> None
     assert selector.table.last_visit[1] == 0
 
 
-def test_epochs_out_of_turn_are_refused() -> None:
+def test_epochs_out_of_order_are_refused() -> None:
     with pytest.raises(
         ValueError, match="id 2 was never visited before and now comes in epoch 1: every sample must be"
     ):
@@ -153,7 +153,7 @@ def test_epochs_out_of_turn_are_refused() -> None:
         selector.observe([2], {"probs": UNIFORM[:1]}, 0)
 
 
-def test_an_epoch_that_lacks_samples_is_named() -> None:
+def test_missing_visits_are_named() -> None:
     selector = after_one_epoch()
     assert selector.begin_epoch(1).num_kept == 6
     selector.observe([0, 2, 4, 5], {"probs": UNIFORM[:4]}, 1)
@@ -165,7 +165,7 @@ def test_an_epoch_that_lacks_samples_is_named() -> None:
     assert selector.begin_epoch(2).num_kept == 6
 
 
-def test_the_subset_is_told_and_stays() -> None:
+def test_the_subset_stays_and_has_facts() -> None:
     selector = after_one_epoch(prune_ratio=0.4)
     rows = np.array([[0.25 + 0.1 * i, 0.25, 0.25, 0.25 - 0.1 * i] for i in (0, 1, 2, 0.5, 1.5, 2.4)])
     selector.observe(np.arange(6), {"probs": rows}, 1)
@@ -175,8 +175,8 @@ def test_the_subset_is_told_and_stays() -> None:
         assert selection.ids.tolist() == [1, 2, 4, 5]
         assert selection.weights.tolist() == [1.0] * 4
         assert (selection.requested, selection.expected_drops) == (0.4, 2)
-        named = {name: selection.facts[name] for name in ("score", "trajectory_len", "window_size")}
-        assert named == {"score": "tdds", "trajectory_len": 3, "window_size": 3}
+        facts = {name: selection.facts[name] for name in ("score", "trajectory_len", "window_size")}
+        assert facts == {"score": "tdds", "trajectory_len": 3, "window_size": 3}
         assert selection.facts["threshold"] == selector.scores()["tdds"][1] > 0
 
 
@@ -192,9 +192,9 @@ def test_a_class_floor_tops_up_with_the_same_samples_in_every_epoch() -> None:
     selector = Selector(tdds(trajectory_len=3, window_size=3, class_floor=0.4), 40, 8, seed=1, labels=labels)
     rng = np.random.default_rng(0)
     for epoch in range(3):
-        drawn = rng.dirichlet(np.ones(4), size=40)
-        drawn[:20] = 0.25  # class 0 never changes and would be dropped whole
-        selector.observe(np.arange(40), {"probs": drawn}, epoch)
+        probs_NC = rng.dirichlet(np.ones(4), size=40)
+        probs_NC[:20] = 0.25  # class 0 never changes and would be dropped entirely
+        selector.observe(np.arange(40), {"probs": probs_NC}, epoch)
     first = selector.begin_epoch(3)
     assert np.bincount(labels[first.ids]).tolist() == [8, 20]
     assert selector.begin_epoch(4).ids.tolist() == selector.begin_epoch(7).ids.tolist() == first.ids.tolist()
@@ -210,9 +210,9 @@ def test_shuffled_scores_keep_as_many_others() -> None:
     )
     rng = np.random.default_rng(0)
     for epoch in range(3):
-        drawn = rng.dirichlet(np.ones(4), size=200)
+        probs_NC = rng.dirichlet(np.ones(4), size=200)
         for selector in (ours, control):
-            selector.observe(np.arange(200), {"probs": drawn}, epoch)
+            selector.observe(np.arange(200), {"probs": probs_NC}, epoch)
     chosen, permuted = ours.begin_epoch(3), control.begin_epoch(3)
     assert chosen.num_kept == permuted.num_kept == 60
     assert chosen.facts["threshold"] == permuted.facts["threshold"]

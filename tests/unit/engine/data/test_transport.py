@@ -42,7 +42,7 @@ def assert_batches_are(batches: list[Batch], plan: Plan, world_size: int, rank: 
     """Every batch is this rank's slice of its global batch, columns included."""
     assert len(batches) == plan.num_steps - start_step
     for step, batch in enumerate(batches, start_step):
-        ids, weights, real = plan.share(rank, world_size, step, step + 1)
+        ids, weights, real = plan.rank_rows(rank, world_size, step, step + 1)
         assert np.array_equal(batch.ids, ids)
         assert np.array_equal(batch.weights, weights)
         assert np.array_equal(batch.real, real)

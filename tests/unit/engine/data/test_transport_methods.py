@@ -52,7 +52,7 @@ def test_ranks_share_every_epoch_of_every_method(
     chosen = Selection.of_ids(np.arange(0, num_samples, 2), num_samples)
     run: Any = (config, source, 0, EPOCHS, seed, batch, last_batch, 64, None, 0, True, chosen)
     scores = ScoreClient.in_process(ScoreSpec(*run))
-    oracle = Selector(method, num_samples, EPOCHS, seed, source.labels, chosen)
+    oracle = Selector(method, num_samples, EPOCHS, seed, source.labels, chosen=chosen)
     rng = np.random.default_rng(seed)
     for epoch in range(EPOCHS):
         selection = oracle.begin_epoch(epoch)

@@ -147,7 +147,7 @@ def test_blocks_hold_the_plan_from_the_first_pass_on() -> None:
     assert phase == "train"
     plan = Plan.of_selection(Selection.full(301), 8, 5, 0)
     for rank, (ids, weights) in enumerate(blocks):  # few enough rows for one block per rank
-        expected_ids, expected_weights, _ = plan.share(rank, 2, 2, plan.num_steps)
+        expected_ids, expected_weights, _ = plan.rank_rows(rank, 2, 2, plan.num_steps)
         assert np.array_equal(ids, expected_ids)
         assert np.array_equal(weights, expected_weights)
     assert len(blocks) == 2

@@ -89,7 +89,7 @@ def test_batches_are_the_plans_of_the_selector(whole: Loop) -> None:
         assert whole.hashes[epoch] == plan.hash
         mine = [batch[1:] for batch in whole.seen if batch[0] == epoch]
         ids, weights, losses = (list(chain.from_iterable(column)) for column in zip(*mine, strict=True))
-        planned, planned_weights, real = plan.share(0, 1, 0, plan.num_steps)
+        planned, planned_weights, real = plan.rank_rows(0, 1, 0, plan.num_steps)
         assert ids == planned.tolist()
         assert weights == planned_weights.tolist()
         selector.observe(planned[real], {"loss": np.array(losses, dtype=np.float32)[real]}, epoch)

@@ -138,7 +138,7 @@ def test_an_epoch_in_windows_reads_each_group_about_once(tmp_path: Path) -> None
         shuffled = Plan.of_selection(selection, 12, 0, 0, groups=source.groups, window_rows=80)
         uniform = Plan.of_selection(selection, 12, 0, 0)
         read = [
-            sum(source.read(plan.share(0, 1, step, step + 1)[0])[1] for step in range(plan.num_steps))
+            sum(source.read(plan.rank_rows(0, 1, step, step + 1)[0])[1] for step in range(plan.num_steps))
             for plan in (shuffled, uniform)
         ]
         assert total * 0.98 <= read[0] <= total * 1.2
