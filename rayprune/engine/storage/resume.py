@@ -9,10 +9,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rayprune.config import Config, make_config
-from rayprune.config.yaml import read_yaml
+from rayprune.config import Config
 from rayprune.engine.storage.checkpoint import copy_checkpoint, damage, newest_checkpoint, read_position
-from rayprune.engine.storage.run_folder import append_metrics, mend_metrics, read_metrics, write_environment
+from rayprune.engine.storage.run_folder import (
+    append_metrics,
+    mend_metrics,
+    read_config,
+    read_metrics,
+    write_environment,
+)
 from rayprune.errors import RunFolderError
 from rayprune.sources import SampleSource
 from rayprune.sources.base import shuffle_name
@@ -45,7 +50,7 @@ def check_folder(config: Config) -> None:
             raise RunFolderError(
                 f"{folder} holds a run already: choose another run.name, or run.resume=auto to go on with it"
             )
-        _check_same(config, _read_config(stored), folder)
+        _check_same(config, read_config(stored), folder)
 
 
 def check_start(config: Config, source: SampleSource) -> Path | None:
@@ -132,14 +137,6 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def _read_config(stored: Path) -> Config:
-    try:
-        return make_config(read_yaml(stored.read_text()) or {})
-    except (OSError, ValueError) as error:
-        line = " ".join(str(error).split())
-        raise RunFolderError(f"{stored} can't be read ({line}): restore it or choose another run.name") from None
-
-
 def _sound_origin(path: Path, config: Config, source: SampleSource) -> Path:
     """Return the checkpoint that `run.resume=PATH` means: the folder itself, or the newest of a run folder.
 
@@ -155,7 +152,7 @@ def _sound_origin(path: Path, config: Config, source: SampleSource) -> Path:
     position = read_position(origin)
     run_config = origin.parents[1] / "config.yaml"
     if position["digest"] != config.digest() and run_config.exists():
-        _check_same(config, _read_config(run_config), origin.parents[1])
+        _check_same(config, read_config(run_config), origin.parents[1])
     for name, own in (("digest", config.digest()), ("fingerprint", source.fingerprint)):
         if position[name] != own:
             raise RunFolderError(f"run.resume {origin} is of another run: {name} {position[name]}, here {own}")

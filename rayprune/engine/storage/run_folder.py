@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.config import Config, make_config
+from rayprune.config.yaml import read_yaml
 from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
-from rayprune.errors import RunFolderError
+from rayprune.errors import RunFolderError, one_line
 from rayprune.sources import score_files as score_file
 
 RUN_SCHEMA = 1  # of environment.json and gallery.json
@@ -30,6 +32,22 @@ def write_whole(file: Path, text: str) -> None:
     partial = file.with_name(f"{file.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)
+
+
+def read_config(file: Path, cure: str = "restore it or choose another run.name") -> Config:
+    """Return the config in a YAML file that a run, sweep or comparison has written.
+
+    Args:
+        file: config.yaml, sweep.yaml or compare.yaml.
+        cure: the end of the error message.
+
+    Raises:
+        RunFolderError: the file cannot be read, or does not hold a valid config.
+    """
+    try:
+        return make_config(read_yaml(file.read_text(encoding="utf-8")) or {})
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{file} can't be read ({one_line(error)}): {cure}") from None
 
 
 def write_environment(run_folder: Path, **facts: Any) -> None:
