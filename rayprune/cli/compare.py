@@ -43,7 +43,7 @@ def compare(debug: bool, words: tuple[str, ...], debug_here: bool) -> None:
     if config.run.name == f"{stem}-{config.digest()}":  # the name of a single run, where none was given
         named = config.run.model_copy(update={"name": f"{stem}-compare-{digest_of(config)}"})
         config = config.model_copy(update={"run": named})
-    folder = run(config, CompareListeners(_announce, _warn, {"on_notice": _warn}), debug=debug or debug_here)
+    folder = run(config, CompareListeners(_announce, _warn), debug=debug or debug_here)
     from rayprune.report.plots.experiments import draw_intervals
 
     draw_intervals(folder)
@@ -51,13 +51,17 @@ def compare(debug: bool, words: tuple[str, ...], debug_here: bool) -> None:
     console.print(f"\ndone in {elapsed(start)}: {folder}", highlight=False, markup=False)
 
 
-def _announce(number: str, arm: Any, seed: int, finished: bool, terms: Any) -> None:
+def _announce(number: str, arm: Any, seed: int, finished: bool, settings: Any) -> None:
     from rayprune.report.read import count_of
 
     state = (
-        "the same as full" if terms.same_as_full else "finished before" if finished else count_of(terms.epochs, "epoch")
+        "the same as full"
+        if settings.same_as_full
+        else "finished before"
+        if finished
+        else count_of(settings.epochs, "epoch")
     )
-    matched = f", {terms.matched}" if terms.matched and not terms.same_as_full else ""
+    matched = f", {settings.matched}" if settings.matched and not settings.same_as_full else ""
     console.print(f"{number:>7} {arm.name}, seed {seed}: {state}{matched}", highlight=False, markup=False)
 
 

@@ -60,7 +60,7 @@ def _warn(line: str) -> None:
 def _show(found: Any) -> None:
 
     console.print(
-        f"{found.run.config.model.name.split('/')[-1]} {found.run.trained}, on {found.part}\n",
+        f"{found.run.config.model.name.split('/')[-1]} {found.run.progress}, on {found.part}\n",
         highlight=False,
         markup=False,
     )

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from rayprune.config import load_config
+from rayprune.errors import TrainingFailed
 from rayprune.experiments.compare.runner import CompareListeners, compare
 from tests.support.paths import ROOT
 from tests.support.runs import run_config, same_weights
@@ -83,19 +84,24 @@ def test_a_run_that_breaks_down_is_named_and_the_others_are_kept(tmp_path: Path)
     keys: dict[str, Any] = {"method": {"name": "infobatch"}, "data": {"augment": {"crop": 0}}}
     section = {"seeds": 2, "baselines": ["ratio_0"], "parallel": 2}
     config = run_config(tmp_path, "it", **keys, scaling={"threads": 1}, compare=section)
+    obstacle = tmp_path / "it" / "runs" / "infobatch-seed1"
     heard: list[str] = []
 
-    def spoil(number: str, arm: Any, seed: int, finished: bool, terms: Any) -> None:
+    def spoil(number: str, arm: Any, seed: int, finished: bool, settings: Any) -> None:
         heard.append(f"{arm.name}-seed{seed}")
-        if seed == 1 and arm.name == "infobatch":
-            (tmp_path / "it" / "runs" / "infobatch-seed1").write_text("in the way")
+        obstacle.parent.mkdir(parents=True, exist_ok=True)
+        obstacle.write_text("in the way")
 
-    with pytest.raises(RuntimeError, match="run infobatch-seed1: "):
+    with pytest.raises(TrainingFailed, match=r"run infobatch-seed1: .*can't be written") as failure:
         compare(config, CompareListeners(spoil))
+    assert "\n" not in str(failure.value)
     assert heard[:3] == ["full-seed0", "infobatch-seed0", "ratio_0-seed0"]
-    (tmp_path / "it" / "runs" / "infobatch-seed1").unlink()
-    compare(config)
+    obstacle.unlink()
+    finished: dict[str, bool] = {}
+    compare(config, CompareListeners(lambda _, arm, seed, done, __: finished.update({f"{arm.name}-seed{seed}": done})))
+    assert all(finished[name] for name in heard[:3])
     assert len(report_in(tmp_path)["arms"]) == 3
+    assert not (tmp_path / "it" / ".tune").exists()
 
 
 def test_more_runs_at_a_time_than_fit_are_refused(tmp_path: Path) -> None:

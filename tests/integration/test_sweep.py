@@ -20,6 +20,7 @@ from rayprune.engine.storage.checkpoint import newest_checkpoint
 from rayprune.engine.storage.resume import lock_folder
 from rayprune.experiments.sweep.runner import SweepListeners, sweep
 from tests.support.paths import ROOT
+from tests.support.runs import user
 
 CONFIG = """
 data: {source: digits, limit: 300}
@@ -147,6 +148,19 @@ def test_asha_stops_what_falls_behind_and_its_folder_is_sound(tmp_path: Path) ->
     again = sweep(config, tmp_path / "sweep", SweepListeners(on_trial=lambda row: heard.append(row["trial"])))
     assert heard == []
     assert again.rows == result.rows
+
+
+def test_a_trial_that_breaks_down_is_started_again_and_its_error_is_in_the_table(tmp_path: Path) -> None:
+    log = tmp_path / "steps"
+    space = (
+        f"  space:\n    model: [{{name: '{user('broken')}'}}, {{name: '{user('counted')}', log: {log}, kill_at: 5}}]\n"
+    )
+    result = sweep(load_config(config_in(tmp_path, space), ["sweep.max_failures=1"]), tmp_path / "sweep")
+    broken, killed = result.rows
+    assert broken["status"] == "failed"
+    assert broken["error"].endswith("ValueError: this model is broken")
+    assert Path(f"{log}.killed").exists()
+    assert (killed["status"], killed["error"], killed["epochs"]) == ("finished", None, 2)
 
 
 def test_what_no_trial_can_have_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayprune.experiments.compare.statistics import Standing, Verdict, judge, overall, paired_difference, paired_ratio
+from rayprune.config.experiments import BASELINES
+from rayprune.experiments.compare.statistics import (
+    ArmRuns,
+    Criteria,
+    RunOutcome,
+    Verdict,
+    judge,
+    overall,
+    paired_difference,
+    paired_ratio,
+)
 
 POINTS = st.floats(0, 100, allow_subnormal=False)
 PAIRS = st.lists(st.tuples(POINTS, POINTS), min_size=2, max_size=12)
@@ -78,20 +88,31 @@ def test_more_confidence_is_wider_and_a_shift_moves_it(
     assert moved.low == pytest.approx(narrow.low + shift, abs=1e-6)  # type: ignore[operator]
 
 
-def arm(name: str, offset: float, seconds: float = 50.0, noise: float = 0.05, jitter: float = 0.0) -> Standing:
+def runs_of(name: str, accuracy: list[float], seconds: list[float], same_as_full: bool = False) -> ArmRuns:
+    """Return an arm with these accuracies, and the seconds of its first runs; a name of no baseline is a method's."""
+    baseline = name if name in BASELINES else "method"
+    folder = "full" if same_as_full else name
+    padded = [*seconds, *([math.nan] * (len(accuracy) - len(seconds)))]
+    runs = [
+        RunOutcome(seed, f"{folder}-seed{seed}", 1, "", points, points, 1, 0, 1.0, 1.0, each)
+        for seed, (points, each) in enumerate(zip(accuracy, padded, strict=True))
+    ]
+    return ArmRuns(name, baseline, name, runs, range(len(seconds)))
+
+
+def arm(name: str, offset: float, seconds: float = 50.0, noise: float = 0.05, jitter: float = 0.0) -> ArmRuns:
     """Return an arm of three seeds about 90 points; the arm's own noise is small beside that of the seeds."""
     own = np.random.default_rng(len(name)).permutation([-noise, 0.0, noise])
-    baseline = name if name != "m" else "method"
     accuracy = np.array([88.0, 90.0, 92.0]) + offset + own
-    return Standing(name, baseline, accuracy.tolist(), [seconds - jitter, seconds, seconds + jitter])
+    return runs_of(name, accuracy.tolist(), [seconds - jitter, seconds, seconds + jitter])
 
 
 FULL = arm("full", 0.0, 100.0)
 WORSE = [arm("full_time", -2.0), arm("random", -3.0), arm("shuffled", -2.5)]
 
 
-def verdict(method: Standing, baselines: list[Standing], margin: float = 0.3) -> Verdict:
-    return judge(method, FULL, baselines, margin, 0.95)
+def verdict(method: ArmRuns, baselines: list[ArmRuns], margin: float = 0.3) -> Verdict:
+    return judge(method, FULL, baselines, Criteria(margin, 0.95))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +139,7 @@ def verdict(method: Standing, baselines: list[Standing], margin: float = 0.3) ->
         (arm("m", 0.0, jitter=40.0), WORSE, "undecided", "within the noise of the seeds"),
     ],
 )
-def test_a_verdict_for_every_case(method: Standing, baselines: list[Standing], outcome: str, words: str) -> None:
+def test_a_verdict_for_every_case(method: ArmRuns, baselines: list[ArmRuns], outcome: str, words: str) -> None:
     found = verdict(method, baselines)
     assert found.outcome == outcome, found.sentence
     assert words in found.sentence
@@ -133,8 +154,8 @@ def test_a_wider_margin_never_turns_a_kept_accuracy_into_a_loss() -> None:
 
 
 def test_one_seed_is_undecided() -> None:
-    method, full = Standing("m", "method", [95.0], [1.0]), Standing("full", "full", [80.0], [2.0])
-    found = judge(method, full, [], 0.2, 0.95)
+    method, full = runs_of("m", [95.0], [1.0]), runs_of("full", [80.0], [2.0])
+    found = judge(method, full, [], Criteria(0.2, 0.95))
     assert found.outcome == "undecided"
     assert "no interval" in found.sentence
 
@@ -149,60 +170,55 @@ def test_one_seed_is_undecided() -> None:
     ],
 )
 def test_the_overall_verdict_is_the_best_news(outcomes: list[str], expected: str, start: str) -> None:
-    verdicts = {name: Verdict(outcome, f"{name} …") for name, outcome in zip("ab", outcomes, strict=True)}  # type: ignore[arg-type]
+    verdicts = [Verdict(outcome, f"{name} …") for name, outcome in zip("ab", outcomes, strict=True)]  # type: ignore[arg-type]
     found = overall(verdicts, range(3))
     assert found.outcome == expected
     assert found.sentence.startswith(start)
 
 
 def test_more_seeds_are_asked_for_beside_those_that_ran() -> None:
-    verdicts = {"a": Verdict("undecided", "a …")}
+    verdicts = [Verdict("undecided", "a …")]
     assert "compare.seeds=6 goes on" in overall(verdicts, [0, 1, 2]).sentence
     assert "more of them in compare.seeds go on" in overall(verdicts, [1, 5]).sentence
 
 
 def test_a_control_that_may_lose_too_much_is_not_recommended() -> None:
     # The method is within 1 of full, random within 1 of the method: random may still be 2 below full.
-    full = standing("full", [90.0, 91.0, 92.0], [10.0, 10.0, 10.0])
-    method = standing("mine", [89.4, 90.4, 91.41], [7.0, 7.0, 7.1])
-    random = standing("random", [88.8, 89.8, 90.83], [7.0, 7.0, 7.1])
-    found = judge(method, full, [random], 1.0, 0.95)
+    full = runs_of("full", [90.0, 91.0, 92.0], [10.0, 10.0, 10.0])
+    method = runs_of("mine", [89.4, 90.4, 91.41], [7.0, 7.0, 7.1])
+    random = runs_of("random", [88.8, 89.8, 90.83], [7.0, 7.0, 7.1])
+    found = judge(method, full, [random], Criteria(1.0, 0.95))
     assert found.outcome == "undecided"
     assert "random is as good" in found.sentence
     assert "not shown to keep" in found.sentence
-    assert judge(method, full, [random], 1.5, 0.95).outcome == "no scores needed"
+    assert judge(method, full, [random], Criteria(1.5, 0.95)).outcome == "no scores needed"
 
 
 def test_shortened_training_is_named_first_where_nothing_is_pruned() -> None:
-    verdicts = {
-        "a": Verdict("prune nothing", "a loses"),
-        "b": Verdict("prune nothing", "full training shortened is as good"),
-    }
+    verdicts = [
+        Verdict("prune nothing", "a loses"),
+        Verdict("prune nothing", "full training shortened is as good"),
+    ]
     assert overall(verdicts, range(3)).sentence == "Prune nothing here: full training shortened is as good."
 
 
-def standing(name: str, accuracy: list[float], seconds: list[float], same_as_full: bool = False) -> Standing:
-    baseline = name if name in {"full", "full_time", "random"} else "method"
-    return Standing(name, baseline, accuracy, seconds, same_as_full)
-
-
 def test_full_training_that_was_not_shortened_is_no_rival() -> None:
-    full = standing("full", [90.0, 91.0, 92.0], [10.0, 10.0, 10.0])
-    method = standing("mine", [90.1, 91.0, 91.9], [9.0, 9.0, 9.1])
-    same = [standing("full_time", [90.0, 91.0, 92.0], [10.0, 10.0, 10.0], same_as_full=True)]
-    verdict = judge(method, full, same, 1.0, 0.95)
+    full = runs_of("full", [90.0, 91.0, 92.0], [10.0, 10.0, 10.0])
+    method = runs_of("mine", [90.1, 91.0, 91.9], [9.0, 9.0, 9.1])
+    same = [runs_of("full_time", [90.0, 91.0, 92.0], [10.0, 10.0, 10.0], same_as_full=True)]
+    verdict = judge(method, full, same, Criteria(1.0, 0.95))
     assert verdict.outcome == "undecided"
     assert "shortened to the same" not in verdict.sentence
-    shortened = [standing("full_time", [90.0, 91.0, 92.0], [9.0, 9.0, 9.1])]
-    assert judge(method, full, shortened, 1.0, 0.95).outcome == "prune nothing"
+    shortened = [runs_of("full_time", [90.0, 91.0, 92.0], [9.0, 9.0, 9.1])]
+    assert judge(method, full, shortened, Criteria(1.0, 0.95)).outcome == "prune nothing"
 
 
 def test_seeds_that_happen_to_agree_are_no_certainty() -> None:
-    full = standing("full", [90.0, 91.0], [10.0, 10.0])
-    method = standing("mine", [90.0, 91.0], [7.0, 7.0])
-    rival = [standing("random", [89.72, 90.72], [7.0, 7.0])]
-    assert judge(method, full, rival, 0.2, 0.95).outcome == "worth it"
-    assert judge(method, full, rival, 0.2, 0.95, resolution=0.28).outcome == "undecided"
+    full = runs_of("full", [90.0, 91.0], [10.0, 10.0])
+    method = runs_of("mine", [90.0, 91.0], [7.0, 7.0])
+    rival = [runs_of("random", [89.72, 90.72], [7.0, 7.0])]
+    assert judge(method, full, rival, Criteria(0.2, 0.95)).outcome == "worth it"
+    assert judge(method, full, rival, Criteria(0.2, 0.95, resolution=0.28)).outcome == "undecided"
 
 
 @pytest.mark.parametrize(
@@ -214,15 +230,15 @@ def test_seeds_that_happen_to_agree_are_no_certainty() -> None:
     ],
 )
 def test_one_timing_decides_by_its_size(seconds: float, outcome: str, words: str) -> None:
-    full = standing("full", [90.0, 91.0, 92.0], [10.0])
-    method = standing("mine", [90.0, 91.0, 92.01], [seconds])
-    found = judge(method, full, [standing("random", [80.0, 81.0, 82.0], [7.0])], 0.2, 0.95)
+    full = runs_of("full", [90.0, 91.0, 92.0], [10.0])
+    method = runs_of("mine", [90.0, 91.0, 92.01], [seconds])
+    found = judge(method, full, [runs_of("random", [80.0, 81.0, 82.0], [7.0])], Criteria(0.2, 0.95))
     assert (found.outcome, words in found.sentence) == (outcome, True), found.sentence
 
 
 def test_what_is_better_and_dearer_is_not_called_worth_it() -> None:
-    full = standing("full", [90.0, 91.0, 92.0], [10.0, 10.0, 10.0])
-    method = standing("mine", [93.0, 94.0, 95.1], [20.0, 20.0, 20.2])
-    verdict = judge(method, full, [standing("random", [80.0, 81.0, 82.0], [10.0, 10.0, 10.0])], 0.2, 0.95)
+    full = runs_of("full", [90.0, 91.0, 92.0], [10.0, 10.0, 10.0])
+    method = runs_of("mine", [93.0, 94.0, 95.1], [20.0, 20.0, 20.2])
+    verdict = judge(method, full, [runs_of("random", [80.0, 81.0, 82.0], [10.0, 10.0, 10.0])], Criteria(0.2, 0.95))
     assert verdict.outcome == "undecided"
     assert "dearer" in verdict.sentence

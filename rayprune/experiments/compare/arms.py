@@ -1,8 +1,8 @@
-"""The arms of a comparison: what each of them trains, from the config and from what the arms before it cost.
+"""The arms of a comparison: what each of them trains, from the config and from the costs of the arms before it.
 
-Arms that spend what a method spends are derived from that method's runs. A shortened training has one length for all
-seeds, by the median over their pairs: one run that met a busy machine must not make it longer or shorter. Random
-subsets match the samples of the same seed's run.
+Arms with the costs of a method are derived from that method's runs. A shortened training has one length for all seeds,
+by the median over their pairs: a single run on a busy machine must not change it. Random subsets match the samples of
+the run with the same seed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from rayprune.config import Config, make_config
 from rayprune.config.experiments import compared_method
 from rayprune.config.yaml import merge
 from rayprune.errors import ConfigError
+from rayprune.experiments.compare.statistics import RunOutcome
 from rayprune.methods import Method, build_method
 from rayprune.methods.registry import method_fields
 
 FULL, METHOD = "full", "method"
+# A method may have the name of a baseline: its arm must not.
+_RESERVED = ("full", "random", "random_epoch", "shuffled")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Arm:
     Attributes:
         name: in tables and folders.
         baseline: which of the baselines it is, or "method".
-        of: the config of the method that it is, or that it is measured against; empty for full.
+        of: the config of the method that it is, or that it is compared with; empty for full.
         method_arm: the name of that method's arm.
     """
 
@@ -43,25 +46,8 @@ class Arm:
 
     @property
     def derived(self) -> bool:
-        """Whether it needs to know what full training and its method have cost."""
+        """Whether it depends on the costs of full training and its method."""
         return self.baseline not in {FULL, METHOD, "shuffled", "ratio_0"}
-
-
-@dataclass(frozen=True)
-class Spent:
-    """What a finished run has spent.
-
-    Attributes:
-        epochs: E.
-        num_samples: N.
-        samples_trained: with those of a run that scored.
-        seconds: of training and all that selection needs, without validation.
-    """
-
-    epochs: int
-    num_samples: int
-    samples_trained: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -72,8 +58,8 @@ class ArmSettings:
         method: its config.
         epochs: how many.
         matched: what was matched, in words; "" where nothing was.
-        same_as_full: it is full training: its run need not be repeated.
-        tag: what tells its run's folder from one of the same arm that was matched to something else.
+        same_as_full: whether it is full training, so that its run need not be repeated.
+        tag: distinguishes its run's folder from those of the same arm that were matched to something else.
     """
 
     method: Mapping[str, Any]
@@ -84,18 +70,17 @@ class ArmSettings:
 
 
 def arms_of(config: Config) -> tuple[list[Arm], list[str]]:
-    """Return the arms that a config compares, and a line on each that it asked for and that makes no sense.
+    """Return the arms that a config compares, and a line for each requested arm that makes no sense.
 
     Raises:
-        ConfigError: nothing is to be compared, or the config is not one of whole runs.
+        ConfigError: there is nothing to compare, or runs end early.
     """
     if config.train.stop_after is not None:
-        raise ConfigError("train.stop_after ends runs early, and compared are whole ones: leave it out")
+        raise ConfigError("train.stop_after ends runs early, and a comparison needs whole ones: leave it out")
     methods = config.compare.method_configs or (compared_method(config.method, "method"),)
     arms, notes = [Arm(FULL, FULL, {}, "")], []
-    names = _names(methods)
-    for name, method in zip(names, methods, strict=True):
-        arms.append(Arm(name, METHOD, method, name))
+    names = _arm_names(methods)
+    arms += [Arm(name, METHOD, method, name) for name, method in zip(names, methods, strict=True)]
     for name, method in zip(names, methods, strict=True):
         for baseline in config.compare.baselines:
             if baseline == FULL:
@@ -108,23 +93,21 @@ def arms_of(config: Config) -> tuple[list[Arm], list[str]]:
     return arms, notes
 
 
-def _names(methods: tuple[dict[str, Any], ...]) -> list[str]:
-    """Return a folder name for each method: its own, numbered where it comes more than once."""
+def _arm_names(methods: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a folder name for each method: its own, numbered where it occurs more than once."""
     short = [re.sub(r"\W+", "_", str(method["name"]).rpartition(":")[2]) for method in methods]
-    counts = {name: short.count(name) for name in short}
-    return [f"{n}_{short[: i + 1].count(n)}" if counts[n] > 1 or n in RESERVED else n for i, n in enumerate(short)]
-
-
-# A method may be called like a baseline: its arm must not be.
-RESERVED = ("full", "random", "random_epoch", "shuffled")
+    return [
+        f"{name}_{short[: place + 1].count(name)}" if short.count(name) > 1 or name in _RESERVED else name
+        for place, name in enumerate(short)
+    ]
 
 
 def _pointless(baseline: str, method: Method) -> str:
-    """Say why a baseline tells nothing of a method; "" where it does."""
+    """Return why a baseline says nothing about a method; "" if it does."""
     if baseline == method.name or (baseline == "shuffled" and method.kind in {"baseline", "control"}):
-        return f"it is what {method.name} does by itself"
+        return f"it is the same as {method.name}"
     if baseline == "shuffled" and method.name == "fixed":
-        return "a file of chosen samples has no scores to permute"
+        return "a selection file has no scores to permute"
     if baseline == "ratio_0" and unpruned(method.to_config()) is None:
         return f"{method.name} has no ratio that could be 0"
     return ""
@@ -143,89 +126,89 @@ def unpruned(method: Mapping[str, Any]) -> dict[str, Any] | None:
     fields = method_fields(type(build_method(method)))
     if "prune_ratio" not in fields:
         return None
-    # Whatever asks for a share in the ratio's place goes back to its default.
+    # Settings that replace the ratio go back to their defaults.
     others = {"target_saving", "max_prune_ratio", "quantiles", "keep", "budget"} & set(fields)
     return {**method, **{name: fields[name] for name in others}, "prune_ratio": 0.0}
 
 
-def terms_of(
+def arm_settings(
     arm: Arm,
     config: Config,
-    pairs: Sequence[tuple[Spent, Spent]] = (),
+    pairs: Sequence[tuple[RunOutcome, RunOutcome]] = (),
     place: int = 0,
-    timed: Sequence[int] | None = None,
+    *,
+    num_samples: int = 0,
 ) -> ArmSettings:
     """Return what an arm trains with one seed.
 
     Args:
         arm: the arm.
-        config: whose epochs the arms share.
-        pairs: for a derived arm, what full training and its method have cost, one pair a seed.
+        config: the comparison's, with the epochs that the arms share.
+        pairs: for a derived arm, the outcomes of full training and of its method, a pair per seed.
         place: of the seed among them.
-        timed: the places of pairs whose seconds count; None for all.
+        num_samples: N, for a derived arm.
     """
     epochs = config.train.epochs
-    if not arm.derived:
-        method: Mapping[str, Any] | None = {FULL: {"name": FULL}, METHOD: arm.of}.get(arm.baseline)
-        if arm.baseline == "shuffled":
-            method = {"name": "shuffled", "of": dict(arm.of)}
-        method = unpruned(arm.of) if method is None else method
-        assert method is not None
-        return ArmSettings(method, epochs)
     if arm.baseline == "full_steps":
-        share = median(spent.samples_trained / full.samples_trained for full, spent in pairs)
+        share = median(method.samples_trained / full.samples_trained for full, method in pairs)
         return _shortened(share, epochs, "samples trained")
     if arm.baseline == "full_time":
-        alone = pairs if timed is None else [pairs[number] for number in timed]
-        return _shortened(median(spent.seconds / full.seconds for full, spent in alone), epochs, "seconds")
-    return _random(arm.baseline, epochs, *pairs[place])
-
-
-def _shortened(share: float, epochs: int, what: str) -> ArmSettings:
-    length = min(epochs, max(1, round(share * epochs)))
-    if length == epochs:
-        matched = f"the method's {what}: {share:.1%} of full training's, so all {epochs} epochs"
-        return ArmSettings({"name": FULL}, epochs, matched, True)
-    matched = f"the method's {what}: {share:.1%} of full training's, {length} epochs"
-    return ArmSettings({"name": FULL}, length, matched, tag=f"-{length}epochs")
-
-
-def _random(name: str, epochs: int, full: Spent, spent: Spent) -> ArmSettings:
-    num = full.num_samples
-    drops = round(num * (1.0 - spent.samples_trained / full.samples_trained))
-    if drops <= 0:
-        return ArmSettings(
-            {"name": FULL}, epochs, "the method's samples trained: it saves none, so nothing is dropped", True
+        alone = [(full, method) for full, method in pairs if full.alone and method.alone]
+        return _shortened(median(method.seconds / full.seconds for full, method in alone or pairs), epochs, "seconds")
+    if arm.derived:
+        full, method = pairs[place]
+        kept = method.samples_trained / full.samples_trained
+        return _random_subset(
+            arm.baseline, epochs, num_samples, min(round(num_samples * (1.0 - kept)), num_samples - 1)
         )
+    if arm.baseline == "ratio_0":
+        without = unpruned(arm.of)
+        assert without is not None, "an arm without a ratio was left out"
+        return ArmSettings(without, epochs)
+    methods = {FULL: {"name": FULL}, METHOD: arm.of, "shuffled": {"name": "shuffled", "of": dict(arm.of)}}
+    return ArmSettings(methods[arm.baseline], epochs)
+
+
+def _shortened(share: float, epochs: int, noun: str) -> ArmSettings:
+    length = min(epochs, max(1, round(share * epochs)))
+    matched = f"the method's {noun}: {share:.1%} of full training's, "
+    if length == epochs:
+        return ArmSettings({"name": FULL}, epochs, f"{matched}so all {epochs} epochs", True)
+    return ArmSettings({"name": FULL}, length, f"{matched}{length} epochs", tag=f"-{length}epochs")
+
+
+def _random_subset(name: str, epochs: int, num_samples: int, drops: int) -> ArmSettings:
+    matched = "the method's samples trained: "
+    if drops <= 0:
+        return ArmSettings({"name": FULL}, epochs, f"{matched}it saves none, so nothing is dropped", True)
     # Half a sample more than the drops: floor(ratio · N) is then the drops, whatever the division rounds to.
-    ratio = (min(drops, num - 1) + 0.5) / num
-    matched = f"the method's samples trained: {drops / num:.1%} dropped"
-    return ArmSettings({"name": name, "prune_ratio": ratio}, epochs, matched, tag=f"-{min(drops, num - 1)}dropped")
+    settings = {"name": name, "prune_ratio": (drops + 0.5) / num_samples}
+    return ArmSettings(settings, epochs, f"{matched}{drops / num_samples:.1%} dropped", tag=f"-{drops}dropped")
 
 
-def run_config(config: Config, terms: ArmSettings, name: str, seed: int, storage: str) -> Config:
+def run_config(config: Config, settings: ArmSettings, name: str, seed: int, storage: str) -> Config:
     """Return the config of one run: an arm with a seed, validated once, at its end.
 
     Args:
         config: the comparison's.
-        terms: what the arm trains.
+        settings: what the arm trains.
         name: of the run's folder.
         seed: of initial weights, order and draws.
         storage: the folder of all runs.
     """
     tree = config.model_dump(mode="json", exclude={"compare"})
-    tree["method"] = dict(terms.method)
-    changes = {"train": {"seed": seed, "epochs": terms.epochs, "validate_every": terms.epochs}}
-    made = make_config(merge(tree, changes))
-    return made.model_copy(
-        update={"run": made.run.model_copy(update={"storage_path": storage, "name": name, "resume": "auto"})}
-    )
+    tree["method"] = dict(settings.method)
+    changes = {
+        "train": {"seed": seed, "epochs": settings.epochs, "validate_every": settings.epochs},
+        "run": {"storage_path": storage, "name": name, "resume": "auto"},
+    }
+    return make_config(merge(tree, changes))
 
 
 def digest_of(config: Config) -> str:
     """Return 8 hexadecimal digits over what decides the runs of a comparison.
 
-    Seeds, baselines and the verdicts' margin are left out: more of them go on from the runs that are there.
+    Seeds, baselines and the margin are left out: with others, a comparison continues from the runs that are there.
     """
     tree = config.model_dump(mode="json", exclude={"compare"})
     changes = {"method": {"name": FULL}, "train": {"seed": 0, "validate_every": 1}}

@@ -1,12 +1,8 @@
-"""What finished runs say of the arms they belong to: means, paired differences, verdicts, as plain JSON types.
+"""Is pruning worth it? Paired differences over seeds, their intervals, and the verdicts that follow from them.
 
-Shapes: S seeds.
-
-Is pruning worth it? Paired differences over seeds, their intervals, and what follows from them.
-
-Arms share their seeds, so an arm is compared with another seed by seed: the mean of the differences with the interval
-of Student's t for paired samples. "As good" is a claim too: it takes an interval that lies above minus the margin
-(non-inferiority), not merely one that covers 0. Accuracies are in points, 0 to 100.
+Arms share their seeds, so they are compared seed by seed: the mean of the differences has the interval of Student's t
+for paired samples. "As good" is a claim too: it takes an interval above minus the margin (non-inferiority), not merely
+one that covers 0. Accuracies are in points, 0 to 100.
 
 Shapes: S seeds.
 """
@@ -15,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,11 +22,90 @@ _LEAST_SAVED = 0.05  # a method that surely saves a smaller share of the seconds
 # Baselines that cost what a method costs: everything in fewer epochs, and subsets that no score chose.
 SHORTENED = {"full_time": "time", "full_steps": "samples trained"}
 CONTROLS = ("random", "random_epoch", "shuffled")
+# Where equal work took so different times, something else ran on the machine.
+_UNEVEN = 1.25
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """The result and the cost of one run.
+
+    Attributes:
+        seed: of the run.
+        folder: its name.
+        epochs: how many it trained.
+        matched: what its length or ratio was matched to, in words.
+        accuracy: on the validation part after the last epoch, in points.
+        worst_class: the lowest accuracy of a class, in points.
+        samples_trained, samples_forwarded: with those of a scoring run.
+        compute: in samples trained.
+        flops: floating-point operations of training.
+        seconds: of training, selection and checkpoints, without validation.
+        alone: whether no other run of the comparison ran beside it, so that its seconds count.
+    """
+
+    seed: int
+    folder: str
+    epochs: int
+    matched: str
+    accuracy: float
+    worst_class: float
+    samples_trained: int
+    samples_forwarded: int
+    compute: float
+    flops: float
+    seconds: float
+    alone: bool = True
+
+
+@dataclass(frozen=True)
+class ArmRuns:
+    """An arm's runs, one per seed, in the same order of seeds for all arms.
+
+    Attributes:
+        name: the arm.
+        baseline: which of the baselines it is; "method" for a method.
+        method_arm: the name of the method's arm that it is, or that it is compared with.
+        runs: S outcomes.
+        timed: the places of the seeds whose seconds count; with one of them, ratios of seconds have no interval.
+        caveat: what its seconds leave out, in words.
+    """
+
+    name: str
+    baseline: str
+    method_arm: str
+    runs: Sequence[RunOutcome]
+    timed: Sequence[int]
+    caveat: str = ""
+
+    def column(self, name: str) -> list[float]:
+        """Return an attribute of every run."""
+        return [float(getattr(run, name)) for run in self.runs]
+
+    def mean(self, name: str) -> float:
+        """Return the mean of an attribute over the runs."""
+        return float(np.mean(self.column(name)))
+
+    @property
+    def seconds(self) -> list[float]:
+        """The seconds of the timed runs."""
+        return [self.runs[place].seconds for place in self.timed]
+
+    @property
+    def same_as_full(self) -> bool:
+        """Whether nothing was left out or shortened: such an arm costs what full training does, and is not a rival."""
+        return self.baseline != "full" and all(run.folder.startswith("full-seed") for run in self.runs)
+
+
+def timed_places(arms: Iterable[Sequence[RunOutcome]]) -> list[int]:
+    """Return the places of the seeds whose runs, of all arms, had the machine to themselves; all where none had."""
+    seeds = list(zip(*arms, strict=True))
+    return [place for place, runs in enumerate(seeds) if all(run.alone for run in runs)] or list(range(len(seeds)))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One arm minus another, or its share of another, seed by seed.
+    """The mean over seeds of one arm minus another, or of one divided by another.
 
     Attributes:
         mean: over the seeds.
@@ -55,39 +130,9 @@ class Difference:
         ends = "no interval" if self.low is None else f"{self.low:+.2f} to {self.high:+.2f}"
         return f"{self.mean:+.2f} points ({ends})"
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a comparison says of one method, or of all.
-
-    Attributes:
-        outcome: what to do.
-        sentence: why, with the numbers.
-    """
-
-    outcome: Outcome
-    sentence: str
-
-
-@dataclass(frozen=True)
-class Standing:
-    """An arm over all seeds, as verdicts see it.
-
-    Attributes:
-        name: the arm.
-        baseline: which of the baselines it is; "method" for a method.
-        accuracy_S: in points, one a seed, in the order of the seeds.
-        seconds_S: of the seeds that were timed, in their order; one of them gives a ratio without an interval.
-        same_as_full: nothing was left out or shortened: it costs what full training does, and is no rival.
-        caveat: what its seconds leave out, in words.
-    """
-
-    name: str
-    baseline: str
-    accuracy_S: Sequence[float]
-    seconds_S: Sequence[float]
-    same_as_full: bool = False
-    caveat: str = ""
+    def to_json(self) -> dict[str, float | None]:
+        """Return what compare.json holds of it."""
+        return {"mean": self.mean, "low": self.low, "high": self.high}
 
 
 def paired_difference(
@@ -96,9 +141,9 @@ def paired_difference(
     """Return the mean of one − other over seeds, with the interval of the paired t-test.
 
     Args:
-        one_S, other_S: what two arms reached, in the same order of seeds; at least one seed.
+        one_S, other_S: the results of two arms, in the same order of seeds; at least one seed.
         confidence: of the interval, in (0, 1).
-        least_sd: what the differences' standard deviation is taken for where it is less.
+        least_sd: the least standard deviation of the differences to assume.
 
     >>> str(paired_difference([91.0, 92.0, 93.0], [90.0, 92.0, 91.0], 0.95))
     '+1.00 points (-1.48 to +3.48)'
@@ -115,9 +160,9 @@ def paired_difference(
 
 
 def paired_ratio(one_S: Sequence[float], other_S: Sequence[float], confidence: float) -> Difference:
-    """Return the geometric mean of one ÷ other over seeds, with its interval: the paired t-test on logarithms.
+    """Return the geometric mean of one ÷ other over seeds, with the interval of the paired t-test on logarithms.
 
-    A machine that is slow for a while is so for both arms of a seed, and the ratio stays.
+    A machine that is slow for a while slows both arms of a seed, and their ratio stays.
 
     Args:
         one_S, other_S: above 0, such as seconds, in the same order of seeds.
@@ -128,38 +173,69 @@ def paired_ratio(one_S: Sequence[float], other_S: Sequence[float], confidence: f
     return Difference(math.exp(logs.mean), low, high, logs.num_seeds)
 
 
-def judge(
-    method: Standing,
-    full: Standing,
-    baselines: Sequence[Standing],
-    margin: float,
-    confidence: float,
-    resolution: float = 0.0,
-) -> Verdict:
-    """Say whether one method is worth it.
+@dataclass(frozen=True)
+class Criteria:
+    """What a comparison decides by.
+
+    Attributes:
+        margin: loss of accuracy that counts as none, in points.
+        confidence: of the intervals, in (0, 1).
+        resolution: points that one validation sample is worth. Seeds that happen to agree are no more certain than
+            accuracies rounded to it: their differences have a standard deviation of at least resolution / √6.
+    """
+
+    margin: float
+    confidence: float
+    resolution: float = 0.0
+
+    def difference(self, one: ArmRuns, other: ArmRuns, column: str = "accuracy") -> Difference:
+        """Return one arm minus another; without an interval if their runs are the same."""
+        if same_runs(one, other):
+            return Difference(0.0, None, None, len(one.runs))
+        least_sd = self.resolution / math.sqrt(6.0) if column == "accuracy" else 0.0
+        return paired_difference(one.column(column), other.column(column), self.confidence, least_sd)
+
+
+def same_runs(one: ArmRuns, other: ArmRuns) -> bool:
+    """Tell whether what two arms were matched to came to the same runs."""
+    return [run.folder for run in one.runs] == [run.folder for run in other.runs]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer of a comparison for one method, or for all.
+
+    Attributes:
+        outcome: what to do.
+        sentence: why, with the numbers.
+    """
+
+    outcome: Outcome
+    sentence: str
+
+
+def judge(method: ArmRuns, full: ArmRuns, baselines: Sequence[ArmRuns], criteria: Criteria) -> Verdict:
+    """Decide whether one method is worth it.
 
     It has to keep full training's accuracy within the margin, to save seconds (or be better), and to beat what costs
     as much without it: full training shortened, and subsets that no score chose.
 
     Args:
-        method: the arm that is judged.
+        method: the arm to judge.
         full: training on everything.
-        baselines: the arms beside it; `ratio_0` and `full` among them are not looked at.
-        margin: in points.
-        confidence: of the intervals.
-        resolution: points that one validation sample is worth: seeds that happen to agree are no more certain than
-            accuracies rounded to it (their difference has a standard deviation of resolution / √6).
+        baselines: the arms to compare with; `ratio_0` and `full` among them are ignored.
+        criteria: margin and confidence.
     """
-    least_sd = resolution / math.sqrt(6.0)
-    to_full = paired_difference(method.accuracy_S, full.accuracy_S, confidence, least_sd)
+    margin = criteria.margin
+    to_full = criteria.difference(method, full)
     start = f"{method.name} is {to_full} to full"
     if to_full.low is None:
         return Verdict(
             "undecided", f"{start}; one seed gives no interval and shows nothing, name three in compare.seeds"
         )
-    time = paired_ratio(method.seconds_S, full.seconds_S, confidence)
+    time = paired_ratio(method.seconds, full.seconds, criteria.confidence)
     saved, once = 1.0 - time.mean, time.low is None
-    # Timed once, alone on the machine: what is beyond the least that counts is taken for a difference.
+    # Timed once, alone on the machine: more than the least that counts is taken for a difference.
     faster = time.below(1.0) or (once and saved > _LEAST_SAVED)
     slower = time.above(1.0) or (once and saved < -_LEAST_SAVED)
     no_faster = time.above(1.0 - _LEAST_SAVED) or (once and saved < _LEAST_SAVED)
@@ -174,30 +250,26 @@ def judge(
         more = "better, and dearer than anything beside it: compare it with full training of as many epochs more"
         return Verdict("undecided", f"{start}: {more}")
     rivals = [
-        Rival(
-            arm,
-            paired_difference(method.accuracy_S, arm.accuracy_S, confidence, least_sd),
-            paired_difference(arm.accuracy_S, full.accuracy_S, confidence, least_sd),
-        )
-        for arm in sorted(baselines, key=lambda arm: -float(np.mean(arm.accuracy_S)))
+        _Rival(arm, criteria.difference(method, arm), criteria.difference(arm, full))
+        for arm in sorted(baselines, key=lambda arm: -arm.mean("accuracy"))
         if (arm.baseline in SHORTENED or arm.baseline in CONTROLS) and not arm.same_as_full
     ]
-    return _against(rivals, start, to_full, margin, faster or to_full.above(0.0))
+    return _judge_against(rivals, start, to_full, margin, faster or to_full.above(0.0))
 
 
 @dataclass(frozen=True)
-class Rival:
+class _Rival:
     """An arm that costs what the method costs, the method minus it, and it minus full training."""
 
-    arm: Standing
+    arm: ArmRuns
     difference: Difference
     to_full: Difference
 
 
-def _against(rivals: Sequence[Rival], start: str, to_full: Difference, margin: float, gains: bool) -> Verdict:
-    """Go on with a method that saves something, or is better than full: is it the selection that does it?"""
+def _judge_against(rivals: Sequence[_Rival], start: str, to_full: Difference, margin: float, gains: bool) -> Verdict:
+    """Continue with a method that saves something, or is better than full: is it the selection that does it?"""
     as_good = [rival for rival in rivals if rival.difference.below(margin)]
-    # Shortened training comes first: where it is as good, nothing need be selected, whatever full training reaches.
+    # Shortened training comes first: where it is as good, no selection is needed, however good full training is.
     for baseline, words in SHORTENED.items():
         for rival in as_good:
             if rival.arm.baseline == baseline:
@@ -209,7 +281,7 @@ def _against(rivals: Sequence[Rival], start: str, to_full: Difference, margin: f
         more = f"{to_full.num_seeds} seeds do not show whether that is within the margin of {margin:g}"
         return Verdict("undecided", f"{start}: {more}")
     if as_good:
-        # As good as the method, which is as good as full: that allows twice the margin, so it must hold by itself.
+        # As good as the method, which is as good as full: that allows twice the margin, so compare it with full too.
         safe = [rival for rival in as_good if rival.to_full.above(-margin)]
         first = (safe or as_good)[0]
         more = f"{first.arm.name} is as good (the method is {first.difference} to it)"
@@ -229,17 +301,16 @@ def _against(rivals: Sequence[Rival], start: str, to_full: Difference, margin: f
     return Verdict("worth it", f"{start}, within the margin of {margin:g}, and {more}")
 
 
-def overall(verdicts: Mapping[str, Verdict], seeds: Sequence[int]) -> Verdict:
-    """Say what to do here, after the verdicts on all methods.
+def overall(verdicts: Sequence[Verdict], seeds: Sequence[int]) -> Verdict:
+    """Decide what to do here, after the verdicts on all methods.
 
     Args:
-        verdicts: method → its verdict, those that save most seconds first.
-        seeds: that were run.
+        verdicts: on at least one method, those that save most seconds first.
+        seeds: of the runs.
     """
 
     def first(outcome: Outcome, words: str = "") -> Verdict | None:
-        found = (v for v in verdicts.values() if v.outcome == outcome and words in v.sentence)
-        return next(found, None)
+        return next((v for v in verdicts if v.outcome == outcome and words in v.sentence), None)
 
     if verdict := first("worth it"):
         return Verdict(verdict.outcome, f"Prune here: {verdict.sentence}.")
@@ -250,141 +321,51 @@ def overall(verdicts: Mapping[str, Verdict], seeds: Sequence[int]) -> Verdict:
         more = f"compare.seeds={2 * len(seeds)} goes" if counted else "more of them in compare.seeds go"
         cure = "" if len(seeds) == 1 else f"; {more} on from these runs"
         return Verdict(verdict.outcome, f"Undecided, so prune nothing yet: {verdict.sentence}{cure}.")
-    verdict = first("prune nothing", "shortened") or first("prune nothing")
-    assert verdict is not None
+    verdict = first("prune nothing", "shortened") or verdicts[0]
     return Verdict(verdict.outcome, f"Prune nothing here: {verdict.sentence}.")
 
 
-# The same work in such different times is told: something else ran on the machine.
-_UNEVEN = 1.25
-
-
-@dataclass(frozen=True)
-class RunOutcome:
-    """What one run reached and spent.
-
-    Attributes:
-        seed: of the run.
-        folder: its name.
-        epochs: how many it trained.
-        matched: what its length or ratio was matched to, in words.
-        accuracy: on the validation part after the last epoch, in points.
-        worst_class: that of the class with the lowest, in points.
-        samples_trained, samples_forwarded: with those of a run that scored.
-        compute: in samples trained.
-        flops: floating-point operations of training.
-        seconds: of training, selection and checkpoints, without validation.
-        alone: nothing else of the comparison ran beside it: its seconds count.
-    """
-
-    seed: int
-    folder: str
-    epochs: int
-    matched: str
-    accuracy: float
-    worst_class: float
-    samples_trained: int
-    samples_forwarded: int
-    compute: float
-    flops: float
-    seconds: float
-    alone: bool = True
-
-
-@dataclass(frozen=True)
-class ArmRuns:
-    """An arm's runs, one a seed, in the same order of seeds for all arms."""
-
-    name: str
-    baseline: str
-    method_arm: str
-    runs: Sequence[RunOutcome]
-    caveat: str = ""
-
-    def column(self, name: str) -> list[float]:
-        """Return an attribute of every run."""
-        return [float(getattr(run, name)) for run in self.runs]
-
-    def mean(self, name: str) -> float:
-        """Return the mean of an attribute over the runs."""
-        return float(np.mean(self.column(name)))
-
-    def seconds(self, timed: Sequence[int]) -> list[float]:
-        """Return the seconds of the runs at these places."""
-        return [self.runs[place].seconds for place in timed]
-
-    def standing(self, timed: Sequence[int]) -> Standing:
-        """Return what verdicts look at, the seconds of the runs at these places."""
-        borrowed = self.baseline != "full" and all(run.folder.startswith("full-seed") for run in self.runs)
-        return Standing(self.name, self.baseline, self.column("accuracy"), self.seconds(timed), borrowed, self.caveat)
-
-
-def timed_places(arms: Sequence[ArmRuns]) -> list[int]:
-    """Return the places of the seeds whose runs, of all arms, had the machine to themselves; all where none had."""
-    places = range(len(arms[0].runs))
-    return [place for place in places if all(arm.runs[place].alone for arm in arms)] or list(places)
-
-
-@dataclass(frozen=True)
-class _Terms:
-    """What all rows and verdicts of a comparison share; see `summary`."""
-
-    margin: float
-    confidence: float
-    resolution: float
-    timed: Sequence[int]
-
-    def difference(self, one: ArmRuns, other: ArmRuns, name: str) -> Difference:
-        """Return one arm minus another, no more certain than samples allow; no interval if they are one."""
-        if self.same_runs(one, other):
-            return Difference(0.0, None, None, len(one.runs))
-        least_sd = self.resolution / math.sqrt(6.0) if name == "accuracy" else 0.0
-        return paired_difference(one.column(name), other.column(name), self.confidence, least_sd)
-
-    def same_runs(self, one: ArmRuns, other: ArmRuns) -> bool:
-        """Whether two arms are one: what was matched came to the same."""
-        return [run.folder for run in one.runs] == [run.folder for run in other.runs]
-
-
-def summary(arms: Sequence[ArmRuns], margin: float, confidence: float, resolution: float = 0.0) -> dict[str, Any]:
-    """Return the arms with their differences to full training, and the verdicts on the methods.
+def summary(arms: Sequence[ArmRuns], criteria: Criteria) -> dict[str, Any]:
+    """Return the arms with their differences to full training, and the verdicts on the methods, as plain JSON types.
 
     Args:
         arms: the first one is full training.
-        margin: of non-inferiority, in points.
-        confidence: of the intervals.
-        resolution: points that one validation sample is worth.
+        criteria: what to decide by.
 
     Returns:
         Seeds, arms, verdicts; `timed_seeds` are those whose seconds count; `uneven_seconds` are the least and the most
         seconds that an epoch on everything took, in any arm, where they lie far apart.
     """
     full = arms[0]
-    terms = _Terms(margin, confidence, resolution, timed_places(arms))
-    methods = [arm for arm in arms if arm.baseline == "method"]
-    judged = {arm.name: _judged(arm, full, arms, terms) for arm in methods}
-    by_saving = sorted(methods, key=lambda arm: sum(arm.seconds(terms.timed)))
-    verdicts = {arm.name: Verdict(judged[arm.name]["outcome"], judged[arm.name]["sentence"]) for arm in by_saving}
-    final = overall(verdicts, [run.seed for run in full.runs])
-    alike = [arm for arm in arms if arm.baseline in ("full", *SHORTENED)]
-    epochs = [arm.runs[place].seconds / arm.runs[place].epochs for arm in alike for place in terms.timed]
-    fastest, slowest = min(epochs), max(epochs)
+    seeds = [run.seed for run in full.runs]
+    baselines = {
+        arm.name: sorted(
+            (other for other in arms if other.method_arm == arm.name and other is not arm),
+            key=lambda other: -other.mean("accuracy"),
+        )
+        for arm in arms
+        if arm.baseline == "method"
+    }
+    methods = {arm.name: arm for arm in arms if arm.name in baselines}
+    verdicts = {name: judge(arm, full, baselines[name], criteria) for name, arm in methods.items()}
+    by_saving = sorted(verdicts, key=lambda name: sum(methods[name].seconds))
+    whole = [arm for arm in arms if arm.baseline in ("full", *SHORTENED)]
+    epochs = [arm.runs[place].seconds / arm.runs[place].epochs for arm in whole for place in arm.timed]
     return {
-        "uneven_seconds": [fastest, slowest] if slowest > _UNEVEN * fastest else None,
-        "seeds": [run.seed for run in full.runs],
-        "timed_seeds": [full.runs[place].seed for place in terms.timed],
-        "margin": margin,
-        "confidence": confidence,
-        "arms": [_arm_row(arm, full, terms) for arm in arms],
-        "methods": judged,
-        "verdict": {"outcome": final.outcome, "sentence": final.sentence},
+        "uneven_seconds": [min(epochs), max(epochs)] if max(epochs) > _UNEVEN * min(epochs) else None,
+        "seeds": seeds,
+        "timed_seeds": [seeds[place] for place in full.timed],
+        "margin": criteria.margin,
+        "confidence": criteria.confidence,
+        "arms": [_arm_row(arm, full, criteria) for arm in arms],
+        "methods": {name: _method_row(arm, verdicts[name], baselines[name], criteria) for name, arm in methods.items()},
+        "verdict": dataclasses.asdict(overall([verdicts[name] for name in by_saving], seeds)),
     }
 
 
-def _arm_row(arm: ArmRuns, full: ArmRuns, terms: _Terms) -> dict[str, Any]:
-    several, confidence = len(arm.runs) > 1, terms.confidence
-    own, whole = arm.seconds(terms.timed), full.seconds(terms.timed)
-    to_full = terms.difference(arm, full, "accuracy")
+def _arm_row(arm: ArmRuns, full: ArmRuns, criteria: Criteria) -> dict[str, Any]:
+    several = len(arm.runs) > 1
+    to_full = criteria.difference(arm, full)
     return {
         "name": arm.name,
         "baseline": arm.baseline,
@@ -393,39 +374,23 @@ def _arm_row(arm: ArmRuns, full: ArmRuns, terms: _Terms) -> dict[str, Any]:
         "accuracy": arm.mean("accuracy"),
         "accuracy_sd": float(np.std(arm.column("accuracy"), ddof=1)) if several else None,
         "worst_class": arm.mean("worst_class"),
-        "to_full": _plain(to_full),
-        "non_inferior": (to_full.above(-terms.margin) or terms.same_runs(arm, full)) if several else None,
-        "worst_class_to_full": _plain(terms.difference(arm, full, "worst_class")),
+        "to_full": to_full.to_json(),
+        "non_inferior": (to_full.above(-criteria.margin) or same_runs(arm, full)) if several else None,
+        "worst_class_to_full": criteria.difference(arm, full, "worst_class").to_json(),
         "epochs": sorted({run.epochs for run in arm.runs}),
         **{name: arm.mean(name) for name in ("samples_trained", "samples_forwarded", "compute", "flops")},
-        "seconds": float(np.mean(own)),
+        "seconds": float(np.mean(arm.seconds)),
         **{f"{name}_saved": 1.0 - arm.mean(name) / full.mean(name) for name in ("samples_trained", "compute")},
-        "seconds_to_full": _plain(paired_ratio(own, whole, confidence)),
+        "seconds_to_full": paired_ratio(arm.seconds, full.seconds, criteria.confidence).to_json(),
         "runs": [dataclasses.asdict(run) for run in arm.runs],
     }
 
 
-def _judged(arm: ArmRuns, full: ArmRuns, arms: Sequence[ArmRuns], terms: _Terms) -> dict[str, Any]:
+def _method_row(arm: ArmRuns, verdict: Verdict, baselines: Sequence[ArmRuns], criteria: Criteria) -> dict[str, Any]:
     """Return a method's verdict, and its difference to each of its baselines, the strongest first."""
-    own = [other for other in arms if other.method_arm == arm.name and other is not arm]
-    own.sort(key=lambda other: -other.mean("accuracy"))
-    verdict = judge(
-        arm.standing(terms.timed),
-        full.standing(terms.timed),
-        [other.standing(terms.timed) for other in own],
-        terms.margin,
-        terms.confidence,
-        terms.resolution,
-    )
-    against: Mapping[str, Any] = {other.name: _plain(terms.difference(arm, other, "accuracy")) for other in own}
-    rivals = [other.name for other in own if other.baseline != "ratio_0"]
+    rivals = [other.name for other in baselines if other.baseline != "ratio_0"]
     return {
-        "outcome": verdict.outcome,
-        "sentence": verdict.sentence,
+        **dataclasses.asdict(verdict),
         "strongest_baseline": rivals[0] if rivals else None,
-        "to_baselines": dict(against),
+        "to_baselines": {other.name: criteria.difference(arm, other).to_json() for other in baselines},
     }
-
-
-def _plain(difference: Difference) -> dict[str, float | None]:
-    return {"mean": difference.mean, "low": difference.low, "high": difference.high}

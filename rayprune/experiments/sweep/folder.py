@@ -1,36 +1,33 @@
-"""The folder of a sweep: what each trial is, how it ended, and the tables of all.
+"""The trials of a sweep on disk: what each is, how it ended, and the tables of all.
 
 sweep.yaml                   the resolved config, with its section `sweep`
 trials/<name>/               a run folder each, and trial.json: the point, how it ended
-results.parquet, results.csv a row a trial, as far as the sweep has come
+results.parquet, results.csv a row per trial, as far as the sweep has come
 pareto/<name>.yaml           the config of each trial on the Pareto front, ready for `rayprune train`
 
-The Pareto front of runs: those that no other run beats in accuracy without costing more.
+A trial is on the Pareto front if no other trial is more accurate without costing more.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
-from rayprune.config import Config, make_config
-from rayprune.config.yaml import read_yaml
+from rayprune.config import Config
 from rayprune.engine.storage.costs import costs_of
-from rayprune.engine.storage.resume import lock_folder
 from rayprune.engine.storage.run_folder import read_metrics, write_whole
-from rayprune.errors import ConfigError
-from rayprune.experiments.sweep.space import Point, sweep_digest, trial_config
+from rayprune.experiments.sweep.space import Point, trial_config
 
 Row = dict[str, Any]
-# How a trial ended; anything else goes on with the same command.
+# How a trial ended; an unfinished one is resumed by the same command, and a failed one tried again.
 FINISHED, STOPPED, FAILED, UNFINISHED = "finished", "stopped", "failed", "unfinished"
 _FIGURES = {
     "epochs": "Int64",
@@ -49,10 +46,10 @@ class TrialState:
     """What trial.json holds.
 
     Attributes:
-        name: of its folder.
+        name: of the trial's folder, which holds the file.
         point: the swept keys and their values.
-        status: how it ended, or "unfinished".
-        error: what ended it, in one line.
+        status: how the trial ended, or "unfinished".
+        error: what ended a failed trial, in one line.
     """
 
     name: str
@@ -61,53 +58,12 @@ class TrialState:
     error: str | None = None
 
 
-def check_sweep_folder(base: Config, folder: Path) -> None:
-    """Refuse a folder that holds a run or another sweep.
-
-    Raises:
-        ConfigError: it does; nothing was touched.
-    """
-    stored = folder / "sweep.yaml"
-    if (folder / "config.yaml").exists():
-        raise ConfigError(f"{folder} holds a run, not a sweep: choose another run.name")
-    if stored.exists():
-        try:
-            theirs = sweep_digest(make_config(read_yaml(stored.read_text()) or {}))
-        except (OSError, ValueError) as error:
-            line = " ".join(str(error).split())
-            raise ConfigError(f"{stored} can't be read ({line}): restore it or choose another run.name") from None
-        if theirs != sweep_digest(base):
-            raise ConfigError(
-                f"{folder} holds another sweep (config {theirs}, this is {sweep_digest(base)}): choose another run.name"
-            )
-
-
-@contextlib.contextmanager
-def open_sweep(base: Config, folder: Path) -> Iterator[None]:
-    """Create a sweep's folder, or check that the one that is there is this sweep's; hold it while the block runs.
-
-    Raises:
-        ConfigError: it is a run's folder, another sweep's, in use, or can't be written; nothing was touched.
-    """
-    check_sweep_folder(base, folder)
-    with contextlib.ExitStack() as held:
-        try:
-            (folder / "trials").mkdir(parents=True, exist_ok=True)
-            held.enter_context(lock_folder(folder))
-            write_whole(folder / "sweep.yaml", base.to_yaml())
-        except OSError as error:
-            raise ConfigError(
-                f"sweep folder {folder} can't be written ({error.strerror}): set run.storage_path"
-            ) from None
-        yield
-
-
 def write_state(folder: Path, state: TrialState) -> None:
     """Write a trial's trial.json."""
-    own = folder / "trials" / state.name
-    own.mkdir(parents=True, exist_ok=True)
+    file = folder / "trials" / state.name / "trial.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
     content = {"point": state.point, "status": state.status, "error": state.error}
-    write_whole(own / "trial.json", json.dumps(content, indent=1) + "\n")
+    write_whole(file, json.dumps(content, indent=1) + "\n")
 
 
 def read_states(folder: Path) -> dict[str, TrialState]:
@@ -119,12 +75,12 @@ def read_states(folder: Path) -> dict[str, TrialState]:
 
 
 def result_row(folder: Path, state: TrialState, amortise: int = 1) -> Row:
-    """Return a trial's row: its point, how it ended, and the figures of its last epoch (never of its best)."""
-    metrics = read_metrics(folder / "trials" / state.name)
+    """Return a trial's row: its point, how it ended, and the figures of its last epoch, never of its best."""
+    run = folder / "trials" / state.name
     figures: Row = dict.fromkeys(_FIGURES)
-    if metrics:
-        last = metrics[-1]
-        epochs, costs = last["epoch"] + 1, costs_of(folder / "trials" / state.name, metrics, amortise)
+    if metrics := read_metrics(run):
+        last, costs = metrics[-1], costs_of(run, metrics, amortise)
+        epochs = last["epoch"] + 1
         figures = {
             "epochs": epochs,
             "val_accuracy": last["val_accuracy"],
@@ -139,24 +95,42 @@ def result_row(folder: Path, state: TrialState, amortise: int = 1) -> Row:
 
 
 def mark_front(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows with a column `pareto`: on the front of accuracy against FLOPs, among finished trials.
+    """Return the rows with a column `pareto`: whether a finished trial is on the front of accuracy against FLOPs.
 
-    Compute in samples trained is in the same order where the trials share a network, and says nothing where not.
+    FLOPs, as samples trained compare costs only between trials of the same network; samples trained where FLOPs are
+    unknown.
     """
-    done = [row for row in rows if row["status"] == FINISHED and row["val_accuracy"] is not None]
-    flags = pareto_front([row["val_accuracy"] for row in done], [row["flops"] or row["compute"] for row in done])
-    front = {row["trial"] for row, flag in zip(done, flags, strict=True) if flag}
+    finished = [row for row in rows if row["status"] == FINISHED and row["val_accuracy"] is not None]
+    flags = pareto_front(
+        [row["val_accuracy"] for row in finished], [row["flops"] or row["compute"] for row in finished]
+    )
+    front = {row["trial"] for row, flag in zip(finished, flags, strict=True) if flag}
     return [{**row, "pareto": row["trial"] in front} for row in rows]
+
+
+def pareto_front(gains: Sequence[float], costs: Sequence[float]) -> list[bool]:
+    """Tell which points are on the front: no other point gains as much for less, or more for as much.
+
+    Args:
+        gains: to be large, such as accuracies; a point with NaN is never on the front.
+        costs: to be small, such as compute; as many.
+
+    >>> pareto_front([0.9, 0.8, 0.85], [3.0, 1.0, 3.0])
+    [True, True, False]
+    """
+    gain, cost = np.array(gains, float), np.array(costs, float)
+    as_good = (gain >= gain[:, None]) & (cost <= cost[:, None])  # [i, j]: j is as good as i in both
+    better = (gain > gain[:, None]) | (cost < cost[:, None])
+    front = ~(as_good & better).any(axis=1) & ~np.isnan(gain + cost)
+    return [bool(flag) for flag in front]
 
 
 def write_results(folder: Path, base: Config, rows: Sequence[Row]) -> None:
     """Write results.parquet, results.csv and pareto/; `rows` as of `mark_front`."""
-    table = pd.DataFrame(list(rows))
-    for name, kind in _FIGURES.items():
-        table[name] = table[name].astype(kind)  # type: ignore[call-overload]
+    table = pd.DataFrame(list(rows)).astype(_FIGURES)
     for key in base.sweep.space:
         values = table[key].tolist()
-        if not all(type(value) is type(values[0]) for value in values) or isinstance(values[0], dict | list):
+        if isinstance(values[0], dict | list) or any(type(value) is not type(values[0]) for value in values):
             # Numbers beside mappings: one column of text that YAML reads back.
             table[key] = [_one_line_yaml(value) for value in values]
     write_whole(folder / "results.csv", table.to_csv(index=False))
@@ -179,27 +153,3 @@ def write_results(folder: Path, base: Config, rows: Sequence[Row]) -> None:
 
 def _one_line_yaml(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False).split("\n")[0]
-
-
-def pareto_front(gains: Sequence[float], costs: Sequence[float]) -> list[bool]:
-    """Tell which points are on the front: no other gains as much at no more cost, and more of one or less of the other.
-
-    Args:
-        gains: to be large, such as accuracies; a point with NaN is never on the front.
-        costs: to be small, such as compute; as many.
-
-    >>> pareto_front([0.9, 0.8, 0.85], [3.0, 1.0, 3.0])
-    [True, True, False]
-    """
-    order = sorted(
-        (i for i, (gain, cost) in enumerate(zip(gains, costs, strict=True)) if gain == gain and cost == cost),
-        key=lambda i: (costs[i], -gains[i]),
-    )
-    front = [False] * len(gains)
-    best: tuple[float, float] | None = None  # gain and cost of the front's last point
-    for i in order:
-        if best is None or gains[i] > best[0]:
-            best = (gains[i], costs[i])
-        # An equal twin is beaten by nothing either.
-        front[i] = best == (gains[i], costs[i])
-    return front

@@ -13,9 +13,8 @@ import pytest
 import yaml
 
 from rayprune.config import Config, make_config
-from rayprune.core.schedule import Schedule
 from rayprune.engine.storage.run_folder import read_metrics
-from rayprune.experiments.compare.arms import Arm, ArmSettings, Spent, arms_of, digest_of, run_config, terms_of
+from rayprune.experiments.compare.arms import Arm, ArmSettings
 from rayprune.experiments.compare.runner import CompareListeners, compare
 from rayprune.experiments.compare.statistics import RunOutcome, paired_difference
 from tests.support.runs import run_config as tiny
@@ -111,7 +110,7 @@ def test_the_same_command_again_trains_nothing_and_more_seeds_go_on(folder: Path
     before = (folder / "compare.json").read_bytes()
     seen: list[tuple[str, int, bool]] = []
 
-    def on_run(number: str, arm: Arm, seed: int, finished: bool, terms: ArmSettings) -> None:
+    def on_run(number: str, arm: Arm, seed: int, finished: bool, settings: ArmSettings) -> None:
         seen.append((arm.name, seed, finished))
 
     config = config_of(folder.parent)
@@ -139,7 +138,7 @@ def test_a_folder_of_another_comparison_or_run_is_refused(folder: Path, tmp_path
         compare(other)
     (tmp_path / "cmp").mkdir()
     (tmp_path / "cmp" / "config.yaml").write_text("{}")
-    with pytest.raises(ValueError, match="holds a run, no comparison"):
+    with pytest.raises(ValueError, match="holds a run, not a comparison"):
         compare(config_of(tmp_path))
 
 
@@ -173,6 +172,17 @@ def test_a_shared_scoring_run_is_said_and_another_share_goes_on(tmp_path: Path) 
     assert seen[5]["arms"][2]["runs"][0]["folder"] != seen[2]["arms"][2]["runs"][0]["folder"]
 
 
+def test_accuracies_are_those_of_the_samples_held_out(tmp_path: Path) -> None:
+    config = config_of(tmp_path, seeds=1, baselines=["full"], margin=1.0)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"hold_out": 0.2})})
+    notices: list[str] = []
+    compare(config, CompareListeners(on_notice=notices.append))
+    assert any("less than one sample (1.7 points)" in line for line in notices)  # of 60
+    finished: list[bool] = []
+    compare(config, CompareListeners(lambda number, arm, seed, done, settings: finished.append(done)))
+    assert finished == [True, True]
+
+
 def test_threads_stay_those_that_a_comparison_began_with(tmp_path: Path) -> None:
     keys = {"seeds": 1, "baselines": ["full"]}
     folder = compare(
@@ -185,100 +195,6 @@ def test_threads_stay_those_that_a_comparison_began_with(tmp_path: Path) -> None
     compare(config_of(tmp_path, baselines=["full"]).model_copy(update={"scaling": auto}))
     for run in (folder / "runs").iterdir():
         assert yaml.safe_load((run / "config.yaml").read_text())["scaling"]["threads"] == 1, run.name
-
-
-def test_full_alone_and_cut_runs_cannot_be_compared(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="method is full, which everything is compared with"):
-        arms_of(tiny(tmp_path, method={"name": "full"}))
-    with pytest.raises(ValueError, match=r"train.stop_after .* leave it out"):
-        arms_of(tiny(tmp_path, train={"stop_after": 2}))
-
-
-# Derived lengths, by hand: 10 epochs of 100 samples in 50 seconds are what full training takes.
-WHOLE = Spent(epochs=10, num_samples=100, samples_trained=1000, seconds=50.0)
-
-
-@pytest.mark.parametrize(
-    ("baseline", "samples", "seconds", "expected"),
-    [
-        ("full_steps", 640, 50.0, ("full", 6, False)),
-        ("full_steps", 20, 50.0, ("full", 1, False)),
-        ("full_steps", 1300, 50.0, ("full", 10, True)),
-        ("full_time", 900, 35.1, ("full", 7, False)),
-        ("full_time", 100, 55.0, ("full", 10, True)),
-        ("random", 640, 1.0, ("random", 10, False)),
-        ("random_epoch", 1000, 1.0, ("full", 10, True)),
-        ("random", 1400, 1.0, ("full", 10, True)),
-    ],
-)
-def test_lengths_by_hand(
-    tmp_path: Path, baseline: str, samples: int, seconds: float, expected: tuple[str, int, bool]
-) -> None:
-    config = tiny(tmp_path, train={"epochs": 10})
-    spent = dataclasses.replace(WHOLE, samples_trained=samples, seconds=seconds)
-    arm = Arm(baseline, baseline, {"name": "infobatch"}, "infobatch")
-    terms = terms_of(arm, config, [(WHOLE, spent)])
-    assert (terms.method["name"], terms.epochs, terms.same_as_full) == expected
-    if expected[0] in {"random", "random_epoch"}:
-        assert int(terms.method["prune_ratio"] * 100) == 100 - samples // 10
-
-
-def test_one_run_on_a_busy_machine_changes_no_length(tmp_path: Path) -> None:
-    arm, config = (
-        Arm("full_time", "full_time", {"name": "infobatch"}, "infobatch"),
-        tiny(tmp_path, train={"epochs": 10}),
-    )
-    pairs = [(WHOLE, dataclasses.replace(WHOLE, seconds=seconds)) for seconds in (34.0, 190.0, 36.0)]
-    assert {terms_of(arm, config, pairs, place).epochs for place in range(3)} == {7}
-
-
-def test_every_drop_is_reached_exactly_by_its_ratio(tmp_path: Path) -> None:
-    arm = Arm("random", "random", {"name": "infobatch"}, "infobatch")
-    for num in (7, 1437, 50_000):
-        for drops in np.unique(np.linspace(1, num - 1, 50).astype(int)):
-            full = Spent(1, num, num, 1.0)
-            spent = dataclasses.replace(full, samples_trained=num - int(drops))
-            terms = terms_of(arm, tiny(tmp_path), [(full, spent)])
-            assert int(terms.method["prune_ratio"] * num) == drops
-
-
-def test_several_methods_have_baselines_of_their_own_and_pointless_arms_are_left_out(tmp_path: Path) -> None:
-    methods = [{"name": "infobatch", "prune_ratio": ratio} for ratio in (0.3, 0.5)] + [{"name": "random_epoch"}]
-    arms, notes = arms_of(config_of(tmp_path, methods=methods, baselines=["random_epoch", "shuffled", "ratio_0"]))
-    assert [arm.name for arm in arms] == [
-        *("full", "infobatch_1", "infobatch_2", "random_epoch_1"),
-        *("random_epoch.infobatch_1", "shuffled.infobatch_1", "ratio_0.infobatch_1"),
-        *("random_epoch.infobatch_2", "shuffled.infobatch_2", "ratio_0.infobatch_2"),
-        "ratio_0.random_epoch_1",
-    ]
-    assert len(notes) == 2
-    assert "it is what random_epoch does by itself" in notes[0]
-
-
-@pytest.mark.parametrize(
-    "method",
-    [
-        {"name": "infobatch", "target_saving": 0.2, "max_prune_ratio": 0.8},
-        {"name": "infobatch", "quantiles": [20, 85], "keep": [0.25, 0.5]},
-        {"name": "dynams", "budget": 0.5},
-        {"name": "tdds", "prune_ratio": 0.7, "trajectory_len": 3, "window_size": 3},
-        {"name": "shuffled", "of": {"name": "infobatch"}},
-    ],
-)
-def test_a_method_with_nothing_to_prune_is_a_method(tmp_path: Path, method: dict[str, Any]) -> None:
-    arm = Arm("ratio_0", "ratio_0", method, "m")
-    config = tiny(tmp_path, train={"epochs": 20})
-    made = run_config(config, terms_of(arm, config), "n", 5, str(tmp_path))
-    assert made.method["name"] == method["name"]
-    assert (made.train.seed, made.train.validate_every) == (5, 20)
-    inner = made.method.get("of", made.method)
-    assert Schedule.of(inner["prune_ratio"])(10, 20) == 0.0
-
-
-def test_seeds_and_margin_make_no_other_comparison_but_a_method_does(tmp_path: Path) -> None:
-    plain = digest_of(config_of(tmp_path))
-    assert digest_of(config_of(tmp_path, seeds=9, margin=2.0, baselines=["random"])) == plain
-    assert digest_of(config_of(tmp_path, methods=["infobatch"])) != plain
 
 
 def test_outcomes_are_the_columns_of_the_csv(folder: Path) -> None:

@@ -148,9 +148,15 @@ def test_a_network_that_cannot_stop_early_is_judged_all_the_same(tmp_path: Path)
 
 def test_a_latency_is_a_median_with_its_quartiles(evaluated: tuple[Path, str]) -> None:
     run = open_run(evaluated[0], CPU)
-    timed = measure_latency(run.network, run.input.shape, 3, CPU, 2)
-    assert [each.exit for each in timed] == [1, 2, 3]
-    assert all(0 < each.low_s <= each.median_s <= each.high_s and each.repeats >= 5 for each in timed)
+    seconds = measure_latency(run.network, run.input.shape, 3, CPU, 2)
+    assert seconds.shape[0] == 3
+    assert seconds.shape[1] >= 5
+    assert (seconds > 0).all()
+    latency = rows(evaluated[0] / "exits" / "latency.csv")
+    assert [(row["batch"], row["exit"]) for row in latency] == [(b, e) for b in ("1", "64") for e in ("1", "2", "3")]
+    for row in latency:
+        assert 0 < float(row["low_ms"]) <= float(row["median_ms"]) <= float(row["high_ms"])
+        assert int(row["repeats"]) >= 5
 
 
 def without_checkpoint(folder: Path) -> None:
@@ -180,7 +186,7 @@ def a_sweep(folder: Path) -> None:
         (without_checkpoint, "no sound checkpoint yet: train it first"),
         (another_config, "is not what its checkpoints were trained with"),
         (broken_config, "config.yaml can't be read"),
-        (no_config, "is no run folder"),
+        (no_config, "is not a run folder"),
         (a_sweep, "is a sweep: name one of its trials/"),
     ],
 )

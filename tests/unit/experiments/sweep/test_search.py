@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rayprune.config.experiments import SweepSection
-from rayprune.experiments.sweep.runner import OptunaPoints, import_optuna
+from rayprune.experiments.sweep.search import OptunaSearch, import_optuna
 
 RAMP = {"schedule": "linear", "end": 0.6}
 SPACE = {
@@ -18,9 +18,9 @@ SPACE = {
 }
 
 
-def search(objectives: dict[str, bool]) -> OptunaPoints:
+def search(objectives: dict[str, bool]) -> OptunaSearch:
     section = SweepSection(space=SPACE, search="optuna", num_trials=9)
-    return OptunaPoints(section.axes, objectives, 0, lambda point: {"point": point})
+    return OptunaSearch(section.axes, objectives, 0, lambda point: {"point": point})
 
 
 def test_without_optuna_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,7 +33,7 @@ def test_without_optuna_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 def test_points_lie_in_the_space_and_results_are_heard(objectives: dict[str, bool]) -> None:
     pytest.importorskip("optuna")
     points = search(objectives)
-    points.tell_finished(
+    points.add_finished(
         {"optim.lr": 0.1, "method.prune_ratio": RAMP, "train.epochs": 4}, dict.fromkeys(objectives, 0.5)
     )
     for number in range(12):
@@ -52,7 +52,7 @@ def test_interrupted_trials_come_first() -> None:
     pytest.importorskip("optuna")
     points = search({"val_accuracy": True})
     point = {"optim.lr": 0.123, "method.prune_ratio": RAMP, "train.epochs": 6}
-    points.go_on_with([(point, lambda: {"again": True})])
+    points.resume(point, {"again": True})
     assert points.suggest("a") == {"again": True}
     points.on_trial_complete("a", {"val_accuracy": 0.7})
     (trial,) = points._study.get_trials()

@@ -1,0 +1,134 @@
+"""The arms of a comparison: which there are, and what each of them trains."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rayprune.config import Config
+from rayprune.core.schedule import Schedule
+from rayprune.experiments.compare.arms import Arm, arm_settings, arms_of, digest_of, run_config
+from rayprune.experiments.compare.statistics import RunOutcome
+from tests.support.runs import run_config as tiny
+
+
+def config_of(tmp_path: Path, **keys: Any) -> Config:
+    """Return a comparison of InfoBatch."""
+    return tiny(tmp_path, method={"name": "infobatch", "prune_ratio": 0.9}, compare=keys)
+
+
+def test_full_alone_and_cut_runs_cannot_be_compared(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="method is full, the baseline of all methods"):
+        arms_of(tiny(tmp_path, method={"name": "full"}))
+    with pytest.raises(ValueError, match=r"train.stop_after .* leave it out"):
+        arms_of(tiny(tmp_path, train={"stop_after": 2}))
+
+
+# Full training in these examples: 10 epochs of 100 samples in 50 seconds.
+WHOLE = RunOutcome(
+    0,
+    "full-seed0",
+    10,
+    "",
+    90.0,
+    80.0,
+    samples_trained=1000,
+    samples_forwarded=0,
+    compute=1000.0,
+    flops=0.0,
+    seconds=50.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "samples", "seconds", "expected"),
+    [
+        ("full_steps", 640, 50.0, ("full", 6, False)),
+        ("full_steps", 20, 50.0, ("full", 1, False)),
+        ("full_steps", 1300, 50.0, ("full", 10, True)),
+        ("full_time", 900, 35.1, ("full", 7, False)),
+        ("full_time", 100, 55.0, ("full", 10, True)),
+        ("random", 640, 1.0, ("random", 10, False)),
+        ("random_epoch", 1000, 1.0, ("full", 10, True)),
+        ("random", 1400, 1.0, ("full", 10, True)),
+    ],
+)
+def test_lengths_by_hand(
+    tmp_path: Path, baseline: str, samples: int, seconds: float, expected: tuple[str, int, bool]
+) -> None:
+    config = tiny(tmp_path, train={"epochs": 10})
+    spent = dataclasses.replace(WHOLE, samples_trained=samples, seconds=seconds)
+    arm = Arm(baseline, baseline, {"name": "infobatch"}, "infobatch")
+    settings = arm_settings(arm, config, [(WHOLE, spent)], num_samples=100)
+    assert (settings.method["name"], settings.epochs, settings.same_as_full) == expected
+    if expected[0] in {"random", "random_epoch"}:
+        assert int(settings.method["prune_ratio"] * 100) == 100 - samples // 10
+
+
+def test_one_run_on_a_busy_machine_changes_no_length(tmp_path: Path) -> None:
+    arm = Arm("full_time", "full_time", {"name": "infobatch"}, "infobatch")
+    config = tiny(tmp_path, train={"epochs": 10})
+    pairs = [(WHOLE, dataclasses.replace(WHOLE, seconds=seconds)) for seconds in (34.0, 190.0, 36.0)]
+    assert {arm_settings(arm, config, pairs, place, num_samples=100).epochs for place in range(3)} == {7}
+
+
+def test_a_length_is_matched_to_the_seconds_of_runs_that_were_alone(tmp_path: Path) -> None:
+    arm = Arm("full_time", "full_time", {"name": "infobatch"}, "infobatch")
+    config = tiny(tmp_path, train={"epochs": 10})
+    shared = dataclasses.replace(WHOLE, alone=False)
+    pairs = [(WHOLE, dataclasses.replace(WHOLE, seconds=25.0)), (shared, dataclasses.replace(shared, seconds=45.0))]
+    assert arm_settings(arm, config, pairs, 1, num_samples=100).epochs == 5
+    assert arm_settings(arm, config, pairs[1:], num_samples=100).epochs == 9
+
+
+def test_every_drop_is_reached_exactly_by_its_ratio(tmp_path: Path) -> None:
+    arm = Arm("random", "random", {"name": "infobatch"}, "infobatch")
+    for num in (7, 1437, 50_000):
+        for drops in np.unique(np.linspace(1, num - 1, 50).astype(int)):
+            full = dataclasses.replace(WHOLE, samples_trained=num)
+            spent = dataclasses.replace(full, samples_trained=num - int(drops))
+            settings = arm_settings(arm, tiny(tmp_path), [(full, spent)], num_samples=num)
+            assert int(settings.method["prune_ratio"] * num) == drops
+
+
+def test_several_methods_have_baselines_of_their_own_and_pointless_arms_are_left_out(tmp_path: Path) -> None:
+    methods = [{"name": "infobatch", "prune_ratio": ratio} for ratio in (0.3, 0.5)] + [{"name": "random_epoch"}]
+    arms, notes = arms_of(config_of(tmp_path, methods=methods, baselines=["random_epoch", "shuffled", "ratio_0"]))
+    assert [arm.name for arm in arms] == [
+        *("full", "infobatch_1", "infobatch_2", "random_epoch_1"),
+        *("random_epoch.infobatch_1", "shuffled.infobatch_1", "ratio_0.infobatch_1"),
+        *("random_epoch.infobatch_2", "shuffled.infobatch_2", "ratio_0.infobatch_2"),
+        "ratio_0.random_epoch_1",
+    ]
+    assert len(notes) == 2
+    assert "it is the same as random_epoch" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "infobatch", "target_saving": 0.2, "max_prune_ratio": 0.8},
+        {"name": "infobatch", "quantiles": [20, 85], "keep": [0.25, 0.5]},
+        {"name": "dynams", "budget": 0.5},
+        {"name": "tdds", "prune_ratio": 0.7, "trajectory_len": 3, "window_size": 3},
+        {"name": "shuffled", "of": {"name": "infobatch"}},
+    ],
+)
+def test_a_method_with_nothing_to_prune_is_a_method(tmp_path: Path, method: dict[str, Any]) -> None:
+    arm = Arm("ratio_0", "ratio_0", method, "m")
+    config = tiny(tmp_path, train={"epochs": 20})
+    made = run_config(config, arm_settings(arm, config), "n", 5, str(tmp_path))
+    assert made.method["name"] == method["name"]
+    assert (made.train.seed, made.train.validate_every) == (5, 20)
+    inner = made.method.get("of", made.method)
+    assert Schedule.of(inner["prune_ratio"])(10, 20) == 0.0
+
+
+def test_seeds_and_margin_make_no_other_comparison_but_a_method_does(tmp_path: Path) -> None:
+    plain = digest_of(config_of(tmp_path))
+    assert digest_of(config_of(tmp_path, seeds=9, margin=2.0, baselines=["random"])) == plain
+    assert digest_of(config_of(tmp_path, methods=["infobatch"])) != plain
