@@ -62,7 +62,7 @@ def write_gallery(
         shutil.rmtree(fresh, ignore_errors=True)
         logger.debug("no gallery", exc_info=True)
         line = " ".join(str(error).split())[:200]
-        on_notice(f"no gallery of telling samples ({type(error).__name__}: {line}); all else was written")
+        on_notice(f"no gallery of notable samples ({type(error).__name__}: {line}); all else was written")
 
 
 def _write(config: Config, source: SampleSource, spec: InputSpec, folder: Path, fresh: Path) -> None:
