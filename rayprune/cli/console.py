@@ -1,17 +1,94 @@
-"""Where the commands print, and the option that they share."""
+"""What the commands share: the console, their arguments, the option --debug, and tables of text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import click
 from rich.console import Console
 
+from rayprune.errors import ConfigError
+
 console = Console(soft_wrap=True)
 errors = Console(stderr=True, soft_wrap=True)
+_DEBUG = "rayprune.debug"
 
 
 def debug_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --debug to a command."""
-    return click.option("--debug", "debug_here", is_flag=True, help="Show tracebacks and Ray's own logs.")(command)
+    """Add --debug to a command, which reads it with `debug`."""
+
+    def remember(context: click.Context, _: click.Parameter, value: bool) -> None:
+        context.meta[_DEBUG] = value or context.meta.get(_DEBUG, False)  # also true before the command's name
+
+    text = "Show tracebacks and Ray's own logs."
+    return click.option("--debug", is_flag=True, expose_value=False, callback=remember, help=text)(command)
+
+
+def debug() -> bool:
+    """Return whether the running command was given --debug."""
+    return bool(click.get_current_context().meta.get(_DEBUG))
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split the arguments of a command into config files and key=value overrides."""
+    return [word for word in arguments if "=" not in word], [word for word in arguments if "=" in word]
+
+
+def single_config(arguments: Sequence[str], example: str) -> tuple[str, list[str]]:
+    """Return the one config file among a command's arguments, and the overrides.
+
+    Raises:
+        ConfigError: there is none, or more than one.
+    """
+    paths, overrides = split_arguments(arguments)
+    if len(paths) != 1:
+        raise ConfigError(f"name one config: {example}")
+    return paths[0], overrides
+
+
+def say(line: object = "", style: str | None = None) -> None:
+    """Print a line as it is: without markup, and without colors for numbers."""
+    console.print(str(line), style=style, highlight=False, markup=False)
+
+
+def warn(line: str) -> None:
+    """Print a line that stands out."""
+    say(line, "yellow")
+
+
+def say_table(rows: Sequence[Sequence[str]], words: Collection[int] = (0,)) -> None:
+    """Print rows of cells as a table; the first row is its head."""
+    say_with_head(aligned(rows, words))
+
+
+def say_with_head(lines: Sequence[str]) -> None:
+    """Print lines, the first of them in bold."""
+    for number, line in enumerate(lines):
+        say(line, None if number else "bold")
+
+
+def aligned(rows: Sequence[Sequence[str]], words: Collection[int] = (0,)) -> list[str]:
+    """Return rows of cells as lines; columns are as wide as their content, so that no number is cut.
+
+    Args:
+        rows: as many cells each.
+        words: positions of the columns that are aligned to the left.
+
+    >>> aligned([("run", "seconds"), ("full", "10.5")])
+    ['run   seconds', 'full     10.5']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if column in words else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def elapsed(start: float) -> str:
+    """Return the time since a value of time.perf_counter() as text."""
+    return f"{time.perf_counter() - start:.1f} s"

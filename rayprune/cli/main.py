@@ -1,18 +1,20 @@
-"""The command line: rayprune train | sweep | compare | score | select | evaluate | report | show | methods | doctor.
+"""The command line: rayprune train | score | select | evaluate | compare | sweep | report | show | methods | doctor.
 
-Exit codes: 0 done, 2 the user's mistake (one line says which), 1 anything else; tracebacks only with --debug.
+Exit codes: 0 success, 2 a mistake of the user (one line names it), 1 any other error; tracebacks only with --debug.
+Modules of commands import what is slow to import (torch, Ray, pandas, matplotlib) inside functions.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
 from rayprune import __version__
 from rayprune.cli.compare import compare
-from rayprune.cli.console import errors
+from rayprune.cli.console import debug_option, errors
 from rayprune.cli.doctor import doctor
 from rayprune.cli.evaluate import evaluate
 from rayprune.cli.methods import methods
@@ -20,55 +22,44 @@ from rayprune.cli.report import report, show
 from rayprune.cli.select import select
 from rayprune.cli.sweep import sweep
 from rayprune.cli.train import score, train
+from rayprune.errors import one_line
 
-# What click from 8.2 on raises for `rayprune` alone: its message is the help.
-_HELP = getattr(click.exceptions, "NoArgsIsHelpError", ())
+# click 8.2 and newer raises this for `rayprune` alone; its message is the help.
+_NO_ARGUMENTS = getattr(click.exceptions, "NoArgsIsHelpError", ())
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    # `module:function` of the user's own must be found where the command is given, as with `python -m`.
+    # A user's `module:function` must be importable from the current folder, as with `python -m`.
     sys.path.insert(0, str(Path.cwd()))
-    debug = "--debug" in sys.argv
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Abort:
-        _fail("interrupted; the same command goes on from the last checkpoint", 1)
+        _fail("interrupted; run the same command again to resume from the last checkpoint", 1)
+    except _NO_ARGUMENTS as error:
+        error.show()
+        sys.exit(error.exit_code)
     except click.ClickException as error:
-        if isinstance(error, _HELP):
-            error.show()
-            sys.exit(error.exit_code)
         _fail(" ".join(error.format_message().split()), error.exit_code)
-    except ValueError as error:
-        _or_raise(error, debug)
-        _fail(_one_line(error), 2)
     except Exception as error:
-        _or_raise(error, debug)
-        _fail(f"{_one_line(error)} (--debug shows where)", 1)
+        if "--debug" in sys.argv:
+            raise
+        if isinstance(error, ValueError):
+            _fail(one_line(error), 2)
+        _fail(f"{one_line(error)} (--debug shows where)", 1)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="rayprune")
-@click.option("--debug", is_flag=True, help="Show tracebacks and Ray's own logs.")
-@click.pass_context
-def cli(context: click.Context, debug: bool) -> None:
+@debug_option
+def cli() -> None:
     """Train each epoch only on the samples worth training on."""
-    context.obj = debug
 
 
 for command in (train, score, select, evaluate, compare, sweep, report, show, methods, doctor):
     cli.add_command(command)
 
 
-def _or_raise(error: Exception, debug: bool) -> None:
-    if debug:
-        raise error
-
-
-def _fail(line: str, code: int) -> None:
+def _fail(line: str, code: int) -> NoReturn:
     errors.print(f"error: {line}", highlight=False, markup=False)
     sys.exit(code)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -1,69 +1,59 @@
-"""The command `rayprune methods`: what methods and train steps there are."""
+"""The command `rayprune methods`: the selection methods and the train steps."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import inspect
+from collections.abc import Iterable, Mapping
 
 import click
-from rich.box import SIMPLE
-from rich.table import Table
 
-from rayprune.cli.console import console, debug_option
+from rayprune.cli.console import console, debug_option, say
 
 
 @click.command()
 @click.argument("name", required=False)
 @debug_option
-def methods(name: str | None, debug_here: bool) -> None:
-    """List the selection methods and the train steps, or tell all about one of them."""
-    import inspect
-
+def methods(name: str | None) -> None:
+    """List the selection methods and the train steps, or describe one of them."""
     from rayprune.core.step_options import STEP_OPTIONS, step_config
     from rayprune.methods import METHODS
     from rayprune.methods.registry import method_class, method_fields
 
     if name is None:
-        console.print(methods_table(METHODS))
-        console.print(steps_table(STEP_OPTIONS))
-        return
-    if name in STEP_OPTIONS:
+        rows = [
+            (key, cls.kind, "yes" if cls.unbiased else "no", ", ".join(cls.signals) or "its own", cls.paper)
+            for key, cls in sorted(METHODS.items())
+        ]
+        _print_table(("method", "kind", "unbiased", "signals", "paper"), rows)
+        steps = [(key, step.cost, step.gain, step.paper) for key, step in STEP_OPTIONS.items()]
+        _print_table(("train.step", "cost, in plain steps", "published gain", "paper"), steps)
+    elif name in STEP_OPTIONS:
         step = STEP_OPTIONS[name]
-        told = {"cost": f"{step.cost} plain steps a sample", "gain": step.gain, "paper": step.paper}
-        for key, value in told.items():
-            if value:
-                console.print(f"{key:<8} {value}", highlight=False)
-        options = {key: value for key, value in step_config(name).items() if key != "name"}
-        console.print("defaults " + ", ".join(f"{key}={value}" for key, value in options.items()), highlight=False)
-        console.print(f"\n{inspect.getdoc(step)}", highlight=False)
-        return
-    cls = method_class(name)
-    console.print(f"{name}: {cls.kind}, {'unbiased' if cls.unbiased else 'biased'}", highlight=False)
-    console.print(f"paper    {cls.paper}", highlight=False)
-    console.print(f"signals  {', '.join(cls.signals) or 'its own'}", highlight=False)
-    if swept := cls().sweep_signals:
-        console.print(f"sweeps   {', '.join(swept)}, of samples that a forward pass alone looks at", highlight=False)
-    console.print(
-        "defaults " + ", ".join(f"{key}={value}" for key, value in method_fields(cls).items()), highlight=False
-    )
-    console.print(f"\n{inspect.getdoc(cls)}", highlight=False)
+        facts = {"cost": f"{step.cost} plain steps per sample", "gain": step.gain, "paper": step.paper}
+        _describe(step, facts, {key: value for key, value in step_config(name).items() if key != "name"})
+    else:
+        method = method_class(name)
+        say(f"{name}: {method.kind}, {'unbiased' if method.unbiased else 'biased'}")
+        facts = {"paper": method.paper, "signals": ", ".join(method.signals) or "its own"}
+        if swept := method().sweep_signals:
+            facts["sweeps"] = f"{', '.join(swept)}, in forward-only passes"
+        _describe(method, facts, method_fields(method))
 
 
-def methods_table(methods: Mapping[str, Any]) -> Table:
-    """Return the registered methods: name, kind, signals, paper."""
-    table = Table(box=SIMPLE, pad_edge=False)
-    for column in ("method", "kind", "unbiased", "signals", "paper"):
-        table.add_column(column)
-    for name, cls in sorted(methods.items()):
-        table.add_row(name, cls.kind, "yes" if cls.unbiased else "no", ", ".join(cls.signals) or "its own", cls.paper)
-    return table
+def _describe(cls: type, facts: Mapping[str, str], defaults: Mapping[str, object]) -> None:
+    options = ", ".join(f"{key}={value}" for key, value in defaults.items())
+    for key, value in {**facts, "defaults": options}.items():
+        if value:
+            say(f"{key:<8} {value}")
+    say(f"\n{inspect.getdoc(cls)}")
 
 
-def steps_table(steps: Mapping[str, Any]) -> Table:
-    """Return the train steps: name, what a sample costs, what was published for it, paper."""
-    table = Table(box=SIMPLE, pad_edge=False)
-    for column in ("train.step", "cost, in plain steps", "published gain", "paper"):
-        table.add_column(column)
-    for name, options in steps.items():
-        table.add_row(name, options.cost, options.gain, options.paper)
-    return table
+def _print_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Print a table whose cells wrap to the width of the terminal."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(*head, box=SIMPLE, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -1,39 +1,24 @@
-"""Which runs, sweeps and comparisons a report is of, out of the paths that were named.
+"""Collect the runs, sweeps and comparisons that a report shows, from the paths that the user named.
 
-What a sweep or a comparison comes to: its verdict, its picture, its table, and the runs worth looking into.
+Sweeps and comparisons are groups: each has its conclusion, its plot, its table, and runs worth a closer look.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
+from rayprune.errors import RunFolderError, one_line
+from rayprune.report.gallery import read_gallery
+from rayprune.report.plots.experiments import intervals_plot, pareto_plot
+from rayprune.report.plots.style import Plot
+from rayprune.report.read import RunRecord, read_comparison, read_exits, read_results, read_run
+from rayprune.report.tables import Table, arms_table, explanation, sweep_lines, trials_table, verdict_lines
 
-from rayprune.errors import RunFolderError
-from rayprune.report.gallery import gallery_of
-from rayprune.report.plots.experiments import PARETO_SIZE, draw_arms, pareto, read_exits, size_of
-from rayprune.report.plots.runs import Plot
-from rayprune.report.read import RunRecord, count_of, read_comparison, read_run, share
-from rayprune.report.tables import (
-    HEADS,
-    Row,
-    Table,
-    compare_rows,
-    explanation,
-    read_results,
-    sweep_cells,
-    verdict_lines,
-)
-from rayprune.sources.storage import one_line
-
-_COMPARISON, _SWEEP = ("compare.yaml", "compare.json"), ("sweep.yaml", "results.parquet")  # either makes it one
-_MOST_RUNS = 8  # of a group are laid over each other: as many colours as there are
+_COMPARISON, _SWEEP = ("compare.yaml", "compare.json"), ("sweep.yaml", "results.parquet")  # either file is enough
+_RUN = ("metrics.jsonl", "config.yaml")
+_MAX_RUNS = 8  # of a group, as many as there are colors
 
 
 @dataclass(frozen=True)
@@ -41,266 +26,219 @@ class Group:
     """A sweep or a comparison.
 
     Attributes:
-        name: of its folder, told apart from the others on the page.
         kind: "sweep" or "comparison".
-        verdict: sentences that come first.
-        plots: its pictures.
+        name: label of the group among others.
+        verdict: its conclusion, a sentence each.
+        plots: its plots.
         table: a row a trial or an arm.
-        explanation: what the table's columns mean.
-        notes: what to beware of.
-        runs: of it, to be laid over each other.
-        runs_text: which those are.
+        explanation: lines below the table.
+        notes: warnings.
+        runs: the runs of the group that are shown in detail.
+        runs_text: which runs those are.
     """
 
-    name: str
     kind: str
+    name: str
     verdict: Sequence[str]
     plots: Sequence[Plot]
     table: Table
-    explanation: Sequence[str] = field(default_factory=tuple)
-    notes: Sequence[str] = field(default_factory=tuple)
-    runs: Sequence[RunRecord] = field(default_factory=tuple)
-    runs_text: str = ""
-
-
-def is_group(folder: Path) -> bool:
-    """Whether a folder is that of a sweep or a comparison."""
-    return any((folder / name).exists() for name in (*_COMPARISON, *_SWEEP))
-
-
-def read_group(folder: Path, number: int = 0, name: str | None = None) -> Group:
-    """Read the folder of a sweep or a comparison.
-
-    Args:
-        folder: one that `is_group`.
-        number: of the group in its report: plots of two sweeps have different keys.
-        name: what to call it; the folder's name where None.
-
-    Raises:
-        ValueError: it has not come far enough, or is damaged; one line with the cure.
-    """
-    name = name or folder.resolve().name
-    if any((folder / file).exists() for file in _COMPARISON):
-        return _comparison(folder, number, name)
-    return _sweep(folder, number, name)
-
-
-def _comparison(folder: Path, number: int, name: str) -> Group:
-    file = folder / "compare.json"
-    if not file.exists():
-        raise RunFolderError(
-            f"{folder} has no compare.json, which is written when all runs have ended: rayprune report {folder}/runs "
-            "shows those that there are"
-        )
-    report = read_comparison(file)
-    key = f"intervals{number or ''}"
-    plot = Plot(key, "Accuracy against full training", partial(draw_arms, report), size_of(report))
-    firsts = [(arm["name"], folder / "runs" / arm["runs"][0]["folder"]) for arm in report["arms"]]
-    # Arms that turned out as full training share its run.
-    firsts = [pair for place, pair in enumerate(firsts) if pair[1] not in [path for _, path in firsts[:place]]]
-    runs, left_out = _readable(firsts)
-    return Group(
-        name=name,
-        kind="comparison",
-        verdict=list(verdict_lines(report)),
-        plots=[plot],
-        table=Table(HEADS, compare_rows(report)),
-        explanation=list(explanation(report)),
-        notes=[*report["notes"], *left_out],
-        runs=runs,
-        runs_text=f"Of each arm the run of seed {report['seeds'][0]}.",
-    )
-
-
-def _sweep(folder: Path, number: int, name: str) -> Group:
-    file = folder / "results.parquet"
-    if not file.exists():
-        raise RunFolderError(f"{folder} has no results.parquet yet: try again when its first trial has ended")
-    table, keys = read_results(file)
-    rows = [{str(name): _plain(value) for name, value in row.items()} for row in table.to_dict("records")]
-    head, *cells = sweep_cells(rows, keys)
-    front = [row for row in rows if row["pareto"]]
-    draw = pareto(table, keys, name)
-    shown = [(f"{row['trial']} {' '.join(str(row[key]) for key in keys)}", row["trial"]) for row in front[:_MOST_RUNS]]
-    runs, left_out = _readable([(label, folder / "trials" / trial) for label, trial in shown])
-    return Group(
-        name=name,
-        kind="sweep",
-        verdict=_found(rows, front, keys),
-        plots=[]
-        if draw is None
-        else [Plot(f"pareto{number or ''}", "Accuracy against compute", draw, PARETO_SIZE, pan=True)],
-        table=Table(head, cells, words=1 + len(keys)),
-        explanation=["*: on the Pareto front. Each figure is of a trial's last epoch, never of its best."],
-        notes=[*(f"{row['trial']} failed: {row['error']}" for row in rows if row["error"]), *left_out],
-        runs=runs,
-        runs_text="The finished trials on the Pareto front" + (f", {_MOST_RUNS} of them." if len(front) > 8 else "."),
-    )
-
-
-def _found(rows: Sequence[Row], front: Sequence[Row], keys: Sequence[str]) -> list[str]:
-    """Return what a sweep came to, in sentences."""
-    counts = Counter(row["status"] for row in rows)
-    told = ", ".join(f"{count} {status}" for status, count in counts.most_common())
-    lines = [f"{count_of(len(rows), 'trial')}: {told}. On the Pareto front of accuracy against compute: {len(front)}."]
-    if front:
-        best = max(front, key=lambda row: row["val_accuracy"])
-        point = ", ".join(f"{key} {best[key]}" for key in keys)
-        lines.append(
-            f"The most accurate: {share(best['val_accuracy'])} with {point}, at {share(best['compute_share'], 1)} of "
-            "the compute of a full run as long."
-        )
-    return lines
-
-
-def _readable(named: Sequence[tuple[str, Path]]) -> tuple[list[RunRecord], list[str]]:
-    """Read the runs that are still there, and say which can't be: a group's own figures do not need them."""
-    runs, left_out = [], []
-    for name, folder in named[:_MOST_RUNS]:
-        try:
-            if (folder / "metrics.jsonl").exists():
-                runs.append(checked_run(folder, name))
-        except (OSError, ValueError) as error:
-            left_out.append(f"{name} is not among the runs below: {one_line(error, 400)}")
-    return runs, left_out
-
-
-def checked_run(folder: Path, name: str) -> RunRecord:
-    """Read a run with all that the page shows of it.
-
-    Raises:
-        ValueError: some of it is damaged; one line with the cure.
-    """
-    run = read_run(folder, name)
-    # The page reads them when it draws: too late to leave this run out.
-    gallery_of(run)
-    read_exits(folder)
-    return run
-
-
-def _plain(value: Any) -> Any:
-    """Return a table's cell as Python has it, None where there is nothing."""
-    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
-        return None
-    return value.item() if hasattr(value, "item") else value
-
-
-_OWN_RUNS = "The runs of a sweep or a comparison are shown where no others are named beside it."
+    explanation: Sequence[str]
+    notes: Sequence[str]
+    runs: Sequence[RunRecord]
+    runs_text: str
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What a report shows.
+    """The contents of a report.
 
     Attributes:
-        title: of the page.
-        runs: to be laid over each other: those that were named, or those that the groups point to.
-        groups: sweeps and comparisons.
-        left_out: what of a folder of runs can't be shown, a sentence each.
-        named: whether the runs are those that were named.
+        title: title of the page.
+        named_runs: the runs that were named.
+        groups: the sweeps and comparisons.
+        omissions: what was left out and why, a sentence each.
     """
 
     title: str
-    runs: Sequence[RunRecord]
-    groups: Sequence[Group] = ()
-    left_out: Sequence[str] = ()
-    named: bool = True
+    named_runs: Sequence[RunRecord]
+    groups: Sequence[Group]
+    omissions: Sequence[str]
 
     @property
-    def notes(self) -> list[str]:
-        """What is missing or damaged, a line each."""
-        return [*self.left_out, *(f"{run.name}: {note}" for run in self.runs for note in run.notes)]
-
-    @property
-    def gallery_note(self) -> str:
-        """Which runs that have ended show no telling samples, in one line; "" where all do."""
-        lacking = [run.name for run in self.runs if run.scores is not None and run.gallery is None]
-        if not lacking:
-            return ""
-        those = "" if len(self.runs) == 1 else ", ".join(lacking[:3]) + (", …" if len(lacking) > 3 else "") + ": "
-        return f"{those}no gallery of telling samples (older versions wrote none; where writing failed, the run told)"
+    def runs(self) -> Sequence[RunRecord]:
+        """The runs to show in detail: those that were named, else those of the groups."""
+        if self.named_runs or len(self.groups) == 1:
+            return self.named_runs or self.groups[0].runs
+        # Runs of several comparisons have the same names.
+        return [replace(run, name=f"{group.name}: {run.name}") for group in self.groups for run in group.runs]
 
     @property
     def runs_text(self) -> str:
-        """Which runs of the groups are shown; "" where there are none."""
+        """Which runs are shown beside groups; "" where there is nothing to explain."""
         groups = [group for group in self.groups if group.runs]
-        if self.named:
-            return f"Those that were named. {_OWN_RUNS}" if groups else ""
+        if groups and self.named_runs:
+            return "The runs that were named. Runs of a sweep or a comparison are shown where no others are named."
+        if self.named_runs:
+            return ""
         return " ".join(f"{group.name}: {group.runs_text}" if len(groups) > 1 else group.runs_text for group in groups)
+
+    @property
+    def run_notes(self) -> list[str]:
+        """What is missing or damaged in the runs, a line each."""
+        runs = self.runs
+        return [f"{run.name}: {note}" if len(runs) > 1 else note for run in runs for note in run.notes]
+
+    @property
+    def gallery_note(self) -> str:
+        """Which finished runs show no notable samples, in one line; "" where all do."""
+        names = [run.name for run in self.runs if run.scores is not None and run.gallery is None]
+        if not names:
+            return ""
+        prefix = "" if len(self.runs) == 1 else ", ".join(names[:3]) + (", …" if len(names) > 3 else "") + ": "
+        return f"{prefix}no gallery of notable samples (if it could not be written, the run said why)"
 
 
 def collect(folders: Sequence[Path]) -> Collected:
-    """Read what the folders hold.
+    """Read the runs, sweeps and comparisons in some folders.
 
-    A run, sweep or comparison that was named must be readable; of a folder of several, what is not is left out.
+    A folder that was named must be readable; in a folder of several, unreadable ones are left out.
 
     Raises:
-        ValueError: one holds nothing to report; one line with the cure.
+        RunFolderError: a named folder cannot be shown.
     """
     members = _members(folders)
-    group_folders = [folder for folder in members if is_group(folder)]
-    run_folders = [folder for folder in members if folder not in group_folders]
     groups: list[Group] = []
     runs: list[RunRecord] = []
-    left_out: list[str] = []
-    for folder, name in (*_names(group_folders), *_names(run_folders)):
+    omissions: list[str] = []
+    labels = _labels([folder for folder in members if _is_group(folder)])
+    labels |= _labels([folder for folder in members if folder not in labels])
+    for folder, name in labels.items():
         try:
-            if folder in group_folders:
-                groups.append(read_group(folder, len(groups), name))
+            if _is_group(folder):
+                groups.append(_read_group(folder, name, len(groups)))
             else:
-                runs.append(checked_run(folder, name))
+                runs.append(_read_whole_run(folder, name))
         except (OSError, ValueError) as error:
-            line = (
-                f"{error.filename or folder} can't be read ({error.strerror}): allow it"
-                if isinstance(error, OSError)
-                else str(error)
-            )
+            reason = str(error)
+            if isinstance(error, OSError):
+                reason = f"{error.filename or folder} can't be read ({error.strerror}): check its permissions"
             if members[folder]:
-                raise RunFolderError(line) from None
-            left_out.append(f"{name} was left out: {line}")
+                raise RunFolderError(reason) from None
+            omissions.append(f"{name} was left out: {reason}")
     if not groups and not runs:
-        raise RunFolderError(f"{folders[0]} holds nothing that can be shown; {left_out[0]}")
-    title = " and ".join(dict.fromkeys(folder.resolve().name for folder in folders))
-    title = title if len(folders) <= 2 else f"{len(folders)} results"
-    return Collected(title, runs or _runs_of(groups), groups, left_out, named=bool(runs))
+        raise RunFolderError(f"{folders[0]} has nothing that can be shown; {omissions[0]}")
+    names = list(dict.fromkeys(folder.resolve().name for folder in folders))
+    title = " and ".join(names) if len(folders) <= 2 else f"{len(folders)} results"
+    return Collected(title, runs, groups, omissions)
 
 
 def _members(folders: Sequence[Path]) -> dict[Path, bool]:
-    """Return the folder of each run or group, once → whether it was named itself."""
+    """Return each run or group once → whether it was named itself."""
     members: dict[Path, tuple[Path, bool]] = {}
     for folder in folders:
         if not folder.is_dir():
             raise RunFolderError(f"there is no folder {folder}: name a run's, such as runs/NAME")
-        inside = [] if _is_one(folder) else sorted(child for child in folder.iterdir() if _is_one(child))
+        inside = [] if _is_result(folder) else sorted(child for child in folder.iterdir() if _is_result(child))
         for member in inside or [folder]:
-            known = members.get(member.resolve(), (member, False))
-            members[member.resolve()] = (known[0], known[1] or not inside)
+            known, was_named = members.get(member.resolve(), (member, False))
+            members[member.resolve()] = (known, was_named or not inside)
     return dict(members.values())
 
 
-def _is_one(folder: Path) -> bool:
-    """Whether a folder is that of a run, a sweep or a comparison, as far as one may look into it."""
+def _is_result(folder: Path) -> bool:
+    """Tell whether a folder is a run's or a group's, as far as its permissions allow."""
     try:
-        return folder.is_dir() and (
-            (folder / "metrics.jsonl").exists() or (folder / "config.yaml").exists() or is_group(folder)
-        )
-    except OSError:  # beside results there may be what belongs to others, such as lost+found
+        return folder.is_dir() and (_has(folder, _RUN) or _is_group(folder))
+    except OSError:  # folders of others, such as lost+found
         return False
 
 
-def _names(folders: Sequence[Path]) -> list[tuple[Path, str]]:
-    """Return the folders with the shortest ends of their paths that tell them apart."""
+def _is_group(folder: Path) -> bool:
+    return _has(folder, (*_COMPARISON, *_SWEEP))
+
+
+def _has(folder: Path, names: Sequence[str]) -> bool:
+    return any((folder / name).exists() for name in names)
+
+
+def _labels(folders: Sequence[Path]) -> dict[Path, str]:
+    """Return each folder → the shortest end of its path that no other one has."""
     paths = [folder.resolve().parts for folder in folders]
-    named = []
+    labels = {}
     for folder, own in zip(folders, paths, strict=True):
         ends = (own[-size:] for size in range(1, len(own) + 1))
         end = next(end for end in ends if sum(path[-len(end) :] == end for path in paths) == 1)
-        named.append((folder, str(Path(*end))))
-    return named
+        labels[folder] = str(Path(*end))
+    return labels
 
 
-def _runs_of(groups: Sequence[Group]) -> list[RunRecord]:
-    """Return the runs that groups point to; those of several comparisons have the same names."""
-    if len(groups) == 1:
-        return list(groups[0].runs)
-    return [replace(run, name=f"{group.name}: {run.name}") for group in groups for run in group.runs]
+def _read_whole_run(folder: Path, name: str) -> RunRecord:
+    """Read a run with everything that the page shows of it."""
+    return replace(read_run(folder, name), gallery=read_gallery(folder), exits=read_exits(folder))
+
+
+def _read_group(folder: Path, name: str, number: int) -> Group:
+    """Read a sweep or a comparison; with `number`, the keys of its plots are unique in the report."""
+    return (_read_comparison if _has(folder, _COMPARISON) else _read_sweep)(folder, name, str(number or ""))
+
+
+def _read_comparison(folder: Path, name: str, suffix: str) -> Group:
+    file = folder / "compare.json"
+    if not file.exists():
+        raise RunFolderError(
+            f"{folder} has no compare.json yet, it is written when all runs have finished: rayprune report "
+            f"{folder}/runs shows the runs so far"
+        )
+    comparison = read_comparison(file)
+    # Arms that turned out to be full training share its run.
+    names: dict[Path, str] = {}
+    for arm in comparison.arms:
+        names.setdefault(folder / "runs" / arm.runs[0].folder, arm.name)
+    runs, omissions = _readable_runs(names)
+    return Group(
+        kind="comparison",
+        name=name,
+        verdict=list(verdict_lines(comparison)),
+        plots=[intervals_plot(comparison, f"intervals{suffix}")],
+        table=arms_table(comparison),
+        explanation=list(explanation(comparison)),
+        notes=[*comparison.notes, *omissions],
+        runs=runs,
+        runs_text=f"The run of each arm with seed {comparison.seeds[0]}.",
+    )
+
+
+def _read_sweep(folder: Path, name: str, suffix: str) -> Group:
+    file = folder / "results.parquet"
+    if not file.exists():
+        raise RunFolderError(f"{folder} has no results.parquet yet: try again when its first trial has ended")
+    results = read_results(file)
+    rows, keys = results.rows, results.keys
+    front = [row for row in rows if row["pareto"]]
+    names = {folder / "trials" / row["trial"]: " ".join(str(row[key]) for key in ("trial", *keys)) for row in front}
+    runs, omissions = _readable_runs(names)
+    plot = pareto_plot(results, name, f"pareto{suffix}")
+    some = f", {_MAX_RUNS} of them" if len(front) > _MAX_RUNS else ""
+    return Group(
+        kind="sweep",
+        name=name,
+        verdict=sweep_lines(rows, keys),
+        plots=[] if plot is None else [plot],
+        table=trials_table(rows, keys),
+        explanation=["*: on the Pareto front. All figures are those of the last epoch, not of the best."],
+        notes=[*(f"{row['trial']} failed: {row['error']}" for row in rows if row["error"]), *omissions],
+        runs=runs,
+        runs_text=f"The finished trials on the Pareto front{some}.",
+    )
+
+
+def _readable_runs(names: dict[Path, str]) -> tuple[list[RunRecord], list[str]]:
+    """Read the runs of a group that still exist, and explain which can't be read: the group is shown without them."""
+    runs, omissions = [], []
+    for folder, name in list(names.items())[:_MAX_RUNS]:
+        try:
+            if (folder / "metrics.jsonl").exists():
+                runs.append(_read_whole_run(folder, name))
+        except (OSError, ValueError) as error:
+            omissions.append(f"{name} is not among the runs below: {one_line(error)}")
+    return runs, omissions

@@ -1,83 +1,107 @@
-"""The telling samples of a run, out of its gallery/: what they are called on the page, pictures as data inside it."""
+"""The notable samples of a run, from its gallery/: captions for the page, and thumbnails as data inside it."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from pydantic import ValidationError
 
 from rayprune.errors import RunFolderError
-from rayprune.report.read import RunRecord, as_count, count_of, number, share
+from rayprune.report.read import StoredModel, read_json
+from rayprune.report.text import count_of, number, share
 
 _TITLES = {
     "hardest": "Hardest",
     "easiest": "Easiest",
     "often_pruned": "Most often pruned",
-    "probably_mislabelled": "Probably mislabelled",
+    "probably_mislabelled": "Probably mislabeled",
 }
 _PNG = b"\x89PNG\r\n\x1a\n"
-_LARGEST_BYTES = 200_000  # of one picture: a page with a hundred of them still opens on a phone
+_MAX_BYTES = 200_000  # of one thumbnail: a page with a hundred of them still opens on a phone
 
 
-def gallery_of(run: RunRecord) -> dict[str, Any] | None:
-    """Return a run's telling samples for the page; None where it has no gallery.
+class Sample(StoredModel):
+    """A sample of gallery.json; `image` is a file name when read and a data URI on the page."""
+
+    id: int
+    label: int
+    label_name: str | None
+    prediction: int | None
+    prediction_name: str | None
+    probability: float | None
+    label_probability: float | None
+    loss: float | None
+    times_pruned: int
+    image: str | None
+
+    @property
+    def caption(self) -> str:
+        """The label and the prediction, by name where they have one."""
+        label = _class_text(self.label, self.label_name)
+        return label if self.prediction is None else f"{label} → {_class_text(self.prediction, self.prediction_name)}"
+
+    @property
+    def lines(self) -> list[str]:
+        """The sample's other facts."""
+        confidence = f"confidence {share(self.probability, 1)}"
+        if self.prediction not in (None, self.label):
+            confidence += f", label {share(self.label_probability, 1)}"
+        pruned = [f"pruned {self.times_pruned}×"] if self.times_pruned else []
+        return [f"id {self.id}", confidence, f"loss {number(self.loss, '.3g')}", *pruned]
+
+
+class Gallery(StoredModel):
+    """gallery.json: kind → samples, and how the hardest ones were found after how many epochs."""
+
+    by: str
+    epochs: int
+    kinds: dict[str, list[Sample]]
+
+    @property
+    def text(self) -> str:
+        """What the samples are."""
+        text = (
+            f"Label → prediction of the network after {count_of(self.epochs, 'epoch')}. Hardest and easiest by "
+            f"{self.by}. Probably mislabeled: hard samples for which the network is confident of another class and "
+            "gives the label a low probability."
+        )
+        empty = [title.lower() for title in _TITLES.values() if title not in self.kinds]
+        return f"{text} No samples: {', '.join(empty)}." if empty else text
+
+
+def read_gallery(run_folder: Path) -> Gallery | None:
+    """Return a run's notable samples by heading, with their thumbnails; None where it has no gallery.
 
     Raises:
-        ValueError: gallery.json is not what a run writes.
+        RunFolderError: gallery.json is not what a run writes, or of a newer schema.
     """
-    if run.gallery is None:
+    file = run_folder / "gallery" / "gallery.json"
+    content = read_json(file)
+    if not content:
         return None
-    file = run.folder / "gallery" / "gallery.json"
     try:
-        kinds: list[dict[str, Any]] = [
-            {"title": title, "samples": [_sample(file.parent, sample) for sample in run.gallery["kinds"][kind]]}
+        stored = Gallery.model_validate(content)
+        kinds = {
+            title: [sample.model_copy(update={"image": _data_uri(file.parent, sample.image)}) for sample in samples]
             for kind, title in _TITLES.items()
-        ]
-        text = (
-            f"Label → prediction. Hardest and easiest by {run.gallery['by']}; predictions are the network's after "
-            f"{_epochs(run.gallery['epochs'])}. Probably mislabelled: hard, and it is sure of another class and "
-            "hardly believes the label."
-        )
-    except (KeyError, TypeError, AttributeError, ValueError, OSError):
-        raise RunFolderError(f"{file} is not what a run writes: delete its folder, the report does without") from None
-    empty = [kind["title"].lower() for kind in kinds if not kind["samples"]]
-    if empty:
-        text += f" None here: {', '.join(empty)}."
-    return {"name": run.name, "text": text, "kinds": [kind for kind in kinds if kind["samples"]]}
+            if (samples := stored.kinds[kind])
+        }
+    except (ValidationError, KeyError, OSError):
+        cure = "delete its folder, and the report leaves the gallery out"
+        raise RunFolderError(f"{file} is not what a run writes: {cure}") from None
+    return stored.model_copy(update={"kinds": kinds})
 
 
-def _sample(folder: Path, sample: Mapping[str, Any]) -> dict[str, Any]:
-    sure = f"sure {share(sample['probability'], 1)}"
-    if sample["prediction"] not in (None, sample["label"]):
-        sure += f", label {share(sample['label_probability'], 1)}"
-    lines = [f"id {sample['id']}", sure, f"loss {number(sample['loss'], '.3g')}"]
-    if sample["times_pruned"]:
-        lines.append(f"pruned {sample['times_pruned']}×")
-    return {
-        "id": sample["id"],
-        "label": _named(sample["label"], sample["label_name"]),
-        "prediction": _named(sample["prediction"], sample["prediction_name"]),
-        "lines": lines,
-        "image": _data(folder, sample["image"]),
-    }
+def _class_text(index: int, name: str | None) -> str:
+    return str(index) if name in (None, "", str(index)) else f"{name} ({index})"
 
 
-def _epochs(value: Any) -> str:
-    return "– epochs" if as_count(value) is None else count_of(value, "epoch")
-
-
-def _named(label: Any, name: Any) -> str | None:
-    if label is None:
-        return None
-    return str(label) if not isinstance(name, str) or name in ("", str(label)) else f"{name} ({label})"
-
-
-def _data(folder: Path, name: str | None) -> str | None:
-    """Return a picture as a data URI; None where there is none."""
+def _data_uri(folder: Path, name: str | None) -> str | None:
+    """Return a thumbnail as a data URI; None where there is none."""
     if not name or Path(name).name != name or not (folder / name).is_file():
         return None
     content = (folder / name).read_bytes()
-    if not content.startswith(_PNG) or len(content) > _LARGEST_BYTES:
+    if not content.startswith(_PNG) or len(content) > _MAX_BYTES:
         return None
     return "data:image/png;base64," + base64.b64encode(content).decode("ascii")

@@ -1,185 +1,126 @@
-"""The report: runs, sweeps and comparisons as one page that needs nothing outside itself.
+"""The report: runs, sweeps and comparisons on one self-contained page, or their plots as PNG files.
 
-No script, no request: pictures are inline, styles in the page, and every text is escaped on its way in.
+The page has no script and makes no request: plots are inline SVG, and every text is escaped.
 """
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 
-from rayprune.report import tables as summary
-from rayprune.report.collect import Collected, Group
-from rayprune.report.gallery import gallery_of
-from rayprune.report.plots.experiments import EXITS_SIZE, draw_evaluations, read_exits
-from rayprune.report.plots.runs import Plot, curve_plots, legend, pruning_plot, seconds_plot
+from rayprune.report import tables
+from rayprune.report.collect import Collected
+from rayprune.report.plots.experiments import exits_plot
+from rayprune.report.plots.runs import curve_plots, draw_legend, pruning_plot, seconds_plot
 from rayprune.report.plots.samples import sample_plots
-from rayprune.report.plots.style import DARK_SERIES, GRID, INK, LINES, MUTED, SERIES, save_png, svg
+from rayprune.report.plots.style import DARK_SERIES, GRID, INK, MUTED, SERIES, Plot, save_png, svg, with_lines
 from rayprune.report.read import RunRecord
 
-_LINES = dict(zip(LINES, ("solid", "dashed", "dotted", "dashed"), strict=True))  # in the words of CSS
+_CSS_LINES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dashed"}
 
 
 @dataclass(frozen=True)
 class Section:
-    """Some plots of the runs under one heading.
+    """Plots of the runs under one heading.
 
     Attributes:
         title: the heading.
-        plots: below it.
-        text: before them, or "".
-        missing: sentences on what can't be shown.
-        colours: whether its plots have a colour a run.
-        single: whether each plot has a row of its own.
+        plots: the plots.
+        text: a line before them, or "".
+        missing: sentences on plots that cannot be drawn.
+        wide: whether each plot has a row of its own.
     """
 
     title: str
     plots: Sequence[Plot]
     text: str = ""
-    missing: Sequence[str] = field(default_factory=tuple)
-    colours: bool = True
-    single: bool = False
+    missing: Sequence[str] = ()
+    wide: bool = False
 
 
-def sections_of(runs: Sequence[RunRecord]) -> list[Section]:
-    """Return all plots of some runs, in the order of the page.
-
-    Raises:
-        ValueError: an evaluation of exits is damaged.
-    """
-    if not runs:
-        return []
-    drawn, missing = sample_plots(runs)
-    text = "Solid: on the validation part. Thin dashes: on the samples trained on, in their own epoch."
-    sections = [
-        Section("Loss and accuracy", curve_plots(runs), text),
-        Section("Pruning and its cost", [pruning_plot(runs), seconds_plot(runs)]),
-        Section("Samples", drawn, missing=missing),
-    ]
-    evaluated = [(run, tables) for run in runs if (tables := read_exits(run.folder))]
-    if evaluated:
-        plots = [
-            Plot(
-                f"exits{number or ''}",
-                run.name,
-                partial(draw_evaluations, tables, run.name),
-                EXITS_SIZE,
-                runs=False,
-                pan=True,
-            )
-            for number, (run, tables) in enumerate(evaluated)
-        ]
-        sections.append(Section("Early exits: accuracy against multiply-adds", plots, colours=False, single=True))
-    return sections
-
-
-def render(found: Collected) -> str:
+def render(collected: Collected) -> str:
     """Return the page as HTML."""
-    runs = found.runs
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["svg"] = _inline_svg
     template = environment.from_string(resources.files(__package__).joinpath("page.html.j2").read_text("utf-8"))
-    shown = [
-        {
-            "name": run.name,
-            "colour": number % len(SERIES),
-            "line": _LINES[LINES[number // len(SERIES) % len(LINES)]],
-            "facts": summary.facts(run),
-            "epochs": summary.epochs_table(run),
-        }
-        for number, run in enumerate(runs)
-    ]
     return template.render(
-        title=found.title,
-        lead=_lead(found),
-        groups=[_group(group) for group in found.groups],
-        runs=shown,
-        runs_title="Runs" if len(runs) > 1 else "Result",
-        runs_text=found.runs_text,
-        runs_table=summary.runs_table(runs),
-        left_out=found.left_out,
-        notes=_notes(runs),
-        gallery_note=found.gallery_note,
-        sections=[
-            {
-                "title": section.title,
-                "text": section.text,
-                "missing": section.missing,
-                "legend": len(runs) > 1 and section.colours,
-                "single": section.single,
-                "plots": [_shown(plot) for plot in section.plots],
-            }
-            for section in sections_of(runs)
+        report=collected,
+        lead=_lead(collected),
+        sections=_sections(collected.runs),
+        tables=tables,
+        legend=[
+            (run.name, f"{_CSS_LINES[line]} var(--s{SERIES.index(color)})")
+            for run, color, line in with_lines(collected.runs)
         ],
-        galleries=[gallery for run in runs if (gallery := gallery_of(run)) is not None],
         light={"ink": INK, "muted": MUTED, "grid": GRID, "series": SERIES},
         dark={"series": DARK_SERIES},
         footer=f"Written by rayprune {metadata.version('rayprune')} on {datetime.date.today().isoformat()}.",
     )
 
 
-def write_pngs(found: Collected, folder: Path) -> list[Path]:
+def write_pngs(collected: Collected, folder: Path) -> list[Path]:
     """Write every plot of a report as a PNG file; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    runs = found.runs
-    plots = [plot for group in found.groups for plot in group.plots]
-    plots += [plot for section in sections_of(runs) for plot in section.plots]
-    return [save_png(partial(_alone, plot, runs), plot.size, folder / f"{plot.key}.png") for plot in plots]
+    plots = [plot for group in collected.groups for plot in group.plots]
+    plots += [plot for section in _sections(collected.runs) for plot in section.plots]
+    return [
+        save_png(replace(plot, draw=partial(_draw_alone, plot, collected.runs)), folder / f"{plot.key}.png")
+        for plot in plots
+    ]
 
 
-def _alone(plot: Plot, runs: Sequence[RunRecord], figure: Figure) -> None:
-    plot.draw(figure)
-    if not figure.axes[0].get_title():
-        figure.axes[0].set_title(plot.title)
-    if plot.runs and len(runs) > 1:
-        legend(figure, runs)
+def _sections(runs: Sequence[RunRecord]) -> list[Section]:
+    if not runs:
+        return []
+    plots, missing = sample_plots(runs)
+    text = "Solid: validation samples. Thin dashes: training samples, in the epoch that trained on them."
+    sections = [
+        Section("Loss and accuracy", curve_plots(runs), text),
+        Section("Pruning and its cost", [pruning_plot(runs), seconds_plot(runs)]),
+        Section("Samples", plots, missing=missing),
+    ]
+    evaluated = [run for run in runs if run.exits]
+    exits = [exits_plot(run.exits, run.name, f"exits{number or ''}") for number, run in enumerate(evaluated)]
+    if exits:
+        sections.append(Section("Early exits: accuracy against multiply-adds", exits, wide=True))
+    return sections
 
 
-def _shown(plot: Plot) -> dict[str, Any]:
-    # The only text that is not escaped here: matplotlib escapes what it writes into an SVG.
-    picture = svg(plot.draw, plot.size, plot.key.replace("_", ""))
-    picture = picture.replace("<svg", f'<svg role="img" aria-label="{Markup.escape(plot.title)}"', 1)
-    return {"title": plot.title, "svg": Markup(picture), "note": plot.note, "pan": plot.pan}
+def _draw_alone(plot: Plot, runs: Sequence[RunRecord], axes: Axes) -> None:
+    plot.draw(axes)
+    if not axes.get_title():
+        axes.set_title(plot.title)
+    if plot.by_run and len(runs) > 1:
+        draw_legend(axes, runs)
 
 
-def _group(group: Group) -> dict[str, Any]:
-    return {
-        "title": f"{group.kind.capitalize()} {group.name}",
-        "verdict": group.verdict,
-        "notes": group.notes,
-        "plots": [_shown(plot) for plot in group.plots],
-        "table": group.table,
-        "table_title": "All arms" if group.kind == "comparison" else "All trials",
-        "explanation": group.explanation,
-    }
+def _inline_svg(plot: Plot) -> Markup:
+    # The only text that is not escaped by the template: matplotlib escapes what it writes into an SVG.
+    return Markup(svg(plot).replace("<svg", f'<svg role="img" aria-label="{Markup.escape(plot.title)}"', 1))
 
 
-def _lead(found: Collected) -> str:
-    """Return what the page shows and what that was trained on, each group by its own runs."""
-    parts = [(f"a {group.kind}", _trained(group.runs)) for group in found.groups]
-    if found.named:
-        runs = found.runs
-        count = f"{len(runs)} runs" if len(runs) > 1 else f"{runs[0].setting('method', 'name')}, {runs[0].progress}"
-        parts.append((f"a run of {count}" if len(runs) == 1 and found.groups else count, _trained(runs)))
-    together: dict[str, list[str]] = {}
-    for what, trained in parts:
-        together.setdefault(trained, []).append(what)
-    return "; ".join(f"{' and '.join(whats)}{trained}" for trained, whats in together.items())
+def _lead(collected: Collected) -> str:
+    """Return what the page shows and on which data and models, each group by its own runs."""
+    parts = [(f"a {group.kind}", _trained_on(group.runs)) for group in collected.groups]
+    if runs := collected.named_runs:
+        name = f"{runs[0].setting('method', 'name')}, {runs[0].progress}"
+        one = f"a run of {name}" if collected.groups else name
+        parts.append((one if len(runs) == 1 else f"{len(runs)} runs", _trained_on(runs)))
+    by_data: dict[str, list[str]] = {}
+    for what, data in parts:
+        by_data.setdefault(data, []).append(what)
+    return "; ".join(f"{' and '.join(whats)}{data}" for data, whats in by_data.items())
 
 
-def _trained(runs: Sequence[RunRecord]) -> str:
+def _trained_on(runs: Sequence[RunRecord]) -> str:
     data = sorted({str(run.setting("data", "source")) for run in runs})
     models = sorted({str(run.setting("model", "name")) for run in runs})
     return f" on {', '.join(data)}, {', '.join(models)}" if runs else ""
-
-
-def _notes(runs: Sequence[RunRecord]) -> list[str]:
-    return [f"{run.name}: {note}" if len(runs) > 1 else note for run in runs for note in run.notes]

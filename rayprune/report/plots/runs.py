@@ -1,21 +1,20 @@
-"""Plots of one run or of several laid over each other: what they reached, what they pruned, where the seconds went."""
+"""Plots of one or several runs: loss and accuracy, what they pruned, and where the seconds went."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter
 
-from rayprune.report.plots.style import INK, SERIES, Draw, series
-from rayprune.report.read import Line, RunRecord, short
+from rayprune.report.plots.style import INK, SERIES, Plot, count_axis, figure_of, with_lines
+from rayprune.report.read import EpochMetrics, RunRecord
+from rayprune.report.text import short
 
-WIDE = (4.4, 2.9)
-# What an epoch's seconds are made of, in the order of the bar.
+_MAX_MARKED = 30  # epochs that are marked on a curve one by one
+# The parts of an epoch's seconds, in the order of the bar.
 _PARTS = {
     "training": "train",
     "waiting for data": "data_wait",
@@ -25,151 +24,97 @@ _PARTS = {
     "validating": "validate",
     "checkpoint": "checkpoint",
 }
-_AXES: dict[str, tuple[str, Callable[[Line], float]]] = {
-    "epoch": ("epochs", lambda line: line["epoch"] + 1),
-    "samples": ("samples trained", lambda line: _number(line["samples_trained"])),
-    "seconds": ("seconds", lambda line: _number(line["wall_time"])),
+_POSITIONS: dict[str, tuple[str, Callable[[EpochMetrics], float | None]]] = {
+    "epoch": ("epoch", lambda line: line.epoch + 1),
+    "samples": ("samples trained", lambda line: line.samples_trained),
+    "seconds": ("seconds", lambda line: line.wall_time),
 }
 
 
-@dataclass(frozen=True)
-class Plot:
-    """A plot and what stands beside it.
-
-    Attributes:
-        key: the name of its PNG file; unique in a report.
-        title: its heading.
-        draw: fills a figure.
-        size: inches.
-        note: a sentence below it, or "".
-        runs: whether each run has its colour, so that a legend of the runs is needed.
-        pan: whether it is too dense for a phone's width, where it scrolls.
-    """
-
-    key: str
-    title: str
-    draw: Draw
-    size: tuple[float, float] = WIDE
-    note: str = ""
-    runs: bool = True
-    pan: bool = False
-
-
 def curve_plots(runs: Sequence[RunRecord]) -> list[Plot]:
-    """Return loss and accuracy, by epoch, by samples trained and by seconds."""
-    plots = []
-    for what in ("loss", "accuracy"):
-        for place, (label, _) in _AXES.items():
-            draw = partial(_draw_curves, runs, what, place)
-            plots.append(Plot(f"{what}_by_{place}", f"{what.capitalize()} by {label.replace('epochs', 'epoch')}", draw))
-    return plots
+    """Return loss and accuracy by epoch, by samples trained and by seconds."""
+    return [
+        Plot(f"{what}_by_{position}", f"{what.capitalize()} by {label}", partial(_draw_curves, runs, what, position))
+        for what in ("loss", "accuracy")
+        for position, (label, _) in _POSITIONS.items()
+    ]
 
 
 def pruning_plot(runs: Sequence[RunRecord]) -> Plot:
-    """Return requested (dashed) against realised pruning, epoch by epoch."""
-    note = "Thin dashes: the prune ratio that was asked for. Solid: the share of all samples that was really left out."
-    return Plot("pruning", "Requested and realised pruning", partial(_draw_pruning, runs), note=note)
+    """Return requested and realized pruning by epoch."""
+    note = "Thin dashes: the requested prune ratio. Solid: the fraction of all samples that was left out."
+    return Plot("pruning", "Requested and realized pruning", partial(_draw_pruning, runs), note=note)
 
 
 def seconds_plot(runs: Sequence[RunRecord]) -> Plot:
     """Return a bar a run of where its seconds went."""
-    height = 1.5 + 0.42 * len(runs)
-    note = "Selecting, recording and forward-only passes exist only because of pruning: what saving samples costs."
-    return Plot("seconds", "Where the seconds went", partial(_draw_seconds, runs), (WIDE[0], height), note, runs=False)
+    note = "Selecting, recording and forward-only passes are what pruning costs."
+    size = (4.4, 1.5 + 0.42 * len(runs))
+    return Plot("seconds", "Where the seconds went", partial(_draw_seconds, runs), size, note, by_run=False)
 
 
-def spent(metrics: Sequence[Line]) -> dict[str, float]:
-    """Return the seconds of each part of a run, what scored its samples included."""
-    before = metrics[-1]["seconds_collected"]
-    return {
-        key: sum(line["seconds"].get(key, 0.0) for line in metrics) + before.get(key, 0.0)
-        for key in (*_PARTS.values(), "epoch")
-    }
+def draw_legend(axes: Axes, runs: Sequence[RunRecord]) -> None:
+    """Add a legend of the runs below a plot that stands alone."""
+    handles = [axes.plot([], [], line, color=color, linewidth=1.9)[0] for _, color, line in with_lines(runs)]
+    names = [short(run.name, 40) for run in runs]
+    figure_of(axes).legend(handles, names, loc="outside lower center", ncols=1 if len(runs) < 5 else 2, labelcolor=INK)
 
 
-def _parts(metrics: Sequence[Line]) -> dict[str, float]:
-    """Return words → seconds, which add up to those of the epochs."""
-    seconds = spent(metrics)
-    parts = {words: seconds[key] for words, key in _PARTS.items()}
-    # Workers wait for data inside what is timed as training.
-    parts["training"] = max(0.0, parts["training"] - parts["waiting for data"])
-    parts["other"] = max(0.0, seconds["epoch"] - sum(parts.values()))
-    return parts
-
-
-def _draw_curves(runs: Sequence[RunRecord], what: str, place: str, figure: Figure) -> None:
-    axes = figure.add_subplot()
-    label, position = _AXES[place]
+def _draw_curves(runs: Sequence[RunRecord], what: str, position: str, axes: Axes) -> None:
+    label, place = _POSITIONS[position]
     scale = 100.0 if what == "accuracy" else 1.0
-    for number, run in enumerate(runs):
-        colour, line = series(number)
-        x = [position(record) for record in run.metrics]
-        for part, width in (("train", 0.9), ("val", 1.9)):
-            y = [_number(record[f"{part}_{what}"]) * scale for record in run.metrics]
-            shown = np.isfinite(y)
-            size = 3.0 if len(x) <= 30 else 0.0
-            style = "--" if part == "train" else line
-            curve = axes.plot(np.array(x)[shown], np.array(y)[shown], style, color=colour, linewidth=width)[0]
-            curve.set(marker="o", markersize=size)
-    axes.set_xlabel(label)
+    for run, color, line in with_lines(runs):
+        x = np.array([place(record) for record in run.metrics], dtype=np.float64)
+        for part, style, width in (("train", "--", 0.9), ("val", line, 1.9)):
+            y = np.array([getattr(record, f"{part}_{what}") for record in run.metrics], dtype=np.float64) * scale
+            size = 3.0 if len(x) <= _MAX_MARKED else 0.0
+            known = np.isfinite(y)  # a curve goes on over epochs that were not validated
+            axes.plot(x[known], y[known], style, color=color, linewidth=width, marker="o", markersize=size)
     axes.set_ylabel("accuracy, %" if what == "accuracy" else "loss")
-    if place == "epoch":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    elif place == "samples":
+    if position == "epoch":
+        count_axis(axes)
+        return
+    axes.set_xlabel(label)
+    axes.set_xlim(left=0)
+    if position == "samples":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlim(left=0 if place != "epoch" else None)
 
 
-def _draw_pruning(runs: Sequence[RunRecord], figure: Figure) -> None:
-    axes = figure.add_subplot()
-    for number, run in enumerate(runs):
-        colour, line = series(number)
-        epochs = [record["epoch"] + 1 for record in run.metrics]
-        asked = [100 * _number(record["requested_prune_ratio"]) for record in run.metrics]
-        real = [100 * _number(record["pruned_fraction"]) for record in run.metrics]
-        axes.plot(epochs, asked, "--", color=colour, linewidth=0.9)
-        axes.plot(epochs, real, line, color=colour, linewidth=1.9, marker="o", markersize=3 if len(real) <= 30 else 0)
-    axes.set_xlabel("epochs")
+def _draw_pruning(runs: Sequence[RunRecord], axes: Axes) -> None:
+    for run, color, line in with_lines(runs):
+        epochs = [record.epoch + 1 for record in run.metrics]
+        shares = [(record.requested_prune_ratio, record.pruned_fraction) for record in run.metrics]
+        requested, realized = 100 * np.array(shares, dtype=np.float64).T
+        size = 3.0 if len(epochs) <= _MAX_MARKED else 0.0
+        axes.plot(epochs, requested, "--", color=color, linewidth=0.9)
+        axes.plot(epochs, realized, line, color=color, linewidth=1.9, marker="o", markersize=size)
     axes.set_ylabel("pruned, % of all samples")
     axes.set_ylim(bottom=0, top=max(5.0, axes.get_ylim()[1]))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    count_axis(axes)
 
 
-def _draw_seconds(runs: Sequence[RunRecord], figure: Figure) -> None:
-    axes = figure.add_subplot()
-    each = [_parts(run.metrics) for run in runs]
+def _draw_seconds(runs: Sequence[RunRecord], axes: Axes) -> None:
+    parts = [_seconds_by_part(run) for run in runs]
     lefts = np.zeros(len(runs))
-    whole = max(sum(parts.values()) for parts in each) or 1.0
-    for number, words in enumerate(each[0]):
-        widths = np.array([parts[words] for parts in each])
-        if widths.max() < whole * 0.001:
+    longest = max(sum(seconds.values()) for seconds in parts) or 1.0
+    for number, name in enumerate(parts[0]):
+        widths = np.array([seconds[name] for seconds in parts])
+        if widths.max() < longest * 0.001:
             continue
-        colour = SERIES[number % len(SERIES)]
-        axes.barh(range(len(runs)), widths, left=lefts, color=colour, height=0.6, label=words)
+        axes.barh(range(len(runs)), widths, left=lefts, color=SERIES[number % len(SERIES)], height=0.6, label=name)
         lefts += widths
     axes.set_yticks(range(len(runs)), [short(run.name, 22) for run in runs])
     axes.set_ylim(len(runs) - 0.4, -0.6)
     axes.set_xlabel("seconds of all epochs")
     axes.grid(visible=False, axis="y")
     if axes.patches:
-        figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+        figure_of(axes).legend(loc="outside lower center", ncols=3, fontsize=8)
 
 
-def legend(figure: Figure, runs: Sequence[RunRecord]) -> None:
-    """Draw a legend of the runs below a plot that stands alone."""
-    handles = []
-    for number in range(len(runs)):
-        colour, line = series(number)
-        handles.append(figure.axes[0].plot([], [], line, color=colour, linewidth=1.9)[0])
-    names = [short(run.name, 40) for run in runs]
-    figure.legend(handles, names, loc="outside lower center", ncols=1 if len(runs) < 5 else 2, labelcolor=INK)
-
-
-def _number(value: Any) -> float:
-    return float("nan") if value is None else float(value)
-
-
-def facts_of(line: Line) -> Mapping[str, Any]:
-    """Return what the selection of an epoch says of itself."""
-    facts: Mapping[str, Any] = line["selection"]
-    return facts
+def _seconds_by_part(run: RunRecord) -> dict[str, float]:
+    """Return the seconds of each part; they add up to those of the epochs."""
+    parts = {name: run.seconds(key) for name, key in _PARTS.items()}
+    # The time for training includes the wait for data.
+    parts["training"] = max(0.0, parts["training"] - parts["waiting for data"])
+    parts["other"] = max(0.0, run.seconds("epoch") - sum(parts.values()))
+    return parts

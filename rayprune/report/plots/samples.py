@@ -1,4 +1,4 @@
-"""Plots of the samples: their scores, how often each was pruned, and what each class was left with.
+"""Plots of the samples: their scores, how often each was pruned, and the fraction of each class that was kept.
 
 Shapes: N samples, C classes, E epochs.
 """
@@ -9,58 +9,54 @@ from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
-from rayprune.report.plots.runs import Plot, facts_of
-from rayprune.report.plots.style import series
-from rayprune.report.read import Line, RunRecord
+from rayprune.report.plots.style import Plot, count_axis, with_lines
+from rayprune.report.read import RunRecord
 
 _COUNTS = ("last_visit", "times_pruned")
-_MOST_SCORES = 4
+_MAX_SCORES = 4
 _BINS = 40
 
 
 def sample_plots(runs: Sequence[RunRecord]) -> tuple[list[Plot], list[str]]:
-    """Return the plots, and a sentence on each that what is stored does not allow."""
+    """Return the plots, and a sentence on each that the stored data does not allow."""
     plots: list[Plot] = []
     missing: list[str] = []
     names = list(dict.fromkeys(name for run in runs for name in score_names(run)))
-    for number, name in enumerate(names[:_MOST_SCORES]):
-        note = "Of all samples, as they stood when the run ended." if number == 0 else ""
+    for number, name in enumerate(names[:_MAX_SCORES]):
+        note = "All samples, at the end of the run." if number == 0 else ""
         plots.append(Plot(f"score_{number}", f"Distribution of {name}", partial(_draw_score, runs, name), note=note))
-    if len(names) > _MOST_SCORES:
-        missing.append(f"Not drawn: {', '.join(names[_MOST_SCORES:])} (scores.parquet holds them).")
+    if len(names) > _MAX_SCORES:
+        missing.append(f"Not shown: {', '.join(names[_MAX_SCORES:])} (see scores.parquet).")
     if not names:
-        missing.append("No distribution of scores: no run here has ended with scores.")
-    if any("threshold" in facts_of(line) for run in runs for line in run.metrics):
-        note = "The score at which the choice of an epoch was cut."
+        missing.append("No distribution of scores: none of these runs has finished with scores.")
+    if any(line.selection.threshold is not None for run in runs for line in run.metrics):
+        note = "The score that separates kept from pruned samples."
         plots.append(Plot("threshold", "Score threshold by epoch", partial(_draw_threshold, runs), note=note))
-    spreads = list(dict.fromkeys(name for run in runs for line in run.metrics for name in quantiles_of(line)))
-    for number, name in enumerate(spreads[:_MOST_SCORES]):
-        note = "Median, the middle half of the samples as a band, and dotted where the outer 5 % begin at either end."
-        plots.append(Plot(f"spread_{number}", f"{name} over epochs", partial(_draw_spread, runs, name), note=note))
+    spreads = list(dict.fromkeys(name for run in runs for line in run.metrics for name in line.score_quantiles))
+    for number, name in enumerate(spreads[:_MAX_SCORES]):
+        note = "Line: median. Band: 25th to 75th percentile. Dotted: 5th and 95th percentile."
+        plots.append(
+            Plot(f"spread_{number}", f"Spread of {name} by epoch", partial(_draw_spread, runs, name), note=note)
+        )
     if any(times_pruned(run) is not None for run in runs):
-        note = "0: in every epoch that trained."
+        note = "0: trained in every epoch."
         plots.append(Plot("times_pruned", "How often samples were pruned", partial(_draw_times, runs), note=note))
     else:
-        missing.append("How often samples were pruned is not known before a run ends.")
+        missing.append("How often samples were pruned is known when a run finishes.")
     if any(class_kept(run) is not None for run in runs):
-        note = "Mean over all epochs; 100 % is a class of which nothing was left out."
+        note = "Mean over all epochs; 100 % means that no sample of the class was ever pruned."
         plots.append(Plot("class_balance", "Kept of each class", partial(_draw_classes, runs), note=note))
     else:
-        missing.append("No class balance: the runs' metrics hold no kept share of each class.")
+        missing.append("No class balance: the metrics of these runs have no kept fraction of each class.")
     return plots, missing
 
 
-def quantiles_of(record: Line) -> dict[str, list[float | None]]:
-    """Return name → the seven quantiles of a score at the end of an epoch; nothing of a run that does not tell."""
-    return dict(record["score_quantiles"])
-
-
 def score_names(run: RunRecord) -> list[str]:
-    """Return the names of a run's scores, the counts left out."""
+    """Return the names of a run's scores, without the counts."""
     return [] if run.scores is None else [name for name in run.scores.scores if name not in _COUNTS]
 
 
@@ -72,97 +68,85 @@ def times_pruned(run: RunRecord) -> NDArray[np.int64] | None:
 
 
 def class_kept(run: RunRecord) -> NDArray[np.float64] | None:
-    """Return (C,) the mean share kept of each class over the epochs, or None."""
-    each = [facts_of(line).get("class_kept") for line in run.metrics]
-    rows = [row for row in each if isinstance(row, list) and row]
+    """Return (C,) the mean kept fraction of each class over the epochs, 0 where unknown; or None."""
+    rows = [line.selection.class_kept for line in run.metrics if line.selection.class_kept]
     if not rows or len({len(row) for row in rows}) > 1:
         return None
-    shares_EC = np.array([[np.nan if value is None else value for value in row] for row in rows], dtype=float)
-    seen = np.isfinite(shares_EC)
-    return np.where(seen, shares_EC, 0.0).sum(0) / np.maximum(seen.sum(0), 1)
+    shares_EC = np.array(rows, dtype=np.float64)
+    known_EC = np.isfinite(shares_EC)
+    return np.where(known_EC, shares_EC, 0.0).sum(0) / np.maximum(known_EC.sum(0), 1)
 
 
-def _draw_score(runs: Sequence[RunRecord], name: str, figure: Figure) -> None:
-    axes = figure.add_subplot()
-    columns = {}
-    for number, run in enumerate(runs):
+def _draw_score(runs: Sequence[RunRecord], name: str, axes: Axes) -> None:
+    columns = []
+    for run, color, line in with_lines(runs):
         if name in score_names(run):
             assert run.scores is not None
             column = np.asarray(run.scores.scores[name], dtype=np.float64)
-            columns[number] = column[np.isfinite(column)]
-    pooled = np.concatenate(list(columns.values()))
+            columns.append((column[np.isfinite(column)], color, line))
+    pooled = np.concatenate([column for column, _, _ in columns])
     low, high = (pooled.min(), pooled.max()) if pooled.size else (0.0, 1.0)
     # Losses span decades: on a linear axis nearly all of them are in the first bin.
-    logarithmic = pooled.size > 0 and low > 0 and np.median(pooled) < high / 20
+    logarithmic = 0 < low < high and np.median(pooled) < high / 20
     if low == high:
         low, high = low - 0.5, high + 0.5
-        logarithmic = False
     edges = np.geomspace(low, high, _BINS + 1) if logarithmic else np.linspace(low, high, _BINS + 1)
-    for number, column in columns.items():
-        colour, line = series(number)
+    for column, color, line in columns:
         share = 100.0 * np.histogram(column, edges)[0] / max(column.size, 1)
-        axes.stairs(share, edges, color=colour, linestyle=line, linewidth=1.5)
-        axes.stairs(share, edges, color=colour, alpha=0.12, fill=True)
+        axes.stairs(share, edges, color=color, linestyle=line, linewidth=1.5)
+        axes.stairs(share, edges, color=color, alpha=0.12, fill=True)
     if logarithmic:
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # matplotlib's own writes mathematics
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # matplotlib's own writes math text
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(f"{name}, logarithmic" if logarithmic else name)
     axes.set_ylabel("% of the samples")
     axes.set_ylim(bottom=0)
 
 
-def _draw_spread(runs: Sequence[RunRecord], name: str, figure: Figure) -> None:
-    axes = figure.add_subplot()
-    for number, run in enumerate(runs):
-        known = [(line["epoch"] + 1, quantiles_of(line)[name]) for line in run.metrics if name in quantiles_of(line)]
-        if not known:
+def _draw_spread(runs: Sequence[RunRecord], name: str, axes: Axes) -> None:
+    for run, color, line in with_lines(runs):
+        rows = {record.epoch + 1: values for record in run.metrics if (values := record.score_quantiles.get(name))}
+        if not rows:
             continue
-        colour, style = series(number)
-        epochs = [epoch for epoch, _ in known]
-        _, low, first, middle, third, high, _ = np.array([values for _, values in known], dtype=np.float64).T
-        axes.fill_between(epochs, first, third, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(epochs, middle, style, color=colour, marker="o", markersize=3)
+        epochs = list(rows)
+        _, low, first, median, third, high, _ = np.array(list(rows.values()), dtype=np.float64).T
+        axes.fill_between(epochs, first, third, color=color, alpha=0.15, linewidth=0)
+        axes.plot(epochs, median, line, color=color, marker="o", markersize=3)
         for edge in (low, high):
-            axes.plot(epochs, edge, ":", color=colour, linewidth=0.9)
-    axes.set(xlabel="epochs", ylabel=name)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.plot(epochs, edge, ":", color=color, linewidth=0.9)
+    axes.set_ylabel(name)
+    count_axis(axes)
 
 
-def _draw_threshold(runs: Sequence[RunRecord], figure: Figure) -> None:
-    axes = figure.add_subplot()
-    for number, run in enumerate(runs):
-        colour, line = series(number)
-        points = [(record["epoch"] + 1, facts_of(record).get("threshold")) for record in run.metrics]
-        known = [(epoch, float(value)) for epoch, value in points if value is not None]
-        axes.plot([x for x, _ in known], [y for _, y in known], line, color=colour, marker="o", markersize=3)
-    axes.set(xlabel="epochs", ylabel="threshold")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+def _draw_threshold(runs: Sequence[RunRecord], axes: Axes) -> None:
+    for run, color, line in with_lines(runs):
+        cuts = [(record.epoch + 1, record.selection.threshold) for record in run.metrics]
+        known = [(epoch, threshold) for epoch, threshold in cuts if threshold is not None]
+        axes.plot([x for x, _ in known], [y for _, y in known], line, color=color, marker="o", markersize=3)
+    axes.set_ylabel("threshold")
+    count_axis(axes)
 
 
-def _draw_times(runs: Sequence[RunRecord], figure: Figure) -> None:
-    axes = figure.add_subplot()
-    counted = [(number, times) for number, run in enumerate(runs) if (times := times_pruned(run)) is not None]
+def _draw_times(runs: Sequence[RunRecord], axes: Axes) -> None:
+    counted = [(times, color) for run, color, _ in with_lines(runs) if (times := times_pruned(run)) is not None]
     width = 0.84 / len(counted)
-    for place, (number, times) in enumerate(counted):
+    for place, (times, color) in enumerate(counted):
         share = 100.0 * np.bincount(times) / times.size
         offset = (place - (len(counted) - 1) / 2) * width
-        axes.bar(np.arange(share.size) + offset, share, width=width, color=series(number)[0])
-    axes.set(xlabel="epochs in which a sample was pruned", ylabel="% of the samples")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_xlim(-0.6, max([1, *(int(times.max(initial=0)) for _, times in counted)]) + 0.6)
+        axes.bar(np.arange(share.size) + offset, share, width=width, color=color)
+    axes.set_ylabel("% of the samples")
+    axes.set_xlim(-0.6, max(1, *(int(times.max(initial=0)) for times, _ in counted)) + 0.6)
     axes.grid(visible=False, axis="x")
+    count_axis(axes, "epochs in which a sample was pruned")
 
 
-def _draw_classes(runs: Sequence[RunRecord], figure: Figure) -> None:
-    axes = figure.add_subplot()
-    for number, run in enumerate(runs):
+def _draw_classes(runs: Sequence[RunRecord], axes: Axes) -> None:
+    for run, color, line in with_lines(runs):
         kept_C = class_kept(run)
-        if kept_C is None:
-            continue
-        colour, line = series(number)
-        size = 4.0 if kept_C.size <= 40 else 0.0
-        axes.plot(np.arange(kept_C.size), 100 * kept_C, line, color=colour, linewidth=1.2, marker="o", markersize=size)
-    axes.set(xlabel="class, by its number", ylabel="kept, %")
+        if kept_C is not None:
+            size = 4.0 if kept_C.size <= 40 else 0.0
+            axes.plot(100 * kept_C, line, color=color, linewidth=1.2, marker="o", markersize=size)
+    axes.set_ylabel("kept, %")
     axes.set_ylim(0, 105)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    count_axis(axes, "class")

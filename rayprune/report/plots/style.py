@@ -1,7 +1,7 @@
-"""One look for all plots, drawn once and shown twice: as SVG that follows the page's theme, or as PNG on white.
+"""The style of all plots, and how they become SVG for the page or PNG files.
 
-Figures are drawn in the colours of the light theme. In the SVG each becomes a CSS variable, so that the same picture
-is legible on a dark page; text stays text, in the page's own font.
+Plots are drawn in the colors of the light theme. In SVG each color becomes a CSS variable, so that a dark page can
+change it, and text stays text in the page's font.
 """
 
 from __future__ import annotations
@@ -9,21 +9,24 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK, MUTED, GRID, PAPER = "#1c2330", "#566070", "#d9dde3", "#ffffff"
-# The light theme's, then the dark theme's: the same hues, each with a contrast of 3 and more to its page.
+# The same hues in both themes, each with a contrast of at least 3 to its page.
 SERIES = ("#0b63a8", "#c4500a", "#00795a", "#a8487e", "#946400", "#5b4fc4", "#4a525e", "#6a6f00")
 DARK_SERIES = ("#6cb6ff", "#ff9d5c", "#4fd1a5", "#f29ac4", "#e8bd4f", "#b3a8ff", "#c3cad4", "#cfd06a")
 LINES = ("-", "--", ":", "-.")
 _VARIABLES = {
-    **{colour: f"var(--s{number})" for number, colour in enumerate(SERIES)},
+    **{color: f"var(--s{number})" for number, color in enumerate(SERIES)},
     INK: "var(--ink)",
     MUTED: "var(--muted)",
     GRID: "var(--grid)",
@@ -51,52 +54,85 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.facecolor": "none",
 }
-Draw = Callable[[Figure], None]
+T = TypeVar("T")
 
 
-def series(number: int) -> tuple[str, str]:
-    """Return the colour and the line of the n-th run of a plot; from the ninth on the lines differ."""
-    return SERIES[number % len(SERIES)], LINES[number // len(SERIES) % len(LINES)]
+@dataclass(frozen=True)
+class Plot:
+    """A plot and the words around it.
 
-
-def svg(draw: Draw, size: tuple[float, float], key: str) -> str:
-    """Return a figure as an `<svg>` element for a page.
-
-    Args:
-        draw: fills an empty figure.
-        size: of it, width and height in inches.
-        key: unique on the page: letters and digits.
+    Attributes:
+        key: name of its PNG file; unique in a report.
+        title: its heading.
+        draw: fills the axes.
+        size: width and height in inches.
+        note: a sentence below it, or "".
+        by_run: whether each run has its own color, so that a legend of the runs is needed.
+        scrolls: whether it is too dense for a phone's width, and scrolls there.
     """
+
+    key: str
+    title: str
+    draw: Callable[[Axes], None]
+    size: tuple[float, float] = (4.4, 2.9)
+    note: str = ""
+    by_run: bool = True
+    scrolls: bool = False
+
+
+def with_lines(runs: Sequence[T]) -> Iterator[tuple[T, str, str]]:
+    """Yield each run with its color and its line style, which differs from the ninth run on."""
+    for number, run in enumerate(runs):
+        yield run, SERIES[number % len(SERIES)], LINES[number // len(SERIES) % len(LINES)]
+
+
+def count_axis(axes: Axes, label: str = "epoch") -> None:
+    """Let the x-axis count epochs or anything else in whole numbers."""
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def figure_of(axes: Axes) -> Figure:
+    """Return the figure of some axes, for a legend outside of them."""
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    return figure
+
+
+def svg(plot: Plot) -> str:
+    """Return a plot as an `<svg>` element for a page."""
+    key = plot.key.replace("_", "")
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": key}):
         stream = io.StringIO()
-        _save(draw, size, stream, format="svg", metadata={"Date": None}, transparent=True)
+        _save(plot, stream, format="svg", metadata={"Date": None}, transparent=True)
     text = stream.getvalue()
     text = text[text.index("<svg") :]
-    # A style inside an SVG holds for the whole page: the page has its own for all of them.
+    # A style inside an SVG applies to the whole page, which has its own for all of them.
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1))
+    # Ids must be unique on the page.
     text = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', text)
     text = re.sub(r'href="#([^"]+)"', rf'href="#{key}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{key}-\1)", text)
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, variable)
+    for color, variable in _VARIABLES.items():
+        text = text.replace(color, variable)
     return text.strip()
 
 
-def save_png(draw: Draw, size: tuple[float, float], file: Path, dpi: int = 150) -> Path:
-    """Write a figure as a PNG file on white, whole or not at all; return the file."""
+def save_png(plot: Plot, file: Path, dpi: int = 150) -> Path:
+    """Write a plot as a PNG file on white, whole or not at all; return the file."""
     partial = file.with_name(f"{file.name}.partial")
     with matplotlib.rc_context(_STYLE):
-        _save(draw, size, partial, dpi=dpi, format="png", facecolor=PAPER)
+        _save(plot, partial, dpi=dpi, format="png", facecolor=PAPER)
     return partial.replace(file)
 
 
-def _save(draw: Draw, size: tuple[float, float], target: Any, **options: Any) -> None:
-    figure = Figure(figsize=size, layout="constrained")
+def _save(plot: Plot, target: Any, **options: Any) -> None:
+    figure = Figure(figsize=plot.size, layout="constrained")
     FigureCanvasAgg(figure)
     with warnings.catch_warnings():
-        # Names may be in any script: in an SVG the page's fonts have it, and for a PNG nothing can be done about it.
+        # Names may be in any script: a page's fonts can show them, and a PNG shows boxes.
         warnings.filterwarnings("ignore", message=r"(?s)(Glyph \d+|Matplotlib currently does not support)")
-        draw(figure)
+        plot.draw(figure.add_subplot())
         figure.savefig(target, **options)

@@ -131,7 +131,7 @@ def test_the_page_has_its_parts_in_order(page: Path, browser: Any) -> None:
     browser.get(page.as_uri())
     heads = browser.execute_script("return [...document.querySelectorAll('h1, h2')].map(h => h.textContent)")
     assert heads[1].startswith("Comparison")
-    assert heads[2:] == ["Runs", "Loss and accuracy", "Pruning and its cost", "Samples", "Telling samples", "Details"]
+    assert heads[2:] == ["Runs", "Loss and accuracy", "Pruning and its cost", "Samples", "Notable samples", "Details"]
     drawn = "return [...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect().height)"
     assert min(browser.execute_script(drawn)) > 60
     assert browser.execute_script("return document.querySelectorAll('[onclick], script').length") == 0

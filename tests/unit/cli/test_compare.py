@@ -43,12 +43,12 @@ def test_one_command_ends_with_a_table_and_a_verdict(tmp_path: Path) -> None:
     [
         ([CONFIG, CONFIG], "name one config"),
         ([CONFIG, "compare.baselines=[full_tim]"], "did you mean 'full_time'"),
-        ([CONFIG, "method.name=full"], "method is full, which everything is compared with"),
+        ([CONFIG, "method.name=full"], "method is full, the baseline of all methods"),
         ([CONFIG, "compare.seeds=0"], "at least one seed"),
         ([CONFIG, "train.stop_after=2"], "train.stop_after"),
     ],
 )
-def test_a_mistake_is_one_line_before_anything_runs(tmp_path: Path, words: list[str], line: str) -> None:
+def test_a_mistake_is_refused_in_one_line_before_anything_runs(tmp_path: Path, words: list[str], line: str) -> None:
     done = inside(*words, f"run.storage_path={tmp_path / 'runs'}")
     assert isinstance(done.exception, ValueError)
     assert line in str(done.exception)
@@ -56,7 +56,7 @@ def test_a_mistake_is_one_line_before_anything_runs(tmp_path: Path, words: list[
     assert not (tmp_path / "runs").exists()
 
 
-def test_one_seed_says_that_it_has_no_interval(tmp_path: Path) -> None:
+def test_one_seed_has_no_interval(tmp_path: Path) -> None:
     done = inside(CONFIG, *QUICK, "compare.seeds=1", f"run.storage_path={tmp_path}")
     assert done.exception is None, done.output
     (folder,) = tmp_path.iterdir()

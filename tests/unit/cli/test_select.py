@@ -41,20 +41,20 @@ def run(*words: object) -> str:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """Run the whole command line in this process; return its one line of error."""
+    """Run the whole command line in this process; return its one line on stderr."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["rayprune", "select", *map(str, words)])
         patch.setattr(sys, "path", sys.path.copy())
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exit_:
             cli.main()
     printed = capsys.readouterr()
-    assert left.value.code == 2
+    assert exit_.value.code == 2
     assert printed.out == ""
     assert printed.err.count("\n") == 1, printed.err
     return printed.err
 
 
-def test_the_highest_are_kept_and_the_run_to_train_is_named(tmp_path: Path) -> None:
+def test_the_highest_scores_are_kept_and_the_next_command_is_printed(tmp_path: Path) -> None:
     scores_in(tmp_path)
     printed = run(tmp_path, "--keep", "0.3")
     stored = read_selection_file(tmp_path / "chosen.parquet", 40)
@@ -80,7 +80,7 @@ def test_the_highest_are_kept_and_the_run_to_train_is_named(tmp_path: Path) -> N
         (["--rule", "strata", "--strata", "4", "--reweigh"], {"rule": "strata", "num_strata": 4, "reweigh": True}),
     ],
 )
-def test_options_are_those_of_choose(tmp_path: Path, words: list[str], options: dict[str, Any]) -> None:
+def test_options_reach_the_selection(tmp_path: Path, words: list[str], options: dict[str, Any]) -> None:
     scores = scores_in(tmp_path)
     run(scores, "--keep", "12", "--seed", "5", *words)
     expected = choose(LOSS, 12, labels=LABELS, rng=np.random.default_rng([5, 0]), **options)
@@ -89,7 +89,7 @@ def test_options_are_those_of_choose(tmp_path: Path, words: list[str], options: 
     assert np.array_equal(stored.weights, expected.weights)
 
 
-def test_several_formats_hold_one_choice(tmp_path: Path) -> None:
+def test_several_formats_hold_the_same_selection(tmp_path: Path) -> None:
     scores_in(tmp_path)
     files = [tmp_path / f"seven{ending}" for ending in (".parquet", ".txt")]
     printed = run(tmp_path, "--keep", "7", *(word for file in files for word in ("--out", file)))
@@ -99,7 +99,7 @@ def test_several_formats_hold_one_choice(tmp_path: Path) -> None:
     assert not (tmp_path / "chosen.parquet").exists()
 
 
-def test_an_existing_file_is_overwritten_only_when_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_file_is_overwritten_only_with_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = scores_in(tmp_path)
     run(tmp_path, "--keep", "7")
     new = tmp_path / "new.txt"
@@ -137,12 +137,12 @@ def test_a_csv_without_labels_and_many_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--keep", "0"], "outside 1..40"),
         (["--keep", "41"], "outside 1..40"),
         (["--keep", "1.5"], "outside (0, 1]"),
-        (["--keep", "half"], "'half' is no number"),
+        (["--keep", "half"], "'half' is not a number"),
         (["--keep", "nan"], "outside (0, 1]"),
         ([], "'--keep'"),
         (["--keep", "5", "--rule", "highest"], "'highest' is not one of"),
@@ -152,25 +152,25 @@ def test_a_csv_without_labels_and_many_classes(tmp_path: Path) -> None:
         (["--keep", "5", "--drop-top", "1"], "'--drop-top'"),
         (["--keep", "40", "--drop-top", "0.5"], "outside 1..20"),
         (["--keep", "5", "--reweigh"], "rule 'strata'"),
-        (["--keep", "5", "--rule", "strata", "--reweigh"], "take fewer strata"),
+        (["--keep", "5", "--rule", "strata", "--reweigh"], "use fewer strata"),
         (["--keep", "5", "--out", "chosen.npz"], "end it in .parquet or .txt"),
         (["--keep", "5", "--out", "nowhere/chosen.txt"], "create it first"),
     ],
 )
-def test_a_mistake_is_one_line_and_writes_nothing(
+def test_a_mistake_is_refused_in_one_line_and_nothing_is_written(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     words: list[str],
-    said: str,
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     scores_in(tmp_path)
-    assert said in refused(capsys, "scores.parquet", *words)
+    assert message in refused(capsys, "scores.parquet", *words)
     assert [path.name for path in tmp_path.iterdir()] == ["scores.parquet"]
 
 
-def test_scores_that_cannot_be_used_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_scores_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not exist" in refused(capsys, tmp_path / "none.parquet", "--keep", 5)
     assert "let the run finish" in refused(capsys, tmp_path, "--keep", 5)
     scores_in(tmp_path, el2n=LOSS)

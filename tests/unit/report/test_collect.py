@@ -1,184 +1,49 @@
-"""Reports of sweeps, comparisons and early exits, on folders of tiny runs."""
+"""Which runs, sweeps and comparisons a report shows, what it calls them, and what it leaves out."""
 
 from __future__ import annotations
 
-import json
 import shutil
-import warnings
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
 import pytest
-from click.testing import CliRunner
 
-from rayprune.cli.main import cli
-from rayprune.config import Config, make_config
-from rayprune.engine.train.driver import train
-from rayprune.experiments.compare.runner import compare
-from rayprune.experiments.early_exit.evaluate import evaluate, find_device
-from rayprune.experiments.sweep.folder import TrialState, mark_front, result_row, write_results, write_state
 from rayprune.report.collect import collect
-from rayprune.report.page import render, write_pngs
-from tests.support.exit_runs import exits_config
-from tests.support.runs import run_config
-
-SPACE = {"method.prune_ratio": [0.2, 0.6], "method.name": ["infobatch", "random_epoch"]}
+from rayprune.report.page import render
+from tests.support.reports import copy_of
 
 
-@pytest.fixture(scope="module")
-def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    section: dict[str, Any] = {"baselines": ["full", "full_steps"], "seeds": 2, "parallel": 1}
-    config = run_config(tmp_path_factory.mktemp("compared"), "asked", train={"epochs": 2}, compare=section)
-    return compare(config)
-
-
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sweep")
-    states = []
-    for ratio in SPACE["method.prune_ratio"]:
-        method = {"name": "infobatch", "prune_ratio": ratio}
-        config = run_config(folder / "trials", f"t{ratio}", method=method, train={"epochs": 2})
-        train(config)
-        states.append(TrialState(f"t{ratio}", {"method.prune_ratio": ratio, "method.name": "infobatch"}, "finished"))
-    states.append(TrialState("t9", {"method.prune_ratio": 0.9, "method.name": "<b>x</b>"}, "failed", "no <i>such</i>"))
-    for state in states:
-        write_state(folder, state)
-    base: Config = make_config({"sweep": {"space": SPACE}})
-    write_results(folder, base, mark_front([result_row(folder, state) for state in states]))
-    (folder / "sweep.yaml").write_text(base.to_yaml())
-    return folder
-
-
-def test_a_comparison_begins_with_its_verdict(comparison: Path) -> None:
-    report = json.loads((comparison / "compare.json").read_text())
-    text = render(collect([comparison]))
-    assert text.index(report["verdict"]["sentence"].split(":")[0]) < text.index("<svg") < text.index("All arms")
-    for arm in report["arms"]:
-        assert f"{arm['accuracy']:.2f} ± {arm['accuracy_sd']:.2f}" in text
-    assert "Loss by epoch" in text  # the runs of the first seed
-
-
-def test_a_sweep_shows_its_front_and_all_trials(sweep: Path) -> None:
-    found = collect([sweep])
-    text = render(found)
-    assert text.index("3 trials: 2 finished, 1 failed") < text.index("<svg") < text.index("All trials")
-    assert "<b>x" not in text
-    assert "no &lt;i&gt;such" in text
-    assert 1 <= len(found.runs) <= 2
-
-
-def test_groups_and_runs_share_a_page(sweep: Path, comparison: Path, tmp_path: Path) -> None:
-    run = next((sweep / "trials").glob("t0*"))
-    found = collect([sweep, comparison, run])
-    assert [group.kind for group in found.groups] == ["sweep", "comparison"]
-    assert [record.folder for record in found.runs] == [run]
-    render(found)
-    names = [file.name for file in write_pngs(found, tmp_path)]
-    assert {"pareto.png", "intervals1.png", "loss_by_epoch.png"} <= set(names)
-
-
-def _copied(folder: Path, target: Path) -> Path:
-    return Path(shutil.copytree(folder, target, ignore=shutil.ignore_patterns("checkpoints")))
-
-
-def test_a_mixed_report_says_of_what_each_part_is(comparison: Path, tmp_path: Path) -> None:
-    folder = _copied(next((comparison / "runs").glob("full-seed0")), tmp_path / "foreign")
+def test_named_runs_take_the_place_of_a_comparisons_runs(comparison: Path, tmp_path: Path) -> None:
+    folder = copy_of(next((comparison / "runs").glob("full-seed0")), tmp_path / "foreign")
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace("source: digits", "source: cifar10"))
     text = render(collect([comparison, folder]))
     lead = text.split('class="lead">')[1].split("<")[0]
     assert lead.startswith("a comparison on digits, ")
     assert "; a run of full, 2 epochs on cifar10" in lead
-    assert "Of each arm the run" not in text
-    assert "Those that were named. The runs of a sweep or a comparison are shown where" in text
-    assert "Of each arm the run of seed 0." in render(collect([comparison]))
+    assert "The run of each arm" not in text
+    assert "The runs that were named. Runs of a sweep or a comparison are shown where" in text
+    assert "The run of each arm with seed 0." in render(collect([comparison]))
 
 
-def test_runs_of_two_comparisons_are_told_apart(comparison: Path, tmp_path: Path) -> None:
-    folders = [_copied(comparison, tmp_path / side / "same") for side in ("a", "b")]
-    found = collect(folders)
-    names = [run.name for run in found.runs]
+def test_runs_of_two_comparisons_have_different_names(comparison: Path, tmp_path: Path) -> None:
+    collected = collect([copy_of(comparison, tmp_path / side / "same") for side in ("a", "b")])
+    names = [run.name for run in collected.runs]
     assert len(names) == len(set(names)) == 4
     assert names[0] == "a/same: full"
-    assert "a/same: Of each arm the run of seed 0. b/same: Of each" in found.runs_text
-    assert "Comparison b/same" in render(found)
+    assert "a/same: The run of each arm with seed 0. b/same: The run" in collected.runs_text
+    assert "Comparison b/same" in render(collected)
     assert [group.name for group in collect([tmp_path / "a"]).groups] == ["same"]  # a folder of results
 
 
-def test_a_damaged_run_costs_a_comparison_only_its_curves(comparison: Path, tmp_path: Path) -> None:
-    folder = _copied(comparison, tmp_path / "compared")
+def test_a_comparison_is_shown_without_a_damaged_run(comparison: Path, tmp_path: Path) -> None:
+    folder = copy_of(comparison, tmp_path / "compared")
     (folder / "runs" / "full-seed0" / "environment.json").write_text("{")
-    found = collect([folder])
-    assert len(found.runs) == 1
-    assert any("full is not among" in note and "environment.json" in note for note in found.groups[0].notes)
+    collected = collect([folder])
+    assert len(collected.runs) == 1
+    assert any("full is not among" in note and "environment.json" in note for note in collected.groups[0].notes)
 
 
-def test_a_comparison_of_an_older_version_is_shown_with_gaps(comparison: Path, tmp_path: Path) -> None:
-    report = json.loads((comparison / "compare.json").read_text())
-    for arm in report["arms"]:
-        for key in ("flops", "worst_class", "compute_saved"):
-            del arm[key]
-    (tmp_path / "compare.json").write_text(json.dumps(report))
-    found = collect([tmp_path])
-    assert {row[7] for row in found.groups[0].table.rows} == {"–"}
-    render(found)
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        (lambda report: report["arms"][1]["runs"].pop(), "1 runs of .* for 2 seeds"),
-        (lambda report: report["arms"][1].update(accuracy=None), "arms.1.accuracy"),
-        (lambda report: report["arms"][0].update(epochs=[]), "arms.0.epochs"),
-        (lambda report: report["arms"].pop(0), "full training"),
-        (lambda report: report.update(verdict="yes"), "verdict"),
-    ],
-)
-def test_a_comparison_that_lacks_something_names_file_and_cure(
-    comparison: Path, tmp_path: Path, change: Any, told: str
-) -> None:
-    report = json.loads((comparison / "compare.json").read_text())
-    change(report)
-    (tmp_path / "compare.json").write_text(json.dumps(report))
-    with pytest.raises(ValueError, match=f"compare.json .*{told}.*again"):
-        collect([tmp_path])
-
-
-def test_a_sweep_of_an_older_version_is_shown_with_gaps(sweep: Path, tmp_path: Path) -> None:
-    table = pd.read_parquet(sweep / "results.parquet").drop(columns=["flops", "error", "seconds"])
-    table.to_parquet(tmp_path / "results.parquet")
-    text = render(collect([tmp_path]))
-    assert "3 trials: 2 finished, 1 failed" in text
-    assert "–" in text
-
-
-def test_swept_values_that_are_missing_or_long_are_drawn(sweep: Path, tmp_path: Path) -> None:
-    table = pd.read_parquet(sweep / "results.parquet")
-    table["method.name"] = [None, "x" * 5000, "y"]
-    table.to_parquet(tmp_path / "results.parquet")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert ">None<" not in render(collect([tmp_path]))
-
-
-def test_a_damaged_sweep_names_file_and_cure(sweep: Path, tmp_path: Path) -> None:
-    file = tmp_path / "results.parquet"
-    table = pd.read_parquet(sweep / "results.parquet")
-    content = (sweep / "results.parquet").read_bytes()
-    damaged = [content[:-40], content[:3000].replace(content[8:200], b"x" * 192) + content[3000:], b""]
-    for bad in damaged:
-        file.write_bytes(bad)
-        with pytest.raises(ValueError, match=r"results.parquet .*run the same rayprune sweep again"):
-            collect([tmp_path])
-    for changed in (table.drop(columns="status"), table.assign(seconds="long"), table[:0]):
-        changed.to_parquet(file)
-        with pytest.raises(ValueError, match=r"results.parquet .*run the same rayprune sweep again"):
-            collect([tmp_path])
-
-
-def test_an_unfinished_comparison_tells_what_can_be_shown(comparison: Path, tmp_path: Path) -> None:
+def test_an_unfinished_comparison_is_refused_but_not_its_runs(comparison: Path, tmp_path: Path) -> None:
     folder = tmp_path / "half"
     shutil.copytree(comparison, folder)
     (folder / "compare.json").unlink()
@@ -187,28 +52,68 @@ def test_an_unfinished_comparison_tells_what_can_be_shown(comparison: Path, tmp_
     assert len(collect([folder / "runs"]).runs) == 4
 
 
-@pytest.mark.parametrize("content", ["{", "{}", '{"arms": []}'])
-def test_a_damaged_comparison_is_one_line(comparison: Path, tmp_path: Path, content: str) -> None:
-    (tmp_path / "compare.json").write_text(content)
-    done = CliRunner().invoke(cli, ["report", str(tmp_path)])
-    assert isinstance(done.exception, ValueError)
-    assert "again" in str(done.exception)
-    assert "\n" not in str(done.exception)
-
-
-def test_a_sweep_without_an_ended_trial_is_one_line(tmp_path: Path) -> None:
+def test_a_sweep_without_an_ended_trial_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text("{}")
     with pytest.raises(ValueError, match="try again when its first trial has ended"):
         collect([tmp_path])
 
 
-def test_an_evaluated_run_shows_its_exits(tmp_path: Path) -> None:
-    result = train(exits_config(tmp_path, train={"epochs": 1}))
-    assert "multiply-adds" not in render(collect([result.folder]))
-    evaluate(result.folder, None, find_device("cpu"), on_notice=lambda line: None)
-    text = render(collect([result.folder]))
-    assert "Early exits: accuracy against multiply-adds" in text
-    assert "leaving early, p =" in text
-    (result.folder / "exits" / "anytime.csv").write_text("")
-    with pytest.raises(ValueError, match="evaluate the run again"):
-        render(collect([result.folder]))
+def test_damaged_results_in_a_folder_are_left_out_with_a_note(runs: list[Path], tmp_path: Path) -> None:
+    for name in ("sound", "no_line", "newer", "gallery", "unstarted"):
+        copy_of(runs[1], tmp_path / name)
+    (tmp_path / "no_line" / "metrics.jsonl").write_text('{"epo')
+    (tmp_path / "newer" / "environment.json").write_text('{"schema": 99}')
+    (tmp_path / "gallery" / "gallery" / "gallery.json").write_text('{"schema": 1, "kinds": []}')
+    (tmp_path / "unstarted" / "metrics.jsonl").unlink()
+    (tmp_path / "bare_comparison").mkdir()
+    (tmp_path / "bare_comparison" / "compare.json").write_text("{}")
+    collected = collect([tmp_path])
+    assert [record.name for record in collected.runs] == ["sound"]
+    damaged = ["bare_comparison", "gallery", "newer", "no_line", "unstarted"]
+    assert [note.split()[0] for note in collected.omissions] == damaged
+    assert all(str(tmp_path / note.split()[0]) in note for note in collected.omissions)
+    assert render(collected).count(" was left out: ") == 5
+    for folder in ("newer", "gallery", "no_line"):  # a folder that is named itself must be sound
+        with pytest.raises(ValueError, match=folder):
+            collect([tmp_path, tmp_path / folder])
+
+
+def test_unreadable_runs_are_left_out_with_a_note(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    forbidden, stat, read_text = runs[1], Path.stat, Path.read_text
+
+    def refuse(path: Path) -> None:
+        if forbidden in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", lambda path, **options: refuse(path) or read_text(path, **options))
+    collected = collect([runs[1].parent])
+    assert [record.folder for record in collected.runs] == [runs[0]]
+    assert collected.omissions[0].startswith("pruned was left out: ")
+    assert "(Permission denied): check its permissions" in collected.omissions[0]
+    with pytest.raises(ValueError, match=r"pruned.*can't be read"):
+        collect([runs[1]])
+    monkeypatch.setattr(Path, "stat", lambda path, **options: refuse(path) or stat(path, **options))
+    assert collect([runs[1].parent]).omissions == []  # somebody else's folder
+
+
+def test_a_folder_of_damaged_runs_only_is_refused_in_one_line(run: Path) -> None:
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"nothing that can be shown.*has no finished epoch"):
+        collect([run.parent])
+
+
+def test_runs_in_folders_of_one_name_have_different_names(run: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / "x" / "same" / "run", tmp_path / "y" / "same" / "run", tmp_path / "y" / "other"]
+    for folder in folders:
+        shutil.copytree(run, folder)
+    collected = collect([*folders, tmp_path / "y" / ".." / "y" / "other"])  # the same folder twice is one
+    assert [record.name for record in collected.runs] == ["x/same/run", "y/same/run", "other"]
+
+
+def test_runs_without_a_gallery_are_named_once_and_not_as_a_fault(runs: list[Path], tmp_path: Path) -> None:
+    for number in range(2):
+        shutil.rmtree(copy_of(runs[1], tmp_path / f"old{number}") / "gallery")
+    collected = collect([tmp_path])
+    assert [*collected.omissions, *collected.run_notes] == []
+    assert collected.gallery_note.startswith("old0, old1: no gallery")
+    assert render(collected).count("no gallery") == 1

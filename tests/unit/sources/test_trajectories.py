@@ -139,7 +139,7 @@ def test_scores_come_from_the_folder(folder: Path) -> None:
     [
         ({"name": "tdds"}, NUM, "holds 4 epochs, 10 are needed: set trajectory_len to 4 or less"),
         ({"name": "tdds", "trajectory_len": 3, "window_size": 3}, 8, "0_Output.npy has 7 rows: log each of the 8"),
-        ("infobatch", NUM, "method 'infobatch' cannot be scored from logged logits"),
+        ("infobatch", NUM, "method 'infobatch' cannot score logged logits"),
     ],
 )
 def test_a_folder_that_does_not_fit_the_method_is_refused(

@@ -98,7 +98,7 @@ def test_a_gallery_that_fails_costs_no_run(tmp_path: Path, run: Path, monkeypatc
     assert any("no gallery" in line and "no space left" in line for line in told)
     assert not list(result.folder.glob("gallery*"))
     assert same_weights(result.folder, run)
-    assert "no gallery of telling samples" in render(collect([result.folder]))
+    assert "no gallery of notable samples" in render(collect([result.folder]))
 
 
 def test_the_report_shows_them_escaped_and_without_files(run: Path, tmp_path: Path) -> None:
@@ -144,4 +144,4 @@ def test_a_network_of_nan_has_no_predictions_and_no_suspects(
     assert [sample["prediction"] for sample in kinds["hardest"]] == [None] * gallery.SAMPLES_OF_A_KIND
     text = render(collect([folder]))
     assert "→ None" not in text
-    assert "sure –" in text
+    assert "confidence –" in text

@@ -10,7 +10,7 @@ import pandas as pd
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayprune.cli.sweep import sweep_table
+from rayprune.cli.sweep import sweep_lines
 from rayprune.config import load_config, make_config
 from rayprune.engine.storage.costs import PriorCost, costs_of
 from rayprune.engine.storage.run_folder import read_metrics
@@ -23,7 +23,7 @@ from rayprune.experiments.sweep.folder import (
     write_results,
     write_state,
 )
-from rayprune.report.plots.experiments import plot_pareto
+from rayprune.report.plots.experiments import save_pareto
 
 SPACE = {"method.name": ["infobatch", "random_epoch"], "method.prune_ratio": [0.3, {"schedule": "linear", "end": 0.6}]}
 # Few different values, so that ties occur.
@@ -135,7 +135,7 @@ def test_tables_and_configs_are_written(tmp_path: Path) -> None:
 
 
 def test_the_table_is_sorted_by_accuracy_with_the_front_marked(tmp_path: Path) -> None:
-    lines = sweep_table(swept(tmp_path), list(SPACE))
+    lines = sweep_lines(swept(tmp_path), list(SPACE))
     assert [line.split()[-1] for line in lines[1:6]] == ["000-a", "001-b", "002-c", "003-d", "004-e"]
     assert [line.startswith("*") for line in lines[1:6]] == [True, False, True, False, False]
     assert lines[6] == "failed   004-e: losses were NaN"
@@ -170,6 +170,6 @@ def test_a_scoring_run_is_shared_only_when_asked(tmp_path: Path) -> None:
 
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     write_results(tmp_path, make_config({"sweep": {"space": SPACE}}), swept(tmp_path))
-    file = plot_pareto(tmp_path)
+    file = save_pareto(tmp_path)
     assert file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert not list(tmp_path.glob("*.partial"))

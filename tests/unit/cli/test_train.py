@@ -1,0 +1,96 @@
+"""`rayprune train` as a user types it: what it prints and writes; trains in this process (num_workers 0)."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.support.command_line import environment, rayprune
+from tests.support.paths import ROOT
+
+QUICK = ["scaling.num_workers=0", "scaling.stream=local", "scaling.threads=1", "train.epochs=3", "model.name=mlp"]
+
+
+def metrics(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_runs_are_trained_and_compared(tmp_path: Path) -> None:
+    configs = ["configs/digits_full.yaml", "configs/digits_infobatch.yaml"]
+    done = rayprune("train", *configs, *QUICK, f"run.storage_path={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = re.findall(r"^ *\d/3 .*%$", done.stdout, flags=re.MULTILINE)
+    assert len(lines) == 6
+    folders = sorted(tmp_path.iterdir())
+    assert len(folders) == 2
+    for folder in folders:
+        assert str(folder) in done.stdout
+        last = metrics(folder)[-1]
+        assert f"{last['samples_trained']:,}" in done.stdout
+        assert f"{last['val_accuracy']:.2%}" in done.stdout
+    full, pruned = (metrics(folder)[-1]["samples_trained"] for folder in folders)
+    assert full == 3 * 1437
+    assert pruned < full
+
+
+def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
+    words = ["train", "configs/digits_infobatch.yaml", *QUICK, f"run.storage_path={tmp_path}", "run.name=again"]
+    first = rayprune(*words)
+    before = (tmp_path / "again" / "metrics.jsonl").read_bytes()
+    second = rayprune(*words)
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert "already finished" in second.stdout
+    assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_killed_run_resumes_to_the_result_of_an_undisturbed_run(tmp_path: Path) -> None:
+    quick = [word if word != "train.epochs=3" else "train.epochs=60" for word in QUICK]
+    words = ["train", "configs/digits_infobatch.yaml", *quick, f"run.storage_path={tmp_path}"]
+    assert rayprune(*words, "run.name=whole").returncode == 0
+    command = [sys.executable, "-m", "rayprune", *words, "run.name=killed"]
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command, cwd=ROOT, stdout=quiet, stderr=quiet, env=environment())
+    killed = tmp_path / "killed"
+    deadline = time.monotonic() + 60
+    while not ((killed / "metrics.jsonl").exists() and len(metrics_lines(killed)) >= 3):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = rayprune(*words, "run.name=killed")
+    assert again.returncode == 0, again.stderr
+    assert "resumes at epoch" in again.stdout
+    kept = ("plan_hash", "samples_trained", "val_accuracy", "train_loss", "samples_padded")
+    by_epoch = {line["epoch"]: [line[key] for key in kept] for line in metrics(killed)}
+    assert by_epoch == {line["epoch"]: [line[key] for key in kept] for line in metrics(tmp_path / "whole")}
+
+
+def metrics_lines(folder: Path) -> list[str]:
+    return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+def test_diverged_training_exits_1_and_names_samples(tmp_path: Path) -> None:
+    words = [*QUICK, f"run.storage_path={tmp_path}", "optim.lr=1e30", "train.max_nonfinite=10"]
+    done = rayprune("train", "configs/digits_infobatch.yaml", *words)
+    assert done.returncode == 1
+    assert re.search(r"losses were NaN or infinite.*first sample ids \[\d+", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_method_of_the_users_own_file_runs(tmp_path: Path) -> None:
+    words = [
+        "method.name=examples/keep_hardest.py:KeepHardest",
+        "method.prune_ratio=0.3",
+        f"run.storage_path={tmp_path}",
+    ]
+    done = rayprune("train", "configs/digits_full.yaml", *QUICK, *words)
+    assert done.returncode == 0, done.stderr
+    last = metrics(next(tmp_path.iterdir()))[-1]
+    assert last["kept"] == 1437 - int(0.3 * 1437)
