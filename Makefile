@@ -1,10 +1,10 @@
-# `make demo` and `make test` are all a newcomer needs; both set up .venv when it is missing or out of date.
+# Start with `make demo` and `make test`. Both set up .venv when it is missing or out of date.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test torture check format setup bench clean
+.PHONY: demo test scenarios test-all torture check format setup bench clean
 
 setup: $(VENV)/.done
 
@@ -19,11 +19,17 @@ demo: setup
 	$(BIN)/rayprune train configs/digits_full.yaml configs/digits_infobatch.yaml run.storage_path=runs/demo
 	$(BIN)/rayprune report runs/demo
 
-# Two processes, file by file, the long files of tests/integration first: who waits for Ray leaves the processor to others.
+# Everything but the long scenarios. Two processes that take whole files, those of tests/integration first: they are long.
 test: setup
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-# Kills 56 times inside epochs; some 18 minutes on two cores.
+# The long forms alone: kills, a cluster that grows and shrinks, a soak.
+scenarios: setup
+	$(BIN)/python -m pytest -m scenario tests
+
+test-all: test scenarios
+
+# 56 faults inside epochs; about 18 minutes on two cores.
 torture: setup
 	$(BIN)/python -m tests.scenarios.kills
 

@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks [NAME ...]` (or `make bench`)."""
+"""Benchmarks: `python -m benchmarks [NAME ...]` or `make bench`."""

@@ -14,7 +14,7 @@ NAMES = (
     *("plan", "actor", "recording", "saving", "boundary", "stream", "sources", "decoding", "tdds", "l2w"),
     *("host", "overhead", "plain", "start", "psp", "scaling", "gpu"),
 )
-# Long, or in need of memory that others may use: only when they are named.
+# Long or memory-hungry: they run only when named.
 BY_NAME = ("soak", "billion")
 
 
@@ -28,12 +28,12 @@ def main() -> int:
     print(machine(), f"command: python -m benchmarks {' '.join(names)}", "", HEADER, sep="\n", flush=True)
     missed = False
     for name in names:
-        started = time.perf_counter()
+        start = time.perf_counter()
         for figure in importlib.import_module(f"benchmarks.{name}").figures():
             print(figure.row(), flush=True)
             missed |= figure.holds == "NO"
-        ray.shutdown()  # the next one has the machine to itself, and a Ray of its own
-        print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        ray.shutdown()  # the next benchmark gets the whole machine and a Ray of its own
+        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     return int(missed)
 
 

@@ -1,4 +1,4 @@
-"""How many observations a second the ScoreActor takes in, through Ray, packed and sorted as workers send them."""
+"""Observations per second that the ScoreActor accepts through Ray, packed and sorted as workers send them."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ def figures() -> Iterator[Figure]:
 
 
 def intake(folder: Path, rows: int) -> tuple[list[float], list[float]]:
-    """Return million samples a second in calls of `rows`, and the seconds of calls that carry nothing.
+    """Return million samples per second in calls of `rows` samples, and the seconds of an empty call.
 
     Args:
-        folder: an existing one for the arrays that stand for a data set.
+        folder: an existing folder for the arrays that serve as the data set.
+        rows: samples per call.
     """
     features = folder / "x_train.npy"
     if not features.exists():

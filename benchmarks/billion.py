@@ -1,7 +1,8 @@
-"""InfoBatch's selection over 1e9 samples: seconds, and bytes a sample at the peak.
+"""InfoBatch's selection over 1e9 samples: seconds, and peak bytes per sample.
 
-By name only (`python -m benchmarks billion`): a minute or two and up to 14 GB. Where less is free, the largest of the
-sizes that fits is measured, and a row says what was left out. In a process of its own, one repetition an epoch.
+Runs only by name (`python -m benchmarks billion`): it takes a minute or two and up to 14 GB. With less free memory it
+measures the largest size that fits and reports the sizes that it skipped. It runs in its own process, with one
+repetition per epoch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from benchmarks.harness import Figure, peak_bytes, seconds
 from rayprune import InfoBatch, Selector
 
 SIZES = (1_000_000_000, 500_000_000, 200_000_000)
-BYTES_A_SAMPLE = 14  # that must be free
+FREE_BYTES_PER_SAMPLE = 14
 COUNT, PUSH_ROWS = 2, 1 << 20
 
 
@@ -26,20 +27,19 @@ def figures() -> Iterator[Figure]:
     """Yield the figures of the largest size that fits."""
     free = psutil.virtual_memory().available
     for size in SIZES:
-        if size * BYTES_A_SAMPLE > free:
-            yield Figure(
-                f"{size:.0e} samples skipped: {size * BYTES_A_SAMPLE / 1e9:.0f} GB needed; GB free", [free / 1e9]
-            )
+        if size * FREE_BYTES_PER_SAMPLE > free:
+            needed = size * FREE_BYTES_PER_SAMPLE / 1e9
+            yield Figure(f"{size:.0e} samples skipped: {needed:.0f} GB needed; GB free", [free / 1e9])
             continue
         command = [sys.executable, "-m", "benchmarks.billion", str(size)]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
             yield Figure(f"{size:.0e} samples failed (memory); exit code", [run.returncode])
             continue
-        seen = json.loads(run.stdout)
-        yield Figure(f"InfoBatch selection, {size:.0e} samples, s", seen["select"])
-        yield Figure(f"folding all losses in, {size:.0e} samples, s", seen["fold"])
-        yield Figure(f"score table and selection, {size:.0e} samples, peak bytes a sample", seen["bytes"])
+        values = json.loads(run.stdout)
+        yield Figure(f"InfoBatch selection, {size:.0e} samples, s", values["select"])
+        yield Figure(f"folding all losses, {size:.0e} samples, s", values["fold"])
+        yield Figure(f"score table and selection, {size:.0e} samples, peak bytes per sample", values["bytes"])
         return
 
 

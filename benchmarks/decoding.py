@@ -1,14 +1,15 @@
-"""Rows a second of images decoded from files, against a PyTorch DataLoader, and what the decoded cache saves.
+"""Rows per second of images decoded from files compared with a PyTorch DataLoader, and the gain of the decoded cache.
 
-4,000 JPEGs of 64×64 pixels in ten class folders, smooth noise with some grain; batches of 128 in a new random order
-each time. The source is read as the local stream does, in spans of 2,048 ids a thread ahead of the batches. The
-DataLoader decodes the same files in this process and in two workers that live on between epochs, once with the source's
-own decoder, once with Pillow as loops usually do. All in turns.
+The data are 4,000 JPEGs of 64×64 pixels in ten class folders (smooth noise with some grain), read in batches of 128 in
+a new random order each epoch. The source is read as the local stream reads it: a thread fetches spans of 2,048 ids
+ahead of the batches. The DataLoader decodes the same files, in this process or in two persistent workers, with the
+source's decoder or with Pillow. All variants alternate.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,24 +20,24 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.harness import Figure, seconds
+from benchmarks.harness import Figure, alternate, ratios, seconds
 from rayprune.sources import SampleSource, open_data
 from rayprune.sources.images import decode_jpegs
 
 ROWS, PIXELS, CLASSES = 4_000, 64, 10
 BATCH, SPAN, EPOCHS = 128, 2_048, 9
 WORKERS = (0, 2)
-# A cached epoch is milliseconds long: timed over a few.
+# A cached epoch takes milliseconds, so a few are timed together.
 CACHED_EPOCHS, FIRST_EPOCHS = 3, 5
 
 
 def figures() -> Iterator[Figure]:
-    """Yield rows a second, their ratio, the seconds of a first and of a cached epoch, and their ratio."""
+    """Yield rows per second and their ratios, then the seconds of a first and of a cached epoch and their ratio."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_images(root / "images")
-        yield from _against_the_loader(root / "images")
-        yield from _first_and_cached(root)
+        yield from _compare_loaders(root / "images")
+        yield from _compare_cache(root)
 
 
 def write_images(root: Path) -> None:
@@ -52,7 +53,7 @@ def write_images(root: Path) -> None:
 
 
 class _Files(Dataset[tuple[np.ndarray, int]]):
-    """The data set one would write: a list of files, opened and decoded one by one."""
+    """A typical hand-written data set: a list of files, opened and decoded one by one."""
 
     def __init__(self, root: Path, decode: Callable[[bytes], np.ndarray]) -> None:
         self._files = sorted((str(file), int(file.parent.name)) for file in root.rglob("*.jpg"))
@@ -66,60 +67,58 @@ class _Files(Dataset[tuple[np.ndarray, int]]):
         return self._decode(Path(file).read_bytes()), label
 
 
-def by_pillow(encoded: bytes) -> np.ndarray:
-    """Decode as a loop usually does."""
+def decode_with_pillow(encoded: bytes) -> np.ndarray:
+    """Decode with Pillow, as hand-written loops usually do."""
     with Image.open(io.BytesIO(encoded)) as image:
         return np.array(image.convert("RGB"))
 
 
-def by_the_source(encoded: bytes) -> np.ndarray:
+def decode_as_source(encoded: bytes) -> np.ndarray:
     """Decode as the source does."""
     pixels = decode_jpegs([encoded], 3)[0]
     assert pixels is not None
     return pixels
 
 
-DECODERS = {"same decoder": by_the_source, "Pillow": by_pillow}
+DECODERS = {"same decoder": decode_as_source, "Pillow": decode_with_pillow}
 
 
-def _against_the_loader(images: Path) -> Iterator[Figure]:
+def _compare_loaders(images: Path) -> Iterator[Figure]:
     source = _open(images, "none")
     loaders = {
-        (name, workers): DataLoader(
+        _loader_name(name, workers): DataLoader(
             _Files(images, decode), BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0
         )
         for name, decode in DECODERS.items()
         for workers in WORKERS
     }
-    ours: list[float] = []
-    seen: dict[tuple[str, int], list[float]] = {key: [] for key in loaders}
-    for epoch in range(EPOCHS + 1):
-        mine = _rate(lambda epoch=epoch: read_epoch(source, epoch))
-        theirs = {key: _rate(lambda loader=loader: _load_epoch(loader)) for key, loader in loaders.items()}
-        if epoch:  # the first one is warm-up
-            ours.append(mine)
-            for key, rate in theirs.items():
-                seen[key].append(rate)
-    yield Figure("image_folder, decoding at every visit, rows/s", ours)
-    for (name, workers), values in seen.items():
-        yield Figure(f"DataLoader, {name}, {workers} workers, rows/s", values)
+    epochs = itertools.count()
+    measures = {"source": lambda: _rate(lambda: read_epoch(source, next(epochs)))}
+    for key, loader in loaders.items():
+        measures[key] = lambda loader=loader: _rate(lambda: _load_epoch(loader))
+    rates = alternate(measures, EPOCHS)
+    yield Figure("image_folder, decoding at every visit, rows/s", rates["source"])
+    for key in loaders:
+        yield Figure(f"{key}, rows/s", rates[key])
     for name in DECODERS:
-        best = [max(rates) for rates in zip(*(seen[name, workers] for workers in WORKERS), strict=True)]
-        yield Figure(
-            f"image_folder ÷ best DataLoader, {name}", [a / b for a, b in zip(ours, best, strict=True)], "≥ 1.3"
-        )
+        best = [max(both) for both in zip(*(rates[_loader_name(name, workers)] for workers in WORKERS), strict=True)]
+        yield Figure(f"image_folder ÷ best DataLoader, {name}", ratios(rates["source"], best), "≥ 1.3")
 
 
-def _first_and_cached(root: Path) -> Iterator[Figure]:
+def _loader_name(decoder: str, workers: int) -> str:
+    return f"DataLoader, {decoder}, {workers} workers"
+
+
+def _compare_cache(root: Path) -> Iterator[Figure]:
     first, cached = [], []
-    for turn in range(FIRST_EPOCHS + 1):
-        source = _open(root / "images", "disk", root / f"cache-{turn}")
+    for number in range(FIRST_EPOCHS + 1):
+        source = _open(root / "images", "disk", root / f"cache-{number}")
         first.append(seconds(lambda source=source: read_epoch(source, 0)))
         cached.append(seconds(lambda source=source: [read_epoch(source, epoch) for epoch in range(CACHED_EPOCHS)]))
     first, cached = first[1:], [value / CACHED_EPOCHS for value in cached[1:]]
     yield Figure("first epoch, decoding into the cache, s", first)
     yield Figure("cached epoch, s", cached)
-    yield Figure("first epoch ÷ cached epoch", [a / b for a, b in zip(first, cached, strict=True)], "≥ 10")
+    yield Figure("first epoch ÷ cached epoch", ratios(first, cached), "≥ 10")
 
 
 def _open(images: Path, cache: str, cache_dir: Path | None = None) -> SampleSource:
@@ -132,16 +131,16 @@ def _rate(epoch: Callable[[], int]) -> float:
 
 
 def read_epoch(source: SampleSource, epoch: int) -> int:
-    """Read all rows in a random order, a span ahead, and return how many came in batches."""
+    """Read all rows in a random order, one span ahead; return the number of rows in the batches."""
     order = np.random.default_rng(epoch).permutation(len(source))
     spans = [order[start : start + SPAN] for start in range(0, len(order), SPAN)]
     rows = 0
     with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(source.take, spans[0])
+        pending = reader.submit(source.take, spans[0])
         for position in range(len(spans)):
-            columns = ahead.result()
+            columns = pending.result()
             if position + 1 < len(spans):
-                ahead = reader.submit(source.take, spans[position + 1])
+                pending = reader.submit(source.take, spans[position + 1])
             for start in range(0, len(columns["label"]), BATCH):
                 batch = {name: torch.from_numpy(column[start : start + BATCH]) for name, column in columns.items()}
                 rows += len(batch["image"])

@@ -1,4 +1,4 @@
-"""The steps of rayprune.engine.train.worker in this process, to be counted and looked at, without files.
+"""Training steps as in rayprune.engine.train.worker, in this process and without files, for profiling.
 
 Shapes: B rows of a batch, N samples.
 """
@@ -31,19 +31,14 @@ _EPOCHS = 1_000_000
 
 
 class EngineSteps:
-    """Steps of InfoBatch at ratio 0, which records every loss, over as many epochs as it takes; by `stream: device`."""
+    """Steps of InfoBatch at ratio 0 with `stream: device`; every loss is recorded and epochs never run out."""
 
     def __init__(self, config: Config, source: SampleSource, device: torch.device) -> None:
-        self._spec, self._seed, self._batch_size = (
-            input_spec(config, source),
-            config.train.seed,
-            config.train.batch_size,
-        )
+        self._spec, self._seed = input_spec(config, source), config.train.seed
+        batch_size, row_bytes = config.train.batch_size, source.schema.row_bytes
         network, method = build_network(config, self._spec, device), InfoBatch(prune_ratio=0.0)
         self._step = build_step(config, network, self._spec, StepSettings.of(method, config.train), device=device)
-        spec = ScoreSpec(
-            method.to_config(), source, 0, _EPOCHS, 0, self._batch_size, "pad", source.schema.row_bytes, None, 0
-        )
+        spec = ScoreSpec(method.to_config(), source, 0, _EPOCHS, 0, batch_size, "pad", row_bytes, None, 0)
         self._via = DeviceStream({"train": source}, device)
         self._place, self._sums = DevicePlacer(self._spec.column, device), MetricSums(device)
         self._session = ScoringSession(ScoreClient.in_process(spec), 1, 0, 1, ("loss",))
@@ -59,7 +54,7 @@ class EngineSteps:
             self._session.barrier("close", header.num_steps, with_state=False)
 
     def take(self, number: int, *, record: bool = True) -> None:
-        """Take so many steps; without `record` their losses are not kept."""
+        """Take `number` steps; without `record` their losses are discarded."""
         for _ in range(number):
             epoch, batch = next(self._batches)
             self._number += 1
@@ -74,13 +69,13 @@ class EngineSteps:
 
 
 def plain_epochs(config: Config, source: SampleSource, device: torch.device) -> Iterator[float]:
-    """Yield the samples a second of each epoch of the loop that one would write: the data on the device, no selection.
+    """Yield the samples per second of each epoch of a hand-written loop: data on the device, no selection.
 
-    Network, optimiser, augmentation, batch and precision are the engine's; what does not fill a batch is left out.
+    Network, optimizer, augmentation, batch size and precision are the engine's. An incomplete last batch is dropped.
     """
     spec, batch = input_spec(config, source), config.train.batch_size
-    every = source.take(np.arange(len(source), dtype=np.int64))
-    images, labels = (torch.from_numpy(every[name]).to(device) for name in (spec.column, "label"))
+    columns = source.take(np.arange(len(source), dtype=np.int64))
+    images, labels = (torch.from_numpy(columns[name]).to(device) for name in (spec.column, "label"))
     model = build_network(config, spec, device).train()
     if config.train.compile:
         model.compile()
@@ -89,10 +84,10 @@ def plain_epochs(config: Config, source: SampleSource, device: torch.device) -> 
         start = time.perf_counter()
         order = torch.randperm(len(labels))
         draws = spec.augment.draws(order.numpy(), spec.shape, seed=0, epoch=epoch)
-        drawn, order = None if draws is None else torch.from_numpy(draws).to(device), order.to(device)
+        placed, order = None if draws is None else torch.from_numpy(draws).to(device), order.to(device)
         for first in range(0, len(order) - batch + 1, batch):
             ids = order[first : first + batch]
-            inputs = spec.augment.train(images[ids], None if drawn is None else drawn[first : first + batch])
+            inputs = spec.augment.train(images[ids], None if placed is None else placed[first : first + batch])
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, precision, enabled=precision is not None):
                 logits = model(inputs)
@@ -103,13 +98,13 @@ def plain_epochs(config: Config, source: SampleSource, device: torch.device) -> 
 
 
 def wait(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def elapsed_ms(device: torch.device, action: Callable[[], object]) -> float:
-    """Return the milliseconds that an action takes on the device: by CUDA's events, by the clock without a GPU."""
+    """Return the milliseconds that an action takes on the device, by CUDA events; by the clock without a GPU."""
     if device.type != "cuda":
         start = time.perf_counter()
         action()
@@ -123,23 +118,23 @@ def elapsed_ms(device: torch.device, action: Callable[[], object]) -> float:
 
 
 def idle_share(device: torch.device, action: Callable[[], object]) -> float:
-    """Return the share of an action's time in which the device works on nothing, kernels and copies counted."""
+    """Return the share of an action's time in which the device runs neither kernels nor copies."""
     on_gpu = device.type == "cuda"
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
     wait(device)
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         start = time.perf_counter()
         action()
         wait(device)
         wall_us = (time.perf_counter() - start) * 1e6
-    ranges = ((event.time_range.start, event.time_range.end) for event in seen.events() if event.device_type == kind)
-    return max(0.0, 1.0 - covered(ranges) / wall_us)
+    ranges = (event.time_range for event in profiler.events() if event.device_type == kind)
+    return max(0.0, 1.0 - union_length((one.start, one.end) for one in ranges) / wall_us)
 
 
-def covered(ranges: Iterable[tuple[float, float]]) -> float:
-    """Return how much of a line intervals cover; what overlaps counts once.
+def union_length(ranges: Iterable[tuple[float, float]]) -> float:
+    """Return the total length of the union of intervals.
 
-    >>> covered([(4.0, 5.0), (0.0, 2.0), (1.0, 3.0)])
+    >>> union_length([(4.0, 5.0), (0.0, 2.0), (1.0, 3.0)])
     4.0
     """
     total, end = 0.0, float("-inf")

@@ -1,6 +1,6 @@
-"""Time something n times and say what was seen: median, spread, the wished-for figure, and whether it holds.
+"""Repeat a measurement and report its median, its spread, and whether the goal holds.
 
-Machines drift, so what is compared is compared inside one run, in turns.
+Machines drift, so alternatives are measured in alternation within one process.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,9 +24,9 @@ class Figure:
     """One measured quantity.
 
     Attributes:
-        name: what was measured, with its unit.
-        values: one a repetition.
-        goal: such as "≤ 0.3" or "≥ 30"; empty where there is none.
+        name: the quantity and its unit.
+        values: one per repetition.
+        goal: a bound on the median, such as "≤ 0.3" or "≥ 30"; empty for none.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Figure:
 
     @property
     def median(self) -> float:
-        """The middle value."""
+        """The median of the values."""
         return statistics.median(self.values)
 
     @property
@@ -47,18 +47,17 @@ class Figure:
         return "yes" if (self.median <= float(bound) if sign == "≤" else self.median >= float(bound)) else "NO"
 
     def row(self) -> str:
-        """Return the figure as a line of the table."""
-        low, high = min(self.values), max(self.values)
-        spread = f"{low:.4g} … {high:.4g}"
-        named = f"{self.name:<{NAME_WIDTH}} {len(self.values):>3}"
-        return f"{named} {self.median:>10.4g}   {spread:<22} {self.goal:<8} {self.holds}"
+        """Return the figure as a row of the table."""
+        spread = f"{min(self.values):.4g} … {max(self.values):.4g}"
+        name = f"{self.name:<{NAME_WIDTH}} {len(self.values):>3}"
+        return f"{name} {self.median:>10.4g}   {spread:<22} {self.goal:<8} {self.holds}"
 
 
 HEADER = f"{'figure':<{NAME_WIDTH}} {'n':>3} {'median':>10}   {'spread':<22} {'goal':<8} holds"
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """Return how long one call takes."""
+    """Return the seconds that one call takes."""
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
@@ -66,21 +65,36 @@ def seconds(action: Callable[[], object]) -> float:
 
 def repeat(action: Callable[[], object], count: int, warm_up: int = 1) -> list[float]:
     """Return the seconds of `count` calls after `warm_up` uncounted ones."""
-    for _ in range(warm_up):
-        action()
-    return [seconds(action) for _ in range(count)]
+    return alternate({"": lambda: seconds(action)}, count, warm_up)[""]
+
+
+def alternate(measures: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Take all measurements in each round; return the values by name, without those of the warm-up rounds."""
+    values: dict[str, list[float]] = {name: [] for name in measures}
+    for number in range(warm_up + rounds):
+        for name, measure in measures.items():
+            value = measure()
+            if number >= warm_up:
+                values[name].append(value)
+    return values
+
+
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    """Return the ratios of values that were measured side by side."""
+    return [a / b for a, b in zip(numerators, denominators, strict=True)]
 
 
 def peak_bytes() -> int:
-    """Return the most memory that this process has held; a child's ru_maxrss begins with its parent's."""
+    """Return the peak memory of this process."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss: in a child process it starts at the parent's peak.
     return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
 
 
 def machine() -> str:
-    """Return a line on hardware and versions."""
+    """Return one line that names hardware and versions."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("ray", "torch", "numpy"))
     cores = len(os.sched_getaffinity(0))
     date = time.strftime("%Y-%m-%d")

@@ -1,9 +1,9 @@
-"""What a step costs the host beside the network's own work: microseconds and torch operator calls.
+"""Host overhead of a training step: microseconds and torch operator calls.
 
-On a GPU the host must launch faster than the device computes. The network is so small (digits, MLP, batch 16, one
-thread) that a step is the host's work alone. Engine: InfoBatch at ratio 0, with augmentation, seeding, recording
-and sums; rows by `stream: device`. Beside it, in turns: forward, loss, backward and SGD of the same network over the
-same rows, already normalised. The calls are counted at torch's dispatcher.
+On a GPU the host must launch work faster than the device computes it. The network is so small (digits, MLP, batch 16,
+one thread) that a step is host work only. The engine runs InfoBatch at ratio 0 with augmentation, seeding, recording,
+metric sums, and `stream: device`. It alternates with forward, loss, backward and SGD of the same network over the same,
+already normalized rows. Operator calls are counted at torch's dispatcher.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu_steps import EngineSteps
-from benchmarks.harness import Figure, seconds
+from benchmarks.harness import Figure, alternate, seconds
 from rayprune.config import Config, make_config
 from rayprune.engine.train.build import build_network, network_optimizer
 from rayprune.engine.train.preflight import input_spec
 from rayprune.sources import SampleSource, open_data
 
-BATCH, STEPS, TURNS, COUNTED = 16, 300, 9, 20
+BATCH, STEPS, ROUNDS, COUNTED_STEPS = 16, 300, 9, 20
 CPU = torch.device("cpu")
 
 
 def figures() -> Iterator[Figure]:
-    """Yield µs a step of both, what the engine adds, and the operator calls."""
+    """Yield µs per step of both, the engine's overhead, and the operator calls."""
     torch.set_num_threads(1)
     config = make_config(
         {
@@ -38,21 +38,17 @@ def figures() -> Iterator[Figure]:
         }
     )
     source = open_data("digits").train
-    engine, plain = EngineSteps(config, source, CPU), _plain(config, source)
-    seen: dict[str, list[float]] = {"engine": [], "plain": []}
-    for turn in range(TURNS + 1):
-        taken = {"engine": seconds(lambda: engine.take(STEPS)), "plain": seconds(lambda: plain(STEPS))}
-        if turn:  # the first one is warm-up
-            for name, value in taken.items():
-                seen[name].append(value / STEPS * 1e6)
-    yield Figure(f"MLP step, batch {BATCH}, engine, µs", seen["engine"])
-    yield Figure(f"MLP step, batch {BATCH}, forward, backward and SGD alone, µs", seen["plain"])
-    yield Figure("what the engine adds, µs a step", [a - b for a, b in zip(*seen.values(), strict=True)])
-    yield Figure("operator calls a step, engine", [_calls(engine.take)])
-    yield Figure("operator calls a step, forward, backward and SGD alone", [_calls(plain)])
+    loops = {"engine": EngineSteps(config, source, CPU).take, "plain": _plain_steps(config, source)}
+    measures = {name: lambda take=take: seconds(lambda: take(STEPS)) / STEPS * 1e6 for name, take in loops.items()}
+    times = alternate(measures, ROUNDS)
+    yield Figure(f"MLP step, batch {BATCH}, engine, µs", times["engine"])
+    yield Figure(f"MLP step, batch {BATCH}, forward, backward and SGD alone, µs", times["plain"])
+    yield Figure("engine overhead, µs per step", [a - b for a, b in zip(*times.values(), strict=True)])
+    yield Figure("operator calls per step, engine", [_calls_per_step(loops["engine"])])
+    yield Figure("operator calls per step, forward, backward and SGD alone", [_calls_per_step(loops["plain"])])
 
 
-def _plain(config: Config, source: SampleSource) -> Callable[[int], None]:
+def _plain_steps(config: Config, source: SampleSource) -> Callable[[int], None]:
     spec = input_spec(config, source)
     columns = source.take(np.arange(len(source), dtype=np.int64))
     inputs = spec.augment.evaluate(torch.from_numpy(columns[spec.column]))
@@ -70,7 +66,7 @@ def _plain(config: Config, source: SampleSource) -> Callable[[int], None]:
     return take
 
 
-class _Counted(TorchDispatchMode):
+class _CallCounter(TorchDispatchMode):
     calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -78,7 +74,7 @@ class _Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _calls(take: Callable[[int], None]) -> float:
-    with _Counted() as counted:
-        take(COUNTED)
-    return counted.calls / COUNTED
+def _calls_per_step(take: Callable[[int], None]) -> float:
+    with _CallCounter() as counter:
+        take(COUNTED_STEPS)
+    return counter.calls / COUNTED_STEPS

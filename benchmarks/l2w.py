@@ -1,4 +1,4 @@
-"""What learned weights cost an MSDNet-5 for CIFAR-10: a batch of L2W against two plain half batches."""
+"""Cost of learned sample weights for MSDNet-5 on CIFAR-10: one L2W batch compared with two plain half batches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Figure, seconds
+from benchmarks.harness import Figure, alternate, ratios, seconds
 from rayprune.nn.models import build_model
 from rayprune.nn.steps import ExitStep, L2wStep, PlainStep
 
@@ -15,7 +15,7 @@ BATCH, REPEATS, INTERVAL = 64, 9, 100
 
 
 def figures() -> Iterator[Figure]:
-    """Yield the plain batch, and what one costs with learned weights, at every batch and at every hundredth."""
+    """Yield the plain batch, and the cost of learning weights in every batch and in every hundredth batch."""
     torch.set_num_threads(2)
     images = torch.randn(BATCH, 3, 32, 32).to(memory_format=torch.channels_last)
     targets_B, weights_B = torch.randint(10, (BATCH,)), torch.ones(BATCH)
@@ -26,21 +26,17 @@ def figures() -> Iterator[Figure]:
         for half in halves:
             plain(images[half], targets_B[half], weights_B[half])
 
-    times: list[tuple[float, float, float]] = []
-    for number in range(REPEATS + 2):
-        each = (
-            seconds(two_halves),
-            seconds(lambda: learned(images, targets_B, weights_B, learns=True)),
-            seconds(lambda: learned(images, targets_B, weights_B, learns=False)),
-        )
-        if number >= 2:
-            times.append(each)
-    plains = [each[0] for each in times]
-    always = [taught / base for base, taught, _ in times]
-    seldom = [(taught + (INTERVAL - 1) * other) / INTERVAL / base for base, taught, other in times]
-    yield Figure(f"MSDNet-5, two plain steps of {BATCH // 2} images, ms", [s * 1e3 for s in plains])
-    yield Figure("learned weights, meta interval 1 ÷ plain", always, "≤ 4.5")
-    yield Figure(f"learned weights, meta interval {INTERVAL} ÷ plain", seldom, "≤ 1.1")
+    measures = {
+        "plain": lambda: seconds(two_halves),
+        "meta": lambda: seconds(lambda: learned(images, targets_B, weights_B, learns=True)),
+        "between": lambda: seconds(lambda: learned(images, targets_B, weights_B, learns=False)),
+    }
+    times = alternate(measures, REPEATS, warm_up=2)
+    pairs = zip(times["meta"], times["between"], strict=True)
+    seldom = [(meta + (INTERVAL - 1) * between) / INTERVAL for meta, between in pairs]
+    yield Figure(f"MSDNet-5, two plain steps of {BATCH // 2} images, ms", [s * 1e3 for s in times["plain"]])
+    yield Figure("learned weights, meta interval 1 ÷ plain", ratios(times["meta"], times["plain"]), "≤ 4.5")
+    yield Figure(f"learned weights, meta interval {INTERVAL} ÷ plain", ratios(seldom, times["plain"]), "≤ 1.1")
 
 
 def _step(step: type[PlainStep]) -> Any:

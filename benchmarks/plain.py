@@ -1,17 +1,19 @@
-"""A run that prunes nothing ÷ the loop that one would write: seconds an epoch, same model, images and augmentation.
+"""A run without pruning ÷ a hand-written loop: seconds per epoch, same model, images and augmentation.
 
-ResNet-8 in channels_last, batch 128, SGD, two threads, 32×32 images of `images`. The loop: a Dataset that holds the
-decoded images (as torchvision's CIFAR10 does), torchvision's v2 transforms a sample (RandomCrop(32, padding=4),
-RandomHorizontalFlip, ToImage, ToDtype, Normalize), a DataLoader with 0 and with 2 workers that live on between epochs,
-of which each turn's faster one counts. Ours: InfoBatch at ratio 0, that is with recording, selection and checkpoints;
-seconds are the whole epoch's (`seconds.epoch`), and the loop's are its epoch's alone.
+ResNet-8 in channels_last, batch 128, SGD, two threads, 32×32 images (see `images`). The loop uses a Dataset that holds
+the decoded images (as torchvision's CIFAR10 does), torchvision's v2 transforms per sample (RandomCrop(32, padding=4),
+RandomHorizontalFlip, ToImage, ToDtype, Normalize), and a DataLoader with 0 or with 2 persistent workers; the faster of
+the two counts in each round. rayprune runs InfoBatch at ratio 0, which includes recording, selection and checkpoints;
+its seconds cover the whole epoch (`seconds.epoch`), the loop's only its training.
 
-With num_workers 0 all run in this process, in turns: each turn trains one more epoch of the same run (`stop_after`).
-With one Ray worker the epochs of one run are set against the loop's median over the epochs right before and after it.
+With num_workers 0 everything runs in this process, in alternation: each round trains one more epoch of the same run
+(`stop_after`). With one Ray worker, the epochs of one run are compared with the loop's median over the epochs directly
+before and after the run.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from benchmarks.harness import Figure, seconds
+from benchmarks.harness import Figure, alternate, ratios, seconds
 from benchmarks.images import Images, load
 from rayprune.config import make_config
 from rayprune.engine.cluster import start_ray
@@ -33,48 +35,46 @@ from rayprune.engine.train.driver import train
 from rayprune.nn.models import build_model
 from rayprune.sources import open_data
 
-ROWS, BATCH, TURNS, THREADS = 10_240, 128, 3, 2
+ROWS, BATCH, ROUNDS, THREADS = 10_240, 128, 3, 2
 LOADERS = (0, 2)
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
 
 
 def figures() -> Iterator[Figure]:
-    """Yield seconds an epoch of both, and their ratio, without workers and with one."""
+    """Yield seconds per epoch of both and their ratio, without workers and with one."""
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as folder:
         images = load(Path(folder), ROWS)
         loop = _Loop(images, Path(folder))
-        ours: list[float] = []
-        theirs: dict[int, list[float]] = {workers: [] for workers in LOADERS}
-        for turn in range(TURNS + 1):
-            mine = _ours(Path(folder), images, "in-process", 0, turn + 1)[-1]
-            each = {workers: loop.epoch(workers) for workers in LOADERS}
-            if turn:  # the first one is warm-up
-                ours.append(mine)
-                for workers, value in each.items():
-                    theirs[workers].append(value)
-        best = [min(values) for values in zip(*theirs.values(), strict=True)]
-        yield Figure(f"rayprune, ratio 0, num_workers 0, {images.name}, s an epoch", ours)
-        for workers, values in theirs.items():
-            yield Figure(f"plain loop, DataLoader with {workers} workers, s an epoch", values)
-        yield Figure("num_workers 0 ÷ best plain loop", [a / b for a, b in zip(ours, best, strict=True)], "≤ 0.95")
+        epochs = itertools.count(1)
+        loaders = {f"DataLoader with {workers} workers": workers for workers in LOADERS}
+        measures = {"rayprune": lambda: _run_epochs(Path(folder), images, "in-process", 0, next(epochs))[-1]}
+        measures |= {name: lambda workers=workers: loop.epoch(workers) for name, workers in loaders.items()}
+        times = alternate(measures, ROUNDS)
+        engine = times.pop("rayprune")
+        best = [min(values) for values in zip(*times.values(), strict=True)]
+        yield Figure(f"rayprune, ratio 0, num_workers 0, {images.name}, s per epoch", engine)
+        for name, values in times.items():
+            yield Figure(f"plain loop, {name}, s per epoch", values)
+        yield Figure("num_workers 0 ÷ best plain loop", ratios(engine, best), "≤ 0.95")
         start_ray()
-        before = min(theirs, key=lambda workers: statistics.median(theirs[workers]))
-        around = [loop.epoch(before)]
-        ours = _ours(Path(folder), images, "worker", 1, TURNS + 1)[1:]
-        around.append(loop.epoch(before))
-        yield Figure("rayprune, ratio 0, 1 worker, s an epoch", ours)
-        yield Figure("1 worker ÷ plain loop around it", [value / statistics.median(around) for value in ours], "≤ 0.95")
+        fastest = loaders[min(times, key=lambda name: statistics.median(times[name]))]
+        neighbors = [loop.epoch(fastest)]
+        engine = _run_epochs(Path(folder), images, "worker", 1, ROUNDS + 1)[1:]
+        neighbors.append(loop.epoch(fastest))
+        yield Figure("rayprune, ratio 0, 1 worker, s per epoch", engine)
+        median = statistics.median(neighbors)
+        yield Figure("1 worker ÷ plain loop before and after", [value / median for value in engine], "≤ 0.95")
 
 
-def _ours(folder: Path, images: Images, name: str, workers: int, epochs: int) -> list[float]:
-    """Train up to an epoch, from where the run stands, and return the seconds of its epochs so far."""
+def _run_epochs(folder: Path, images: Images, name: str, workers: int, epochs: int) -> list[float]:
+    """Train a run, or continue it, up to `epochs` epochs; return the seconds of all its epochs."""
     config = make_config(
         {
             "data": {**images.keys(folder / "cache"), "limit": ROWS},
             "model": {"name": "resnet8"},
             "method": {"name": "infobatch", "prune_ratio": 0.0},
-            "train": {"epochs": TURNS + 1, "batch_size": BATCH, "precision": "fp32", "stop_after": epochs},
+            "train": {"epochs": ROUNDS + 1, "batch_size": BATCH, "precision": "fp32", "stop_after": epochs},
             "optim": {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "constant"},
             "scaling": {"num_workers": workers, "threads": THREADS, "use_gpu": False, "stream": "local"},
             "run": {"storage_path": str(folder), "name": name},
@@ -104,7 +104,7 @@ class _Pictures(Dataset[tuple[Any, int]]):
 
 
 class _Loop:
-    """The loop that one would write, an epoch a call."""
+    """A hand-written training loop; one call trains one epoch."""
 
     def __init__(self, images: Images, folder: Path) -> None:
         keys: dict[str, Any] = {**images.keys(folder / "cache")}
@@ -120,7 +120,7 @@ class _Loop:
         self._optimizer = torch.optim.SGD(self._model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
 
     def epoch(self, workers: int) -> float:
-        """Train an epoch; return its seconds."""
+        """Train one epoch; return its seconds."""
         torch.set_num_threads(THREADS)
         return seconds(lambda: self._train(self._loaders[workers]))
 

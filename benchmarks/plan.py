@@ -1,4 +1,4 @@
-"""How long a selection and an ordered plan take, and how much memory a sample needs at the peak."""
+"""Seconds of a selection and of an ordered plan, and their peak memory per sample."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ CASES = (
 
 
 def figures() -> Iterator[Figure]:
-    """Yield the figures of each size; each size runs in a process of its own, so that peaks are its own."""
+    """Yield the figures of each size; each size runs in its own process, for the sake of its memory peak."""
     for num_samples, count, goal_s, goal_bytes in CASES:
         command = [sys.executable, "-m", "benchmarks.plan", str(num_samples), str(count)]
-        seen = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        values = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         size = f"{num_samples:.0e} samples"
-        yield Figure(f"ordered plan, everything kept, hash included, {size}, s", seen["plan"], goal_s)
-        yield Figure(f"InfoBatch selection, {size}, s", seen["select"])
-        yield Figure(
-            f"peak memory of plan + selection + score table, {size}, bytes a sample", seen["bytes"], goal_bytes
-        )
+        yield Figure(f"ordered plan, everything kept, hash included, {size}, s", values["plan"], goal_s)
+        yield Figure(f"InfoBatch selection, {size}, s", values["select"])
+        peak = f"peak memory of plan + selection + score table, {size}, bytes per sample"
+        yield Figure(peak, values["bytes"], goal_bytes)
 
 
 def _measure(num_samples: int, count: int) -> dict[str, list[float]]:
@@ -39,8 +38,7 @@ def _measure(num_samples: int, count: int) -> dict[str, list[float]]:
     epochs = iter(range(count))
 
     def plan() -> None:
-        laid_out = Plan.of_selection(full, batch_size=1024, seed=0, epoch=next(epochs))
-        assert len(laid_out.hash) == 32
+        assert len(Plan.of_selection(full, batch_size=1024, seed=0, epoch=next(epochs)).hash) == 32
 
     plans = [seconds(plan) for _ in range(count)]
     selector = Selector(InfoBatch(), num_samples, num_epochs=count + 20, seed=0)

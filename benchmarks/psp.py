@@ -1,16 +1,17 @@
-"""What DynaMS costs: a step that trains the proxy too ÷ a plain one, and folding distances and choosing by them.
+"""Cost of DynaMS: a step that also trains the proxy ÷ a plain step, and folding and selecting by distances.
 
-The step: ResNet-8, batch 128, 32×32×3, two threads, in turns. Beside the ratio stands 1 + φ, what multiply-adds say.
+The steps (ResNet-8, batch 128, 32×32×3, two threads) alternate. The name of each ratio gives 1 + φ, the ratio of
+multiply-adds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from benchmarks.harness import Figure, seconds
+from benchmarks.harness import Figure, alternate, ratios, seconds
 from rayprune import DynaMS, Selector
 from rayprune.nn.models import build_model
 from rayprune.nn.steps import PlainStep, PspStep
@@ -21,13 +22,13 @@ NUM_SAMPLES, NUM_CLASSES, PUSH_ROWS, REPETITIONS = 1_000_000, 1_000, 262_144, 5
 
 
 def figures() -> Iterator[Figure]:
-    """Yield the steps, their ratios, and seconds to fold a sweep and to choose."""
+    """Yield the steps, their ratios, and the seconds to fold a sweep and to select."""
     torch.set_num_threads(2)
     yield from _steps()
-    folds, choices = zip(*(_fold_and_choose(seed) for seed in range(REPETITIONS + 1)), strict=True)
+    folds, selections = zip(*(_fold_and_select(seed) for seed in range(REPETITIONS + 1)), strict=True)
     size = f"{NUM_SAMPLES:,} samples, {NUM_CLASSES:,} classes"
     yield Figure(f"DynaMS, folding a sweep, {size}, s", list(folds[1:]))
-    yield Figure(f"DynaMS, choosing by even quotas, {size}, s", list(choices[1:]))
+    yield Figure(f"DynaMS, selecting by even quotas, {size}, s", list(selections[1:]))
 
 
 def _steps() -> Iterator[Figure]:
@@ -38,18 +39,15 @@ def _steps() -> Iterator[Figure]:
     for width in WIDTHS:
         pair = PspStep.module_of(network := _network(), (3, 32, 32), width=width)
         steps[f"width {width}"] = PspStep(pair, torch.optim.SGD(network.parameters(), lr=0.01), width=width)
-    seen: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(STEPS + WARM_UP):
-        for name, step in steps.items():
-            taken = seconds(_call(step, images, targets_B, weights_B))
-            if number >= WARM_UP:
-                seen[name].append(taken)
-    plains = seen.pop("plain")
-    yield Figure(f"ResNet-8 step, batch {BATCH}, ms", [s * 1e3 for s in plains])
-    for name, values in seen.items():
-        ratios = [a / b for a, b in zip(values, plains, strict=True)]
+    measures = {
+        name: lambda step=step: seconds(lambda: step(images, targets_B, weights_B)) for name, step in steps.items()
+    }
+    times = alternate(measures, STEPS, WARM_UP)
+    plain_s = times.pop("plain")
+    yield Figure(f"ResNet-8 step, batch {BATCH}, ms", [s * 1e3 for s in plain_s])
+    for name, values in times.items():
         yield Figure(f"PSP step, {name}, ms", [s * 1e3 for s in values])
-        yield Figure(f"PSP step ÷ plain, {name} (1 + φ = {steps[name].train_cost:.3f})", ratios)
+        yield Figure(f"PSP step ÷ plain, {name} (1 + φ = {steps[name].train_cost:.3f})", ratios(values, plain_s))
 
 
 def _network() -> torch.nn.Module:
@@ -58,12 +56,8 @@ def _network() -> torch.nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-def _call(step: PlainStep, *batch: torch.Tensor) -> Callable[[], object]:
-    return lambda: step(*batch)
-
-
-def _fold_and_choose(seed: int) -> tuple[float, float]:
-    """Return the seconds to fold a sweep over all samples, in pushes, and to choose the nearest of each label."""
+def _fold_and_select(seed: int) -> tuple[float, float]:
+    """Return the seconds to fold a sweep over all samples, push by push, and to select the nearest of each class."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(NUM_CLASSES, size=NUM_SAMPLES)
     selector = Selector(DynaMS(block_epochs=1), NUM_SAMPLES, 20, seed, labels)
@@ -76,6 +70,6 @@ def _fold_and_choose(seed: int) -> tuple[float, float]:
     fold = 0.0
     for ids, signal in zip(pushes, signals, strict=True):
         fold += seconds(lambda ids=ids, signal=signal: selector.observe(ids, signal, 0, sweep=True))
-    choose = seconds(lambda: selector.begin_epoch(1))
+    select = seconds(lambda: selector.begin_epoch(1))
     assert selector.begin_epoch(1).num_kept < NUM_SAMPLES
-    return fold, choose
+    return fold, select

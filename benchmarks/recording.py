@@ -1,4 +1,4 @@
-"""What recording and weighing add to a ResNet-8 step at batch 128."""
+"""Cost of recording and weighing relative to a ResNet-8 step at batch 128."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from benchmarks.harness import Figure
+from benchmarks.harness import Figure, seconds
 from rayprune.core.plan import Plan
 from rayprune.core.selection import Selection
 from rayprune.engine.scoring.client import LocalChannel, ScoreClient
@@ -21,7 +21,7 @@ BATCH, STEPS = 128, 60
 
 
 class _Sink(LocalChannel):
-    """Take pushes and drop them: what the actor does with them runs elsewhere."""
+    """Discard pushes; the actor's work on them happens in another process."""
 
     def call(self, method: str, *args: object) -> list[int]:
         return []
@@ -29,8 +29,10 @@ class _Sink(LocalChannel):
     def post(self, method: str, *args: object) -> None: ...
 
 
-def _client() -> ScoreClient:
-    return ScoreClient(_Sink(None))  # type: ignore[arg-type]
+def _recorder() -> Recorder:
+    recorder = Recorder(ScoreClient(_Sink(None)), 0, ("loss",))  # type: ignore[arg-type]
+    recorder.start_epoch(AttemptKey(1, 0))
+    return recorder
 
 
 def figures() -> Iterator[Figure]:
@@ -41,50 +43,40 @@ def figures() -> Iterator[Figure]:
     images = torch.randn(BATCH, 3, 32, 32).to(memory_format=torch.channels_last)
     targets, weights = torch.randint(10, (BATCH,)), torch.ones(BATCH)
     plan = Plan.of_selection(Selection.full(PUSH_ROWS), BATCH, 0, 0)
-    client = _client()
-    recorder = Recorder(client, 0, ("loss",))
-    recorder.start_epoch(AttemptKey(1, 0))
-    ratios, steps, records, weighs = [], [], [], []
+    recorder, push_s = _recorder(), _push_seconds(plan)
+    relative, steps, records, weighs = [], [], [], []
     for number in range(STEPS + 5):
         start = time.perf_counter()
         signals = step(images, targets, weights)
         step_s = time.perf_counter() - start
         ids, _, real = plan.rank_rows(0, 1, number, number + 1)
-        # A push comes every PUSH_ROWS rows; its cost is spread over the steps in between, as in training.
+        # One push serves PUSH_ROWS rows; its cost is spread over the steps of those rows.
         start = time.perf_counter()
         recorder.record(ids, real, signals)
-        record_s = time.perf_counter() - start + _push_share(plan)
+        record_s = time.perf_counter() - start + push_s
         weigh_s = _weigh(signals["loss"], weights)
         if number >= 5:
             steps.append(step_s * 1e3)
             records.append(record_s * 1e6)
             weighs.append(weigh_s * 1e6)
-            ratios.append((record_s + weigh_s) / step_s)
+            relative.append((record_s + weigh_s) / step_s)
     yield Figure(f"ResNet-8 step, batch {BATCH}, 32×32×3, ms", steps)
-    yield Figure("recording a step, its share of the push included, µs", records)
-    yield Figure("weighing a step (Σ w·l against Σ l), µs", weighs)
-    yield Figure("recording + weighing ÷ step", ratios, "≤ 0.005")
+    yield Figure("recording one step, share of the push included, µs", records)
+    yield Figure("weighing one step (Σ w·l against Σ l), µs", weighs)
+    yield Figure("recording + weighing ÷ step", relative, "≤ 0.005")
 
 
-_PUSH_S: list[float] = []
-
-
-def _push_share(plan: Plan) -> float:
-    """Return one step's share of a full push, measured once."""
-    if not _PUSH_S:
-        full = Recorder(_client(), 0, ("loss",))
-        full.start_epoch(AttemptKey(1, 0))
-        for number in range(plan.num_steps):
-            ids, _, real = plan.rank_rows(0, 1, number, number + 1)
-            full.record(ids, real, {"loss": torch.zeros(BATCH)})
-        start = time.perf_counter()
-        full.push()
-        _PUSH_S.append((time.perf_counter() - start) / plan.num_steps)
-    return _PUSH_S[0]
+def _push_seconds(plan: Plan) -> float:
+    """Return one step's share of a full push."""
+    recorder = _recorder()
+    for number in range(plan.num_steps):
+        ids, _, real = plan.rank_rows(0, 1, number, number + 1)
+        recorder.record(ids, real, {"loss": torch.zeros(BATCH)})
+    return seconds(recorder.push) / plan.num_steps
 
 
 def _weigh(losses: torch.Tensor, weights: torch.Tensor) -> float:
-    """Return what the weighted reduction costs over the plain mean, forward and backward, median of 20."""
+    """Return the extra seconds of the weighted sum over the plain mean, forward and backward, median of 20."""
     costs = []
     for _ in range(20):
         leaf = losses.clone().requires_grad_()

@@ -1,10 +1,11 @@
-"""What a checkpoint costs training: the copy that it waits for, and the writing that goes on beside it.
+"""Cost of a checkpoint: the copy that blocks training, and the write in the background.
 
-ResNet-18 of CIFAR-10 with SGD's momentum (90 MB), a score table of four columns over 50,000 samples, a local disk.
+ResNet-18 for CIFAR-10 with SGD momentum (90 MB), a score table of four columns over 50,000 samples, a local disk.
 """
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ SAMPLES, COLUMNS, REPETITIONS = 50_000, 4, 5
 
 
 def figures() -> Iterator[Figure]:
-    """Yield the seconds of both."""
+    """Yield the seconds of the copy and of the write."""
     network = build_model("resnet18", num_classes=10, input_shape=(3, 32, 32))
     step = PlainStep(network, torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9))
     step(torch.rand(8, 3, 32, 32), torch.arange(8), torch.ones(8))
@@ -34,18 +35,8 @@ def figures() -> Iterator[Figure]:
         for number in range(REPETITIONS + 1):
             copies.append(seconds(lambda: saver.copy_state(network, step, table)))
             state = saver.copy_state(network, step, table)
-            writes.append(
-                seconds(
-                    lambda number=number, state=state: write_checkpoint(  # type: ignore[misc]
-                        Path(folder),
-                        number,
-                        model=state.model,
-                        trainer=state.trainer,
-                        selector=state.selector,
-                        position={},
-                    )
-                )
-            )
+            parts = {"model": state.model, "trainer": state.trainer, "selector": state.selector, "position": {}}
+            writes.append(seconds(functools.partial(write_checkpoint, Path(folder), number, **parts)))
         saver.close()
-    yield Figure("checkpoint of ResNet-18: the copy that training waits for, s", copies[1:])
-    yield Figure("checkpoint of ResNet-18: written beside training, s", writes[1:])
+    yield Figure("checkpoint of ResNet-18: blocking copy, s", copies[1:])
+    yield Figure("checkpoint of ResNet-18: background write, s", writes[1:])

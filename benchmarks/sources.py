@@ -1,19 +1,20 @@
-"""Rows a second and bytes a row of every kind of source, over both transports, against a DataLoader and a bare loop.
+"""Rows per second and bytes per row of every kind of source, compared with a DataLoader and a bare loop.
 
-8,192 random images of 32×32×3 bytes: as arrays (memory-mapped); as JPEG files in class folders; JPEGs in Parquet, in
-tar shards (WebDataset), in a saved data set of `datasets`, and as a torch Dataset over the JPEGs, each decoded at every
-visit (cache none); and Parquet once more out of the decoded cache (cache disk). Batches of 128.
+8,192 random images of 32×32×3 bytes in batches of 128: memory-mapped arrays; JPEG files in class folders; JPEGs in
+Parquet, in tar shards (WebDataset), in a saved data set of `datasets`, and in a torch Dataset. All JPEGs are decoded at
+every visit (cache none); Parquet is also read from the decoded cache (cache disk).
 
-In turns in this process: the local transport, a DataLoader over the JPEGs in memory with 0 and with 2 workers, which
-decodes with Pillow (for image_folder and torch_dataset: over the files, opened one by one; for arrays: over the memory
-map, item by item), and a bare loop that does the same without a
-DataLoader. The ray transport runs in one Ray worker, in turns with the local one there: "ray ÷ local" is of that
-process. Bytes a row are those read from storage as metrics.jsonl counts them, per row delivered.
+In this process, these alternate: the local transport, a DataLoader with 0 and with 2 workers that decodes the JPEGs in
+memory with Pillow (image_folder and torch_dataset: opens the files one by one; arrays: reads the memory map item by
+item), and a bare loop that does the same without a DataLoader. The ray transport alternates with the local one in a Ray
+worker, and "ray ÷ local" compares them there. Bytes per row are the bytes read from storage, as counted in
+metrics.jsonl, per delivered row.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import tarfile
@@ -31,9 +32,9 @@ from PIL import Image
 from ray.train.torch import TorchTrainer
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.harness import Figure
-from benchmarks.images import CLASSES, encoded, random_images, write_random
-from benchmarks.stream import Epochs
+from benchmarks.harness import Figure, alternate, ratios
+from benchmarks.images import CLASSES, encode_jpeg, random_images, write_random
+from benchmarks.stream import EpochTimer
 from rayprune.engine.cluster import start_ray
 from rayprune.engine.data.ray_data import plan_dataset, task_rows
 from rayprune.engine.data.transport import LocalStream, RayStream
@@ -50,7 +51,7 @@ def figures() -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         images, labels = random_images(ROWS)
-        jpegs = [encoded(image) for image in images]
+        jpegs = [encode_jpeg(image) for image in images]
         sources = _write(root, images, labels, jpegs)
         loops: dict[str, Dataset[tuple[np.ndarray, int]]] = {
             "arrays": _Rows(np.load(root / "arrays" / "x_train.npy", mmap_mode="r"), labels),
@@ -58,18 +59,18 @@ def figures() -> Iterator[Figure]:
             "torch_dataset": _Files(str(root / "folders")),
             "": _Encoded(jpegs, labels),
         }
-        rates = {name: _here(source, loops.get(name, loops[""])) for name, source in sources.items()}
+        by_source = {name: _measure(source, loops.get(name, loops[""])) for name, source in sources.items()}
         start_ray()
-        there = _in_a_worker(root, sources)
-    for name, seen in rates.items():
-        yield Figure(f"{name}: local, rows/s", seen["local"])
-        yield Figure(f"{name}: ray, rows/s", there[name]["ray"])
-        yield Figure(f"{name}: ray, plan to first batch, s", there[name]["first"])
-        yield Figure(f"{name}: bytes/row read", seen["bytes"])
+        by_source_in_worker = _measure_in_worker(root, sources)
+    for name, rates in by_source.items():
+        in_worker = by_source_in_worker[name]
+        yield Figure(f"{name}: local, rows/s", rates["local"])
+        yield Figure(f"{name}: ray, rows/s", in_worker["ray"])
+        yield Figure(f"{name}: ray, plan to first batch, s", in_worker["first"])
+        yield Figure(f"{name}: bytes/row read", rates["bytes"])
         for loop in ("bare loop", *(f"DataLoader, {workers} workers" for workers in LOADERS)):
-            yield Figure(f"{name}: local ÷ {loop}", [a / b for a, b in zip(seen["local"], seen[loop], strict=True)])
-        ratios = [a / b for a, b in zip(there[name]["ray"], there[name]["local"], strict=True)]
-        yield Figure(f"{name}: ray ÷ local, in a worker", ratios)
+            yield Figure(f"{name}: local ÷ {loop}", ratios(rates["local"], rates[loop]))
+        yield Figure(f"{name}: ray ÷ local, in a worker", ratios(in_worker["ray"], in_worker["local"]))
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,12 @@ class _Files(Dataset[tuple[np.ndarray, int]]):
 
 
 def pictures(folders: str) -> Dataset[tuple[np.ndarray, int]]:
-    """Return the torch Dataset that the source `torch_dataset` names: the JPEG files, opened one by one."""
+    """Return the torch Dataset of the source `torch_dataset`: the JPEG files, opened one by one."""
     return _Files(folders)
 
 
 def _write(root: Path, images: np.ndarray, labels: np.ndarray, jpegs: list[bytes]) -> dict[str, SampleSource]:
-    """Write the images in every form and open them."""
+    """Write the images in every format and open them."""
     (root / "arrays").mkdir()
     np.save(root / "arrays" / "x_train.npy", images)
     np.save(root / "arrays" / "y_train.npy", labels)
@@ -136,7 +137,7 @@ def _write(root: Path, images: np.ndarray, labels: np.ndarray, jpegs: list[bytes
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     columns = {"image": [{"bytes": jpg, "path": None} for jpg in jpegs], "label": labels}
     datasets.Dataset.from_dict(columns, features).save_to_disk(str(root / "saved"))
-    by_torch = {"dataset": "benchmarks.sources:pictures", "options": {"folders": str(root / "folders")}}
+    torch_keys = {"dataset": "benchmarks.sources:pictures", "options": {"folders": str(root / "folders")}}
     kinds: dict[str, dict[str, Any]] = {
         "arrays": {"source": "arrays", "path": str(root / "arrays")},
         "parquet": {"source": "parquet", "path": str(parquet), "validation_files": "", "cache": "none"},
@@ -144,14 +145,14 @@ def _write(root: Path, images: np.ndarray, labels: np.ndarray, jpegs: list[bytes
         "image_folder": {"source": "image_folder", "path": str(root / "folders"), "cache": "none"},
         "webdataset": {"source": "webdataset", "path": str(root / "shards"), "cache": "none"},
         "huggingface": {"source": "huggingface", "path": str(root / "saved"), "cache": "none"},
-        "torch_dataset": {"source": "torch_dataset", "cache": "none", **by_torch},
+        "torch_dataset": {"source": "torch_dataset", "cache": "none", **torch_keys},
     }
-    opened = {}
+    sources = {}
     for name, keys in kinds.items():
-        cached = {} if name == "arrays" else {"cache_dir": str(root / "cache")}
-        opened[name] = open_data(limit=ROWS, validation_fraction=0, **cached, **keys).train
-        opened[name].prepare()
-    return opened
+        cache = {} if name == "arrays" else {"cache_dir": str(root / "cache")}
+        sources[name] = open_data(limit=ROWS, validation_fraction=0, **cache, **keys).train
+        sources[name].prepare()
+    return sources
 
 
 def _spec(source: SampleSource) -> ScoreSpec:
@@ -159,23 +160,23 @@ def _spec(source: SampleSource) -> ScoreSpec:
     return replace(spec, task_rows=task_rows(source, len(os.sched_getaffinity(0))))
 
 
-def _here(source: SampleSource, rows: Dataset[tuple[np.ndarray, int]]) -> dict[str, list[float]]:
-    """Return rows/s of the local transport, the loaders and the bare loop, in turns, and bytes/row."""
-    epochs, stream = Epochs(ScoreClient.in_process(_spec(source))), LocalStream({"train": source})
+def _measure(source: SampleSource, rows: Dataset[tuple[np.ndarray, int]]) -> dict[str, list[float]]:
+    """Return rows/s of the local transport, the loaders and the bare loop, in alternation, and bytes/row."""
+    timer, stream = EpochTimer(ScoreClient.in_process(_spec(source))), LocalStream({"train": source})
     loaders = {
         f"DataLoader, {workers} workers": DataLoader(
             rows, BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0
         )
         for workers in LOADERS
     }
-    seen: dict[str, list[float]] = {name: [] for name in ("local", "bytes", "bare loop", *loaders)}
-    for epoch in range(EPOCHS + 1):
-        rates = {"local": epochs.stream(stream)[1], "bytes": epochs.bytes_a_row, "bare loop": _bare_loop(rows, epoch)}
-        rates |= {name: _loader_rate(loader) for name, loader in loaders.items()}
-        if epoch:  # the first one is warm-up
-            for name, rate in rates.items():
-                seen[name].append(rate)
-    return seen
+    epochs = itertools.count()
+    measures = {
+        "local": lambda: timer.stream(stream)[1],
+        "bytes": lambda: timer.bytes_per_row,
+        "bare loop": lambda: _bare_loop(rows, next(epochs)),
+    }
+    measures |= {name: lambda loader=loader: _loader_rate(loader) for name, loader in loaders.items()}
+    return alternate(measures, EPOCHS)
 
 
 def _loader_rate(loader: DataLoader[tuple[np.ndarray, int]]) -> float:
@@ -195,20 +196,20 @@ def _bare_loop(rows: Any, epoch: int) -> float:
     return ROWS / (time.perf_counter() - start)
 
 
-def _in_a_worker(root: Path, sources: dict[str, SampleSource]) -> dict[str, dict[str, list[float]]]:
-    """Return rows/s of both transports of each source, in turns in one Ray worker, and seconds to Ray's first batch."""
+def _measure_in_worker(root: Path, sources: dict[str, SampleSource]) -> dict[str, dict[str, list[float]]]:
+    """Return rows/s of both transports in a Ray worker, in alternation, and the seconds to Ray's first batch."""
     actors = {name: ScoreClient.start(_spec(source), f"bench-{name}") for name, source in sources.items()}
-    out = root / "seen.json"
+    out = root / "rates.json"
 
     def loop() -> None:
-        seen: dict[str, dict[str, list[float]]] = {}
+        rates: dict[str, dict[str, list[float]]] = {}
         for name, source in sources.items():
-            epochs = Epochs(actors[name][0])
+            timer = EpochTimer(actors[name][0])
             via = {"local": LocalStream({"train": source}), "ray": RayStream(ray.train.get_dataset_shard(name))}
-            turns = [{kind: epochs.stream(stream) for kind, stream in via.items()} for _ in range(EPOCHS + 1)]
-            seen[name] = {kind: [turn[kind][1] for turn in turns[1:]] for kind in via}
-            seen[name]["first"] = [turn["ray"][0] for turn in turns[1:]]
-        out.write_text(json.dumps(seen))
+            rounds = [{kind: timer.stream(stream) for kind, stream in via.items()} for _ in range(EPOCHS + 1)][1:]
+            rates[name] = {kind: [each[kind][1] for each in rounds] for kind in via}
+            rates[name]["first"] = [each["ray"][0] for each in rounds]
+        out.write_text(json.dumps(rates))
 
     TorchTrainer(
         loop,
@@ -218,5 +219,5 @@ def _in_a_worker(root: Path, sources: dict[str, SampleSource]) -> dict[str, dict
     ).fit()
     for _, handle in actors.values():
         ray.kill(handle)
-    seen: dict[str, dict[str, list[float]]] = json.loads(out.read_text())
-    return seen
+    rates: dict[str, dict[str, list[float]]] = json.loads(out.read_text())
+    return rates

@@ -1,12 +1,12 @@
-"""From the command to the first training step, and what of it is Ray, torch and ours.
+"""Seconds from the command to the first training step, and the parts due to Python, torch, Ray and rayprune.
 
-A real `python -m rayprune train` on the digits, as a process of its own, for num_workers 0, 1 and 2. Its model (`noted`
-here) writes down the clock at its forwards; the first one on a whole batch in training mode is the first step. Beside
-it, in turns, a program that does with Ray and torch what any such run must: it imports torch, Ray, Ray Train and Ray
-Data, starts Ray with the same options, and lets a TorchTrainer with as many workers run a function that makes an
-optimiser (the first of a process takes torch a second) and writes down the clock. "Ours" is the one less the other: the
-rest of the imports, reading config and data, the checks, the run folder, the ScoreActor, the model, the first batch.
-RAYPRUNE_START_PAIRS (2) says how often: Ray's own start comes in steps of half a second and more.
+This runs `python -m rayprune train` on the digits in its own process, for num_workers 0, 1 and 2. Its model
+(`timed_model`) logs the time of its forward passes; the first one on a whole batch in training mode is the first step.
+In alternation runs a reference program that does only what any such run must do: it imports torch, Ray, Ray Train and
+Ray Data, starts Ray with the same options, and lets a TorchTrainer with as many workers run a function that creates an
+optimizer (the first one in a process takes torch a second) and writes the time. The difference is rayprune's own part:
+its imports, reading config and data, the checks, the run folder, the ScoreActor, the model, the first batch.
+RAYPRUNE_START_PAIRS (2) sets the number of repetitions; Ray's start-up time varies in steps of half a second or more.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from benchmarks.harness import Figure
 BATCH, ROWS = 64, 512
 REPETITIONS = int(os.environ.get("RAYPRUNE_START_PAIRS", "2"))
 WORKERS = (0, 1, 2)
-NOTES = "RAYPRUNE_BENCH_NOTES"
+LOG = "RAYPRUNE_BENCH_LOG"
 _ROOT = Path(__file__).parents[1]
 
 
 def figures() -> Iterator[Figure]:
-    """Yield the seconds of each number of workers, their parts, and what is ours."""
+    """Yield the seconds for each number of workers, their parts, and rayprune's own part."""
     _command(0)  # fills the page cache
     for workers in WORKERS:
         totals: list[float] = []
@@ -43,18 +43,18 @@ def figures() -> Iterator[Figure]:
         yield Figure(f"command to first step, {name}, s", totals)
         for part in parts[0]:
             yield Figure(f"  of it: {part}, s", [each[part] for each in parts])
-        ours = [total - sum(part.values()) for total, part in zip(totals, parts, strict=True)]
-        yield Figure(f"  of it: ours, {name}, s", ours, "≤ 1")
+        own = [total - sum(part.values()) for total, part in zip(totals, parts, strict=True)]
+        yield Figure(f"  of it: rayprune, {name}, s", own, "≤ 1")
 
 
-def noted(num_classes: int, input_shape: tuple[int, ...]) -> Any:
-    """Build the model of the command: an MLP that appends a line to NOTES at each forward of a training batch."""
+def timed_model(num_classes: int, input_shape: tuple[int, ...]) -> Any:
+    """Build the model of the command: an MLP that logs the time of each training forward pass to LOG."""
     import torch
 
-    class Noted(torch.nn.Sequential):
+    class TimedModel(torch.nn.Sequential):
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:
             if self.training and torch.is_grad_enabled():
-                with Path(os.environ[NOTES]).open("a") as file:
+                with Path(os.environ[LOG]).open("a") as file:
                     file.write(f"{time.time()} {len(inputs)}\n")
             logits: torch.Tensor = super().forward(inputs)
             return logits
@@ -62,18 +62,18 @@ def noted(num_classes: int, input_shape: tuple[int, ...]) -> Any:
     size = 1
     for length in input_shape:
         size *= length
-    return Noted(torch.nn.Flatten(), torch.nn.Linear(size, 64), torch.nn.ReLU(), torch.nn.Linear(64, num_classes))
+    return TimedModel(torch.nn.Flatten(), torch.nn.Linear(size, 64), torch.nn.ReLU(), torch.nn.Linear(64, num_classes))
 
 
 def _command(workers: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        config, notes = Path(folder) / "start.yaml", Path(folder) / "notes"
-        options = {NOTES: str(notes), "RAY_USAGE_STATS_ENABLED": "0"}
+        config, log = Path(folder) / "start.yaml", Path(folder) / "log"
+        options = {LOG: str(log), "RAY_USAGE_STATS_ENABLED": "0"}
         config.write_text(
             json.dumps(
                 {
                     "data": {"source": "digits", "limit": ROWS},
-                    "model": {"name": f"{__file__}:noted"},
+                    "model": {"name": f"{__file__}:timed_model"},
                     "method": {"name": "infobatch"},
                     "train": {"epochs": 3, "batch_size": BATCH, "stop_after": 1},
                     "scaling": {"num_workers": workers, "use_gpu": False},
@@ -81,27 +81,27 @@ def _command(workers: int) -> float:
                 }
             )
         )
-        started = time.time()
+        start = time.time()
         command = [sys.executable, "-m", "rayprune", "train", str(config)]
         subprocess.run(command, check=True, capture_output=True, cwd=_ROOT, env={**os.environ, **options})
-        steps = [line.split() for line in notes.read_text().splitlines()]
-        return min(float(at) for at, rows in steps if int(rows) == BATCH // max(1, workers)) - started
+        steps = [line.split() for line in log.read_text().splitlines()]
+        return min(float(at) for at, rows in steps if int(rows) == BATCH // max(1, workers)) - start
 
 
 def _reference(workers: int) -> dict[str, float]:
-    """Return part → seconds of the program that does only what Ray and torch need."""
-    started = time.time()
+    """Return the seconds of each part of the reference program."""
+    last = time.time()
     command = [sys.executable, "-m", "benchmarks.start", str(workers)]
-    seen = subprocess.run(command, check=True, capture_output=True, text=True, cwd=_ROOT)
-    marks: dict[str, float] = json.loads(seen.stdout.splitlines()[-1])
-    parts, last = {}, started
+    run = subprocess.run(command, check=True, capture_output=True, text=True, cwd=_ROOT)
+    marks: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
+    parts = {}
     for name, at in marks.items():
         parts[name], last = at - last, at
     return parts
 
 
-def _bare_run(workers: int) -> dict[str, float]:
-    """Return mark → clock, in order."""
+def _reference_program(workers: int) -> dict[str, float]:
+    """Run the reference program; return the time at the end of each part, in order."""
     marks = {"Python": time.time()}
     import torch
 
@@ -118,12 +118,12 @@ def _bare_run(workers: int) -> dict[str, float]:
         ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="ERROR")
         marks["ray.init"] = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        note = Path(folder) / "note"
+        first_step = Path(folder) / "first_step"
 
         def loop() -> None:
             torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1)
             if ray.train.get_context().get_world_rank() == 0:
-                note.write_text(str(time.time()))
+                first_step.write_text(str(time.time()))
 
         scaling = ray.train.ScalingConfig(
             num_workers=workers,
@@ -131,9 +131,9 @@ def _bare_run(workers: int) -> dict[str, float]:
         )
         run = ray.train.RunConfig(storage_path=folder, name="bare")
         ray.train.torch.TorchTrainer(loop, scaling_config=scaling, run_config=run).fit()
-        marks["workers"] = float(note.read_text())
+        marks["workers"] = float(first_step.read_text())
     return marks
 
 
 if __name__ == "__main__":
-    print(json.dumps(_bare_run(int(sys.argv[1]))))
+    print(json.dumps(_reference_program(int(sys.argv[1]))))

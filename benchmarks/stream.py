@@ -1,11 +1,12 @@
-"""Rows a second of both transports against a bare memory-map loop, and how fast a warm epoch starts.
+"""Rows per second of both transports compared with a bare memory-map loop, and the start-up time of a warm epoch.
 
-500,000 rows of 32×32×3 bytes in a memory-mapped file, one worker, batch 128; the loop, the local stream and the Ray
-stream run in the same worker process, in turns.
+500,000 rows of 32×32×3 bytes in a memory-mapped file, one worker, batch 128. The loop, the local stream and the Ray
+stream alternate in one worker process.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 import time
@@ -17,7 +18,7 @@ import numpy as np
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from benchmarks.harness import Figure
+from benchmarks.harness import Figure, alternate, ratios
 from rayprune.engine.cluster import start_ray
 from rayprune.engine.data.ray_data import plan_dataset
 from rayprune.engine.data.transport import LocalStream, RayStream, Transport
@@ -27,33 +28,29 @@ from rayprune.engine.scoring.session import ScoringSession
 from rayprune.sources import SampleSource, open_data
 
 ROWS, BATCH, EPOCHS = 500_000, 128, 5
-START_ROWS = 2_000_000  # of which InfoBatch's first epochs keep everything: half of them is 1e6 kept
+START_ROWS = 2_000_000  # half of them are kept
 
 
 def figures() -> Iterator[Figure]:
-    """Yield rows a second, their ratios, and the seconds to the first batch of a warm epoch."""
+    """Yield rows per second, their ratios, and the seconds to the first batch of a warm epoch."""
     start_ray()
     with tempfile.TemporaryDirectory() as folder:
-        seen = _run(Path(folder) / "rows", ROWS, (32, 32, 3), {"name": "full"}, EPOCHS, _throughput)
-        yield Figure("bare memory-map loop, rows/s", seen["bare"])
-        yield Figure("stream local, rows/s", seen["local"])
-        yield Figure("stream ray, rows/s", seen["ray"])
-        yield Figure("stream local ÷ bare loop", _ratios(seen["local"], seen["bare"]), "≥ 0.7")
-        yield Figure("stream ray ÷ bare loop", _ratios(seen["ray"], seen["bare"]), "≥ 0.12")
+        rates = _run(Path(folder) / "rows", ROWS, (32, 32, 3), {"name": "full"}, EPOCHS, _throughput)
+        yield Figure("bare memory-map loop, rows/s", rates["bare"])
+        yield Figure("stream local, rows/s", rates["local"])
+        yield Figure("stream ray, rows/s", rates["ray"])
+        yield Figure("stream local ÷ bare loop", ratios(rates["local"], rates["bare"]), "≥ 0.7")
+        yield Figure("stream ray ÷ bare loop", ratios(rates["ray"], rates["bare"]), "≥ 0.12")
         half = {"name": "random_epoch", "prune_ratio": 0.5}
-        seen = _run(Path(folder) / "start", START_ROWS, (8, 8, 1), half, EPOCHS + 1, _starts)
-        yield Figure("warm epoch, plan to first batch, 1e6 kept, stream local, s", seen["local"], "≤ 0.3")
-        yield Figure("warm epoch, plan to first batch, 1e6 kept, stream ray, s", seen["ray"], "≤ 0.3")
-
-
-def _ratios(above: list[float], below: list[float]) -> list[float]:
-    return [a / b for a, b in zip(above, below, strict=True)]
+        starts = _run(Path(folder) / "start", START_ROWS, (8, 8, 1), half, EPOCHS + 1, _starts)
+        yield Figure("warm epoch, plan to first batch, 1e6 kept, stream local, s", starts["local"], "≤ 0.3")
+        yield Figure("warm epoch, plan to first batch, 1e6 kept, stream ray, s", starts["ray"], "≤ 0.3")
 
 
 def _run(
     folder: Path, rows: int, shape: tuple[int, ...], method: dict[str, Any], epochs: int, measure: Any
 ) -> dict[str, list[float]]:
-    """Run `measure` in one Ray Train worker over freshly written rows."""
+    """Write random rows and run `measure` over them in one Ray Train worker."""
     folder.mkdir()
     images = np.lib.format.open_memmap(folder / "x_train.npy", "w+", np.uint8, (rows, *shape))
     rng = np.random.default_rng(0)
@@ -65,7 +62,7 @@ def _run(
     source = open_data("arrays", path=str(folder), validation_fraction=0).train
     spec = ScoreSpec(method, source, 0, 3 * epochs + 3, 0, BATCH, "pad", source.schema.row_bytes, None, 0)
     scores, handle = ScoreClient.start(spec, f"bench-{folder.name}")
-    out = folder / "seen.json"
+    out = folder / "values.json"
     trainer = TorchTrainer(
         lambda: out.write_text(json.dumps(measure(scores, source, folder, epochs))),
         scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
@@ -74,19 +71,19 @@ def _run(
     )
     trainer.fit()
     ray.kill(handle)
-    seen: dict[str, list[float]] = json.loads(out.read_text())
-    return seen
+    values: dict[str, list[float]] = json.loads(out.read_text())
+    return values
 
 
-class Epochs:
-    """Give out one plan after the other and time how it is streamed."""
+class EpochTimer:
+    """Time the streaming of one epoch after another."""
 
     def __init__(self, scores: ScoreClient) -> None:
-        self.bytes_a_row = 0.0  # read from storage in the epoch streamed last
+        self.bytes_per_row = 0.0  # read from storage in the last epoch
         self._scores, self._epoch, self._generation = scores, -1, time.time_ns()
 
     def stream(self, via: Transport) -> tuple[float, float]:
-        """Return (seconds to the first batch, rows a second after the plan was asked for)."""
+        """Return (seconds from the request of a plan to its first batch, rows per second)."""
         self._epoch += 1
         start = time.perf_counter()
         session = ScoringSession(self._scores, self._generation, 0, 1)
@@ -97,7 +94,7 @@ class Epochs:
             first = first or time.perf_counter() - start
             rows += batch.ids.size
             num_bytes += batch.num_bytes
-        self.bytes_a_row = num_bytes / rows
+        self.bytes_per_row = num_bytes / rows
         seconds = time.perf_counter() - start
         assert rows == header.num_steps * BATCH
         session.barrier("close", header.num_steps, with_state=False)
@@ -105,23 +102,23 @@ class Epochs:
 
 
 def _throughput(scores: ScoreClient, source: SampleSource, folder: Path, epochs: int) -> dict[str, list[float]]:
-    plans = Epochs(scores)
-    streams = {"local": LocalStream({"train": source}), "ray": RayStream(ray.train.get_dataset_shard("train"))}
-    seen: dict[str, list[float]] = {"bare": [], "local": [], "ray": []}
-    for epoch in range(epochs + 1):
-        rates = {"bare": _bare_loop(folder, epoch), **{name: plans.stream(via)[1] for name, via in streams.items()}}
-        if epoch:  # the first one is warm-up
-            for name, rate in rates.items():
-                seen[name].append(rate)
-    return seen
+    timer, seeds = EpochTimer(scores), itertools.count()
+    measures = {"bare": lambda: _bare_loop(folder, next(seeds))}
+    for name, stream in _transports(source).items():
+        measures[name] = lambda stream=stream: timer.stream(stream)[1]
+    return alternate(measures, epochs)
 
 
-def _bare_loop(folder: Path, epoch: int) -> float:
-    """Return rows/s of the loop that one would write: shuffle, index the memory map, next batch."""
+def _transports(source: SampleSource) -> dict[str, Transport]:
+    return {"local": LocalStream({"train": source}), "ray": RayStream(ray.train.get_dataset_shard("train"))}
+
+
+def _bare_loop(folder: Path, seed: int) -> float:
+    """Return rows/s of a hand-written loop: shuffle, index the memory map, next batch."""
     start = time.perf_counter()
     images = np.load(folder / "x_train.npy", mmap_mode="r")
     labels = np.load(folder / "y_train.npy", mmap_mode="r")
-    order = np.random.default_rng(epoch).permutation(len(images))
+    order = np.random.default_rng(seed).permutation(len(images))
     rows = 0
     for first in range(0, len(order) - BATCH + 1, BATCH):
         ids = order[first : first + BATCH]
@@ -131,7 +128,5 @@ def _bare_loop(folder: Path, epoch: int) -> float:
 
 
 def _starts(scores: ScoreClient, source: SampleSource, folder: Path, epochs: int) -> dict[str, list[float]]:
-    plans = Epochs(scores)
-    streams = {"local": LocalStream({"train": source}), "ray": RayStream(ray.train.get_dataset_shard("train"))}
-    seen = {name: [plans.stream(via)[0] for _ in range(epochs)][1:] for name, via in streams.items()}
-    return seen
+    timer = EpochTimer(scores)
+    return {name: [timer.stream(via)[0] for _ in range(epochs)][1:] for name, via in _transports(source).items()}

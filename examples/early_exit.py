@@ -1,6 +1,6 @@
-"""A network of one's own with several exits: trained with learned sample weights and pruning, then left early.
+"""A custom network with several exits, trained with learned sample weights and pruning, then used with early exits.
 
-    python examples/early_exit.py                # a minute or so; writes runs/early_exit
+    python examples/early_exit.py                # about a minute; writes runs/early_exit
 
 or from the command line, with the same network:
 
@@ -24,11 +24,11 @@ from rayprune.experiments.early_exit.profile import read_thresholds
 from rayprune.nn.early_exit import EarlyExit
 from rayprune.nn.models.multi_exit import MultiExit
 
-BUDGET = 10  # p of 1..39: the less, the more samples leave early
+BUDGET = 10  # p in 1..39: smaller values let more samples exit early
 
 
 class Ladder(MultiExit):
-    """Convolutions with an exit after each; `advance` goes as far as the next exit and no further."""
+    """Convolutions with an exit after each; `advance` computes only up to the next exit."""
 
     def __init__(self, channels: int, num_exits: int, num_classes: int) -> None:
         super().__init__(num_exits)
@@ -39,18 +39,18 @@ class Ladder(MultiExit):
         self.heads = nn.ModuleList(nn.Linear(16, num_classes) for _ in range(num_exits))
 
     def advance(self, exit: int, state: Any) -> tuple[Tensor, Any]:
-        """Return the logits of an exit, and what the next one needs."""
+        """Return the logits of an exit, and the features for the next one."""
         features = self.steps[exit](state)
         return self.heads[exit](features.mean(dim=(2, 3))), features
 
 
 def ladder(*, num_classes: int, input_shape: tuple[int, ...], num_exits: int = 3) -> nn.Module:
-    """Build the network: what `model: {name: examples/early_exit.py:ladder}` calls."""
+    """Build the network of `model: {name: examples/early_exit.py:ladder}`."""
     return Ladder(input_shape[0], num_exits, num_classes)
 
 
 def main(storage: str = "runs", epochs: int = 30) -> dict[str, float]:
-    """Train, find thresholds, and classify the test digits with samples that leave early."""
+    """Train, determine thresholds, and classify the test digits with early exits; print and return the results."""
     config = make_config(
         {
             "data": {"source": "digits", "hold_out": 0.15},
@@ -63,24 +63,24 @@ def main(storage: str = "runs", epochs: int = 30) -> dict[str, float]:
         }
     )
     result = train(config)
-    found = evaluate(result.folder, None, torch.device("cpu"), on_notice=print)
+    evaluation = evaluate(result.folder, None, torch.device("cpu"), on_notice=print)
     network = open_run(result.folder, torch.device("cpu")).network
     classify = EarlyExit(network, read_thresholds(result.folder, BUDGET).tolist())
     one_image = torch.zeros(1, 1, 8, 8)
     logits, exits = classify.predict(one_image)
     assert tuple(logits.shape) == (1, 10)
-    early = next(row for row in found.dynamic if row["p"] == BUDGET)
-    facts = {
-        "last_exit": found.anytime[-1]["top1"],
+    early = next(row for row in evaluation.dynamic if row["p"] == BUDGET)
+    summary = {
+        "last_exit": evaluation.anytime[-1]["top1"],
         "leaving_early": early["top1"],
-        "share_of_macs": early["macs"] / found.macs[-1],
+        "share_of_macs": early["macs"] / evaluation.macs[-1],
         "left_first": early["share_1"],
         "saved": 1 - result.metrics[-1]["samples_trained"] / (epochs * result.metrics[-1]["num_samples"]),
     }
-    print(f"all exits to the last: {facts['last_exit']:.1%}; leaving early: {facts['leaving_early']:.1%}")
-    print(f"at {facts['share_of_macs']:.0%} of the multiply-adds; {facts['left_first']:.0%} leave at the first exit")
-    print(f"pruned {facts['saved']:.0%} of the visits; a blank image leaves at exit {int(exits) + 1}")
-    return facts
+    print(f"accuracy of the last exit: {summary['last_exit']:.1%}; with early exits: {summary['leaving_early']:.1%}")
+    print(f"at {summary['share_of_macs']:.0%} of the multiply-adds; {summary['left_first']:.0%} take the first exit")
+    print(f"pruned {summary['saved']:.0%} of the visits; a blank image takes exit {int(exits) + 1}")
+    return summary
 
 
 if __name__ == "__main__":

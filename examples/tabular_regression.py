@@ -1,7 +1,7 @@
-"""A regression on a table, in a loop of one's own without Ray: a method with a schedule, and a loss that is no class's.
+"""Regression on tabular data in a custom loop without Ray: a method with a schedule, and a loss without classes.
 
-scikit-learn's diabetes data: ten measurements of a patient, and the progress of the disease a year later. RandomEpoch
-draws a new random subset in every epoch, smaller and smaller here. It is the baseline for every cleverer method.
+scikit-learn's diabetes data: ten measurements per patient, and the progression of the disease a year later. RandomEpoch
+draws a new random subset in every epoch, here smaller and smaller ones. It is the baseline for all other methods.
 """
 
 import numpy as np
@@ -21,20 +21,20 @@ def load():
     order = np.random.default_rng(0).permutation(len(progress))
     columns = {"features": features[order], "progress": progress[order]}
     for name, values in columns.items():
-        known = values[HELD_OUT:]  # the held-out part takes no part in the scaling
-        columns[name] = ((values - known.mean(0)) / known.std(0)).astype(np.float32)
+        training = values[HELD_OUT:]  # the held-out part does not affect the scaling
+        columns[name] = ((values - training.mean(0)) / training.std(0)).astype(np.float32)
     return {k: v[HELD_OUT:] for k, v in columns.items()}, {k: v[:HELD_OUT] for k, v in columns.items()}
 
 
 def train(method, columns, held_out):
-    """Train a new network; return R² and mean squared error on the held-out part and the samples it trained on."""
+    """Train a new network; return R² and mean squared error on the held-out part, and the number of samples trained."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(10, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1), torch.nn.Flatten(0))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-2)
     trained = 0
     for epoch in rayprune.local_loader(columns, method, num_epochs=EPOCHS, batch_size=BATCH).epochs():
         for batch in epoch.iter_torch_batches():
-            # Any loss will do that is one number a sample: a method sees these numbers, never what they measure.
+            # Any loss with one number per sample works: methods only see the numbers.
             losses = mse_loss(model(batch["features"]), batch["progress"], reduction="none")
             loss = epoch.weigh(batch, losses)
             optimizer.zero_grad()
@@ -48,20 +48,20 @@ def train(method, columns, held_out):
 
 
 def main():
-    """Train on everything and on ever smaller random subsets; print and return both results."""
+    """Train on everything and on shrinking random subsets; print and return both results."""
     columns, held_out = load()
-    print(f"the progress of diabetes in {HELD_OUT} held-out patients (guessing the mean has an R² of about 0)")
-    # The share left out goes along a line from nothing in the first epoch to 60 % in the last.
-    falling = rayprune.RandomEpoch(prune_ratio={"schedule": "linear", "start": 0.0, "end": 0.6}, replacement=False)
+    print(f"progression of diabetes in {HELD_OUT} held-out patients (predicting the mean has an R² of about 0)")
+    # The pruned share grows linearly from 0 in the first epoch to 60 % in the last one.
+    shrinking = rayprune.RandomEpoch(prune_ratio={"schedule": "linear", "start": 0.0, "end": 0.6}, replacement=False)
     results = {}
-    for name, method in (("full", rayprune.Full()), ("pruned", falling)):
-        found = results[name] = train(method, columns, held_out)
-        print(f"{name}: R² {found['r2']:.3f}, squared error {found['loss']:.3f}, {found['trained']} samples trained")
+    for name, method in (("full", rayprune.Full()), ("pruned", shrinking)):
+        result = results[name] = train(method, columns, held_out)
+        print(f"{name}: R² {result['r2']:.3f}, squared error {result['loss']:.3f}, {result['trained']} samples trained")
     saved = 1 - results["pruned"]["trained"] / results["full"]["trained"]
     print(f"RandomEpoch trained on {saved:.0%} fewer samples")
     return results | {"saved": saved}
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # a network as small as this one gains nothing from more
+    torch.set_num_threads(1)  # so small a network gains nothing from more threads
     main()

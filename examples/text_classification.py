@@ -1,6 +1,7 @@
-"""A text classifier in a loop of one's own, without Ray: InfoBatch leaves out part of the well-learned samples.
+"""A text classifier in a custom loop without Ray: InfoBatch prunes part of the well-learned samples.
 
-A small transformer tells lines of docstrings of Python's standard library from scikit-learn's: both are there offline.
+A small transformer distinguishes docstring lines of Python's standard library from those of scikit-learn. Both are
+available offline.
 """
 
 import random
@@ -20,7 +21,7 @@ EPOCHS, BATCH, WORDS, VOCABULARY, WIDTH, SAMPLES, HELD_OUT = 6, 64, 16, 4096, 32
 
 
 def docstring_lines(files):
-    """Return the distinct lines of at least five words between triple quotes, each as its first words."""
+    """Return the first words of each distinct line of five or more words between triple quotes."""
     quoted = (re.findall(r'"""(.+?)"""', file.read_text(encoding="utf-8"), re.DOTALL) for file in sorted(files))
     texts = (line.lower() for texts in quoted for line in "\n".join(texts).splitlines())
     return [words for words in dict.fromkeys(tuple(re.findall("[a-z]+", text)[:WORDS]) for text in texts) if words[4:]]
@@ -33,13 +34,13 @@ def load():
     for label, files in enumerate((python.glob("*.py"), learn.glob("*/*.py"))):
         lines = random.Random(label).sample(docstring_lines(files), SAMPLES // 2)
         for row, line in zip(columns["tokens"][label::2], lines, strict=True):
-            # A word's number is its checksum: no vocabulary to build, and the same in every process, unlike hash().
+            # A checksum is a word's number: it needs no vocabulary and, unlike hash(), is equal in every process.
             row[: len(line)] = [1 + zlib.crc32(word.encode()) % (VOCABULARY - 1) for word in line]
     return {k: v[HELD_OUT:] for k, v in columns.items()}, {k: v[:HELD_OUT] for k, v in columns.items()}
 
 
 class Classifier(torch.nn.Module):
-    """One transformer layer and the mean over the words that are there."""
+    """One transformer layer and the mean over the words without padding."""
 
     def __init__(self):
         super().__init__()
@@ -48,19 +49,19 @@ class Classifier(torch.nn.Module):
 
     def forward(self, tokens):
         hidden = self.layer(self.embed(tokens), src_key_padding_mask=tokens == 0)
-        there = (tokens != 0).unsqueeze(2)
-        return self.head((hidden * there).sum(1) / there.sum(1))
+        mask = (tokens != 0).unsqueeze(2)
+        return self.head((hidden * mask).sum(1) / mask.sum(1))
 
 
 def train(method, columns, held_out):
-    """Train a new classifier; return its accuracy and loss on the held-out lines and the samples it trained on."""
+    """Train a new classifier; return accuracy and loss on the held-out lines, and the number of samples trained."""
     torch.manual_seed(0)
     model, trained = Classifier(), 0
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     for epoch in rayprune.local_loader(columns, method, num_epochs=EPOCHS, batch_size=BATCH).epochs():
         for batch in epoch.iter_torch_batches():
             losses = cross_entropy(model(batch["tokens"]), batch["label"], reduction="none")
-            loss = epoch.weigh(batch, losses)  # tells the method every sample's loss; kept ones stand for dropped ones
+            loss = epoch.weigh(batch, losses)  # reports every sample's loss to the method
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -74,16 +75,16 @@ def train(method, columns, held_out):
 def main():
     """Train on everything and with InfoBatch; print and return both results."""
     columns, held_out = load()
-    print("which library is a docstring's line from? (guessing is right half of the time)")
+    print("which library does a docstring line come from? (chance level: 50 %)")
     results = {}
     for name, method in (("full", rayprune.Full()), ("pruned", rayprune.InfoBatch(prune_ratio=0.5))):
-        found = results[name] = train(method, columns, held_out)
-        print(f"{name}: accuracy {found['accuracy']:.1%}, loss {found['loss']:.3f}, {found['trained']} samples trained")
+        run = results[name] = train(method, columns, held_out)
+        print(f"{name}: accuracy {run['accuracy']:.1%}, loss {run['loss']:.3f}, {run['trained']} samples trained")
     saved = 1 - results["pruned"]["trained"] / results["full"]["trained"]
     print(f"InfoBatch trained on {saved:.0%} fewer samples")
     return results | {"saved": saved}
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # a network as small as this one gains nothing from more
+    torch.set_num_threads(1)  # so small a network gains nothing from more threads
     main()

@@ -1,4 +1,4 @@
-"""One local Ray for all integration tests: four logical CPUs, so that two workers and Ray Data fit on two real ones."""
+"""One local Ray for all integration tests, with four logical CPUs: two workers and Ray Data fit on two real CPUs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import ray
 
 @pytest.fixture(scope="session", autouse=True)
 def cluster() -> Iterator[None]:
-    """Start Ray as rayprune does, with CPUs to spare."""
+    """Start Ray as `start_ray` does, but with four CPUs."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
     ray.init(
-        "local",  # never another session of this machine
+        "local",  # never another Ray of this machine
         num_cpus=4,
         include_dashboard=False,
         _node_ip_address="127.0.0.1",

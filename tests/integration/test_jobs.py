@@ -1,7 +1,8 @@
-"""`ray job submit` on a real head node: a run and a sweep, with a model of the submitted folder."""
+"""`ray job submit` to a real head node: a run and a sweep whose model comes with the submitted folder."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,14 +40,19 @@ def small(*, num_classes, input_shape):
 
 @dataclass(frozen=True)
 class Head:
-    """A head node's dashboard port on the loopback interface, and what its clients have to set."""
+    """A head node: its dashboard port on the loopback interface, and the token and environment of its clients."""
 
     dashboard: int
+    token: str
     environment: dict[str, str]
 
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard}"
 
-def free_ports(number: int) -> list[int]:
-    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+
+def free_ports(count: int) -> list[int]:
+    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [server.getsockname()[1] for server in servers]
     for server in servers:
         server.close()
@@ -54,28 +61,29 @@ def free_ports(number: int) -> list[int]:
 
 @pytest.fixture
 def head() -> Iterator[Head]:
-    """Start a head node of our own; `ray stop` would end every Ray of this machine."""
+    """Start a head node and stop it by its process; `ray stop` would end every Ray on this machine."""
     port, dashboard, client, agent = free_ports(4)
-    # A token of its own: with one in a file of this machine a head asks for it, and its clients do not send it.
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
+    # Where a file of this machine holds a token, a head node requires it, but its clients do not send it.
+    token = uuid.uuid4().hex
+    authentication = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     path = os.pathsep.join(sys.path)
-    environment = {**os.environ, **token, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": path}
+    environment = {**os.environ, **authentication, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": path}
     environment.pop("RAY_ADDRESS", None)
-    with tempfile.TemporaryDirectory(prefix="rp", ignore_cleanup_errors=True) as folder:  # Ray's sockets: short paths
+    with tempfile.TemporaryDirectory(prefix="rp", ignore_cleanup_errors=True) as folder:  # sockets need short paths
         command = [
             *(str(RAY), "start", "--head", "--block", "--num-cpus=4", f"--temp-dir={folder}"),
             *("--node-ip-address=127.0.0.1", f"--port={port}", f"--ray-client-server-port={client}"),
             *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
-            f"--dashboard-agent-listen-port={agent}",  # without it jobs find no agent beside another Ray
+            f"--dashboard-agent-listen-port={agent}",  # the default port may be another Ray's
         ]
         with (Path(folder) / "head.log").open("w") as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
-            head = Head(dashboard, environment)
+            head = Head(dashboard, token, environment)
             wait_for(head, process, Path(folder) / "head.log")
             yield head
         finally:
-            process.terminate()  # it ends what it has started
+            process.terminate()  # this also ends its children
             try:
                 process.wait(5)
             except subprocess.TimeoutExpired:
@@ -83,46 +91,36 @@ def head() -> Iterator[Head]:
 
 
 def wait_for(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until the head takes jobs."""
+    """Wait until the head node accepts jobs."""
     deadline = time.monotonic() + 90
-    address = f"http://127.0.0.1:{head.dashboard}"
-    command = [str(RAY), "job", "submit", "--address", address, "--no-wait", "--", "true"]
-    while (asked := subprocess.run(command, env=head.environment, capture_output=True, text=True)).returncode:
+    request = urllib.request.Request(head.address + "/api/jobs/", headers={"Authorization": f"Bearer {head.token}"})
+    while True:
+        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=10) as answer:
+            if answer.status == 200:
+                return
         assert process.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < deadline, asked.stdout[-1500:] + asked.stderr[-1500:]
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.5)
 
 
-def submit(head: Head, folder: Path, *words: str) -> subprocess.Popen[str]:
-    address = f"http://127.0.0.1:{head.dashboard}"
-    command = [str(RAY), "job", "submit", "--address", address, "--working-dir", ".", "--", sys.executable]
-    return subprocess.Popen(
-        [*command, "-m", "rayprune", *words],
-        cwd=folder,
-        env=head.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def test_what_is_sent_to_a_head_node_is_complete(tmp_path: Path, head: Head) -> None:
+def test_jobs_find_their_files_and_leave_complete_folders(tmp_path: Path, head: Head) -> None:
+    """One job runs three commands. The last one must fail: its runs would vanish with the job's working directory."""
     project, runs = tmp_path / "project", tmp_path / "runs"
     project.mkdir()
     (project / "run.yaml").write_text(CONFIG)
     (project / "net.py").write_text(MODEL)
     sweep = "scaling: {num_workers: 0}\nsweep: {space: {method.prune_ratio: [0.3, 0.6]}}\n"
     (project / "sweep.yaml").write_text(CONFIG + sweep)
-    storage = f"run.storage_path={runs}"
-    workers = ("scaling.num_workers=1", "scaling.cpus_per_worker=1", "scaling.threads=1", "scaling.stream=ray")
-    jobs = {
-        "train": submit(head, project, "train", "run.yaml", "run.name=job", storage, *workers),
-        "sweep": submit(head, project, "sweep", "sweep.yaml", storage),
-        "lost": submit(head, project, "train", "run.yaml"),
-    }
-    told = {name: job.communicate(timeout=240)[0] for name, job in jobs.items()}
-    assert jobs["train"].returncode == 0, told["train"][-3000:]
-    assert jobs["sweep"].returncode == 0, told["sweep"][-3000:]
+    rayprune, storage = f"{sys.executable} -m rayprune", f"run.storage_path={runs}"
+    workers = "scaling.num_workers=1 scaling.cpus_per_worker=1 scaling.threads=1 scaling.stream=ray"
+    commands = (
+        f"{rayprune} train run.yaml run.name=job {storage} {workers} && {rayprune} sweep sweep.yaml {storage} "
+        f"&& ! {rayprune} train run.yaml"
+    )
+    submit = [str(RAY), "job", "submit", "--address", head.address, "--working-dir", ".", "--", "sh", "-c", commands]
+    job = subprocess.run(submit, cwd=project, env=head.environment, capture_output=True, text=True, timeout=300)
+    assert job.returncode == 0, job.stdout[-3000:] + job.stderr[-3000:]
+    assert "'runs' lies in the working directory of a Ray job, which Ray deletes" in job.stdout + job.stderr
 
     metrics = read_metrics(runs / "job")
     assert [line["epoch"] for line in metrics] == [0, 1, 2]
@@ -134,6 +132,3 @@ def test_what_is_sent_to_a_head_node_is_complete(tmp_path: Path, head: Head) -> 
 
     (folder,) = runs.glob("*-sweep-*")
     assert list(pd.read_parquet(folder / "results.parquet")["status"]) == ["finished", "finished"]
-
-    assert jobs["lost"].returncode != 0
-    assert "'runs' lies in the working directory of a Ray job, which Ray deletes" in told["lost"]

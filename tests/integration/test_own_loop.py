@@ -1,8 +1,9 @@
-"""A Ray Train loop of the user's own on pruned data: both transports, failures, any ray.data.Dataset, FSDP2."""
+"""User-written Ray Train loops on pruned data: transports, failures, any ray.data.Dataset, FSDP2."""
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import os
 import re
@@ -31,8 +32,8 @@ EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def shipped() -> None:
-    """Workers do not see the tests' folder: the loops travel with the trainer."""
+def loops_by_value() -> None:
+    """Pickle the loops by value: workers cannot import the tests."""
     ray.cloudpickle.register_pickle_by_value(own_loops)
 
 
@@ -43,13 +44,12 @@ def prune(source: Any = own_loops.DATA, **changes: Any) -> PrunedData:
 
 def fit(data: Any, folder: Path, workers: int, failures: int = 0, **config: Any) -> None:
     folder.mkdir(exist_ok=True)
-    each = {"resources_per_worker": {"CPU": 0.5}} if workers else {}
+    resources = {"resources_per_worker": {"CPU": 0.5}} if workers else {}
     TorchTrainer(
         own_loops.train_loop,
-        train_loop_config={"folder": str(folder), **{key: config[key] for key in config if key != "data_config"}},
+        train_loop_config={"folder": str(folder), **config},
         datasets={"train": data},
-        dataset_config=config.get("data_config"),
-        scaling_config=ScalingConfig(num_workers=workers, **each),
+        scaling_config=ScalingConfig(num_workers=workers, **resources),
         run_config=RunConfig(
             name="loop",
             storage_path=str(folder),
@@ -59,21 +59,21 @@ def fit(data: Any, folder: Path, workers: int, failures: int = 0, **config: Any)
     ).fit()
 
 
-def seen(folder: Path, ranks: int) -> dict[tuple[int, int], list[Any]]:
-    """Return (epoch, step) → [plan hash, ids, weights] of each rank in turn; the last time where a step was redone."""
-    found: dict[tuple[int, int], list[Any]] = {}
+def batches_by_step(folder: Path, ranks: int) -> dict[tuple[int, int], list[Any]]:
+    """Return (epoch, step) → [plan hash, ids, weights] of each rank; a repeated step counts the last time."""
+    batches: dict[tuple[int, int], list[Any]] = {}
     for rank in range(ranks):
         for line in (folder / f"rank-{rank}.jsonl").read_text().splitlines():
             epoch, step, _, plan_hash, ids, weights = json.loads(line)
-            found.setdefault((epoch, step), [None] * ranks)[rank] = [plan_hash, ids, weights]
-    return dict(sorted(found.items()))
+            batches.setdefault((epoch, step), [None] * ranks)[rank] = [plan_hash, ids, weights]
+    return dict(sorted(batches.items()))
 
 
-def joined(steps: dict[tuple[int, int], list[Any]]) -> list[tuple[Any, ...]]:
-    """Return each step's global batch, whatever the number of ranks."""
+def global_batches(folder: Path, ranks: int) -> list[tuple[Any, ...]]:
+    """Return (position, plan hash, ids, weights) of each step over all ranks."""
     return [
-        (position, ranks[0][0], sum((rank[1] for rank in ranks), []), sum((rank[2] for rank in ranks), []))  # noqa: RUF017
-        for position, ranks in steps.items()
+        (position, parts[0][0], *(list(itertools.chain(*column)) for column in list(zip(*parts, strict=True))[1:]))
+        for position, parts in batches_by_step(folder, ranks).items()
     ]
 
 
@@ -89,7 +89,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, np.ndarray]]]:
-    """Two workers whose rows come through Ray Data and a map of the user's own."""
+    """Two workers that read through Ray Data and a map of the user."""
     folder = tmp_path_factory.mktemp("together")
     data = prune()
     fit(data.dataset.map_batches(lambda batch: {**batch, "x": batch["x"] * 1}, batch_size=None), folder, 2)
@@ -98,27 +98,28 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, d
 
 
 def test_batches_do_not_depend_on_workers(alone: Path, together: tuple[Path, dict[str, np.ndarray]]) -> None:
-    ours, theirs = joined(seen(together[0], 2)), joined(seen(alone, 1))
-    first = [batch for batch in ours if batch[0][0] < 2]  # later plans depend on losses that two ranks round apart
-    assert first == theirs[: len(first)]
+    two_ranks, one_rank = global_batches(together[0], 2), global_batches(alone, 1)
+    # Later plans depend on losses that one rank and two round differently.
+    first = [batch for batch in two_ranks if batch[0][0] < 2]
+    assert first == one_rank[: len(first)]
     loader = rayprune.local_loader(own_loops.DATA, own_loops.METHOD, own_loops.EPOCHS, own_loops.BATCH)
     epoch = next(loader.epochs())
     assert [batch["id"].tolist() for batch in epoch.iter_torch_batches()] == [
-        batch[2] for batch in theirs if batch[0][0] == 0
+        batch[2] for batch in one_rank if batch[0][0] == 0
     ]
-    assert epoch.plan_hash == theirs[0][1]
+    assert epoch.plan_hash == one_rank[0][1]
 
 
-def test_a_killed_worker_and_a_killed_score_actor_take_the_loop_back_to_its_own_checkpoint(
+def test_a_killed_worker_and_a_killed_score_actor_restart_the_loop_from_its_own_checkpoint(
     tmp_path: Path, together: tuple[Path, dict[str, np.ndarray]]
 ) -> None:
-    """The second rank dies in mid-epoch 1, the actor in epoch 2; rows are read by the workers themselves."""
+    """Rank 1 dies in the middle of epoch 1, the actor in epoch 2. The workers read the rows themselves."""
     data = prune(stream="local")
     log, killed = tmp_path / "rank-0.jsonl", threading.Event()
 
     def kill_actor() -> None:
-        while not log.exists() or not any(json.loads(line)[0] == 2 for line in log.read_text().splitlines()[-1:]):
-            time.sleep(0.005)
+        while not log.exists() or "\n[2, " not in log.read_text():
+            time.sleep(0.05)
         ray.kill(ray.get_actor(data._scores.name), no_restart=False)
         killed.set()
 
@@ -127,27 +128,27 @@ def test_a_killed_worker_and_a_killed_score_actor_take_the_loop_back_to_its_own_
     assert (tmp_path / "died").exists()
     assert killed.is_set()
     whole, scores = together
-    assert seen(tmp_path, 2) == seen(whole, 2)
-    ours, theirs = (torch.load(folder / "final.pt", weights_only=True) for folder in (tmp_path, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    mine = data.scores()
-    assert all(np.array_equal(mine[name], scores[name], equal_nan=True) for name in scores)
+    assert batches_by_step(tmp_path, 2) == batches_by_step(whole, 2)
+    weights, whole_weights = (torch.load(folder / "final.pt", weights_only=True) for folder in (tmp_path, whole))
+    assert all(torch.equal(weights[name], whole_weights[name]) for name in whole_weights)
+    killed_scores = data.scores()
+    assert all(np.array_equal(killed_scores[name], scores[name], equal_nan=True) for name in scores)
     data.close()
 
 
-def test_fsdp2_shards_the_parameters_and_changes_no_plan_of_the_first_epochs(
+def test_fsdp2_shards_the_parameters_and_keeps_the_first_plan(
     tmp_path: Path, together: tuple[Path, dict[str, np.ndarray]]
 ) -> None:
     data = prune(stream="device", num_epochs=2)
     fit(data.dataset, tmp_path, 2, fsdp=True)
-    ours = [batch for batch in joined(seen(tmp_path, 2)) if batch[0][0] == 0]
-    assert ours == [batch for batch in joined(seen(together[0], 2)) if batch[0][0] == 0]
+    first, expected = ([b for b in global_batches(folder, 2) if b[0][0] == 0] for folder in (tmp_path, together[0]))
+    assert first == expected
     assert torch.load(tmp_path / "final.pt", weights_only=True)["0.weight"].shape == (8, 5)
     data.close()
 
 
-def rows(num: int = own_loops.N) -> list[dict[str, Any]]:
-    order = np.random.default_rng(5).permutation(num)
+def rows() -> list[dict[str, Any]]:
+    order = np.random.default_rng(5).permutation(own_loops.N)
     return [{"id": int(i), "x": own_loops.X[i], "label": int(own_loops.DATA["label"][i])} for i in order]
 
 
@@ -156,11 +157,11 @@ def test_any_dataset_with_an_id_column_is_filtered(tmp_path: Path) -> None:
     assert "resume is at epoch ends" in repr(data)
     fit(data.dataset.map_batches(lambda batch: batch), tmp_path, 2)
     by_epoch: dict[int, dict[int, float]] = {epoch: {} for epoch in range(own_loops.EPOCHS)}
-    for (epoch, _), ranks in seen(tmp_path, 2).items():
+    for (epoch, _), ranks in batches_by_step(tmp_path, 2).items():
         for _, ids, weights in filter(None, ranks):
-            assert not by_epoch[epoch].keys() & set(ids), "an id came twice in an epoch"
+            assert not by_epoch[epoch].keys() & set(ids), "an id occurs twice in an epoch"
             by_epoch[epoch] |= dict(zip(ids, weights, strict=True))
-    assert own_loops.N - 1 <= len(by_epoch[0]) <= own_loops.N  # two ranks leave at most one row out
+    assert own_loops.N - 1 <= len(by_epoch[0]) <= own_loops.N  # two ranks drop at most one row
     assert all(weight == 1.0 for weight in by_epoch[0].values())
     for epoch in range(1, own_loops.EPOCHS):
         assert len(by_epoch[epoch]) < 0.9 * own_loops.N
@@ -169,15 +170,17 @@ def test_any_dataset_with_an_id_column_is_filtered(tmp_path: Path) -> None:
     data.close()
 
 
-def test_two_prunes_of_one_dataset_do_not_meet(tmp_path: Path) -> None:
-    """Each data set belongs to its own actor, and the one they were made of to none."""
+def test_two_prunes_of_one_dataset_are_independent(tmp_path: Path) -> None:
+    """Each pruned data set belongs to its own actor, and the original to none."""
     whole = ray.data.from_items(rows(), override_num_blocks=5)
     first = prune(whole, method=rayprune.Random(prune_ratio=0.5), num_epochs=2)
     second = prune(whole, method=rayprune.Full(), num_epochs=2)
     fit(first.dataset, tmp_path / "first", 0)
     fit(second.dataset, tmp_path / "second", 0)
     for folder, expected in (("first", 351), ("second", 701)):
-        trained = sum(len(ranks[0][1]) for (epoch, _), ranks in seen(tmp_path / folder, 1).items() if epoch == 1)
+        trained = sum(
+            len(ranks[0][1]) for (epoch, _), ranks in batches_by_step(tmp_path / folder, 1).items() if epoch == 1
+        )
         assert trained == expected
     with pytest.raises(Exception, match="was not made by rayprune"):
         fit(whole, tmp_path / "plain", 0)
@@ -215,15 +218,18 @@ def test_maps_that_lose_rows_order_or_ids_are_refused(change: Any, words: str, t
     data.close()
 
 
-def test_a_data_config_that_does_not_keep_the_order_is_refused(tmp_path: Path) -> None:
+def test_a_data_config_that_does_not_keep_the_order_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer applies its DataConfig as here, but in an actor."""
     data = prune()
     careless = DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=False))
-    with pytest.raises(Exception, match="does not keep the order of rows"):
-        fit(data.dataset, tmp_path, 1, data_config=careless)
+    (shards,) = careless.configure({"train": data.dataset}, 1, None, None)
+    monkeypatch.setattr(ray.train, "get_dataset_shard", shards.get)
+    with pytest.raises(ValueError, match="does not keep the order of rows"):
+        rayprune.get_dataset_shard("train")
     data.close()
 
 
-def test_a_dataset_of_another_make_is_named(tmp_path: Path) -> None:
+def test_a_dataset_not_made_by_prune_is_named(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="was not made by rayprune"):
         fit(ray.data.range(10), tmp_path, 0)
 
@@ -235,17 +241,17 @@ def test_both_examples_run(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, *files]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
-    # Ray's log of a worker may say a line twice.
+    # Ray may log a line of a worker twice.
     plain, pruned = sorted(map(int, set(re.findall(r"epoch 9: loss [\d.]+, (\d+) samples trained", done.stdout))))[::-1]
     assert plain == 10 * 1797
     assert pruned < 0.85 * plain
 
 
-def test_the_readmes_diff_is_the_examples_own() -> None:
+def test_the_diff_in_the_readme_is_that_of_the_examples() -> None:
     plain, pruned = ((EXAMPLES / f"{name}_loop.py").read_text().splitlines() for name in ("plain", "pruned"))
     real = {line[0] + line[2:] for line in difflib.ndiff(plain, pruned) if line[:2] in {"- ", "+ "}}
-    told = re.search(r"```diff\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), re.DOTALL)
-    assert told is not None
-    shown = {line for line in told[1].splitlines() if line[:1] in {"-", "+"}}
+    block = re.search(r"```diff\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    shown = {line for line in block[1].splitlines() if line[:1] in {"-", "+"}}
     assert len(shown) > 6
     assert shown <= real

@@ -1,4 +1,4 @@
-"""Training from Parquet row groups, without a cache: windows, both transports, and the bytes that they read."""
+"""Training from Parquet row groups without a cache: shuffle windows, both transports, and the bytes they read."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ ROWS = {"train": 320, "test": 48}
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of digits as PNG: 20 row groups to train on, 3 to validate."""
+    """Return a folder of digits as PNG images: 20 row groups for training, 3 for validation."""
     folder = tmp_path_factory.mktemp("digits")
-    taken = open_data("digits").train.take(np.arange(sum(ROWS.values())))
+    rows = open_data("digits").train.take(np.arange(sum(ROWS.values())))
     first = 0
     for part, count in ROWS.items():
         encoded = []
-        for pixels in taken["image"][first : first + count, ..., 0]:
+        for pixels in rows["image"][first : first + count, ..., 0]:
             stream = io.BytesIO()
             Image.fromarray(pixels).save(stream, "PNG")
             encoded.append(stream.getvalue())
-        table = pa.table({"image": encoded, "label": taken["label"][first : first + count]})
+        table = pa.table({"image": encoded, "label": rows["label"][first : first + count]})
         pq.write_table(table, folder / f"{part}.parquet", row_group_size=GROUP_ROWS)
         first += count
     return folder
@@ -54,13 +54,13 @@ def group_run(tmp_path: Path, digits: Path, name: str, workers: int, stream: str
 
 
 def stored_bytes(file: Path) -> int:
-    """Return the compressed bytes of a file's column chunks."""
+    """Return the compressed size of a file's column chunks."""
     footer = pq.read_metadata(file)
     groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
     return sum(group.column(number).total_compressed_size for group in groups for number in range(group.num_columns))
 
 
-def test_both_transports_give_the_same_run_and_count_what_they_read(tmp_path: Path, digits: Path) -> None:
+def test_both_transports_give_the_same_run_and_count_the_bytes_read(tmp_path: Path, digits: Path) -> None:
     local = group_run(tmp_path, digits, "local", 2, "local")
     streamed = group_run(tmp_path, digits, "streamed", 2, "auto")
     assert_same_run(streamed, local)
@@ -73,14 +73,14 @@ def test_both_transports_give_the_same_run_and_count_what_they_read(tmp_path: Pa
             line["plan_hash"]
             == Plan.of_selection(selection, BATCH, 0, epoch, groups=source.groups, window_rows=window_rows).hash
         )
-    # Each of two processes reads a group once in the run: the data fits the buffer.
+    # Each of two processes reads every group once in the run, as the data fit into the buffer.
     once = stored_bytes(digits / "train.parquet") + stored_bytes(digits / "test.parquet")
     assert [line["bytes_read"] for line in local.metrics] == [2 * once] * EPOCHS
-    # Which process reads a block is Ray's choice.
+    # Ray chooses the process that reads a block.
     assert all(once <= line["bytes_read"] <= 2 * EPOCHS * once for line in streamed.metrics)
 
 
-def test_no_workers_are_the_same_too_and_a_small_buffer_costs_reads_only(tmp_path: Path, digits: Path) -> None:
+def test_a_small_buffer_costs_only_more_reads(tmp_path: Path, digits: Path) -> None:
     data = {"source": "parquet", "path": str(digits), "cache": "none", "limit": None}
     kept = group_run(tmp_path, digits, "kept", 0, "local")
     read_again = group_run(tmp_path, digits, "again", 0, "local", data={**data, "buffer_bytes": 0})
@@ -91,7 +91,7 @@ def test_no_workers_are_the_same_too_and_a_small_buffer_costs_reads_only(tmp_pat
 
 
 @pytest.mark.parametrize(("cache", "cure"), [("disk", "data.cache=none"), ("none", "data.cache=disk")])
-def test_a_run_goes_on_in_its_own_order_only(
+def test_a_run_continues_only_in_its_own_order(
     tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, cache: str, cure: str
 ) -> None:
     monkeypatch.setenv("RAYPRUNE_CACHE", str(tmp_path / "cache"))

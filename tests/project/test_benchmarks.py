@@ -1,32 +1,31 @@
-"""The benchmarks can be run: each name has a module with figures(), and a figure says whether its goal holds."""
+"""The benchmarks can be run: each name has a module with figures(), and a figure reports whether its goal holds."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import sys
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.support.paths import ROOT
-
-sys.path.insert(0, str(ROOT))
-
 from benchmarks.__main__ import BY_NAME, NAMES, main
-from benchmarks.harness import HEADER, Figure
+from benchmarks.harness import HEADER, Figure, alternate
 from benchmarks.images import VARIABLE, load
+from benchmarks.soak import fit_trends
 from rayprune.sources import open_data
 
 
 @pytest.mark.parametrize("name", [*NAMES, *BY_NAME])
-def test_every_name_has_figures(name):
+def test_every_name_has_figures(name: str) -> None:
     module = importlib.import_module(f"benchmarks.{name}")
     assert not inspect.signature(module.figures).parameters
     assert module.__doc__
 
 
-def test_an_unknown_name_is_refused(monkeypatch, capsys):
+def test_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmarks", "plans"])
     assert main() == 2
     assert "plans" in capsys.readouterr().err
@@ -35,7 +34,7 @@ def test_an_unknown_name_is_refused(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("goal", "holds"), [("≤ 1.02", "yes"), ("≤ 0.5", "NO"), ("≥ 0.5", "yes"), ("≥ 1.5", "NO"), ("", "")]
 )
-def test_the_median_decides(goal, holds):
+def test_the_median_decides(goal: str, holds: str) -> None:
     figure = Figure("seconds", [0.1, 1.0, 99.0], goal)
     assert figure.median == 1.0
     assert figure.holds == holds
@@ -45,7 +44,22 @@ def test_the_median_decides(goal, holds):
     assert row.index("  3 ") == HEADER.index("  n ")
 
 
-def test_random_images_stand_in(tmp_path, monkeypatch):
+def test_measurements_alternate_and_warm_up_rounds_are_dropped() -> None:
+    calls: list[str] = []
+    measures = {name: lambda name=name: calls.append(name) or float(len(calls)) for name in ("a", "b")}
+    assert alternate(measures, rounds=2, warm_up=1) == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    assert calls == ["a", "b"] * 3
+
+
+@pytest.mark.parametrize(("leak", "flat"), [(0, True), (1, False)])
+def test_a_leak_of_one_handle_per_epoch_is_not_flat(leak: int, flat: bool) -> None:
+    samples = {epoch: Counter({"all processes: handles": 400 + leak * epoch + epoch % 2}) for epoch in range(40)}
+    (trend,) = fit_trends(samples, warm_up=10)
+    assert (trend.growth <= trend.limit) == flat
+    assert trend.growth == pytest.approx(29 * leak, abs=1)
+
+
+def test_random_images_are_used_without_real_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     images = load(tmp_path, 50)
     assert images.name == "random images"
@@ -58,6 +72,6 @@ def test_random_images_stand_in(tmp_path, monkeypatch):
     assert sorted(np.bincount(rows["label"])) == [5] * 10
 
 
-def test_real_images_are_named(tmp_path, monkeypatch):
+def test_real_images_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     assert load(tmp_path, 50).name == "CIFAR-10"

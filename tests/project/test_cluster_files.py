@@ -1,4 +1,4 @@
-"""The example cluster files have the fields, and the values, that Ray and KubeRay take."""
+"""The example cluster files have fields and values that Ray and KubeRay accept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rayprune.config.yaml import parse_overrides
 from tests.support.paths import ROOT
 
 CLUSTER = ROOT / "configs" / "cluster"
-# The fields of KubeRay's v1 API that matter here (ray-operator/apis/ray/v1), with their types; "!" where required.
+# The fields of KubeRay's v1 API used here (ray-operator/apis/ray/v1), with their types; "!" marks required ones.
 POD_TEMPLATE = {"spec!": dict, "metadata": dict}
 RAY_JOB: dict[str, Any] = {
     "entrypoint": str,
@@ -52,7 +52,7 @@ RAY_JOB: dict[str, Any] = {
 
 
 def check(value: Any, fields: Any, where: str) -> None:
-    """Refuse unknown, missing and mistyped fields."""
+    """Assert that no field is unknown, missing or of a wrong type."""
     if isinstance(fields, list):
         assert isinstance(value, list), where
         for number, item in enumerate(value):
@@ -78,14 +78,14 @@ def ray_job() -> dict[str, Any]:
     return loaded
 
 
-def test_rays_own_validator_takes_the_ray_up_file() -> None:
+def test_rays_own_validator_accepts_the_ray_up_file() -> None:
     config = prepare_config(ray_up())
     validate_config(config)
     assert config["available_node_types"]["head"]["max_workers"] == 0
 
 
 @pytest.mark.parametrize("mistake", [{"max_worker": 4}, {"head_node_type": "none"}, {"max_workers": 0}])
-def test_the_validator_notices_mistakes(mistake: dict[str, Any]) -> None:
+def test_the_validator_detects_mistakes(mistake: dict[str, Any]) -> None:
     config = prepare_config(copy.deepcopy(ray_up()))
     with pytest.raises((ValueError, jsonschema.ValidationError)):
         validate_config({**config, **mistake})
@@ -99,16 +99,16 @@ def test_the_ray_job_has_the_fields_of_kuberays_api() -> None:
     assert isinstance(yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"], dict)
     cluster = job["spec"]["rayClusterSpec"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-        assert all(isinstance(value, str) for value in group["rayStartParams"].values()), "KubeRay takes strings only"
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values()), "KubeRay accepts only strings"
         pod = group["template"]["spec"]
         volumes = {volume["name"] for volume in pod["volumes"]}
         for container in pod["containers"]:
             assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
         mounted = [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]]
-        assert "/mnt/runs" in mounted, "every machine sees the run folder"
+        assert "/mnt/runs" in mounted, "every machine mounts the run folder"
 
 
-def test_the_check_notices_mistakes() -> None:
+def test_the_check_detects_mistakes() -> None:
     spec = copy.deepcopy(ray_job()["spec"])
     spec["rayClusterSpec"]["workerGroupSpecs"][0]["minReplicas"] = "1"
     with pytest.raises(AssertionError, match=r"spec.rayClusterSpec.workerGroupSpecs\[0\].minReplicas = '1'"):
@@ -117,7 +117,7 @@ def test_the_check_notices_mistakes() -> None:
         check({"entryPoint": ""}, RAY_JOB, "spec")
 
 
-def test_the_files_name_the_ray_that_is_tested_and_keys_that_exist() -> None:
+def test_the_files_name_the_tested_ray_version_and_existing_keys() -> None:
     version = Version(ray.__version__)
     assert ray_job()["spec"]["rayClusterSpec"]["rayVersion"] == f"{version.major}.{version.minor}.0"
     assert any(

@@ -1,4 +1,4 @@
-"""What README and docs/ say can be done: links lead somewhere, commands and configs are taken, Python runs."""
+"""The README and docs/ are correct: links lead somewhere, commands, configs and YAML are valid."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.paths import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
-# Words that stand for something of the reader's.
+# Words that the reader replaces.
 PLACEHOLDER = re.compile(r"\b(CONFIG|RUN|NAME|FOLDER|PATH|DIR)\b|…")
 
 
@@ -35,10 +35,10 @@ def test_links_lead_somewhere(page: Path) -> None:
         if target.startswith(("http://", "https://")):
             continue
         name, _, anchor = target.partition("#")
-        found = page if not name else (page.parent / name).resolve()
-        assert found.exists(), f"{page.name}: {target}"
+        file = page if not name else (page.parent / name).resolve()
+        assert file.exists(), f"{page.name}: {target}"
         if anchor:
-            assert anchor in anchors(found), f"{page.name}: {target}"
+            assert anchor in anchors(file), f"{page.name}: {target}"
 
 
 def commands(page: Path) -> list[str]:
@@ -47,7 +47,7 @@ def commands(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_are_taken(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_are_valid(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for command in commands(page):
         name, *words = shlex.split(command, comments=True)[1:]
@@ -63,9 +63,9 @@ def test_commands_are_taken(page: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_yaml_is_taken(page: Path) -> None:
+def test_yaml_is_valid(page: Path) -> None:
     for text in blocks(page, "yaml"):
-        # Lines that each show one way to write a section are configs of their own.
+        # Where lines show alternatives of one section, each line is a config of its own.
         parts = text.splitlines() if text.count("train: {") > 1 else [text]
         for part in parts:
             tree = yaml.safe_load(part)
@@ -73,7 +73,7 @@ def test_yaml_is_taken(page: Path) -> None:
                 assert isinstance(make_config(tree), Config), part
 
 
-def test_every_config_is_taken_and_says_how_it_is_run() -> None:
+def test_every_config_is_valid_and_starts_with_a_comment() -> None:
     files = sorted((ROOT / "configs").glob("*.yaml"))
     assert len(files) > 15
     for file in files:

@@ -1,7 +1,7 @@
-"""The commands of README and docs/ are run, page by page from top to bottom, as a reader would.
+"""The commands of the README and docs/ run, page by page and from top to bottom.
 
-On 120 digits and in this process, so that a page takes seconds. Not run here: sweep, compare and `ray job submit`,
-which tests/integration runs on a real Ray, and what names a reader's own files.
+They run in this process on 120 digits, so that a page takes seconds. Not run here are sweep, compare and
+`ray job submit`, which tests/integration runs on a real Ray, and commands that name the reader's own files.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ FEW_EPOCHS = {
     "digits_dynams.yaml": ["train.epochs=8"],
     "digits_dynams_psp.yaml": ["train.epochs=8"],
 }
-# What the pages do to runs/NAME takes a run with several exits, one page's a run with a scoring run.
+# runs/NAME is a run with several exits, except on the page that needs a scoring run.
 NAMED = {"methods.md": ["configs/digits_tdds.yaml"]}
-NAMED_ELSE = ["configs/digits_msdnet_l2w.yaml", "method.name=infobatch"]
-ELSEWHERE = re.compile(r"^rayprune (sweep|compare) |/path/to|\bCONFIG\b|…|MY_SWEEP|runs/l2w-0|--device cuda")
+DEFAULT_NAMED = ["configs/digits_msdnet_l2w.yaml", "method.name=infobatch"]
+SKIPPED = re.compile(r"^rayprune (sweep|compare) |/path/to|\bCONFIG\b|…|MY_SWEEP|runs/l2w-0|--device cuda")
 
 
-def documented() -> list[tuple[str, list[str]]]:
-    pages = [(page.name, [line for line in commands(page) if not ELSEWHERE.search(line)]) for page in PAGES]
+def documented_commands() -> list[tuple[str, list[str]]]:
+    pages = [(page.name, [line for line in commands(page) if not SKIPPED.search(line)]) for page in PAGES]
     return [(name, lines) for name, lines in pages if lines]
 
 
-def in_small(words: list[str]) -> list[str]:
-    """Return a command's words with fewer samples and epochs."""
+def shrink(words: list[str]) -> list[str]:
+    """Return the words of a command with fewer samples and epochs."""
     if words[0] not in {"train", "score"}:
         return words
     files = {Path(word).name for word in words if word.endswith(".yaml")}
@@ -61,16 +61,16 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CliRunner:
 
 
 def run(runner: CliRunner, words: list[str]) -> None:
-    done = runner.invoke(cli, words)
-    assert done.exit_code == 0, f"rayprune {' '.join(words)}:\n{done.output}\n{done.exception}"
+    result = runner.invoke(cli, words)
+    assert result.exit_code == 0, f"rayprune {' '.join(words)}:\n{result.output}\n{result.exception}"
 
 
-@pytest.mark.parametrize(("page", "lines"), documented(), ids=[page for page, _ in documented()])
+@pytest.mark.parametrize(("page", "lines"), documented_commands(), ids=[page for page, _ in documented_commands()])
 def test_commands_run(page: str, lines: list[str], checkout: CliRunner) -> None:
     if any("runs/" in line for line in lines):
-        run(checkout, in_small(["train", *NAMED.get(page, NAMED_ELSE), "run.name=NAME"]))
+        run(checkout, shrink(["train", *NAMED.get(page, DEFAULT_NAMED), "run.name=NAME"]))
         for name in ("A", "B", "C", "demo/A"):
             (Path("runs") / name).parent.mkdir(exist_ok=True)
             (Path("runs") / name).symlink_to(Path("runs/NAME").resolve())
     for line in lines:
-        run(checkout, in_small(shlex.split(line.replace("--keep 5000", "--keep 50"), comments=True)[1:]))
+        run(checkout, shrink(shlex.split(line.replace("--keep 5000", "--keep 50"), comments=True)[1:]))

@@ -1,4 +1,4 @@
-"""Training loops as a user would write them, for Ray Train; what each rank saw goes into files that tests read."""
+"""A training loop as a user would write it for Ray Train. Every rank logs its batches to a file for the tests."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ METHOD = rayprune.InfoBatch(prune_ratio=0.5, anneal_start=1.0)
 
 
 def network() -> torch.nn.Module:
-    """Return the same small network on every rank."""
+    """Return a small network, the same on every rank."""
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
 
 
-def sharded(model: torch.nn.Module) -> torch.nn.Module:
-    """Shard parameters over the ranks (FSDP2)."""
+def shard_parameters(model: torch.nn.Module) -> torch.nn.Module:
+    """Shard the parameters over the ranks (FSDP2)."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -42,7 +42,7 @@ def sharded(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def save(model: torch.nn.Module, optimizer: torch.optim.Optimizer, shard: Any) -> None:
-    """Report a checkpoint that rank 0 writes."""
+    """Report a checkpoint, which rank 0 writes."""
     state = {"data": shard.state_dict(), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     if shard.rank > 0:
         ray.train.report({})
@@ -53,7 +53,7 @@ def save(model: torch.nn.Module, optimizer: torch.optim.Optimizer, shard: Any) -
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """Train; save every `every` steps; die once at `die` = (epoch, step) on rank 1."""
+    """Train; save every `every` steps; the last rank dies once at `die` = (epoch, step)."""
     torch.set_num_threads(1)
     shard = rayprune.get_dataset_shard("train")
     model = network()
@@ -66,7 +66,7 @@ def train_loop(config: dict[str, Any]) -> None:
         optimizer.load_state_dict(state["optimizer"])
         shard.load_state_dict(state["data"])
     if config.get("fsdp"):
-        model = sharded(model)
+        model = shard_parameters(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     else:
         model = prepare_model(model)
@@ -78,12 +78,12 @@ def train_loop(config: dict[str, Any]) -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            note(folder, shard.rank, epoch, batch)
+            log_batch(folder, shard.rank, epoch, batch)
             time.sleep(pause_s)
             if config.get("every") and epoch.step % config["every"] == 0 and epoch.step < epoch.num_steps:
                 save(model, optimizer, shard)
             if config.get("die") == (epoch.index, epoch.step) and shard.rank == shard.world_size - 1:
-                once(folder / "died")
+                kill_once(folder / "died")
         if config.get("every"):
             save(model, optimizer, shard)
     if shard.rank == 0 or config.get("fsdp"):
@@ -94,15 +94,15 @@ def train_loop(config: dict[str, Any]) -> None:
         torch.save({name.removeprefix("module."): value for name, value in full.items()}, folder / "final.pt")
 
 
-def note(folder: Path, rank: int, epoch: Any, batch: dict[str, torch.Tensor]) -> None:
-    """Leave a line of what this rank trained on."""
+def log_batch(folder: Path, rank: int, epoch: Any, batch: dict[str, torch.Tensor]) -> None:
+    """Append the batch that this rank trained on to its log."""
     line = [epoch.index, epoch.step - 1, rank, epoch.plan_hash, batch["id"].tolist(), batch["weight"].tolist()]
     with (folder / f"rank-{rank}.jsonl").open("a") as lines:
         lines.write(json.dumps(line) + "\n")
 
 
-def once(marker: Path) -> None:
-    """Kill this process, unless it happened before."""
+def kill_once(marker: Path) -> None:
+    """Kill this process, unless the marker says that it was killed before."""
     if not marker.exists():
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Small runs for the engine's tests: a config in a temporary folder, and what two finished runs must share."""
+"""Small runs for the engine's tests: configs, results of finished runs, and passes over the data without a run."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from rayprune.engine.storage.checkpoint import newest_checkpoint
 from rayprune.engine.train.driver import RunResult
 from tests.support.paths import USER_CODE
 
-# What a disturbance must not change; times differ.
+# The values that decide a result; times differ between equal runs.
 RESULT_KEYS = ("epoch", "kept", "samples_trained", "train_loss", "val_accuracy", "plan_hash", "lr")
 
 
 def user(name: str) -> str:
-    """Return the reference to an object of the tests' user code."""
+    """Return the reference of an object in the tests' user code."""
     return f"{USER_CODE}:{name}"
 
 
 def run_config(tmp_path: Path, name: str = "run", **sections: dict[str, Any]) -> Config:
-    """Return a run of seconds: 301 digits, an MLP, InfoBatch with a moving average, no Ray cluster."""
+    """Return the config of a short run: 301 digits, an MLP, InfoBatch with a moving average, no Ray cluster."""
     base: dict[str, Any] = {
         "data": {"source": "digits", "limit": 301},
         "model": {"name": "mlp"},
@@ -47,19 +47,19 @@ def run_config(tmp_path: Path, name: str = "run", **sections: dict[str, Any]) ->
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     """Return the network's tensors in the newest checkpoint."""
     newest = newest_checkpoint(folder)
-    assert newest is not None, f"{folder} holds no sound checkpoint"
+    assert newest is not None, f"{folder} has no valid checkpoint"
     loaded: dict[str, torch.Tensor] = torch.load(newest / "model.pt", weights_only=True)
     return loaded
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    """Tell whether two runs ended with the same weights, bit for bit."""
+    """Return whether two runs ended with the same weights, bit for bit."""
     ours, theirs = weights_of(one), weights_of(other)
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def results(metrics: Iterable[dict[str, Any]], keys: Iterable[str] = RESULT_KEYS) -> list[dict[str, Any]]:
-    """Return what decides a run's result out of each epoch's line."""
+    """Return the values that decide a run's result, epoch by epoch."""
     return [{key: line[key] for key in keys} for line in metrics]
 
 
@@ -69,33 +69,33 @@ def scores_of(folder: Path) -> pd.DataFrame:
 
 
 def assert_same_run(one: RunResult, other: RunResult) -> None:
-    """Two runs went through the same plans to the same weights and scores, bit for bit."""
+    """Assert that two runs have the same plans, weights and scores, bit for bit."""
     assert results(one.metrics) == results(other.metrics)
     assert same_weights(one.folder, other.folder)
     pd.testing.assert_frame_equal(scores_of(one.folder), scores_of(other.folder), check_exact=True)
 
 
 def losses_of(epoch: int, num_samples: int) -> np.ndarray:
-    """Return made-up losses, (N,) float32; a sample's depend on epoch and id alone."""
+    """Return synthetic losses, (N,) float32, which depend only on epoch and id."""
     return np.random.default_rng([9, epoch]).random(num_samples, dtype=np.float32)
 
 
 def pass_of(
     epoch: int = 0, phase: Phase = "train", world_size: int = 1, start_step: int = 0, generation: int = 1
 ) -> PlanPass:
-    """Return a pass of the first attempt, which began with its epoch."""
+    """Return a pass of the first attempt, which started at the epoch's first step."""
     return PlanPass(AttemptKey(generation, epoch), phase, world_size, start_step)
 
 
 def stream_pass(client: ScoreClient, plan_pass: PlanPass, via: Transport, rank: int = 0) -> Iterator[Batch]:
-    """Announce a pass; return one rank's batches of it."""
+    """Announce a pass; return one rank's batches."""
     header = client.announce(plan_pass)
     session = ScoringSession(client, plan_pass.key.generation, rank, plan_pass.world_size)
     return session.batches(header, via.batches)
 
 
 def close_epoch(client: ScoreClient, key: AttemptKey, *num_pushes: int) -> dict[str, Any] | None:
-    """Let ranks that have made so many pushes end an epoch; return the state, or None when pushes are missing."""
+    """End an epoch for ranks that made `num_pushes` pushes each; return the state, or None when pushes are missing."""
     barrier = Barrier("close", 0, len(num_pushes))
     for rank, count in enumerate(num_pushes):
         client.arrive(key, barrier, rank, count)
@@ -104,7 +104,7 @@ def close_epoch(client: ScoreClient, key: AttemptKey, *num_pushes: int) -> dict[
 
 
 def tracked(folder: Path) -> tuple[list[Any], dict[str, list[tuple[int, float]]]]:
-    """Return the MLflow runs of a run folder, and the (epoch, value) points of each metric of the first."""
+    """Return the MLflow runs of a run folder, and the (epoch, value) points of each metric of the first run."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}")

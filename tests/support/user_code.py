@@ -1,6 +1,6 @@
-"""What a user would bring to a run, named in configs as `path/to/user_code.py:name`: models, methods, sources.
+"""User code for the tests: models, methods and a source, named in configs as `path/to/user_code.py:name`.
 
-Models are an MLP that misbehaves while it trains; what happens once only leaves a marker file behind.
+Most models are an MLP with a side effect in training. A side effect that must happen only once leaves a marker file.
 """
 
 from __future__ import annotations
@@ -33,17 +33,16 @@ def _mlp(num_classes: int, input_shape: tuple[int, ...], act: Callable[[torch.Te
 
 
 def nan_rows(*, num_classes: int, input_shape: tuple[int, ...], rows: int) -> nn.Module:
-    """Make the first `rows` logits of every training batch NaN, without harm to the gradient of the others."""
+    """Make the logits of the first `rows` samples of every training batch NaN; the other gradients stay intact."""
 
-    def spoil(logits: torch.Tensor) -> torch.Tensor:
-        spoilt = torch.arange(logits.shape[0])[:, None] < rows
-        return torch.where(spoilt, torch.full_like(logits, float("nan")), logits)
+    def replace(logits: torch.Tensor) -> torch.Tensor:
+        return torch.where(torch.arange(len(logits))[:, None] < rows, torch.full_like(logits, float("nan")), logits)
 
-    return _mlp(num_classes, input_shape, spoil)
+    return _mlp(num_classes, input_shape, replace)
 
 
 def broken(*, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
-    """Raise in training."""
+    """Raise an error of two lines in training."""
 
     def fail(_: torch.Tensor) -> torch.Tensor:
         raise ValueError("this model is broken\nand says so in two lines")
@@ -51,48 +50,66 @@ def broken(*, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
     return _mlp(num_classes, input_shape, fail)
 
 
-def slow(*, num_classes: int, input_shape: tuple[int, ...], pause_s: float = 0.0, push_rows: int = 65_536) -> nn.Module:
-    """Take `pause_s` longer a step, and have the worker push its observations every `push_rows`."""
-    recorder.PUSH_ROWS = push_rows  # the Recorder of this worker is made after the network
+def faulty(
+    *,
+    num_classes: int,
+    input_shape: tuple[int, ...],
+    pause_s: float = 0.0,
+    push_rows: int = 65_536,
+    pid_folder: str = "",
+    die_at: int = 0,
+    marker: str = "",
+) -> nn.Module:
+    """Train slowly and die once.
 
-    def pause(logits: torch.Tensor) -> torch.Tensor:
+    Args:
+        num_classes, input_shape: given by the engine.
+        pause_s: pause in every training step.
+        push_rows: rows per push of observations.
+        pid_folder: where every rank leaves its process id as `<pid_folder>/<rank>`; empty for nowhere.
+        die_at: the training step of the process at which rank 1 dies; 0 for never.
+        marker: file that records the death, so that it happens once.
+    """
+    recorder.PUSH_ROWS = push_rows  # the worker creates its Recorder after the network
+    num_steps = 0
+
+    def act(logits: torch.Tensor) -> torch.Tensor:
+        nonlocal num_steps
+        num_steps += 1
+        if pid_folder and num_steps == 1:
+            pid = Path(pid_folder) / str(_rank())
+            partial = pid.with_suffix(".partial")
+            partial.write_text(str(os.getpid()))
+            partial.rename(pid)
+        if num_steps == die_at and _rank() == 1 and not Path(marker).exists():
+            Path(marker).touch()
+            os._exit(1)
         time.sleep(pause_s)
         return logits
 
-    return _mlp(num_classes, input_shape, pause)
+    return _mlp(num_classes, input_shape, act)
+
+
+def _rank() -> int:
+    return int(ray.train.get_context().get_world_rank())
 
 
 def noisy(*, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
-    """Draw from torch's global generator at every training step."""
+    """Draw from torch's global generator in every training step."""
     return _mlp(num_classes, input_shape, lambda logits: torch.dropout(logits, 0.2, train=True))
-
-
-def dies_once(*, num_classes: int, input_shape: tuple[int, ...], step: int, marker: str) -> nn.Module:
-    """Kill rank 1's process at its `step`-th training step, unless it happened before."""
-    seen = 0
-
-    def die(logits: torch.Tensor) -> torch.Tensor:
-        nonlocal seen
-        seen += 1
-        if seen == step and ray.train.get_context().get_world_rank() == 1 and not Path(marker).exists():
-            Path(marker).touch()
-            os._exit(1)
-        return logits
-
-    return _mlp(num_classes, input_shape, die)
 
 
 def counted(
     *, num_classes: int, input_shape: tuple[int, ...], log: str, kill_at: int = 0, pause_s: float = 0.0
 ) -> nn.Module:
-    """Add a byte to `log` at every training step of rank 0; kill this process once, before its `kill_at`-th byte."""
+    """Append a byte to `log` in every training step of rank 0; kill the process once, before the `kill_at`-th byte."""
 
     def count(logits: torch.Tensor) -> torch.Tensor:
         time.sleep(pause_s)
-        if ray.train.get_context().get_world_rank() > 0:
+        if _rank() > 0:
             return logits
-        done = Path(log).stat().st_size if Path(log).exists() else 0
-        if done + 1 == kill_at and not Path(f"{log}.killed").exists():
+        num_steps = Path(log).stat().st_size if Path(log).exists() else 0
+        if num_steps + 1 == kill_at and not Path(f"{log}.killed").exists():
             Path(f"{log}.killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         with Path(log).open("ab") as steps:
@@ -103,27 +120,27 @@ def counted(
 
 
 def grows(*, num_classes: int, input_shape: tuple[int, ...], log: str, pause_s: float) -> nn.Module:
-    """Write the number of ranks to `log` at every training step of rank 0; hurry once there have been two."""
+    """Append the number of ranks to `log` in every training step of rank 0; drop the pause after steps of two ranks."""
 
-    def tell(logits: torch.Tensor) -> torch.Tensor:
+    def note(logits: torch.Tensor) -> torch.Tensor:
         ranks = ray.train.get_context().get_world_size()
         if ranks > 1 or b"2" not in Path(log).read_bytes():
             time.sleep(pause_s)
-        if ray.train.get_context().get_world_rank() == 0:
+        if _rank() == 0:
             with Path(log).open("ab") as steps:
                 steps.write(str(ranks).encode())
         return logits
 
-    return _mlp(num_classes, input_shape, tell)
+    return _mlp(num_classes, input_shape, note)
 
 
 def wants_rgb(*, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
-    """Take images of three channels only."""
+    """Accept only images with three channels."""
     return nn.Sequential(nn.Conv2d(3, num_classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def without_parameters(*, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
-    """Return the first inputs as logits."""
+    """Use the first inputs as logits."""
 
     class First(nn.Module):
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -133,39 +150,28 @@ def without_parameters(*, num_classes: int, input_shape: tuple[int, ...]) -> nn.
 
 
 def ends_softly(*, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
-    """Return logarithms of probabilities, which no linear layer gives."""
+    """End in a log-softmax instead of a linear layer."""
     return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes), nn.LogSoftmax(dim=1))
 
 
 def with_slopes(*, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
-    """Have a layer with parameters that no proxy can slice."""
+    """Contain a PReLU, whose parameters a proxy cannot slice."""
     return nn.Sequential(nn.Flatten(), nn.LazyLinear(8), nn.PReLU(8), nn.Linear(8, num_classes))
 
 
-def writes_pid(*, num_classes: int, input_shape: tuple[int, ...], folder: str, pause_s: float) -> nn.Module:
-    """Leave this process's id in `folder/<rank>` at the first training step; take `pause_s` longer a step."""
-
-    def write(logits: torch.Tensor) -> torch.Tensor:
-        file = Path(folder) / str(ray.train.get_context().get_world_rank())
-        if not file.exists():
-            file.parent.mkdir(exist_ok=True)
-            partial = file.with_suffix(".partial")
-            partial.write_text(str(os.getpid()))
-            partial.rename(file)
-        time.sleep(pause_s)
-        return logits
-
-    return _mlp(num_classes, input_shape, write)
+def ends_in_a_convolution(*, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    """End in a convolution instead of a linear layer."""
+    return nn.Sequential(nn.Conv2d(input_shape[0], num_classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 @dataclass(frozen=True)
 class LowerHalf(Method):
-    """Drop the upper half of the ids from epoch 1 on; in epoch 1 do what the fields say.
+    """Drop the upper half of the ids from epoch 1 on; the fields apply to epoch 1.
 
     Args:
-        weight: of the kept samples.
-        lr_scale: on the learning rate.
-        looks: how many of the highest ids are scored without training.
+        weight: weight of the kept samples.
+        lr_scale: factor on the learning rate.
+        looks: number of the highest ids that are scored without training.
     """
 
     signals = ("loss",)
@@ -175,7 +181,7 @@ class LowerHalf(Method):
     looks: int = 0
 
     def select(self, table: ScoreTable, context: EpochContext) -> Selection:
-        """Choose by position alone."""
+        """Keep the lower half of the ids."""
         num = context.num_samples
         kept = np.arange(num if context.epoch == 0 else num // 2)
         if context.epoch != 1:
@@ -191,12 +197,12 @@ class LowerHalf(Method):
 
 @dataclass(frozen=True)
 class TrainsBy(Method):
-    """Keep everything, and train as the fields say.
+    """Keep everything and train with a given step.
 
     Args:
-        train_step: its name.
-        width: of the proxy, where the step has one.
-        sweeps: the signal that a sweep would ask for.
+        train_step: name of the step.
+        width: width of the proxy, for steps that have one.
+        sweeps: the signal that a sweep would record.
     """
 
     signals = ("loss",)
@@ -207,11 +213,11 @@ class TrainsBy(Method):
 
     @property
     def sweep_signals(self) -> tuple[str, ...]:
-        """What a sweep would ask for."""
+        """The signal that a sweep would record."""
         return (self.sweeps,)
 
     def step(self) -> tuple[str, dict[str, float]]:
-        """Name the step."""
+        """Return the step and its options."""
         return self.train_step, {} if self.train_step == "plain" else {"width": self.width}
 
     def select(self, table: ScoreTable, context: EpochContext) -> Selection:
@@ -221,7 +227,7 @@ class TrainsBy(Method):
 
 @dataclass(frozen=True)
 class BrokenFold(Method):
-    """Fail at the first observation."""
+    """Fail on the first observation."""
 
     signals = ("loss",)
 
@@ -235,7 +241,7 @@ class BrokenFold(Method):
 
 
 class NotInActors(SampleSource):
-    """The digits, readable everywhere but in an actor: a Train worker is one, a task of Ray Data is not."""
+    """The digits, readable everywhere but in an actor. A Train worker is an actor; a task of Ray Data is not."""
 
     def __init__(self, source: SampleSource) -> None:
         self._source = source
@@ -245,33 +251,28 @@ class NotInActors(SampleSource):
 
     @property
     def schema(self) -> Schema:
-        """The digits' columns."""
+        """The columns of the digits."""
         return self._source.schema
 
     @property
     def fingerprint(self) -> str:
-        """The digits'."""
+        """The fingerprint of the digits."""
         return self._source.fingerprint
 
     @property
     def labels(self) -> np.ndarray:
-        """The digits'."""
+        """The labels of the digits."""
         return self._source.labels
 
     def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         """Refuse to read in an actor."""
         if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
-            raise PermissionError("a worker opened the source")
+            raise PermissionError("a worker read from the source\nin an actor")
         return self._source.take(ids)
 
 
 def not_in_actors() -> Splits:
-    """Open the digits behind the guard."""
+    """Open the digits, guarded against reads in actors."""
     splits = open_data("digits")
     assert splits.validation is not None
     return Splits(NotInActors(splits.train), NotInActors(splits.validation))
-
-
-def ends_in_a_convolution(*, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
-    """Build a network without a last linear layer."""
-    return nn.Sequential(nn.Conv2d(input_shape[0], num_classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())

@@ -1,6 +1,5 @@
-"""Torture: kill a run's processes and take its storage away, at seeded steps inside epochs; nothing may change.
+"""Inject faults into a run: kill its processes or take its storage away, at seeded steps inside epochs.
 
-Every disturbed run must end like one undisturbed run of the same configuration: same plans, same accuracies, same
-weights and same scores, bit for bit. `python -m tests.scenarios.kills --help` says more; `test_short_torture.py` is the
-short form.
+Every faulty run must end like one run of the same configuration without faults: same plans, accuracies, weights and
+scores, bit for bit. `python -m tests.scenarios.kills --help` shows the options.
 """

@@ -1,47 +1,50 @@
-"""A tortured run: the real command in a process of its own, its folders, its processes."""
+"""The run under test: the real command in its own process, its folders, its processes."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
-from .processes import descendants, identity, kill, title, wait_until_gone
 from .steps import StepLog
 from .watched_model import WATCH_FOLDER
 
+BATCH_SIZE = 32
 _MODEL = Path(__file__).with_name("watched_model.py")
-_GONE_S = 30.0
-# Ray's own, which it leaves behind idle when a driver is killed; nothing of a run lives in them.
+_EXIT_S = 30.0
+# Ray leaves these idle when a driver is killed; they hold nothing of a run.
 _LEFT_BY_RAY = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
-def configuration(epochs: int, stream: str = "ray") -> dict[str, Any]:
-    """Return the run that is tortured: digits on two workers; the result is both streams', local starts sooner."""
+def configuration(epochs: int, *, num_workers: int = 2, stream: str = "ray") -> dict[str, Any]:
+    """Return the run under test, on the digits; neither the stream nor the restarts change its result."""
     return {
         "data": {"source": "digits", "limit": 500, "augment": {"crop": 1}},
         "model": {"name": f"{_MODEL}:watched"},
         "method": {"name": "infobatch", "ema": 0.5},
-        "train": {"epochs": epochs, "batch_size": 32},
+        "train": {"epochs": epochs, "batch_size": BATCH_SIZE},
         "optim": {"name": "sgd", "lr": 0.02, "momentum": 0.9},
-        "scaling": {"num_workers": 2, "stream": stream, "threads": 1, "use_gpu": False},
+        "scaling": {"num_workers": num_workers, "stream": stream, "threads": 1, "use_gpu": False},
         "run": {"checkpoint_steps": 3, "keep_checkpoints": 2, "max_failures": -1},
     }
 
 
 class Driver:
-    """One run of `rayprune train`, which may take several processes one after the other.
+    """One run of `rayprune train`, over one or several processes in succession.
 
     Args:
-        home: for the watched steps, the config and the output.
-        config: the run, but for its storage path and name.
-        storage: the run's storage path, by default in `home`.
+        home: folder of the step log, the config and the output.
+        config: the run's config without storage path and name.
+        storage: the run's storage path; by default inside `home`.
     """
 
     def __init__(self, home: Path, config: Mapping[str, Any], storage: Path | None = None) -> None:
@@ -49,54 +52,55 @@ class Driver:
         self.home.mkdir(parents=True)
         self.storage.mkdir(parents=True)
         self.folder = self.storage / "run"
-        self.output = home / "output.txt"
         self.log = StepLog(home)
-        self.starts = 0
+        self.num_starts = 0
+        self._output = home / "output.txt"
         self._process: subprocess.Popen[bytes] | None = None
         run = {**config.get("run", {}), "storage_path": str(self.storage), "name": "run"}
         (home / "config.yaml").write_text(yaml.safe_dump({**config, "run": run}))
 
     def start(self) -> None:
-        """Give the command: the first time, and again after the driver ended."""
-        self.starts += 1
+        """Run the command: the first time, and again after the driver ended."""
+        self.num_starts += 1
         environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", WATCH_FOLDER: str(self.home)}
         environment.pop("RAY_ADDRESS", None)
         command = [sys.executable, "-m", "rayprune", "train", str(self.home / "config.yaml")]
-        with self.output.open("ab") as output:
+        with self._output.open("ab") as output:
             self._process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
 
-    @property
-    def pid(self) -> int:
-        """The driver's process."""
-        assert self._process is not None
-        return self._process.pid
-
-    def ended(self) -> int | None:
+    def exit_code(self) -> int | None:
         """Return the exit code, None while the driver runs."""
         assert self._process is not None
         return self._process.poll()
 
-    def rank(self, rank: int) -> int:
-        """Return the process of a rank."""
-        return int((self.home / f"rank-{rank}.pid").read_text())
+    def processes(self) -> list[psutil.Process]:
+        """Return the driver's process and all its descendants."""
+        assert self._process is not None
+        driver = psutil.Process(self._process.pid)
+        return [driver, *driver.children(recursive=True)]
+
+    def ranks(self) -> list[psutil.Process]:
+        """Return the worker processes by rank."""
+        files = sorted(self.home.glob("rank-*.pid"))
+        return [psutil.Process(int(file.read_text())) for file in files]
 
     def kill(self) -> None:
-        """SIGKILL the driver and wait until its Ray processes are gone too; those that stay are killed."""
+        """SIGKILL the driver and wait for its Ray processes to end; kill those that remain."""
         if self._process is None or self._process.poll() is not None:
-            return  # the number of an ended process may be another's by now
-        below = {pid: identity(pid) for pid in descendants(self.pid)}
-        agents = {pid: below.pop(pid) for pid in list(below) if title(pid).startswith(_LEFT_BY_RAY)}
+            return  # the pid of an ended process may be in use again
+        _, *below = self.processes()
+        agents = [process for process in below if title(process).startswith(_LEFT_BY_RAY)]
         self._process.kill()
         self._process.wait()
-        left = wait_until_gone(below, _GONE_S) | wait_until_gone(agents, 0.0)
-        kill(*left)
-        wait_until_gone(left, _GONE_S)
+        remaining = wait_for_exit([process for process in below if process not in agents], _EXIT_S)
+        kill(*remaining, *agents)
+        wait_for_exit([*remaining, *agents], _EXIT_S)
 
-    def last_words(self) -> str:
+    def last_output(self) -> str:
         """Return the end of the command's output."""
-        return self.output.read_text(errors="replace")[-2000:] if self.output.exists() else ""
+        return self._output.read_text(errors="replace")[-2000:] if self._output.exists() else ""
 
 
 @contextmanager
@@ -107,3 +111,32 @@ def running(driver: Driver) -> Iterator[Driver]:
         yield driver
     finally:
         driver.kill()
+
+
+def title(process: psutil.Process) -> str:
+    """Return a process's title; empty when it has ended."""
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Return whether a process still runs; zombies do not."""
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def kill(*processes: psutil.Process) -> None:
+    """Send SIGKILL; ignore processes that have ended."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def wait_for_exit(processes: Sequence[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Wait for processes to end; return those that have not."""
+    end = time.monotonic() + seconds
+    while (remaining := [process for process in processes if is_alive(process)]) and time.monotonic() < end:
+        time.sleep(0.05)
+    return remaining

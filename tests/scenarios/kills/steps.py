@@ -1,4 +1,4 @@
-"""The log of training steps that the watched model writes, and what a disturbance did to it."""
+"""The log of training steps that the watched model writes, and the effect of a fault on it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Step:
-    """One training step: where it is, when it began, in which process of rank 0."""
+    """One training step.
+
+    Attributes:
+        epoch, step: its position.
+        at: when it started, on the clock of `now`.
+        pid: the process of rank 0.
+    """
 
     epoch: int
     step: int
@@ -25,10 +31,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Effect:
-    """What followed a disturbance: the steps done again, and the seconds until training went on (None: never)."""
+    """The effect of a fault: the number of repeated steps, and the seconds until training continued (None: never)."""
 
-    redone: int
-    back_s: float | None
+    num_repeated: int
+    recovery_s: float | None
 
 
 class StepLog:
@@ -36,45 +42,44 @@ class StepLog:
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / "steps"
-        self._read = 0
+        self._offset = 0
         self.steps: list[Step] = []
 
     def update(self) -> list[Step]:
-        """Read what is new; return all steps."""
+        """Read the new lines; return all steps."""
         if self._file.exists():
             with self._file.open("rb") as stream:
-                stream.seek(self._read)
+                stream.seek(self._offset)
                 new = stream.read()
-            whole = new[: new.rfind(b"\n") + 1]
-            self._read += len(whole)
-            self.steps += [_parse(line) for line in whole.splitlines()]
+            complete = new[: new.rfind(b"\n") + 1]
+            self._offset += len(complete)
+            self.steps += [_parse(line) for line in complete.splitlines()]
         return self.steps
 
     @property
-    def num_redone(self) -> int:
-        """How many steps were done again."""
+    def num_repeated(self) -> int:
+        """The number of steps that were repeated."""
         return len(self.steps) - len({step.position for step in self.steps})
 
-    def effect(self, began: float, ended: float, until: float) -> Effect:
-        """Return what a disturbance did.
+    def effect(self, start: float, end: float, until: float) -> Effect:
+        """Return the effect of a fault.
 
         Args:
-            began: when it began.
-            ended: when it was over (a kill: at once).
-            until: when the next one began.
+            start: when the fault started.
+            end: when it was over; a kill is over at once.
+            until: when the next fault started.
         """
-        before = [step for step in self.steps if step.at <= began]
-        after = [step for step in self.steps if began < step.at <= until]
-        redone, restarted = 0, []
+        before = [step for step in self.steps if step.at <= start]
+        after = [step for step in self.steps if start < step.at <= until]
+        num_repeated, restarts = 0, []
         for last, step in itertools.pairwise([*before[-1:], *after]):
-            if step.pid != last.pid:  # a new attempt: whatever lies at or past its first step is done again
-                redone += len(
-                    {one.position for one in self.steps if one.at < step.at and one.position >= step.position}
-                )
-                restarted.append(step.at)
-        # Dying workers may still take a step or two; a restart while the storage was away is back at its return.
-        resumed = restarted or [step.at for step in after if step.at > ended]
-        return Effect(redone, max(0.0, resumed[0] - ended) if resumed else None)
+            if step.pid != last.pid:  # a new attempt repeats all positions from its first step on
+                repeated = {one.position for one in self.steps if one.at < step.at and one.position >= step.position}
+                num_repeated += len(repeated)
+                restarts.append(step.at)
+        # Dying workers may still take a step or two; a restart while the storage was away counts from its return.
+        continued = restarts or [step.at for step in after if step.at > end]
+        return Effect(num_repeated, max(0.0, continued[0] - end) if continued else None)
 
 
 def now() -> float:
