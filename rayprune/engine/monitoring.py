@@ -108,7 +108,7 @@ class Watcher:
             try:
                 self._listeners.on_epoch(json.loads(line))
             except Exception:  # a listener's error must not stop the thread that also watches for stalls and SIGTERM
-                logger.exception("on_epoch failed; the run goes on")
+                logger.exception("on_epoch failed; the run continues")
 
 
 class StallWatch:
@@ -145,7 +145,7 @@ class StallWatch:
                 elif pulse.doing_s > self._limit_s:
                     stalls[f"rank {rank}"] = (pulse.doing, f"has been {pulse.doing} for {pulse.doing_s:.0f} s")
         lines = [f"stall: {who} {text}" for who, (kind, text) in stalls.items() if self._reported.get(who) != kind]
-        lines += [f"stall over: {who} goes on" for who in sorted(self._reported.keys() - stalls.keys())]
+        lines += [f"stall over: {who} continues" for who in sorted(self._reported.keys() - stalls.keys())]
         self._reported = {who: kind for who, (kind, _) in stalls.items()}
         return lines
 

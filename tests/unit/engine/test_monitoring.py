@@ -129,7 +129,7 @@ def test_a_waiting_rank_is_reported_once_and_again_when_it_goes_on() -> None:
     pulses = {**WAITING, 1: Pulse(0.5, "in one step", 0.1)}
     assert watch.update(pulses) == ["stall: rank 0 has been waiting for the stream for 12 s"]
     assert watch.update(pulses) == []
-    assert watch.update({**pulses, 0: Pulse(0.5, "in one step", 0.1)}) == ["stall over: rank 0 goes on"]
+    assert watch.update({**pulses, 0: Pulse(0.5, "in one step", 0.1)}) == ["stall over: rank 0 continues"]
 
 
 def test_a_silent_rank_is_reported_with_its_last_activity() -> None:
@@ -145,7 +145,7 @@ def test_a_silent_actor_is_reported() -> None:
     (line,) = watch.update(None)
     assert line.startswith("stall: the ScoreActor has not answered for")
     assert watch.update(None) == []
-    assert watch.update({}) == ["stall over: the ScoreActor goes on"]
+    assert watch.update({}) == ["stall over: the ScoreActor continues"]
 
 
 def test_ranks_stay_stalled_while_the_actor_does_not_answer() -> None:
