@@ -207,6 +207,19 @@ def on_sigterm(handler: Callable[..., None] = _interrupt) -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+@contextmanager
+def kept_handlers(*signals: signal.Signals) -> Iterator[None]:
+    """Restore this process's own handlers of some signals after the block, which calls Ray."""
+    previous = {each: signal.getsignal(each) for each in signals}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # only there can handlers be set
+            for each, handler in previous.items():
+                if callable(handler):
+                    signal.signal(each, handler)
+
+
 def error_line(error: BaseException) -> str:
     """Return an error of another process on one line, with its type unless the message is meant for users.
 

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 from ray.exceptions import RayError
 
-from rayprune.engine.monitoring import PulseSender, RunListeners, StallWatch, Watcher, error_line, on_sigterm
+from rayprune.engine.monitoring import (
+    PulseSender,
+    RunListeners,
+    StallWatch,
+    Watcher,
+    error_line,
+    kept_handlers,
+    on_sigterm,
+)
 from rayprune.engine.scoring.actor import ScoreActor, ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import Pulse
@@ -171,6 +179,15 @@ def test_sigterm_interrupts_like_ctrl_c_and_the_handler_is_put_back() -> None:
     with pytest.raises(KeyboardInterrupt), on_sigterm():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_handlers_that_a_library_replaces_are_restored() -> None:
+    with on_sigterm(lambda *_: None):
+        ours, ctrl_c = (signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT))
+        with kept_handlers(signal.SIGTERM, signal.SIGINT):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == (ours, ctrl_c)
 
 
 def test_sigterm_interrupts_where_a_shell_ignores_ctrl_c() -> None:
