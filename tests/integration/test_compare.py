@@ -1,4 +1,4 @@
-"""A comparison with several runs at a time, as a user starts it: stopped, gone on with, and what its seconds are."""
+"""A comparison with concurrent runs, from the command line: stopping, resuming, and which times count."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def report_in(folder: Path) -> dict[str, Any]:
     return report
 
 
-def test_side_by_side_it_finds_what_it_finds_one_by_one(tmp_path: Path) -> None:
+def test_concurrent_runs_give_the_same_results_as_single_ones(tmp_path: Path) -> None:
     parallel = start(tmp_path / "two", "compare.parallel=2", deaf=True)
     shared = tmp_path / "two" / "it" / "shared_runs.json"
     deadline = time.monotonic() + 120
@@ -80,7 +80,7 @@ def test_side_by_side_it_finds_what_it_finds_one_by_one(tmp_path: Path) -> None:
     assert report_in(tmp_path / "two")["timed_seeds"] == [0]
 
 
-def test_a_run_that_breaks_down_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
+def test_a_failed_run_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
     keys: dict[str, Any] = {"method": {"name": "infobatch"}, "data": {"augment": {"crop": 0}}}
     section = {"seeds": 2, "baselines": ["ratio_0"], "parallel": 2}
     config = run_config(tmp_path, "it", **keys, scaling={"threads": 1}, compare=section)
@@ -104,7 +104,7 @@ def test_a_run_that_breaks_down_is_named_and_the_others_are_kept(tmp_path: Path)
     assert not (tmp_path / "it" / ".tune").exists()
 
 
-def test_more_runs_at_a_time_than_fit_are_refused(tmp_path: Path) -> None:
+def test_more_concurrent_runs_than_fit_are_refused(tmp_path: Path) -> None:
     config = run_config(tmp_path, "it", method={"name": "infobatch"}, compare={"parallel": 4096})
     with pytest.raises(ValueError, match=r"compare.parallel 4096 .* set compare.parallel="):
         compare(config)

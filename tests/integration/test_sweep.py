@@ -1,4 +1,4 @@
-"""Sweeps on a Ray of their own, as a user starts them: failures, kills, early stops, and what is left held."""
+"""Sweeps from the command line on a Ray of their own: failures, kills, early stops, and released resources."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def trials(folder: Path) -> Path:
     return sweep / "trials"
 
 
-def test_a_killed_sweep_goes_on_and_a_failing_trial_does_not_sink_it(tmp_path: Path) -> None:
+def test_a_killed_sweep_resumes_despite_a_failing_trial(tmp_path: Path) -> None:
     # The second of four trials is long enough to be killed in, twice; the last two diverge.
     space = "  space:\n    optim.lr: [0.05, 1.0e+30]\n    train.epochs: [2, 400]\n"
     words = ("-m", "rayprune", "sweep", str(config_in(tmp_path, space)), f"run.storage_path={tmp_path}")
@@ -131,7 +131,7 @@ def test_a_stopped_ray_train_gives_its_cpus_back(tmp_path: Path) -> None:
     assert 2 <= table["epochs"][1] < 12
 
 
-def test_asha_stops_what_falls_behind_and_its_folder_is_sound(tmp_path: Path) -> None:
+def test_asha_stops_trials_and_their_folders_are_intact(tmp_path: Path) -> None:
     space = "  space:\n    optim.lr: [0.1, 0.00001, 0.00002]\n"
     config = load_config(config_in(tmp_path, space), ASHA)
     free, ctrl_c = ray.available_resources()["CPU"], signal.getsignal(signal.SIGINT)
@@ -151,7 +151,7 @@ def test_asha_stops_what_falls_behind_and_its_folder_is_sound(tmp_path: Path) ->
     assert again.rows == result.rows
 
 
-def test_a_trial_that_breaks_down_is_started_again_and_its_error_is_in_the_table(tmp_path: Path) -> None:
+def test_a_crashed_trial_is_restarted_and_its_error_is_in_the_table(tmp_path: Path) -> None:
     log = tmp_path / "steps"
     space = (
         f"  space:\n    model: [{{name: '{user('broken')}'}}, {{name: '{user('counted')}', log: {log}, kill_at: 5}}]\n"
@@ -164,7 +164,7 @@ def test_a_trial_that_breaks_down_is_started_again_and_its_error_is_in_the_table
     assert (killed["status"], killed["error"], killed["epochs"]) == ("finished", None, 2)
 
 
-def test_what_no_trial_can_have_is_refused(tmp_path: Path) -> None:
+def test_resources_that_no_trial_can_get_are_refused(tmp_path: Path) -> None:
     space = "  space:\n    optim.lr: [0.1, 0.2]\n"
     for words, said in (
         (["scaling.threads=4096"], r"no trial can have 4096 threads.*set scaling.threads=4"),

@@ -75,9 +75,7 @@ def test_new_lines_are_delivered_the_last_before_the_block_ends(tmp_path: Path) 
     assert epochs == [1, 2]
 
 
-def test_a_listener_that_fails_gets_the_next_lines_all_the_same(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_failing_listener_still_gets_the_next_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     epochs: list[int] = []
 
     def listen(line: dict[str, Any]) -> None:
@@ -132,7 +130,7 @@ def test_work_is_not_a_stall() -> None:
     assert watch.update({0: Pulse(1.0, "in one step", 9.0), 1: Pulse(9.0, "waiting for the stream", 9.0)}) == []
 
 
-def test_a_waiting_rank_is_reported_once_and_again_when_it_goes_on() -> None:
+def test_a_waiting_rank_is_reported_once_and_again_when_it_continues() -> None:
     watch = StallWatch(LIMIT_S)
     pulses = {**WAITING, 1: Pulse(0.5, "in one step", 0.1)}
     assert watch.update(pulses) == ["stall: rank 0 has been waiting for the stream for 12 s"]

@@ -1,4 +1,4 @@
-"""Rows that lie on the device: the plans, batches and results of `stream: local`, and what is refused."""
+"""`stream: device` has the plans, batches and results of `stream: local`, and refuses data that does not fit."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_batches_are_those_of_the_local_stream(
             assert torch.equal(getattr(other.rows, name), torch.from_numpy(expected))
 
 
-def test_what_the_reading_thread_makes_is_what_comes() -> None:
+def test_batches_prepared_in_the_reading_thread_arrive_unchanged() -> None:
     plan_pass, place = pass_of(0, "train", 1), DevicePlacer("image", CPU)
     made, plain = (read(LocalStream(SOURCES, how), plan_pass) for how in (host_tensor, None))
     for ours, theirs in zip(made, plain, strict=True):
@@ -77,7 +77,7 @@ def test_bytes_are_counted_once_when_they_are_read() -> None:
     assert sum(batch.num_bytes for batch in read(via, pass_of(0, "train", 1, 3))) == 0
 
 
-def test_ids_pass_through_packing_as_they_are() -> None:
+def test_packing_keeps_ids() -> None:
     ids = np.array([0, 2**53 + 1, 2**62 + 3], np.int64)
     rows = unpack_rows(pack_rows(ids, np.array([1.5, 0, 2], np.float32), np.array([True, False, True])))
     assert rows.ids.dtype == torch.int64
@@ -104,7 +104,7 @@ SWEPT: dict[str, Any] = {"method": {"name": "dynams", "budget": 0.6, "block_epoc
 
 
 @pytest.mark.parametrize("sections", [{"method": {"name": "full"}}, {}, SWEPT], ids=["full", "infobatch", "swept"])
-def test_a_run_is_the_run_of_the_local_stream(tmp_path: Path, sections: dict[str, Any]) -> None:
+def test_a_run_equals_one_with_the_local_stream(tmp_path: Path, sections: dict[str, Any]) -> None:
     local, resident = both(tmp_path, **merge(SHORT, sections))
     assert_same_run(local, resident)
     assert (resident.metrics[-1]["samples_forwarded"] > 0) == (sections is SWEPT)
@@ -112,7 +112,7 @@ def test_a_run_is_the_run_of_the_local_stream(tmp_path: Path, sections: dict[str
     assert resident.metrics[-1]["bytes_read"] == read_once < local.metrics[-1]["bytes_read"]
 
 
-def test_meta_batches_come_the_same_way(tmp_path: Path) -> None:
+def test_meta_batches_equal_those_of_the_local_stream(tmp_path: Path) -> None:
     local, resident = both(tmp_path, **L2W)
     assert resident.metrics[-1]["samples_meta"] > 0
     assert_same_run(local, resident)
@@ -170,7 +170,7 @@ def test_text_is_refused() -> None:
         check_columns(Named().schema)
 
 
-def test_data_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Little:
         available = 20_000
 
@@ -184,7 +184,7 @@ def device_config(tmp_path: Path) -> Config:
     return make_config(merge(run_config(tmp_path).model_dump(mode="json"), {"scaling": {"stream": "device"}}))
 
 
-def test_own_loops_get_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_custom_loops_get_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     def trained(stream: Any) -> tuple[torch.Tensor, dict[str, np.ndarray], list[list[int]]]:
         torch.manual_seed(0)
         model, ids = torch.nn.Linear(64, 10), []
@@ -206,7 +206,7 @@ def test_own_loops_get_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None
     assert all(np.array_equal(scores[name], theirs[name], equal_nan=True) for name in scores)
 
 
-def test_a_loop_that_cannot_have_tensors_of_the_device_is_told_so() -> None:
+def test_a_loop_with_a_collate_function_is_refused() -> None:
     shard = rayprune.local_loader(SOURCES["train"], rayprune.InfoBatch(), 3, 64, stream="device")
     batches = next(shard.epochs()).iter_torch_batches(collate_fn=dict)
     with pytest.raises(ValueError, match=r"collate_fn takes NumPy columns.*prune\(stream='local'\)"):

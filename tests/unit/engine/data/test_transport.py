@@ -106,7 +106,7 @@ class Unreadable(SampleSource):
         return SOURCE.take(ids)
 
 
-def test_an_error_of_the_source_comes_through_and_not_before_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_source_is_raised_at_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "LOCAL_READ_ROWS", 8)
     plan = Plan.of_selection(Selection.full(301), 8, SEED, 0)
     source = Unreadable(int(plan.order[100]))
@@ -124,7 +124,7 @@ def test_all_items_come_in_order(depth: int) -> None:
     assert list(prefetch(iter(()), depth, "test")) == []
 
 
-def test_the_first_item_waits_for_no_other_and_the_next_is_fetched_meanwhile() -> None:
+def test_the_first_item_does_not_wait_for_others_and_the_next_is_prefetched() -> None:
     held, fetched = threading.Event(), threading.Event()
 
     def items() -> Iterator[int]:
@@ -140,7 +140,7 @@ def test_the_first_item_waits_for_no_other_and_the_next_is_fetched_meanwhile() -
     assert list(got) == [1]
 
 
-def test_an_error_comes_in_its_items_place() -> None:
+def test_an_error_is_raised_at_its_item() -> None:
     def items() -> Iterator[int]:
         yield 0
         yield 1
@@ -152,7 +152,7 @@ def test_an_error_comes_in_its_items_place() -> None:
         next(got)
 
 
-def test_who_stops_early_leaves_no_thread_and_closes_the_items() -> None:
+def test_stopping_early_closes_the_items_and_leaves_no_thread() -> None:
     closed = threading.Event()
 
     def items() -> Iterator[int]:
@@ -168,7 +168,7 @@ def test_who_stops_early_leaves_no_thread_and_closes_the_items() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("test-early")]
 
 
-def test_items_that_may_never_come_are_not_waited_for() -> None:
+def test_closing_does_not_wait_for_pending_items() -> None:
     held = threading.Event()
 
     def items() -> Iterator[int]:

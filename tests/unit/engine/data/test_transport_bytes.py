@@ -1,4 +1,4 @@
-"""Bytes read from storage: counted for every row of the plans, fewer where samples are pruned, kept by checkpoints."""
+"""Bytes read from storage: counted for every planned row, fewer with pruning, and kept by checkpoints."""
 
 from __future__ import annotations
 
@@ -85,9 +85,7 @@ def bytes_of(result: RunResult) -> list[int]:
 
 
 @pytest.mark.parametrize("prune_ratio", [0.0, 0.25, 0.75])
-def test_bytes_are_those_of_the_rows_that_the_plans_name(
-    tmp_path: Path, files: tuple[Path, int], prune_ratio: float
-) -> None:
+def test_bytes_are_those_of_the_planned_rows(tmp_path: Path, files: tuple[Path, int], prune_ratio: float) -> None:
     samples, size = files
     method = {"name": "random_epoch", "prune_ratio": prune_ratio}
     result = train(config_of(tmp_path, samples, method=method))
@@ -107,7 +105,7 @@ def test_forward_only_rows_are_read_too(tmp_path: Path, files: tuple[Path, int])
     assert np.subtract(bytes_of(looks), bytes_of(plain)).tolist() == [0, size * BATCH, size * BATCH], "once, in epoch 1"
 
 
-def test_a_resume_goes_on_counting(tmp_path: Path, files: tuple[Path, int]) -> None:
+def test_a_resumed_run_continues_the_count(tmp_path: Path, files: tuple[Path, int]) -> None:
     samples, _ = files
     config = config_of(tmp_path, samples, run={"keep_checkpoints": 3})
     whole = bytes_of(train(config))
@@ -115,7 +113,7 @@ def test_a_resume_goes_on_counting(tmp_path: Path, files: tuple[Path, int]) -> N
     assert bytes_of(train(config)) == whole
 
 
-def test_sums_inside_an_epoch_keep_the_bytes_exactly() -> None:
+def test_checkpoints_inside_an_epoch_keep_the_bytes_exactly() -> None:
     device, real = torch.device("cpu"), torch.tensor([True, False])
     signals, rows = {"loss": torch.ones(2), "correct": torch.ones(2)}, PlacedRows(torch.arange(2), torch.ones(2), real)
     sums = MetricSums(device)

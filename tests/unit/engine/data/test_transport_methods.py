@@ -1,4 +1,4 @@
-"""Plan and stream under every registered method: equal batches, nothing lost or twice, padding within the rules."""
+"""Plan and stream with every method: equal batches, every row once, and valid padding."""
 
 from __future__ import annotations
 
@@ -104,6 +104,6 @@ def drawn(rng: np.random.Generator, signal: str, rows: int) -> np.ndarray:
     return rng.exponential(size=rows).astype(np.float32)
 
 
-def test_no_samples_are_no_steps() -> None:
+def test_no_samples_give_no_steps() -> None:
     empty = Plan.in_order(0, 8)
     assert (empty.num_steps, empty.blocks(2, 64)) == (0, [])

@@ -1,4 +1,4 @@
-"""The same images from files, tar shards or Parquet give the same run, bit for bit; only what is read differs."""
+"""The same images from files, tar shards or Parquet give the same run, bit for bit; only the bytes read differ."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def parquet(root: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_other_formats_give_the_run_of_parquet(name: str, root: Path, tmp_path: Path, parquet: RunResult) -> None:
+def test_all_formats_give_the_same_run(name: str, root: Path, tmp_path: Path, parquet: RunResult) -> None:
     other = run(root, tmp_path, "other", **SOURCES[name])
     assert results(other.metrics) == results(parquet.metrics)
     assert same_weights(other.folder, parquet.folder)

@@ -60,7 +60,7 @@ def test_pushes_are_whole_batches_and_at_least_two_of_them(
 
 
 @pytest.mark.parametrize("late", [1, 2, 3, 100])
-def test_what_leaves_the_device_late_is_pushed_whole_and_in_order(monkeypatch: pytest.MonkeyPatch, late: int) -> None:
+def test_late_device_copies_are_pushed_whole_and_in_order(monkeypatch: pytest.MonkeyPatch, late: int) -> None:
     """As on a GPU: a copy takes the time of `late` batches, in which the buffers are written again."""
 
     class Late(PendingCopy):

@@ -1,4 +1,4 @@
-"""Checkpoints are written while training goes on: each holds the state of its moment, and no line precedes its own."""
+"""Checkpoints are written during training: each holds the state of its step, and no line precedes its checkpoint."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_failed_write_at_an_epochs_end_ends_the_attempt_and_leaves_no_line(slo
 
 
 @pytest.mark.usefixtures("full_disk")
-def test_a_failed_write_inside_an_epoch_is_logged_and_training_goes_on(
+def test_a_failed_write_inside_an_epoch_is_logged_and_training_continues(
     slow: SlowWriter, caplog: pytest.LogCaptureFixture
 ) -> None:
     slow.writer.save_mid_epoch(0, 3, slow.copy_state(), [0.0] * 5, resume_step=0)
@@ -139,7 +139,7 @@ def test_a_read_only_table_is_not_copied(slow: SlowWriter) -> None:
     assert slow.copy_state().selector["loss"] is slow.table["loss"]
 
 
-def test_a_table_too_large_to_copy_is_written_before_training_goes_on(
+def test_a_table_too_large_to_copy_is_written_before_training_continues(
     slow: SlowWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint_writer, "_COPY_HEADROOM", 2**60)

@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere and started again ends like an undisturbed one; a folder takes one run only."""
+"""A run that is stopped and resumed gives the same result as an undisturbed one; a folder takes one run only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run trains with: device, precision, network, optimizer, train step and learning rate."""
+"""Building the device, precision, network, optimizer, train step and learning rate of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs in this process: what is counted, what decides the result, what the run folder holds afterwards."""
+"""Whole runs in this process: counts, gradients, reproducibility, and the files of the run folder."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def cumulative(result: RunResult, key: str) -> list[int]:
 # What is counted
 
 
-def test_trained_and_padded_rows_are_those_of_the_plans(infobatch: RunResult) -> None:
+def test_trained_and_padded_rows_match_the_plans(infobatch: RunResult) -> None:
     plans = plans_of(infobatch)
     assert [line["plan_hash"] for line in infobatch.metrics] == [plan.hash for plan in plans]
     assert cumulative(infobatch, "samples_trained") == np.cumsum([plan.num_rows for plan in plans]).tolist()
@@ -88,7 +88,7 @@ def half_run(tmp_path: Path, name: str, **fields: Any) -> RunResult:
     return train(run_config(tmp_path, name, method=method, optim={"lr": 0.02, "momentum": 0.0, "weight_decay": 0.0}))
 
 
-def test_forward_only_ids_are_scored_and_counted_apart(tmp_path: Path) -> None:
+def test_forward_only_samples_are_scored_and_counted_separately(tmp_path: Path) -> None:
     looks, plain = half_run(tmp_path, "looks", looks=7), half_run(tmp_path, "plain")
     assert cumulative(looks, "samples_forwarded") == [0, 7, 7, 7]
     assert cumulative(looks, "samples_trained") == [301, 451, 601, 751] == cumulative(plain, "samples_trained")
@@ -98,7 +98,7 @@ def test_forward_only_ids_are_scored_and_counted_apart(tmp_path: Path) -> None:
     assert same_weights(looks.folder, plain.folder), "a second look trains"
 
 
-def test_lr_scale_acts_in_its_epoch_only(tmp_path: Path) -> None:
+def test_lr_scale_applies_to_its_epoch_only(tmp_path: Path) -> None:
     scaled, plain = half_run(tmp_path, "scaled", lr_scale=0.5), half_run(tmp_path, "plain")
     ratios = [one["lr"] / other["lr"] for one, other in zip(scaled.metrics, plain.metrics, strict=True)]
     assert ratios == [1.0, 0.5, 1.0, 1.0]
@@ -124,14 +124,14 @@ def test_two_runs_are_equal_bit_for_bit(tmp_path: Path, model: str) -> None:
     assert_same_run(first, second)
 
 
-def test_another_seed_is_another_run(tmp_path: Path, infobatch: RunResult) -> None:
+def test_another_seed_gives_another_run(tmp_path: Path, infobatch: RunResult) -> None:
     other = train(run_config(tmp_path, train={"seed": 1}))
     assert not same_weights(other.folder, infobatch.folder)
     hashes = [{line["plan_hash"] for line in run.metrics} for run in (other, infobatch)]
     assert len(hashes[0] | hashes[1]) == 2 * EPOCHS
 
 
-def test_micro_batches_give_the_whole_batchs_gradient(tmp_path: Path, infobatch: RunResult) -> None:
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path, infobatch: RunResult) -> None:
     split = train(run_config(tmp_path, train={"accumulate": 2}))
     assert split.metrics[0]["plan_hash"] == infobatch.metrics[0]["plan_hash"]
     assert split.metrics[0]["train_loss"] == pytest.approx(infobatch.metrics[0]["train_loss"], rel=1e-5)
@@ -201,7 +201,7 @@ def outputs(config: Config, source: Any, weights: Any = None) -> tuple[torch.Ten
     return logits, torch.from_numpy(columns["label"])
 
 
-def test_a_broken_model_ends_in_one_line(tmp_path: Path) -> None:
+def test_the_error_of_a_broken_model_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(TrainingFailed, match=r"^training failed on rank 0: ValueError: this model is broken$"):
         train(run_config(tmp_path, model={"name": user("broken")}))
 
@@ -209,7 +209,7 @@ def test_a_broken_model_ends_in_one_line(tmp_path: Path) -> None:
 # What the run folder holds
 
 
-def test_saved_selections_are_the_selectors(infobatch: RunResult) -> None:
+def test_saved_selections_are_those_of_the_selector(infobatch: RunResult) -> None:
     config = run_config(infobatch.folder.parent)
     selector = Selector(config.build_method(), NUM_SAMPLES, EPOCHS, 0)
     first = selector.begin_epoch(0)
@@ -224,7 +224,7 @@ def test_saved_selections_are_the_selectors(infobatch: RunResult) -> None:
     assert scores_of(infobatch.folder)["last_visit"].tolist() == last_visit.tolist()
 
 
-def test_only_the_newest_selections_and_checkpoints_stay(tmp_path: Path) -> None:
+def test_only_the_newest_selections_and_checkpoints_are_kept(tmp_path: Path) -> None:
     folder = train(run_config(tmp_path, run={"keep_selections": 2, "keep_checkpoints": 1})).folder
     assert sorted(file.name for file in (folder / "selections").iterdir()) == ["epoch-000002.npz", "epoch-000003.npz"]
     assert [file.name for file in (folder / "checkpoints").glob("epoch-*")] == ["epoch-000004"]
@@ -232,7 +232,7 @@ def test_only_the_newest_selections_and_checkpoints_stay(tmp_path: Path) -> None
     assert not (none / "selections").exists()
 
 
-def test_scores_are_one_line_of_pandas_away(infobatch: RunResult) -> None:
+def test_pandas_reads_the_scores(infobatch: RunResult) -> None:
     scores = pd.read_parquet(infobatch.folder / "scores.parquet")
     source = open_data("digits", limit=NUM_SAMPLES).train
     assert list(scores.columns) == ["id", "label", "loss", "last_visit", "times_pruned"]
@@ -250,7 +250,7 @@ def test_config_yaml_reads_back_equal(infobatch: RunResult) -> None:
     assert stored == run_config(infobatch.folder.parent)
 
 
-def test_environment_names_versions_and_data(infobatch: RunResult) -> None:
+def test_the_environment_has_versions_and_data(infobatch: RunResult) -> None:
     environment = json.loads((infobatch.folder / "environment.json").read_text())
     assert environment["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     assert environment["versions"]["ray"][0].isdigit()
@@ -265,7 +265,7 @@ POSITIVE = {"train_loss", "val_loss", "lr", "wall_time"}
 SECONDS = {"epoch", "train", "data_wait", "select", "record", "forward_only", "validate", "checkpoint"}
 
 
-def test_metrics_have_every_key_and_sane_values(infobatch: RunResult) -> None:
+def test_metrics_have_every_key_and_valid_values(infobatch: RunResult) -> None:
     lines = [json.loads(line) for line in (infobatch.folder / "metrics.jsonl").read_text().splitlines()]
     assert lines == infobatch.metrics
     assert [line["epoch"] for line in lines] == list(range(EPOCHS))
@@ -286,7 +286,7 @@ def test_metrics_have_every_key_and_sane_values(infobatch: RunResult) -> None:
     assert walls == sorted(walls)
 
 
-def test_validation_comes_every_so_often_and_at_the_end(tmp_path: Path) -> None:
+def test_validation_runs_at_its_interval_and_at_the_end(tmp_path: Path) -> None:
     result = train(run_config(tmp_path, train={"validate_every": 3}))
     for key in ("val_accuracy", "val_class_accuracy"):
         assert [line[key] is not None for line in result.metrics] == [False, False, True, True]
@@ -305,7 +305,7 @@ def test_val_accuracy_is_that_of_the_saved_network(infobatch: RunResult) -> None
     assert infobatch.metrics[-1]["val_class_accuracy"] == pytest.approx(classes, abs=1e-6)
 
 
-def test_each_epoch_says_how_its_scores_are_spread(tmp_path: Path) -> None:
+def test_each_epoch_has_score_quantiles(tmp_path: Path) -> None:
     result = train(run_config(tmp_path))
     for line in result.metrics:
         loss = line["score_quantiles"]["loss"]

@@ -1,4 +1,4 @@
-"""DynaMS in the engine: sweeps that are counted, blocks that resume, the proxy, loops of one's own."""
+"""DynaMS in the engine: the cost of sweeps, resuming inside a block, the proxy, custom loops."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def with_proxy(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     return train(dynams(tmp_path_factory.mktemp("psp"), method=PROXY))
 
 
-def test_sweeps_are_counted_apart_and_the_budget_is_met(finished: RunResult) -> None:
+def test_sweeps_are_counted_separately_and_the_budget_is_met(finished: RunResult) -> None:
     num = finished.metrics[0]["num_samples"]
     assert [line["samples_forwarded"] for line in finished.metrics] == [0, num, num, 2 * num, 2 * num, 2 * num]
     last = finished.metrics[-1]
@@ -53,7 +53,7 @@ def test_sweeps_are_counted_apart_and_the_budget_is_met(finished: RunResult) -> 
     assert all(len(line["selection"]["class_kept"]) == 10 for line in finished.metrics)
 
 
-def test_the_swept_distances_are_those_of_the_saved_network(tmp_path: Path) -> None:
+def test_the_distances_of_a_sweep_are_those_of_the_saved_network(tmp_path: Path) -> None:
     result = train(dynams(tmp_path, train={"stop_after": 2}))
     folder = newest_checkpoint(result.folder)
     assert folder is not None
@@ -75,7 +75,7 @@ def test_the_swept_distances_are_those_of_the_saved_network(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("stop", [1, 3, 5])
 @pytest.mark.parametrize("method", ["finished", "with_proxy"])
-def test_a_run_that_stopped_inside_a_block_goes_on(
+def test_a_run_stopped_inside_a_block_resumes(
     tmp_path: Path, stop: int, method: str, request: pytest.FixtureRequest
 ) -> None:
     whole: RunResult = request.getfixturevalue(method)
@@ -84,7 +84,7 @@ def test_a_run_that_stopped_inside_a_block_goes_on(
     assert_same_run(whole, train(dynams(tmp_path, method=chosen)))
 
 
-def test_the_proxy_costs_what_is_counted(finished: RunResult, with_proxy: RunResult) -> None:
+def test_compute_includes_the_proxy(finished: RunResult, with_proxy: RunResult) -> None:
     num = with_proxy.metrics[0]["num_samples"]
     first, last = with_proxy.metrics[0], with_proxy.metrics[-1]
     ratio = first["compute"] / (first["samples_trained"] + first["samples_padded"]) - 1
@@ -115,7 +115,7 @@ def test_a_budget_of_one_trains_as_without_selection(tmp_path: Path) -> None:
         ({}, {"name": user("ends_in_a_convolution")}, r"not the output of an nn\.Linear"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_written(
+def test_an_invalid_config_is_refused_before_anything_is_written(
     tmp_path: Path, method: dict[str, Any], model: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -124,7 +124,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("balance", ["even", "none", "base"])
-def test_a_loop_of_ones_own_sweeps(balance: str) -> None:
+def test_a_custom_loop_can_sweep(balance: str) -> None:
     rng = np.random.default_rng(0)
     data = {"x": rng.normal(size=(90, 4)).astype(np.float32), "label": rng.integers(0, 3, 90)}
     torch.manual_seed(0)
@@ -153,7 +153,7 @@ def test_a_loop_of_ones_own_sweeps(balance: str) -> None:
         assert set(np.flatnonzero(shard.scores()["times_pruned"] == 0)) <= set(nearest)
 
 
-def test_a_loop_that_does_not_sweep_is_told_so() -> None:
+def test_a_custom_loop_that_does_not_sweep_is_refused() -> None:
     data = {"x": np.zeros((20, 2), np.float32), "label": np.arange(20) % 2}
     shard = rayprune.local_loader(data, rayprune.DynaMS(budget=0.7, block_epochs=1), num_epochs=3, batch_size=4)
 

@@ -1,4 +1,4 @@
-"""gallery/: which samples a run shows, what it says of them, and that it never costs a run."""
+"""gallery/: its samples, their predictions and thumbnails; its errors never fail a run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def kinds_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def test_the_kinds_are_the_ends_of_the_scores(run: Path) -> None:
+def test_the_gallery_has_the_hardest_and_the_easiest_samples(run: Path) -> None:
     scores, kinds = pd.read_parquet(run / "scores.parquet"), kinds_of(run)
     for kind, column, ascending in (
         ("hardest", "loss", False),
@@ -47,7 +47,7 @@ def test_the_kinds_are_the_ends_of_the_scores(run: Path) -> None:
         assert sample["label_probability"] <= 0.1
 
 
-def test_predictions_are_the_final_networks(run: Path) -> None:
+def test_predictions_are_those_of_the_final_network(run: Path) -> None:
     import torch
 
     opened = open_run(run, find_device("cpu"))
@@ -63,7 +63,7 @@ def test_predictions_are_the_final_networks(run: Path) -> None:
         assert sample["label_probability"] == pytest.approx(float(probs[sample["label"]]), abs=1e-5)
 
 
-def test_thumbnails_are_the_samples(run: Path) -> None:
+def test_thumbnails_show_the_samples(run: Path) -> None:
     source = open_splits(open_run(run, find_device("cpu")).config).train
     shown = [sample for samples in kinds_of(run).values() for sample in samples]
     assert {file.name for file in (run / "gallery").iterdir()} == {"gallery.json"} | {s["image"] for s in shown}
@@ -87,7 +87,7 @@ def test_a_wrong_label_is_suspected(tmp_path: Path) -> None:
     assert all(sample["image"] is None for sample in suspects)  # features are no pictures
 
 
-def test_a_gallery_that_fails_costs_no_run(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_gallery_does_not_fail_the_run(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise OSError("no space\nleft")
 
@@ -101,7 +101,7 @@ def test_a_gallery_that_fails_costs_no_run(tmp_path: Path, run: Path, monkeypatc
     assert "no gallery of notable samples" in render(collect([result.folder]))
 
 
-def test_the_report_shows_them_escaped_and_without_files(run: Path, tmp_path: Path) -> None:
+def test_the_report_escapes_names_and_embeds_thumbnails(run: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
     file = folder / "gallery" / "gallery.json"
     content = json.loads(file.read_text())

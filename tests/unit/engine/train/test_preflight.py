@@ -1,4 +1,4 @@
-"""What a run refuses before it writes or starts anything, in one line with the cure."""
+"""Invalid configs are refused in one line with the cure, before anything starts or is written."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_mistake_is_refused_before_anything_is_written(case: str, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_compiled_network_goes_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_network_trains_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced and called by dynamo, without the compiler itself, which takes long."""
     calls: list[str] = []
 
@@ -85,7 +85,7 @@ def test_a_network_trains_together_with_its_proxy(tmp_path: Path) -> None:
     assert not same_weights(folders["psp"], folders["plain"])
 
 
-def test_samples_with_a_nan_are_named_as_they_occurred(tmp_path: Path) -> None:
+def test_samples_with_a_nan_loss_are_named_in_order(tmp_path: Path) -> None:
     model = {"name": user("nan_rows"), "rows": 1}
     order = Plan.of_selection(Selection.full(301), 32, seed=1, epoch=0).order
     first = order[[0, 32, 64]].tolist()

@@ -1,4 +1,4 @@
-"""One subset for a whole run: scored first, imported, or from a file; costs, resume, refusals."""
+"""One subset for a whole run: from a scoring run, from logged logits, or from a file; costs, resuming, refusals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     return train(tdds(tmp_path_factory.mktemp("subset")))
 
 
-def test_the_highest_scores_train_a_fresh_network(finished: RunResult) -> None:
+def test_a_new_network_trains_on_the_highest_scores(finished: RunResult) -> None:
     scores = pd.read_parquet(finished.folder / "collect" / "scores.parquet")
     num = len(scores)
     assert {"id", "label", "tdds", "tdds_T4_J3", "last_visit"} <= set(scores.columns)
@@ -48,7 +48,7 @@ def test_the_highest_scores_train_a_fresh_network(finished: RunResult) -> None:
     assert final["loss"].notna().sum() == expected.size
 
 
-def test_the_costs_of_both_runs_are_counted_together(finished: RunResult) -> None:
+def test_the_cost_includes_the_scoring_run(finished: RunResult) -> None:
     collected = json.loads((finished.folder / "collect" / "metrics.jsonl").read_text().splitlines()[-1])
     num = collected["num_samples"]
     assert collected["samples_trained"] == 4 * num  # the longest trajectory that is asked for
@@ -60,7 +60,7 @@ def test_the_costs_of_both_runs_are_counted_together(finished: RunResult) -> Non
         assert line["compute"] == line["samples_trained"] + line["samples_padded"]
 
 
-def test_a_smaller_network_that_scores_counts_as_less(tmp_path: Path) -> None:
+def test_scoring_with_a_smaller_network_costs_less(tmp_path: Path) -> None:
     result = train(tdds(tmp_path, collect={"model": {"hidden": [8]}}))
     own, other = (forward_flops_of(folder) for folder in (result.folder, result.folder / "collect"))
     assert other < own
@@ -69,7 +69,7 @@ def test_a_smaller_network_that_scores_counts_as_less(tmp_path: Path) -> None:
     assert line["compute"] < line["samples_trained"]
 
 
-def test_the_environment_says_what_a_sample_costs(finished: RunResult) -> None:
+def test_the_environment_has_the_cost_of_a_sample(finished: RunResult) -> None:
     facts = json.loads((finished.folder / "environment.json").read_text())
     assert facts["forward_flops_per_sample"] == 2 * (64 * 256 + 256 * 256 + 256 * 10)
 
@@ -87,7 +87,7 @@ def test_selection_facts_are_in_the_metrics(finished: RunResult) -> None:
         assert facts["class_kept"] == pytest.approx(shares, abs=1e-6)
 
 
-def test_a_finished_run_is_found_finished(finished: RunResult, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_repeated(finished: RunResult, tmp_path: Path) -> None:
     starts: list[int] = []
     config = tdds(finished.folder.parent)
     again = train(config, on_start=lambda start: starts.append(start.first_epoch))
@@ -96,7 +96,7 @@ def test_a_finished_run_is_found_finished(finished: RunResult, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("stops", ["collect", "train"])
-def test_a_run_that_stopped_goes_on_as_if_it_had_not(finished: RunResult, tmp_path: Path, stops: str) -> None:
+def test_a_stopped_run_resumes_exactly(finished: RunResult, tmp_path: Path, stops: str) -> None:
     config = tdds(tmp_path)
     if stops == "collect":
         score(config)
@@ -105,7 +105,7 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(finished: RunResult, tmp_pa
     assert_same_run(train(config), finished)
 
 
-def test_the_same_network_may_go_on(tmp_path: Path) -> None:
+def test_the_scored_network_can_continue(tmp_path: Path) -> None:
     method = {"name": "tdds", "prune_ratio": 0.5, "trajectory_len": 3, "window_size": 3}
     result = train(run_config(tmp_path, method=method, collect={"fresh": False}))
     num = result.metrics[0]["num_samples"]
@@ -114,7 +114,7 @@ def test_the_same_network_may_go_on(tmp_path: Path) -> None:
     assert result.metrics[-1]["samples_collected"] == 0
 
 
-def test_the_scoring_run_may_differ(tmp_path: Path) -> None:
+def test_the_scoring_run_can_have_its_own_settings(tmp_path: Path) -> None:
     config = tdds(tmp_path, collect={"train": {"batch_size": 16, "epochs": 8}, "optim": {"lr": 0.01}})
     result = train(config)
     collected = (result.folder / "collect" / "config.yaml").read_text()
@@ -147,7 +147,7 @@ def logged(folder: Path, logits_ENC: np.ndarray, dtype: Any = np.float32) -> Pat
     return folder
 
 
-def test_logged_trajectories_take_the_place_of_the_scoring_run(finished: RunResult, tmp_path: Path) -> None:
+def test_logged_trajectories_replace_the_scoring_run(finished: RunResult, tmp_path: Path) -> None:
     num = finished.metrics[0]["num_samples"]
     logits = np.random.default_rng(1).normal(size=(4, num, 10)).cumsum(axis=0)
     folder = logged(tmp_path / "logs", logits)
@@ -170,7 +170,7 @@ def chosen_file(finished: RunResult, file: Path, **changes: Any) -> Path:
     return write_selection_file(file, selection, changes.pop("fingerprint", fingerprint), {})
 
 
-def test_a_file_is_trained_on(finished: RunResult, tmp_path: Path) -> None:
+def test_a_run_trains_on_the_samples_of_a_file(finished: RunResult, tmp_path: Path) -> None:
     file = chosen_file(finished, tmp_path / "chosen.parquet")
     config = run_config(tmp_path, method={"name": "fixed", "path": str(file)})
     whole = train(config)
@@ -181,7 +181,7 @@ def test_a_file_is_trained_on(finished: RunResult, tmp_path: Path) -> None:
     assert_same_run(whole, again)
 
 
-def test_a_file_that_changed_or_is_of_other_data_is_refused(finished: RunResult, tmp_path: Path) -> None:
+def test_a_file_that_changed_or_belongs_to_other_data_is_refused(finished: RunResult, tmp_path: Path) -> None:
     file = chosen_file(finished, tmp_path / "chosen.parquet")
     config = run_config(tmp_path, method={"name": "fixed", "path": str(file)})
     train(config.model_copy(update={"train": config.train.model_copy(update={"stop_after": 1})}))
@@ -218,7 +218,7 @@ def test_a_file_that_changed_or_is_of_other_data_is_refused(finished: RunResult,
         ({"train": {"record": ["los"]}}, "did you mean 'loss'"),
     ],
 )
-def test_what_cannot_be_scored_is_refused_before_anything_is_written(
+def test_invalid_scoring_is_refused_before_anything_is_written(
     tmp_path: Path, sections: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -226,7 +226,7 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_scores_serve_every_ratio(finished: RunResult, tmp_path: Path) -> None:
+def test_one_scoring_run_serves_every_ratio(finished: RunResult, tmp_path: Path) -> None:
     """What decides no score need not be the same: the scoring run is found finished at another ratio."""
     method = {"name": "tdds", "trajectory_len": 3, "window_size": 3, "also": [[4, 3]]}
     scored = score(run_config(tmp_path, method={**method, "prune_ratio": 0.2}))
@@ -238,7 +238,7 @@ def test_scores_serve_every_ratio(finished: RunResult, tmp_path: Path) -> None:
     assert_same_run(result, finished)
 
 
-def test_a_run_that_begins_from_another_takes_its_scores(finished: RunResult, tmp_path: Path) -> None:
+def test_a_run_that_starts_from_another_reuses_its_scores(finished: RunResult, tmp_path: Path) -> None:
     starts: list[tuple[str, int]] = []
     config = tdds(tmp_path, run={"resume": str(finished.folder)})
     result = train(config, on_start=lambda start: starts.append((start.folder.name, start.first_epoch)))
@@ -246,14 +246,14 @@ def test_a_run_that_begins_from_another_takes_its_scores(finished: RunResult, tm
     assert_same_run(result, finished)
 
 
-def test_a_finished_run_needs_its_scoring_run_no_more(tmp_path: Path) -> None:
+def test_a_finished_run_no_longer_needs_its_scoring_run(tmp_path: Path) -> None:
     whole = train(tdds(tmp_path))
     shutil.rmtree(whole.folder / "collect")
     assert_same_run(train(tdds(tmp_path)), whole)
     assert not (whole.folder / "collect").exists()
 
 
-def test_a_method_that_chooses_anew_has_no_scoring_run(tmp_path: Path) -> None:
+def test_a_dynamic_method_has_no_scoring_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="method 'infobatch' has no scoring run"):
         score(run_config(tmp_path))
 

@@ -1,4 +1,4 @@
-"""Checkpoints inside epochs: killed between any two steps, a run goes on at the last checkpoint and ends the same."""
+"""Checkpoints inside epochs: a run killed at any step resumes from the last one and gives the same result."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunResult, li
 
 
 @pytest.mark.parametrize("kill_at", [2, 5, 12, 24, 33, 50])
-def test_killed_at_any_step_it_redoes_only_the_steps_since_the_checkpoint(
+def test_a_run_killed_at_any_step_repeats_only_the_steps_since_its_checkpoint(
     kill_at: int, tmp_path: Path, undisturbed: tuple[RunResult, list[int]]
 ) -> None:
     whole, steps = undisturbed
@@ -78,7 +78,7 @@ def test_killed_at_any_step_it_redoes_only_the_steps_since_the_checkpoint(
     assert_same_run(again, whole)
 
 
-def test_a_damaged_checkpoint_inside_an_epoch_is_passed_over(
+def test_a_damaged_checkpoint_inside_an_epoch_is_skipped(
     tmp_path: Path, undisturbed: tuple[RunResult, list[int]], caplog: pytest.LogCaptureFixture
 ) -> None:
     config = make(tmp_path, "killed", kill_at=30)
@@ -94,7 +94,7 @@ def test_a_damaged_checkpoint_inside_an_epoch_is_passed_over(
     assert_same_run(again, undisturbed[0])
 
 
-def test_sigterm_saves_and_leaves_and_the_run_goes_on(tmp_path: Path, undisturbed: tuple[RunResult, list[int]]) -> None:
+def test_sigterm_saves_the_run_and_it_resumes(tmp_path: Path, undisturbed: tuple[RunResult, list[int]]) -> None:
     config = make(tmp_path, "paused", pause_s=0.05)
     process = start(config)
     while not Path(config.model.options["log"]).exists() or steps_of(config) < 8:
@@ -113,12 +113,12 @@ def test_sigterm_saves_and_leaves_and_the_run_goes_on(tmp_path: Path, undisturbe
     assert steps_of(config) == sum(undisturbed[1])
 
 
-def test_checkpoints_inside_an_epoch_go_when_it_ends(undisturbed: tuple[RunResult, list[int]]) -> None:
+def test_checkpoints_inside_an_epoch_are_deleted_at_its_end(undisturbed: tuple[RunResult, list[int]]) -> None:
     names = sorted(folder.name for folder in (undisturbed[0].folder / "checkpoints").iterdir())
     assert names == ["epoch-000003", "epoch-000004"]
 
 
-def test_a_run_begins_at_a_checkpoint_of_another_folder(
+def test_a_run_starts_from_a_checkpoint_of_another_folder(
     tmp_path: Path, undisturbed: tuple[RunResult, list[int]]
 ) -> None:
     config = make(tmp_path, "killed", kill_at=33)

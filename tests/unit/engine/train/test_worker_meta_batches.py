@@ -1,4 +1,4 @@
-"""Learned weights with pruning: what the weight network learns from is of all samples, and nothing else changes."""
+"""Learned weights with pruning: the weight network learns from all samples, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_weight_network_learns_from_all_samples(tmp_path: Path, monkeypatch:
     assert result.metrics[-1]["samples_trained"] == sum(kept)
 
 
-def test_the_method_sees_and_chooses_what_it_does_without_meta_batches(tmp_path: Path) -> None:
+def test_meta_batches_do_not_change_the_selection(tmp_path: Path) -> None:
     result = train(pruned(tmp_path))
     visits = np.zeros(NUM, dtype=np.int64)
     for epoch in range(4):
@@ -88,7 +88,7 @@ def test_the_method_sees_and_chooses_what_it_does_without_meta_batches(tmp_path:
 
 
 @pytest.mark.parametrize("passes", [75, 78, 81, 84])
-def test_ended_beside_a_meta_batch_it_goes_on_as_if_undisturbed(tmp_path: Path, passes: int) -> None:
+def test_a_run_stopped_at_a_meta_batch_resumes_exactly(tmp_path: Path, passes: int) -> None:
     model = {"name": f"{MULTI_EXIT_MODELS}:fails_once", "marker": str(tmp_path / "marker"), "passes": passes}
     run = {"storage_path": str(tmp_path), "max_failures": 0, "checkpoint_steps": 1}
     ended = pruned(tmp_path, "parts", model, run={**run, "name": "parts"})

@@ -131,7 +131,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("stream", ["local", "device"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_asks_the_device_nothing(
+def test_a_step_does_not_synchronize_with_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, stream: str
 ) -> None:
     to = listen(monkeypatch)
@@ -141,7 +141,7 @@ def test_a_step_asks_the_device_nothing(
     assert sorted(set(to.heard)) == []
 
 
-def test_what_asks_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_synchronization_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def asking(sums: MetricSums, signals: dict[str, torch.Tensor], rows: PlacedRows, *rest: Any) -> None:
         assert signals["loss"].mean().item() > 0
         assert len(signals["loss"][rows.real])
@@ -154,9 +154,7 @@ def test_what_asks_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("stream", ["local", "device"])
 @pytest.mark.parametrize("kind", ["full", "infobatch, clipped", "infobatch, bf16, in micro-batches", "several exits"])
-def test_steps_run_where_tensors_have_no_values(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, stream: str
-) -> None:
+def test_steps_run_with_fake_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, stream: str) -> None:
     """On torch's meta device whatever asks for a value fails, and so does what mixes its tensors with the host's."""
     steps = []
 

@@ -1,4 +1,4 @@
-"""local_loader: its arguments, methods of one's own, and seeds and sizes from NumPy."""
+"""local_loader: its arguments, custom methods, and integers from NumPy."""
 
 from __future__ import annotations
 
