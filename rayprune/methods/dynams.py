@@ -27,12 +27,11 @@ from typing import Any, Literal
 import numpy as np
 
 from rayprune.core.choosing import Balance, choose, choose_by_boundary, num_pruned
+from rayprune.core.method import EpochContext, Method
 from rayprune.core.schedule import Family, Schedule, block_starts, kept_by_block
 from rayprune.core.selection import Selection
-from rayprune.core.selector import EpochContext
 from rayprune.core.table import ScoreTable
 from rayprune.errors import ConfigError
-from rayprune.methods.base import Method
 from rayprune.methods.registry import register
 
 _SIGNALS = {"predicted": "boundary", "label": "boundary_label", "label_unsigned": "boundary_label_unsigned"}

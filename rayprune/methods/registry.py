@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from rayprune.core.method import Method
 from rayprune.core.references import closest, is_reference, load_object
 from rayprune.core.validation import check_keys, short_repr
 from rayprune.errors import ConfigError
-from rayprune.methods.base import Method
 
 METHODS: dict[str, type[Method]] = {}
 _M = TypeVar("_M", bound=type[Method])

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.core.method import EpochContext, Method
 from rayprune.core.selection import Selection
-from rayprune.core.selector import EpochContext
 from rayprune.core.table import Ids, ScoreTable, Signals
 from rayprune.errors import ConfigError
-from rayprune.methods.base import Method
 from rayprune.methods.registry import build_method, register
 
 _PERMUTATION = 2  # keeps the permutation's generator apart from the inner method's

@@ -30,12 +30,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayprune.core.choosing import choose, num_pruned
+from rayprune.core.method import EpochContext, Method
 from rayprune.core.selection import Selection
-from rayprune.core.selector import EpochContext
 from rayprune.core.table import Ids, ScoreTable, Signals, chunks
 from rayprune.core.validation import check_ratio, mismatch, short_repr
 from rayprune.errors import ConfigError
-from rayprune.methods.base import Method
 from rayprune.methods.registry import register
 
 Storage = Literal["float32", "float16"]
