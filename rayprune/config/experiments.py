@@ -239,11 +239,7 @@ class CompareSection(Section):
 
 
 def compared_method(method: Any, key: str) -> dict[str, Any]:
-    """Return the whole config of a method to compare.
-
-    Args:
-        method: its name, or a mapping of name and hyperparameters.
-        key: the setting that messages name.
+    """Return the whole config of a method to compare; messages name the setting `key`.
 
     Raises:
         ConfigError: it is not a method, is `full`, or has keys that all arms share.

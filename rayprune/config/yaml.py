@@ -97,11 +97,7 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 def flatten(
     tree: Mapping[str, Any], is_section: Callable[[str, Any], bool] = lambda key, value: isinstance(value, Mapping)
 ) -> dict[str, Any]:
-    """Return dotted key → value of a nested mapping.
-
-    Args:
-        tree: the mapping.
-        is_section: whether to descend into the value at a dotted key; by default, into every mapping.
+    """Return dotted key → value of a nested mapping; `is_section` tells which values to descend into.
 
     >>> flatten({"train": {"epochs": 3}, "seeds": [0, 1]})
     {'train.epochs': 3, 'seeds': [0, 1]}

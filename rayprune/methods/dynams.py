@@ -20,7 +20,7 @@ Shapes: N samples, C classes, K blocks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -125,7 +125,9 @@ class DynaMS(Method):
         selection = self._nearest(table, ratio, context) if ratio < 1.0 else Selection.full(context.num_samples)
         following = context.epoch + 1
         sweeps = following in starts[1:] and kept[starts.index(following)] < 1.0
-        return selection.with_sweep("all" if sweeps else None).with_facts(block=block + 1, asked_keep=round(ratio, 6))
+        return replace(selection, sweep="all" if sweeps else None).with_facts(
+            block=block + 1, asked_keep=round(ratio, 6)
+        )
 
     def _block_epochs(self, num_epochs: int) -> int:
         return self.block_epochs or min(10, max(1, num_epochs // 5))
@@ -157,6 +159,5 @@ class DynaMS(Method):
             balance: Balance = "even" if self.balance == "even" else "none"
             selection = choose(distances, count, "bottom", labels=context.labels, balance=balance)
         nearest = distances[selection.ids] if distances.ndim == 1 else distances[selection.ids].min(axis=1)
-        return selection.with_requested(1.0 - ratio if selection.realised else 0.0).with_facts(
-            threshold=round(float(nearest.max()), 6)
-        )
+        requested = 1.0 - ratio if selection.realised else 0.0
+        return replace(selection, requested=requested).with_facts(threshold=round(float(nearest.max()), 6))

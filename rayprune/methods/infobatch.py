@@ -13,7 +13,7 @@ constant scores prune nothing; NaN losses never enter the table.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -114,9 +114,8 @@ class InfoBatch(Method):
             return Selection.full(context.num_samples)
         thinned = context.thin(strata, keep)
         # With the mean as threshold, `requested` is r, a share of the candidates; with quantiles, of all samples.
-        return thinned.with_requested(
-            thinned.expected_drops / context.num_samples if self.quantiles else float(1.0 - keep[0])
-        )
+        requested = thinned.expected_drops / context.num_samples if self.quantiles else float(1.0 - keep[0])
+        return replace(thinned, requested=requested)
 
     def _requests_pruning(self, num_epochs: int) -> bool:
         if self.quantiles:

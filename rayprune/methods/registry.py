@@ -52,11 +52,9 @@ def method_fields(cls: type[Method]) -> dict[str, Any]:
 
 
 def build_method(spec: Method | str | Mapping[str, Any], key: str = "method") -> Method:
-    """Build a method from its config: a name, or a mapping of `name` and hyperparameters.
+    """Build a method from its name, or from a mapping of `name` and hyperparameters; return a method as it is.
 
-    Args:
-        spec: the config, or a method, which is returned as it is.
-        key: the setting that messages name.
+    Messages name the setting `key`.
 
     Raises:
         ConfigError: unknown name or key (with the closest match), or a value of another type or out of range.

@@ -402,7 +402,7 @@ def test_large_seeds_and_epochs_work(method: Method) -> None:
     if method.sweep_signals:
         with pytest.raises(ValueError, match="have no distance"):
             selector.begin_epoch(70_000)
-        sweep(selector, Selection.full(NUM_SAMPLES).with_sweep("all"), 0)
+        sweep(selector, dataclasses.replace(Selection.full(NUM_SAMPLES), sweep="all"), 0)
     selection = selector.begin_epoch(np.int64(70_000))  # type: ignore[arg-type]
     check_valid(selection, NUM_SAMPLES)
     restored = Selector(method, NUM_SAMPLES, 100_000, 2**40 + 1, labels=LABELS, chosen=chosen_of(NUM_SAMPLES))
