@@ -70,9 +70,9 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         for part in parts[:-1]:
             branch = branch.setdefault(part, {})
             if not isinstance(branch, dict):
-                raise ConfigError(f"override {word!r}: {part!r} is given as a value and as a section")
+                raise ConfigError(f"override {word!r}: {part!r} is both a value and a section")
         if parts[-1] in branch:
-            raise ConfigError(f"override {word!r}: {key!r} is given twice, keep one")
+            raise ConfigError(f"override {word!r}: {key!r} appears twice, keep one")
         branch[parts[-1]] = value
     return tree
 

@@ -40,7 +40,7 @@ class Method:
         name: the registered name (external classes: their reference).
         kind: baseline | dynamic (chooses again every epoch) | static (one subset) | control.
         paper: authors, venue, arXiv number.
-        signals: what the workers report for each visited sample.
+        signals: the signals that workers report for each visited sample.
         unbiased: the weighted sum over the selection has the full sum as its expectation.
         fixed: the subset is the same in every epoch.
         needs_labels: the method balances classes and needs labels.

@@ -9,10 +9,10 @@ trained jointly and computes the margins for the choice.
 
 Decisions of this project, each an option: the margin is the exact distance to the nearest boundary of the last linear
 layer (MASE, Emam et al. 2021, arXiv 2111.12880), from the predicted class, unsigned; every label keeps the same number
-(other labels take what a label cannot fill), or BASE of the same paper; block 1 of Q = 10 epochs uses all samples; the
-budget is a share of all N·E visits, warm-up included; weights are 1; scores come from a forward-only sweep over all
-samples in eval mode, without augmentation, through the full network; ties go to the lower id. The proxy is trained as
-slimmable networks are: both losses in one step, separate batch statistics, weight 1.
+(other labels make up for a label with too few samples), or BASE of the same paper; block 1 of Q = 10 epochs uses all
+samples; the budget is a share of all N·E visits, warm-up included; weights are 1; scores come from a forward-only sweep
+over all samples in eval mode, without augmentation, through the full network; ties go to the lower id. The proxy is
+trained as slimmable networks are: both losses in one step, separate batch statistics, weight 1.
 
 Shapes: N samples, C classes, K blocks.
 """

@@ -28,13 +28,11 @@ class MLP(nn.Module):
 
     def features(self, inputs: Tensor) -> Tensor:
         """Return the embedding before the classifier, (B, last hidden width), of inputs (B, F) or (B, C, H, W)."""
-        embedding: Tensor = self.layers(inputs.flatten(1))
-        return embedding
+        return self.layers(inputs.flatten(1))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return logits (B, C) of inputs (B, F) or (B, C, H, W)."""
-        logits: Tensor = self.fc(self.features(inputs))
-        return logits
+        return self.fc(self.features(inputs))
 
 
 @register_model

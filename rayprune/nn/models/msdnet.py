@@ -159,8 +159,7 @@ class MSDNet(MultiExit):
 
     def begin(self, inputs: Tensor) -> Maps:
         """Return the stem's maps of images (B, channels, H, W), the finest first."""
-        maps: Maps = self.stem(inputs)
-        return maps
+        return self.stem(inputs)
 
     def advance(self, exit: int, state: Maps) -> tuple[Tensor, Maps]:
         """Return the logits (B, C) at `exit`, and the block's maps; no maps after the last exit."""

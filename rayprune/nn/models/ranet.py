@@ -63,13 +63,7 @@ class Widths:
 
 
 class FusionLayer(nn.Module):
-    """A dense layer that also reads a map of the previous sub-network.
-
-    Args:
-        own, low: channels of both maps.
-        widths: of the sub-network.
-        stride: 2 to halve the map.
-    """
+    """A dense layer that also reads a map of the previous sub-network; `own` and `low` are the maps' channels."""
 
     def __init__(self, own: int, low: int, widths: Widths, stride: int) -> None:
         super().__init__()
@@ -84,13 +78,7 @@ class FusionLayer(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """Dense layers, and a 1×1 transition if `ends_stage`.
-
-    Args:
-        in_channels: of its input map.
-        num_layers: at least 1.
-        widths: of the sub-network.
-    """
+    """Dense layers, and a 1×1 transition if `ends_stage`."""
 
     def __init__(self, in_channels: int, num_layers: int, widths: Widths, *, ends_stage: bool) -> None:
         super().__init__()
@@ -112,9 +100,7 @@ class FusionBlock(nn.Module):
     """Fusion layers, the last low map compressed and appended, and a 1×1 transition if `ends_stage`.
 
     Args:
-        in_channels: of its input map.
         low: channels of the maps of its counterpart in the previous sub-network, one more than it has layers.
-        widths: of the sub-network.
         halves: whether its last layer halves the map.
     """
 
@@ -145,7 +131,6 @@ class SubNetwork(nn.Module):
         in_channels: of the stem's map at this resolution.
         num_layers: of each of its blocks.
         low: channels of the maps of every block of the previous sub-network; empty for the first.
-        widths: of the layers.
         scale: the number of stages into which the blocks divide; each but the last ends in a transition.
         halving: the numbers, from 1, of the fusion blocks that halve the map.
     """
