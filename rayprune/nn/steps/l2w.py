@@ -157,11 +157,6 @@ class L2wStep(ExitStep):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned.
-
-        Raises:
-            ConfigError: the state is another train step's.
-        """
         self._check_state(state, {"weight_net", "meta_optimizer", "batches"})
         self.weight_net.load_state_dict(state["weight_net"])
         self.meta_optimizer.load_state_dict(state["meta_optimizer"])

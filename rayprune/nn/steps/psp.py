@@ -47,11 +47,9 @@ class PspStep(PlainStep):
     The step's signals are those of the whole network; `evaluate(part="proxy")` returns the proxy's.
 
     Args:
-        model: what `module_of` returned, DDP-wrapped or not.
-        optimizer: over its parameters, which are the network's.
-        width: as passed to `module_of`.
+        model: what `module_of` returned for `width`, DDP-wrapped or not.
         weight: of the proxy's loss, above 0.
-        **recipe: arguments of PlainStep.
+        optimizer, **recipe: arguments of PlainStep; the parameters are the network's.
 
     Raises:
         ConfigError: the weight is outside its range.
@@ -92,11 +90,6 @@ class PspStep(PlainStep):
         return {"proxy": dict(self._pair.proxy.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the proxy's running statistics.
-
-        Raises:
-            ConfigError: the state is another train step's.
-        """
         self._check_state(state, {"proxy"})
         self._pair.proxy.load_state_dict(state["proxy"])
 
@@ -105,11 +98,7 @@ class PspStep(PlainStep):
         return self._pair.proxy.buffers()
 
     def relative_cost(self, part: str = "model") -> float:
-        """Return the multiply-adds of a forward pass through a part, relative to the model's: φ for the proxy.
-
-        Raises:
-            ConfigError: an unknown part.
-        """
+        """Return 1 for the model, φ for the proxy."""
         return self._pair.mac_ratio if self._check_part(part) == "proxy" else 1.0
 
     def _eval_logits(self, inputs: Tensor, part: str) -> Tensor:
@@ -128,9 +117,7 @@ class WithProxy(nn.Module):
     """A network and its proxy as one module, so that DDP reduces the gradients of both and shares their buffers.
 
     Args:
-        network: as for `Proxy`.
-        width: of the proxy, in (0, 1].
-        input_shape: of one sample.
+        network, width, input_shape: as for `Proxy`.
 
     Attributes:
         mac_ratio: multiply-adds of the proxy relative to the network's, φ.
