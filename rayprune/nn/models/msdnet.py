@@ -105,46 +105,77 @@ class Transition(nn.Module):
         return [scale(own) for scale, own in zip(self.scales, maps, strict=True)]
 
 
+@register_model
 class MSDNet(MultiExit):
-    """Stem, blocks, and a classifier of the coarsest map after each.
+    """The paper's network for CIFAR: a stem, blocks, and a classifier of the coarsest map after each.
+
+    The options are those of the published program.
 
     Args:
-        num_layers: of every block; there are as many blocks as exits.
-        growth_factors, bottleneck_factors: of every scale, the finest first; a bottleneck factor of None means none.
-        in_channels, num_classes and the others: see `msdnet`.
+        num_classes, input_shape: C, and (channels, H, W).
+        num_blocks, base: K, the number of exits, and the layers of the first block.
+        step, step_mode: layers of the others: `step` each ("even"), or step·i + 1 in block i from 0 ("lin_grow").
+        channels, growth_rate: of the finest map after the stem, and added to it by a layer.
+        growth_factors: the width of each scale in multiples of these, the finest first; 1, 2, 4 … by default.
+        bottleneck, bottleneck_factors: whether a 1×1 convolution precedes each 3×3 one, and its largest width in
+            multiples of the 3×3's output, at each scale; the growth_factors by default.
+        num_scales: S; by default as many as growth_factors, or 3, or fewer for images under 16 pixels.
+        reduction: the fraction of channels kept where a scale is dropped, in (0, 1].
+        stem: "cifar" or "imagenet"; by default "imagenet" for images of at least 96 pixels.
+        gradient_equilibrium: balance the gradients of early and later exits (Li et al., ICCV 2019).
+
+    Raises:
+        ConfigError: an option is out of its range.
     """
 
     def __init__(
         self,
-        num_layers: Sequence[int],
-        growth_factors: Sequence[int],
-        bottleneck_factors: Sequence[int | None],
         *,
-        channels: int,
-        growth_rate: int,
-        reduction: float,
-        in_channels: int,
         num_classes: int,
-        stem: str,
-        gradient_equilibrium: bool,
+        input_shape: tuple[int, ...],
+        num_blocks: int = 5,
+        base: int = 1,
+        step: int = 1,
+        step_mode: str = "lin_grow",
+        channels: int = 16,
+        growth_rate: int = 6,
+        growth_factors: Sequence[int] | None = None,
+        bottleneck: bool = True,
+        bottleneck_factors: Sequence[int] | None = None,
+        num_scales: int | None = None,
+        reduction: float = 0.5,
+        stem: str | None = None,
+        gradient_equilibrium: bool = False,
     ) -> None:
-        super().__init__(len(num_layers))
+        in_channels = image_channels("msdnet", input_shape)
+        counts = {"base": base, "step": step, "channels": channels, "growth_rate": growth_rate}
+        check_growth("msdnet", step_mode, reduction, num_blocks=num_blocks, **counts)
+        if growth_rate < 2:  # half of it comes from the finer scale
+            raise ConfigError(f"model 'msdnet' needs growth_rate of at least 2, got {growth_rate}")
+        stem = choose_stem("msdnet", input_shape, stem)
+        if num_scales is None and growth_factors:
+            num_scales = len(check_list("msdnet", "growth_factors", growth_factors))
+        scales = choose_scales("msdnet", "num_scales", input_shape, stem, num_scales)
+        growth = check_factors("msdnet", "growth_factors", growth_factors or [2**s for s in range(scales)], scales)
+        inner = check_factors("msdnet", "bottleneck_factors", bottleneck_factors or growth, scales)
+        super().__init__(num_blocks)
         self.gradient_equilibrium = gradient_equilibrium
+        factors: Sequence[int | None] = inner if bottleneck else [None] * scales
+        later = [step * block + 1 if step_mode == "lin_grow" else step for block in range(1, num_blocks)]
+        total, layer, first = base + sum(later), 0, 0
 
         def scaled(width: int) -> list[int]:
-            return [width * factor for factor in growth_factors]
+            return [width * factor for factor in growth]
 
-        num_scales, total, layer, first = len(growth_factors), sum(num_layers), 0, 0
-        self.stem = MultiScaleStem(in_channels, scaled(channels), (2,) * (num_scales - 1), stem)
+        self.stem = MultiScaleStem(in_channels, scaled(channels), (2,) * (scales - 1), stem)
         self.blocks = nn.ModuleList()
-        interval = -(-total // num_scales)
+        interval = -(-total // scales)
         coarsest = []
-        for count in num_layers:
+        for count in (base, *later):
             layers: list[nn.Module] = []
             for _ in range(count):
-                before, first = first, max(layer // interval, num_scales - (total - layer))
-                drops = first > before
-                layers.append(Layer(scaled(channels), scaled(growth_rate), bottleneck_factors, first, drops))
+                before, first = first, max(layer // interval, scales - (total - layer))
+                layers.append(Layer(scaled(channels), scaled(growth_rate), factors, first, drops=first > before))
                 channels += growth_rate
                 if layer > 0 and layer % interval == 0:
                     # Rounded before scaling, so that the scales' widths stay multiples of each other.
@@ -153,7 +184,7 @@ class MSDNet(MultiExit):
                     channels = reduced
                 layer += 1
             self.blocks.append(nn.Sequential(*layers))
-            coarsest.append(channels * growth_factors[-1])
+            coarsest.append(channels * growth[-1])
         self.classifiers = nn.ModuleList(classifier(width, num_classes, stem) for width in coarsest)
         initialize(self)
 
@@ -172,69 +203,6 @@ class MSDNet(MultiExit):
 
 
 @register_model
-def msdnet(
-    *,
-    num_classes: int,
-    input_shape: tuple[int, ...],
-    num_blocks: int = 5,
-    base: int = 1,
-    step: int = 1,
-    step_mode: str = "lin_grow",
-    channels: int = 16,
-    growth_rate: int = 6,
-    growth_factors: Sequence[int] | None = None,
-    bottleneck: bool = True,
-    bottleneck_factors: Sequence[int] | None = None,
-    num_scales: int | None = None,
-    reduction: float = 0.5,
-    stem: str | None = None,
-    gradient_equilibrium: bool = False,
-) -> MSDNet:
-    """Build the paper's network for CIFAR; the options are those of the published program.
-
-    Args:
-        num_classes, input_shape: C, and (channels, H, W).
-        num_blocks, base: K, the number of exits, and the layers of the first block.
-        step, step_mode: layers of the others: `step` each ("even"), or step·i + 1 in block i from 0 ("lin_grow").
-        channels, growth_rate: of the finest map after the stem, and added to it by a layer.
-        growth_factors: the width of each scale in multiples of these, the finest first; 1, 2, 4 … by default.
-        bottleneck, bottleneck_factors: whether a 1×1 convolution precedes each 3×3 one, and its largest width in
-            multiples of the 3×3's output, at each scale; the growth_factors by default.
-        num_scales: S; by default as many as growth_factors, or 3, or fewer for images under 16 pixels.
-        reduction: the fraction of channels kept where a scale is dropped, in (0, 1].
-        stem: "cifar" or "imagenet"; by default "imagenet" for images of at least 96 pixels.
-        gradient_equilibrium: balance the gradients of early and later exits (Li et al., ICCV 2019).
-
-    Raises:
-        ConfigError: an option is out of its range.
-    """
-    in_channels = image_channels("msdnet", input_shape)
-    counts = {"num_blocks": num_blocks, "base": base, "step": step, "channels": channels, "growth_rate": growth_rate}
-    check_growth("msdnet", step_mode, reduction, **counts)
-    if growth_rate < 2:  # half of it comes from the finer scale
-        raise ConfigError(f"model 'msdnet' needs growth_rate of at least 2, got {growth_rate}")
-    stem = choose_stem("msdnet", input_shape, stem)
-    if num_scales is None and growth_factors:
-        num_scales = len(check_list("msdnet", "growth_factors", growth_factors))
-    scales = choose_scales("msdnet", "num_scales", input_shape, stem, num_scales)
-    growth = check_factors("msdnet", "growth_factors", growth_factors or [2**s for s in range(scales)], scales)
-    inner = check_factors("msdnet", "bottleneck_factors", bottleneck_factors or growth, scales)
-    later = [step * block + 1 if step_mode == "lin_grow" else step for block in range(1, num_blocks)]
-    return MSDNet(
-        [base, *later],
-        growth,
-        inner if bottleneck else [None] * scales,
-        channels=channels,
-        growth_rate=growth_rate,
-        reduction=reduction,
-        in_channels=in_channels,
-        num_classes=num_classes,
-        stem=stem,
-        gradient_equilibrium=gradient_equilibrium,
-    )
-
-
-@register_model
 def msdnet_imagenet(
     *,
     num_classes: int,
@@ -243,9 +211,9 @@ def msdnet_imagenet(
     base: int | None = None,
     num_blocks: int = 5,
     gradient_equilibrium: bool = False,
-) -> nn.Module:
+) -> MSDNet:
     """Build the paper's network for ImageNet: 4 scales, 5 blocks of `step` layers (4, 6 or 7), the first of `base`."""
-    return msdnet(
+    return MSDNet(
         num_classes=num_classes,
         input_shape=input_shape,
         num_blocks=num_blocks,
