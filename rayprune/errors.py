@@ -2,15 +2,15 @@
 
     RaypruneError
     ├── ConfigError (ValueError)        a setting, argument or option that cannot work
-    ├── DataError (ValueError)          data that cannot be read, or do not fit the settings
+    ├── DataError (ValueError)          data that cannot be read, or does not fit the settings
     │   └── UnreadableImage             one image that cannot be decoded
     ├── RunFolderError (ValueError)     files of a run that are damaged, in use, or another run's
     ├── ClusterError (ValueError)       no Ray cluster, or one without the resources
     ├── UsageError (RuntimeError)       calls in an order that cannot work
     ├── TrainingStopped (RuntimeError)  training ended for a reason that a restart would not change
-    ├── TrainingPaused (RuntimeError)   the run was asked to stop, has saved and left
+    ├── TrainingPaused (RuntimeError)   the run was paused and has saved its state
     ├── TrainingFailed (RuntimeError)   any other error that ended training
-    └── ScoringError (RuntimeError)     what workers and the ScoreActor raise; Ray Train restarts the workers
+    └── ScoringError (RuntimeError)     errors in workers and the ScoreActor; Ray restarts the workers
         ├── StaleGeneration             a call of workers that have been replaced
         ├── CheckpointPending           a restarted ScoreActor needs a checkpoint that is still being written
         ├── PlanMismatch                the stream delivered other rows than the plan
@@ -31,7 +31,7 @@ class ConfigError(RaypruneError, ValueError):
 
 
 class DataError(RaypruneError, ValueError):
-    """Data that cannot be read, or do not fit the settings."""
+    """Data that cannot be read, or does not fit the settings."""
 
 
 class UnreadableImage(DataError):
@@ -67,7 +67,7 @@ class TrainingStopped(RaypruneError, RuntimeError):
 
 
 class TrainingPaused(RaypruneError, RuntimeError):
-    """The run was asked to stop, has saved and left; the same command goes on."""
+    """The run was paused and has saved its state; run the same command to continue."""
 
 
 class TrainingFailed(RaypruneError, RuntimeError):
@@ -75,7 +75,7 @@ class TrainingFailed(RaypruneError, RuntimeError):
 
 
 class ScoringError(RaypruneError, RuntimeError):
-    """What workers and the ScoreActor raise; Ray Train restarts the workers."""
+    """An error in a worker or in the ScoreActor; Ray restarts the workers."""
 
 
 class StaleGeneration(ScoringError):
@@ -95,7 +95,7 @@ class ObservationsLost(ScoringError):
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message on one line, or its type where it has none.
+    """Return an error's message on one line, or its type if it has no message.
 
     >>> one_line(ValueError("no such file:\\n  a.npy"))
     'no such file: a.npy'

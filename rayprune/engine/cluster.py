@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import math
 import os
+import signal
 import socket
 import threading
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from ray.exceptions import AuthenticationError
 from rayprune.config import Config
 from rayprune.config.schema import ScalingSection
 from rayprune.engine.data.device import check_columns
+from rayprune.engine.monitoring import kept_handlers
 from rayprune.errors import ClusterError
 from rayprune.sources import SampleSource
 
@@ -68,7 +70,8 @@ def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = F
     threading.Thread(target=importlib.import_module, args=("torch._dynamo",), daemon=True).start()
     options: dict[str, Any] = {"log_to_driver": debug, "logging_level": "INFO" if debug else "ERROR"}
     if (cluster := cluster_address(address)) is not None:
-        connect(cluster, **options)
+        with kept_handlers(signal.SIGTERM):  # Ray's own handler aborts the process
+            connect(cluster, **options)
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not dashboard:
@@ -80,7 +83,8 @@ def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = F
         options["num_cpus"] = allowed
     try:
         # "local" always starts a new cluster; without it, Ray joins any cluster that it finds on the machine.
-        ray.init("local", include_dashboard=dashboard, _node_ip_address="127.0.0.1", **options)
+        with kept_handlers(signal.SIGTERM):
+            ray.init("local", include_dashboard=dashboard, _node_ip_address="127.0.0.1", **options)
     except _RAY_ERRORS as error:
         ray.shutdown()
         raise ClusterError(

@@ -108,7 +108,7 @@ class Watcher:
             try:
                 self._listeners.on_epoch(json.loads(line))
             except Exception:  # a listener's error must not stop the thread that also watches for stalls and SIGTERM
-                logger.exception("on_epoch failed; the run goes on")
+                logger.exception("on_epoch failed; the run continues")
 
 
 class StallWatch:
@@ -145,7 +145,7 @@ class StallWatch:
                 elif pulse.doing_s > self._limit_s:
                     stalls[f"rank {rank}"] = (pulse.doing, f"has been {pulse.doing} for {pulse.doing_s:.0f} s")
         lines = [f"stall: {who} {text}" for who, (kind, text) in stalls.items() if self._reported.get(who) != kind]
-        lines += [f"stall over: {who} goes on" for who in sorted(self._reported.keys() - stalls.keys())]
+        lines += [f"stall over: {who} continues" for who in sorted(self._reported.keys() - stalls.keys())]
         self._reported = {who: kind for who, (kind, _) in stalls.items()}
         return lines
 
@@ -205,6 +205,19 @@ def on_sigterm(handler: Callable[..., None] = _interrupt) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def kept_handlers(*signals: signal.Signals) -> Iterator[None]:
+    """Restore this process's own handlers of some signals after the block, which calls Ray."""
+    previous = {each: signal.getsignal(each) for each in signals}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # only there can handlers be set
+            for each, handler in previous.items():
+                if callable(handler):
+                    signal.signal(each, handler)
 
 
 def error_line(error: BaseException) -> str:

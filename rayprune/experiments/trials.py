@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from ray.tune.search import Searcher
 from rayprune.config import Config, make_config
 from rayprune.config.yaml import read_yaml
 from rayprune.engine.cluster import TrialResources
-from rayprune.engine.monitoring import error_line, on_sigterm
+from rayprune.engine.monitoring import error_line, kept_handlers, on_sigterm
 from rayprune.engine.storage.resume import SCORING, run_folder_of
 from rayprune.engine.storage.run_folder import read_metrics
 from rayprune.engine.train.driver import Start, train
@@ -122,7 +123,8 @@ def run_trials(
         ),
     )
     try:
-        with _cpus_released(), on_sigterm():
+        # Tune replaces these two handlers and restores them only after an interrupt.
+        with _cpus_released(), on_sigterm(), kept_handlers(signal.SIGINT, signal.SIGUSR1):
             tuner.fit()
     finally:
         shutil.rmtree(record, ignore_errors=True)

@@ -207,8 +207,8 @@ def test_ids_that_do_not_number_the_rows_are_refused(change: Any, words: str) ->
     ("change", "words"),
     [
         (lambda data: data.drop_columns(["id"]), "lost their column 'id'"),
-        (lambda data: data.filter(lambda row: row["id"] % 2 == 0), "must keep rows and order"),
-        (lambda data: data.random_shuffle(), "must keep rows and order"),
+        (lambda data: data.filter(lambda row: row["id"] % 2 == 0), "must keep its rows and their order"),
+        (lambda data: data.random_shuffle(), "must keep its rows and their order"),
     ],
 )
 def test_maps_that_lose_rows_order_or_ids_are_refused(change: Any, words: str, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from rayprune.core import Plan, Selector
 from rayprune.core.plan import BLOCK_BYTES
 from rayprune.engine.cluster import start_ray
 from rayprune.engine.data.batch import Batch
-from rayprune.engine.data.ray_data import PlanDatasource, plan_dataset, task_rows
+from rayprune.engine.data.ray_data import PlanDatasource, plan_dataset
 from rayprune.engine.data.transport import RayStream
 from rayprune.engine.scoring import session
 from rayprune.engine.scoring.actor import ScoreSpec
@@ -244,24 +244,6 @@ def test_an_actor_killed_during_a_checkpoint_write_recovers_from_that_checkpoint
         late.start()
         assert scores.announce(pass_of(1, "train", 1)).hash == second != first
         assert not late.is_alive(), "the actor answered without its checkpoint"
-
-
-def test_decoding_is_spread_over_the_cpus_and_cheap_rows_are_not() -> None:
-    cheap = sources_of(97)["train"]
-    assert task_rows(cheap, 64) == 32_768
-
-    class Decoded:
-        row_cost, groups = "expensive", None
-
-        size = 100_000
-
-        def __len__(self) -> int:
-            return self.size
-
-    decoded: Any = Decoded()
-    assert [task_rows(decoded, cpus) for cpus in (1, 8, 16, 64)] == [8_192, 6_250, 3_125, 2_048]
-    for Decoded.size, rows in ((50_000_000, 12_207), (10**9, 32_768)):
-        assert task_rows(decoded, 64) == rows, "planning each task costs Ray time"
 
 
 def test_trap_an_iterator_without_prefetching_leaks_a_thread() -> None:

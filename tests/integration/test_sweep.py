@@ -134,8 +134,9 @@ def test_a_stopped_ray_train_gives_its_cpus_back(tmp_path: Path) -> None:
 def test_asha_stops_what_falls_behind_and_its_folder_is_sound(tmp_path: Path) -> None:
     space = "  space:\n    optim.lr: [0.1, 0.00001, 0.00002]\n"
     config = load_config(config_in(tmp_path, space), ASHA)
-    free = ray.available_resources()["CPU"]
+    free, ctrl_c = ray.available_resources()["CPU"], signal.getsignal(signal.SIGINT)
     result = sweep(config, tmp_path / "sweep")
+    assert signal.getsignal(signal.SIGINT) is ctrl_c, "Tune has left its own handler"
     assert ray.available_resources()["CPU"] == free
     assert [row["status"] for row in result.rows] == ["finished", "stopped", "stopped"]
     assert [row["pareto"] for row in result.rows] == [True, False, False]

@@ -197,7 +197,7 @@ def test_lost_vectors_restart_the_run_from_its_checkpoint(tmp_path: Path) -> Non
     with ActorKiller(epoch=1) as killer:
         killed = train(workers_config(tmp_path, "killed", 1, model=model, **sections), on_notice=notices.append)
     assert killer.killed_at is not None, "the actor was not killed inside the epoch"
-    assert "no copy of the signal probs (10 numbers a sample" in notices[0]
+    assert "no copy of the signal probs (10 numbers per sample" in notices[0]
     assert_same_run(killed, train(workers_config(tmp_path, "whole", 0, **sections)))
     assert scores_of(killed.folder)["tdds"].notna().all()
 

@@ -40,7 +40,7 @@ KNOWS: dict[str, set[str]] = {
     "engine.storage": _STORAGE,
     "engine.scoring": _SCORING,
     "engine.data": _DATA,
-    "engine.cluster": _RUNNING,
+    "engine.cluster": _RUNNING | {"engine.monitoring"},
     "engine.monitoring": _RUNNING,
     "engine.user_loop": _LOOPS,
     "engine.train": _LOOPS,

@@ -174,7 +174,7 @@ class CheckpointWriter:
             try:
                 self._write(epoch, step, state, position)
             except OSError as error:
-                logger.warning("a mid-epoch checkpoint could not be written (%s); training goes on", error)
+                logger.warning("a mid-epoch checkpoint could not be written (%s); training continues", error)
             else:
                 remove_old_steps(self._folder, epoch, self._config.run.keep_checkpoints, resume_step)
 

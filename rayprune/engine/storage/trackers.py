@@ -120,7 +120,7 @@ class _TrackerThread(threading.Thread):
             self._folder.mkdir(exist_ok=True)
             _write_state(self._folder, {**_read_state(self._folder), "failed": reason})
         except OSError:
-            logger.warning("%s has failed (%s); training goes on", self._tracker, reason)
+            logger.warning("%s has failed (%s); training continues", self._tracker, reason)
 
 
 def scalars(line: Mapping[str, Any]) -> dict[str, float]:

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 from ray.exceptions import RayError
 
-from rayprune.engine.monitoring import PulseSender, RunListeners, StallWatch, Watcher, error_line, on_sigterm
+from rayprune.engine.monitoring import (
+    PulseSender,
+    RunListeners,
+    StallWatch,
+    Watcher,
+    error_line,
+    kept_handlers,
+    on_sigterm,
+)
 from rayprune.engine.scoring.actor import ScoreActor, ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import Pulse
@@ -129,7 +137,7 @@ def test_a_waiting_rank_is_reported_once_and_again_when_it_goes_on() -> None:
     pulses = {**WAITING, 1: Pulse(0.5, "in one step", 0.1)}
     assert watch.update(pulses) == ["stall: rank 0 has been waiting for the stream for 12 s"]
     assert watch.update(pulses) == []
-    assert watch.update({**pulses, 0: Pulse(0.5, "in one step", 0.1)}) == ["stall over: rank 0 goes on"]
+    assert watch.update({**pulses, 0: Pulse(0.5, "in one step", 0.1)}) == ["stall over: rank 0 continues"]
 
 
 def test_a_silent_rank_is_reported_with_its_last_activity() -> None:
@@ -145,7 +153,7 @@ def test_a_silent_actor_is_reported() -> None:
     (line,) = watch.update(None)
     assert line.startswith("stall: the ScoreActor has not answered for")
     assert watch.update(None) == []
-    assert watch.update({}) == ["stall over: the ScoreActor goes on"]
+    assert watch.update({}) == ["stall over: the ScoreActor continues"]
 
 
 def test_ranks_stay_stalled_while_the_actor_does_not_answer() -> None:
@@ -171,6 +179,15 @@ def test_sigterm_interrupts_like_ctrl_c_and_the_handler_is_put_back() -> None:
     with pytest.raises(KeyboardInterrupt), on_sigterm():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_handlers_that_a_library_replaces_are_restored() -> None:
+    with on_sigterm(lambda *_: None):
+        ours, ctrl_c = (signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT))
+        with kept_handlers(signal.SIGTERM, signal.SIGINT):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == (ours, ctrl_c)
 
 
 def test_sigterm_interrupts_where_a_shell_ignores_ctrl_c() -> None:

@@ -1,4 +1,4 @@
-"""The client's methods take what the actor's methods of the same name take."""
+"""The client has the actor's methods, with the same parameters."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def calls_of(client: type[ScoreClient]) -> list[str]:
 def test_a_call_has_the_actors_parameters(name: str) -> None:
     ours = inspect.signature(getattr(LoopClient, name)).parameters
     theirs = inspect.signature(getattr(LoopActor, name)).parameters
-    extra = {"wait", "timeout_s"}
-    assert [parameter for parameter in ours if parameter not in extra] == list(theirs)
+    extra = {"wait", "timeout_s", "_ray_trace_ctx"}  # Ray adds the last one in a process that has started an actor
+    assert [each for each in ours if each not in extra] == [each for each in theirs if each not in extra]
 
 
 def test_every_call_of_the_actor_has_a_method() -> None:

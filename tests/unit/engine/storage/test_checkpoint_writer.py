@@ -123,7 +123,7 @@ def test_a_failed_write_inside_an_epoch_is_logged_and_training_goes_on(
     slow.disk.set()
     with caplog.at_level(logging.WARNING):
         slow.writer.wait()
-    assert "could not be written (No space left on device); training goes on" in caplog.text
+    assert "could not be written (No space left on device); training continues" in caplog.text
 
 
 @pytest.mark.usefixtures("full_disk")

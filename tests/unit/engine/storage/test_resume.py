@@ -56,7 +56,7 @@ def wait_for_lines(file: Path, count: int, process: subprocess.Popen[bytes]) -> 
 
 
 def test_a_killed_run_resumes(tmp_path: Path) -> None:
-    slow = {"name": user("slow"), "pause_s": 0.02}
+    slow = {"name": user("faulty"), "pause_s": 0.02}
     config = run_config(tmp_path, **SECTIONS, model=slow)
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, config.to_yaml()],

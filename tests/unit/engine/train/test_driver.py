@@ -19,10 +19,8 @@ from torch.nn import functional
 from rayprune.config import Config
 from rayprune.core import Plan, Selector
 from rayprune.core.table import QUANTILES
-from rayprune.engine.data.batch import PlacedRows
 from rayprune.engine.storage.run_folder import read_selection
 from rayprune.engine.train.driver import RunResult, train
-from rayprune.engine.train.metrics import MetricSums, validated
 from rayprune.engine.train.preflight import input_spec
 from rayprune.errors import TrainingFailed
 from rayprune.nn.models import build_model
@@ -305,18 +303,6 @@ def test_val_accuracy_is_that_of_the_saved_network(infobatch: RunResult) -> None
     classes = [correct[targets == label].mean().item() for label in range(10)]
     assert len(set(classes)) > 1
     assert infobatch.metrics[-1]["val_class_accuracy"] == pytest.approx(classes, abs=1e-6)
-
-
-def test_classes_are_counted_exactly_and_without_padding() -> None:
-    sums = MetricSums(torch.device("cpu"), 3)
-    signals = {"loss": torch.ones(5), "correct": torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0])}
-    real, labels = torch.tensor([True, True, True, False, False]), torch.tensor([0, 0, 2, 0, 1])
-    for _ in range(2):
-        sums.add(signals, PlacedRows(labels, signals["loss"], real), real.numpy(), 0, labels)
-    found = validated(sums.total(1))
-    assert found["val_class_accuracy"] == [0.5, None, 1.0]
-    assert found["val_accuracy"] == pytest.approx(2 / 3)
-    assert validated(None) == dict.fromkeys(found)
 
 
 def test_each_epoch_says_how_its_scores_are_spread(tmp_path: Path) -> None:

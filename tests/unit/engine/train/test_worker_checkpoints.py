@@ -105,7 +105,7 @@ def test_sigterm_saves_and_leaves_and_the_run_goes_on(tmp_path: Path, undisturbe
     _, errors = process.communicate(timeout=30)
     assert time.monotonic() - asked < 10
     assert process.returncode == 1
-    assert b"the same command goes on" in errors
+    assert b"run the same command to continue" in errors
     before = steps_of(config)
     epoch, step = newest_position(tmp_path / "paused")
     assert sum(undisturbed[1][:epoch]) + step == before, "every step taken was saved"

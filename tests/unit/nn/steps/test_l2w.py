@@ -319,7 +319,7 @@ def l2w_config(
 def test_a_run_records_weights_and_continues_as_if_uninterrupted(tmp_path: Path) -> None:
     notices: list[str] = []
     whole = train(l2w_config(tmp_path, "whole"), on_notice=notices.append)
-    assert any("lets weights reach from -0.07 to 2.07" in line for line in notices)
+    assert any("allows weights from -0.07 to 2.07" in line for line in notices)
     table = scores_of(whole.folder)
     means = table[[f"weight_exit_{k}_mean" for k in (1, 2, 3)]].to_numpy()
     assert abs(means.mean(axis=1) - 1.0).max() < 1e-5
@@ -365,7 +365,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a batch of one": (
         {"train": {"step": "l2w", "batch_size": 1}, "model": {"name": f"{MULTI_EXIT_MODELS}:tower"}},
-        r"train.batch_size 1 leaves 1 worker\(s\) no two halves",
+        r"train.batch_size 1 cannot give each of 1 worker\(s\) two halves",
     ),
     "halves of one row": (
         {"train": {"step": "l2w", "batch_size": 3}, "model": {"name": f"{MULTI_EXIT_MODELS}:tower"}},

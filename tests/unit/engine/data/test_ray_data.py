@@ -1,0 +1,127 @@
+"""The parts of the Ray Data stream that need no Ray: task sizes, read tasks, id columns. See also tests/integration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from rayprune.core import Plan, Selection
+from rayprune.engine.data.ray_data import (
+    FilteredStream,
+    KeepWantedRows,
+    PlanDatasource,
+    SourceMetadata,
+    _checked_ids,
+    task_rows,
+)
+from rayprune.engine.scoring.actor import ScoreSpec
+from rayprune.engine.scoring.client import ScoreClient
+from rayprune.engine.scoring.messages import PlanPass
+from rayprune.errors import DataError, PlanMismatch
+from rayprune.sources import open_data
+from tests.support.runs import pass_of
+
+SOURCE = open_data("digits", limit=301).train
+
+
+class Expensive:
+    """A source of rows that are decoded; only its size is looked at."""
+
+    row_cost, groups = "expensive", None
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+
+def test_rows_that_are_decoded_are_spread_over_the_cpus() -> None:
+    decoded: Any = Expensive(100_000)
+    assert [task_rows(decoded, cpus) for cpus in (1, 8, 16, 64)] == [8_192, 6_250, 3_125, 2_048]
+
+
+@pytest.mark.parametrize(("size", "rows"), [(50_000_000, 12_207), (10**9, 32_768)])
+def test_large_data_has_a_limited_number_of_tasks(size: int, rows: int) -> None:
+    decoded: Any = Expensive(size)
+    assert task_rows(decoded, 64) == rows, "planning each task costs Ray time"
+
+
+def test_cheap_rows_make_large_tasks() -> None:
+    assert SOURCE.row_cost == "cheap"
+    assert task_rows(SOURCE, 64) == 32_768
+
+
+def test_read_tasks_return_the_planned_rows_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    # In Ray's object store the source would need a running Ray.
+    monkeypatch.setattr("rayprune.engine.data.ray_data.in_object_store", lambda source: source)
+    spec = ScoreSpec({"name": "full"}, SOURCE, 37, 3, 5, 32, "pad", SOURCE.schema.row_bytes, None, 0, task_rows=64)
+    scores = ScoreClient.in_process(spec)
+    datasource = PlanDatasource(scores, {"train": SOURCE})
+    assert datasource.get_read_tasks(2) == [], "there is no plan before the first pass"
+    scores.announce(pass_of(0, "train", 1))
+    tables = [block for task in datasource.get_read_tasks(2) for block in task()]
+    plan = Plan.of_selection(Selection.full(301), 32, 5, 0)
+    ids, weights, _ = plan.rank_rows(0, 1, 0, plan.num_steps)
+    assert len(tables) > 1
+    assert np.concatenate([table["id"].to_numpy() for table in tables]).tolist() == ids.tolist()
+    assert np.concatenate([table["weight"].to_numpy() for table in tables]).tolist() == weights.tolist()
+    labels = np.concatenate([table["label"].to_numpy() for table in tables])
+    assert labels.tolist() == SOURCE.labels[ids].tolist()
+
+
+def test_the_actor_gets_the_labels_only_if_it_needs_them() -> None:
+    metadata = SourceMetadata(SOURCE, labelled=True)
+    assert (len(metadata), metadata.fingerprint) == (len(SOURCE), SOURCE.fingerprint)
+    assert np.array_equal(metadata.labels, SOURCE.labels)
+    with pytest.raises(RuntimeError, match="was sent no labels"):
+        _ = SourceMetadata(SOURCE, labelled=False).labels
+    with pytest.raises(RuntimeError, match="reads no rows"):
+        metadata.take(np.arange(3))
+
+
+def test_ids_of_a_dataset_may_come_in_any_order() -> None:
+    ids = np.random.default_rng(0).permutation(9).astype(np.int32)
+    assert np.array_equal(_checked_ids(ids, "key"), ids)
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (np.array([0.0, 1.0]), "column 'key' of the Dataset is float64: ids must be integers"),
+        (np.array([0, 1, 1]), r"must hold each id of 0..2 once: repeated \[1\], missing \[2\]"),
+        (np.array([0, 3, 1]), r"missing \[2\], outside \[3\]"),
+    ],
+)
+def test_wrong_ids_of_a_dataset_are_named(ids: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        _checked_ids(ids, "key")
+
+
+class WantedRows:
+    """A client of an actor that wants the rows 1 (weight 2) and 3 (weight 1)."""
+
+    name = "test_ray_data"
+
+    def wanted_rows(self, known: PlanPass | None) -> Any:
+        codes = np.array([0, 1, 0, 2, 0], dtype=np.uint8)
+        return pass_of(0, "train", 1), codes, np.array([2.0, 1.0], dtype=np.float32)
+
+
+def test_a_filtered_block_keeps_the_wanted_rows_with_their_weights() -> None:
+    scores: Any = WantedRows()
+    table = pa.table({"key": [4, 3, 1, 0], "x": [40, 30, 10, 0]})
+    kept = KeepWantedRows(scores, "key")(table)
+    assert kept.to_pydict() == {"key": [3, 1], "x": [30, 10], "id": [3, 1], "weight": [1.0, 2.0]}
+
+
+def test_a_stream_that_lost_its_ids_is_refused() -> None:
+    class Shard:
+        def iter_batches(self, **_: Any) -> Any:
+            yield {"x": np.zeros(4), "weight": np.ones(4)}
+
+    with pytest.raises(PlanMismatch, match="have lost their column 'id'"):
+        next(FilteredStream(Shard()).batches(pass_of(0, "train", 1), iter(()), 4))

@@ -1,0 +1,63 @@
+"""local_loader: its arguments, methods of one's own, and seeds and sizes from NumPy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import rayprune
+from tests.unit.engine.user_loop.loops import Loop, N, X, local_shard
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_size": 0}, "batch_size 0 must be"),
+        ({"num_epochs": 0}, "num_epochs 0"),
+        ({"method": "infobatch"}, "method must be a rayprune method"),
+        ({"method": rayprune.InfoBatch}, "method must be a rayprune method"),
+        ({"method": rayprune.InfoBatch(class_floor=0.2), "source": {"x": X}}, "no integer column 'label'"),
+        ({"last_batch": "keep"}, "'pad' or 'drop'"),
+        ({"last_batch": "drop", "batch_size": 512}, "more than the 301 samples"),
+        ({"source": {"x": X, "y": X[:3]}}, "one length"),
+        ({"source": {"x": X, "id": np.arange(N)}}, "a name that rayprune adds itself"),
+        ({"source": {"x": np.array(["a"] * N)}}, "give numbers"),
+        ({"source": {"x": [[1], [1, 2]]}}, "column 'x' is not an array"),
+        ({"source": {"x": torch.zeros(3, dtype=torch.bfloat16)}}, "column 'x' is not an array"),
+        ({"source": {}}, "no columns"),
+        ({"source": {"x": X[:0]}}, "no rows"),
+    ],
+)
+def test_a_bad_argument_is_refused_in_one_line(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        local_shard(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_custom_method_needs_no_registered_name() -> None:
+    @dataclass(frozen=True)
+    class Half(rayprune.Method):
+        signals = ()
+
+        def select(self, table: Any, context: Any) -> Any:
+            return rayprune.Selection.of_ids(np.arange(0, context.num_samples, 2), context.num_samples)
+
+    shard = local_shard(method=Half(), num_epochs=2)
+    for epoch in shard.epochs():
+        assert epoch.num_kept == 151
+        for batch in epoch.iter_torch_batches():
+            epoch.weigh(batch, batch["x"].sum(1))
+
+
+def test_numpy_integers_are_accepted_and_saved_as_integers(tmp_path: Path) -> None:
+    shard = local_shard(seed=np.int64(3), num_epochs=np.int64(2), batch_size=np.int64(32))
+    loop = Loop(shard)
+    loop.run((0, 2), lambda: torch.save(shard.state_dict(), tmp_path / "state.pt"))
+    again = local_shard(seed=3, num_epochs=2)
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert next(again.epochs()).start_step == 2
