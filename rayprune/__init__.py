@@ -9,10 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same list for the running program
+    from rayprune.core.method import EpochContext, Method
     from rayprune.core.plan import Plan
     from rayprune.core.schedule import Schedule
     from rayprune.core.selection import Selection
-    from rayprune.core.selector import EpochContext, Selector
+    from rayprune.core.selector import Selector
     from rayprune.core.table import ScoreTable
     from rayprune.engine.user_loop.api import PrunedData, get_dataset_shard, local_loader, prune
     from rayprune.engine.user_loop.shard import Epoch, Shard
@@ -27,7 +28,6 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
         TrainingStopped,
         UsageError,
     )
-    from rayprune.methods.base import Method
     from rayprune.methods.dynams import DynaMS
     from rayprune.methods.fixed import Fixed
     from rayprune.methods.full import Full
@@ -44,7 +44,8 @@ _HOME = {
     "core.plan": ("Plan",),
     "core.schedule": ("Schedule",),
     "core.selection": ("Selection",),
-    "core.selector": ("EpochContext", "Selector"),
+    "core.method": ("EpochContext", "Method"),
+    "core.selector": ("Selector",),
     "core.table": ("ScoreTable",),
     "engine.user_loop.api": ("PrunedData", "get_dataset_shard", "local_loader", "prune"),
     "engine.user_loop.shard": ("Epoch", "Shard"),
@@ -60,7 +61,6 @@ _HOME = {
         "UsageError",
     ),
     "methods": ("DynaMS", "Fixed", "Full", "InfoBatch", "Random", "RandomEpoch", "Shuffled", "TDDS"),
-    "methods.base": ("Method",),
     "methods.registry": ("build_method",),
 }
 _MODULES = {name: f"rayprune.{module}" for module, names in _HOME.items() for name in names}

@@ -1,4 +1,4 @@
-"""The sections `sweep` and `compare` of a config: what `rayprune sweep` varies, and what `rayprune compare` runs.
+"""The config sections `sweep` and `compare`: the search space of a sweep, and the arms of a comparison.
 
 A key of the sweep's space is dotted (`method.prune_ratio`), or nested as elsewhere in a config; its value is a list, or
 a mapping with one key: `choice`, `grid`, `uniform`, `loguniform` or `quniform`. Values may be whole subtrees.
@@ -26,7 +26,7 @@ _FORMS: tuple[str, ...] = get_args(Form)
 # Sections that a sweep sets for its trials: they do not affect results, or say where a trial writes.
 _SET_BY_SWEEP = {"run", "scaling", "sweep", "compare"}
 
-# What a method has to beat, and two arms that show the sources of its gains and costs.
+# The baselines that a method has to beat, and two arms that isolate the sources of its gains and costs.
 BASELINES = {
     "full": "all samples in all epochs",
     "full_time": "all samples, in as many epochs as fit into the method's seconds",
@@ -40,7 +40,7 @@ _SHARED_BY_ARMS = ("train", "optim", "data", "model", "scaling", "epochs", "batc
 
 
 class SweepSection(Section):
-    """What a sweep varies and how it searches."""
+    """The search space of `rayprune sweep`, and how to search it."""
 
     space: dict[str, Any] = Field(default_factory=dict, description="dotted key → a list or a distribution")
     search: Literal["grid", "random", "optuna"] = "grid"
@@ -185,7 +185,7 @@ def format_value(value: Any) -> str:
 
 
 class CompareSection(Section):
-    """What `rayprune compare` runs, and when it counts a difference."""
+    """The arms of `rayprune compare`, and the limits of its verdicts."""
 
     methods: tuple[dict[str, Any] | str, ...] = Field((), description="methods to compare; default: the config's own")
     seeds: int | tuple[int, ...] = Field((0, 1, 2), description="the seeds of all arms, or their number, from 0 on")
@@ -239,11 +239,7 @@ class CompareSection(Section):
 
 
 def compared_method(method: Any, key: str) -> dict[str, Any]:
-    """Return the whole config of a method to compare.
-
-    Args:
-        method: its name, or a mapping of name and hyperparameters.
-        key: the setting that messages name.
+    """Return the whole config of a method to compare; messages name the setting `key`.
 
     Raises:
         ConfigError: it is not a method, is `full`, or has keys that all arms share.

@@ -256,7 +256,7 @@ class RunSection(Section):
     def _check_trackers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
             if name not in TRACKERS:
-                raise ConfigError(f"there is no tracker {name!r}: {closest(name, TRACKERS)}")
+                raise ConfigError(f"unknown tracker {name!r}: {closest(name, TRACKERS)}")
         return tuple(dict.fromkeys(value))
 
     @field_validator("name")

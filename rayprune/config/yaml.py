@@ -70,9 +70,9 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         for part in parts[:-1]:
             branch = branch.setdefault(part, {})
             if not isinstance(branch, dict):
-                raise ConfigError(f"override {word!r}: {part!r} is given as a value and as a section")
+                raise ConfigError(f"override {word!r}: {part!r} is both a value and a section")
         if parts[-1] in branch:
-            raise ConfigError(f"override {word!r}: {key!r} is given twice, keep one")
+            raise ConfigError(f"override {word!r}: {key!r} appears twice, keep one")
         branch[parts[-1]] = value
     return tree
 
@@ -97,11 +97,7 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 def flatten(
     tree: Mapping[str, Any], is_section: Callable[[str, Any], bool] = lambda key, value: isinstance(value, Mapping)
 ) -> dict[str, Any]:
-    """Return dotted key → value of a nested mapping.
-
-    Args:
-        tree: the mapping.
-        is_section: whether to descend into the value at a dotted key; by default, into every mapping.
+    """Return dotted key → value of a nested mapping; `is_section` tells which values to descend into.
 
     >>> flatten({"train": {"epochs": 3}, "seeds": [0, 1]})
     {'train.epochs': 3, 'seeds': [0, 1]}

@@ -178,7 +178,7 @@ class Plan:
         return digest.hexdigest()[:32]
 
     def roles(self, rows: Ids) -> NDArray[np.int8]:
-        """Return PADDING, TRAIN or META of rows, given as positions in the order."""
+        """Return the role of each row, PADDING, TRAIN or META; rows are positions in the order."""
         if not self.meta_every:
             return np.where(rows < self.num_rows, np.int8(TRAIN), np.int8(PADDING))
         steps = rows // self.batch_size
@@ -270,7 +270,7 @@ def _id_dtype(num_samples: int) -> type[np.unsignedinteger[Any]]:
 def _padding(num_samples: int, tail: NDArray[Any], count: int, rng: np.random.Generator) -> Ids:
     """Draw `count` distinct ids outside the last batch; ids repeat only if N is too small."""
     if num_samples > 4 * (count + tail.size):
-        # Far more ids than needed: draw some to spare and drop those of the batch, O(batch) instead of O(N).
+        # Far more ids than needed: draw extra ones and drop those of the batch, O(batch) instead of O(N).
         draws = rng.choice(num_samples, size=count + tail.size, replace=False)
         return draws[~np.isin(draws, tail)][:count]
     others = rng.permutation(np.setdiff1d(np.arange(num_samples), tail))

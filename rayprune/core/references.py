@@ -41,9 +41,6 @@ def is_reference(name: str) -> bool:
 def load_object(reference: str) -> Any:
     """Import the object that `module:name` or `path/to/file.py:name` refers to.
 
-    Args:
-        reference: a dotted module or the path of a Python file, a colon, and the attribute's name.
-
     Raises:
         ConfigError: the reference has another form, or the module, file or attribute does not exist.
     """

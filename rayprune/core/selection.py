@@ -152,14 +152,6 @@ class Selection:
             lr_scale=lr_scale,
         )
 
-    def with_requested(self, requested: float) -> Selection:
-        """Return the same selection with another `requested` ratio."""
-        return replace(self, requested=requested)
-
-    def with_sweep(self, sweep: Ids | Literal["all"] | None) -> Selection:
-        """Return the same selection with a forward-only pass over `sweep` after its epoch."""
-        return replace(self, sweep=sweep)
-
     def with_facts(self, **facts: Any) -> Selection:
         """Return the same selection with more `facts`."""
         return replace(self, facts={**self.facts, **facts})

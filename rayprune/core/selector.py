@@ -11,22 +11,22 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from rayprune.core.method import EpochContext, Method
 from rayprune.core.selection import Selection, check_ids, check_labels, kept_shares, top_up
 from rayprune.core.table import Ids, ScoreTable, Signals, chunks, fold_means, mean_columns
-from rayprune.core.thinning import thin, thin_with_class_floor
 from rayprune.core.validation import short_repr
 from rayprune.errors import ConfigError, RunFolderError
 
 logger = logging.getLogger(__name__)
 
 STATE_SCHEMA = 1
+_RUN_FIELDS = ("num_samples", "num_epochs", "seed")
+_STATE_FIELDS = (*_RUN_FIELDS, "epoch", "visits_before", "num_nonfinite", "nonfinite_ids")
 _MAX_NONFINITE_IDS = 20
 
 
@@ -57,7 +57,7 @@ class Selector:
 
     def __init__(
         self,
-        method: SelectionMethod,
+        method: Method,
         num_samples: int,
         num_epochs: int,
         seed: int = 0,
@@ -67,7 +67,7 @@ class Selector:
         record: tuple[str, ...] = (),
         visits_collected: int = 0,
     ) -> None:
-        if isinstance(method, type) or not isinstance(method, SelectionMethod):
+        if not isinstance(method, Method):
             raise ConfigError(f"method must be a rayprune method such as InfoBatch(), got {short_repr(method)}")
         for name, value, least in (("num_samples", num_samples, 1), ("num_epochs", num_epochs, 1), ("seed", seed, 0)):
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
@@ -226,17 +226,8 @@ class Selector:
         return state | {f"selection/{name}": array for name, array in self._selection.to_arrays().items()}
 
     def _header(self) -> dict[str, Any]:
-        return {
-            "schema": STATE_SCHEMA,
-            "method": self.method.to_config(),
-            "num_samples": self.num_samples,
-            "num_epochs": self.num_epochs,
-            "seed": self.seed,
-            "epoch": self.epoch,
-            "visits_before": self.visits_before,
-            "num_nonfinite": self.num_nonfinite,
-            "nonfinite_ids": self.nonfinite_ids,
-        }
+        numbers = {name: getattr(self, name) for name in _STATE_FIELDS}
+        return {"schema": STATE_SCHEMA, "method": self.method.to_config(), **numbers}
 
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Restore a state of `state_dict`, including the current Selection.
@@ -252,7 +243,7 @@ class Selector:
             )
         if missing := own.keys() - header.keys():
             raise RunFolderError(f"the state's header lacks {', '.join(sorted(missing))}: give a whole state_dict()")
-        for name in ("method", "num_samples", "num_epochs", "seed"):
+        for name in ("method", *_RUN_FIELDS):
             if header[name] != json.loads(json.dumps(own[name])):
                 raise RunFolderError(f"the state is of another run: {name} {header[name]!r}, here {own[name]!r}")
         selection = Selection.from_arrays(_with_prefix(state, "selection/"))
@@ -275,86 +266,3 @@ def _read_header(state: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
 
 def _with_prefix(state: Mapping[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:
     return {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class EpochContext:
-    """Hold the run's position and the random generators for a method's selection.
-
-    Attributes:
-        epoch, num_epochs: 0-based epoch e of E.
-        num_samples: N.
-        seed: the run's seed.
-        labels: (N,) class of each sample, or None.
-        class_floor: the least share of every class that the epoch keeps; 0 = no floor.
-        visits_before: samples kept in all earlier epochs together.
-        chosen: the selection of a method that reads one from a file, or None.
-    """
-
-    epoch: int
-    num_epochs: int
-    num_samples: int
-    seed: int
-    labels: NDArray[Any] | None = None
-    class_floor: float = 0.0
-    visits_before: int = 0
-    chosen: Selection | None = None
-
-    @cached_property
-    def rng(self) -> np.random.Generator:
-        """The epoch's generator, `default_rng([seed, epoch])`; every draw of the selection comes from it."""
-        return self.rng_of(self.epoch)
-
-    def rng_of(self, epoch: int) -> np.random.Generator:
-        """Return a fresh generator of another epoch, for a choice that must be the same in several epochs."""
-        return np.random.default_rng([self.seed, epoch])
-
-    def derived_rng(self, purpose: int, epoch: int | None = None) -> np.random.Generator:
-        """Return a generator for one purpose (an integer from 2), independent of `rng` and of the plan's."""
-        return np.random.default_rng([self.seed, self.epoch if epoch is None else epoch, purpose])
-
-    def thin(self, strata: NDArray[np.unsignedinteger[Any]], keep_ratios: ArrayLike) -> Selection:
-        """Thin strata at random without bias, and above the class floor if there is one.
-
-        Args:
-            strata: (N,) unsigned integers; 0 = kept whole, s ≥ 1 = thinned to `keep_ratios[s - 1]`.
-            keep_ratios: (S,) in (0, 1].
-        """
-        ratios = np.asarray(keep_ratios, dtype=np.float64)
-        if self.class_floor > 0 and self.labels is not None:
-            return thin_with_class_floor(strata, ratios, self.labels, self.class_floor, self.rng)
-        return thin(strata, ratios, self.rng)
-
-
-@runtime_checkable
-class SelectionMethod(Protocol):
-    """The parts of `rayprune.methods.Method` that the Selector uses; the core does not import the methods."""
-
-    @property
-    def class_floor(self) -> float: ...
-
-    @property
-    def signals(self) -> tuple[str, ...]: ...
-
-    @property
-    def sweep_signals(self) -> tuple[str, ...]: ...
-
-    @property
-    def fixed(self) -> bool: ...
-
-    @property
-    def needs_labels(self) -> bool: ...
-
-    def to_config(self) -> dict[str, Any]: ...
-
-    def columns(self) -> Mapping[str, Any]: ...
-
-    def check(self, table: ScoreTable, ids: Ids, signals: Signals, epoch: int) -> NDArray[np.bool_] | None: ...
-
-    def fold(self, table: ScoreTable, ids: Ids, signals: Signals, epoch: int) -> None: ...
-
-    def fold_sweep(self, table: ScoreTable, ids: Ids, signals: Signals, epoch: int) -> None: ...
-
-    def select(self, table: ScoreTable, context: EpochContext) -> Selection: ...
-
-    def scores(self, table: ScoreTable) -> dict[str, NDArray[Any]]: ...

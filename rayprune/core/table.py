@@ -164,17 +164,9 @@ def mean_columns(signals: tuple[str, ...]) -> dict[str, Any]:
 
 
 def fold_means(table: ScoreTable, ids: Ids, signals: Signals) -> None:
-    """Add one visit of (B,) distinct ids to the means of the signals.
-
-    Raises:
-        ConfigError: a signal is not one number per sample.
-    """
+    """Add one visit of (B,) distinct ids to the means of the signals, (B,) each."""
     visits = table[_VISITS][ids] + 1
     for name, values in signals.items():
-        if values.ndim != 1:
-            raise ConfigError(
-                f"signal {name!r} has {values.shape[1:]} numbers per sample: train.record takes signals of one number"
-            )
         column = table[f"{name}_mean"]
         old = np.where(visits == 1, 0.0, column[ids])
         column[ids] = old + (values.astype(np.float64) - old) / visits

@@ -56,10 +56,8 @@ def _thin_chunk(
     order = np.argsort(codes, kind="stable")
     counts = np.bincount(codes, minlength=remaining.size + 1)[1:]
     ends = np.cumsum(counts)
-    for stratum in np.flatnonzero(counts):
+    for stratum in np.flatnonzero(counts[1:]) + 1:
         count = int(counts[stratum])
-        if stratum == 0:
-            continue
         # The number of kept samples in this chunk, distributed as in one uniform draw over the whole stratum.
         kept = int(rng.hypergeometric(count, remaining[stratum] - count, to_keep[stratum])) if to_keep[stratum] else 0
         remaining[stratum] -= count

@@ -98,7 +98,7 @@ def short_repr(value: Any) -> str:
 
 
 def mismatch(value: Any, hint: Any) -> str:
-    """Return what a value must be if it does not match an annotation; "" if it does.
+    """Return the requirement that a value of another type than annotated fails; "" if it matches.
 
     >>> mismatch(3, float), mismatch(True, float | None), mismatch([1, "a"], tuple[int, ...])
     ('', 'must be a number or null', 'must be a list of whole numbers')

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from rayprune.methods.base import Method
+from rayprune.core.method import Method
 from rayprune.methods.registry import METHODS, build_method, method_fields, register
 
 for _module in pkgutil.iter_modules(__path__):

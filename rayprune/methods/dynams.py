@@ -9,10 +9,10 @@ trained jointly and computes the margins for the choice.
 
 Decisions of this project, each an option: the margin is the exact distance to the nearest boundary of the last linear
 layer (MASE, Emam et al. 2021, arXiv 2111.12880), from the predicted class, unsigned; every label keeps the same number
-(other labels take what a label cannot fill), or BASE of the same paper; block 1 of Q = 10 epochs uses all samples; the
-budget is a share of all N·E visits, warm-up included; weights are 1; scores come from a forward-only sweep over all
-samples in eval mode, without augmentation, through the full network; ties go to the lower id. The proxy is trained as
-slimmable networks are: both losses in one step, separate batch statistics, weight 1.
+(other labels make up for a label with too few samples), or BASE of the same paper; block 1 of Q = 10 epochs uses all
+samples; the budget is a share of all N·E visits, warm-up included; weights are 1; scores come from a forward-only sweep
+over all samples in eval mode, without augmentation, through the full network; ties go to the lower id. The proxy is
+trained as slimmable networks are: both losses in one step, separate batch statistics, weight 1.
 
 Shapes: N samples, C classes, K blocks.
 """
@@ -20,19 +20,18 @@ Shapes: N samples, C classes, K blocks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 
 from rayprune.core.choosing import Balance, choose, choose_by_boundary, num_pruned
+from rayprune.core.method import EpochContext, Method
 from rayprune.core.schedule import Family, Schedule, block_starts, kept_by_block
 from rayprune.core.selection import Selection
-from rayprune.core.selector import EpochContext
 from rayprune.core.table import ScoreTable
 from rayprune.errors import ConfigError
-from rayprune.methods.base import Method
 from rayprune.methods.registry import register
 
 _SIGNALS = {"predicted": "boundary", "label": "boundary_label", "label_unsigned": "boundary_label_unsigned"}
@@ -126,7 +125,9 @@ class DynaMS(Method):
         selection = self._nearest(table, ratio, context) if ratio < 1.0 else Selection.full(context.num_samples)
         following = context.epoch + 1
         sweeps = following in starts[1:] and kept[starts.index(following)] < 1.0
-        return selection.with_sweep("all" if sweeps else None).with_facts(block=block + 1, asked_keep=round(ratio, 6))
+        return replace(selection, sweep="all" if sweeps else None).with_facts(
+            block=block + 1, asked_keep=round(ratio, 6)
+        )
 
     def _block_epochs(self, num_epochs: int) -> int:
         return self.block_epochs or min(10, max(1, num_epochs // 5))
@@ -158,6 +159,5 @@ class DynaMS(Method):
             balance: Balance = "even" if self.balance == "even" else "none"
             selection = choose(distances, count, "bottom", labels=context.labels, balance=balance)
         nearest = distances[selection.ids] if distances.ndim == 1 else distances[selection.ids].min(axis=1)
-        return selection.with_requested(1.0 - ratio if selection.realised else 0.0).with_facts(
-            threshold=round(float(nearest.max()), 6)
-        )
+        requested = 1.0 - ratio if selection.realised else 0.0
+        return replace(selection, requested=requested).with_facts(threshold=round(float(nearest.max()), 6))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from rayprune.core.method import EpochContext, Method
 from rayprune.core.selection import Selection
-from rayprune.core.selector import EpochContext
 from rayprune.core.table import ScoreTable
 from rayprune.errors import ConfigError
-from rayprune.methods.base import Method
 from rayprune.methods.registry import register
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rayprune.core.method import EpochContext, Method
 from rayprune.core.selection import Selection
-from rayprune.core.selector import EpochContext
 from rayprune.core.table import ScoreTable
-from rayprune.methods.base import Method
 from rayprune.methods.registry import register
 
 

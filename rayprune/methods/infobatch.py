@@ -13,18 +13,18 @@ constant scores prune nothing; NaN losses never enter the table.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.core.method import EpochContext, Method
 from rayprune.core.schedule import Schedule, epoch_at
 from rayprune.core.selection import Selection
-from rayprune.core.selector import EpochContext
 from rayprune.core.table import Ids, ScoreTable, Signals, chunks
 from rayprune.core.validation import check_ratio, check_share
 from rayprune.errors import ConfigError
-from rayprune.methods.base import Method, warn_once
 from rayprune.methods.registry import register
 
 logger = logging.getLogger(__name__)
@@ -114,9 +114,8 @@ class InfoBatch(Method):
             return Selection.full(context.num_samples)
         thinned = context.thin(strata, keep)
         # With the mean as threshold, `requested` is r, a share of the candidates; with quantiles, of all samples.
-        return thinned.with_requested(
-            thinned.expected_drops / context.num_samples if self.quantiles else float(1.0 - keep[0])
-        )
+        requested = thinned.expected_drops / context.num_samples if self.quantiles else float(1.0 - keep[0])
+        return replace(thinned, requested=requested)
 
     def _requests_pruning(self, num_epochs: int) -> bool:
         if self.quantiles:
@@ -164,3 +163,9 @@ def _buckets(loss: NDArray[np.float32], thresholds: NDArray[np.float64]) -> NDAr
             # Comparisons with NaN are False, so a sample without a score is never a candidate.
             buckets[rows][loss[rows].astype(np.float64) < thresholds[code - 1]] = code
     return buckets
+
+
+@cache
+def warn_once(line: str) -> None:
+    """Log a warning once per process: a run tries its method out before it starts."""
+    logger.warning("%s", line)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayprune.core.choosing import num_pruned
+from rayprune.core.method import EpochContext, Method
 from rayprune.core.schedule import Schedule
 from rayprune.core.selection import Selection
-from rayprune.core.selector import EpochContext
 from rayprune.core.table import ScoreTable
-from rayprune.methods.base import Method
 from rayprune.methods.registry import register
 
 

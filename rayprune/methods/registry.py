@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from rayprune.core.method import Method
 from rayprune.core.references import closest, is_reference, load_object
 from rayprune.core.validation import check_keys, short_repr
 from rayprune.errors import ConfigError
-from rayprune.methods.base import Method
 
 METHODS: dict[str, type[Method]] = {}
 _M = TypeVar("_M", bound=type[Method])
@@ -52,11 +52,9 @@ def method_fields(cls: type[Method]) -> dict[str, Any]:
 
 
 def build_method(spec: Method | str | Mapping[str, Any], key: str = "method") -> Method:
-    """Build a method from its config: a name, or a mapping of `name` and hyperparameters.
+    """Build a method from its name, or from a mapping of `name` and hyperparameters; return a method as it is.
 
-    Args:
-        spec: the config, or a method, which is returned as it is.
-        key: the setting that messages name.
+    Messages name the setting `key`.
 
     Raises:
         ConfigError: unknown name or key (with the closest match), or a value of another type or out of range.

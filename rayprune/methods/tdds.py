@@ -9,8 +9,7 @@ No trajectory is stored: the table has a sample's last probabilities, a ring of 
 epoch updates to (1−β)S + βR: 4C + 4(J−1) + 4 bytes per sample (2C with float16), whatever T is.
 
 Epochs 0 … T−1 train on all samples, epoch T and all later ones on the subset. The engine's two stages take the
-selection of epoch T and train a fresh network on it; in a custom loop that goes on, the same network trains on the
-subset.
+selection of epoch T and train a fresh network on it; in a custom loop the same network continues on the subset.
 
 Deliberate deviations from the reference program: ties go to the lower id; J < 3 (every score is 0), float16
 probabilities (NaN scores there), two different observations of a sample in one epoch, and a missing one (there a NaN
@@ -30,12 +29,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayprune.core.choosing import choose, num_pruned
+from rayprune.core.method import EpochContext, Method
 from rayprune.core.selection import Selection
-from rayprune.core.selector import EpochContext
 from rayprune.core.table import Ids, ScoreTable, Signals, chunks
 from rayprune.core.validation import check_ratio, mismatch, short_repr
 from rayprune.errors import ConfigError
-from rayprune.methods.base import Method
 from rayprune.methods.registry import register
 
 Storage = Literal["float32", "float16"]
@@ -103,7 +101,7 @@ class TDDS(Method):
 
     @property
     def _column_of(self) -> dict[tuple[int, int], str]:
-        """The score column of each (T, J): S of its J, or a copy of it if S goes on to a larger T."""
+        """The score column of each (T, J): S of its J, or a copy of it if S continues to a larger T."""
         return {(t, j): f"running_J{j}" if t == self._longest[j] else f"score_T{t}_J{j}" for t, j in self._pairs}
 
     def columns(self) -> Mapping[str, Any]:
@@ -211,7 +209,7 @@ def encode_probs(probs: NDArray[Any], storage: Storage) -> NDArray[np.floating[A
 
 
 def decode_probs(encoded: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-    """Return the float32 probabilities that `encode_probs` was given, up to its rounding."""
+    """Return the float32 probabilities that `encode_probs` encoded, up to rounding."""
     if encoded.dtype == np.float32:
         return encoded
     return encoded.astype(np.float32) / _HALF_SCALE

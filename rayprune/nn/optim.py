@@ -31,15 +31,9 @@ def build_optimizer(
     nesterov: bool = False,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.Optimizer:
-    """Build an optimizer; weight decay acts on every parameter, biases and norms too, as in the published recipes.
+    """Build the optimizer "sgd" or "adamw" of a module's parameters.
 
-    Args:
-        name: "sgd" or "adamw".
-        module: whose parameters it updates.
-        lr: peak learning rate.
-        momentum, nesterov: of SGD.
-        weight_decay: decoupled for AdamW.
-        betas: of AdamW.
+    Weight decay, decoupled for AdamW, acts on every parameter, biases and norms too, as in the published recipes.
     """
     parameters = module.parameters()
     if name == "sgd":

@@ -116,7 +116,7 @@ def weighted_mean(losses_B: Tensor, weights_B: Tensor, batch_rows: int) -> Tenso
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a step computed for a batch, detached.
+    """A step's outputs for a batch, detached.
 
     Args:
         logits_BC: (B, C) of any floating dtype.
@@ -358,24 +358,21 @@ def prob_label(outputs: Outputs) -> Tensor:
 @register_signal
 def entropy(outputs: Outputs) -> Tensor:
     """Return the entropy of the prediction in nats, with 0 log 0 = 0."""
-    entropies_B: Tensor = torch.special.entr(outputs.probs_BC).sum(dim=1)
-    return entropies_B
+    return torch.special.entr(outputs.probs_BC).sum(dim=1)
 
 
 @register_signal
 def el2n(outputs: Outputs) -> Tensor:
     """Return the Euclidean distance of the probabilities from the one-hot label."""
     errors_BC = outputs.probs_BC.scatter(1, outputs.targets_B[:, None], (outputs.prob_label_B - 1.0)[:, None])
-    norms_B: Tensor = torch.linalg.vector_norm(errors_BC, dim=1)
-    return norms_B
+    return torch.linalg.vector_norm(errors_BC, dim=1)
 
 
 @register_signal
 def margin(outputs: Outputs) -> Tensor:
     """Return the label's probability minus the largest other one, in [-1, 1]."""
     others_BC = outputs.probs_BC.scatter(1, outputs.targets_B[:, None], -1.0)
-    gaps_B: Tensor = outputs.prob_label_B - others_BC.amax(dim=1)
-    return gaps_B
+    return outputs.prob_label_B - others_BC.amax(dim=1)
 
 
 @register_signal

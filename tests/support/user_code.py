@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from rayprune.core import ScoreTable, Selection
-from rayprune.core.selector import EpochContext
+from rayprune.core.method import EpochContext
 from rayprune.engine.scoring import recorder
 from rayprune.methods import Method
 from rayprune.nn.models import build_model

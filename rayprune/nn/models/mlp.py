@@ -14,12 +14,20 @@ from rayprune.errors import ConfigError
 from rayprune.nn.models.registry import register_model
 
 
+@register_model
 class MLP(nn.Module):
-    """Hidden layers with ReLU and a linear classifier `fc`; inputs of more axes are flattened."""
+    """Hidden layers with ReLU, of the widths in `hidden`, and a linear classifier `fc`; inputs are flattened.
 
-    def __init__(self, num_features: int, num_classes: int, hidden: Sequence[int]) -> None:
+    Raises:
+        ConfigError: a width is below 1.
+    """
+
+    def __init__(self, *, num_classes: int, input_shape: tuple[int, ...], hidden: Sequence[int] = (256, 256)) -> None:
+        if any(width < 1 for width in hidden):
+            raise ConfigError(f"hidden must be widths of at least 1, got {tuple(hidden)}")
         super().__init__()
         layers: list[nn.Module] = []
+        num_features = math.prod(input_shape)
         for width in hidden:
             layers += [nn.Linear(num_features, width), nn.ReLU(inplace=True)]
             num_features = width
@@ -28,22 +36,8 @@ class MLP(nn.Module):
 
     def features(self, inputs: Tensor) -> Tensor:
         """Return the embedding before the classifier, (B, last hidden width), of inputs (B, F) or (B, C, H, W)."""
-        embedding: Tensor = self.layers(inputs.flatten(1))
-        return embedding
+        return self.layers(inputs.flatten(1))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return logits (B, C) of inputs (B, F) or (B, C, H, W)."""
-        logits: Tensor = self.fc(self.features(inputs))
-        return logits
-
-
-@register_model
-def mlp(*, num_classes: int, input_shape: tuple[int, ...], hidden: Sequence[int] = (256, 256)) -> MLP:
-    """Build an MLP of two hidden layers of 256 units, or of the widths in `hidden`.
-
-    Raises:
-        ConfigError: a width is below 1.
-    """
-    if any(width < 1 for width in hidden):
-        raise ConfigError(f"hidden must be widths of at least 1, got {tuple(hidden)}")
-    return MLP(math.prod(input_shape), num_classes, hidden)
+        return self.fc(self.features(inputs))

@@ -105,93 +105,11 @@ class Transition(nn.Module):
         return [scale(own) for scale, own in zip(self.scales, maps, strict=True)]
 
 
-class MSDNet(MultiExit):
-    """Stem, blocks, and a classifier of the coarsest map after each.
-
-    Args:
-        num_layers: of every block; there are as many blocks as exits.
-        growth_factors, bottleneck_factors: of every scale, the finest first; a bottleneck factor of None means none.
-        in_channels, num_classes and the others: see `msdnet`.
-    """
-
-    def __init__(
-        self,
-        num_layers: Sequence[int],
-        growth_factors: Sequence[int],
-        bottleneck_factors: Sequence[int | None],
-        *,
-        channels: int,
-        growth_rate: int,
-        reduction: float,
-        in_channels: int,
-        num_classes: int,
-        stem: str,
-        gradient_equilibrium: bool,
-    ) -> None:
-        super().__init__(len(num_layers))
-        self.gradient_equilibrium = gradient_equilibrium
-
-        def scaled(width: int) -> list[int]:
-            return [width * factor for factor in growth_factors]
-
-        num_scales, total, layer, first = len(growth_factors), sum(num_layers), 0, 0
-        self.stem = MultiScaleStem(in_channels, scaled(channels), (2,) * (num_scales - 1), stem)
-        self.blocks = nn.ModuleList()
-        interval = -(-total // num_scales)
-        coarsest = []
-        for count in num_layers:
-            layers: list[nn.Module] = []
-            for _ in range(count):
-                before, first = first, max(layer // interval, num_scales - (total - layer))
-                drops = first > before
-                layers.append(Layer(scaled(channels), scaled(growth_rate), bottleneck_factors, first, drops))
-                channels += growth_rate
-                if layer > 0 and layer % interval == 0:
-                    # Rounded before scaling, so that the scales' widths stay multiples of each other.
-                    reduced = max(int(reduction * channels), 1)
-                    layers.append(Transition(list(zip(scaled(channels), scaled(reduced), strict=True))[first:]))
-                    channels = reduced
-                layer += 1
-            self.blocks.append(nn.Sequential(*layers))
-            coarsest.append(channels * growth_factors[-1])
-        self.classifiers = nn.ModuleList(classifier(width, num_classes, stem) for width in coarsest)
-        initialize(self)
-
-    def begin(self, inputs: Tensor) -> Maps:
-        """Return the stem's maps of images (B, channels, H, W), the finest first."""
-        maps: Maps = self.stem(inputs)
-        return maps
-
-    def advance(self, exit: int, state: Maps) -> tuple[Tensor, Maps]:
-        """Return the logits (B, C) at `exit`, and the block's maps; no maps after the last exit."""
-        maps: Maps = self.blocks[exit](state)
-        own = maps[-1]
-        if self.gradient_equilibrium:
-            own, following = balance_gradients(own, exit, self.num_exits)
-            maps = [*maps[:-1], following]
-        return self.classifiers[exit](own), maps if exit + 1 < self.num_exits else []
-
-
 @register_model
-def msdnet(
-    *,
-    num_classes: int,
-    input_shape: tuple[int, ...],
-    num_blocks: int = 5,
-    base: int = 1,
-    step: int = 1,
-    step_mode: str = "lin_grow",
-    channels: int = 16,
-    growth_rate: int = 6,
-    growth_factors: Sequence[int] | None = None,
-    bottleneck: bool = True,
-    bottleneck_factors: Sequence[int] | None = None,
-    num_scales: int | None = None,
-    reduction: float = 0.5,
-    stem: str | None = None,
-    gradient_equilibrium: bool = False,
-) -> MSDNet:
-    """Build the paper's network for CIFAR; the options are those of the published program.
+class MSDNet(MultiExit):
+    """The paper's network for CIFAR: a stem, blocks, and a classifier of the coarsest map after each.
+
+    The options are those of the published program.
 
     Args:
         num_classes, input_shape: C, and (channels, H, W).
@@ -209,30 +127,79 @@ def msdnet(
     Raises:
         ConfigError: an option is out of its range.
     """
-    in_channels = image_channels("msdnet", input_shape)
-    counts = {"num_blocks": num_blocks, "base": base, "step": step, "channels": channels, "growth_rate": growth_rate}
-    check_growth("msdnet", step_mode, reduction, **counts)
-    if growth_rate < 2:  # half of it comes from the finer scale
-        raise ConfigError(f"model 'msdnet' needs growth_rate of at least 2, got {growth_rate}")
-    stem = choose_stem("msdnet", input_shape, stem)
-    if num_scales is None and growth_factors:
-        num_scales = len(check_list("msdnet", "growth_factors", growth_factors))
-    scales = choose_scales("msdnet", "num_scales", input_shape, stem, num_scales)
-    growth = check_factors("msdnet", "growth_factors", growth_factors or [2**s for s in range(scales)], scales)
-    inner = check_factors("msdnet", "bottleneck_factors", bottleneck_factors or growth, scales)
-    later = [step * block + 1 if step_mode == "lin_grow" else step for block in range(1, num_blocks)]
-    return MSDNet(
-        [base, *later],
-        growth,
-        inner if bottleneck else [None] * scales,
-        channels=channels,
-        growth_rate=growth_rate,
-        reduction=reduction,
-        in_channels=in_channels,
-        num_classes=num_classes,
-        stem=stem,
-        gradient_equilibrium=gradient_equilibrium,
-    )
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        input_shape: tuple[int, ...],
+        num_blocks: int = 5,
+        base: int = 1,
+        step: int = 1,
+        step_mode: str = "lin_grow",
+        channels: int = 16,
+        growth_rate: int = 6,
+        growth_factors: Sequence[int] | None = None,
+        bottleneck: bool = True,
+        bottleneck_factors: Sequence[int] | None = None,
+        num_scales: int | None = None,
+        reduction: float = 0.5,
+        stem: str | None = None,
+        gradient_equilibrium: bool = False,
+    ) -> None:
+        in_channels = image_channels("msdnet", input_shape)
+        counts = {"base": base, "step": step, "channels": channels, "growth_rate": growth_rate}
+        check_growth("msdnet", step_mode, reduction, num_blocks=num_blocks, **counts)
+        if growth_rate < 2:  # half of it comes from the finer scale
+            raise ConfigError(f"model 'msdnet' needs growth_rate of at least 2, got {growth_rate}")
+        stem = choose_stem("msdnet", input_shape, stem)
+        if num_scales is None and growth_factors:
+            num_scales = len(check_list("msdnet", "growth_factors", growth_factors))
+        scales = choose_scales("msdnet", "num_scales", input_shape, stem, num_scales)
+        growth = check_factors("msdnet", "growth_factors", growth_factors or [2**s for s in range(scales)], scales)
+        inner = check_factors("msdnet", "bottleneck_factors", bottleneck_factors or growth, scales)
+        super().__init__(num_blocks)
+        self.gradient_equilibrium = gradient_equilibrium
+        factors: Sequence[int | None] = inner if bottleneck else [None] * scales
+        later = [step * block + 1 if step_mode == "lin_grow" else step for block in range(1, num_blocks)]
+        total, layer, first = base + sum(later), 0, 0
+
+        def scaled(width: int) -> list[int]:
+            return [width * factor for factor in growth]
+
+        self.stem = MultiScaleStem(in_channels, scaled(channels), (2,) * (scales - 1), stem)
+        self.blocks = nn.ModuleList()
+        interval = -(-total // scales)
+        coarsest = []
+        for count in (base, *later):
+            layers: list[nn.Module] = []
+            for _ in range(count):
+                before, first = first, max(layer // interval, scales - (total - layer))
+                layers.append(Layer(scaled(channels), scaled(growth_rate), factors, first, drops=first > before))
+                channels += growth_rate
+                if layer > 0 and layer % interval == 0:
+                    # Rounded before scaling, so that the scales' widths stay multiples of each other.
+                    reduced = max(int(reduction * channels), 1)
+                    layers.append(Transition(list(zip(scaled(channels), scaled(reduced), strict=True))[first:]))
+                    channels = reduced
+                layer += 1
+            self.blocks.append(nn.Sequential(*layers))
+            coarsest.append(channels * growth[-1])
+        self.classifiers = nn.ModuleList(classifier(width, num_classes, stem) for width in coarsest)
+        initialize(self)
+
+    def begin(self, inputs: Tensor) -> Maps:
+        """Return the stem's maps of images (B, channels, H, W), the finest first."""
+        return self.stem(inputs)
+
+    def advance(self, exit: int, state: Maps) -> tuple[Tensor, Maps]:
+        """Return the logits (B, C) at `exit`, and the block's maps; no maps after the last exit."""
+        maps: Maps = self.blocks[exit](state)
+        own = maps[-1]
+        if self.gradient_equilibrium:
+            own, following = balance_gradients(own, exit, self.num_exits)
+            maps = [*maps[:-1], following]
+        return self.classifiers[exit](own), maps if exit + 1 < self.num_exits else []
 
 
 @register_model
@@ -244,9 +211,9 @@ def msdnet_imagenet(
     base: int | None = None,
     num_blocks: int = 5,
     gradient_equilibrium: bool = False,
-) -> nn.Module:
+) -> MSDNet:
     """Build the paper's network for ImageNet: 4 scales, 5 blocks of `step` layers (4, 6 or 7), the first of `base`."""
-    return msdnet(
+    return MSDNet(
         num_classes=num_classes,
         input_shape=input_shape,
         num_blocks=num_blocks,

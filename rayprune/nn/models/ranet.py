@@ -63,13 +63,7 @@ class Widths:
 
 
 class FusionLayer(nn.Module):
-    """A dense layer that also reads a map of the previous sub-network.
-
-    Args:
-        own, low: channels of both maps.
-        widths: of the sub-network.
-        stride: 2 to halve the map.
-    """
+    """A dense layer that also reads a map of the previous sub-network; `own` and `low` are the maps' channels."""
 
     def __init__(self, own: int, low: int, widths: Widths, stride: int) -> None:
         super().__init__()
@@ -84,13 +78,7 @@ class FusionLayer(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """Dense layers, and a 1×1 transition if `ends_stage`.
-
-    Args:
-        in_channels: of its input map.
-        num_layers: at least 1.
-        widths: of the sub-network.
-    """
+    """Dense layers, and a 1×1 transition if `ends_stage`."""
 
     def __init__(self, in_channels: int, num_layers: int, widths: Widths, *, ends_stage: bool) -> None:
         super().__init__()
@@ -112,9 +100,7 @@ class FusionBlock(nn.Module):
     """Fusion layers, the last low map compressed and appended, and a 1×1 transition if `ends_stage`.
 
     Args:
-        in_channels: of its input map.
         low: channels of the maps of its counterpart in the previous sub-network, one more than it has layers.
-        widths: of the sub-network.
         halves: whether its last layer halves the map.
     """
 
@@ -145,7 +131,6 @@ class SubNetwork(nn.Module):
         in_channels: of the stem's map at this resolution.
         num_layers: of each of its blocks.
         low: channels of the maps of every block of the previous sub-network; empty for the first.
-        widths: of the layers.
         scale: the number of stages into which the blocks divide; each but the last ends in a transition.
         halving: the numbers, from 1, of the fusion blocks that halve the map.
     """
@@ -207,34 +192,61 @@ def _resize(maps: Tensor, like: Tensor) -> Tensor:
 State = tuple[Tensor, Maps, list[Maps]]
 
 
+@register_model
 class RANet(MultiExit):
-    """Stem, sub-networks from low to high resolution, and a classifier after each dense block.
+    """The paper's network for CIFAR with 6 exits; the options are those of the published program.
 
     Args:
-        block_counts: of every sub-network, increasing.
-        num_layers: of every block of the last sub-network; the others' blocks have as many as their counterparts.
-        scales: of every sub-network, not decreasing: the resolution doubles from one value to the next.
-        stem_channels: of the stem's map for every sub-network.
-        widths: of every sub-network.
-        in_channels, num_classes, stem, gradient_equilibrium: see `ranet`.
+        num_classes, input_shape: C, and (channels, H, W).
+        num_blocks, block_step: blocks of the first sub-network, and the increase from one to the next; the last has K.
+        step, step_mode: layers of a block: `step` each ("even"), or step·i in block i from 1 ("lin_grow").
+        scales: of every sub-network, from 1, rising by 1 where the resolution doubles and by 0 where it stays; 1, 2, 3
+            by default, or fewer for images under 16 pixels.
+        channels, growth_rate: of the stem's map, and added by a layer, for a growth factor of 1.
+        growth_factors: the width of each sub-network in multiples; by default it halves when the resolution doubles.
+        compress_factor: the fraction of a fusion's channels that come from the previous sub-network, in (0, 1).
+        bottleneck, bottleneck_factors, reduction, stem, gradient_equilibrium: as for `msdnet`.
+
+    Raises:
+        ConfigError: an option is out of its range.
     """
 
     def __init__(
         self,
-        block_counts: Sequence[int],
-        num_layers: Sequence[int],
-        scales: Sequence[int],
-        stem_channels: Sequence[int],
-        widths: Sequence[Widths],
         *,
-        in_channels: int,
         num_classes: int,
-        stem: str,
-        gradient_equilibrium: bool,
+        input_shape: tuple[int, ...],
+        num_blocks: int = 2,
+        block_step: int = 2,
+        step: int = 2,
+        step_mode: str = "lin_grow",
+        scales: Sequence[int] | None = None,
+        channels: int = 16,
+        growth_rate: int = 6,
+        growth_factors: Sequence[int] | None = None,
+        bottleneck: bool = True,
+        bottleneck_factors: Sequence[int] | None = None,
+        reduction: float = 0.5,
+        compress_factor: float = 0.25,
+        stem: str | None = None,
+        gradient_equilibrium: bool = False,
     ) -> None:
+        in_channels = image_channels("ranet", input_shape)
+        counts = {"num_blocks": num_blocks, "block_step": block_step, "channels": channels, "growth_rate": growth_rate}
+        check_growth("ranet", step_mode, reduction, step=step, **counts)
+        stem = choose_stem("ranet", input_shape, stem)
+        scales = _checked_scales(scales, input_shape, stem)
+        growth_factors = growth_factors or [2 ** (scales[-1] - scale) for scale in scales]
+        growth = check_factors("ranet", "growth_factors", growth_factors, len(scales))
+        factors = check_factors("ranet", "bottleneck_factors", bottleneck_factors or growth, len(scales))
+        block_counts = [num_blocks + block_step * index for index in range(len(scales))]
         super().__init__(block_counts[-1])
         self.gradient_equilibrium = gradient_equilibrium
+        num_layers = [step * number if step_mode == "lin_grow" else step for number in range(1, block_counts[-1] + 1)]
+        growths = [growth_rate * factor for factor in growth]
+        widths = _widths(growths, factors if bottleneck else None, compress_factor, reduction)
         strides = [2 if finer > own else 1 for finer, own in zip(scales[:0:-1], scales[-2::-1], strict=True)]
+        stem_channels = [channels * factor for factor in growth]
         self.stem = MultiScaleStem(in_channels, stem_channels[::-1], strides, stem)
         self.sub_networks = nn.ModuleList()
         self.owners: list[int] = []  # the sub-network of every exit; the exit's block there has the exit's number
@@ -253,7 +265,7 @@ class RANet(MultiExit):
             self.owners += [index] * (count - len(low))
             outputs += sub_network.out_channels[len(low) :]
             low = sub_network.map_channels
-        self.classifiers = nn.ModuleList(classifier(channels, num_classes, stem) for channels in outputs)
+        self.classifiers = nn.ModuleList(classifier(width, num_classes, stem) for width in outputs)
         initialize(self)
 
     def begin(self, inputs: Tensor) -> State:
@@ -284,66 +296,6 @@ class RANet(MultiExit):
 
 
 @register_model
-def ranet(
-    *,
-    num_classes: int,
-    input_shape: tuple[int, ...],
-    num_blocks: int = 2,
-    block_step: int = 2,
-    step: int = 2,
-    step_mode: str = "lin_grow",
-    scales: Sequence[int] | None = None,
-    channels: int = 16,
-    growth_rate: int = 6,
-    growth_factors: Sequence[int] | None = None,
-    bottleneck: bool = True,
-    bottleneck_factors: Sequence[int] | None = None,
-    reduction: float = 0.5,
-    compress_factor: float = 0.25,
-    stem: str | None = None,
-    gradient_equilibrium: bool = False,
-) -> RANet:
-    """Build the paper's network for CIFAR with 6 exits; the options are those of the published program.
-
-    Args:
-        num_classes, input_shape: C, and (channels, H, W).
-        num_blocks, block_step: blocks of the first sub-network, and the increase from one to the next; the last has K.
-        step, step_mode: layers of a block: `step` each ("even"), or step·i in block i from 1 ("lin_grow").
-        scales: of every sub-network, from 1, rising by 1 where the resolution doubles and by 0 where it stays; 1, 2, 3
-            by default, or fewer for images under 16 pixels.
-        channels, growth_rate: of the stem's map, and added by a layer, for a growth factor of 1.
-        growth_factors: the width of each sub-network in multiples; by default it halves when the resolution doubles.
-        compress_factor: the fraction of a fusion's channels that come from the previous sub-network, in (0, 1).
-        bottleneck, bottleneck_factors, reduction, stem, gradient_equilibrium: as for `msdnet`.
-
-    Raises:
-        ConfigError: an option is out of its range.
-    """
-    in_channels = image_channels("ranet", input_shape)
-    counts = {"num_blocks": num_blocks, "block_step": block_step, "channels": channels, "growth_rate": growth_rate}
-    check_growth("ranet", step_mode, reduction, step=step, **counts)
-    stem = choose_stem("ranet", input_shape, stem)
-    scales = _checked_scales(scales, input_shape, stem)
-    growth_factors = growth_factors or [2 ** (scales[-1] - scale) for scale in scales]
-    growth = check_factors("ranet", "growth_factors", growth_factors, len(scales))
-    factors = check_factors("ranet", "bottleneck_factors", bottleneck_factors or growth, len(scales))
-    block_counts = [num_blocks + block_step * index for index in range(len(scales))]
-    return RANet(
-        block_counts,
-        [step * number if step_mode == "lin_grow" else step for number in range(1, block_counts[-1] + 1)],
-        scales,
-        [channels * factor for factor in growth],
-        _widths(
-            [growth_rate * factor for factor in growth], factors if bottleneck else None, compress_factor, reduction
-        ),
-        in_channels=in_channels,
-        num_classes=num_classes,
-        stem=stem,
-        gradient_equilibrium=gradient_equilibrium,
-    )
-
-
-@register_model
 def ranet_imagenet(
     *,
     num_classes: int,
@@ -353,9 +305,9 @@ def ranet_imagenet(
     growth_rate: int = 16,
     growth_factors: Sequence[int] = (4, 2, 2, 1),
     gradient_equilibrium: bool = False,
-) -> nn.Module:
+) -> RANet:
     """Build the paper's network for ImageNet: 4 resolutions, 8 exits."""
-    return ranet(
+    return RANet(
         num_classes=num_classes,
         input_shape=input_shape,
         step=step,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -16,14 +16,15 @@ from rayprune.errors import ConfigError
 
 ModelBuilder = Callable[..., nn.Module]
 MODELS: dict[str, ModelBuilder] = {}
+_B = TypeVar("_B", bound=ModelBuilder)
 
 # With their auxiliary heads they return named tuples in training, where train steps expect logits.
 AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
 
-def register_model(builder: ModelBuilder) -> ModelBuilder:
-    """Add a builder, called with num_classes, input_shape and options, to MODELS under its function's name."""
-    MODELS[builder.__name__] = builder
+def register_model(builder: _B) -> _B:
+    """Add a function or class of num_classes, input_shape and options to MODELS, under its name in lower case."""
+    MODELS[builder.__name__.lower()] = builder
     return builder
 
 

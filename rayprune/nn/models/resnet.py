@@ -96,13 +96,11 @@ class ResNet(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Return the embedding before the classifier, (B, D), of images (B, channels, H, W)."""
         maps = functional.relu(self.bn1(self.conv1(images)), inplace=True)
-        pooled: Tensor = self.stages(maps).mean(dim=(2, 3))
-        return pooled
+        return self.stages(maps).mean(dim=(2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, C) of images (B, channels, H, W)."""
-        logits: Tensor = self.fc(self.features(images))
-        return logits
+        return self.fc(self.features(images))
 
 
 @register_model

@@ -3,7 +3,7 @@
 from rayprune.nn.steps.exits import ExitStep
 from rayprune.nn.steps.l2w import L2wStep
 from rayprune.nn.steps.plain import PlainStep
-from rayprune.nn.steps.psp import PspStep, WithProxy
+from rayprune.nn.steps.psp import PspStep
 
 # The type of all train steps: each is the plain step with some of its methods replaced.
 TrainStep = PlainStep
@@ -27,5 +27,4 @@ __all__ = [
     "PlainStep",
     "PspStep",
     "TrainStep",
-    "WithProxy",
 ]

@@ -27,11 +27,10 @@ class ExitStep(PlainStep):
 
     Args:
         model: (B, …) inputs to a list of K logits (B, C); DDP-wrapped or not.
-        optimizer: over the model's parameters.
         num_exits: K, at least 2.
         score: an exit in 1..K, "last", "mean" or "depth".
         confident: the probability in (0, 1] at which a sample leaves, for "depth".
-        **recipe: arguments of PlainStep.
+        optimizer, **recipe: arguments of PlainStep.
 
     Raises:
         ConfigError: the network has no such exit.

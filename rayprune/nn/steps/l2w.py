@@ -1,10 +1,9 @@
 """The step that learns how much each sample counts at each exit, L2W-DEN (Han et al., ECCV 2022, arXiv 2209.08310).
 
 A weight network gives every sample a number in (-1, 1) for each exit; centered and scaled, they are the weights of the
-sample's losses. A batch is two halves, which are trained on in turn. Before each, the weight network learns from the
-other half: the weighted losses of the training half would lead a step of SGD to other parameters. There the other
-half's samples have a loss, each at the exit where it would leave, whose gradient goes back through that step to the
-weights.
+sample's losses. A batch is two halves, and the network trains on one after the other. Before each, the weight network
+learns from the other half: an imagined step of SGD on the weighted losses gives new parameters, at which the other half
+has a meta loss, each sample at the exit where it would leave. Its gradient goes back through that step to the weights.
 
 Deliberate differences from the reference: the gradient comes from one forward-mode derivative on the graph of the real
 forward pass instead of a copy of the network and a double backward pass (equal up to rounding, 3.67 instead of 5.09
@@ -158,11 +157,6 @@ class L2wStep(ExitStep):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned.
-
-        Raises:
-            ConfigError: the state is another train step's.
-        """
         self._check_state(state, {"weight_net", "meta_optimizer", "batches"})
         self.weight_net.load_state_dict(state["weight_net"])
         self.meta_optimizer.load_state_dict(state["meta_optimizer"])

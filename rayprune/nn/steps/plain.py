@@ -38,7 +38,7 @@ class PlainStep:
     Attributes:
         num_exits: K of a network with several exits, whose step also returns `exit_loss` and `exit_correct`, (B, K);
             1 otherwise.
-        parts: networks that `evaluate` can run; "model" is the first and always there.
+        parts: networks that `evaluate` can run; "model" is always the first.
         train_cost: of a training step per sample, relative to a plain one.
         meta_cost: additional cost per sample that weights are learned from.
     """
@@ -170,8 +170,7 @@ class PlainStep:
 
     def _logits(self, output: Any) -> Tensor:
         """Return the model's output as one tensor."""
-        logits: Tensor = output
-        return logits
+        return output
 
     def _losses(self, logits: Tensor, targets_B: Tensor, label_smoothing: float) -> Tensor:
         """Return each sample's losses, (B,), or (…, B) if there are several."""

@@ -8,9 +8,9 @@ The proxy is a leading slice of every layer and needs no storage of its own: eve
 the classifier keeps all classes. The slicing needs no knowledge of the architecture. While the proxy's forward runs,
 each layer with parameters computes the first `width` of its outputs from as many of its inputs as it receives; the
 code between the layers, shortcuts and concatenations included, is the network's own. Channels keep their order through
-a network, so the first outputs of one layer are the first inputs of the next, flattened maps included. A layer that
-recomputes itself in the backward pass (activation checkpointing) would do so at full width, and torch then refuses the
-shapes.
+a network, so the first outputs of one layer are the first inputs of the next, flattened maps included. Activation
+checkpointing does not work: a layer that is recomputed in the backward pass has its full width again, and torch refuses
+the shapes.
 
 Slimmable networks have one batch normalization per width; here the widths share its affine parameters and have running
 statistics of their own.
@@ -20,6 +20,7 @@ Shapes: B rows of this worker's part of the batch, C classes, D features of the 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -36,7 +37,6 @@ from rayprune.nn.steps.plain import PlainStep
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_CONVOLVE = (functional.conv1d, functional.conv2d, functional.conv3d)
 _SLICEABLE: tuple[type[Any], ...] = (*CONVOLUTIONS, nn.Linear, *BATCH_NORMS, nn.GroupNorm, nn.LayerNorm)
 _WITHOUT_PROXY = "set method.proxy_width=null to select with the whole network"
 
@@ -47,11 +47,9 @@ class PspStep(PlainStep):
     The step's signals are those of the whole network; `evaluate(part="proxy")` returns the proxy's.
 
     Args:
-        model: what `module_of` returned, DDP-wrapped or not.
-        optimizer: over its parameters, which are the network's.
-        width: as passed to `module_of`.
+        model: what `module_of` returned for `width`, DDP-wrapped or not.
         weight: of the proxy's loss, above 0.
-        **recipe: arguments of PlainStep.
+        optimizer, **recipe: arguments of PlainStep; the parameters are the network's.
 
     Raises:
         ConfigError: the weight is outside its range.
@@ -92,11 +90,6 @@ class PspStep(PlainStep):
         return {"proxy": dict(self._pair.proxy.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the proxy's running statistics.
-
-        Raises:
-            ConfigError: the state is another train step's.
-        """
         self._check_state(state, {"proxy"})
         self._pair.proxy.load_state_dict(state["proxy"])
 
@@ -105,16 +98,11 @@ class PspStep(PlainStep):
         return self._pair.proxy.buffers()
 
     def relative_cost(self, part: str = "model") -> float:
-        """Return the multiply-adds of a forward pass through a part, relative to the model's: φ for the proxy.
-
-        Raises:
-            ConfigError: an unknown part.
-        """
+        """Return 1 for the model, φ for the proxy."""
         return self._pair.mac_ratio if self._check_part(part) == "proxy" else 1.0
 
     def _eval_logits(self, inputs: Tensor, part: str) -> Tensor:
-        logits: Tensor = self._pair(inputs, part=part)
-        return logits
+        return self._pair(inputs, part=part)
 
     def _backward(
         self, inputs: Tensor, targets_B: Tensor, weights_B: Tensor, rows: int, *, last: bool
@@ -129,9 +117,7 @@ class WithProxy(nn.Module):
     """A network and its proxy as one module, so that DDP reduces the gradients of both and shares their buffers.
 
     Args:
-        network: as for `Proxy`.
-        width: of the proxy, in (0, 1].
-        input_shape: of one sample.
+        network, width, input_shape: as for `Proxy`.
 
     Attributes:
         mac_ratio: multiply-adds of the proxy relative to the network's, φ.
@@ -147,8 +133,7 @@ class WithProxy(nn.Module):
 
     def forward(self, inputs: Tensor, part: str = "model") -> Tensor:
         """Return the logits (B, C) of a part: "model" or "proxy"."""
-        logits: Tensor = self.proxy(inputs) if part == "proxy" else self.network(inputs)
-        return logits
+        return self.proxy(inputs) if part == "proxy" else self.network(inputs)
 
 
 class Proxy(nn.Module):
@@ -337,19 +322,15 @@ def _narrow(layer: Any, width: float) -> Callable[[Tensor], Tensor]:
 
 
 def _convolution(layer: Any, num_outputs: int, inputs: Tensor) -> Tensor:
-    channels, groups = inputs.shape[1], 1
+    channels = inputs.shape[1]
+    weight = layer.weight
     if _is_grouped(layer):
-        num_outputs, groups = channels * (layer.out_channels // layer.in_channels), channels
-        weight = layer.weight[:num_outputs]
+        num_outputs = channels * (layer.out_channels // layer.in_channels)
+        layer = copy.copy(layer)
+        layer.groups = channels
     else:
-        weight = layer.weight[:num_outputs, :channels]
-    padding = layer.padding
-    if layer.padding_mode != "zeros":
-        inputs = functional.pad(inputs, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-        padding = 0
-    convolve = _CONVOLVE[layer.weight.ndim - 3]
-    bias = _leading(layer.bias, num_outputs)
-    return convolve(inputs, weight, bias, layer.stride, padding, layer.dilation, groups)
+        weight = weight[:, :channels]
+    return layer._conv_forward(inputs, weight[:num_outputs], _leading(layer.bias, num_outputs))
 
 
 def _linear(layer: nn.Linear, num_outputs: int, inputs: Tensor) -> Tensor:

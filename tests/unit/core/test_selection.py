@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def test_a_selection_packs_and_unpacks(num_samples: int, num_weights: int, seed:
 def test_sweep_facts_and_batch_mean_weights_pack_and_unpack() -> None:
     base = Selection.of_ids([0, 1], 5, forward_only_ids=[3])
     for sweep, scored in (("all", None), (np.array([4, 0]), [0, 3, 4]), (None, [3])):
-        selection = base.with_sweep(sweep).with_facts(threshold=0.5)  # type: ignore[arg-type]
+        selection = replace(base, sweep=sweep).with_facts(threshold=0.5)  # type: ignore[arg-type]
         again = Selection.from_arrays(selection.to_arrays())
         ids = again.scored_ids
         assert (ids is None and scored is None) or ids.tolist() == scored  # type: ignore[union-attr]

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 import rayprune
 from rayprune.core import Schedule, Selection, Selector
+from rayprune.core.method import Kind
 from rayprune.methods import METHODS, Method, build_method
-from rayprune.methods.base import Kind
 
 NUM_SAMPLES, NUM_EPOCHS, NUM_CLASSES = 41, 16, 4
 # Deliberately unbalanced; the last class has one sample.
@@ -91,7 +91,7 @@ def chosen_of(num_samples: int) -> Selection:
 
 def visit(selector: Selector, selection: Selection, epoch: int) -> None:
     ids = np.union1d(selection.ids, selection.forward_only_ids)
-    selector.observe(ids, observed(selector.method, ids, epoch), epoch)  # type: ignore[arg-type]
+    selector.observe(ids, observed(selector.method, ids, epoch), epoch)
     sweep(selector, selection, epoch)
 
 
@@ -100,7 +100,7 @@ def sweep(selector: Selector, selection: Selection, epoch: int) -> None:
     if selection.sweep is not None:
         ids = np.arange(NUM_SAMPLES)[: selection.num_samples] if isinstance(selection.sweep, str) else selection.sweep
         for part in np.array_split(ids, 2):
-            signals = observed(selector.method, part, epoch, names=selector.method.sweep_signals)  # type: ignore[arg-type]
+            signals = observed(selector.method, part, epoch, names=selector.method.sweep_signals)
             selector.observe(part, signals, epoch, sweep=True)
 
 
@@ -111,7 +111,7 @@ def epochs_run(method: Method) -> int:
 
 def run(selector: Selector, epochs: range | None = None) -> list[Selection]:
     selections = []
-    for epoch in range(epochs_run(selector.method)) if epochs is None else epochs:  # type: ignore[arg-type]
+    for epoch in range(epochs_run(selector.method)) if epochs is None else epochs:
         selections.append(selector.begin_epoch(epoch))
         visit(selector, selections[-1], epoch)
     return selections
@@ -284,7 +284,7 @@ def test_the_order_of_observations_does_not_matter(method: Method) -> None:
 @every_class
 def test_a_repeated_observation_counts_once(cls: type[Method]) -> None:
     once, twice = selector_of(cls()), selector_of(cls())
-    num_epochs = epochs_run(once.method)  # type: ignore[arg-type]
+    num_epochs = epochs_run(once.method)
     for epoch in range(num_epochs):
         visit(once, once.begin_epoch(epoch), epoch)
         for _ in range(2):
@@ -402,7 +402,7 @@ def test_large_seeds_and_epochs_work(method: Method) -> None:
     if method.sweep_signals:
         with pytest.raises(ValueError, match="have no distance"):
             selector.begin_epoch(70_000)
-        sweep(selector, Selection.full(NUM_SAMPLES).with_sweep("all"), 0)
+        sweep(selector, dataclasses.replace(Selection.full(NUM_SAMPLES), sweep="all"), 0)
     selection = selector.begin_epoch(np.int64(70_000))  # type: ignore[arg-type]
     check_valid(selection, NUM_SAMPLES)
     restored = Selector(method, NUM_SAMPLES, 100_000, 2**40 + 1, labels=LABELS, chosen=chosen_of(NUM_SAMPLES))

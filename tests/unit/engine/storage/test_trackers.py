@@ -232,5 +232,5 @@ def test_a_folder_with_a_trackers_name_is_not_the_tracker(tmp_path: Path, monkey
 
 def test_trackers_do_not_change_the_digest() -> None:
     assert make_config({"run": {"trackers": ["mlflow", "wandb"]}}).digest() == make_config({}).digest()
-    with pytest.raises(ValueError, match=r"run.trackers = \['wanbd'\]: there is no tracker 'wanbd'.*wandb"):
+    with pytest.raises(ValueError, match=r"run.trackers = \['wanbd'\]: unknown tracker 'wanbd'.*wandb"):
         make_config({"run": {"trackers": ["wanbd"]}})

@@ -18,8 +18,8 @@ from torch.nn import functional
 from rayprune.nn.boundary import boundary_distance, pair_distances
 from rayprune.nn.models import build_model
 from rayprune.nn.signals import BOUNDARY_SIGNALS, per_sample_loss
-from rayprune.nn.steps import STEPS, ExitStep, L2wStep, PlainStep, PspStep, TrainStep, WithProxy
-from rayprune.nn.steps.psp import Proxy
+from rayprune.nn.steps import STEPS, ExitStep, L2wStep, PlainStep, PspStep, TrainStep
+from rayprune.nn.steps.psp import Proxy, WithProxy
 
 SHAPE, CLASSES = (3, 8, 8), 4
 

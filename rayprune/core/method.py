@@ -1,7 +1,7 @@
 """The base class of selection methods: a frozen dataclass of hyperparameters and pure array maths.
 
 A method declares the signals it needs, folds observations into the ScoreTable and turns the table into a Selection. A
-new method is one file in this package:
+new method is one file in `rayprune/methods`:
 
     @register("keep_hard")
     @dataclass(frozen=True)
@@ -15,22 +15,19 @@ Shapes: N samples, B observed.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from rayprune.core.schedule import Schedule
 from rayprune.core.selection import Selection
-from rayprune.core.selector import EpochContext
 from rayprune.core.table import Ids, ScoreTable, Signals
+from rayprune.core.thinning import thin, thin_with_class_floor
 from rayprune.core.validation import check_fields, check_share, fields_to_yaml
-
-logger = logging.getLogger(__name__)
 
 Kind = Literal["baseline", "dynamic", "static", "control"]
 
@@ -43,7 +40,7 @@ class Method:
         name: the registered name (external classes: their reference).
         kind: baseline | dynamic (chooses again every epoch) | static (one subset) | control.
         paper: authors, venue, arXiv number.
-        signals: what the workers report for each visited sample.
+        signals: the signals that workers report for each visited sample.
         unbiased: the weighted sum over the selection has the full sum as its expectation.
         fixed: the subset is the same in every epoch.
         needs_labels: the method balances classes and needs labels.
@@ -122,7 +119,50 @@ class Method:
         return {"name": self.name, **fields_to_yaml(self)}
 
 
-@cache
-def warn_once(line: str) -> None:
-    """Log a warning once per process: a run tries its method out before it starts."""
-    logger.warning("%s", line)
+@dataclass(frozen=True, eq=False, repr=False)
+class EpochContext:
+    """Hold the run's position and the random generators for a method's selection.
+
+    Attributes:
+        epoch, num_epochs: 0-based epoch e of E.
+        num_samples: N.
+        seed: the run's seed.
+        labels: (N,) class of each sample, or None.
+        class_floor: the least share of every class that the epoch keeps; 0 = no floor.
+        visits_before: samples kept in all earlier epochs together.
+        chosen: the selection of a method that reads one from a file, or None.
+    """
+
+    epoch: int
+    num_epochs: int
+    num_samples: int
+    seed: int
+    labels: NDArray[Any] | None = None
+    class_floor: float = 0.0
+    visits_before: int = 0
+    chosen: Selection | None = None
+
+    @cached_property
+    def rng(self) -> np.random.Generator:
+        """The epoch's generator, `default_rng([seed, epoch])`; every draw of the selection comes from it."""
+        return self.rng_of(self.epoch)
+
+    def rng_of(self, epoch: int) -> np.random.Generator:
+        """Return a fresh generator of another epoch, for a choice that must be the same in several epochs."""
+        return np.random.default_rng([self.seed, epoch])
+
+    def derived_rng(self, purpose: int, epoch: int | None = None) -> np.random.Generator:
+        """Return a generator for one purpose (an integer from 2), independent of `rng` and of the plan's."""
+        return np.random.default_rng([self.seed, self.epoch if epoch is None else epoch, purpose])
+
+    def thin(self, strata: NDArray[np.unsignedinteger[Any]], keep_ratios: ArrayLike) -> Selection:
+        """Thin strata at random without bias, and above the class floor if there is one.
+
+        Args:
+            strata: (N,) unsigned integers; 0 = kept whole, s ≥ 1 = thinned to `keep_ratios[s - 1]`.
+            keep_ratios: (S,) in (0, 1].
+        """
+        ratios = np.asarray(keep_ratios, dtype=np.float64)
+        if self.class_floor > 0 and self.labels is not None:
+            return thin_with_class_floor(strata, ratios, self.labels, self.class_floor, self.rng)
+        return thin(strata, ratios, self.rng)
