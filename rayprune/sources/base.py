@@ -142,8 +142,9 @@ class SampleSource(abc.ABC):
 class DescribedSource(SampleSource):
     """Base class of sources whose length, schema and fingerprint are known once they are constructed.
 
-    Labels are read when they are first needed. Pickled copies drop them, and every other attribute that
-    `process_local` names; in the copy these are None until it reads them again.
+    A subclass implements `take`, or `read` if it counts the bytes itself. Labels are read when they are first needed.
+    Pickled copies drop them, and every other attribute that `process_local` names; in the copy these are None until it
+    reads them again.
 
     Args:
         num_samples: N.
@@ -184,6 +185,9 @@ class DescribedSource(SampleSource):
         if self._labels is None:
             self._labels = self._read_labels()
         return self._labels
+
+    def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        return self.read(ids)[0]
 
     @abc.abstractmethod
     def _read_labels(self) -> np.ndarray:

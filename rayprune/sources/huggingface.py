@@ -271,9 +271,6 @@ class HuggingFaceSource(DescribedSource):
     def row_cost(self) -> RowCost:
         return "cheap" if self._image is None else "expensive"
 
-    def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        return self.read(ids)[0]
-
     def read(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
         check_ids(ids, len(self))
         ids = np.asarray(ids, dtype=np.int64)

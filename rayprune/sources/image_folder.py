@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from rayprune.errors import DataError, UnreadableImage
-from rayprune.sources.base import Column, SampleSource, Schema, Splits, check_ids, holdout
+from rayprune.sources.base import DescribedSource, RowCost, SampleSource, Schema, Splits, check_ids, holdout
 from rayprune.sources.cache import CacheMode, cache_root, cached_arrays, decoded, leave_out_unreadable
 from rayprune.sources.fingerprint import WHOLE_BYTES, digest
 from rayprune.sources.images import (
@@ -44,7 +44,6 @@ _TRAIN_NAMES = {"train", "training"}
 _SPLIT_NAMES = _TRAIN_NAMES | {"val", "valid", "validation", "test", "testing", "dev"}
 # The number of files that the fingerprint reads of more than 1 GiB, so that a million are opened in seconds.
 SAMPLED_FILES = 256
-HOLDOUT_SEED = 0
 
 
 @register_source("image_folder")
@@ -107,9 +106,7 @@ class ImageFolder:
         if validation_folder is not None:
             split = list_split(storage, images, validation_folder, files.class_names)
             return Splits(train, self._open_files(*split, shape))
-        if self.validation_fraction == 0:
-            return Splits(train, None)
-        return holdout(train, self.validation_fraction, HOLDOUT_SEED)
+        return holdout(train, self.validation_fraction)
 
     def _open_files(self, files: ImageFiles, sizes: np.ndarray, shape: ImageShape) -> SampleSource:
         if self.on_error == "fail" and not sizes.all():
@@ -294,7 +291,7 @@ def sampled_digest(files: ImageFiles, sizes: np.ndarray) -> str:
     return digest("\0".join(files.class_names), files.names.block, sizes, *contents)
 
 
-class ImageRows(SampleSource):
+class ImageRows(DescribedSource):
     """Images of one shape, read and decoded by id, on all CPUs of the process.
 
     Args:
@@ -303,33 +300,15 @@ class ImageRows(SampleSource):
         fingerprint: of the samples.
     """
 
+    row_cost: RowCost = "expensive"
+
     def __init__(self, files: ImageFiles, images: ImageShape, fingerprint: str) -> None:
-        self._files = files
-        self._images = images
-        self._fingerprint = fingerprint
+        schema = Schema.for_classification("image", images.shape, len(files.class_names), files.class_names)
+        super().__init__(len(files), schema, fingerprint)
+        self._files, self._images = files, images
 
-    def __len__(self) -> int:
-        return len(self._files)
-
-    @property
-    def schema(self) -> Schema:
-        columns = {"image": Column(self._images.shape, "uint8"), "label": Column((), "int64")}
-        return Schema(columns, "image", len(self._files.class_names), self._files.class_names)
-
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self._files.labels_of(np.arange(len(self), dtype=np.int64))
-
-    @property
-    def row_cost(self) -> Literal["cheap", "expensive"]:
-        return "expensive"
-
-    def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        return self.read(ids)[0]
+    def _read_labels(self) -> np.ndarray:
+        return self._files.labels_of(np.arange(len(self)))
 
     def read(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
         """Read samples, and count the bytes of their files.

@@ -161,6 +161,8 @@ class ItemSource(DescribedSource):
         ValueError: it is not a map-style Dataset, it is empty, or an item is unsuitable.
     """
 
+    row_cost: RowCost = "expensive"
+
     def __init__(
         self,
         dataset: Any,
@@ -187,10 +189,6 @@ class ItemSource(DescribedSource):
             class_names = class_names if len(class_names) == num_classes else ()
             self._schema = Schema(kinds, _input_name(kinds), num_classes, class_names)
         self._fingerprint = self._digest()
-
-    @property
-    def row_cost(self) -> RowCost:
-        return "expensive"
 
     def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         check_ids(ids, len(self))

@@ -16,13 +16,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayprune.sources.base import SampleSource, Schema, check_ids
+from rayprune.sources.base import DescribedSource, RowCost, Schema, check_ids
 from rayprune.sources.images import LEAVE_OUT, decode_rows, readable_rows
 from rayprune.sources.parquet.reader import (
     ParquetRows,
@@ -45,7 +45,7 @@ _BUFFERS = 4
 _CHECKED_ROWS = 256
 
 
-class ParquetGroups(SampleSource):
+class ParquetGroups(DescribedSource):
     """Rows decoded from row groups; `read` counts the compressed bytes of the column chunks that it really read.
 
     Pickles into paths and sizes; the copies in one process share one buffer.
@@ -54,16 +54,18 @@ class ParquetGroups(SampleSource):
         rows: of which files and columns.
         schema: the columns.
         fingerprint: of the samples.
-        labels: (N,) int64; kept in this process only, the others read the label column.
+        labels: (N,) int64.
         buffer_bytes: the size of the encoded columns that each process keeps.
     """
 
+    process_local = ("_groups", "_first_groups", "_labels")
+    row_cost: RowCost = "expensive"
+
     def __init__(
-        self, rows: ParquetRows, schema: Schema, fingerprint: str, labels: np.ndarray, buffer_bytes: int = BUFFER_BYTES
+        self, rows: ParquetRows, schema: Schema, fingerprint: str, labels: np.ndarray, buffer_bytes: int
     ) -> None:
-        self._rows, self._schema, self._fingerprint = rows, schema, fingerprint
-        self._buffer_bytes = buffer_bytes
-        self._labels: np.ndarray | None = labels
+        super().__init__(len(labels), schema, fingerprint, labels)
+        self._rows, self._buffer_bytes = rows, buffer_bytes
         footers = [file.metadata() for file in rows.files]
         sizes = [footer.row_group(number).num_rows for footer in footers for number in range(footer.num_row_groups)]
         counts = [footer.num_row_groups for footer in footers]
@@ -77,42 +79,20 @@ class ParquetGroups(SampleSource):
         # Writers make row groups of one size: they are pickled as runs, because pickles go out with every read task.
         sizes = np.diff(self._groups)
         runs = np.flatnonzero(np.diff(sizes, prepend=-1))
-        state = {name: value for name, value in vars(self).items() if name not in {"_groups", "_first_groups"}}
         packed = sizes[runs], np.diff(runs, append=sizes.size), self._first_groups.astype(np.uint32)
-        return {**state, "_labels": None, "packed": packed}
+        return {**super().__getstate__(), "packed": packed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         sizes, counts, first_groups = state.pop("packed")
-        vars(self).update(state)
+        super().__setstate__(state)
         self._set_groups(np.repeat(sizes, counts), first_groups.astype(np.int64))
 
-    def __len__(self) -> int:
-        return int(self._groups[-1])
-
-    @property
-    def schema(self) -> Schema:
-        return self._schema
-
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    @property
-    def labels(self) -> np.ndarray:
-        if self._labels is None:
-            self._labels, _ = read_labels(self._rows)
-        return self._labels
+    def _read_labels(self) -> np.ndarray:
+        return read_labels(self._rows)[0]
 
     @property
     def groups(self) -> np.ndarray:
         return self._groups
-
-    @property
-    def row_cost(self) -> Literal["expensive"]:
-        return "expensive"
-
-    def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        return self.read(ids)[0]
 
     def read(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
         check_ids(ids, len(self))

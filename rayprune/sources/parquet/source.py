@@ -7,7 +7,6 @@ windows of row groups. Files are split by their names, and columns found by name
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -15,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from rayprune.errors import DataError
-from rayprune.sources.base import Column, SampleSource, Schema, Splits, count_classes, holdout
+from rayprune.sources.base import SampleSource, Schema, Splits, count_classes, holdout
 from rayprune.sources.cache import CacheMode, cache_root, cached_arrays, decoded, leave_out_unreadable
 from rayprune.sources.fingerprint import digest
 from rayprune.sources.images import check_size
@@ -38,8 +37,6 @@ from rayprune.sources.parquet.reader import (
 from rayprune.sources.parquet.row_groups import BUFFER_BYTES, ParquetGroups
 from rayprune.sources.registry import register_source
 from rayprune.sources.storage import DEFAULT_VALIDATION, public
-
-HOLDOUT_SEED = 0
 
 
 @register_source("parquet")
@@ -105,16 +102,14 @@ class Parquet:
         if train_rows.image_column is not None:
             train_rows = replace(train_rows, images=first_image_shape(train_rows, self.image_size))
         owner = f"column {train_rows.label_column!r} of {public(self.path)}"
-        configured = (len(class_names) or None) if self.num_classes is None else self.num_classes
-        num_classes = count_classes(labels, owner, configured)
-        schema = _row_schema(train_rows, num_classes, class_names if len(class_names) == num_classes else ())
+        num_classes = count_classes(labels, owner, self.num_classes, class_names)
+        input_name = "features" if train_rows.image_column is None else "image"
+        schema = Schema.for_classification(input_name, train_rows.shape, num_classes, class_names)
         train = self._open_rows(train_rows, schema)
         if validation_rows.files:
             validation_rows = replace(validation_rows, images=train_rows.images)
             return Splits(train, self._open_rows(validation_rows, schema))
-        if self.validation_fraction == 0:
-            return Splits(train, None)
-        return holdout(train, self.validation_fraction, HOLDOUT_SEED)
+        return holdout(train, self.validation_fraction)
 
     def _find_rows(self) -> tuple[ParquetRows, ParquetRows, tuple[str, ...]]:
         """Return the training rows, the validation rows, both without the images' shape, and the class names."""
@@ -150,17 +145,10 @@ class Parquet:
             source = _without_bad_rows(groups, groups.readable(), rows) if rows.skip_errors else groups
             return decoded(source, "memory" if self.cache == "memory" else "none")
         key = f"parquet-{digest(fingerprint, 'skip' if rows.skip_errors else 'fail')}"
-        row_bytes = math.prod(rows.shape) * np.dtype(schema.columns[schema.input].dtype).itemsize + 9
-        build = partial(build_rows, rows)
-        open_arrays = partial(cached_arrays, key, cache_root(self.cache_dir), build, len(labels) * row_bytes)
+        num_bytes = len(labels) * (schema.row_bytes + 1)  # of `readable`
+        open_arrays = partial(cached_arrays, key, cache_root(self.cache_dir), partial(build_rows, rows), num_bytes)
         cached = RowSource(open_arrays, schema, fingerprint, labels)
         return _without_bad_rows(cached, cached.arrays()["readable"], rows) if rows.skip_errors else cached
-
-
-def _row_schema(rows: ParquetRows, num_classes: int, class_names: tuple[str, ...]) -> Schema:
-    name, dtype = ("features", "float32") if rows.image_column is None else ("image", "uint8")
-    columns = {name: Column(rows.shape, dtype), "label": Column((), "int64")}
-    return Schema(columns, name, num_classes, class_names)
 
 
 def _without_bad_rows(source: SampleSource, readable: np.ndarray, rows: ParquetRows) -> SampleSource:
