@@ -30,7 +30,7 @@ from rayprune.sources.base import (
     holdout,
     spaced_ids,
 )
-from rayprune.sources.cache import check_mode, decoded
+from rayprune.sources.cache import CacheMode, check_mode, decoded
 from rayprune.sources.fingerprint import array_digest, digest
 from rayprune.sources.images import DEEP_MODES, GREY_MODES
 from rayprune.sources.registry import call_with_keys, register_source
@@ -65,11 +65,10 @@ class TorchDataset:
     columns: tuple[str, ...] | None = None
     validation_fraction: float = 0.1
     num_classes: int | None = None
-    cache: str = "auto"
+    cache: CacheMode = "auto"
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
-        check_mode(self.cache)
         if not is_reference(self.dataset):
             raise ConfigError(
                 f"data.dataset {self.dataset!r} is not a reference: write 'module:function' or 'path.py:function'"

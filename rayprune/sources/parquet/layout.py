@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from rayprune.core.references import closest
 from rayprune.errors import DataError
-from rayprune.sources.parquet.reader import ShardFile, is_text
+from rayprune.sources.parquet.reader import ShardFile, is_text, text_labels
 from rayprune.sources.storage import Storage, split_shards
 
 IMAGE_NAMES = ("image", "img", "images", "picture", "png", "jpg", "jpeg", "bytes")
@@ -90,12 +90,7 @@ def check_columns(file: ShardFile, first: pa.Schema, image: str | None, label: s
 
 def string_labels(files: Sequence[ShardFile], column: str) -> tuple[str, ...]:
     """Return the sorted unique strings of a label column over all files; empty where it holds no strings."""
-    names: set[str] = set()
-    for file in files:
-        values = file.column(column)
-        if is_text(values.type):
-            names.update(value for value in values.unique().to_pylist() if value is not None)
-    return tuple(sorted(names))
+    return tuple(sorted({name for file in files for name in text_labels(file.column(column))}))
 
 
 def hub_class_names(schema: pa.Schema, label: str) -> tuple[str, ...]:

@@ -176,11 +176,7 @@ def as_labels(rows: ParquetRows, file: ShardFile, values: pa.ChunkedArray) -> tu
     if not present.all() and not rows.skip_errors:
         raise bad_row(file, int(np.argmin(present)), f"has no {rows.label_column}")
     if rows.label_names:
-        labels = pc.index_in(values.cast(pa.string()), value_set=pa.array(rows.label_names, pa.string()))
-        unknown = np.flatnonzero(present & np.asarray(labels.is_null()))
-        if len(unknown):
-            label = values[int(unknown[0])].as_py()
-            raise DataError(f"{file} row {unknown[0]} has label {label!r}, which no training row has: correct it")
+        labels = text_numbers(values, rows.label_names, str(file))
     elif pa.types.is_integer(values.type) or pa.types.is_boolean(values.type):
         labels = values
     else:
@@ -303,6 +299,25 @@ def plain_values(values: pa.ChunkedArray) -> pa.ChunkedArray:
 def is_text(kind: pa.DataType) -> bool:
     """Return whether a column holds strings."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def text_labels(values: pa.ChunkedArray) -> tuple[str, ...]:
+    """Return the sorted unique strings of a label column, which stand for 0, 1, …; empty where it holds no strings."""
+    return tuple(sorted(values.unique().drop_null().to_pylist())) if is_text(values.type) else ()
+
+
+def text_numbers(values: pa.ChunkedArray, class_texts: tuple[str, ...], owner: str) -> pa.ChunkedArray:
+    """Return the positions of labels among the strings of `text_labels`; null where there is no label.
+
+    Raises:
+        DataError: a label is not among them.
+    """
+    numbers = pc.index_in(values.cast(pa.string()), value_set=pa.array(class_texts, pa.string()))
+    unknown = np.flatnonzero(np.asarray(values.is_valid()) & np.asarray(numbers.is_null()))
+    if len(unknown):
+        label = values[int(unknown[0])].as_py()
+        raise DataError(f"{owner} row {unknown[0]} has label {label!r}, which no training row has: correct it")
+    return numbers
 
 
 def image_leaf(schema: pa.Schema, column: str) -> str:
