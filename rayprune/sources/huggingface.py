@@ -212,14 +212,14 @@ class HuggingFaceSource(DescribedSource):
             raise DataError(f"{name} has no rows: save a data set that has some")
         super().__init__(len(self._dataset), Schema({}), "")
         schema = self._dataset.features.arrow_schema
-        self._image, self._label, self._features = _find_columns(Path(name), schema, keys)
+        self._image, self._label, self._features = _find_columns(name, schema, keys)
         self._text_labels: tuple[str, ...] = (
             train._text_labels if train is not None else text_labels(self._column(self._label))
         )
         self._class_names = hub_class_names(schema, self._label)
         labels = self.labels
         if train is not None:
-            check_class_names(Path(name), self._class_names, train._class_names, "the training split")
+            check_class_names(name, self._class_names, train._class_names, "the training split")
             num_classes, class_names = train.schema.num_classes, train.schema.class_names
         else:
             num_classes, class_names = keys.num_classes, self._text_labels or self._class_names
@@ -331,7 +331,7 @@ class HuggingFaceSource(DescribedSource):
         return vectors
 
 
-def _find_columns(name: Path, schema: pa.Schema, keys: HuggingFace) -> tuple[str | None, str, tuple[str, ...]]:
+def _find_columns(name: str, schema: pa.Schema, keys: HuggingFace) -> tuple[str | None, str, tuple[str, ...]]:
     """Return the image, label and feature columns as for Parquet files; a list of numbers counts as one number."""
     kinds = [field.with_type(pa.float64()) if _is_vector(field.type) else field for field in schema]
     label = keys.label_column

@@ -27,12 +27,11 @@ from rayprune.sources.images import (
     check_size,
     decode_rows,
     first_shape,
-    in_threads,
     num_cpus,
     readable_rows,
 )
 from rayprune.sources.registry import register_source
-from rayprune.sources.storage import REMOTE_THREADS, Storage, StoredFile, one_line
+from rayprune.sources.storage import REMOTE_THREADS, Storage, StoredFile, in_threads, one_line
 
 logger = logging.getLogger(__name__)
 

@@ -19,18 +19,15 @@ import io
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from rayprune.errors import DataError, UnreadableImage, one_line
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+from rayprune.sources.storage import in_threads
 
 # The cure for bad data, of sources with the key.
 LEAVE_OUT = "leave it out with data.on_error=skip"
@@ -256,19 +253,6 @@ def check_size(image_size: int | None) -> None:
 def num_cpus() -> int:
     """Return the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def in_threads(function: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> list[Result]:
-    """Call a function for every item in a few threads.
-
-    Returns:
-        The results, in the order of the items; the first error is raised.
-    """
-    items = list(items)
-    if min(num_threads, len(items)) <= 1:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(min(num_threads, len(items)), thread_name_prefix="rayprune-decode") as pool:
-        return list(pool.map(function, items))
 
 
 def _pixels(image: Image.Image, size: int | None) -> np.ndarray:

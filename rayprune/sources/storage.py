@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -30,6 +30,8 @@ from rayprune.core.references import closest
 from rayprune.errors import DataError
 
 Shard = TypeVar("Shard")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # Remote requests wait for the network rather than for a CPU.
 REMOTE_THREADS = 16
@@ -69,8 +71,6 @@ class Storage:
 
     def __init__(self, path: str) -> None:
         self.path = path if "://" in path else str(Path(path).expanduser().absolute())
-        self._lock = threading.Lock()
-        self._filesystem: tuple[pafs.FileSystem, str] | None = None
 
     def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
         return Storage, (self.path,)
@@ -80,20 +80,18 @@ class Storage:
         """Whether plain file calls reach it."""
         return "://" not in self.path or self.path.startswith("file://")
 
-    def _open(self) -> tuple[pafs.FileSystem, str]:
-        with self._lock:
-            if self._filesystem is None:
-                self._filesystem = _resolve(self.path)
-            return self._filesystem
+    @cached_property
+    def _resolved(self) -> tuple[pafs.FileSystem, str]:
+        return _resolve(self.path)
 
     @property
     def filesystem(self) -> pafs.FileSystem:
         """The pyarrow file system, for calls that take one, such as `pyarrow.parquet.ParquetFile`."""
-        return self._open()[0]
+        return self._resolved[0]
 
     def full(self, name: str) -> str:
         """Return a file's path within `filesystem`; the empty name is the root itself."""
-        root = self._open()[1]
+        root = self._resolved[1]
         return f"{root.rstrip('/')}/{name}" if name else root
 
     def public(self, name: str = "") -> str:
@@ -193,11 +191,7 @@ class RangeReader:
         """
         pieces = [b""] * len(file)
         ranges = plan_ranges(file, offset, num_bytes, LOCAL_GAP_BYTES if self._storage.is_local else REMOTE_GAP_BYTES)
-        if self._storage.is_local or len(ranges) <= 1:
-            contents = [self._fetch(part) for part in ranges]
-        else:
-            with ThreadPoolExecutor(min(REMOTE_THREADS, len(ranges))) as pool:
-                contents = list(pool.map(self._fetch, ranges))
+        contents = in_threads(self._fetch, ranges, 1 if self._storage.is_local else REMOTE_THREADS)
         for part, content in zip(ranges, contents, strict=True):
             for position in part.positions:
                 start = int(offset[position]) - part.start
@@ -293,6 +287,19 @@ def _matching(names: Iterable[str], pattern: str) -> set[str]:
     return {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name.rpartition("/")[2], pattern)}
 
 
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> list[Result]:
+    """Call a function for every item in a few threads.
+
+    Returns:
+        The results, in the order of the items; the first error is raised.
+    """
+    items = list(items)
+    if min(num_threads, len(items)) <= 1:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(min(num_threads, len(items)), thread_name_prefix="rayprune-read") as pool:
+        return list(pool.map(function, items))
+
+
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """Replace a file atomically: a kill or an error leaves the old content or the new one, never a part.
@@ -311,12 +318,6 @@ def replace_file(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file as UTF-8, atomically like `replace_file`."""
-    with replace_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def public(path: str) -> str:

@@ -56,11 +56,6 @@ class ShardFile:
         return self.storage.public(self.relative)
 
     @property
-    def name(self) -> str:
-        """The name without its folders."""
-        return str(self).rsplit("/", 1)[-1]
-
-    @property
     def _path(self) -> str:
         return self.storage.full(self.relative)
 

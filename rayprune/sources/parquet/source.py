@@ -122,7 +122,7 @@ class Parquet:
             raise DataError(f"data.path {public(self.path)!r} holds no training file that can be read: restore one")
         file_schema = train[0].schema()
         image, label, features = find_columns(
-            train[0], file_schema, self.image_column, self.label_column, self.feature_columns
+            str(train[0]), file_schema, self.image_column, self.label_column, self.feature_columns
         )
         check = partial(check_columns, first=file_schema, image=image, label=label, features=features)
         for step in (check, partial(ShardFile.column, name=label)):

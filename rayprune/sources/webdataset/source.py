@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -38,6 +37,7 @@ from rayprune.sources.storage import (
     RangeReader,
     Storage,
     StoredFile,
+    in_threads,
     public,
     split_shards,
 )
@@ -233,8 +233,7 @@ class Shards:
         """
         whole = sum(file.num_bytes for file in self.files) <= WHOLE_BYTES
         find = partial(shard_samples, self.storage, keys=self.keys, cache_dir=self.cache_dir, whole=whole)
-        with ThreadPoolExecutor(1 if self.storage.is_local else REMOTE_THREADS) as pool:
-            records = list(pool.map(find, self.files))
+        records = in_threads(find, self.files, 1 if self.storage.is_local else REMOTE_THREADS)
         for position, (file, samples) in enumerate(zip(self.files, records, strict=True)):
             faulty = samples["fault"] != b""
             if faulty.any():
