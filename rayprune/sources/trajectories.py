@@ -125,6 +125,8 @@ def _map_file(path: Path) -> NDArray[Any]:
 
 
 def _pieces(root: Path, epochs: list[_Epoch]) -> Iterator[Piece]:
+    from scipy.special import softmax
+
     piece_rows = max(1, _PIECE_NUMBERS // max(1, epochs[0].logits_NC.shape[1]))
     for position, epoch in enumerate(epochs):
         for start in range(0, epoch.ids.size, piece_rows):
@@ -136,11 +138,4 @@ def _pieces(root: Path, epochs: list[_Epoch]) -> Iterator[Piece]:
                 cure = "a sample without a whole trajectory has no score: log a run that does not diverge"
                 raise DataError(f"{root / f'{epoch.number}_Output.npy'}: {fault}: {cure}")
             losses = None if epoch.losses is None else epoch.losses[rows].astype(np.float32)
-            yield position, ids, _softmax(logits_BC), losses
-
-
-def _softmax(logits_BC: NDArray[np.float64]) -> NDArray[np.float32]:
-    shifted = logits_BC - logits_BC.max(axis=1, keepdims=True)
-    np.exp(shifted, out=shifted)
-    shifted /= shifted.sum(axis=1, keepdims=True)
-    return shifted.astype(np.float32)
+            yield position, ids, softmax(logits_BC, axis=1).astype(np.float32), losses
