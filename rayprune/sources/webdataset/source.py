@@ -1,6 +1,6 @@
-"""WebDataset's tar shards: images and labels side by side, read by id.
+"""WebDataset tar shards, read by id.
 
-Only the bytes of the images are read, and small gaps between neighbors, with one request per run of neighbors.
+Only the bytes of the requested images are read. Neighbors are read with one request, including small gaps between them.
 
 Shapes: N samples, B batch, M samples of a shard, H height, W width, C channels.
 """
@@ -53,25 +53,24 @@ _NUMBER = re.compile(r"-?\d{1,18}")
 @register_source("webdataset")
 @dataclass(frozen=True)
 class WebDataset:
-    """A tar shard, or a folder of them in the order of their names, on a local disk or any file system of Storage.
+    """A tar shard, or a folder of shards in the order of their names, on any file system of Storage.
 
     Attributes:
-        path: a .tar file or a folder, a path or a URI.
-        train_shards: pattern of the names below the folder, without .tar; if none matches, all that are not for
-            validation.
+        path: a .tar file or a folder, local or a URI.
+        train_shards: pattern of the names below the folder, without .tar; if none matches, all shards that are not
+            for validation.
         validation_shards: pattern of the names; the default also tries "*val*"; "" for none.
-        image_key: suffix of the image's member; default: the first with the suffix of an image.
-        label_key: suffix of a member that holds the label, a number or a name, as text; or `json:field`; default:
-            `cls`, else `json:label`.
+        image_key: suffix of the member with the image; default: the first member with the suffix of an image.
+        label_key: suffix of the member with the label, a number or a name as text; or `json:field`; default: `cls`,
+            else `json:label`.
         image_size: pixels; the shorter side is scaled to it and the middle square cut out. Default: the images' own
             size, which must be the same for all.
         num_channels: 1 or 3; default: those of the first image.
         validation_fraction: held out, stratified, if no shard is for validation; 0 for no validation.
         num_classes: default: the number of class names, else the largest training label + 1.
-        on_error: "skip" leaves out samples and shards that can't be read, for which it decodes all once; "fail" refuses
-            them.
+        on_error: "skip" decodes all samples once and leaves out unreadable samples and shards; "fail" refuses them.
         cache: see `cache.decoded`.
-        cache_dir: see `cache.cache_root`; the shards' index is kept there too.
+        cache_dir: see `cache.cache_root`; the index of the shards is kept there too.
     """
 
     path: str
@@ -92,7 +91,7 @@ class WebDataset:
         check_size(self.image_size)
 
     def open(self) -> Splits:
-        """Index the shards and read the labels; with on_error=skip decode all, to know which can be read.
+        """Index the shards and read the labels; with on_error=skip, decode all images to find the unreadable ones.
 
         Raises:
             ValueError: shards are missing, unsuitable or (on_error=fail) damaged.
@@ -154,14 +153,7 @@ class WebDataset:
 
 
 class TarSource(DescribedSource):
-    """Samples of tar shards, decoded at every visit.
-
-    Args:
-        index: of the samples; other processes open it when they first read.
-        schema: the columns.
-        names: of the classes, if labels are names.
-        images: the shape of every image.
-    """
+    """Samples of tar shards, decoded at every visit; `names` are those of the classes, if labels are names."""
 
     process_local = ("_index", "_labels")
     row_cost: RowCost = "expensive"
@@ -203,20 +195,15 @@ class TarSource(DescribedSource):
         return readable
 
     def name(self, sample: int) -> str:
-        """Return what messages call a sample."""
+        """Return a sample's name in messages."""
         return self._open().name(sample)
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The shards of a source; all that a process needs to read their samples.
+    """The shards of a source, in the order of the samples; all that a process needs to read their samples.
 
-    Attributes:
-        storage: the folder or the file.
-        files: in the order of the samples.
-        keys: the members to read.
-        cache_dir: of the index.
-        skip_errors: leave out samples that can't be used instead of refusing them.
+    With `skip_errors`, samples that can't be used are left out instead of refused.
     """
 
     storage: Storage
@@ -226,7 +213,7 @@ class Shards:
     skip_errors: bool
 
     def index(self) -> Index:
-        """Find the samples; only the first open of a shard reads it.
+        """Find the samples; a shard is only read when it is first opened.
 
         Raises:
             DataError: a sample or shard is damaged and skip_errors is off, or a shard can't be read.
@@ -250,12 +237,7 @@ class Shards:
 
 
 class Index:
-    """The positions of the images of all shards, in one process.
-
-    Args:
-        shards: of the samples.
-        samples: the records of each shard's samples, (M,); see `shard_samples`.
-    """
+    """The positions of the images of all shards, in one process; `samples` are the records of each shard, (M,)."""
 
     def __init__(self, shards: Shards, samples: list[np.ndarray]) -> None:
         self.shards, self._samples = shards, samples
@@ -278,13 +260,13 @@ class Index:
         return np.concatenate([part["label"] for part in self._samples])
 
     def name(self, sample: int) -> str:
-        """Return what messages call a sample."""
+        """Return a sample's name in messages."""
         shard = int(self.shard[sample])
         name = self._samples[shard]["name"][sample - self._first[shard]].decode(errors="replace")
         return f"{shard_name(self.shards.storage, self.shards.files[shard])} sample {name!r}"
 
     def names(self, ids: np.ndarray) -> Callable[[int], str]:
-        """Return a function: position in a batch → what messages call the sample."""
+        """Return a function that maps a position in a batch to the sample's name in messages."""
         return lambda position: self.name(int(ids[position]))
 
 
@@ -300,7 +282,7 @@ def class_numbers(texts: np.ndarray, names: tuple[str, ...], sample_name: Callab
     Args:
         texts: (N,) bytes.
         names: of the classes 0, 1, …; empty where labels are numbers.
-        sample_name: id → what messages call the sample.
+        sample_name: maps an id to the sample's name in messages.
 
     Raises:
         DataError: a label is not among the names, or not a number.

@@ -45,7 +45,7 @@ def write_tree(root, counts, first_seed=0, **keys):
 
 
 @pytest.mark.parametrize("validation", ["val", "valid", "validation", "test"])
-def test_training_and_validation_folders(tmp_path, opened, validation):
+def test_training_and_validation_folders_are_found(tmp_path, opened, validation):
     images = write_tree(tmp_path / "data" / "train", {"owl": 3, "cat": 2, "dog": 40})
     others = write_tree(tmp_path / "data" / validation, {"owl": 2, "cat": 1}, 100)
     splits = opened(tmp_path / "data")
@@ -76,7 +76,7 @@ def test_classes_directly_below_the_path_are_held_out(tmp_path, opened):
     assert again.validation.fingerprint == splits.validation.fingerprint
 
 
-def test_folders_of_other_names(tmp_path, opened):
+def test_folders_may_have_other_names(tmp_path, opened):
     write_tree(tmp_path / "learn" / "now", {"a": 2, "b": 2})
     write_tree(tmp_path / "check", {"a": 1, "b": 1}, 50)
     splits = opened(tmp_path, train="learn/now", validation="check/")
@@ -143,7 +143,7 @@ def test_formats_are_decoded_as_by_pillow(tmp_path, opened, kind):
     ("first", "expected"),
     [("L", (5, 6, 1)), ("1", (5, 6, 1)), ("P", (5, 6, 3)), ("RGBA", (5, 6, 3)), ("LA", (5, 6, 1))],
 )
-def test_modes(tmp_path, opened, first, expected):
+def test_the_first_image_decides_the_mode(tmp_path, opened, first, expected):
     modes = [first, "L", "P", "RGBA", "RGB"]
     data = [encode_image(smooth_pixels(seed), mode=mode) for seed, mode in enumerate(modes)]
     for number, content in enumerate(data):
@@ -218,7 +218,7 @@ def test_nothing_readable_is_refused(tmp_path, opened):
         opened(tmp_path)
 
 
-def test_missing_files(tmp_path, opened):
+def test_missing_folders_and_files_are_named(tmp_path, opened):
     with pytest.raises(ValueError, match=r"nowhere' is not a folder"):
         opened(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"holds no images in class folders \(<class>/<image>, of bmp"):
@@ -276,7 +276,7 @@ def test_pickle_is_small_and_reads_the_same(tmp_path, opened):
     assert again.fingerprint == train.fingerprint
 
 
-def test_file_names_pack():
+def test_packed_file_names_are_read_back():
     names = ["", "a/ü 1.png", "line\nbreak", "𝛼/x"]
     packed = pickle.loads(pickle.dumps(FileNames(names)))
     assert [packed[position] for position in range(len(packed))] == names
@@ -297,13 +297,13 @@ def test_keys_are_checked(tmp_path, opened, key, value, message):
         opened(tmp_path, **{key: value})
 
 
-def png_of(lines, width, bits=8, colour=2):
+def png_of(lines, width, bits=8, color=2):
     """Return a PNG of lines that are given with their filter bytes."""
 
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    header = struct.pack(">IIBBBBB", width, len(lines), bits, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, len(lines), bits, color, 0, 0, 0)
     stream = zlib.compress(b"".join(lines))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", stream) + chunk(b"IEND", b"")
 
@@ -350,15 +350,15 @@ def test_the_fingerprint_counts_every_file(tmp_path, opened, monkeypatch):
     assert opened(tmp_path / "set").train.fingerprint == fingerprint
 
 
-@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
-def test_pngs_of_16_bits_are_refused_in_colour_too(tmp_path, opened, colour, channels):
-    write(tmp_path / "set" / "a" / "0.png", png_of([bytes(1 + 5 * 2 * channels)] * 4, 5, 16, colour))
+@pytest.mark.parametrize(("color", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_pngs_of_16_bits_are_refused_in_color_too(tmp_path, opened, color, channels):
+    write(tmp_path / "set" / "a" / "0.png", png_of([bytes(1 + 5 * 2 * channels)] * 4, 5, 16, color))
     with pytest.raises(ValueError, match=r"a/0\.png has image mode .*16, more than 8 bits per channel: convert"):
         opened(tmp_path / "set")
 
 
 @pytest.mark.parametrize("tops", [("Train", "Test"), ("training", "testing"), ("TRAIN",), ("training", "dev")])
-def test_splits_of_another_spelling_are_no_classes(tmp_path, opened, tops):
+def test_splits_of_another_spelling_are_not_classes(tmp_path, opened, tops):
     for top in tops:
         write_tree(tmp_path / "set" / top, {"cat": 1, "dog": 2})
     with pytest.raises(

@@ -159,7 +159,7 @@ def test_the_endpoint_may_come_from_the_environment(root, s3_endpoint, monkeypat
     assert Storage(uri.partition("?")[0]).read("a.bin") == b"one"
 
 
-def test_names_may_hold_blanks_and_percent_signs(tmp_path):
+def test_names_may_contain_blanks_and_percent_signs(tmp_path):
     folder = tmp_path / "a b%20c"
     write_local(folder)("x y%.bin", b"one")
     for path in (str(folder), folder.as_uri()):
