@@ -60,13 +60,13 @@ class StoredFile:
 
 
 class Storage:
-    """A folder or a single file; pickles into its path, and every process opens it for itself.
+    """A folder or a single file; pickles into its path, and every process opens it again.
 
     Args:
         path: a local path (`~` is expanded) or a URI.
 
     Raises:
-        DataError: no file system serves the URI's scheme, or it can't be reached.
+        DataError: no file system has the URI's scheme, or it can't be reached.
     """
 
     def __init__(self, path: str) -> None:
@@ -119,7 +119,7 @@ class Storage:
         """
         root = self.full("").rstrip("/") or "/"
         infos = self._get_info(pafs.FileSelector(root, recursive=True))
-        # Some file systems name their files without the leading slash that the root was given with.
+        # Some file systems name their files without the leading slash of the root.
         start = len(root.strip("/")) + 1 if root.strip("/") else 0
         files = [
             StoredFile(_path(info).lstrip("/")[start:], info.size or 0, info.mtime_ns)
@@ -164,27 +164,19 @@ class Storage:
 
 
 class RangeReader:
-    """Reads pieces of files, several at once; keeps the most recently used files open.
-
-    Args:
-        storage: of the files.
-        names: of the files; the empty name is the storage's root.
-    """
+    """Reads pieces of the named files of a storage, several at once; keeps the most recently used files open."""
 
     def __init__(self, storage: Storage, names: tuple[str, ...]) -> None:
         self._storage, self._names = storage, names
         self._lock = threading.Lock()
-        # A file that drops out is closed when the last thread that reads it lets go.
+        # A file that is dropped from the cache is closed when the last thread has read it.
         self._open: Callable[[str], pa.NativeFile] = lru_cache(OPEN_FILES)(storage.open)
 
     def read(self, file: np.ndarray, offset: np.ndarray, num_bytes: np.ndarray) -> tuple[list[bytes], int]:
-        """Read pieces.
+        """Read pieces, and count the bytes that were read for them.
 
         Args:
             file, offset, num_bytes: of each piece, (B,) integers; a file is its position among the names.
-
-        Returns:
-            The pieces, and the number of bytes that were read for them.
 
         Raises:
             DataError: a file can't be read, or has become shorter.
@@ -252,13 +244,13 @@ def split_shards(
     """Split shards into training and validation by patterns of their names.
 
     A pattern is matched against a name with and without its folders. A shard that matches both patterns is for
-    training; where none matches the training pattern, all that are not for validation are.
+    training. If none matches the training pattern, all shards that are not for validation are for training.
 
     Args:
         shards: by name, without the suffix.
         train: pattern of the training shards.
         validation: pattern of the validation shards; the default also tries "*val*", "" matches none.
-        noun: the config's word for a shard: `data.train_<noun>s` is its key.
+        noun: the word for a shard in the config key `data.train_<noun>s`.
 
     Raises:
         DataError: nothing is left for training, or a validation pattern other than the default matches nothing.
@@ -288,11 +280,7 @@ def _matching(names: Iterable[str], pattern: str) -> set[str]:
 
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> list[Result]:
-    """Call a function for every item in a few threads.
-
-    Returns:
-        The results, in the order of the items; the first error is raised.
-    """
+    """Return a function's results for all items, in order, computed in threads; the first error is raised."""
     items = list(items)
     if min(num_threads, len(items)) <= 1:
         return [function(item) for item in items]
@@ -305,7 +293,7 @@ def replace_file(path: Path) -> Iterator[Path]:
     """Replace a file atomically: a kill or an error leaves the old content or the new one, never a part.
 
     Yields:
-        A path beside `path` to write to; it takes the place of `path` when the block ends without an error.
+        A path to write to; it replaces `path` when the block ends without an error.
 
     Raises:
         DataError: the folder does not exist.
@@ -321,7 +309,7 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 def public(path: str) -> str:
-    """Return a path for messages: without the key and secret, and the settings, that a URI may carry.
+    """Return a path for messages, without the credentials and settings that a URI may contain.
 
     >>> public("s3://key:secret@bucket/a?region=us-east-1"), public("a/b?c")
     ('s3://bucket/a', 'a/b?c')
@@ -330,7 +318,7 @@ def public(path: str) -> str:
 
 
 def redacted(text: str) -> str:
-    """Return a text, such as a path within a file system or another library's message, without `key:secret@`.
+    """Return a path within a file system, or another library's message, without `key:secret@`.
 
     >>> redacted("No such file: '/key:secret@bucket/a'")
     "No such file: '/bucket/a'"
