@@ -1,8 +1,8 @@
 """Data sets of the Hugging Face library `datasets`: a folder that it saved, or a Dataset in Python.
 
-Folders are read with `load_from_disk`, and nothing is ever downloaded. Images are decoded by this package, so that both
-ways of storing them give the same pixels. The fingerprint is computed from the samples: the library's own changes with
-the way a data set was loaded, and a digest of the files would change with the number of shards.
+Folders are read with `load_from_disk`, and nothing is ever downloaded. rayprune decodes the images itself, so a folder
+and a Dataset give the same pixels. The fingerprint is computed from the samples: the library's own fingerprint depends
+on how a data set was loaded, and a digest of the files on the number of shards.
 
 Shapes: N samples, B batch, H height, W width, C channels, F features.
 """
@@ -54,10 +54,10 @@ class HuggingFace:
         validation_split: default: the first of validation, valid, val and test that exists; "" for none.
         image_column: of type Image, binary or a struct with `bytes`; default: found by name and type.
         label_column: ClassLabel, integers or strings; default: found by name, else the only ClassLabel or integer one.
-        feature_columns: numbers, or lists of equally many numbers, in this order; default where there is no image: all
-            but the label.
+        feature_columns: numbers, or lists of equally many numbers, in this order; default if there is no image: all
+            except the label.
         image_size: pixels that the shorter side is scaled to, before the center square is cut out; default: as stored.
-        validation_fraction: held out, stratified, where there is no validation split; 0 for no validation.
+        validation_fraction: held out, stratified, if there is no validation split; 0 for no validation.
         num_classes: default: the number of class names, else the largest training label + 1.
         cache: see `cache.decoded`.
         cache_dir: see `cache.cache_root`.
@@ -184,7 +184,7 @@ def load_dataset(folder: str, split: str | None) -> Any:
 
 
 def same_dataset(dataset: Any) -> Any:
-    """Return the Dataset, which a `functools.partial` of this function carries."""
+    """Return the Dataset; a `functools.partial` of this function opens a Dataset that is pickled with the source."""
     return dataset
 
 
@@ -239,7 +239,7 @@ class HuggingFaceSource(DescribedSource):
         return first_shape(images, self._row_name, size=image_size)
 
     def _content(self) -> Iterator[np.ndarray | str]:
-        """Yield the content to hash: of all rows, or above 1 GiB of evenly spaced ones."""
+        """Yield the content to hash: all rows, or evenly spaced ones if they have more than 1 GiB."""
         if self._image is not None:
             lengths = _encoded_lengths(self._opened(), self._image)
             yield lengths
@@ -286,7 +286,7 @@ class HuggingFaceSource(DescribedSource):
         return _class_numbers(self._column(self._label), self._text_labels, column_name)
 
     def _encoded(self, ids: np.ndarray) -> list[bytes | None]:
-        """Return the encoded images of rows; None where one is missing."""
+        """Return the encoded images of rows; None for a missing one."""
         if len(ids) == 0:
             return []
         column = self._column(str(self._image), ids)
@@ -365,7 +365,7 @@ def _first_null(values: pa.ChunkedArray) -> int:
 
 
 def _image_bytes(image: dict[str, Any] | None) -> bytes | None:
-    """Return an image's bytes, from its file where the data set only stores the path."""
+    """Return an image's bytes, from its file if the data set only stores the path."""
     if image is None:
         return None
     encoded: bytes | None = image["bytes"]
@@ -386,7 +386,9 @@ def _encoded_lengths(dataset: Any, column: str) -> np.ndarray:
         in_files = np.flatnonzero(np.asarray(encoded.is_null()))
         paths = pc.struct_field(values, "path").take(pa.array(in_files)).to_pylist()
         lengths[in_files] = [_file_bytes(path) for path in paths]
-    indices = getattr(dataset, "_indices", None)  # of the rows that `select` or `shuffle` left in an uncopied table
+    indices = getattr(
+        dataset, "_indices", None
+    )  # the rows that `select` or `shuffle` chose, in a table that was not copied
     return lengths if indices is None else lengths[np.asarray(indices.column(0), dtype=np.int64)]
 
 

@@ -1,4 +1,4 @@
-"""The files of a Parquet data set that are for training, and the columns that hold the inputs and the labels."""
+"""The training and validation files of a Parquet data set, and the columns of the inputs and the labels."""
 
 from __future__ import annotations
 
@@ -90,12 +90,12 @@ def check_columns(file: ShardFile, first: pa.Schema, image: str | None, label: s
 
 
 def string_labels(files: Sequence[ShardFile], column: str) -> tuple[str, ...]:
-    """Return the sorted unique strings of a label column over all files; empty where it holds no strings."""
+    """Return the sorted unique strings of a label column over all files; empty for any other column."""
     return tuple(sorted({name for file in files for name in text_labels(file.column(column))}))
 
 
 def hub_class_names(schema: pa.Schema, label: str) -> tuple[str, ...]:
-    """Return the class names that the Hugging Face hub stores in a file's metadata; empty where there are none."""
+    """Return the class names that the Hugging Face hub stores in a file's metadata; empty for none."""
     try:
         stored = json.loads((schema.metadata or {})[b"huggingface"])
         return tuple(stored["info"]["features"][label]["names"])
@@ -104,7 +104,7 @@ def hub_class_names(schema: pa.Schema, label: str) -> tuple[str, ...]:
 
 
 def check_class_names(owner: str, names: Sequence[str], usual: Sequence[str], where: str) -> None:
-    """Refuse class names that are stored in two orders: one label would stand for two classes.
+    """Refuse class names that are stored in two orders, so that a label would mean two classes.
 
     Raises:
         DataError: both have names, and they differ.
@@ -141,7 +141,7 @@ def _sort_of_label(kind: pa.DataType) -> str:
 
 
 def _index_columns(schema: pa.Schema) -> set[str]:
-    """Return the columns of pandas' index: row numbers and the like, from which a network could tell the row."""
+    """Return the columns of pandas' index, such as row numbers, from which a network could learn the rows."""
     try:
         stored = json.loads((schema.metadata or {})[b"pandas"])["index_columns"]
     except (KeyError, TypeError, ValueError):

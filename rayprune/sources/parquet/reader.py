@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 BATCH_ROWS = 1024
 ROWS_PER_TASK = 64
 TASKS_PER_THREAD = 16
-# Smaller images spend their time in Python, where two threads were measured to be slower than one.
+# Smaller images spend their time in Python: two threads were measured to be slower than one.
 THREADED_PIXELS = 1 << 15
 # The end of a remote file: its footer holds the position, size and statistics of every column chunk.
 _TAIL_BYTES = 1 << 20
@@ -79,9 +79,9 @@ class ShardFile:
         return plain_values(table.column(name))
 
     def digest(self) -> str:
-        """Return the digest of the content; of a remote file that of its length and its last MiB.
+        """Return the digest of the content; of a remote file, only that of its length and its last MiB.
 
-        Reading it all over a network would take as long as an epoch.
+        Reading all of a remote file would take as long as an epoch.
         """
         if self.storage.is_local:
             return file_digest(Path(self._path))
@@ -94,7 +94,7 @@ class ShardFile:
 def usable_files(
     files: tuple[ShardFile, ...], check: Callable[[ShardFile], object], skip_errors: bool
 ) -> tuple[ShardFile, ...]:
-    """Return the files that `check` can read and does not refuse.
+    """Return the files that `check` can read and accepts.
 
     Raises:
         DataError: a file is damaged or refused, and skip_errors is off.
@@ -120,8 +120,8 @@ class ParquetRows:
 
     Attributes:
         files: in the order of the rows.
-        label_column: integers, or strings when there are label_names.
-        label_names: the strings that stand for the labels 0, 1, …; empty for integer labels.
+        label_column: integers, or strings if there are label_names.
+        label_names: the strings of the labels 0, 1, …; empty for integer labels.
         image_column: the encoded images; None for numeric rows.
         feature_columns: the numeric columns; empty for images.
         skip_errors: leave out rows that can't be read instead of refusing them.
@@ -142,7 +142,7 @@ class ParquetRows:
         return (len(self.feature_columns),) if self.images is None else self.images.shape
 
     def row_name(self, row: int) -> str:
-        """Return what messages call a row, 0..N-1; reads footers."""
+        """Return the name of a row, 0..N-1, in messages; reads footers."""
         for file in self.files:
             num_rows = file.metadata().num_rows
             if row < num_rows:
@@ -152,10 +152,7 @@ class ParquetRows:
 
 
 def read_labels(rows: ParquetRows) -> tuple[np.ndarray, np.ndarray]:
-    """Read all labels.
-
-    Returns:
-        labels (N,) int64, and whether a row has one (N,) bool; a row without one has label 0.
+    """Return all labels, (N,) int64, and which rows have one, (N,) bool; a row without a label has 0.
 
     Raises:
         DataError: labels are neither integers nor strings, a string is not among the label_names, or a row has no
@@ -166,7 +163,7 @@ def read_labels(rows: ParquetRows) -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_labels(rows: ParquetRows, file: ShardFile, values: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Return a label column as int64, and which rows have a label; see `read_labels`."""
+    """Return the labels of a column, and which rows have one, as `read_labels` does."""
     present = np.asarray(values.is_valid())
     if not present.all() and not rows.skip_errors:
         raise bad_row(file, int(np.argmin(present)), f"has no {rows.label_column}")
@@ -185,11 +182,7 @@ def as_labels(rows: ParquetRows, file: ShardFile, values: pa.ChunkedArray) -> tu
 
 
 def first_image_shape(rows: ParquetRows, image_size: int | None) -> ImageShape:
-    """Return the shape of the first image that can be read, which the others must have too.
-
-    Raises:
-        DataError: as `images.first_shape`.
-    """
+    """Return the shape of the first readable image, which the others must have too; see `images.first_shape`."""
     batches = chain.from_iterable(_encoded_images(rows, file) for file in rows.files)
     images = chain.from_iterable(encoded for _, encoded in batches)
     owner = f"column {rows.image_column!r} of {rows.files[0].storage.public()}"
@@ -200,7 +193,7 @@ def first_image_shape(rows: ParquetRows, image_size: int | None) -> ImageShape:
 def build_rows(rows: ParquetRows, folder: Path) -> None:
     """Write a cache entry: `image` (N, H, W, C) uint8 or `features` (N, F) float32, `label`, and `readable` (N,) bool.
 
-    Unreadable rows keep their place, so that row numbers stay those of the files.
+    Unreadable rows keep their place, so that the row numbers are those of the files.
 
     Raises:
         DataError: images of several sizes, or a row or file can't be read and skip_errors is off.
@@ -243,7 +236,7 @@ def _fill_images(rows: ParquetRows, file: ShardFile, target: np.ndarray) -> Iter
             for offset in range(0, len(encoded), ROWS_PER_TASK):
                 task = encoded[offset : offset + ROWS_PER_TASK]
                 pending.append(pool.submit(_decode_into, target, rows, file, start + offset, task))
-            # Row groups may be smaller than what keeps all threads busy, files larger than memory.
+            # Row groups may be too small to keep all threads busy, and files larger than memory.
             while len(pending) > TASKS_PER_THREAD * num_threads:
                 yield from pending.popleft().result()
         for rest in pending:
@@ -271,7 +264,7 @@ def _encoded_images(rows: ParquetRows, file: ShardFile) -> Iterator[tuple[int, l
 
 
 def _batches(file: ShardFile, columns: list[str]) -> Iterator[tuple[int, int, pa.RecordBatch | None]]:
-    """Yield first row, number of rows and values of each batch; None for values that a damaged row group lacks."""
+    """Yield the first row, number of rows and values of each batch; None for the values of a damaged row group."""
     with file.open() as parquet:
         end = 0
         for group in range(parquet.num_row_groups):
@@ -297,7 +290,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def text_labels(values: pa.ChunkedArray) -> tuple[str, ...]:
-    """Return the sorted unique strings of a label column, which stand for 0, 1, …; empty where it holds no strings."""
+    """Return the sorted unique strings of a label column, for labels 0, 1, …; empty for any other column."""
     return tuple(sorted(values.unique().drop_null().to_pylist())) if is_text(values.type) else ()
 
 
@@ -316,7 +309,7 @@ def text_numbers(values: pa.ChunkedArray, class_texts: tuple[str, ...], owner: s
 
 
 def image_leaf(schema: pa.Schema, column: str) -> str:
-    """Return the column to read for images: of the hub's structs only the field `bytes`."""
+    """Return the column to read for images: only the field `bytes` of the hub's structs."""
     return f"{column}.bytes" if pa.types.is_struct(schema.field(column).type) else column
 
 
@@ -335,11 +328,10 @@ def feature_values(rows: ParquetRows, batch: pa.RecordBatch | pa.Table) -> np.nd
 
 
 def non_finite_rows(rows: ParquetRows, values: np.ndarray) -> Iterator[tuple[int, str]]:
-    """Yield the position of each row of (B, F) values that has a missing or infinite one, and the problem."""
+    """Yield the position and problem of each missing or infinite number among (B, F) values."""
     for position, column in np.argwhere(~np.isfinite(values)).tolist():
         yield position, f"is null, NaN or infinite in column {rows.feature_columns[column]!r}"
 
 
 def bad_row(file: ShardFile, row: int, problem: str) -> DataError:
-    """Return the error that names a row."""
     return DataError(f"{file} row {row} {problem}: correct it, or {LEAVE_OUT}")

@@ -1,9 +1,9 @@
 """Rows of Parquet files decoded at every visit: no cache, so the data may be larger than memory and disk.
 
-A row group can only be read whole. Each process keeps the encoded columns of the groups it read last, up to
-`buffer_bytes`: plans visit such rows in windows of groups (rayprune.core.plan), so that each process that visits a
-window reads its groups about once. Where a window's groups are larger than the buffer, those that do not fit are read
-again for every span of rows. Pruning saves decoding here, but reading only where a group has no kept row left.
+A row group can only be read whole. Each process keeps the encoded columns of the groups that it read last, up to
+`buffer_bytes`. Plans visit such rows in windows of groups (rayprune.core.plan), so each process reads the groups of a
+window about once. If they are larger than the buffer, those that do not fit are read again for every span of rows.
+Pruning always saves decoding, but it saves reading only for groups without a kept row.
 
 Shapes: N rows of all files, B batch, G row groups of all files, D files.
 """
@@ -46,16 +46,9 @@ _CHECKED_ROWS = 256
 
 
 class ParquetGroups(DescribedSource):
-    """Rows decoded from row groups; `read` counts the compressed bytes of the column chunks that it really read.
+    """Rows decoded from row groups; `read` counts the compressed bytes of the column chunks that were not buffered.
 
-    Pickles into paths and sizes; the copies in one process share one buffer.
-
-    Args:
-        rows: of which files and columns.
-        schema: the columns.
-        fingerprint: of the samples.
-        labels: (N,) int64.
-        buffer_bytes: the size of the encoded columns that each process keeps.
+    Pickles into paths and sizes; the copies in one process share one buffer, of `buffer_bytes`.
     """
 
     process_local = ("_groups", "_first_groups", "_labels")
@@ -72,11 +65,11 @@ class ParquetGroups(DescribedSource):
         self._set_groups(np.array(sizes, dtype=np.int64), np.cumsum([0, *counts]))
 
     def _set_groups(self, sizes_G: np.ndarray, first_groups: np.ndarray) -> None:
-        self._first_groups = first_groups  # (D+1,): file d has the groups first_groups[d]..first_groups[d+1]-1
+        self._first_groups = first_groups  # see GroupBuffer
         self._groups = np.concatenate([[0], np.cumsum(sizes_G)])
 
     def __getstate__(self) -> dict[str, Any]:
-        # Writers make row groups of one size: they are pickled as runs, because pickles go out with every read task.
+        # Every read task carries a pickle. Most row groups have one size, so their sizes are pickled as runs.
         sizes = np.diff(self._groups)
         runs = np.flatnonzero(np.diff(sizes, prepend=-1))
         packed = sizes[runs], np.diff(runs, append=sizes.size), self._first_groups.astype(np.uint32)
@@ -125,11 +118,11 @@ class ParquetGroups(DescribedSource):
         return decode_rows(encoded, images, lambda position: f"{file} row {first + rows[position]}"), labels
 
     def prepare(self) -> None:
-        """Empty this process's buffer: the bytes that a run counts must not depend on earlier reads."""
+        """Clear this process's buffer: the bytes that a run counts must not depend on earlier reads."""
         self._buffer().clear()
 
     def readable(self) -> np.ndarray:
-        """Decode everything once; return which rows can be read, (N,) bool."""
+        """Decode all rows, and return which can be read, (N,) bool."""
         readable = np.zeros(len(self), dtype=bool)
         for group, (first, stop) in enumerate(pairwise(self._groups.tolist())):
             try:
@@ -160,12 +153,9 @@ class ParquetGroups(DescribedSource):
 
 
 class GroupBuffer:
-    """Reads row groups and keeps the ones read last; several threads may use it.
+    """Reads row groups, and keeps `buffer_bytes` of the most recently used ones; several threads may use it.
 
-    Args:
-        rows: of which files and columns.
-        first_groups: (D+1,) int64, file d has the groups first_groups[d]..first_groups[d+1]-1.
-        buffer_bytes: the size of the groups that are kept.
+    File d has the groups first_groups[d]..first_groups[d+1]-1; first_groups is (D+1,) int64.
     """
 
     def __init__(self, rows: ParquetRows, first_groups: np.ndarray, buffer_bytes: int) -> None:
@@ -182,12 +172,12 @@ class GroupBuffer:
             self._held_bytes = 0
 
     def held_first(self, groups: Iterable[int]) -> list[int]:
-        """Return groups, starting with those in the buffer: reading the others might push them out."""
+        """Return groups, starting with those in the buffer, which reading the others might evict."""
         with self._lock:
             return sorted(groups, key=lambda group: group not in self._held)
 
     def group(self, group: int) -> tuple[pa.Table, int]:
-        """Return a group's encoded columns, and the bytes read for them: their compressed chunks, 0 from the buffer.
+        """Return a group's encoded columns, and the compressed bytes read for them, 0 if they are in the buffer.
 
         Raises:
             OSError: it can't be read.
@@ -227,7 +217,7 @@ _buffers_lock = threading.Lock()
 
 
 def shared_buffer(rows: ParquetRows, fingerprint: str, first_groups: np.ndarray, buffer_bytes: int) -> GroupBuffer:
-    """Return this process's buffer of a source: every read task brings its own copy of the source."""
+    """Return this process's buffer of a source; every read task has its own copy of the source."""
     key = (fingerprint, buffer_bytes, *map(str, rows.files))
     with _buffers_lock:
         if key not in _buffers:

@@ -50,14 +50,13 @@ class Parquet:
         validation_files: pattern of the names; the default also tries "*val*"; "" for none.
         image_column: encoded images, binary or a struct with `bytes`; default: found by name and type.
         label_column: integers or strings; default: found by name, else the only integer column.
-        feature_columns: numeric columns, in this order; default if there is no image: all but the label and pandas'
+        feature_columns: numeric columns, in this order; default if there is no image: all except the label and pandas'
             index.
         validation_fraction: held out, stratified, if no file is for validation; 0 for no validation.
         num_classes: default: the number of class names stored, else the largest training label + 1.
         image_size: pixels; the shorter side is scaled to it and the middle square cut out. Default: the images' own
             size, which must be the same for all.
-        on_error: "skip" leaves out rows and files that can't be read, and files with other columns; "fail" refuses
-            them.
+        on_error: "skip" leaves out unreadable rows and files, and files with other columns; "fail" refuses them.
         cache: see `cache.decoded`; `auto` decodes at every visit if the disk has less than twice the room.
         cache_dir: see `cache.cache_root`.
         buffer_bytes: with cache none, the size of the encoded row groups that each process keeps.
@@ -86,7 +85,7 @@ class Parquet:
             raise DataError(f"data.buffer_bytes = {self.buffer_bytes}: must be at least 0")
 
     def open(self) -> Splits:
-        """Find the files and columns and read the labels; with on_error=skip decode all, to know which can be read.
+        """Find the files and columns and read the labels; with on_error=skip, decode all rows to find unreadable ones.
 
         Raises:
             ValueError: files or columns are missing, unsuitable or (on_error=fail) damaged.
@@ -105,14 +104,14 @@ class Parquet:
         num_classes = count_classes(labels, owner, self.num_classes, class_names)
         input_name = "features" if train_rows.image_column is None else "image"
         schema = Schema.for_classification(input_name, train_rows.shape, num_classes, class_names)
-        train = self._open_rows(train_rows, schema)
+        train = self._open_rows(train_rows, schema, labels)
         if validation_rows.files:
             validation_rows = replace(validation_rows, images=train_rows.images)
-            return Splits(train, self._open_rows(validation_rows, schema))
+            return Splits(train, self._open_rows(validation_rows, schema, read_labels(validation_rows)[0]))
         return holdout(train, self.validation_fraction)
 
     def _find_rows(self) -> tuple[ParquetRows, ParquetRows, tuple[str, ...]]:
-        """Return the training rows, the validation rows, both without the images' shape, and the class names."""
+        """Return the training and the validation rows, without the images' shape, and the class names."""
         skip = self.on_error == "skip"
         train, validation = (
             usable_files(files, ShardFile.metadata, skip)
@@ -135,8 +134,7 @@ class Parquet:
         rows = ParquetRows(train, label, names, image, features, skip)
         return rows, replace(rows, files=validation), names or hub_class_names(file_schema, label)
 
-    def _open_rows(self, rows: ParquetRows, schema: Schema) -> SampleSource:
-        labels, _ = read_labels(rows)
+    def _open_rows(self, rows: ParquetRows, schema: Schema, labels: np.ndarray) -> SampleSource:
         columns = [rows.image_column or "", rows.label_column, *rows.feature_columns]
         columns += [] if self.image_size is None else [f"size {self.image_size}"]
         fingerprint = digest("parquet", *columns, str(rows.shape), labels, *(file.digest() for file in rows.files))
