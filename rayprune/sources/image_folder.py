@@ -347,7 +347,7 @@ class ImageFiles:
     class_names: tuple[str, ...]
 
     def __len__(self) -> int:
-        return len(self.names)
+        return int(self.starts[-1])
 
     def labels_of(self, ids: np.ndarray) -> np.ndarray:
         """Return the labels of samples, (B,) int64."""
@@ -395,11 +395,7 @@ class FileNames:
     """
 
     def __init__(self, names: list[str]) -> None:
-        self._num_names = len(names)
         self._packed = zlib.compress("".join(f"{name}\0" for name in names).encode())
-
-    def __len__(self) -> int:
-        return self._num_names
 
     def __getitem__(self, position: int) -> str:
         text, ends = _unpacked(self._packed)

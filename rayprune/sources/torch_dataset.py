@@ -223,8 +223,9 @@ class ItemSource(DescribedSource):
         differs = np.flatnonzero(rows["label"] != self._labels[ids])
         if len(differs):
             sample = int(ids[differs[0]])
-            earlier = "its targets say" if self._has_stored_labels else "had before"
-            cure = "correct them, or remove the attribute" if self._has_stored_labels else "give each item one label"
+            earlier, cure = "had before", "give each item one label"
+            if self._has_stored_labels:
+                earlier, cure = "its targets say", "correct them, or remove the attribute"
             raise DataError(
                 f"{self.name} item {sample} has label {rows['label'][differs[0]]} and {earlier} "
                 f"{self._labels[sample]}: {cure}"

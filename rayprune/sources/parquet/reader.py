@@ -183,8 +183,8 @@ def as_labels(rows: ParquetRows, file: ShardFile, values: pa.ChunkedArray) -> tu
 
 def first_image_shape(rows: ParquetRows, image_size: int | None) -> ImageShape:
     """Return the shape of the first readable image, which the others must have too; see `images.first_shape`."""
-    batches = chain.from_iterable(_encoded_images(rows, file) for file in rows.files)
-    images = chain.from_iterable(encoded for _, encoded in batches)
+    batches = chain.from_iterable(_batches(file, input_columns(rows, file.schema())) for file in rows.files)
+    images = chain.from_iterable(_encoded_images(batch, num_rows) for _, num_rows, batch in batches)
     owner = f"column {rows.image_column!r} of {rows.files[0].storage.public()}"
     on_error = "skip" if rows.skip_errors else "fail"
     return first_shape(images, rows.row_name, None, image_size, on_error=on_error, owner=owner)
@@ -199,14 +199,12 @@ def build_rows(rows: ParquetRows, folder: Path) -> None:
         DataError: images of several sizes, or a row or file can't be read and skip_errors is off.
     """
     labels, readable = read_labels(rows)
-    name, dtype, fill = (
-        ("features", "float32", _fill_features) if rows.images is None else ("image", "uint8", _fill_images)
-    )
+    name, dtype = ("features", "float32") if rows.images is None else ("image", "uint8")
     target = new_array(folder, name, dtype, (len(labels), *rows.shape))
     first = 0
     for file in rows.files:
         num_rows = file.metadata().num_rows
-        for row, error in fill(rows, file, target[first : first + num_rows]):
+        for row, error in _fill(rows, file, target[first : first + num_rows]):
             if not rows.skip_errors:
                 raise error
             readable[first + row] = False
@@ -216,26 +214,18 @@ def build_rows(rows: ParquetRows, folder: Path) -> None:
     np.save(folder / "readable.npy", readable)
 
 
-def _fill_features(rows: ParquetRows, file: ShardFile, target: np.ndarray) -> Iterator[BadRow]:
-    for start, num_rows, batch in _batches(file, list(rows.feature_columns)):
-        if batch is None:
-            for row in range(start, start + num_rows):
-                yield row, bad_row(file, row, "is in a damaged part of the file")
-        else:
-            values = feature_values(rows, batch)
-            target[start : start + num_rows] = values
-            for position, problem in non_finite_rows(rows, values):
-                yield start + position, bad_row(file, start + position, problem)
-
-
-def _fill_images(rows: ParquetRows, file: ShardFile, target: np.ndarray) -> Iterator[BadRow]:
-    num_threads = (os.cpu_count() or 1) if target.shape[1] * target.shape[2] >= THREADED_PIXELS else 1
+def _fill(rows: ParquetRows, file: ShardFile, target: np.ndarray) -> Iterator[BadRow]:
+    """Decode a file's rows into the target, (rows of the file, …); yield those that can't be used."""
+    threaded = rows.images is not None and target.shape[1] * target.shape[2] >= THREADED_PIXELS
+    num_threads = (os.cpu_count() or 1) if threaded else 1
+    task_rows = BATCH_ROWS if rows.images is None else ROWS_PER_TASK
     pending: deque[Future[list[BadRow]]] = deque()
     with ThreadPoolExecutor(num_threads) as pool:
-        for start, encoded in _encoded_images(rows, file):
-            for offset in range(0, len(encoded), ROWS_PER_TASK):
-                task = encoded[offset : offset + ROWS_PER_TASK]
-                pending.append(pool.submit(_decode_into, target, rows, file, start + offset, task))
+        for start, num_rows, batch in _batches(file, input_columns(rows, file.schema())):
+            for offset in range(0, num_rows, task_rows):
+                part = None if batch is None else batch.slice(offset, task_rows)
+                part_target = target[start + offset : start + min(offset + task_rows, num_rows)]
+                pending.append(pool.submit(_fill_part, rows, file, start + offset, part, part_target))
             # Row groups may be too small to keep all threads busy, and files larger than memory.
             while len(pending) > TASKS_PER_THREAD * num_threads:
                 yield from pending.popleft().result()
@@ -243,24 +233,29 @@ def _fill_images(rows: ParquetRows, file: ShardFile, target: np.ndarray) -> Iter
             yield from rest.result()
 
 
-def _decode_into(
-    target: np.ndarray, rows: ParquetRows, file: ShardFile, start: int, encoded: list[bytes | None]
+def _fill_part(
+    rows: ParquetRows, file: ShardFile, start: int, part: pa.RecordBatch | None, target: np.ndarray
 ) -> list[BadRow]:
-    assert rows.images is not None
-    bad: list[BadRow] = []
-    images = decode_each(encoded, rows.images, lambda position: f"{file} row {start + position}")
-    for row, pixels in enumerate(images, start):
-        if isinstance(pixels, UnreadableImage):
-            bad.append((row, pixels))
+    """Decode consecutive rows of a file, from row `start`; they are damaged if the part is None."""
+    if rows.images is None:
+        if part is None:
+            problems = [(position, "is in a damaged part of the file") for position in range(len(target))]
         else:
-            target[row] = pixels
+            target[:] = feature_values(rows, part)
+            problems = list(non_finite_rows(rows, target))
+        return [(start + position, bad_row(file, start + position, problem)) for position, problem in problems]
+    encoded = _encoded_images(part, len(target))
+    bad: list[BadRow] = []
+    for position, pixels in enumerate(decode_each(encoded, rows.images, lambda row: f"{file} row {start + row}")):
+        if isinstance(pixels, UnreadableImage):
+            bad.append((start + position, pixels))
+        else:
+            target[position] = pixels
     return bad
 
 
-def _encoded_images(rows: ParquetRows, file: ShardFile) -> Iterator[tuple[int, list[bytes | None]]]:
-    leaf = image_leaf(file.schema(), str(rows.image_column))
-    for start, num_rows, batch in _batches(file, [leaf]):
-        yield start, [None] * num_rows if batch is None else encoded_values(batch.column(0)).to_pylist()
+def _encoded_images(batch: pa.RecordBatch | None, num_rows: int) -> list[bytes | None]:
+    return [None] * num_rows if batch is None else encoded_values(batch.column(0)).to_pylist()
 
 
 def _batches(file: ShardFile, columns: list[str]) -> Iterator[tuple[int, int, pa.RecordBatch | None]]:
@@ -308,9 +303,12 @@ def text_numbers(values: pa.ChunkedArray, class_texts: tuple[str, ...], owner: s
     return numbers
 
 
-def image_leaf(schema: pa.Schema, column: str) -> str:
-    """Return the column to read for images: only the field `bytes` of the hub's structs."""
-    return f"{column}.bytes" if pa.types.is_struct(schema.field(column).type) else column
+def input_columns(rows: ParquetRows, schema: pa.Schema) -> list[str]:
+    """Return the columns to read for the inputs: only the field `bytes` of the hub's image structs."""
+    if rows.image_column is None:
+        return list(rows.feature_columns)
+    is_struct = pa.types.is_struct(schema.field(rows.image_column).type)
+    return [f"{rows.image_column}.bytes" if is_struct else rows.image_column]
 
 
 def encoded_values(values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:

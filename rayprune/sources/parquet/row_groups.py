@@ -31,7 +31,7 @@ from rayprune.sources.parquet.reader import (
     bad_row,
     encoded_values,
     feature_values,
-    image_leaf,
+    input_columns,
     non_finite_rows,
     plain_values,
     read_labels,
@@ -199,8 +199,7 @@ class GroupBuffer:
         rows = self._rows
         try:
             file = self._open(number)
-            image = [] if rows.image_column is None else [image_leaf(file.schema_arrow, rows.image_column)]
-            columns = [*image, *rows.feature_columns, rows.label_column]
+            columns = [*input_columns(rows, file.schema_arrow), rows.label_column]
             table = file.read_row_group(place, columns=columns, use_threads=False)
         except (pa.ArrowInvalid, OSError) as error:
             where = f"{rows.files[number]} row group {place}"

@@ -1,4 +1,4 @@
-"""Image files in class folders: layouts, formats, damaged files, remote paths."""
+"""Image files in class folders, and ImageNet: layouts, formats, damaged files, remote paths."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import zlib
 import fsspec
 import numpy as np
 import pytest
+from PIL import Image
 
-from rayprune.sources import image_folder, open_data
+from rayprune.sources import default_augment, image_folder, open_data
 from rayprune.sources.image_folder import FileNames
 from rayprune.sources.images import decode_image
-from tests.support.sources import all_rows, encode_image, smooth_pixels
+from tests.support.sources import all_rows, encode_image, random_bytes, smooth_pixels
 
 
 @pytest.fixture
 def opened(tmp_path):
-    """Open a path without holdout and without cache, with a cache folder of the test's own where one is wanted."""
+    """Open a path without holdout and, by default, without a cache."""
 
     def call(path, **keys):
         defaults = {"path": str(path), "cache": "none", "cache_dir": str(tmp_path / "cache"), "validation_fraction": 0}
@@ -279,7 +280,7 @@ def test_pickle_is_small_and_reads_the_same(tmp_path, opened):
 def test_packed_file_names_are_read_back():
     names = ["", "a/ü 1.png", "line\nbreak", "𝛼/x"]
     packed = pickle.loads(pickle.dumps(FileNames(names)))
-    assert [packed[position] for position in range(len(packed))] == names
+    assert [packed[position] for position in range(len(names))] == names
 
 
 @pytest.mark.parametrize(
@@ -298,7 +299,7 @@ def test_keys_are_checked(tmp_path, opened, key, value, message):
 
 
 def png_of(lines, width, bits=8, color=2):
-    """Return a PNG of lines that are given with their filter bytes."""
+    """Return a PNG of lines that start with their filter bytes."""
 
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -377,3 +378,37 @@ def test_classes_called_like_splits_are_classes_without_folders_below(tmp_path, 
     for top in ("training", "bus"):
         write_tree(tmp_path / "deep" / top, {"near": 1, "far": 1})
     assert opened(tmp_path / "deep").train.schema.class_names == ("bus", "training")
+
+
+def write_imagenet(root):
+    for part, count in (("train", 3), ("val", 1)):
+        for seed, wnid in enumerate(("n02119789", "n01440764")):
+            (root / part / wnid).mkdir(parents=True)
+            for number in range(count):
+                size = (60 + 7 * number, 40 + 9 * number)
+                picture = Image.fromarray(random_bytes(4, 4, 3, seed=seed)).resize(size)
+                mode = "L" if number == 1 else "RGB"
+                picture.convert(mode).save(root / part / wnid / f"{wnid}_{number}.JPEG")
+
+
+def test_imagenet_is_read_by_class_folder(tmp_path):
+    write_imagenet(tmp_path)
+    splits = open_data("imagenet", path=str(tmp_path), cache="none", image_size=32)
+    assert (len(splits.train), len(splits.validation)) == (6, 2)
+    assert splits.train.schema.class_names == ("n01440764", "n02119789")
+    assert all_rows(splits.train)["image"].shape == (6, 32, 32, 3)
+    assert splits.validation.labels.tolist() == [0, 1]
+    whole = open_data("imagenet", path=str(tmp_path), cache="none").train
+    assert whole.schema.columns["image"].shape == (224, 224, 3)
+    assert default_augment("imagenet") == {"crop": 0, "flip": True}
+
+
+def test_imagenet_folders_must_exist(tmp_path):
+    with pytest.raises(ValueError, match=r"train is missing: ImageNet can't be downloaded, get .* image-net\.org"):
+        open_data("imagenet", path=str(tmp_path))
+    write_imagenet(tmp_path)
+    with pytest.raises(ValueError, match=r"data\.download is true: ImageNet can't be downloaded"):
+        open_data("imagenet", path=str(tmp_path), download=True)
+    (tmp_path / "val").rename(tmp_path / "other")
+    with pytest.raises(ValueError, match="val is missing"):
+        open_data("imagenet", path=str(tmp_path))
