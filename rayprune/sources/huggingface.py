@@ -386,9 +386,7 @@ def _encoded_lengths(dataset: Any, column: str) -> np.ndarray:
         in_files = np.flatnonzero(np.asarray(encoded.is_null()))
         paths = pc.struct_field(values, "path").take(pa.array(in_files)).to_pylist()
         lengths[in_files] = [_file_bytes(path) for path in paths]
-    indices = getattr(
-        dataset, "_indices", None
-    )  # the rows that `select` or `shuffle` chose, in a table that was not copied
+    indices = getattr(dataset, "_indices", None)  # of rows that `select` or `shuffle` chose, without a copy
     return lengths if indices is None else lengths[np.asarray(indices.column(0), dtype=np.int64)]
 
 

@@ -41,7 +41,7 @@ VALIDATION_FOLDERS = ("val", "valid", "validation", "test")
 # Names of splits in other layouts, in any case: if taken for classes, a model would learn to tell the splits apart.
 _TRAIN_NAMES = {"train", "training"}
 _SPLIT_NAMES = _TRAIN_NAMES | {"val", "valid", "validation", "test", "testing", "dev"}
-# The number of files that the fingerprint reads if all have more than 1 GiB, so that a million are opened in seconds.
+# The number of files that the fingerprint reads if all together exceed 1 GiB: a million files open in seconds.
 SAMPLED_FILES = 256
 
 

@@ -307,7 +307,7 @@ def _decode_unlocked(encoded: Sequence[bytes], mode: int) -> list[np.ndarray | N
 
 @cache
 def _torchvision_decoder() -> Any:
-    """Return torchvision's decoder for a list of JPEGs; None where torchvision was built without it."""
+    """Return torchvision's decoder for a list of JPEGs; None if torchvision was built without it."""
     import torch
 
     def decode(encoded: list[torch.Tensor], mode: int) -> list[torch.Tensor]:

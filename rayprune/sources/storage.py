@@ -332,7 +332,7 @@ def one_line(error: Exception, width: int = 160) -> str:
 
 
 def _read_local(path: str) -> bytes:
-    # Plain system calls take a third of the time of a Python file, which matters where a file is one small image.
+    # Plain system calls take a third of the time of a Python file, which matters if each file is one small image.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
     try:
         num_bytes = os.fstat(handle).st_size

@@ -290,7 +290,7 @@ def text_labels(values: pa.ChunkedArray) -> tuple[str, ...]:
 
 
 def text_numbers(values: pa.ChunkedArray, class_texts: tuple[str, ...], owner: str) -> pa.ChunkedArray:
-    """Return the positions of labels among the strings of `text_labels`; null where there is no label.
+    """Return the positions of labels among the strings of `text_labels`; null for a missing label.
 
     Raises:
         DataError: a label is not among them.

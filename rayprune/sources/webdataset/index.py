@@ -171,7 +171,7 @@ def _add_member(
 
 
 def _label_text(content: bytes, name: str | None) -> bytes | None:
-    """Return a label's text; None where a JSON member lacks the field."""
+    """Return a label's text; None if a JSON member lacks the field."""
     if name is None:
         value: Any = content.decode("utf-8")
     else:

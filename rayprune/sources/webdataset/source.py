@@ -271,7 +271,7 @@ class Index:
 
 
 def class_names(texts: np.ndarray) -> tuple[str, ...]:
-    """Return the sorted names among labels; empty where all are whole numbers."""
+    """Return the sorted names among labels; empty if all are whole numbers."""
     names = sorted(text.decode() for text in np.unique(texts))
     return () if all(_NUMBER.fullmatch(name) for name in names) else tuple(names)
 
@@ -281,7 +281,7 @@ def class_numbers(texts: np.ndarray, names: tuple[str, ...], sample_name: Callab
 
     Args:
         texts: (N,) bytes.
-        names: of the classes 0, 1, …; empty where labels are numbers.
+        names: of the classes 0, 1, …; empty if labels are numbers.
         sample_name: maps an id to the sample's name in messages.
 
     Raises:
