@@ -332,4 +332,5 @@ def non_finite_rows(rows: ParquetRows, values: np.ndarray) -> Iterator[tuple[int
 
 
 def bad_row(file: ShardFile, row: int, problem: str) -> DataError:
+    """Return the error of a row, with its cure."""
     return DataError(f"{file} row {row} {problem}: correct it, or {LEAVE_OUT}")
