@@ -1,4 +1,4 @@
-"""Any data that users have as a source: arrays, a Hugging Face Dataset, a torch Dataset, or a source already."""
+"""Convert data of users to a source: arrays, a Hugging Face Dataset, a torch Dataset, or a source itself."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Arrays:
     Attributes:
         path: a folder with x_train.npy and y_train.npy (or x and y), and optionally x_test/y_test or x_val/y_val; or
             an .npz archive of the same names.
-        validation_fraction: held out, stratified, where there is no test part; 0 for no validation.
+        validation_fraction: held out, stratified, if there is no test part; 0 for no validation.
         num_classes: default: the largest training label + 1.
         cache_dir: where an archive is extracted to; see `cache.cache_root`.
     """
@@ -55,7 +55,7 @@ class Arrays:
     cache_dir: str | None = None
 
     def open(self) -> Splits:
-        """Open the arrays and hold out a validation part where none is stored.
+        """Open the arrays, and hold out a validation part if none is stored.
 
         Raises:
             ValueError: missing or damaged files, arrays of an unsuitable shape, dtype or length, features that are
@@ -88,25 +88,13 @@ def _opener(path: Path, cache_dir: str | None) -> Opener:
 
 
 def map_folder(folder: Path, archive: Path | None = None) -> dict[str, np.ndarray]:
-    """Memory-map the arrays of known names in a folder.
-
-    Args:
-        folder: of .npy files.
-        archive: the .npz archive that they were extracted from, for messages.
-
-    Raises:
-        ValueError: see `map_array`.
-    """
+    """Memory-map the .npy files of known names in a folder; `archive` names the .npz file in messages."""
     files = [folder / name for name in FILE_NAMES if (folder / name).exists()]
     return {file.stem: map_array(file, str(file) if archive is None else f"{archive}: {file.name}") for file in files}
 
 
 def map_array(file: Path, name: str) -> np.ndarray:
-    """Memory-map a .npy file.
-
-    Args:
-        file: the file.
-        name: of the file in messages.
+    """Memory-map a .npy file, called `name` in messages.
 
     Raises:
         ValueError: it is not a .npy file, is truncated, or holds Python objects.
@@ -140,7 +128,7 @@ def extract_archive(path: Path, folder: Path) -> None:
                     copyfileobj(packed, unpacked, 1 << 20)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise _damaged(path, error) from None
-    map_folder(folder, path)  # refuses objects before the entry is published
+    map_folder(folder, path)  # refuse Python objects before the entry is published
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:

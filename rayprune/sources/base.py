@@ -36,9 +36,9 @@ class Schema:
 
     Attributes:
         columns: every column by name; with classes, the input column and `label` (int64) are among them.
-        input: name of the input column: `image` (H, W, C) uint8 or `features` (F,) float32; empty where only the
-            user's training loop knows what the columns mean.
-        num_classes: labels are in 0..num_classes-1; None where samples have no class.
+        input: name of the input column: `image` (H, W, C) uint8 or `features` (F,) float32; empty if only the user's
+            training loop knows the meaning of the columns.
+        num_classes: labels are in 0..num_classes-1; None if samples have no class.
         class_names: one name per class, or empty.
 
     Raises:
@@ -58,13 +58,9 @@ class Schema:
     def for_classification(
         cls, input_name: str, shape: tuple[int, ...], num_classes: int, class_names: Sequence[str] = ()
     ) -> Schema:
-        """Return the schema of labeled images or feature vectors.
+        """Return the schema of labeled images, (H, W, C), or features, (F,).
 
-        Args:
-            input_name: `image` or `features`.
-            shape: of one input: (H, W, C) or (F,).
-            num_classes: at least 1.
-            class_names: ignored unless there is one per class.
+        The class names are ignored unless there is one per class.
         """
         dtype = "uint8" if input_name == "image" else "float32"
         columns = {input_name: Column(shape, dtype), "label": Column((), "int64")}
@@ -127,29 +123,29 @@ class SampleSource(abc.ABC):
 
     @property
     def groups(self) -> np.ndarray | None:
-        """Boundaries (G+1,) int64, from 0 to N, of rows that are read together; None where random access is free."""
+        """Boundaries (G+1,) int64, from 0 to N, of rows that are read together; None if random access is free."""
         return None
 
     @property
     def row_cost(self) -> RowCost:
-        """`cheap` for rows copied from memory or a memory map, `expensive` for rows decoded at every `take`."""
+        """`cheap` if rows are copied from memory or a memory map, `expensive` if every `take` decodes them."""
         return "cheap"
 
     def prepare(self) -> None:  # noqa: B027  # most sources have nothing to prepare
-        """Do expensive work, such as decoding into a cache, once before training; `take` works without it too."""
+        """Do expensive work, such as decoding into a cache, once before training; `take` also works without it."""
 
 
 class DescribedSource(SampleSource):
     """Base class of sources whose length, schema and fingerprint are known once they are constructed.
 
-    Labels are read when they are first needed. Pickled copies drop them, and every other attribute that
-    `process_local` names; in the copy these are None until it reads them again.
+    A subclass implements `take`, or `read` if it counts the bytes itself. Labels are read when they are first needed.
+    Pickled copies drop them, and every other attribute that `process_local` names; in the copy these are None until it
+    reads them again.
 
     Args:
         num_samples: N.
-        schema: the columns.
-        fingerprint: of the samples.
-        labels: (N,) int64, where they have been read already.
+        schema, fingerprint: as returned.
+        labels: (N,) int64, if they have been read already.
     """
 
     process_local: ClassVar[tuple[str, ...]] = ("_labels",)
@@ -185,6 +181,9 @@ class DescribedSource(SampleSource):
             self._labels = self._read_labels()
         return self._labels
 
+    def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        return self.read(ids)[0]
+
     @abc.abstractmethod
     def _read_labels(self) -> np.ndarray:
         """Return all labels, (N,) int64."""
@@ -192,19 +191,19 @@ class DescribedSource(SampleSource):
 
 @dataclass(frozen=True)
 class Splits:
-    """A training source, and a validation source where there is one."""
+    """A training source, and a validation source or None."""
 
     train: SampleSource
     validation: SampleSource | None
 
     @property
     def by_name(self) -> dict[str, SampleSource]:
-        """The sources as "train" and, where there is one, "validation"."""
+        """The sources as "train" and, if there is one, "validation"."""
         return {"train": self.train, **({"validation": self.validation} if self.validation is not None else {})}
 
 
 class _View(SampleSource):
-    """Some samples of another source: those of its ids in `rows`."""
+    """Some samples of another source: those with its ids `rows`."""
 
     def __init__(self, source: SampleSource, rows: np.ndarray | slice) -> None:
         self._source, self._rows = source, rows
@@ -235,7 +234,7 @@ class Limited(_View):
 
     Args:
         source: any source.
-        num_samples: at least 1; all samples are kept where the source has fewer.
+        num_samples: at least 1; if the source has fewer, all are kept.
 
     Raises:
         ValueError: num_samples is below 1.
@@ -283,7 +282,7 @@ class Subset(_View):
         super().__init__(source, np.ascontiguousarray(rows, dtype=np.int64))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Every read task carries a pickle. Ascending rows, as a holdout has, take one bit per row of the source.
+        # Every read task carries a pickle. Ascending rows, such as those of a holdout, take one bit per source row.
         if not self._is_ascending:
             return {"source": self._source, "rows": self._rows}
         chosen = np.zeros(len(self._source), dtype=bool)
@@ -329,7 +328,7 @@ def holdout(source: SampleSource, fraction: float, seed: int = 0) -> Splits:
         seed: of `numpy.random.default_rng`.
 
     Returns:
-        Both parts; validation is None also where no class has two samples.
+        Both parts; validation is also None if no class has two samples.
 
     Raises:
         ValueError: the fraction is outside its range.
@@ -361,7 +360,7 @@ def _holdout_quotas(counts: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def shuffle_name(source: SampleSource) -> str:
-    """Return what the shuffled order depends on besides ids and seed: "" or a digest of the source's windows."""
+    """Return a digest of the source's windows, on which the shuffled order depends too; "" if rows have no groups."""
     groups = source.groups
     return "" if groups is None else digest("windows", groups, block_rows(source.schema.row_bytes))
 
@@ -381,7 +380,7 @@ def check_ids(ids: np.ndarray, num_samples: int) -> None:
 
 
 def id_faults(ids: np.ndarray, num_samples: int) -> str:
-    """Return which ids keep integers from being each of 0..N-1 once, the first five of each kind; "" for none.
+    """Return the ids that are repeated, missing or outside 0..N-1, the first five of each kind; "" for none.
 
     >>> id_faults(np.array([2, 0, 1]), 3), id_faults(np.array([0, 0, 3]), 3)
     ('', 'repeated [0], missing [1, 2], outside [3]')
@@ -418,7 +417,7 @@ def count_classes(
 
     Args:
         labels: (N,) integers of any width, N at least 1.
-        labels_name: where they come from, for messages.
+        labels_name: their origin, for messages.
         num_classes: data.num_classes.
         class_names: names that are stored with the labels, or none.
 

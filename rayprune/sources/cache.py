@@ -1,7 +1,7 @@
 """The decoded cache: arrays that are built once, then memory-mapped by every process.
 
 An entry is the folder `<cache>/<kind>-<fingerprint>/` with one .npy file per array and a manifest of their sizes. It is
-built in a temporary folder beside it, which is then renamed, so no process ever sees half an entry; if several
+built in a temporary folder next to it, which is then renamed, so no process ever sees half an entry. If several
 processes build one at once, the first rename wins and the others discard theirs. An entry whose files do not match its
 manifest is built again.
 """
@@ -47,8 +47,8 @@ def decoded(source: SampleSource, mode: str = "auto", cache_dir: str | None = No
 
     Args:
         source: labeled samples whose `take` decodes.
-        mode: `disk` keeps the rows in the decoded cache; `memory` in each process that reads (a copy in each); `none`
-            decodes at every visit; `auto` is `disk` where decoding is expensive and the disk has twice the room.
+        mode: `disk` keeps the rows in the decoded cache, `memory` keeps a copy in each process that reads, `none`
+            decodes at every visit. `auto` is `disk` if decoding is expensive and the disk has twice the room.
         cache_dir: see `cache_root`.
 
     Raises:
@@ -61,7 +61,7 @@ def decoded(source: SampleSource, mode: str = "auto", cache_dir: str | None = No
         return RowSource(partial(_decode_all, source, None), source.schema, source.fingerprint, source.labels)
     num_bytes = len(source) * source.schema.row_bytes
     root, key = cache_root(cache_dir), f"decoded-{source.fingerprint}"
-    # An existing entry takes no more room.
+    # An existing entry needs no more room.
     if mode == "auto" and num_bytes > _SHARE_OF_FREE * _free_bytes(root) and not is_complete(root / key):
         logger.warning(
             "decoded, the samples take %.1f GB, more than half of the free space at %s: they are decoded at every "
@@ -90,7 +90,7 @@ def leave_out_unreadable(source: SampleSource, readable: np.ndarray, name: Calla
     Args:
         source: any source.
         readable: (N,) bool.
-        name: id → what a message calls the sample.
+        name: maps an id to the sample's name in messages.
     """
     if readable.all():
         return source
@@ -101,19 +101,19 @@ def leave_out_unreadable(source: SampleSource, readable: np.ndarray, name: Calla
 
 
 def cache_root(cache_dir: str | Path | None) -> Path:
-    """Return the absolute cache folder: the one given, else $RAYPRUNE_CACHE, else ~/.cache/rayprune."""
+    """Return the absolute cache folder: cache_dir, else $RAYPRUNE_CACHE, else ~/.cache/rayprune."""
     return Path(cache_dir or os.environ.get("RAYPRUNE_CACHE") or "~/.cache/rayprune").expanduser().absolute()
 
 
 def cached_arrays(
     key: str, cache_dir: str | Path | None, build: Callable[[Path], object], num_bytes: int
 ) -> dict[str, np.ndarray]:
-    """Memory-map the arrays of a cache entry; build them first where they are missing or damaged.
+    """Memory-map the arrays of a cache entry; build it first if it is missing or damaged.
 
     Args:
         key: `<kind>-<fingerprint>`, the entry's folder; it must change with everything that `build` depends on.
         cache_dir: see `cache_root`.
-        build: writes .npy files into the folder that it gets.
+        build: writes .npy files into the folder that is passed to it.
         num_bytes: the size of these files, checked against the free space.
 
     Returns:
@@ -123,7 +123,7 @@ def cached_arrays(
         DataError: the folder can't be written, or the disk is too full.
     """
     folder = cache_root(cache_dir) / key
-    # Again where another process, replacing a damaged entry, moved this one away before it was mapped.
+    # Another process that replaces a damaged entry may move this one away before it is mapped: try again.
     while (arrays := _load(folder)) is None:
         _build_entry(folder, build, num_bytes)
     return arrays
@@ -183,8 +183,7 @@ def _load(folder: Path) -> dict[str, np.ndarray] | None:
     if not is_complete(folder):
         return None
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        return {Path(name).stem: np.asarray(np.load(folder / name, mmap_mode="r")) for name in files}
+        return {file.stem: np.asarray(np.load(file, mmap_mode="r")) for file in sorted(folder.glob("*.npy"))}
     except FileNotFoundError:
         return None
 
@@ -198,7 +197,8 @@ def _build_entry(folder: Path, build: Callable[[Path], object], num_bytes: int) 
     started = time.perf_counter()
     try:
         build(temporary)
-        _write_manifest(temporary)
+        manifest = {"version": MANIFEST_VERSION, "files": _file_sizes(temporary)}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         _publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -230,19 +230,9 @@ def _unwritable(root: Path, error: OSError) -> DataError:
     )
 
 
-def _write_manifest(folder: Path) -> None:
-    arrays = {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
-    manifest = {
-        "version": MANIFEST_VERSION,
-        "files": _file_sizes(folder),
-        "arrays": {name: {"dtype": array.dtype.str, "shape": array.shape} for name, array in arrays.items()},
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-
-
 def _publish(temporary: Path, folder: Path) -> None:
     if folder.exists() and not is_complete(folder):
-        # Moved away in one step: another process may be about to rename a good entry into this place.
+        # Move it away in one step: another process may be about to rename a good entry into this place.
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(folder.rename(temporary / "damaged"))
     try:
@@ -251,16 +241,16 @@ def _publish(temporary: Path, folder: Path) -> None:
         # ENOTEMPTY or EEXIST: another process was first; the caller checks whether its entry is complete.
         if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
             raise _unwritable(folder.parent, error) from error
-        logger.info("another process has built cache entry %s meanwhile: its copy is used", folder)
+        logger.info("another process built cache entry %s at the same time: its copy is used", folder)
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove what killed processes left of this entry, and of others that may never be opened again."""
+    """Remove temporary folders of killed processes, also of entries that may never be opened again."""
     for other in folder.parent.glob(".*-*"):
-        # The cache folder may be one of the user's, with other hidden folders.
+        # The user's own hidden folders may lie in the cache folder too.
         if not (other.name.startswith(f".{folder.name}-") or _TEMPORARY.fullmatch(other.name)):
             continue
-        # Its process, if still at work, may rename the folder meanwhile.
+        # Its process, if still running, may rename the folder now.
         with contextlib.suppress(FileNotFoundError):
             newest = max(entry.stat().st_mtime for entry in [other, *other.glob("*")])
             if time.time() - newest > ABANDONED_S:

@@ -46,7 +46,7 @@ def load_arrays() -> dict[str, np.ndarray]:
 
 def _table() -> np.ndarray:
     """Return (1797, 65) float64: 64 gray levels of 0..16 and the label."""
-    # Read the file in the package: importing scikit-learn takes longer than an epoch of training on the digits.
+    # Read the file inside the package: importing scikit-learn takes longer than an epoch of training on the digits.
     spec = importlib.util.find_spec("sklearn")
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
         file = Path(folder) / "datasets" / "data" / "digits.csv.gz"

@@ -1,8 +1,8 @@
 """Data sets of the Hugging Face library `datasets`: a folder that it saved, or a Dataset in Python.
 
-Folders are read with `load_from_disk`, and nothing is ever downloaded. Images are decoded by this package, so that both
-ways of storing them give the same pixels. The fingerprint is computed from the samples: the library's own changes with
-the way a data set was loaded, and a digest of the files would change with the number of shards.
+Folders are read with `load_from_disk`, and nothing is ever downloaded. rayprune decodes the images itself, so a folder
+and a Dataset give the same pixels. The fingerprint is computed from the samples: the library's own fingerprint depends
+on how a data set was loaded, and a digest of the files on the number of shards.
 
 Shapes: N samples, B batch, H height, W width, C channels, F features.
 """
@@ -32,10 +32,11 @@ from rayprune.sources.base import (
     holdout,
     spaced_ids,
 )
-from rayprune.sources.cache import check_mode, decoded
+from rayprune.sources.cache import CacheMode, decoded
 from rayprune.sources.fingerprint import WHOLE_BYTES, digest
 from rayprune.sources.images import ImageShape, check_size, decode_rows, first_shape
 from rayprune.sources.parquet.layout import check_class_names, find_columns, hub_class_names
+from rayprune.sources.parquet.reader import encoded_values, is_text, text_labels, text_numbers
 from rayprune.sources.registry import register_source
 
 VALIDATION_SPLITS = ("validation", "valid", "val", "test")
@@ -53,10 +54,10 @@ class HuggingFace:
         validation_split: default: the first of validation, valid, val and test that exists; "" for none.
         image_column: of type Image, binary or a struct with `bytes`; default: found by name and type.
         label_column: ClassLabel, integers or strings; default: found by name, else the only ClassLabel or integer one.
-        feature_columns: numbers, or lists of equally many numbers, in this order; default where there is no image: all
-            but the label.
+        feature_columns: numbers, or lists of equally many numbers, in this order; default if there is no image: all
+            except the label.
         image_size: pixels that the shorter side is scaled to, before the center square is cut out; default: as stored.
-        validation_fraction: held out, stratified, where there is no validation split; 0 for no validation.
+        validation_fraction: held out, stratified, if there is no validation split; 0 for no validation.
         num_classes: default: the number of class names, else the largest training label + 1.
         cache: see `cache.decoded`.
         cache_dir: see `cache.cache_root`.
@@ -71,11 +72,10 @@ class HuggingFace:
     image_size: int | None = None
     validation_fraction: float = 0.1
     num_classes: int | None = None
-    cache: str = "auto"
+    cache: CacheMode = "auto"
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
-        check_mode(self.cache)
         check_size(self.image_size)
         if self.feature_columns == ():
             raise ConfigError("data.feature_columns = []: name at least one column, or leave it out for all")
@@ -103,9 +103,8 @@ class HuggingFace:
         return Splits(self._with_cache(train), self._with_cache(self._open_split(folder, validation_split, train)))
 
     def _open_split(self, folder: Path, split: str | None, train: HuggingFaceSource | None = None) -> HuggingFaceSource:
-        columns = Columns(self.image_column, self.label_column, self.feature_columns, self.image_size)
         open_dataset = partial(load_dataset, str(folder), split)
-        return HuggingFaceSource(open_dataset, str(folder / (split or "")), columns, self.num_classes, train)
+        return HuggingFaceSource(open_dataset, str(folder / (split or "")), self, train)
 
     def _find_validation(self, folder: Path, others: list[str]) -> str | None:
         if self.validation_split is None:
@@ -139,16 +138,20 @@ def from_huggingface(
     Raises:
         ValueError: it is not a Dataset, or a column is missing or unsuitable.
     """
-    check_mode(cache)
-    check_size(image_size)
     if not all(hasattr(dataset, name) for name in ("with_format", "features", "__len__")) or hasattr(dataset, "keys"):
         raise DataError(
             f"{type(dataset).__name__} is not a datasets.Dataset: choose a split, as in dataset['train'], "
             "and do not stream it"
         )
-    columns = Columns(image_column, label_column, feature_columns, image_size)
-    source = HuggingFaceSource(partial(same_dataset, dataset), "the dataset", columns, num_classes)
-    return decoded(source, cache, cache_dir)
+    keys = HuggingFace(
+        "",
+        image_column=image_column,
+        label_column=label_column,
+        feature_columns=feature_columns,
+        image_size=image_size,
+        num_classes=num_classes,
+    )
+    return decoded(HuggingFaceSource(partial(same_dataset, dataset), "the dataset", keys), cache, cache_dir)
 
 
 def _saved_folder(path: str) -> Path:
@@ -159,16 +162,6 @@ def _saved_folder(path: str) -> Path:
         other = ", or set data.source=parquet" if any(folder.glob("**/*.parquet")) else ""
         raise ConfigError(f"data.path {path!r} is not a folder written by Dataset.save_to_disk: correct it{other}")
     return folder
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The columns to read as the user names them, None where they are to be found, and the size of images."""
-
-    image: str | None
-    label: str | None
-    features: tuple[str, ...] | None
-    image_size: int | None
 
 
 def load_dataset(folder: str, split: str | None) -> Any:
@@ -191,7 +184,7 @@ def load_dataset(folder: str, split: str | None) -> Any:
 
 
 def same_dataset(dataset: Any) -> Any:
-    """Return the Dataset, which a `functools.partial` of this function carries."""
+    """Return the Dataset; a `functools.partial` of this function opens a Dataset that is pickled with the source."""
     return dataset
 
 
@@ -201,8 +194,7 @@ class HuggingFaceSource(DescribedSource):
     Args:
         open_dataset: returns the Dataset; picklable, for the processes that read.
         name: of the Dataset, for messages.
-        columns: the user's choice.
-        num_classes: data.num_classes.
+        keys: the user's choice of columns, image size and number of classes.
         train: the training part, whose columns, classes and image size a validation part shares.
 
     Raises:
@@ -212,12 +204,7 @@ class HuggingFaceSource(DescribedSource):
     process_local = ("_dataset", "_labels")
 
     def __init__(
-        self,
-        open_dataset: Callable[[], Any],
-        name: str,
-        columns: Columns,
-        num_classes: int | None = None,
-        train: HuggingFaceSource | None = None,
+        self, open_dataset: Callable[[], Any], name: str, keys: HuggingFace, train: HuggingFaceSource | None = None
     ) -> None:
         self._open_dataset, self._name = open_dataset, name
         self._dataset = open_dataset()
@@ -225,19 +212,19 @@ class HuggingFaceSource(DescribedSource):
             raise DataError(f"{name} has no rows: save a data set that has some")
         super().__init__(len(self._dataset), Schema({}), "")
         schema = self._dataset.features.arrow_schema
-        self._image, self._label, self._features = _find_columns(Path(name), schema, columns)
+        self._image, self._label, self._features = _find_columns(name, schema, keys)
         self._text_labels: tuple[str, ...] = (
-            train._text_labels if train is not None else _text_labels(self._column(self._label))
+            train._text_labels if train is not None else text_labels(self._column(self._label))
         )
         self._class_names = hub_class_names(schema, self._label)
         labels = self.labels
         if train is not None:
-            check_class_names(Path(name), self._class_names, train._class_names, "the training split")
+            check_class_names(name, self._class_names, train._class_names, "the training split")
             num_classes, class_names = train.schema.num_classes, train.schema.class_names
         else:
-            class_names = self._text_labels or self._class_names
+            num_classes, class_names = keys.num_classes, self._text_labels or self._class_names
         num_classes = count_classes(labels, f"column {self._label!r} of {name}", num_classes, class_names)
-        self._images: ImageShape | None = train._images if train is not None else self._first_shape(columns.image_size)
+        self._images: ImageShape | None = train._images if train is not None else self._first_shape(keys.image_size)
         if self._images is not None:
             input_name, shape, size = "image", self._images.shape, self._images.size
         else:
@@ -252,7 +239,7 @@ class HuggingFaceSource(DescribedSource):
         return first_shape(images, self._row_name, size=image_size)
 
     def _content(self) -> Iterator[np.ndarray | str]:
-        """Yield the content to hash: of all rows, or above 1 GiB of evenly spaced ones."""
+        """Yield the content to hash: all rows, or evenly spaced ones if they have more than 1 GiB."""
         if self._image is not None:
             lengths = _encoded_lengths(self._opened(), self._image)
             yield lengths
@@ -270,9 +257,6 @@ class HuggingFaceSource(DescribedSource):
     @property
     def row_cost(self) -> RowCost:
         return "cheap" if self._image is None else "expensive"
-
-    def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        return self.read(ids)[0]
 
     def read(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
         check_ids(ids, len(self))
@@ -302,7 +286,7 @@ class HuggingFaceSource(DescribedSource):
         return _class_numbers(self._column(self._label), self._text_labels, column_name)
 
     def _encoded(self, ids: np.ndarray) -> list[bytes | None]:
-        """Return the encoded images of rows; None where one is missing."""
+        """Return the encoded images of rows; None for a missing one."""
         if len(ids) == 0:
             return []
         column = self._column(str(self._image), ids)
@@ -347,14 +331,14 @@ class HuggingFaceSource(DescribedSource):
         return vectors
 
 
-def _find_columns(name: Path, schema: pa.Schema, columns: Columns) -> tuple[str | None, str, tuple[str, ...]]:
+def _find_columns(name: str, schema: pa.Schema, keys: HuggingFace) -> tuple[str | None, str, tuple[str, ...]]:
     """Return the image, label and feature columns as for Parquet files; a list of numbers counts as one number."""
     kinds = [field.with_type(pa.float64()) if _is_vector(field.type) else field for field in schema]
-    label = columns.label
+    label = keys.label_column
     if label is None:
         classes = [column for column in schema.names if hub_class_names(schema, column)]
         label = classes[0] if len(classes) == 1 else None
-    return find_columns(name, pa.schema(kinds, schema.metadata), columns.image, label, columns.features)
+    return find_columns(name, pa.schema(kinds, schema.metadata), keys.image_column, label, keys.feature_columns)
 
 
 def _is_vector(kind: pa.DataType) -> bool:
@@ -363,30 +347,15 @@ def _is_vector(kind: pa.DataType) -> bool:
     return False
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _text_labels(values: pa.ChunkedArray) -> tuple[str, ...]:
-    """Return the sorted unique strings of a label column, which stand for 0, 1, …; empty where it holds no strings."""
-    return tuple(sorted(values.unique().drop_null().to_pylist())) if _is_text(values.type) else ()
-
-
-def _class_numbers(values: pa.ChunkedArray, text_labels: tuple[str, ...], column_name: str) -> np.ndarray:
+def _class_numbers(values: pa.ChunkedArray, class_texts: tuple[str, ...], column_name: str) -> np.ndarray:
     """Return labels as class numbers, (N,) int64."""
     if values.null_count:
         row = _first_null(values)
         raise DataError(f"{column_name} has no label in row {row}: add it, or leave the row out with Dataset.filter")
     kind = values.type
-    if text_labels and _is_text(kind):
-        numbers = pc.index_in(values.cast(pa.string()), value_set=pa.array(text_labels, pa.string()))
-        if numbers.null_count:
-            row = _first_null(numbers)
-            raise DataError(
-                f"{column_name} row {row} has label {values[row].as_py()!r}, which no training row has: correct it"
-            )
-        return np.asarray(numbers.cast(pa.int64()))
-    if text_labels or not (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+    if class_texts and is_text(kind):
+        return np.asarray(text_numbers(values, class_texts, column_name).cast(pa.int64()))
+    if class_texts or not (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
         raise DataError(f"{column_name} is {kind}: labels must be ClassLabel, integers or strings, alike in all splits")
     return np.asarray(values.cast(pa.int64()))
 
@@ -396,7 +365,7 @@ def _first_null(values: pa.ChunkedArray) -> int:
 
 
 def _image_bytes(image: dict[str, Any] | None) -> bytes | None:
-    """Return an image's bytes, from its file where the data set only stores the path."""
+    """Return an image's bytes, from its file if the data set only stores the path."""
     if image is None:
         return None
     encoded: bytes | None = image["bytes"]
@@ -411,14 +380,13 @@ def _image_bytes(image: dict[str, Any] | None) -> bytes | None:
 def _encoded_lengths(dataset: Any, column: str) -> np.ndarray:
     """Return the bytes of each encoded image, (N,) int64, without reading the images."""
     values = dataset.data.column(column)
-    is_struct = pa.types.is_struct(values.type)
-    encoded = pc.struct_field(values, "bytes") if is_struct else values
+    encoded = encoded_values(values)
     lengths = np.array(pc.binary_length(encoded).fill_null(0), dtype=np.int64)
-    if is_struct and values.type.get_field_index("path") >= 0:
+    if pa.types.is_struct(values.type) and values.type.get_field_index("path") >= 0:
         in_files = np.flatnonzero(np.asarray(encoded.is_null()))
         paths = pc.struct_field(values, "path").take(pa.array(in_files)).to_pylist()
         lengths[in_files] = [_file_bytes(path) for path in paths]
-    indices = getattr(dataset, "_indices", None)  # of the rows that `select` or `shuffle` left in an uncopied table
+    indices = getattr(dataset, "_indices", None)  # of rows that `select` or `shuffle` chose, without a copy
     return lengths if indices is None else lengths[np.asarray(indices.column(0), dtype=np.int64)]
 
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from rayprune.errors import DataError, UnreadableImage
-from rayprune.sources.base import Column, SampleSource, Schema, Splits, check_ids, holdout
+from rayprune.sources.base import DescribedSource, RowCost, SampleSource, Schema, Splits, check_ids, holdout
 from rayprune.sources.cache import CacheMode, cache_root, cached_arrays, decoded, leave_out_unreadable
 from rayprune.sources.fingerprint import WHOLE_BYTES, digest
 from rayprune.sources.images import (
@@ -27,24 +27,22 @@ from rayprune.sources.images import (
     check_size,
     decode_rows,
     first_shape,
-    in_threads,
     num_cpus,
     readable_rows,
 )
 from rayprune.sources.registry import register_source
-from rayprune.sources.storage import REMOTE_THREADS, Storage, StoredFile, one_line
+from rayprune.sources.storage import REMOTE_THREADS, Storage, StoredFile, in_threads, one_line
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = frozenset({"jpg", "jpeg", "png", "bmp", "gif", "webp", "tif", "tiff", "ppm", "pgm"})
 TRAIN_FOLDER = "train"
 VALIDATION_FOLDERS = ("val", "valid", "validation", "test")
-# Names of splits in other layouts, in any case: taken for classes, they would be what a model learns to tell apart.
+# Names of splits in other layouts, in any case: if taken for classes, a model would learn to tell the splits apart.
 _TRAIN_NAMES = {"train", "training"}
 _SPLIT_NAMES = _TRAIN_NAMES | {"val", "valid", "validation", "test", "testing", "dev"}
-# The number of files that the fingerprint reads of more than 1 GiB, so that a million are opened in seconds.
+# The number of files that the fingerprint reads if all together exceed 1 GiB: a million files open in seconds.
 SAMPLED_FILES = 256
-HOLDOUT_SEED = 0
 
 
 @register_source("image_folder")
@@ -54,14 +52,14 @@ class ImageFolder:
 
     Attributes:
         path: a folder, local or a URI such as s3://bucket/folder.
-        train: folder with the training classes; default: `train` where it exists, else the path itself, "".
+        train: folder with the training classes; default: `train` if it exists, else the path itself, "".
         validation: folder with the validation classes, "" for none; default: `val`, `valid`, `validation` or `test`
-            beside the training folder.
-        validation_fraction: held out, stratified, where there is no validation folder; 0 for no validation.
+            next to the training folder.
+        validation_fraction: held out, stratified, if there is no validation folder; 0 for no validation.
         image_size: pixels; the shorter side is scaled to it and the middle square cut out. Default: the images' own
             size, which must be the same for all.
         num_channels: 1 or 3; default: those of the first training image.
-        on_error: "skip" leaves out files that can't be read, for which it decodes them all once; "fail" refuses them.
+        on_error: "skip" decodes all files once and leaves out unreadable ones; "fail" refuses them.
         cache: see `cache.decoded`.
         cache_dir: see `cache.cache_root`.
     """
@@ -81,7 +79,7 @@ class ImageFolder:
         check_size(self.image_size)
 
     def open(self) -> Splits:
-        """List the files and decode the first one; with on_error=skip decode them all, to know which can be read.
+        """List the files and decode the first one; with on_error=skip, decode all to find the unreadable ones.
 
         Raises:
             ValueError: there are no images in class folders, or an image is unsuitable or (on_error=fail) damaged.
@@ -107,9 +105,7 @@ class ImageFolder:
         if validation_folder is not None:
             split = list_split(storage, images, validation_folder, files.class_names)
             return Splits(train, self._open_files(*split, shape))
-        if self.validation_fraction == 0:
-            return Splits(train, None)
-        return holdout(train, self.validation_fraction, HOLDOUT_SEED)
+        return holdout(train, self.validation_fraction)
 
     def _open_files(self, files: ImageFiles, sizes: np.ndarray, shape: ImageShape) -> SampleSource:
         if self.on_error == "fail" and not sizes.all():
@@ -124,13 +120,13 @@ class ImageFolder:
         if self.cache == "none":
             readable = rows.readable(everything)
         else:
-            # Kept beside the decoded rows, so that only the first open decodes the images to check them.
+            # Kept in the cache too, so that only the first open decodes the images to check them.
             key, root = f"readable-{rows.fingerprint}", cache_root(self.cache_dir)
             entry = cached_arrays(
                 key, root, lambda folder: np.save(folder / "readable.npy", rows.readable(everything)), len(rows)
             )
             readable = entry["readable"].copy()
-            # Files that could not be reached, or whose permissions were wrong, may be readable now.
+            # Files that were out of reach, or had wrong permissions, may be readable now.
             readable[~readable] = rows.readable(np.flatnonzero(~readable))
         if not readable.any():
             raise DataError(f"{files.storage.public(files.folder)} holds no readable image: restore the files")
@@ -188,15 +184,12 @@ class ImageNet:
 def split_folders(
     path: str, images: list[StoredFile], train: str | None, validation: str | None
 ) -> tuple[str, str | None]:
-    """Choose the folders of the training and the validation part.
+    """Return the training folder, "" for the path itself, and the validation folder or None.
 
     Args:
         path: for messages.
         images: all below the path.
-        train, validation: as configured; None to look for the usual names, "" for the path itself and for none.
-
-    Returns:
-        Training folder, "" for the path itself, and validation folder or None.
+        train, validation: as configured; None to look for the usual names.
 
     Raises:
         DataError: the path holds only a validation folder, or splits with unknown names.
@@ -225,16 +218,13 @@ def split_folders(
 def list_split(
     storage: Storage, images: list[StoredFile], folder: str, class_names: tuple[str, ...] | None = None
 ) -> tuple[ImageFiles, np.ndarray]:
-    """Order the images of one split by class and name.
+    """Return the files of one split, ordered by class and name, and their sizes in bytes, (N,) int64.
 
     Args:
         storage: of the images.
         images: all below the storage.
         folder: of the split; "" for the root.
         class_names: of the training part; default: the class folders of this split.
-
-    Returns:
-        The files, and their sizes in bytes (N,) int64.
 
     Raises:
         DataError: there are no images in class folders, or their class is not among the class names.
@@ -294,55 +284,26 @@ def sampled_digest(files: ImageFiles, sizes: np.ndarray) -> str:
     return digest("\0".join(files.class_names), files.names.block, sizes, *contents)
 
 
-class ImageRows(SampleSource):
-    """Images of one shape, read and decoded by id, on all CPUs of the process.
+class ImageRows(DescribedSource):
+    """Images of one shape, read and decoded by id, on all CPUs of the process."""
 
-    Args:
-        files: the images.
-        images: the shape of every row.
-        fingerprint: of the samples.
-    """
+    row_cost: RowCost = "expensive"
 
     def __init__(self, files: ImageFiles, images: ImageShape, fingerprint: str) -> None:
-        self._files = files
-        self._images = images
-        self._fingerprint = fingerprint
+        schema = Schema.for_classification("image", images.shape, len(files.class_names), files.class_names)
+        super().__init__(len(files), schema, fingerprint)
+        self._files, self._images = files, images
 
-    def __len__(self) -> int:
-        return len(self._files)
-
-    @property
-    def schema(self) -> Schema:
-        columns = {"image": Column(self._images.shape, "uint8"), "label": Column((), "int64")}
-        return Schema(columns, "image", len(self._files.class_names), self._files.class_names)
-
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self._files.labels_of(np.arange(len(self), dtype=np.int64))
-
-    @property
-    def row_cost(self) -> Literal["cheap", "expensive"]:
-        return "expensive"
-
-    def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        return self.read(ids)[0]
+    def _read_labels(self) -> np.ndarray:
+        return self._files.labels_of(np.arange(len(self)))
 
     def read(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
-        """Read samples, and count the bytes of their files.
-
-        Raises:
-            DataError: an id is not in the source, or its file can't be read or has another size than the first one.
-        """
         check_ids(ids, len(self))
         pixels = np.empty((len(ids), *self._images.shape), dtype=np.uint8)
 
         def fill(start: int) -> int:
             samples = ids[start : start + ROWS_PER_TASK].tolist()
-            # All reads before all decodes: mixed, threads hand Python's lock to and fro at every system call.
+            # All reads before all decodes: otherwise threads pass Python's lock back and forth at every system call.
             encoded = [self._files.read(sample) for sample in samples]
             rows = pixels[start : start + ROWS_PER_TASK]
             decode_rows(encoded, self._images, lambda position: self._files.name(samples[position]), rows)
@@ -386,7 +347,7 @@ class ImageFiles:
     class_names: tuple[str, ...]
 
     def __len__(self) -> int:
-        return len(self.names)
+        return int(self.starts[-1])
 
     def labels_of(self, ids: np.ndarray) -> np.ndarray:
         """Return the labels of samples, (B,) int64."""
@@ -415,7 +376,7 @@ class ImageFiles:
             ) from None
 
     def try_read(self, sample: int) -> bytes | None:
-        """Return a sample's encoded image; None where it can't be read."""
+        """Return a sample's encoded image; None if it can't be read."""
         try:
             return self.read(sample)
         except UnreadableImage:
@@ -423,23 +384,18 @@ class ImageFiles:
 
     @property
     def num_threads(self) -> int:
-        """How many threads read and decode: one per CPU of the process, more for remote files."""
+        """The number of threads that read and decode: one per CPU of the process, more for remote files."""
         return num_cpus() if self.storage.is_local else max(num_cpus(), REMOTE_THREADS)
 
 
 class FileNames:
-    """File names in one block of bytes; pickles compressed, and unpacks once per process, not once per copy.
+    """File names in one block of bytes, ended by zeros, which no file system allows in a name.
 
-    Args:
-        names: N texts without a zero character, which no file system allows.
+    Pickles are compressed, and unpacked once per process rather than once per copy.
     """
 
     def __init__(self, names: list[str]) -> None:
-        self._num_names = len(names)
         self._packed = zlib.compress("".join(f"{name}\0" for name in names).encode())
-
-    def __len__(self) -> int:
-        return self._num_names
 
     def __getitem__(self, position: int) -> str:
         text, ends = _unpacked(self._packed)

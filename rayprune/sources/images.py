@@ -2,13 +2,13 @@
 
 A data set has one mode, that of its first image: RGB if it is in color (palette and transparent images count as color),
 otherwise gray. Other images are converted to it; transparency is dropped. Images of more than 8 bits per channel are
-refused, because conversion to bytes would lose what the user stored. With a size given, the shorter side is scaled to
-it and the middle square cut out, as is usual for evaluation on ImageNet.
+refused, because conversion to bytes would lose information. With a size, the shorter side is scaled to it and the
+middle square cut out, as is usual for evaluation on ImageNet.
 
-Pillow decodes with Python's lock held, torchvision without it, so that threads use all cores. torchvision decodes plain
-JPEGs; Pillow decodes all images where the two could differ (CMYK, color turned to gray, other than 8 bits), where it is
-faster (much larger JPEGs, which it scales by halves for free), files that torchvision refuses, and all PNGs, because
-torchvision's PNG decoder ends the process on damaged ones.
+torchvision decodes without Python's lock, so threads use all cores; Pillow holds the lock. torchvision decodes plain
+JPEGs. Pillow decodes images for which the two could differ (CMYK, color turned to gray, other than 8 bits), much larger
+JPEGs (which it scales by halves for free), files that torchvision refuses, and all PNGs, because torchvision's PNG
+decoder crashes the process on damaged ones.
 
 Shapes: B batch, H height, W width, C channels, S pixels per side.
 """
@@ -19,22 +19,19 @@ import io
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from rayprune.errors import DataError, UnreadableImage, one_line
+from rayprune.sources.storage import in_threads
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-# The cure for bad data, of sources with the key.
+# The cure for bad data, in messages of sources with this key.
 LEAVE_OUT = "leave it out with data.on_error=skip"
-# The images that a thread decodes under one release of the lock.
+# The number of images that a thread decodes under one release of the lock.
 ROWS_PER_TASK = 32
 GREY_MODES = {"1", "L", "LA", "La"}
 DEEP_MODES = ("I", "F")
@@ -52,8 +49,8 @@ class ImageShape:
 
     Attributes:
         shape: (H, W, C).
-        size: S, to which images are scaled and cut; None where all images have the same size already.
-        cure: of an image that can't be read, for messages.
+        size: S, to which images are scaled and cut; None if all images have the same size already.
+        cure: for an unreadable image, in messages.
     """
 
     shape: tuple[int, ...]
@@ -73,11 +70,11 @@ def first_shape(
     """Return the shape of the first image that can be read.
 
     Args:
-        images: encoded, in the order of the rows; no more are read than needed.
-        name: row → what a message calls it.
+        images: encoded, in the order of the rows; read until one can be decoded.
+        name: maps a row to its name in messages.
         num_channels: 1 or 3; None takes the image's own mode.
         size: see ImageShape.
-        on_error: data.on_error, "skip" passes over images that can't be read; None for sources without the key.
+        on_error: data.on_error; "skip" skips unreadable images; None for sources without the key.
         owner: of the images, for messages.
 
     Raises:
@@ -107,7 +104,7 @@ def decode_rows(
     Args:
         encoded: B images.
         images: the shape of every row.
-        name: position in the batch → what a message calls the sample.
+        name: maps a position in the batch to the sample's name in messages.
         rows: (B, H, W, C) uint8 to write to; default: a new array.
 
     Returns:
@@ -141,7 +138,7 @@ def decode_each(
 
     Args:
         encoded, images, name: as in `decode_rows`.
-        decoded: the pixels of images that are decoded already, None for the others; default: none is.
+        decoded: the pixels of images that are already decoded, None for the others.
 
     Raises:
         DataError: an image has another size, or more than 8 bits per channel.
@@ -184,10 +181,10 @@ def decode_image(encoded: bytes | None, num_channels: int | None = None, size: i
         if size is not None:
             image.draft(None, (size, size))  # a JPEG decoder scales by halves for free; never below the size
         image.load()
-    except Exception as error:  # on damaged bytes Pillow's format plugins raise whatever their parsing runs into
+    except Exception as error:  # on damaged bytes, Pillow's format plugins raise errors of any type
         reason = "no known image format" if isinstance(error, UnidentifiedImageError) else one_line(error)
         raise UnreadableImage(f"is not a readable image ({reason})") from None
-    # Pillow reduces a PNG of 16 bits in color, or with transparency, to 8 bits, and its mode does not tell.
+    # Pillow reduces a PNG of 16 bits in color, or with transparency, to 8 bits, and its mode does not show it.
     deep_png = encoded.startswith(_PNG) and encoded[_PNG_DEPTH] == 16
     if deep_png or image.mode.startswith(DEEP_MODES):
         mode = f"{image.mode};16" if deep_png and ";" not in image.mode else image.mode
@@ -199,8 +196,8 @@ def decode_image(encoded: bytes | None, num_channels: int | None = None, size: i
 def decode_jpegs(encoded: Sequence[bytes], num_channels: int, size: int | None = None) -> list[np.ndarray | None]:
     """Decode plain JPEGs with torchvision, to the same pixels as `decode_image` but for libjpeg-turbo's rounding.
 
-    Python's lock is released once for all of them: taking it back after each small image takes about as long as
-    decoding it, once several threads want it.
+    Python's lock is released once for all of them: if several threads compete for it, taking it back after each small
+    image takes about as long as decoding the image.
 
     Args:
         encoded: B files of any content.
@@ -258,26 +255,13 @@ def num_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_threads(function: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> list[Result]:
-    """Call a function for every item in a few threads.
-
-    Returns:
-        The results, in the order of the items; the first error is raised.
-    """
-    items = list(items)
-    if min(num_threads, len(items)) <= 1:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(min(num_threads, len(items)), thread_name_prefix="rayprune-decode") as pool:
-        return list(pool.map(function, items))
-
-
 def _pixels(image: Image.Image, size: int | None) -> np.ndarray:
     """Return an image's pixels, (H, W, C); with a size, of its middle square, scaled to it."""
     width, height = image.size
     if size is not None and (width, height) != (size, size):
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
-        # One call cuts and scales: the pixels that are cut off are never resampled.
+        # One call cuts and scales, so the pixels that are cut off are never resampled.
         image = image.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
     pixels = np.asarray(image)
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
@@ -299,7 +283,7 @@ def _decode_in_threads(encoded: Sequence[bytes | None], images: ImageShape) -> l
 
 
 def _is_plain(encoded: bytes, num_channels: int, size: int | None) -> bool:
-    """Return whether torchvision decodes a file; the others are left to Pillow."""
+    """Return whether torchvision decodes a file; Pillow decodes the others."""
     frame = jpeg_frame(encoded)
     if frame is None:
         return False
@@ -308,14 +292,14 @@ def _is_plain(encoded: bytes, num_channels: int, size: int | None) -> bool:
 
 
 def _decode_unlocked(encoded: Sequence[bytes], mode: int) -> list[np.ndarray | None]:
-    if not encoded or (decode := _torchvision_decoder()) is None:  # without a JPEG torch is not even imported
+    if not encoded or (decode := _torchvision_decoder()) is None:  # without a JPEG, torch is not imported
         return [None] * len(encoded)
     import torch
 
     tensors = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in encoded]
     try:
         return [np.asarray(pixels.permute(1, 2, 0).numpy()) for pixels in decode(tensors, mode)]
-    except RuntimeError:  # one is damaged: Pillow names the damage, or reads it all the same
+    except RuntimeError:  # one is damaged: Pillow names the damage, or can still read it
         if len(encoded) == 1:
             return [None]
         return [pixels for content in encoded for pixels in _decode_unlocked([content], mode)]
@@ -323,7 +307,7 @@ def _decode_unlocked(encoded: Sequence[bytes], mode: int) -> list[np.ndarray | N
 
 @cache
 def _torchvision_decoder() -> Any:
-    """Return torchvision's decoder for a list of JPEGs; None where torchvision was built without it."""
+    """Return torchvision's decoder for a list of JPEGs; None if torchvision was built without it."""
     import torch
 
     def decode(encoded: list[torch.Tensor], mode: int) -> list[torch.Tensor]:
@@ -340,7 +324,7 @@ def _torchvision_decoder() -> Any:
         return None
     try:
         with warnings.catch_warnings():
-            # Deprecated in torch, and without a successor that runs a loop outside of Python's lock.
+            # Deprecated in torch, but nothing else runs a loop outside of Python's lock.
             warnings.simplefilter("ignore")
             return torch.jit.script(decode)
     except Exception:  # a torch without TorchScript: slower in threads, the same pixels

@@ -16,7 +16,7 @@ class RowSource(DescribedSource):
     """Rows of arrays that each process opens when it first needs them.
 
     Args:
-        open_arrays: returns the schema's columns by name, N rows each, readable as the schema's dtypes; picklable
+        open_arrays: returns the schema's columns by name, N rows each, convertible to the schema's dtypes; picklable
             (a module's function, or a `functools.partial` of one with paths and settings).
         schema: the columns.
         fingerprint: of the samples.
@@ -62,8 +62,8 @@ class MemorySource(DescribedSource):
     """Rows of arrays in memory, for notebooks and users' own training loops; pickles with the arrays.
 
     Args:
-        columns: name → (N, …) array of numbers; `id` and `weight` are names of columns that every batch has
-            anyway. An integer column `label` of shape (N,) gives the classes that a class floor counts.
+        columns: name → (N, …) array of numbers; `id` and `weight` are reserved for the columns that rayprune adds to
+            every batch. An integer column `label` of shape (N,) gives the classes that a class floor counts.
 
     Raises:
         ValueError: no columns, columns of different lengths, of Python objects, or with a reserved name.

@@ -28,7 +28,7 @@ MAX_GROUPS = 64
 class SourceKeys(Protocol):
     """A frozen dataclass whose fields are the keys of `data:` for one source.
 
-    A class attribute `default_augment` names the augmentation that suits its samples, where there is one.
+    An optional class attribute `default_augment` is the augmentation that suits its samples.
     """
 
     def open(self) -> Splits:
@@ -160,12 +160,12 @@ def _check_alike(train: SampleSource, validation: SampleSource) -> None:
 def input_statistics(source: SampleSource, num_rows: int = 10_000) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Measure the mean and standard deviation of the input over at most num_rows evenly spaced samples.
 
-    Where rows are read in groups, the samples come from at most MAX_GROUPS evenly spaced groups. The chunks of one
+    If rows are read in groups, the samples come from at most MAX_GROUPS evenly spaced groups. The chunks of one
     pass are merged by the formulas of Chan, Golub and LeVeque (1979).
 
     Returns:
         Mean and standard deviation, float64: (C,) for images, scaled to 0..1, (F,) for features. The deviation of a
-        constant is given as 1.
+        constant is 1.
     """
     name = source.schema.input
     shape = source.schema.columns[name].shape

@@ -1,7 +1,7 @@
 """A file of scores: a row per sample, with metadata about their origin.
 
-A Parquet file has the columns id, label, any scores, last_visit and times_pruned; under `rayprune` in its metadata, as
-JSON, are the schema number, the source's fingerprint and what the writer adds (method, seed). Tables of other programs,
+A Parquet file has the columns id, label, any scores, last_visit and times_pruned. Its metadata have, under `rayprune`
+as JSON, the schema number, the source's fingerprint and facts of the writer (method, seed). Tables of other programs,
 Parquet or CSV, are read too if they have an id and a number in each row.
 
 Shapes: N samples.
@@ -38,7 +38,7 @@ class ScoreFile:
     Attributes:
         path: the file.
         num_samples: N.
-        scores: name → (N,) numbers, in the order of the file; NaN where there is none. `last_visit` and `times_pruned`
+        scores: name → (N,) numbers, in the order of the file; NaN for a missing one. `last_visit` and `times_pruned`
             are among them.
         labels: (N,) int64, or None.
         fingerprint: of the source that was scored; None in tables of other programs.
@@ -90,7 +90,7 @@ def write_scores(
     fingerprint: str | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a Parquet file of scores, whole or not at all.
+    """Write a Parquet file of scores atomically.
 
     Args:
         path: of the file.
@@ -162,7 +162,7 @@ def read_scores(path: str | Path) -> ScoreFile:
 
 
 def write_table(path: Path, columns: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    """Write columns and metadata as a Parquet file, whole or not at all."""
+    """Write columns and metadata as a Parquet file, atomically."""
     table = pa.table(dict(columns)).replace_schema_metadata({METADATA_KEY: json.dumps(metadata)})
     with replace_file(path) as partial:
         pq.write_table(table, partial)
@@ -184,7 +184,7 @@ def read_table(file: Path) -> pa.Table:
 
 
 def table_metadata(table: pa.Table, file: Path, schema: int) -> dict[str, Any]:
-    """Return the metadata that this package has stored in a table; {} where there is none.
+    """Return the metadata that rayprune has stored in a table; {} for none.
 
     Raises:
         ValueError: it is unreadable, or of a newer schema than `schema`.
@@ -224,7 +224,7 @@ def _check_column_names(table: pa.Table, file: Path) -> pa.Table:
 
 
 def _id_order(table: pa.Table, file: Path) -> NDArray[np.int64] | None:
-    """Return the rows in order of their ids; None where they are in order already."""
+    """Return the order that sorts the rows by id; None if they are sorted already."""
     if "id" not in table.column_names:
         raise RunFolderError(f"{file} has no column 'id': give each row its sample's id, 0..N-1")
     column = table.column("id")
@@ -238,7 +238,7 @@ def _id_order(table: pa.Table, file: Path) -> NDArray[np.int64] | None:
 
 
 def _numbers(column: pa.ChunkedArray, order: NDArray[np.int64] | None) -> NDArray[Any] | None:
-    """Return a column of numbers in order of ids, NaN where it has none; None for a column of anything else."""
+    """Return a column of numbers in the order of ids, NaN for missing ones; None for any other column."""
     kind = column.type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
         return None

@@ -1,7 +1,7 @@
 """A file of selected samples: ids and weights, with metadata about how they were chosen.
 
-The ending says the format: .parquet (id int64, weight float32; metadata as in a file of scores) or .txt (metadata in
-comment lines, then id, tab, weight; a column of ids alone is read too).
+The suffix selects the format: .parquet (id int64, weight float32; metadata as in a file of scores) or .txt (metadata
+in comment lines, then id, tab, weight; a column of ids alone is read too).
 
 Shapes: N samples of the source, M selected.
 """
@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,7 @@ from rayprune.sources.storage import replace_file
 
 SELECTION_SCHEMA = 1
 FORMATS = (".parquet", ".txt")
+Content = tuple[NDArray[Any], NDArray[Any] | None, Mapping[str, Any]]  # ids, weights, metadata
 _METADATA_TYPES = {"kind": str, "schema": int, "num_samples": int, "fingerprint": str, "about": dict}
 
 
@@ -37,10 +38,10 @@ class SelectionFile:
     Attributes:
         path: the file.
         ids: (M,) int64, ascending.
-        weights: (M,) float32, at least 0, aligned with ids; 1 where the file has none.
+        weights: (M,) float32, at least 0, aligned with ids; 1 if the file has no weights.
         num_samples: N, or None in files of other programs.
         fingerprint: of the source that the ids belong to, or None.
-        about: how the samples were chosen; {} where the file does not say.
+        about: how the samples were chosen; {} if the file does not say.
     """
 
     path: Path
@@ -66,17 +67,11 @@ class SelectionFile:
         )
 
 
-class _Content(NamedTuple):
-    ids: NDArray[Any]
-    weights: NDArray[Any] | None
-    metadata: Mapping[str, Any]
-
-
 def check_selection_path(path: Path) -> None:
     """Refuse a path that `write_selection_file` can't write to.
 
     Raises:
-        ValueError: an unknown ending, or a folder that does not exist.
+        ValueError: an unknown suffix, or a folder that does not exist.
     """
     _check_format(path)
     if path.is_dir() or not path.parent.is_dir():
@@ -92,10 +87,10 @@ def _check_format(path: Path) -> None:
 def write_selection_file(
     path: str | Path, selection: Selection, fingerprint: str | None = None, about: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write the kept ids and their weights, whole or not at all.
+    """Write the kept ids and their weights atomically.
 
     Args:
-        path: of the file; the ending says the format.
+        path: of the file; its suffix selects the format.
         selection: of the samples.
         fingerprint: of the source that the ids belong to.
         about: how they were chosen; any JSON.
@@ -145,11 +140,11 @@ def read_selection_file(path: str | Path, num_samples: int | None = None) -> Sel
     """Read selected samples.
 
     Args:
-        path: the file; the ending says the format.
-        num_samples: N, where it is known: ids must be below it.
+        path: the file; its suffix selects the format.
+        num_samples: N, if it is known: ids must be below it.
 
     Raises:
-        ValueError: no such file, an unknown ending, unreadable content or a newer schema; ids that are not whole
+        ValueError: no such file, an unknown suffix, unreadable content or a newer schema; ids that are not whole
             numbers, repeat or are out of range; weights that are negative, NaN or infinite.
     """
     file = Path(path)
@@ -171,7 +166,7 @@ def read_selection_file(path: str | Path, num_samples: int | None = None) -> Sel
     return SelectionFile(file, ids, weights[order], stored, fingerprint, about)
 
 
-def _read_parquet(file: Path) -> _Content:
+def _read_parquet(file: Path) -> Content:
     table = read_table(file)
     metadata = table_metadata(table, file, SELECTION_SCHEMA)
     if "id" not in table.column_names:
@@ -179,10 +174,10 @@ def _read_parquet(file: Path) -> _Content:
     if metadata and metadata.get("kind") != "selection":
         raise RunFolderError(f"{file} holds scores, not a selection: make one with rayprune select {file} --keep SHARE")
     weights = table.column("weight").to_numpy() if "weight" in table.column_names else None
-    return _Content(table.column("id").to_numpy(), weights, metadata)
+    return table.column("id").to_numpy(), weights, metadata
 
 
-def _read_text(file: Path) -> _Content:
+def _read_text(file: Path) -> Content:
     metadata: dict[str, Any] = {}
     with file.open("rb") as stream:
         start = 0
@@ -195,10 +190,10 @@ def _read_text(file: Path) -> _Content:
                 except ValueError:
                     raise _damaged(file, name, value.strip()) from None
         if not line.strip():
-            return _Content(np.empty(0, dtype=np.int64), None, metadata)
+            return np.empty(0, dtype=np.int64), None, metadata
         stream.seek(start)
         columns = _read_columns(file, stream, ["id", "weight"][: line.count(b"\t") + 1])
-    return _Content(columns["id"], columns.get("weight"), metadata)
+    return columns["id"], columns.get("weight"), metadata
 
 
 def _read_columns(file: Path, stream: BinaryIO, names: list[str]) -> dict[str, NDArray[Any]]:

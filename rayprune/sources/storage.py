@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -30,6 +30,8 @@ from rayprune.core.references import closest
 from rayprune.errors import DataError
 
 Shard = TypeVar("Shard")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # Remote requests wait for the network rather than for a CPU.
 REMOTE_THREADS = 16
@@ -58,19 +60,17 @@ class StoredFile:
 
 
 class Storage:
-    """A folder or a single file; pickles into its path, and every process opens it for itself.
+    """A folder or a single file; pickles into its path, and every process opens it again.
 
     Args:
         path: a local path (`~` is expanded) or a URI.
 
     Raises:
-        DataError: no file system serves the URI's scheme, or it can't be reached.
+        DataError: no file system has the URI's scheme, or it can't be reached.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path if "://" in path else str(Path(path).expanduser().absolute())
-        self._lock = threading.Lock()
-        self._filesystem: tuple[pafs.FileSystem, str] | None = None
 
     def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
         return Storage, (self.path,)
@@ -80,20 +80,18 @@ class Storage:
         """Whether plain file calls reach it."""
         return "://" not in self.path or self.path.startswith("file://")
 
-    def _open(self) -> tuple[pafs.FileSystem, str]:
-        with self._lock:
-            if self._filesystem is None:
-                self._filesystem = _resolve(self.path)
-            return self._filesystem
+    @cached_property
+    def _resolved(self) -> tuple[pafs.FileSystem, str]:
+        return _resolve(self.path)
 
     @property
     def filesystem(self) -> pafs.FileSystem:
         """The pyarrow file system, for calls that take one, such as `pyarrow.parquet.ParquetFile`."""
-        return self._open()[0]
+        return self._resolved[0]
 
     def full(self, name: str) -> str:
         """Return a file's path within `filesystem`; the empty name is the root itself."""
-        root = self._open()[1]
+        root = self._resolved[1]
         return f"{root.rstrip('/')}/{name}" if name else root
 
     def public(self, name: str = "") -> str:
@@ -121,7 +119,7 @@ class Storage:
         """
         root = self.full("").rstrip("/") or "/"
         infos = self._get_info(pafs.FileSelector(root, recursive=True))
-        # Some file systems name their files without the leading slash that the root was given with.
+        # Some file systems name their files without the leading slash of the root.
         start = len(root.strip("/")) + 1 if root.strip("/") else 0
         files = [
             StoredFile(_path(info).lstrip("/")[start:], info.size or 0, info.mtime_ns)
@@ -166,38 +164,26 @@ class Storage:
 
 
 class RangeReader:
-    """Reads pieces of files, several at once; keeps the most recently used files open.
-
-    Args:
-        storage: of the files.
-        names: of the files; the empty name is the storage's root.
-    """
+    """Reads pieces of the named files of a storage, several at once; keeps the most recently used files open."""
 
     def __init__(self, storage: Storage, names: tuple[str, ...]) -> None:
         self._storage, self._names = storage, names
         self._lock = threading.Lock()
-        # A file that drops out is closed when the last thread that reads it lets go.
+        # A file that is dropped from the cache is closed when the last thread has read it.
         self._open: Callable[[str], pa.NativeFile] = lru_cache(OPEN_FILES)(storage.open)
 
     def read(self, file: np.ndarray, offset: np.ndarray, num_bytes: np.ndarray) -> tuple[list[bytes], int]:
-        """Read pieces.
+        """Read pieces, and count the bytes that were read for them.
 
         Args:
             file, offset, num_bytes: of each piece, (B,) integers; a file is its position among the names.
-
-        Returns:
-            The pieces, and the number of bytes that were read for them.
 
         Raises:
             DataError: a file can't be read, or has become shorter.
         """
         pieces = [b""] * len(file)
         ranges = plan_ranges(file, offset, num_bytes, LOCAL_GAP_BYTES if self._storage.is_local else REMOTE_GAP_BYTES)
-        if self._storage.is_local or len(ranges) <= 1:
-            contents = [self._fetch(part) for part in ranges]
-        else:
-            with ThreadPoolExecutor(min(REMOTE_THREADS, len(ranges))) as pool:
-                contents = list(pool.map(self._fetch, ranges))
+        contents = in_threads(self._fetch, ranges, 1 if self._storage.is_local else REMOTE_THREADS)
         for part, content in zip(ranges, contents, strict=True):
             for position in part.positions:
                 start = int(offset[position]) - part.start
@@ -258,13 +244,13 @@ def split_shards(
     """Split shards into training and validation by patterns of their names.
 
     A pattern is matched against a name with and without its folders. A shard that matches both patterns is for
-    training; where none matches the training pattern, all that are not for validation are.
+    training. If none matches the training pattern, all shards that are not for validation are for training.
 
     Args:
         shards: by name, without the suffix.
         train: pattern of the training shards.
         validation: pattern of the validation shards; the default also tries "*val*", "" matches none.
-        noun: the config's word for a shard: `data.train_<noun>s` is its key.
+        noun: the word for a shard in the config key `data.train_<noun>s`.
 
     Raises:
         DataError: nothing is left for training, or a validation pattern other than the default matches nothing.
@@ -293,12 +279,21 @@ def _matching(names: Iterable[str], pattern: str) -> set[str]:
     return {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name.rpartition("/")[2], pattern)}
 
 
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> list[Result]:
+    """Return a function's results for all items, in order, computed in threads; the first error is raised."""
+    items = list(items)
+    if min(num_threads, len(items)) <= 1:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(min(num_threads, len(items)), thread_name_prefix="rayprune-read") as pool:
+        return list(pool.map(function, items))
+
+
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """Replace a file atomically: a kill or an error leaves the old content or the new one, never a part.
 
     Yields:
-        A path beside `path` to write to; it takes the place of `path` when the block ends without an error.
+        A path to write to; it replaces `path` when the block ends without an error.
 
     Raises:
         DataError: the folder does not exist.
@@ -313,14 +308,8 @@ def replace_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file as UTF-8, atomically like `replace_file`."""
-    with replace_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def public(path: str) -> str:
-    """Return a path for messages: without the key and secret, and the settings, that a URI may carry.
+    """Return a path for messages, without the credentials and settings that a URI may contain.
 
     >>> public("s3://key:secret@bucket/a?region=us-east-1"), public("a/b?c")
     ('s3://bucket/a', 'a/b?c')
@@ -329,7 +318,7 @@ def public(path: str) -> str:
 
 
 def redacted(text: str) -> str:
-    """Return a text, such as a path within a file system or another library's message, without `key:secret@`.
+    """Return a path within a file system, or another library's message, without `key:secret@`.
 
     >>> redacted("No such file: '/key:secret@bucket/a'")
     "No such file: '/bucket/a'"
@@ -343,7 +332,7 @@ def one_line(error: Exception, width: int = 160) -> str:
 
 
 def _read_local(path: str) -> bytes:
-    # Plain system calls take a third of the time of a Python file, which matters where a file is one small image.
+    # Plain system calls take a third of the time of a Python file, which matters if each file is one small image.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
     try:
         num_bytes = os.fstat(handle).st_size

@@ -1,6 +1,6 @@
-"""Map-style torch Datasets, and every other object with `__len__` and `__getitem__`; torch itself is not imported.
+"""Map-style torch Datasets, and other objects with `__len__` and `__getitem__`; torch itself is not imported.
 
-Where items differ at each visit (random transforms), the content cannot be hashed: the fingerprint is computed from the
+If items differ at each visit (random transforms), their content cannot be hashed: the fingerprint is computed from the
 labels alone, and the rows are never kept in the decoded cache.
 
 Shapes: N samples, B batch, H height, W width, C channels, F features.
@@ -30,7 +30,7 @@ from rayprune.sources.base import (
     holdout,
     spaced_ids,
 )
-from rayprune.sources.cache import check_mode, decoded
+from rayprune.sources.cache import CacheMode, check_mode, decoded
 from rayprune.sources.fingerprint import array_digest, digest
 from rayprune.sources.images import DEEP_MODES, GREY_MODES
 from rayprune.sources.registry import call_with_keys, register_source
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 IMAGE_CHANNELS = (1, 3)
 FINGERPRINT_ITEMS = 256
-# A flip with even odds goes unnoticed in these items once in 65,536 times.
+# A random flip leaves these items unchanged, and goes unnoticed, once in 65,536 times.
 TWICE_READ_ITEMS = 16
 CHECKED_LABELS = 16
 CHUNK_ITEMS = 256
@@ -54,7 +54,7 @@ class TorchDataset:
         dataset: `module:function` or `path.py:function`; returns a Dataset, or a pair (train, validation or None).
         options: the function's keyword arguments.
         columns: see from_torch.
-        validation_fraction: held out, stratified, where the function returns no validation part; 0 for none.
+        validation_fraction: held out, stratified, if the function returns no validation part; 0 for none.
         num_classes: default: the number of the dataset's `classes`, else the largest training label + 1.
         cache: see `cache.decoded`; items that differ at each visit are never kept.
         cache_dir: see `cache.cache_root`.
@@ -65,11 +65,10 @@ class TorchDataset:
     columns: tuple[str, ...] | None = None
     validation_fraction: float = 0.1
     num_classes: int | None = None
-    cache: str = "auto"
+    cache: CacheMode = "auto"
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
-        check_mode(self.cache)
         if not is_reference(self.dataset):
             raise ConfigError(
                 f"data.dataset {self.dataset!r} is not a reference: write 'module:function' or 'path.py:function'"
@@ -89,7 +88,7 @@ class TorchDataset:
         return holdout(train, self.validation_fraction)
 
     def _open_part(self, dataset: Any, num_classes: int | None) -> SampleSource:
-        # Built-in models take float32; users' own loops get the numbers as they are.
+        # Built-in models take float32; users' own loops get the numbers unchanged.
         source = ItemSource(dataset, self.columns, num_classes, float_features=True)
         if not source.schema.input:
             columns = {name: f"{column.dtype} {column.shape}" for name, column in source.schema.columns.items()}
@@ -161,6 +160,8 @@ class ItemSource(DescribedSource):
         ValueError: it is not a map-style Dataset, it is empty, or an item is unsuitable.
     """
 
+    row_cost: RowCost = "expensive"
+
     def __init__(
         self,
         dataset: Any,
@@ -187,10 +188,6 @@ class ItemSource(DescribedSource):
             class_names = class_names if len(class_names) == num_classes else ()
             self._schema = Schema(kinds, _input_name(kinds), num_classes, class_names)
         self._fingerprint = self._digest()
-
-    @property
-    def row_cost(self) -> RowCost:
-        return "expensive"
 
     def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         check_ids(ids, len(self))
@@ -226,8 +223,9 @@ class ItemSource(DescribedSource):
         differs = np.flatnonzero(rows["label"] != self._labels[ids])
         if len(differs):
             sample = int(ids[differs[0]])
-            earlier = "its targets say" if self._has_stored_labels else "had before"
-            cure = "correct them, or remove the attribute" if self._has_stored_labels else "give each item one label"
+            earlier, cure = "had before", "give each item one label"
+            if self._has_stored_labels:
+                earlier, cure = "its targets say", "correct them, or remove the attribute"
             raise DataError(
                 f"{self.name} item {sample} has label {rows['label'][differs[0]]} and {earlier} "
                 f"{self._labels[sample]}: {cure}"
@@ -276,7 +274,7 @@ class ItemSource(DescribedSource):
 
 
 def _stored_labels(dataset: Any) -> np.ndarray | None:
-    """Return the labels in an attribute of a Dataset, (N,) int64, or those of the one that it is a Subset of."""
+    """Return the labels in an attribute of a Dataset, or of the Dataset of a Subset, (N,) int64; None for none."""
     if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
         labels, indices = _stored_labels(dataset.dataset), np.asarray(dataset.indices, dtype=np.int64)
         return None if labels is None or (len(indices) and indices.max() >= len(labels)) else labels[indices]
@@ -296,7 +294,7 @@ def _stored_labels(dataset: Any) -> np.ndarray | None:
 
 
 def _class_names(dataset: Any) -> tuple[str, ...]:
-    """Return the `classes` of a Dataset, or of the one that it is a Subset of; empty where it has none."""
+    """Return the `classes` of a Dataset, or of the Dataset of a Subset; empty for none."""
     if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
         return _class_names(dataset.dataset)
     names = getattr(dataset, "classes", None)
@@ -310,7 +308,7 @@ def item_columns(item: Any, names: tuple[str, ...] | None, float_features: bool 
         item: a mapping, a tuple or list, or a single value, of tensors, arrays, Pillow images and numbers.
         names: of a tuple's entries, or those to keep of a mapping; None for `image` or `features` and `label`, or for
             all of a mapping.
-        float_features: turn whole numbers called `features` into float32 too, which holds them exactly up to 2**24.
+        float_features: convert integers called `features` to float32 too, which is exact up to 2**24.
 
     Raises:
         ValueError: the names do not fit, or a value is not a number or an array of numbers.
@@ -325,7 +323,7 @@ def item_columns(item: Any, names: tuple[str, ...] | None, float_features: bool 
         entries = list(item) if isinstance(item, tuple | list) else [item]
         values = dict(zip(names or _default_names(entries), entries, strict=False))
         if len(values) != len(entries):
-            raise DataError(f"has {len(entries)} entries and columns are {names}: give each entry a name of its own")
+            raise DataError(f"has {len(entries)} entries and columns are {names}: give each entry its own name")
     for name in values:
         if name in RESERVED_NAMES:
             raise DataError(f"has a column {name!r}, a name that rayprune adds itself: set columns to other names")
@@ -385,7 +383,7 @@ def _as_array(name: str, value: Any) -> np.ndarray:
 
 
 def _channels_last(array: np.ndarray, channels_first: bool) -> np.ndarray:
-    """Return an image as (H, W, C); `channels_first` decides where both ends could be the channels."""
+    """Return an image as (H, W, C); `channels_first` decides if both ends could be the channels."""
     if array.ndim == 2:
         return array[:, :, None]
     ends = [axis for axis in (0, 2) if array.ndim == 3 and array.shape[axis] in IMAGE_CHANNELS]

@@ -1,7 +1,7 @@
 """CIFAR-10, CIFAR-100 and Fashion-MNIST in torchvision's folders, read with torchvision.
 
-CIFAR (Krizhevsky, 2009) is stored as pickles. Only the published files are opened, by their MD5, so that no other
-pickle can run code. Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017, arXiv:1708.07747) is stored as IDX files.
+CIFAR (Krizhevsky, 2009) is stored as pickles. Only files with the published MD5 are opened, so that no other pickle can
+run code. Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017, arXiv:1708.07747) is stored as IDX files.
 
 Reading imports torchvision, and with it torch; parts in the decoded cache are opened without it.
 
@@ -38,7 +38,7 @@ class PublishedImages(abc.ABC):
 
     Attributes:
         path: torchvision's root folder.
-        download: fetch the files where they are missing.
+        download: fetch missing files.
         cache_dir: see `cache.cache_root`.
     """
 
@@ -56,7 +56,7 @@ class PublishedImages(abc.ABC):
     shape: ClassVar[tuple[int, int, int]]
 
     def open(self) -> Splits:
-        """Open both parts, downloading the files first where they are missing and `download` is set.
+        """Open both parts; with `download`, fetch missing files first.
 
         Raises:
             ValueError: a file is missing, damaged, or can't be downloaded.

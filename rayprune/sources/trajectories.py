@@ -70,7 +70,6 @@ def read_trajectories(folder: str | Path, num_epochs: int, num_samples: int | No
 
 
 def _epoch_numbers(root: Path, num_epochs: int) -> range:
-    """Return the numbers of the epochs to read."""
     matches = (re.fullmatch(r"(\d+)_Output\.npy", path.name) for path in root.glob("*_Output.npy"))
     numbers = sorted({int(match[1]) for match in matches if match})
     if not numbers:
@@ -85,7 +84,7 @@ def _epoch_numbers(root: Path, num_epochs: int) -> range:
 
 
 def _open_epoch(root: Path, number: int, num_samples: int | None) -> _Epoch:
-    """Map an epoch's files and check everything but the values of the logits."""
+    """Map the files of an epoch and check everything but the values of the logits."""
     logits = _map_file(path := root / f"{number}_Output.npy")
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise DataError(f"{path} is of shape {logits.shape}: it must be (samples, classes), two or more classes")
@@ -125,7 +124,9 @@ def _map_file(path: Path) -> NDArray[Any]:
 
 
 def _pieces(root: Path, epochs: list[_Epoch]) -> Iterator[Piece]:
-    piece_rows = max(1, _PIECE_NUMBERS // max(1, epochs[0].logits_NC.shape[1]))
+    from scipy.special import softmax
+
+    piece_rows = max(1, _PIECE_NUMBERS // epochs[0].logits_NC.shape[1])
     for position, epoch in enumerate(epochs):
         for start in range(0, epoch.ids.size, piece_rows):
             rows = slice(start, start + piece_rows)
@@ -136,11 +137,4 @@ def _pieces(root: Path, epochs: list[_Epoch]) -> Iterator[Piece]:
                 cure = "a sample without a whole trajectory has no score: log a run that does not diverge"
                 raise DataError(f"{root / f'{epoch.number}_Output.npy'}: {fault}: {cure}")
             losses = None if epoch.losses is None else epoch.losses[rows].astype(np.float32)
-            yield position, ids, _softmax(logits_BC), losses
-
-
-def _softmax(logits_BC: NDArray[np.float64]) -> NDArray[np.float32]:
-    shifted = logits_BC - logits_BC.max(axis=1, keepdims=True)
-    np.exp(shifted, out=shifted)
-    shifted /= shifted.sum(axis=1, keepdims=True)
-    return shifted.astype(np.float32)
+            yield position, ids, softmax(logits_BC, axis=1).astype(np.float32), losses

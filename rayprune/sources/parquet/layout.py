@@ -1,24 +1,20 @@
-"""The files of a Parquet data set that are for training, and the columns that hold the inputs and the labels."""
+"""The training and validation files of a Parquet data set, and the columns of the inputs and the labels."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import pyarrow as pa
 
 from rayprune.core.references import closest
 from rayprune.errors import DataError
-from rayprune.sources.parquet.reader import ShardFile, is_text
+from rayprune.sources.parquet.reader import ShardFile, is_text, text_labels
 from rayprune.sources.storage import Storage, split_shards
 
 IMAGE_NAMES = ("image", "img", "images", "picture", "png", "jpg", "jpeg", "bytes")
 LABEL_NAMES = ("label", "labels", "y", "target", "targets", "fine_label", "class", "cls")
-
-# What messages name: a file, or the folder of a data set.
-Owner = ShardFile | Path
 
 
 def split_files(
@@ -43,13 +39,18 @@ def split_files(
 
 
 def find_columns(
-    owner: Owner,
+    owner: str,
     schema: pa.Schema,
     image_column: str | None,
     label_column: str | None,
     feature_columns: Sequence[str] | None,
 ) -> tuple[str | None, str, tuple[str, ...]]:
     """Choose the columns to read: check the configured ones, and find the others by name and type.
+
+    Args:
+        owner: the file or data set, for messages.
+        schema: of the file or data set.
+        image_column, label_column, feature_columns: as configured; None to find them.
 
     Returns:
         The image column or None, the label column, and the feature columns, which are empty for images.
@@ -79,27 +80,22 @@ def check_columns(file: ShardFile, first: pa.Schema, image: str | None, label: s
     """
     schema = file.schema()
     names = [label, *features, *([] if image is None else [image])]
-    _check_names(file, names, schema.names)
+    _check_names(str(file), names, schema.names)
     for name in names:
         kind, usual = schema.field(name).type, first.field(name).type
         sort = _sort_of_label if name == label else _is_image if name == image else _is_number
         if sort(kind) != sort(usual):
             raise DataError(f"{file} column {name!r} is {kind}, and {usual} in the first file")
-    check_class_names(file, hub_class_names(schema, label), hub_class_names(first, label), "the first file")
+    check_class_names(str(file), hub_class_names(schema, label), hub_class_names(first, label), "the first file")
 
 
 def string_labels(files: Sequence[ShardFile], column: str) -> tuple[str, ...]:
-    """Return the sorted unique strings of a label column over all files; empty where it holds no strings."""
-    names: set[str] = set()
-    for file in files:
-        values = file.column(column)
-        if is_text(values.type):
-            names.update(value for value in values.unique().to_pylist() if value is not None)
-    return tuple(sorted(names))
+    """Return the sorted unique strings of a label column over all files; empty for any other column."""
+    return tuple(sorted({name for file in files for name in text_labels(file.column(column))}))
 
 
 def hub_class_names(schema: pa.Schema, label: str) -> tuple[str, ...]:
-    """Return the class names that the Hugging Face hub stores in a file's metadata; empty where there are none."""
+    """Return the class names that the Hugging Face hub stores in a file's metadata; empty for none."""
     try:
         stored = json.loads((schema.metadata or {})[b"huggingface"])
         return tuple(stored["info"]["features"][label]["names"])
@@ -107,8 +103,8 @@ def hub_class_names(schema: pa.Schema, label: str) -> tuple[str, ...]:
         return ()
 
 
-def check_class_names(owner: Owner, names: Sequence[str], usual: Sequence[str], where: str) -> None:
-    """Refuse class names that are stored in two orders: one label would stand for two classes.
+def check_class_names(owner: str, names: Sequence[str], usual: Sequence[str], where: str) -> None:
+    """Refuse class names that are stored in two orders, so that a label would mean two classes.
 
     Raises:
         DataError: both have names, and they differ.
@@ -121,7 +117,7 @@ def check_class_names(owner: Owner, names: Sequence[str], usual: Sequence[str], 
     raise DataError(f"{owner} has {ours}, and {where} {theirs}: store them with one order of names")
 
 
-def _check_names(owner: Owner, columns: Sequence[str], valid: Sequence[str]) -> None:
+def _check_names(owner: str, columns: Sequence[str], valid: Sequence[str]) -> None:
     for name in columns:
         if name not in valid:
             raise DataError(f"{owner} has no column {name!r}: {closest(name, valid)}")
@@ -145,7 +141,7 @@ def _sort_of_label(kind: pa.DataType) -> str:
 
 
 def _index_columns(schema: pa.Schema) -> set[str]:
-    """Return the columns of pandas' index: row numbers and the like, from which a network could tell the row."""
+    """Return the columns of pandas' index, such as row numbers, from which a network could learn the rows."""
     try:
         stored = json.loads((schema.metadata or {})[b"pandas"])["index_columns"]
     except (KeyError, TypeError, ValueError):
@@ -159,7 +155,7 @@ def _find_image(schema: pa.Schema) -> str | None:
     return next((field.name for field in usual_first if _is_image(field.type)), None)
 
 
-def _find_label(owner: Owner, schema: pa.Schema) -> str:
+def _find_label(owner: str, schema: pa.Schema) -> str:
     index = _index_columns(schema)
     usual = [name for name in LABEL_NAMES if name in schema.names and name not in index]
     integers: list[str] = [
@@ -170,7 +166,7 @@ def _find_label(owner: Owner, schema: pa.Schema) -> str:
     raise DataError(f"{owner} has no column with a usual label name: set data.label_column to one of {schema.names}")
 
 
-def _find_features(owner: Owner, schema: pa.Schema, label: str, configured: Sequence[str] | None) -> tuple[str, ...]:
+def _find_features(owner: str, schema: pa.Schema, label: str, configured: Sequence[str] | None) -> tuple[str, ...]:
     numeric = [field.name for field in schema if field.name != label and _is_number(field.type)]
     for name in configured or ():
         if name not in numeric:

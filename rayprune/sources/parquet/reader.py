@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 BATCH_ROWS = 1024
 ROWS_PER_TASK = 64
 TASKS_PER_THREAD = 16
-# Smaller images spend their time in Python, where two threads were measured to be slower than one.
+# Smaller images spend their time in Python: two threads were measured to be slower than one.
 THREADED_PIXELS = 1 << 15
 # The end of a remote file: its footer holds the position, size and statistics of every column chunk.
 _TAIL_BYTES = 1 << 20
@@ -54,11 +54,6 @@ class ShardFile:
 
     def __str__(self) -> str:
         return self.storage.public(self.relative)
-
-    @property
-    def name(self) -> str:
-        """The name without its folders."""
-        return str(self).rsplit("/", 1)[-1]
 
     @property
     def _path(self) -> str:
@@ -84,9 +79,9 @@ class ShardFile:
         return plain_values(table.column(name))
 
     def digest(self) -> str:
-        """Return the digest of the content; of a remote file that of its length and its last MiB.
+        """Return the digest of the content; of a remote file, only that of its length and its last MiB.
 
-        Reading it all over a network would take as long as an epoch.
+        Reading all of a remote file would take as long as an epoch.
         """
         if self.storage.is_local:
             return file_digest(Path(self._path))
@@ -99,7 +94,7 @@ class ShardFile:
 def usable_files(
     files: tuple[ShardFile, ...], check: Callable[[ShardFile], object], skip_errors: bool
 ) -> tuple[ShardFile, ...]:
-    """Return the files that `check` can read and does not refuse.
+    """Return the files that `check` can read and accepts.
 
     Raises:
         DataError: a file is damaged or refused, and skip_errors is off.
@@ -125,8 +120,8 @@ class ParquetRows:
 
     Attributes:
         files: in the order of the rows.
-        label_column: integers, or strings when there are label_names.
-        label_names: the strings that stand for the labels 0, 1, …; empty for integer labels.
+        label_column: integers, or strings if there are label_names.
+        label_names: the strings of the labels 0, 1, …; empty for integer labels.
         image_column: the encoded images; None for numeric rows.
         feature_columns: the numeric columns; empty for images.
         skip_errors: leave out rows that can't be read instead of refusing them.
@@ -147,7 +142,7 @@ class ParquetRows:
         return (len(self.feature_columns),) if self.images is None else self.images.shape
 
     def row_name(self, row: int) -> str:
-        """Return what messages call a row, 0..N-1; reads footers."""
+        """Return the name of a row, 0..N-1, in messages; reads footers."""
         for file in self.files:
             num_rows = file.metadata().num_rows
             if row < num_rows:
@@ -157,10 +152,7 @@ class ParquetRows:
 
 
 def read_labels(rows: ParquetRows) -> tuple[np.ndarray, np.ndarray]:
-    """Read all labels.
-
-    Returns:
-        labels (N,) int64, and whether a row has one (N,) bool; a row without one has label 0.
+    """Return all labels, (N,) int64, and which rows have one, (N,) bool; a row without a label has 0.
 
     Raises:
         DataError: labels are neither integers nor strings, a string is not among the label_names, or a row has no
@@ -171,16 +163,12 @@ def read_labels(rows: ParquetRows) -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_labels(rows: ParquetRows, file: ShardFile, values: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Return a label column as int64, and which rows have a label; see `read_labels`."""
+    """Return the labels of a column, and which rows have one, as `read_labels` does."""
     present = np.asarray(values.is_valid())
     if not present.all() and not rows.skip_errors:
         raise bad_row(file, int(np.argmin(present)), f"has no {rows.label_column}")
     if rows.label_names:
-        labels = pc.index_in(values.cast(pa.string()), value_set=pa.array(rows.label_names, pa.string()))
-        unknown = np.flatnonzero(present & np.asarray(labels.is_null()))
-        if len(unknown):
-            label = values[int(unknown[0])].as_py()
-            raise DataError(f"{file} row {unknown[0]} has label {label!r}, which no training row has: correct it")
+        labels = text_numbers(values, rows.label_names, str(file))
     elif pa.types.is_integer(values.type) or pa.types.is_boolean(values.type):
         labels = values
     else:
@@ -194,13 +182,9 @@ def as_labels(rows: ParquetRows, file: ShardFile, values: pa.ChunkedArray) -> tu
 
 
 def first_image_shape(rows: ParquetRows, image_size: int | None) -> ImageShape:
-    """Return the shape of the first image that can be read, which the others must have too.
-
-    Raises:
-        DataError: as `images.first_shape`.
-    """
-    batches = chain.from_iterable(_encoded_images(rows, file) for file in rows.files)
-    images = chain.from_iterable(encoded for _, encoded in batches)
+    """Return the shape of the first readable image, which the others must have too; see `images.first_shape`."""
+    batches = chain.from_iterable(_batches(file, input_columns(rows, file.schema())) for file in rows.files)
+    images = chain.from_iterable(_encoded_images(batch, num_rows) for _, num_rows, batch in batches)
     owner = f"column {rows.image_column!r} of {rows.files[0].storage.public()}"
     on_error = "skip" if rows.skip_errors else "fail"
     return first_shape(images, rows.row_name, None, image_size, on_error=on_error, owner=owner)
@@ -209,20 +193,18 @@ def first_image_shape(rows: ParquetRows, image_size: int | None) -> ImageShape:
 def build_rows(rows: ParquetRows, folder: Path) -> None:
     """Write a cache entry: `image` (N, H, W, C) uint8 or `features` (N, F) float32, `label`, and `readable` (N,) bool.
 
-    Unreadable rows keep their place, so that row numbers stay those of the files.
+    Unreadable rows keep their place, so that the row numbers are those of the files.
 
     Raises:
         DataError: images of several sizes, or a row or file can't be read and skip_errors is off.
     """
     labels, readable = read_labels(rows)
-    name, dtype, fill = (
-        ("features", "float32", _fill_features) if rows.images is None else ("image", "uint8", _fill_images)
-    )
+    name, dtype = ("features", "float32") if rows.images is None else ("image", "uint8")
     target = new_array(folder, name, dtype, (len(labels), *rows.shape))
     first = 0
     for file in rows.files:
         num_rows = file.metadata().num_rows
-        for row, error in fill(rows, file, target[first : first + num_rows]):
+        for row, error in _fill(rows, file, target[first : first + num_rows]):
             if not rows.skip_errors:
                 raise error
             readable[first + row] = False
@@ -232,55 +214,52 @@ def build_rows(rows: ParquetRows, folder: Path) -> None:
     np.save(folder / "readable.npy", readable)
 
 
-def _fill_features(rows: ParquetRows, file: ShardFile, target: np.ndarray) -> Iterator[BadRow]:
-    for start, num_rows, batch in _batches(file, list(rows.feature_columns)):
-        if batch is None:
-            for row in range(start, start + num_rows):
-                yield row, bad_row(file, row, "is in a damaged part of the file")
-        else:
-            values = feature_values(rows, batch)
-            target[start : start + num_rows] = values
-            for position, problem in non_finite_rows(rows, values):
-                yield start + position, bad_row(file, start + position, problem)
-
-
-def _fill_images(rows: ParquetRows, file: ShardFile, target: np.ndarray) -> Iterator[BadRow]:
-    num_threads = (os.cpu_count() or 1) if target.shape[1] * target.shape[2] >= THREADED_PIXELS else 1
+def _fill(rows: ParquetRows, file: ShardFile, target: np.ndarray) -> Iterator[BadRow]:
+    """Decode a file's rows into the target, (rows of the file, …); yield those that can't be used."""
+    threaded = rows.images is not None and target.shape[1] * target.shape[2] >= THREADED_PIXELS
+    num_threads = (os.cpu_count() or 1) if threaded else 1
+    task_rows = BATCH_ROWS if rows.images is None else ROWS_PER_TASK
     pending: deque[Future[list[BadRow]]] = deque()
     with ThreadPoolExecutor(num_threads) as pool:
-        for start, encoded in _encoded_images(rows, file):
-            for offset in range(0, len(encoded), ROWS_PER_TASK):
-                task = encoded[offset : offset + ROWS_PER_TASK]
-                pending.append(pool.submit(_decode_into, target, rows, file, start + offset, task))
-            # Row groups may be smaller than what keeps all threads busy, files larger than memory.
+        for start, num_rows, batch in _batches(file, input_columns(rows, file.schema())):
+            for offset in range(0, num_rows, task_rows):
+                part = None if batch is None else batch.slice(offset, task_rows)
+                part_target = target[start + offset : start + min(offset + task_rows, num_rows)]
+                pending.append(pool.submit(_fill_part, rows, file, start + offset, part, part_target))
+            # Row groups may be too small to keep all threads busy, and files larger than memory.
             while len(pending) > TASKS_PER_THREAD * num_threads:
                 yield from pending.popleft().result()
         for rest in pending:
             yield from rest.result()
 
 
-def _decode_into(
-    target: np.ndarray, rows: ParquetRows, file: ShardFile, start: int, encoded: list[bytes | None]
+def _fill_part(
+    rows: ParquetRows, file: ShardFile, start: int, part: pa.RecordBatch | None, target: np.ndarray
 ) -> list[BadRow]:
-    assert rows.images is not None
-    bad: list[BadRow] = []
-    images = decode_each(encoded, rows.images, lambda position: f"{file} row {start + position}")
-    for row, pixels in enumerate(images, start):
-        if isinstance(pixels, UnreadableImage):
-            bad.append((row, pixels))
+    """Decode consecutive rows of a file, from row `start`; they are damaged if the part is None."""
+    if rows.images is None:
+        if part is None:
+            problems = [(position, "is in a damaged part of the file") for position in range(len(target))]
         else:
-            target[row] = pixels
+            target[:] = feature_values(rows, part)
+            problems = list(non_finite_rows(rows, target))
+        return [(start + position, bad_row(file, start + position, problem)) for position, problem in problems]
+    encoded = _encoded_images(part, len(target))
+    bad: list[BadRow] = []
+    for position, pixels in enumerate(decode_each(encoded, rows.images, lambda row: f"{file} row {start + row}")):
+        if isinstance(pixels, UnreadableImage):
+            bad.append((start + position, pixels))
+        else:
+            target[position] = pixels
     return bad
 
 
-def _encoded_images(rows: ParquetRows, file: ShardFile) -> Iterator[tuple[int, list[bytes | None]]]:
-    leaf = image_leaf(file.schema(), str(rows.image_column))
-    for start, num_rows, batch in _batches(file, [leaf]):
-        yield start, [None] * num_rows if batch is None else encoded_values(batch.column(0)).to_pylist()
+def _encoded_images(batch: pa.RecordBatch | None, num_rows: int) -> list[bytes | None]:
+    return [None] * num_rows if batch is None else encoded_values(batch.column(0)).to_pylist()
 
 
 def _batches(file: ShardFile, columns: list[str]) -> Iterator[tuple[int, int, pa.RecordBatch | None]]:
-    """Yield first row, number of rows and values of each batch; None for values that a damaged row group lacks."""
+    """Yield the first row, number of rows and values of each batch; None for the values of a damaged row group."""
     with file.open() as parquet:
         end = 0
         for group in range(parquet.num_row_groups):
@@ -305,9 +284,31 @@ def is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def image_leaf(schema: pa.Schema, column: str) -> str:
-    """Return the column to read for images: of the hub's structs only the field `bytes`."""
-    return f"{column}.bytes" if pa.types.is_struct(schema.field(column).type) else column
+def text_labels(values: pa.ChunkedArray) -> tuple[str, ...]:
+    """Return the sorted unique strings of a label column, for labels 0, 1, …; empty for any other column."""
+    return tuple(sorted(values.unique().drop_null().to_pylist())) if is_text(values.type) else ()
+
+
+def text_numbers(values: pa.ChunkedArray, class_texts: tuple[str, ...], owner: str) -> pa.ChunkedArray:
+    """Return the positions of labels among the strings of `text_labels`; null for a missing label.
+
+    Raises:
+        DataError: a label is not among them.
+    """
+    numbers = pc.index_in(values.cast(pa.string()), value_set=pa.array(class_texts, pa.string()))
+    unknown = np.flatnonzero(np.asarray(values.is_valid()) & np.asarray(numbers.is_null()))
+    if len(unknown):
+        label = values[int(unknown[0])].as_py()
+        raise DataError(f"{owner} row {unknown[0]} has label {label!r}, which no training row has: correct it")
+    return numbers
+
+
+def input_columns(rows: ParquetRows, schema: pa.Schema) -> list[str]:
+    """Return the columns to read for the inputs: only the field `bytes` of the hub's image structs."""
+    if rows.image_column is None:
+        return list(rows.feature_columns)
+    is_struct = pa.types.is_struct(schema.field(rows.image_column).type)
+    return [f"{rows.image_column}.bytes" if is_struct else rows.image_column]
 
 
 def encoded_values(values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
@@ -325,11 +326,11 @@ def feature_values(rows: ParquetRows, batch: pa.RecordBatch | pa.Table) -> np.nd
 
 
 def non_finite_rows(rows: ParquetRows, values: np.ndarray) -> Iterator[tuple[int, str]]:
-    """Yield the position of each row of (B, F) values that has a missing or infinite one, and the problem."""
+    """Yield the position and problem of each missing or infinite number among (B, F) values."""
     for position, column in np.argwhere(~np.isfinite(values)).tolist():
         yield position, f"is null, NaN or infinite in column {rows.feature_columns[column]!r}"
 
 
 def bad_row(file: ShardFile, row: int, problem: str) -> DataError:
-    """Return the error that names a row."""
+    """Return the error of a row, with its cure."""
     return DataError(f"{file} row {row} {problem}: correct it, or {LEAVE_OUT}")

@@ -1,9 +1,9 @@
 """Rows of Parquet files decoded at every visit: no cache, so the data may be larger than memory and disk.
 
-A row group can only be read whole. Each process keeps the encoded columns of the groups it read last, up to
-`buffer_bytes`: plans visit such rows in windows of groups (rayprune.core.plan), so that each process that visits a
-window reads its groups about once. Where a window's groups are larger than the buffer, those that do not fit are read
-again for every span of rows. Pruning saves decoding here, but reading only where a group has no kept row left.
+A row group can only be read whole. Each process keeps the encoded columns of the groups that it read last, up to
+`buffer_bytes`. Plans visit such rows in windows of groups (rayprune.core.plan), so each process reads the groups of a
+window about once. If they are larger than the buffer, those that do not fit are read again for every span of rows.
+Pruning always saves decoding, but it saves reading only for groups without a kept row.
 
 Shapes: N rows of all files, B batch, G row groups of all files, D files.
 """
@@ -16,13 +16,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayprune.sources.base import SampleSource, Schema, check_ids
+from rayprune.sources.base import DescribedSource, RowCost, Schema, check_ids
 from rayprune.sources.images import LEAVE_OUT, decode_rows, readable_rows
 from rayprune.sources.parquet.reader import (
     ParquetRows,
@@ -31,7 +31,7 @@ from rayprune.sources.parquet.reader import (
     bad_row,
     encoded_values,
     feature_values,
-    image_leaf,
+    input_columns,
     non_finite_rows,
     plain_values,
     read_labels,
@@ -45,74 +45,47 @@ _BUFFERS = 4
 _CHECKED_ROWS = 256
 
 
-class ParquetGroups(SampleSource):
-    """Rows decoded from row groups; `read` counts the compressed bytes of the column chunks that it really read.
+class ParquetGroups(DescribedSource):
+    """Rows decoded from row groups; `read` counts the compressed bytes of the column chunks that were not buffered.
 
-    Pickles into paths and sizes; the copies in one process share one buffer.
-
-    Args:
-        rows: of which files and columns.
-        schema: the columns.
-        fingerprint: of the samples.
-        labels: (N,) int64; kept in this process only, the others read the label column.
-        buffer_bytes: the size of the encoded columns that each process keeps.
+    Pickles into paths and sizes; the copies in one process share one buffer, of `buffer_bytes`.
     """
 
+    process_local = ("_groups", "_first_groups", "_labels")
+    row_cost: RowCost = "expensive"
+
     def __init__(
-        self, rows: ParquetRows, schema: Schema, fingerprint: str, labels: np.ndarray, buffer_bytes: int = BUFFER_BYTES
+        self, rows: ParquetRows, schema: Schema, fingerprint: str, labels: np.ndarray, buffer_bytes: int
     ) -> None:
-        self._rows, self._schema, self._fingerprint = rows, schema, fingerprint
-        self._buffer_bytes = buffer_bytes
-        self._labels: np.ndarray | None = labels
+        super().__init__(len(labels), schema, fingerprint, labels)
+        self._rows, self._buffer_bytes = rows, buffer_bytes
         footers = [file.metadata() for file in rows.files]
         sizes = [footer.row_group(number).num_rows for footer in footers for number in range(footer.num_row_groups)]
         counts = [footer.num_row_groups for footer in footers]
         self._set_groups(np.array(sizes, dtype=np.int64), np.cumsum([0, *counts]))
 
     def _set_groups(self, sizes_G: np.ndarray, first_groups: np.ndarray) -> None:
-        self._first_groups = first_groups  # (D+1,): file d has the groups first_groups[d]..first_groups[d+1]-1
+        self._first_groups = first_groups  # see GroupBuffer
         self._groups = np.concatenate([[0], np.cumsum(sizes_G)])
 
     def __getstate__(self) -> dict[str, Any]:
-        # Writers make row groups of one size: they are pickled as runs, because pickles go out with every read task.
+        # Every read task carries a pickle. Most row groups have one size, so their sizes are pickled as runs.
         sizes = np.diff(self._groups)
         runs = np.flatnonzero(np.diff(sizes, prepend=-1))
-        state = {name: value for name, value in vars(self).items() if name not in {"_groups", "_first_groups"}}
         packed = sizes[runs], np.diff(runs, append=sizes.size), self._first_groups.astype(np.uint32)
-        return {**state, "_labels": None, "packed": packed}
+        return {**super().__getstate__(), "packed": packed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         sizes, counts, first_groups = state.pop("packed")
-        vars(self).update(state)
+        super().__setstate__(state)
         self._set_groups(np.repeat(sizes, counts), first_groups.astype(np.int64))
 
-    def __len__(self) -> int:
-        return int(self._groups[-1])
-
-    @property
-    def schema(self) -> Schema:
-        return self._schema
-
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    @property
-    def labels(self) -> np.ndarray:
-        if self._labels is None:
-            self._labels, _ = read_labels(self._rows)
-        return self._labels
+    def _read_labels(self) -> np.ndarray:
+        return read_labels(self._rows)[0]
 
     @property
     def groups(self) -> np.ndarray:
         return self._groups
-
-    @property
-    def row_cost(self) -> Literal["expensive"]:
-        return "expensive"
-
-    def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        return self.read(ids)[0]
 
     def read(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
         check_ids(ids, len(self))
@@ -145,11 +118,11 @@ class ParquetGroups(SampleSource):
         return decode_rows(encoded, images, lambda position: f"{file} row {first + rows[position]}"), labels
 
     def prepare(self) -> None:
-        """Empty this process's buffer: the bytes that a run counts must not depend on earlier reads."""
+        """Clear this process's buffer: the bytes that a run counts must not depend on earlier reads."""
         self._buffer().clear()
 
     def readable(self) -> np.ndarray:
-        """Decode everything once; return which rows can be read, (N,) bool."""
+        """Decode all rows, and return which can be read, (N,) bool."""
         readable = np.zeros(len(self), dtype=bool)
         for group, (first, stop) in enumerate(pairwise(self._groups.tolist())):
             try:
@@ -180,12 +153,9 @@ class ParquetGroups(SampleSource):
 
 
 class GroupBuffer:
-    """Reads row groups and keeps the ones read last; several threads may use it.
+    """Reads row groups, and keeps `buffer_bytes` of the most recently used ones; several threads may use it.
 
-    Args:
-        rows: of which files and columns.
-        first_groups: (D+1,) int64, file d has the groups first_groups[d]..first_groups[d+1]-1.
-        buffer_bytes: the size of the groups that are kept.
+    File d has the groups first_groups[d]..first_groups[d+1]-1; first_groups is (D+1,) int64.
     """
 
     def __init__(self, rows: ParquetRows, first_groups: np.ndarray, buffer_bytes: int) -> None:
@@ -202,12 +172,12 @@ class GroupBuffer:
             self._held_bytes = 0
 
     def held_first(self, groups: Iterable[int]) -> list[int]:
-        """Return groups, starting with those in the buffer: reading the others might push them out."""
+        """Return groups, starting with those in the buffer, which reading the others might evict."""
         with self._lock:
             return sorted(groups, key=lambda group: group not in self._held)
 
     def group(self, group: int) -> tuple[pa.Table, int]:
-        """Return a group's encoded columns, and the bytes read for them: their compressed chunks, 0 from the buffer.
+        """Return a group's encoded columns, and the compressed bytes read for them, 0 if they are in the buffer.
 
         Raises:
             OSError: it can't be read.
@@ -229,8 +199,7 @@ class GroupBuffer:
         rows = self._rows
         try:
             file = self._open(number)
-            image = [] if rows.image_column is None else [image_leaf(file.schema_arrow, rows.image_column)]
-            columns = [*image, *rows.feature_columns, rows.label_column]
+            columns = [*input_columns(rows, file.schema_arrow), rows.label_column]
             table = file.read_row_group(place, columns=columns, use_threads=False)
         except (pa.ArrowInvalid, OSError) as error:
             where = f"{rows.files[number]} row group {place}"
@@ -247,7 +216,7 @@ _buffers_lock = threading.Lock()
 
 
 def shared_buffer(rows: ParquetRows, fingerprint: str, first_groups: np.ndarray, buffer_bytes: int) -> GroupBuffer:
-    """Return this process's buffer of a source: every read task brings its own copy of the source."""
+    """Return this process's buffer of a source; every read task has its own copy of the source."""
     key = (fingerprint, buffer_bytes, *map(str, rows.files))
     with _buffers_lock:
         if key not in _buffers:

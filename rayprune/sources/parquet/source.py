@@ -7,7 +7,6 @@ windows of row groups. Files are split by their names, and columns found by name
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -15,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from rayprune.errors import DataError
-from rayprune.sources.base import Column, SampleSource, Schema, Splits, count_classes, holdout
+from rayprune.sources.base import SampleSource, Schema, Splits, count_classes, holdout
 from rayprune.sources.cache import CacheMode, cache_root, cached_arrays, decoded, leave_out_unreadable
 from rayprune.sources.fingerprint import digest
 from rayprune.sources.images import check_size
@@ -39,8 +38,6 @@ from rayprune.sources.parquet.row_groups import BUFFER_BYTES, ParquetGroups
 from rayprune.sources.registry import register_source
 from rayprune.sources.storage import DEFAULT_VALIDATION, public
 
-HOLDOUT_SEED = 0
-
 
 @register_source("parquet")
 @dataclass(frozen=True)
@@ -53,14 +50,13 @@ class Parquet:
         validation_files: pattern of the names; the default also tries "*val*"; "" for none.
         image_column: encoded images, binary or a struct with `bytes`; default: found by name and type.
         label_column: integers or strings; default: found by name, else the only integer column.
-        feature_columns: numeric columns, in this order; default if there is no image: all but the label and pandas'
+        feature_columns: numeric columns, in this order; default if there is no image: all except the label and pandas'
             index.
         validation_fraction: held out, stratified, if no file is for validation; 0 for no validation.
         num_classes: default: the number of class names stored, else the largest training label + 1.
         image_size: pixels; the shorter side is scaled to it and the middle square cut out. Default: the images' own
             size, which must be the same for all.
-        on_error: "skip" leaves out rows and files that can't be read, and files with other columns; "fail" refuses
-            them.
+        on_error: "skip" leaves out unreadable rows and files, and files with other columns; "fail" refuses them.
         cache: see `cache.decoded`; `auto` decodes at every visit if the disk has less than twice the room.
         cache_dir: see `cache.cache_root`.
         buffer_bytes: with cache none, the size of the encoded row groups that each process keeps.
@@ -89,7 +85,7 @@ class Parquet:
             raise DataError(f"data.buffer_bytes = {self.buffer_bytes}: must be at least 0")
 
     def open(self) -> Splits:
-        """Find the files and columns and read the labels; with on_error=skip decode all, to know which can be read.
+        """Find the files and columns and read the labels; with on_error=skip, decode all rows to find unreadable ones.
 
         Raises:
             ValueError: files or columns are missing, unsuitable or (on_error=fail) damaged.
@@ -105,19 +101,17 @@ class Parquet:
         if train_rows.image_column is not None:
             train_rows = replace(train_rows, images=first_image_shape(train_rows, self.image_size))
         owner = f"column {train_rows.label_column!r} of {public(self.path)}"
-        configured = (len(class_names) or None) if self.num_classes is None else self.num_classes
-        num_classes = count_classes(labels, owner, configured)
-        schema = _row_schema(train_rows, num_classes, class_names if len(class_names) == num_classes else ())
-        train = self._open_rows(train_rows, schema)
+        num_classes = count_classes(labels, owner, self.num_classes, class_names)
+        input_name = "features" if train_rows.image_column is None else "image"
+        schema = Schema.for_classification(input_name, train_rows.shape, num_classes, class_names)
+        train = self._open_rows(train_rows, schema, labels)
         if validation_rows.files:
             validation_rows = replace(validation_rows, images=train_rows.images)
-            return Splits(train, self._open_rows(validation_rows, schema))
-        if self.validation_fraction == 0:
-            return Splits(train, None)
-        return holdout(train, self.validation_fraction, HOLDOUT_SEED)
+            return Splits(train, self._open_rows(validation_rows, schema, read_labels(validation_rows)[0]))
+        return holdout(train, self.validation_fraction)
 
     def _find_rows(self) -> tuple[ParquetRows, ParquetRows, tuple[str, ...]]:
-        """Return the training rows, the validation rows, both without the images' shape, and the class names."""
+        """Return the training and the validation rows, without the images' shape, and the class names."""
         skip = self.on_error == "skip"
         train, validation = (
             usable_files(files, ShardFile.metadata, skip)
@@ -127,7 +121,7 @@ class Parquet:
             raise DataError(f"data.path {public(self.path)!r} holds no training file that can be read: restore one")
         file_schema = train[0].schema()
         image, label, features = find_columns(
-            train[0], file_schema, self.image_column, self.label_column, self.feature_columns
+            str(train[0]), file_schema, self.image_column, self.label_column, self.feature_columns
         )
         check = partial(check_columns, first=file_schema, image=image, label=label, features=features)
         for step in (check, partial(ShardFile.column, name=label)):
@@ -140,8 +134,7 @@ class Parquet:
         rows = ParquetRows(train, label, names, image, features, skip)
         return rows, replace(rows, files=validation), names or hub_class_names(file_schema, label)
 
-    def _open_rows(self, rows: ParquetRows, schema: Schema) -> SampleSource:
-        labels, _ = read_labels(rows)
+    def _open_rows(self, rows: ParquetRows, schema: Schema, labels: np.ndarray) -> SampleSource:
         columns = [rows.image_column or "", rows.label_column, *rows.feature_columns]
         columns += [] if self.image_size is None else [f"size {self.image_size}"]
         fingerprint = digest("parquet", *columns, str(rows.shape), labels, *(file.digest() for file in rows.files))
@@ -150,17 +143,10 @@ class Parquet:
             source = _without_bad_rows(groups, groups.readable(), rows) if rows.skip_errors else groups
             return decoded(source, "memory" if self.cache == "memory" else "none")
         key = f"parquet-{digest(fingerprint, 'skip' if rows.skip_errors else 'fail')}"
-        row_bytes = math.prod(rows.shape) * np.dtype(schema.columns[schema.input].dtype).itemsize + 9
-        build = partial(build_rows, rows)
-        open_arrays = partial(cached_arrays, key, cache_root(self.cache_dir), build, len(labels) * row_bytes)
+        num_bytes = len(labels) * (schema.row_bytes + 1)  # of `readable`
+        open_arrays = partial(cached_arrays, key, cache_root(self.cache_dir), partial(build_rows, rows), num_bytes)
         cached = RowSource(open_arrays, schema, fingerprint, labels)
         return _without_bad_rows(cached, cached.arrays()["readable"], rows) if rows.skip_errors else cached
-
-
-def _row_schema(rows: ParquetRows, num_classes: int, class_names: tuple[str, ...]) -> Schema:
-    name, dtype = ("features", "float32") if rows.image_column is None else ("image", "uint8")
-    columns = {name: Column(rows.shape, dtype), "label": Column((), "int64")}
-    return Schema(columns, name, num_classes, class_names)
 
 
 def _without_bad_rows(source: SampleSource, readable: np.ndarray, rows: ParquetRows) -> SampleSource:

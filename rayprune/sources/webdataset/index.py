@@ -1,9 +1,9 @@
-"""The index of tar shards: the positions of their samples, found in one walk and kept in the decoded cache.
+"""The index of tar shards: the positions of their samples, kept in the decoded cache.
 
 As in WebDataset, a sample is a run of members whose names agree up to the first dot of the base name; the rest of the
-name is the member's suffix. Directories, links and names between double underscores are passed over.
+name is the member's suffix. Directories, links and names between double underscores are skipped.
 
-An entry of the cache is keyed by the shard's path, size and times, because nothing else is known without reading it.
+The key of a cache entry is the shard's path, size and times, because nothing else is known without reading it.
 
 Shapes: M samples of a shard.
 """
@@ -37,7 +37,7 @@ META_NAME = re.compile(r"__[^/]*__($|/)")
 # Longer texts are not labels; all records of a shard are as wide as its longest.
 MAX_LABEL_BYTES = 1 << 10
 MAX_TEXT_BYTES = 200
-# One request reads the headers of many small members; on a disk seeking is cheaper than reading on.
+# One remote request reads the headers of many small members; on a disk, seeking is cheaper than reading on.
 LOCAL_WINDOW_BYTES, REMOTE_WINDOW_BYTES = 1 << 16, 1 << 23
 HEAD_BYTES = 1 << 12
 CRC_BYTES = 1 << 23
@@ -49,19 +49,18 @@ class SampleKeys:
     """The members of a sample that are read.
 
     Attributes:
-        image: the suffix of the image; None for the first with a usual one.
-        label: the suffix of a member that holds the label as text, or `json:field`; None for `cls`, else `json:label`.
+        image: the suffix of the image; None for the first member with one of IMAGE_SUFFIXES.
+        label: the suffix of the member with the label as text, or `json:field`; None for `cls`, else `json:label`.
     """
 
     image: str | None
     label: str | None
 
     def is_image(self, suffix: str) -> bool:
-        """Return whether a member is the image."""
         return suffix in IMAGE_SUFFIXES if self.image is None else suffix == self.image.lower()
 
     def label_rank(self, suffix: str) -> tuple[int, str | None] | None:
-        """Return a member's rank among the choices for the label, 0 first, and its JSON field; None for no label."""
+        """Return a member's rank among the possible labels, 0 first, and its JSON field; None if it is not one."""
         for rank, choice in enumerate(DEFAULT_LABEL_KEYS if self.label is None else (self.label,)):
             member, _, name = choice.partition(":")
             if suffix == member.lower():
@@ -75,13 +74,13 @@ def shard_samples(
     """Return a shard's samples, (M,) records.
 
     Fields are `name`, `offset` and `num_bytes` of the image, `crc` (a checksum of its first 4 KiB, or all of it with
-    `whole`), `label` (its text), and `fault`, empty where nothing is wrong. The records of a damaged shard end with one
-    that has the damage as its fault, and no name.
+    `whole`), `label` (its text), and `fault`, empty for a usable sample. The records of a damaged shard end with one
+    that has no name, and the damage as its fault.
 
     Raises:
         DataError: the shard can't be read, or the cache can't be written.
     """
-    if file.mtime_ns is None:  # an old entry could not be told from a new shard
+    if file.mtime_ns is None:  # an entry of an older shard could not be recognized
         return _scan(storage, file, keys, whole)
     # A tool that rewrites a shard may restore its modification time, but not its change time.
     changed_ns = _change_time_ns(storage, file) if storage.is_local else 0
@@ -95,7 +94,7 @@ def shard_samples(
 
 
 def shard_name(storage: Storage, file: StoredFile) -> str:
-    """Return what messages call a shard."""
+    """Return a shard's name in messages."""
     return file.name or storage.full("").rpartition("/")[2]
 
 
@@ -129,7 +128,7 @@ def _walk(reader: _WindowReader, keys: SampleKeys, whole: bool) -> list[_Sample]
     try:
         with tarfile.open(fileobj=reader, mode="r:") as archive:  # type: ignore[call-overload]
             while (member := archive.next()) is not None:
-                archive.members.clear()  # tarfile would keep every header
+                archive.members.clear()  # tarfile keeps every header otherwise
                 if member.isreg() and not META_NAME.match(member.name):
                     _add_member(samples, reader, member, keys, whole)
             end = archive.offset
@@ -152,7 +151,7 @@ def _add_member(
         samples.append(_Sample(name))
     sample = samples[-1]
     if suffix in sample.suffixes:
-        sample.fault = f"has two members .{suffix}: give every sample a name of its own"
+        sample.fault = f"has two members .{suffix}: give every sample its own name"
     sample.suffixes.append(suffix)
     if member.sparse is not None or member.offset_data + member.size > reader.num_bytes:
         sample.fault = f"has a member .{suffix} that is {'sparse' if member.sparse is not None else 'cut off'}"
@@ -172,7 +171,7 @@ def _add_member(
 
 
 def _label_text(content: bytes, name: str | None) -> bytes | None:
-    """Return a label's text; None where a JSON member lacks the field."""
+    """Return a label's text; None if a JSON member lacks the field."""
     if name is None:
         value: Any = content.decode("utf-8")
     else:
@@ -197,8 +196,8 @@ class _Sample:
         suffixes: of its members.
         image: offset, size in bytes and checksum.
         label: its text.
-        label_rank: of the member that the label is from; higher than all ranks where there is none.
-        label_fault, fault: what is wrong with the label and with the sample.
+        label_rank: of the member with the label; higher than all ranks if there is none.
+        label_fault, fault: the problem with the label and with the sample; "" for none.
     """
 
     name: str
@@ -210,7 +209,6 @@ class _Sample:
     fault: str = ""
 
     def record(self) -> tuple[bytes, int, int, int, bytes, bytes]:
-        """Return the fields that `shard_samples` lists."""
         fault = self.fault or self.label_fault
         if self.image is None:
             fault = fault or f"has no image (its members: {', '.join(self.suffixes)})"

@@ -1,6 +1,6 @@
-"""WebDataset's tar shards: images and labels side by side, read by id.
+"""WebDataset tar shards, read by id.
 
-Only the bytes of the images are read, and small gaps between neighbors, with one request per run of neighbors.
+Only the bytes of the requested images are read. Neighbors are read with one request, including small gaps between them.
 
 Shapes: N samples, B batch, M samples of a shard, H height, W width, C channels.
 """
@@ -9,20 +9,27 @@ from __future__ import annotations
 
 import logging
 import re
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from rayprune.errors import DataError, UnreadableImage
-from rayprune.sources.base import Column, SampleSource, Schema, Splits, check_ids, count_classes, holdout
+from rayprune.errors import DataError
+from rayprune.sources.base import (
+    DescribedSource,
+    RowCost,
+    SampleSource,
+    Schema,
+    Splits,
+    check_ids,
+    count_classes,
+    holdout,
+)
 from rayprune.sources.cache import CacheMode, cache_root, cached_arrays, decoded, leave_out_unreadable
 from rayprune.sources.fingerprint import WHOLE_BYTES, digest
-from rayprune.sources.images import LEAVE_OUT, ImageShape, check_size, decode_each, decode_rows, first_shape
+from rayprune.sources.images import LEAVE_OUT, ImageShape, check_size, decode_rows, first_shape, readable_rows
 from rayprune.sources.registry import register_source
 from rayprune.sources.storage import (
     DEFAULT_VALIDATION,
@@ -30,6 +37,7 @@ from rayprune.sources.storage import (
     RangeReader,
     Storage,
     StoredFile,
+    in_threads,
     public,
     split_shards,
 )
@@ -37,7 +45,6 @@ from rayprune.sources.webdataset.index import SampleKeys, shard_name, shard_samp
 
 logger = logging.getLogger(__name__)
 
-HOLDOUT_SEED = 0
 CHUNK_ROWS = 256
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 _NUMBER = re.compile(r"-?\d{1,18}")
@@ -46,25 +53,24 @@ _NUMBER = re.compile(r"-?\d{1,18}")
 @register_source("webdataset")
 @dataclass(frozen=True)
 class WebDataset:
-    """A tar shard, or a folder of them in the order of their names, on a local disk or any file system of Storage.
+    """A tar shard, or a folder of shards in the order of their names, on any file system of Storage.
 
     Attributes:
-        path: a .tar file or a folder, a path or a URI.
-        train_shards: pattern of the names below the folder, without .tar; if none matches, all that are not for
-            validation.
+        path: a .tar file or a folder, local or a URI.
+        train_shards: pattern of the names below the folder, without .tar; if none matches, all shards that are not
+            for validation.
         validation_shards: pattern of the names; the default also tries "*val*"; "" for none.
-        image_key: suffix of the image's member; default: the first with the suffix of an image.
-        label_key: suffix of a member that holds the label, a number or a name, as text; or `json:field`; default:
-            `cls`, else `json:label`.
+        image_key: suffix of the member with the image; default: the first member with the suffix of an image.
+        label_key: suffix of the member with the label, a number or a name as text; or `json:field`; default: `cls`,
+            else `json:label`.
         image_size: pixels; the shorter side is scaled to it and the middle square cut out. Default: the images' own
             size, which must be the same for all.
         num_channels: 1 or 3; default: those of the first image.
         validation_fraction: held out, stratified, if no shard is for validation; 0 for no validation.
         num_classes: default: the number of class names, else the largest training label + 1.
-        on_error: "skip" leaves out samples and shards that can't be read, for which it decodes all once; "fail" refuses
-            them.
+        on_error: "skip" decodes all samples once and leaves out unreadable samples and shards; "fail" refuses them.
         cache: see `cache.decoded`.
-        cache_dir: see `cache.cache_root`; the shards' index is kept there too.
+        cache_dir: see `cache.cache_root`; the index of the shards is kept there too.
     """
 
     path: str
@@ -85,7 +91,7 @@ class WebDataset:
         check_size(self.image_size)
 
     def open(self) -> Splits:
-        """Index the shards and read the labels; with on_error=skip decode all, to know which can be read.
+        """Index the shards and read the labels; with on_error=skip, decode all images to find the unreadable ones.
 
         Raises:
             ValueError: shards are missing, unsuitable or (on_error=fail) damaged.
@@ -101,24 +107,20 @@ class WebDataset:
         names = class_names(texts)
         labels = class_numbers(texts, names, index.name)
         images = first_shape(
-            index.all_images(),
+            (index.images(np.array([sample]))[0][0] for sample in range(len(index))),
             index.name,
             self.num_channels,
             self.image_size,
             on_error=self.on_error,
             owner=public(self.path),
         )
-        configured = (len(names) or None) if self.num_classes is None else self.num_classes
-        num_classes = count_classes(labels, f"the labels of {public(self.path)}", configured)
-        columns = {"image": Column(images.shape, "uint8"), "label": Column((), "int64")}
-        schema = Schema(columns, "image", num_classes, names if len(names) == num_classes else ())
-        train = self._open_shards(shards, schema, names, images)
+        num_classes = count_classes(labels, f"the labels of {public(self.path)}", self.num_classes, names)
+        schema = Schema.for_classification("image", images.shape, num_classes, names)
+        train = self._open_shards(index, schema, names, images)
         if validation_files:
-            validation_shards = replace(shards, files=validation_files)
-            return Splits(train, self._open_shards(validation_shards, schema, names, images))
-        if self.validation_fraction == 0:
-            return Splits(train, None)
-        return holdout(train, self.validation_fraction, HOLDOUT_SEED)
+            validation_index = replace(shards, files=validation_files).index()
+            return Splits(train, self._open_shards(validation_index, schema, names, images))
+        return holdout(train, self.validation_fraction)
 
     def _split_files(self, storage: Storage) -> tuple[tuple[StoredFile, ...], tuple[StoredFile, ...]]:
         if storage.is_file():
@@ -137,9 +139,9 @@ class WebDataset:
             return tuple(tars.values()), ()
         return split_shards(tars, self.train_shards, self.validation_shards, "shard")
 
-    def _open_shards(self, shards: Shards, schema: Schema, names: tuple[str, ...], images: ImageShape) -> SampleSource:
-        source = TarSource(shards, schema, names, images)
-        if not shards.skip_errors:
+    def _open_shards(self, index: Index, schema: Schema, names: tuple[str, ...], images: ImageShape) -> SampleSource:
+        source = TarSource(index, schema, names, images)
+        if self.on_error == "fail":
             return decoded(source, self.cache, self.cache_dir)
         readable = cached_arrays(
             f"webdataset-readable-{digest(source.fingerprint)}",
@@ -150,72 +152,36 @@ class WebDataset:
         return decoded(leave_out_unreadable(source, readable, source.name), self.cache, self.cache_dir)
 
 
-class TarSource(SampleSource):
-    """Samples of tar shards, decoded at every visit.
+class TarSource(DescribedSource):
+    """Samples of tar shards, decoded at every visit; `names` are those of the classes, if labels are names."""
 
-    Args:
-        shards: of the samples.
-        schema: the columns.
-        names: of the classes, if labels are names.
-        images: the shape of every image.
-    """
+    process_local = ("_index", "_labels")
+    row_cost: RowCost = "expensive"
 
-    def __init__(self, shards: Shards, schema: Schema, names: tuple[str, ...], images: ImageShape) -> None:
-        self._shards, self._schema, self._names, self._images = shards, schema, names, images
-        self._forget()
-        index, labels = self._open()
-        self._num_samples = len(index)
+    def __init__(self, index: Index, schema: Schema, names: tuple[str, ...], images: ImageShape) -> None:
+        self._shards, self._names, self._images = index.shards, names, images
+        self._index: Index | None = index
+        labels = class_numbers(index.label_texts(), names, index.name)
         shape = f"{images.shape} {images.size}"
-        self._fingerprint = digest("webdataset", shape, labels, index.num_bytes, index.crc)
+        fingerprint = digest("webdataset", shape, labels, index.num_bytes, index.crc)
+        super().__init__(len(index), schema, fingerprint, labels)
 
-    def _forget(self) -> None:
-        self._lock = threading.Lock()
-        self._index: tuple[Index, np.ndarray] | None = None
-        self._reader = self._shards.reader()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in {"_lock", "_index", "_reader"}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._forget()
-
-    def _open(self) -> tuple[Index, np.ndarray]:
-        """Return the index and the labels."""
+    def _open(self) -> Index:
         with self._lock:
             if self._index is None:
-                index = self._shards.index()
-                self._index = index, class_numbers(index.label_texts(), self._names, index.name)
+                self._index = self._shards.index()
             return self._index
 
-    def __len__(self) -> int:
-        return self._num_samples
-
-    @property
-    def schema(self) -> Schema:
-        return self._schema
-
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self._open()[1]
-
-    @property
-    def row_cost(self) -> Literal["cheap", "expensive"]:
-        return "expensive"
-
-    def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        return self.read(ids)[0]
+    def _read_labels(self) -> np.ndarray:
+        index = self._open()
+        return class_numbers(index.label_texts(), self._names, index.name)
 
     def read(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
-        check_ids(ids, self._num_samples)
-        index, labels = self._open()
-        encoded, num_bytes = index.images(ids, self._reader)
+        check_ids(ids, len(self))
+        index = self._open()
+        encoded, num_bytes = index.images(ids)
         pixels = decode_rows(encoded, self._images, index.names(ids))
-        return {"image": pixels, "label": labels[ids]}, num_bytes
+        return {"image": pixels, "label": self.labels[ids]}, num_bytes
 
     def readable(self) -> np.ndarray:
         """Decode all images, and return which can be read, (N,) bool.
@@ -223,28 +189,21 @@ class TarSource(SampleSource):
         Raises:
             DataError: an image has another size, or more than 8 bits per channel.
         """
-        index, readable = self._open()[0], np.zeros(len(self), dtype=bool)
+        index, readable = self._open(), np.zeros(len(self), dtype=bool)
         for ids in np.array_split(np.arange(len(self)), range(CHUNK_ROWS, len(self), CHUNK_ROWS)):
-            encoded, _ = index.images(ids, self._reader)
-            pixels = decode_each(encoded, self._images, index.names(ids))
-            readable[ids] = [not isinstance(image, UnreadableImage) for image in pixels]
+            readable[ids] = readable_rows(index.images(ids)[0], self._images, index.names(ids))
         return readable
 
     def name(self, sample: int) -> str:
-        """Return what messages call a sample."""
-        return self._open()[0].name(sample)
+        """Return a sample's name in messages."""
+        return self._open().name(sample)
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The shards of a source; all that a process needs to read their samples.
+    """The shards of a source, in the order of the samples; all that a process needs to read their samples.
 
-    Attributes:
-        storage: the folder or the file.
-        files: in the order of the samples.
-        keys: the members to read.
-        cache_dir: of the index.
-        skip_errors: leave out samples that can't be used instead of refusing them.
+    With `skip_errors`, samples that can't be used are left out instead of refused.
     """
 
     storage: Storage
@@ -254,25 +213,20 @@ class Shards:
     skip_errors: bool
 
     def index(self) -> Index:
-        """Find the samples; only the first open of a shard reads it.
+        """Find the samples; a shard is only read when it is first opened.
 
         Raises:
             DataError: a sample or shard is damaged and skip_errors is off, or a shard can't be read.
         """
         whole = sum(file.num_bytes for file in self.files) <= WHOLE_BYTES
         find = partial(shard_samples, self.storage, keys=self.keys, cache_dir=self.cache_dir, whole=whole)
-        with ThreadPoolExecutor(1 if self.storage.is_local else REMOTE_THREADS) as pool:
-            records = list(pool.map(find, self.files))
+        records = in_threads(find, self.files, 1 if self.storage.is_local else REMOTE_THREADS)
         for position, (file, samples) in enumerate(zip(self.files, records, strict=True)):
             faulty = samples["fault"] != b""
             if faulty.any():
                 self._report(file, samples[faulty][0], int(faulty.sum()))
                 records[position] = samples[~faulty]
         return Index(self, records)
-
-    def reader(self) -> RangeReader:
-        """Return a reader of the shards, for one process."""
-        return RangeReader(self.storage, tuple(file.name for file in self.files))
 
     def _report(self, file: StoredFile, sample: Any, count: int) -> None:
         name, fault = (sample[field].decode(errors="replace") for field in ("name", "fault"))
@@ -283,15 +237,11 @@ class Shards:
 
 
 class Index:
-    """The positions of the images of all shards.
-
-    Args:
-        shards: of the samples.
-        samples: the records of each shard's samples, (M,); see `shard_samples`.
-    """
+    """The positions of the images of all shards, in one process; `samples` are the records of each shard, (M,)."""
 
     def __init__(self, shards: Shards, samples: list[np.ndarray]) -> None:
-        self._shards, self._samples = shards, samples
+        self.shards, self._samples = shards, samples
+        self._reader = RangeReader(shards.storage, tuple(file.name for file in shards.files))
         self._first = np.cumsum([0, *map(len, samples)])
         self.shard = np.repeat(np.arange(len(samples)), [len(part) for part in samples])
         self.offset, self.num_bytes, self.crc = (
@@ -301,33 +251,27 @@ class Index:
     def __len__(self) -> int:
         return len(self.shard)
 
-    def images(self, ids: np.ndarray, reader: RangeReader) -> tuple[list[bytes], int]:
+    def images(self, ids: np.ndarray) -> tuple[list[bytes], int]:
         """Return encoded images, and the number of bytes that were read for them."""
-        return reader.read(self.shard[ids], self.offset[ids], self.num_bytes[ids])
-
-    def all_images(self) -> Iterator[bytes]:
-        """Yield all encoded images in order, each read when it is needed."""
-        reader = self._shards.reader()
-        for sample in range(len(self)):
-            yield self.images(np.array([sample]), reader)[0][0]
+        return self._reader.read(self.shard[ids], self.offset[ids], self.num_bytes[ids])
 
     def label_texts(self) -> np.ndarray:
         """Return all labels as stored, (N,) bytes."""
         return np.concatenate([part["label"] for part in self._samples])
 
     def name(self, sample: int) -> str:
-        """Return what messages call a sample."""
+        """Return a sample's name in messages."""
         shard = int(self.shard[sample])
         name = self._samples[shard]["name"][sample - self._first[shard]].decode(errors="replace")
-        return f"{shard_name(self._shards.storage, self._shards.files[shard])} sample {name!r}"
+        return f"{shard_name(self.shards.storage, self.shards.files[shard])} sample {name!r}"
 
     def names(self, ids: np.ndarray) -> Callable[[int], str]:
-        """Return a function: position in a batch → what messages call the sample."""
+        """Return a function that maps a position in a batch to the sample's name in messages."""
         return lambda position: self.name(int(ids[position]))
 
 
 def class_names(texts: np.ndarray) -> tuple[str, ...]:
-    """Return the sorted names among labels; empty where all are whole numbers."""
+    """Return the sorted names among labels; empty if all are whole numbers."""
     names = sorted(text.decode() for text in np.unique(texts))
     return () if all(_NUMBER.fullmatch(name) for name in names) else tuple(names)
 
@@ -337,8 +281,8 @@ def class_numbers(texts: np.ndarray, names: tuple[str, ...], sample_name: Callab
 
     Args:
         texts: (N,) bytes.
-        names: of the classes 0, 1, …; empty where labels are numbers.
-        sample_name: id → what messages call the sample.
+        names: of the classes 0, 1, …; empty if labels are numbers.
+        sample_name: maps an id to the sample's name in messages.
 
     Raises:
         DataError: a label is not among the names, or not a number.

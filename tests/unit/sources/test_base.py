@@ -85,7 +85,7 @@ def test_a_holdout_is_stratified_and_complete(fraction):
     assert holdout(source, fraction, 1).validation.fingerprint != splits.validation.fingerprint
 
 
-def test_a_holdout_has_at_least_one_sample_and_none_of_single_ones():
+def test_a_holdout_has_at_least_one_sample_but_no_whole_class():
     assert len(holdout(make_source([0, 0, 1]), 0.1, 0).validation) == 1
     assert holdout(make_source([0, 1, 2]), 0.5, 0).validation is None
     assert holdout(make_source([0, 0]), 0).validation is None

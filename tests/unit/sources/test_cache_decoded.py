@@ -96,7 +96,7 @@ def test_neither_none_nor_memory_writes(tmp_path, data, opened):
     assert not (tmp_path / "cache").exists()
 
 
-def test_rows_are_decoded_once_whatever_part_is_read(data, opened, monkeypatch):
+def test_rows_are_decoded_once_for_all_parts(data, opened, monkeypatch):
     files = record_decodings(monkeypatch)
     splits = open_data(
         "image_folder", path=str(data), cache="disk", cache_dir=str(data.parent / "cache"), validation_fraction=0.25
@@ -114,7 +114,7 @@ def test_cheap_rows_are_kept_as_they_are():
     assert digits.schema.row_bytes == 72
 
 
-def test_auto_decodes_at_every_visit_where_the_disk_is_too_small(tmp_path, data, opened, monkeypatch, caplog):
+def test_auto_decodes_at_every_visit_if_the_disk_is_too_small(tmp_path, data, opened, monkeypatch, caplog):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 0, 40 * ROW_BYTES - 1))
     with caplog.at_level(logging.WARNING):
         assert opened("auto").row_cost == "expensive"
@@ -166,7 +166,7 @@ def test_half_written_entries_are_built_again(tmp_path, data, opened, damage):
     assert is_complete(entry)
 
 
-def test_changed_data_get_an_entry_of_their_own(tmp_path, data, opened):
+def test_changed_data_get_a_new_entry(tmp_path, data, opened):
     opened("disk").prepare()
     changed = Path(data / "a" / "00.bmp")
     write(changed, 1000)

@@ -152,7 +152,7 @@ def test_numbers_and_lists_of_numbers_are_features(tmp_path, opened):
     np.testing.assert_array_equal(all_rows(again)["features"], [[3, 4.5, 5.5], [1, 0.5, 1.5]])
 
 
-def test_string_labels_are_numbered_alike_in_both_splits(tmp_path, opened):
+def test_string_labels_have_the_same_numbers_in_both_splits(tmp_path, opened):
     train = datasets.Dataset.from_dict({"x": [1.0, 2.0, 3.0], "y": ["owl", "cat", "owl"]})
     test = datasets.Dataset.from_dict({"x": [1.0], "y": ["owl"]})
     datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "set")

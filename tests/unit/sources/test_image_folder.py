@@ -1,4 +1,4 @@
-"""Image files in class folders: layouts, formats, damaged files, remote paths."""
+"""Image files in class folders, and ImageNet: layouts, formats, damaged files, remote paths."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import zlib
 import fsspec
 import numpy as np
 import pytest
+from PIL import Image
 
-from rayprune.sources import image_folder, open_data
+from rayprune.sources import default_augment, image_folder, open_data
 from rayprune.sources.image_folder import FileNames
 from rayprune.sources.images import decode_image
-from tests.support.sources import all_rows, encode_image, smooth_pixels
+from tests.support.sources import all_rows, encode_image, random_bytes, smooth_pixels
 
 
 @pytest.fixture
 def opened(tmp_path):
-    """Open a path without holdout and without cache, with a cache folder of the test's own where one is wanted."""
+    """Open a path without holdout and, by default, without a cache."""
 
     def call(path, **keys):
         defaults = {"path": str(path), "cache": "none", "cache_dir": str(tmp_path / "cache"), "validation_fraction": 0}
@@ -45,7 +46,7 @@ def write_tree(root, counts, first_seed=0, **keys):
 
 
 @pytest.mark.parametrize("validation", ["val", "valid", "validation", "test"])
-def test_training_and_validation_folders(tmp_path, opened, validation):
+def test_training_and_validation_folders_are_found(tmp_path, opened, validation):
     images = write_tree(tmp_path / "data" / "train", {"owl": 3, "cat": 2, "dog": 40})
     others = write_tree(tmp_path / "data" / validation, {"owl": 2, "cat": 1}, 100)
     splits = opened(tmp_path / "data")
@@ -76,7 +77,7 @@ def test_classes_directly_below_the_path_are_held_out(tmp_path, opened):
     assert again.validation.fingerprint == splits.validation.fingerprint
 
 
-def test_folders_of_other_names(tmp_path, opened):
+def test_folders_may_have_other_names(tmp_path, opened):
     write_tree(tmp_path / "learn" / "now", {"a": 2, "b": 2})
     write_tree(tmp_path / "check", {"a": 1, "b": 1}, 50)
     splits = opened(tmp_path, train="learn/now", validation="check/")
@@ -143,7 +144,7 @@ def test_formats_are_decoded_as_by_pillow(tmp_path, opened, kind):
     ("first", "expected"),
     [("L", (5, 6, 1)), ("1", (5, 6, 1)), ("P", (5, 6, 3)), ("RGBA", (5, 6, 3)), ("LA", (5, 6, 1))],
 )
-def test_modes(tmp_path, opened, first, expected):
+def test_the_first_image_decides_the_mode(tmp_path, opened, first, expected):
     modes = [first, "L", "P", "RGBA", "RGB"]
     data = [encode_image(smooth_pixels(seed), mode=mode) for seed, mode in enumerate(modes)]
     for number, content in enumerate(data):
@@ -218,7 +219,7 @@ def test_nothing_readable_is_refused(tmp_path, opened):
         opened(tmp_path)
 
 
-def test_missing_files(tmp_path, opened):
+def test_missing_folders_and_files_are_named(tmp_path, opened):
     with pytest.raises(ValueError, match=r"nowhere' is not a folder"):
         opened(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"holds no images in class folders \(<class>/<image>, of bmp"):
@@ -276,10 +277,10 @@ def test_pickle_is_small_and_reads_the_same(tmp_path, opened):
     assert again.fingerprint == train.fingerprint
 
 
-def test_file_names_pack():
+def test_packed_file_names_are_read_back():
     names = ["", "a/ü 1.png", "line\nbreak", "𝛼/x"]
     packed = pickle.loads(pickle.dumps(FileNames(names)))
-    assert [packed[position] for position in range(len(packed))] == names
+    assert [packed[position] for position in range(len(names))] == names
 
 
 @pytest.mark.parametrize(
@@ -297,13 +298,13 @@ def test_keys_are_checked(tmp_path, opened, key, value, message):
         opened(tmp_path, **{key: value})
 
 
-def png_of(lines, width, bits=8, colour=2):
-    """Return a PNG of lines that are given with their filter bytes."""
+def png_of(lines, width, bits=8, color=2):
+    """Return a PNG of lines that start with their filter bytes."""
 
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    header = struct.pack(">IIBBBBB", width, len(lines), bits, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, len(lines), bits, color, 0, 0, 0)
     stream = zlib.compress(b"".join(lines))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", stream) + chunk(b"IEND", b"")
 
@@ -350,15 +351,15 @@ def test_the_fingerprint_counts_every_file(tmp_path, opened, monkeypatch):
     assert opened(tmp_path / "set").train.fingerprint == fingerprint
 
 
-@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
-def test_pngs_of_16_bits_are_refused_in_colour_too(tmp_path, opened, colour, channels):
-    write(tmp_path / "set" / "a" / "0.png", png_of([bytes(1 + 5 * 2 * channels)] * 4, 5, 16, colour))
+@pytest.mark.parametrize(("color", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_pngs_of_16_bits_are_refused_in_color_too(tmp_path, opened, color, channels):
+    write(tmp_path / "set" / "a" / "0.png", png_of([bytes(1 + 5 * 2 * channels)] * 4, 5, 16, color))
     with pytest.raises(ValueError, match=r"a/0\.png has image mode .*16, more than 8 bits per channel: convert"):
         opened(tmp_path / "set")
 
 
 @pytest.mark.parametrize("tops", [("Train", "Test"), ("training", "testing"), ("TRAIN",), ("training", "dev")])
-def test_splits_of_another_spelling_are_no_classes(tmp_path, opened, tops):
+def test_splits_of_another_spelling_are_not_classes(tmp_path, opened, tops):
     for top in tops:
         write_tree(tmp_path / "set" / top, {"cat": 1, "dog": 2})
     with pytest.raises(
@@ -377,3 +378,37 @@ def test_classes_called_like_splits_are_classes_without_folders_below(tmp_path, 
     for top in ("training", "bus"):
         write_tree(tmp_path / "deep" / top, {"near": 1, "far": 1})
     assert opened(tmp_path / "deep").train.schema.class_names == ("bus", "training")
+
+
+def write_imagenet(root):
+    for part, count in (("train", 3), ("val", 1)):
+        for seed, wnid in enumerate(("n02119789", "n01440764")):
+            (root / part / wnid).mkdir(parents=True)
+            for number in range(count):
+                size = (60 + 7 * number, 40 + 9 * number)
+                picture = Image.fromarray(random_bytes(4, 4, 3, seed=seed)).resize(size)
+                mode = "L" if number == 1 else "RGB"
+                picture.convert(mode).save(root / part / wnid / f"{wnid}_{number}.JPEG")
+
+
+def test_imagenet_is_read_by_class_folder(tmp_path):
+    write_imagenet(tmp_path)
+    splits = open_data("imagenet", path=str(tmp_path), cache="none", image_size=32)
+    assert (len(splits.train), len(splits.validation)) == (6, 2)
+    assert splits.train.schema.class_names == ("n01440764", "n02119789")
+    assert all_rows(splits.train)["image"].shape == (6, 32, 32, 3)
+    assert splits.validation.labels.tolist() == [0, 1]
+    whole = open_data("imagenet", path=str(tmp_path), cache="none").train
+    assert whole.schema.columns["image"].shape == (224, 224, 3)
+    assert default_augment("imagenet") == {"crop": 0, "flip": True}
+
+
+def test_imagenet_folders_must_exist(tmp_path):
+    with pytest.raises(ValueError, match=r"train is missing: ImageNet can't be downloaded, get .* image-net\.org"):
+        open_data("imagenet", path=str(tmp_path))
+    write_imagenet(tmp_path)
+    with pytest.raises(ValueError, match=r"data\.download is true: ImageNet can't be downloaded"):
+        open_data("imagenet", path=str(tmp_path), download=True)
+    (tmp_path / "val").rename(tmp_path / "other")
+    with pytest.raises(ValueError, match="val is missing"):
+        open_data("imagenet", path=str(tmp_path))

@@ -134,7 +134,7 @@ def score_file(names: list[str], method: str | None = None) -> ScoreFile:
     return ScoreFile(Path("s"), 1, {name: np.zeros(1) for name in names}, about=about)
 
 
-def test_the_score_to_use_is_the_requested_the_methods_or_the_only_one() -> None:
+def test_the_default_score_is_the_methods_or_the_only_one() -> None:
     assert score_file(["loss", "last_visit", "times_pruned"]).score_name() == "loss"
     assert score_file(["loss", "el2n"], "el2n").score_name() == "el2n"
     assert score_file(["loss", "last_visit"]).score_name("last_visit") == "last_visit"

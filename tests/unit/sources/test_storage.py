@@ -15,7 +15,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from rayprune.sources import open_data
-from rayprune.sources.storage import RangeReader, Storage, StoredFile, public, replace_file, write_text
+from rayprune.sources.storage import RangeReader, Storage, StoredFile, public, replace_file
 from tests.support.sources import encode_image, pixels
 
 FILES = {"a.bin": bytes(range(200)), "b/größe é.bin": b"two words", "b/c/empty.bin": b"", "b.bin": b"x" * 70_000}
@@ -159,7 +159,7 @@ def test_the_endpoint_may_come_from_the_environment(root, s3_endpoint, monkeypat
     assert Storage(uri.partition("?")[0]).read("a.bin") == b"one"
 
 
-def test_names_may_hold_blanks_and_percent_signs(tmp_path):
+def test_names_may_contain_blanks_and_percent_signs(tmp_path):
     folder = tmp_path / "a b%20c"
     write_local(folder)("x y%.bin", b"one")
     for path in (str(folder), folder.as_uri()):
@@ -252,10 +252,11 @@ def write_half(file):
 
 def test_a_replaced_file_is_whole_or_untouched(tmp_path):
     file = tmp_path / "a.txt"
-    write_text(file, "größe")
+    with replace_file(file) as temporary:
+        temporary.write_text("größe", encoding="utf-8")
     with pytest.raises(KeyError):
         write_half(file)
     assert file.read_bytes() == "größe".encode()
     assert list(tmp_path.iterdir()) == [file]
     with pytest.raises(ValueError, match=r"there is no folder .*gone, create it first"):
-        write_text(tmp_path / "gone" / "a.txt", "")
+        write_half(tmp_path / "gone" / "a.txt")

@@ -226,8 +226,8 @@ from torchvision.transforms import ToTensor
 
 def vectors(count=20, validation=None):
     train = TensorDataset(torch.rand(count, 3, generator=torch.Generator().manual_seed(0)), torch.arange(count) % 2)
-    held = TensorDataset(torch.rand(validation or 1, 3), torch.zeros(validation or 1, dtype=torch.int64))
-    return (train, held) if validation else train
+    validation_part = TensorDataset(torch.rand(validation or 1, 3), torch.zeros(validation or 1, dtype=torch.int64))
+    return (train, validation_part) if validation else train
 
 def floats():
     return FakeData(4, (3, 8, 8), 2, ToTensor())
@@ -272,7 +272,7 @@ def test_a_stream_is_not_a_map_style_dataset():
         from_torch(Stream())
 
 
-def test_items_with_another_label_than_the_known_one_are_refused():
+def test_an_item_whose_label_changes_is_refused():
     items = image_items(400)
     labels = [label for _, label in items]
     items[102] = (items[102][0], 9)  # not among the 256 of the fingerprint
@@ -297,7 +297,7 @@ def integers():
 """
 
 
-def test_whole_numbers_stay_whole_in_loops_of_the_user(tmp_path):
+def test_integers_stay_integers_in_the_users_own_loop(tmp_path):
     tokens = torch.tensor([[16777217, 2], [3, 4], [5, 6]])
     source = from_torch(TensorDataset(tokens, torch.tensor([0, 1, 0])))
     assert source.schema.columns["features"].dtype == "int64"

@@ -30,7 +30,7 @@ PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def pictures(count: int, seed: int = 0, size: tuple[int, int] = SIZE) -> list[bytes]:
-    """Return grey PNG images of noise."""
+    """Return gray PNG images of noise."""
     return [encode_image(image) for image in pixels(count, (size[1], size[0]), 1, seed)]
 
 
@@ -163,7 +163,7 @@ def test_pickles_are_small_and_threads_share(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cache", ["none", "disk"])
-def test_any_file_system_will_do(folder: Path, tmp_path: Path, cache: str) -> None:
+def test_any_file_system_works(folder: Path, tmp_path: Path, cache: str) -> None:
     memory = fsspec.filesystem("memory")
     for file in folder.glob("*.parquet"):
         memory.pipe(f"/{tmp_path.name}/{file.name}", file.read_bytes())
@@ -234,7 +234,7 @@ def test_a_damaged_row_group_is_named_or_left_out(tmp_path: Path) -> None:
     assert rest.groups.tolist() == [0, 10, 20]
 
 
-def test_auto_decodes_at_every_visit_where_the_disk_is_small(
+def test_auto_decodes_at_every_visit_if_the_disk_is_too_small(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert opened(folder, "auto", cache_dir=str(tmp_path / "cache")).groups is None

@@ -51,7 +51,7 @@ def write(file, images, labels, names=None, struct=True, **options):
 
 
 @pytest.mark.parametrize("struct", [True, False])
-def test_png_images_over_shards(tmp_path, opened, struct):
+def test_png_images_are_read_from_several_files(tmp_path, opened, struct):
     images, folder = pixels(30), tmp_path / "data"
     data = [encode_image(image) for image in images]
     labels = np.arange(30) % 3
@@ -73,7 +73,7 @@ def test_png_images_over_shards(tmp_path, opened, struct):
         splits.train.take(np.array([20]))
 
 
-def test_jpeg_images_and_class_names(tmp_path, opened):
+def test_jpeg_images_and_class_names_are_read(tmp_path, opened):
     images = [np.full((8, 8, 3), value, np.uint8) for value in (10, 100, 200)]
     file = write(
         tmp_path / "a.parquet",
@@ -87,7 +87,7 @@ def test_jpeg_images_and_class_names(tmp_path, opened):
     np.testing.assert_allclose(all_rows(train)["image"].mean(axis=(1, 2, 3)), [10, 100, 200], atol=2)
 
 
-def test_holdout_limit_and_validation_names(tmp_path, opened):
+def test_validation_comes_from_a_holdout_or_from_files(tmp_path, opened):
     write(tmp_path / "data" / "part.parquet", encoded(40), np.arange(40) % 4)
     splits = opened(tmp_path / "data", validation_fraction=0.25, limit=12)
     assert (len(splits.train), len(splits.validation)) == (12, 10)
@@ -175,7 +175,7 @@ def test_skipping_nothing_keeps_the_fingerprint(tmp_path, opened):
     assert opened(file, on_error="skip").train.fingerprint == opened(file).train.fingerprint
 
 
-def test_first_image_unreadable(tmp_path, opened):
+def test_an_unreadable_first_image_is_refused_or_skipped(tmp_path, opened):
     file = write(tmp_path / "a.parquet", [b"x", *encoded(2)], [0, 1, 1])
     with pytest.raises(ValueError, match="row 0 is not a readable image"):
         opened(file)
@@ -185,7 +185,7 @@ def test_first_image_unreadable(tmp_path, opened):
         opened(nothing, on_error="skip")
 
 
-def test_truncated_files(tmp_path, opened, caplog):
+def test_truncated_files_are_refused_or_left_out(tmp_path, opened, caplog):
     folder = tmp_path / "data"
     for part in range(2):
         write(folder / f"train-{part}.parquet", encoded(10, seed=part), [0, 1] * 5)
@@ -208,7 +208,7 @@ def damage(file, group):
     file.write_bytes(bytes(content))
 
 
-def test_a_damaged_row_group_of_images(tmp_path, opened):
+def test_a_damaged_row_group_of_images_is_named_or_left_out(tmp_path, opened):
     file = write(tmp_path / "a.parquet", encoded(40), np.arange(40) % 2, row_group_size=10, use_dictionary=False)
     damage(file, 2)
     with pytest.raises(
@@ -219,7 +219,7 @@ def test_a_damaged_row_group_of_images(tmp_path, opened):
     np.testing.assert_array_equal(taken["image"], np.delete(pixels(40), slice(20, 30), axis=0))
 
 
-def test_a_damaged_row_group_of_numbers(tmp_path, opened):
+def test_a_damaged_row_group_of_numbers_is_named_or_left_out(tmp_path, opened):
     table = pa.table({"a": np.arange(30.0), "y": np.arange(30) % 2})
     pq.write_table(table, tmp_path / "n.parquet", row_group_size=10, use_dictionary=False)
     damage(tmp_path / "n.parquet", 0)
@@ -230,7 +230,7 @@ def test_a_damaged_row_group_of_numbers(tmp_path, opened):
     ]
 
 
-def test_a_file_with_damaged_labels(tmp_path, opened):
+def test_a_file_with_damaged_labels_is_refused_or_left_out(tmp_path, opened):
     for part in range(2):
         table = pa.table({"y": np.arange(30) % 2, "a": np.arange(30.0)})
         pq.write_table(table, tmp_path / f"train-{part}.parquet", use_dictionary=False)
@@ -249,7 +249,7 @@ def numeric(file, **columns):
     return file
 
 
-def test_numeric_columns(tmp_path, opened):
+def test_numeric_columns_are_features(tmp_path, opened):
     a, b = np.arange(50) / 3, np.arange(50)
     file = numeric(tmp_path / "n.parquet", a=a, name=["x"] * 50, b=b, target=b % 5, flag=b % 2 == 0)
     train = opened(file).train
@@ -264,7 +264,7 @@ def test_numeric_columns(tmp_path, opened):
         opened(file, feature_columns=["name"])
 
 
-def test_numbers_that_are_missing(tmp_path, opened):
+def test_missing_numbers_are_refused_or_left_out(tmp_path, opened):
     file = numeric(tmp_path / "n.parquet", a=[1.0, 2.0, float("nan"), 4.0], b=[1, None, 3, 4], y=[0, 1, 1, 0])
     with pytest.raises(ValueError, match=r"n\.parquet row 1 is null, NaN or infinite in column 'b'"):
         opened(file).train.prepare()
@@ -272,7 +272,7 @@ def test_numbers_that_are_missing(tmp_path, opened):
     assert all_rows(train)["features"].tolist() == [[1, 1], [4, 4]]
 
 
-def test_labels_that_are_missing_or_wrong(tmp_path, opened):
+def test_missing_and_wrong_labels_are_refused(tmp_path, opened):
     file = numeric(tmp_path / "n.parquet", a=[1.0, 2.0, 3.0], y=[0, None, 2])
     with pytest.raises(ValueError, match="row 1 has no y"):
         opened(file)
@@ -283,7 +283,7 @@ def test_labels_that_are_missing_or_wrong(tmp_path, opened):
         opened(numeric(tmp_path / "n.parquet", a=[1.0, 2.0], y=[0.5, 1]))
 
 
-def test_columns_and_files_that_do_not_suit(tmp_path, opened):
+def test_unsuitable_columns_and_files_are_refused(tmp_path, opened):
     with pytest.raises(ValueError, match="neither a Parquet file nor a folder"):
         opened(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"set data\.label_column"):
@@ -319,7 +319,7 @@ def test_keys_of_another_type_are_refused_in_one_line(tmp_path, keys, line):
     assert "\n" not in str(caught.value)
 
 
-def test_the_index_of_pandas_is_no_feature_and_no_label(tmp_path, opened):
+def test_the_index_of_pandas_is_neither_feature_nor_label(tmp_path, opened):
     frame = pd.DataFrame({"a": [0.5, 1.5, 2.5, 3.5], "mark": [0, 1, 0, 1]}, index=[7, 3, 9, 1])
     for name, table in (("unnamed", frame), ("named", frame.rename_axis("row"))):
         table.to_parquet(tmp_path / f"{name}.parquet")
@@ -328,8 +328,8 @@ def test_the_index_of_pandas_is_no_feature_and_no_label(tmp_path, opened):
         assert train.labels.tolist() == [0, 1, 0, 1]
     bare = numeric(tmp_path / "bare.parquet", __index_level_0__=[7, 3], a=[0.5, 1.5], mark=[0, 1])
     assert all_rows(opened(bare).train)["features"].tolist() == [[0.5], [1.5]]
-    asked = opened(tmp_path / "named.parquet", feature_columns=["row"], label_column="mark").train
-    assert all_rows(asked)["features"].ravel().tolist() == [7, 3, 9, 1]
+    chosen = opened(tmp_path / "named.parquet", feature_columns=["row"], label_column="mark").train
+    assert all_rows(chosen)["features"].ravel().tolist() == [7, 3, 9, 1]
 
 
 def test_a_file_of_other_types_is_named_or_left_out(tmp_path, opened, caplog):
@@ -351,7 +351,7 @@ def test_a_file_of_other_types_is_named_or_left_out(tmp_path, opened, caplog):
         assert f"train-1.parquet column '{column}' is {kind}" in caplog.text
 
 
-def test_whole_and_broken_numbers_go_together(tmp_path, opened):
+def test_integers_and_floats_may_be_mixed(tmp_path, opened):
     numeric(tmp_path / "d" / "train-0.parquet", a=[1.0, 2.0], y=[0, 1])
     numeric(tmp_path / "d" / "train-1.parquet", a=[3, 4], y=pa.array([0, 1], pa.int8()))
     assert all_rows(opened(tmp_path / "d").train)["features"].ravel().tolist() == [1, 2, 3, 4]
@@ -386,7 +386,7 @@ def test_second_open_reuses_the_cache(tmp_path, opened):
     assert {entry: entry.stat().st_mtime_ns for entry in (tmp_path / "cache").rglob("*")} == before
 
 
-def test_threads_and_pickles(tmp_path, opened):
+def test_threads_and_pickled_copies_read_the_same_rows(tmp_path, opened):
     train = opened(write(tmp_path / "a.parquet", encoded(200), np.arange(200) % 7)).train
     pickled = pickle.dumps(train)
     assert len(pickled) < 2000

@@ -65,7 +65,7 @@ def write_set(folder, count=30, shards=3):
 
 
 @pytest.mark.parametrize("cache", ["none", "disk"])
-def test_shards_in_the_order_of_their_names(tmp_path, opened, cache):
+def test_shards_are_read_in_the_order_of_their_names(tmp_path, opened, cache):
     images = write_set(tmp_path / "set")
     train = opened(tmp_path / "set", cache=cache).train
     assert (len(train), train.schema.num_classes, train.groups) == (30, 3, None)
@@ -81,7 +81,7 @@ def test_shards_in_the_order_of_their_names(tmp_path, opened, cache):
         again.take(np.array([30]))
 
 
-def test_only_what_is_asked_for_is_read(tmp_path, opened):
+def test_only_the_requested_images_are_read(tmp_path, opened):
     big = [encode_image(image) for image in pixels(8, size=(100, 90))]
     write(
         tmp_path / "a.tar",
@@ -91,7 +91,7 @@ def test_only_what_is_asked_for_is_read(tmp_path, opened):
     assert source.read(np.array([5]))[1] == len(big[5])
     assert source.read(np.array([5, 1]))[1] == len(big[5]) + len(big[1])
     assert source.read(np.array([1, 1]))[1] == len(big[1])
-    # A header, a label and padding lie between neighbours: one range of the file.
+    # A header, a label and padding are between neighbors: one range of the file.
     between = source.read(np.array([2, 3]))[1] - len(big[2]) - len(big[3])
     assert 3 * 512 <= between <= 5 * 512
 
@@ -109,7 +109,7 @@ def test_the_second_open_reads_no_shard(tmp_path, opened, monkeypatch):
     np.testing.assert_array_equal(again.labels, first.labels)
 
 
-def test_the_fingerprint_is_the_content(tmp_path, opened):
+def test_the_fingerprint_follows_the_content(tmp_path, opened):
     images = write_set(tmp_path / "set")
     fingerprint = opened(tmp_path / "set").train.fingerprint
     everything = samples_of(images, [row % 3 for row in range(30)], prefix="other/")
@@ -120,14 +120,14 @@ def test_the_fingerprint_is_the_content(tmp_path, opened):
     assert opened(tmp_path / "set", image_size=4).train.fingerprint != fingerprint
 
 
-def test_a_shard_written_anew_is_indexed_anew(tmp_path, opened):
+def test_a_rewritten_shard_is_indexed_again(tmp_path, opened):
     path = write(tmp_path / "a.tar", samples_of(pixels(2), [0, 1]))
     assert opened(path).train.labels.tolist() == [0, 1]
     write(path, samples_of(pixels(2), [1, 0]))
     assert opened(path).train.labels.tolist() == [1, 0]
 
 
-def test_training_and_validation_shards(tmp_path, opened):
+def test_shards_are_split_into_training_and_validation(tmp_path, opened):
     images = pixels(6)
     for row, name in enumerate(["train/0", "train/1", "val/0", "extra-0"]):
         write(tmp_path / "set" / f"{name}.tar", samples_of(images[row : row + 1], [int(row in {1, 2})]))
@@ -143,7 +143,7 @@ def test_training_and_validation_shards(tmp_path, opened):
     assert len(opened(tmp_path / "one", validation_fraction=0.2).validation) == 6
 
 
-def test_label_keys(tmp_path, opened):
+def test_labels_come_from_the_chosen_member(tmp_path, opened):
     image = encode_image(pixels(1)[0])
     records = [{"label": 1, "breed": "größe"}, {"label": 0, "breed": "owl"}, {"label": 1, "breed": "owl"}]
     members = []
@@ -175,7 +175,7 @@ def test_validation_labels_are_those_of_training(tmp_path, opened):
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_names_of_any_kind(tmp_path, opened, tar_format):
+def test_member_names_may_be_unicode_long_or_dotted(tmp_path, opened, tar_format):
     image, long = pixels(4), "tief/" * 30 + "x" * 120
     names = ["größe/日本", long, "v1.2/a", "./b"]
     members = [("__meta__/set.json", b"{}"), ("README", b"no suffix")]
@@ -190,7 +190,7 @@ def test_names_of_any_kind(tmp_path, opened, tar_format):
     assert train.labels.tolist() == [0, 1, 2, 3]
 
 
-def test_sizes_modes_and_channels(tmp_path, opened):
+def test_images_have_one_size_and_mode(tmp_path, opened):
     images = [encode_image(pixels(1, (9, 4))[0]), encode_image(pixels(1)[0], mode="L")]
     path = write(
         tmp_path / "a.tar",
@@ -224,7 +224,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_sample(tmp_path, opened, fault, caplog):
+def test_a_faulty_sample_is_named_or_left_out(tmp_path, opened, fault, caplog):
     path = write(
         tmp_path / "a.tar", [*samples_of(pixels(3), [0, 1, 0]), *FAULTS[fault], *samples_of(pixels(1), [1], 4)]
     )
@@ -240,7 +240,7 @@ def test_a_faulty_sample(tmp_path, opened, fault, caplog):
 
 
 @pytest.mark.parametrize("left", [700, 512 * 7 + 100, 512 * 9])
-def test_a_truncated_shard(tmp_path, opened, left):
+def test_a_truncated_shard_is_refused_or_left_out(tmp_path, opened, left):
     path = write(tmp_path / "set" / "a.tar", samples_of(pixels(6, (20, 20)), range(6)))
     write(tmp_path / "set" / "b.tar", samples_of(pixels(2, (20, 20)), [0, 1]))
     path.write_bytes(path.read_bytes()[:left])
@@ -251,7 +251,7 @@ def test_a_truncated_shard(tmp_path, opened, left):
     np.testing.assert_array_equal(all_rows(train)["image"][-2:], pixels(2, (20, 20)))
 
 
-def test_a_shard_cut_between_samples_is_warned_of(tmp_path, opened, caplog):
+def test_a_shard_cut_between_samples_logs_a_warning(tmp_path, opened, caplog):
     path = tmp_path / "a.tar"
     whole = tar_of(samples_of(pixels(2), [0, 1]))
     path.write_bytes(whole[: len(whole.rstrip(b"\0")) // 512 * 512 + 512])
@@ -260,7 +260,7 @@ def test_a_shard_cut_between_samples_is_warned_of(tmp_path, opened, caplog):
     assert "a.tar has no end mark: it may have been cut off" in caplog.text
 
 
-def test_damage_inside_a_shard(tmp_path, opened):
+def test_damage_inside_a_shard_is_named_or_left_out(tmp_path, opened):
     content = bytearray(tar_of(samples_of(pixels(6), range(6))))
     start = content.index(b"00003.png")
     content[start : start + 512] = b"\x55" * 512
@@ -270,7 +270,7 @@ def test_damage_inside_a_shard(tmp_path, opened):
     assert len(opened(tmp_path / "a.tar", on_error="skip").train) == 3
 
 
-def test_a_shard_that_shrinks_later(tmp_path, opened):
+def test_a_shard_that_shrinks_later_is_refused(tmp_path, opened):
     path = write(tmp_path / "a.tar", samples_of(pixels(6), range(6)))
     source = pickle.loads(pickle.dumps(opened(path).train))
     source.take(np.array([0]))
@@ -280,13 +280,13 @@ def test_a_shard_that_shrinks_later(tmp_path, opened):
 
 
 @pytest.mark.parametrize("content", [b"", b"no tar at all" * 100])
-def test_no_tar(tmp_path, opened, content):
+def test_a_file_that_is_not_a_tar_is_refused(tmp_path, opened, content):
     (tmp_path / "a.tar").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.tar is not a tar archive"):
         opened(tmp_path / "a.tar")
 
 
-def test_nothing_to_read(tmp_path, opened):
+def test_a_path_without_shards_or_samples_is_refused(tmp_path, opened):
     (tmp_path / "set").mkdir()
     with pytest.raises(ValueError, match=r"holds no \.tar shard: correct data\.path"):
         opened(tmp_path / "set")
@@ -301,14 +301,14 @@ def test_nothing_to_read(tmp_path, opened):
         opened(tmp_path, on_error="skpi")
 
 
-def test_members_apart_are_no_sample(tmp_path, opened):
+def test_members_that_are_apart_are_not_one_sample(tmp_path, opened):
     image = encode_image(pixels(1)[0])
     path = write(tmp_path / "a.tar", [("0.png", image), ("1.png", image), ("0.cls", b"0"), ("1.cls", b"1")])
     with pytest.raises(ValueError, match="sample '0' has no label"):
         opened(path)
 
 
-def test_the_fingerprint_counts_whole_images_and_old_times_hide_nothing(tmp_path, opened, monkeypatch):
+def test_the_fingerprint_covers_whole_images_even_if_times_are_restored(tmp_path, opened, monkeypatch):
     whole = encode_image(pixels(1, (64, 48))[0], "BMP")
     changed = whole[:-1] + bytes([whole[-1] ^ 1])
     path = write(tmp_path / "a.tar", [("0.bmp", whole), ("0.cls", b"0")])
