@@ -35,7 +35,7 @@ def intake(folder: Path, rows: int) -> tuple[list[float], list[float]]:
     """Return million samples per second in calls of `rows` samples, and the seconds of an empty call.
 
     Args:
-        folder: an existing folder for the arrays that serve as the data set.
+        folder: an existing folder for the arrays that serve as the dataset.
         rows: samples per call.
     """
     features = folder / "x_train.npy"

@@ -53,7 +53,7 @@ def write_images(root: Path) -> None:
 
 
 class _Files(Dataset[tuple[np.ndarray, int]]):
-    """A typical hand-written data set: a list of files, opened and decoded one by one."""
+    """A typical hand-written dataset: a list of files, opened and decoded one by one."""
 
     def __init__(self, root: Path, decode: Callable[[bytes], np.ndarray]) -> None:
         self._files = sorted((str(file), int(file.parent.name)) for file in root.rglob("*.jpg"))

@@ -1,7 +1,7 @@
 """Rows per second and bytes per row of every kind of source, compared with a DataLoader and a bare loop.
 
 8,192 random images of 32×32×3 bytes in batches of 128: memory-mapped arrays; JPEG files in class folders; JPEGs in
-Parquet, in tar shards (WebDataset), in a saved data set of `datasets`, and in a torch Dataset. All JPEGs are decoded at
+Parquet, in tar shards (WebDataset), in a saved dataset of `datasets`, and in a torch Dataset. All JPEGs are decoded at
 every visit (cache none); Parquet is also read from the decoded cache (cache disk).
 
 In this process, these alternate: the local transport, a DataLoader with 0 and with 2 workers that decodes the JPEGs in

@@ -66,14 +66,14 @@ class _Augmentation:
 class DataSection(Section, extra="allow"):
     """The data source; other keys belong to the source."""
 
-    source: Reference = Field("digits", description="a named data set, or module:function")
+    source: Reference = Field("digits", description="a named dataset, or module:function")
     limit: int | None = Field(None, ge=1, description="train on the first n samples only")
     hold_out: float | None = Field(
         None, gt=0, lt=1, description="share of the training samples to validate on, instead of the validation part"
     )
     cache: Literal["auto", "memory", "disk", "none"] = Field("auto", description="where to keep decoded samples")
     augment: Auto | dict[str, Any] = Field(
-        "auto", description="crop (pixels), flip; auto: the usual one of the data set"
+        "auto", description="crop (pixels), flip; auto: the usual one of the dataset"
     )
 
     @model_validator(mode="before")

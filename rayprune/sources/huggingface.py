@@ -1,8 +1,8 @@
-"""Data sets of the Hugging Face library `datasets`: a folder that it saved, or a Dataset in Python.
+"""Datasets of the Hugging Face library `datasets`: a folder that it saved, or a Dataset in Python.
 
 Folders are read with `load_from_disk`, and nothing is ever downloaded. rayprune decodes the images itself, so a folder
 and a Dataset give the same pixels. The fingerprint is computed from the samples: the library's own fingerprint depends
-on how a data set was loaded, and a digest of the files on the number of shards.
+on how a dataset was loaded, and a digest of the files on the number of shards.
 
 Shapes: N samples, B batch, H height, W width, C channels, F features.
 """
@@ -84,7 +84,7 @@ class HuggingFace:
         """Find the splits and columns and read the labels.
 
         Raises:
-            ValueError: the package is not installed, the folder is not a saved data set or damaged, or a split or
+            ValueError: the package is not installed, the folder is not a saved dataset or damaged, or a split or
                 column is missing or unsuitable.
         """
         folder = _saved_folder(self.path)
@@ -179,7 +179,7 @@ def load_dataset(folder: str, split: str | None) -> Any:
     try:
         loaded = load_from_disk(folder)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise DataError(f"{folder} is damaged ({one_line(error)}): save the data set again") from None
+        raise DataError(f"{folder} is damaged ({one_line(error)}): save the dataset again") from None
     return loaded if split is None else loaded[split]
 
 
@@ -209,7 +209,7 @@ class HuggingFaceSource(DescribedSource):
         self._open_dataset, self._name = open_dataset, name
         self._dataset = open_dataset()
         if len(self._dataset) == 0:
-            raise DataError(f"{name} has no rows: save a data set that has some")
+            raise DataError(f"{name} has no rows: save a dataset that has some")
         super().__init__(len(self._dataset), Schema({}), "")
         schema = self._dataset.features.arrow_schema
         self._image, self._label, self._features = _find_columns(name, schema, keys)
@@ -365,7 +365,7 @@ def _first_null(values: pa.ChunkedArray) -> int:
 
 
 def _image_bytes(image: dict[str, Any] | None) -> bytes | None:
-    """Return an image's bytes, from its file if the data set only stores the path."""
+    """Return an image's bytes, from its file if the dataset only stores the path."""
     if image is None:
         return None
     encoded: bytes | None = image["bytes"]

@@ -1,6 +1,6 @@
 """Decode images to uint8 arrays.
 
-A data set has one mode, that of its first image: RGB if it is in color (palette and transparent images count as color),
+A dataset has one mode, that of its first image: RGB if it is in color (palette and transparent images count as color),
 otherwise gray. Other images are converted to it; transparency is dropped. Images of more than 8 bits per channel are
 refused, because conversion to bytes would lose information. With a size, the shorter side is scaled to it and the
 middle square cut out, as is usual for evaluation on ImageNet.
@@ -65,7 +65,7 @@ def first_shape(
     size: int | None = None,
     *,
     on_error: str | None = None,
-    owner: str = "the data set",
+    owner: str = "the dataset",
 ) -> ImageShape:
     """Return the shape of the first image that can be read.
 

@@ -34,7 +34,7 @@ _REPLACE = "remove it and set data.download=true"
 
 @dataclass(frozen=True)
 class PublishedImages(abc.ABC):
-    """The keys of a published data set; its test part validates.
+    """The keys of a published dataset; its test part validates.
 
     Attributes:
         path: torchvision's root folder.
@@ -115,7 +115,7 @@ class PublishedImages(abc.ABC):
         """Return a part's images, labels and class names.
 
         Raises:
-            ValueError: a file is damaged, or is not one of the data set.
+            ValueError: a file is damaged, or is not one of the dataset.
         """
 
 

@@ -47,7 +47,7 @@ def read_trajectories(folder: str | Path, num_epochs: int, num_samples: int | No
     Args:
         folder: of the files.
         num_epochs: T, how many epochs to read, at least 1.
-        num_samples: N of the data set; by default that of the first epoch.
+        num_samples: N of the dataset; by default that of the first epoch.
 
     Returns:
         An iterator over (epoch from 0, (B,) int64 ids, (B, C) float32 probabilities, (B,) float32 losses or None).

@@ -171,7 +171,7 @@ def test_any_dataset_with_an_id_column_is_filtered(tmp_path: Path) -> None:
 
 
 def test_two_prunes_of_one_dataset_are_independent(tmp_path: Path) -> None:
-    """Each pruned data set belongs to its own actor, and the original to none."""
+    """Each pruned dataset belongs to its own actor, and the original to none."""
     whole = ray.data.from_items(rows(), override_num_blocks=5)
     first = prune(whole, method=rayprune.Random(prune_ratio=0.5), num_epochs=2)
     second = prune(whole, method=rayprune.Full(), num_epochs=2)

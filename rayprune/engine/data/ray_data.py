@@ -43,7 +43,7 @@ _MIN_TASK_ROWS, _DECODED_TASK_ROWS = 2_048, 8_192
 _MAX_TASKS = 4_096  # per epoch: Ray plans tasks one by one
 _LARGE_SOURCE_BYTES = 256 * 1024
 
-FILTERED_GUARANTEES = "ids and weights are exact, the order is the data set's own, resume is at epoch ends"
+FILTERED_GUARANTEES = "ids and weights are exact, the order is the dataset's own, resume is at epoch ends"
 
 
 def plan_dataset(scores: ScoreClient, sources: Mapping[str, SampleSource], *, elastic: bool = False) -> Any:

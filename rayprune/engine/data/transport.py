@@ -33,7 +33,7 @@ _PREFETCHED = 2  # reads or blocks
 BYTES_READ = "__bytes_read"
 _HOST_COLUMNS = ("id", "weight", BYTES_READ)
 _CURE = (
-    "a data set that is mapped must keep its rows and their order: map_batches(…, batch_size=None), no filter, no "
+    "a dataset that is mapped must keep its rows and their order: map_batches(…, batch_size=None), no filter, no "
     "shuffle"
 )
 

@@ -352,7 +352,7 @@ WantedRows = tuple[tuple[Any, ...], NDArray[np.uint8], NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """The settings of a pruned data set that every rank needs.
+    """The settings of a pruned dataset that every rank needs.
 
     Attributes:
         signals: signals that the method needs of a training visit.
@@ -392,7 +392,7 @@ class LoopActor(ScoreActor):
         """Start an attempt at an epoch, with the state of a checkpoint, or afresh without one.
 
         Raises:
-            ConfigError: the state is another method's or data set's.
+            ConfigError: the state is another method's or dataset's.
         """
         selector = self._spec.selector()
         if state is not None:
@@ -418,7 +418,7 @@ class LoopActor(ScoreActor):
         Returns:
             The rows, or None if the caller has them already.
         """
-        # Ray Data may look at the data set's schema before the first pass; it sees every row.
+        # Ray Data may look at the dataset's schema before the first pass; it sees every row.
         if self._pass is None or self._selector is None:
             return (0,), np.ones(len(self._spec.source), dtype=np.uint8), np.ones(1, dtype=np.float32)
         epoch, phase = self._pass.key.epoch, self._pass.phase

@@ -98,7 +98,7 @@ class CheckpointWriter:
         """Load the state before a step into network, train step and counts; return the epoch's metric sums so far.
 
         Raises:
-            RunFolderError: the checkpoint is of another data set or configuration.
+            RunFolderError: the checkpoint is of another dataset or configuration.
         """
         folder = checkpoint_path(self._folder, epoch, step)
         position = read_position(folder)

@@ -189,7 +189,7 @@ def _check_config(config: Config, folder: Path) -> None:
 
 
 def _check_checkpoint(config: Config, source: SampleSource, checkpoint: Path) -> None:
-    """Refuse a checkpoint of another config or data set, or of another order of samples."""
+    """Refuse a checkpoint of another config or dataset, or of another order of samples."""
     position, folder = read_position(checkpoint), checkpoint.parents[1]
     if position["digest"] != config.digest():
         if (folder / "config.yaml").exists():

@@ -59,7 +59,7 @@ def prune(
     stream: Stream = "ray",
     id_column: str = "id",
 ) -> PrunedData:
-    """Prune a data set for a Ray Train loop.
+    """Prune a dataset for a Ray Train loop.
 
     Args:
         source: a map-style torch Dataset, a Hugging Face Dataset, a dict of arrays of one length, or any rayprune
@@ -140,7 +140,7 @@ def prune(
 
 
 class PrunedData:
-    """A data set whose samples are selected anew for every epoch.
+    """A dataset whose samples are selected anew for every epoch.
 
     Attributes:
         dataset: goes to a trainer, `TorchTrainer(..., datasets={"train": pruned.dataset})`. It may be mapped if the map
@@ -167,20 +167,20 @@ class PrunedData:
 
 
 def get_dataset_shard(name: str = "train") -> Shard:
-    """Return this worker's Shard of a pruned data set, inside a Ray Train loop.
+    """Return this worker's Shard of a pruned dataset, inside a Ray Train loop.
 
     Args:
-        name: the data set's key in `TorchTrainer(datasets={...})`.
+        name: the dataset's key in `TorchTrainer(datasets={...})`.
 
     Raises:
-        ConfigError: `prune` did not make the data set, or the trainer's DataConfig does not keep its order.
+        ConfigError: `prune` did not make the dataset, or the trainer's DataConfig does not keep its order.
     """
     iterator = ray.train.get_dataset_shard(name)
     data_context = iterator.get_context() if hasattr(iterator, "get_context") else iterator.context
     token: _Token | None = data_context.get_config(_TOKEN, None)
     if token is None:
         raise ConfigError(
-            f"the data set {name!r} was not made by rayprune.prune: give the trainer datasets={{{name!r}: "
+            f"the dataset {name!r} was not made by rayprune.prune: give the trainer datasets={{{name!r}: "
             "pruned.dataset}, or use ray.train.get_dataset_shard for it"
         )
     if token.stream == "ray" and not data_context.execution_options.preserve_order:
@@ -208,7 +208,7 @@ def local_loader(
     stream: Literal["local", "device"] = "local",
     device: torch.device | str | None = None,
 ) -> Shard:
-    """Prune a data set for a plain PyTorch loop in this process, without Ray.
+    """Prune a dataset for a plain PyTorch loop in this process, without Ray.
 
     The epochs, batches, weights and scores are those that `prune` gives one worker.
 

@@ -1,4 +1,4 @@
-"""One rank's part of a pruned data set, inside a training loop of the user's own.
+"""One rank's part of a pruned dataset, inside a training loop of the user's own.
 
     shard = rayprune.get_dataset_shard("train")
     for epoch in shard.epochs():
@@ -39,7 +39,7 @@ _TASK_OUTPUTS = ("logits", "targets", "embeddings", "head")
 
 
 class Shard:
-    """One rank's part of every epoch of a pruned data set; `get_dataset_shard` and `local_loader` return it.
+    """One rank's part of every epoch of a pruned dataset; `get_dataset_shard` and `local_loader` return it.
 
     Args:
         session: the rank's session with the LoopActor, before its first epoch.

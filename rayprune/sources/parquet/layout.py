@@ -1,4 +1,4 @@
-"""The training and validation files of a Parquet data set, and the columns of the inputs and the labels."""
+"""The training and validation files of a Parquet dataset, and the columns of the inputs and the labels."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def find_columns(
     """Choose the columns to read: check the configured ones, and find the others by name and type.
 
     Args:
-        owner: the file or data set, for messages.
-        schema: of the file or data set.
+        owner: the file or dataset, for messages.
+        schema: of the file or dataset.
         image_column, label_column, feature_columns: as configured; None to find them.
 
     Returns:

@@ -116,7 +116,7 @@ def usable_files(
 
 @dataclass(frozen=True)
 class ParquetRows:
-    """The rows of a data set; all that a process needs to read them.
+    """The rows of a dataset; all that a process needs to read them.
 
     Attributes:
         files: in the order of the rows.

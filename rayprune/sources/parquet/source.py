@@ -1,4 +1,4 @@
-"""Parquet files, as the Hugging Face hub stores data sets: encoded images, or numeric columns.
+"""Parquet files, as the Hugging Face hub stores datasets: encoded images, or numeric columns.
 
 By default the first open decodes every row into the decoded cache, and later ones memory-map it. If the disk is too
 small for that, or with data.cache=none, rows are decoded from their row groups at every visit, and an epoch shuffles

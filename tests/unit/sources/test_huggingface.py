@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face library, saved by it and read back, whole and damaged."""
+"""Datasets of the Hugging Face library, saved by it and read back, whole and damaged."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_missing_and_damaged_folders_are_refused(tmp_path, opened):
     image_set().save_to_disk(tmp_path / "set")
     shard = next((tmp_path / "set").glob("*.arrow"))
     shard.write_bytes(shard.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"is damaged .*: save the data set again") as caught:
+    with pytest.raises(ValueError, match=r"is damaged .*: save the dataset again") as caught:
         opened(tmp_path / "set")
     assert "\n" not in str(caught.value)
 

@@ -25,7 +25,7 @@ CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog",
 
 @pytest.fixture
 def opened(tmp_path):
-    """Open a data set in the test's folder, with its own cache."""
+    """Open a dataset in the test's folder, with its own cache."""
 
     def call(name, **keys):
         return open_data(name, **{"path": str(tmp_path), "cache_dir": str(tmp_path / "cache")} | keys)
