@@ -186,8 +186,8 @@ def _why_not_dynamic(run: TrainedRun) -> str | None:
         )
     if run.held_out is None:
         return (
-            f"{run.folder} was trained on all training samples, and thresholds need held-out ones: set data.hold_out=0.1 "
-            "and train again"
+            f"{run.folder} was trained on all training samples, and thresholds need held-out ones: set "
+            "data.hold_out=0.1 and train again"
         )
     if run.validation is None:
         return (

@@ -92,7 +92,7 @@ def find_thresholds(confidences_KN: Floats, budget: int) -> Floats:
         raise ConfigError("thresholds need at least one sample: hold out more with data.hold_out")
     if num_nan := int(np.isnan(confidences_KN).any(axis=0).sum()):
         raise ConfigError(
-            f"the network's output is NaN for {num_nan} of {num_samples} samples: train again with a lower learning rate"
+            f"the network returns NaN for {num_nan} of {num_samples} samples: train again with a lower learning rate"
         )
     quotas = exit_quotas(budget, num_exits, num_samples)
     thresholds = np.full(num_exits, np.inf, np.float32)
