@@ -1,4 +1,4 @@
-"""Train several runs in parallel on Ray Tune: each one is an ordinary run in its own actor, and an epoch is a Tune step.
+"""Train several runs at once on Ray Tune: each one is an ordinary run in its own actor, and an epoch is a Tune step.
 
 A run resumes from its own run folder. Tune therefore keeps no checkpoints, and its record of the experiment is deleted:
 after a kill, the record that `Tuner.restore` needs may be older than the runs, and Tune restarts runs without a Tune

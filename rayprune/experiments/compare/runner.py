@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,12 +226,11 @@ class _Runs:
         self._listeners, self._debug = listeners, debug
         self._warm = config.scaling.num_workers != 0  # with workers, every run starts its own, which warm up
         self._num_started = self._num_runs = 0
-        self._outcomes: dict[str, dict[int, RunOutcome]] = {}  # arm → place of the seed → outcome
+        self._outcomes = defaultdict[str, dict[int, RunOutcome]](dict)  # arm → position of the seed → outcome
 
     def train_all(self, arms: Sequence[Arm], seeds: Sequence[int]) -> dict[str, list[RunOutcome]]:
         """Return every arm's outcomes, one per seed. Derived arms run after full training and the methods."""
-        self._outcomes = {arm.name: {} for arm in arms}
-        self._num_started, self._num_runs = 0, len(arms) * len(seeds)
+        self._num_runs = len(arms) * len(seeds)
         places = list(enumerate(seeds))
         num_timed = len(seeds) if self._share is None else self._config.compare.timed_seeds
         for derived in (False, True):

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayprune.cli.sweep import sweep_lines
+from rayprune.cli.sweep import say_results
 from rayprune.config import load_config, make_config
 from rayprune.engine.storage.costs import PriorCost, costs_of
 from rayprune.engine.storage.run_folder import read_metrics
@@ -134,8 +135,11 @@ def test_tables_and_configs_are_written(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_the_table_is_sorted_by_accuracy_with_the_front_marked(tmp_path: Path) -> None:
-    lines = sweep_lines(swept(tmp_path), list(SPACE))
+def test_the_table_is_sorted_by_accuracy_with_the_front_marked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say_results(swept(tmp_path), list(SPACE))
+    lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in lines[1:6]] == ["000-a", "001-b", "002-c", "003-d", "004-e"]
     assert [line.startswith("*") for line in lines[1:6]] == [True, False, True, False, False]
     assert lines[6] == "failed   004-e: losses were NaN"
