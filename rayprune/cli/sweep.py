@@ -99,7 +99,7 @@ class SweepDisplay:
     def start(self, start: SweepStart) -> None:
         """Print the start of the sweep."""
         self._num_trials, self._num_ended = start.num_trials, len(start.before)
-        say(f"{start.folder.name}: {start.num_trials} trials, {start.share.text}")
+        say(f"{start.folder.name}: {start.num_trials} trials, {start.resources.text}")
         if start.before:
             say(f"{len(start.before)} of them had already ended")
 

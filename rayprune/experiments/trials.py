@@ -38,6 +38,10 @@ _SAVE_S = 60.0  # for a stopped run to save; then Ray ends its process
 _RELEASE_S = 20.0
 
 
+def ignore(*_: object) -> None:
+    """Do nothing; the default of callbacks."""
+
+
 @dataclass(frozen=True)
 class TrialListeners:
     """Callbacks of several runs.
@@ -50,8 +54,8 @@ class TrialListeners:
     """
 
     on_end: Callable[[str, str | None, bool], None]
-    on_start: Callable[[str], None] | None = None
-    on_epoch: Callable[[str, dict[str, Any]], None] | None = None
+    on_start: Callable[[str], None] = ignore
+    on_epoch: Callable[[str, dict[str, Any]], None] = ignore
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Proposals:
 
 def run_trials(
     trials: Sequence[Config] | Proposals,
-    share: TrialResources,
+    resources: TrialResources,
     listeners: TrialListeners,
     *,
     folder: Path,
@@ -81,7 +85,7 @@ def run_trials(
 
     Args:
         trials: the configs of the runs, with names and `run.resume=auto`, or a search that proposes them.
-        share: how many runs to train at a time, and what Ray reserves for each.
+        resources: how many runs to train at a time, and what Ray reserves for each.
         listeners: callbacks.
         folder: for Tune's temporary files; all machines of the cluster must see it.
         scheduler: stops runs early.
@@ -101,13 +105,13 @@ def run_trials(
     shutil.rmtree(record, ignore_errors=True)
     events = _Events(listeners)
     tuner = tune.Tuner(
-        tune.with_resources(Trial, share.reserved),
+        tune.with_resources(Trial, resources.reserved),
         param_space=space,
         tune_config=tune.TuneConfig(
             search_alg=search,
             scheduler=scheduler,
             num_samples=1 if search is None else num_trials,
-            max_concurrent_trials=share.num_concurrent,
+            max_concurrent_trials=resources.num_concurrent,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.config["trial"]["name"],
         ),
@@ -238,13 +242,12 @@ class _Events(tune.Callback):
         return {}  # Tune pickles callbacks for `Tuner.restore`, which is not used
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self._listeners.on_start is not None:
-            self._listeners.on_start(trial.config["trial"]["name"])
+        self._listeners.on_start(trial.config["trial"]["name"])
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        if self._listeners.on_epoch is not None and "epoch" in result:
+        if "epoch" in result:
             self._listeners.on_epoch(trial.config["trial"]["name"], result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

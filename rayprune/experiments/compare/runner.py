@@ -37,7 +37,7 @@ from rayprune.errors import ConfigError, TrainingFailed
 from rayprune.experiments.compare.arms import Arm, ArmSettings, arm_settings, arms_of, digest_of, run_config
 from rayprune.experiments.compare.statistics import ArmRuns, Criteria, RunOutcome, summary, timed_places
 from rayprune.experiments.folder import ExperimentFolder
-from rayprune.experiments.trials import TrialListeners, run_trials
+from rayprune.experiments.trials import TrialListeners, ignore, run_trials
 from rayprune.methods import build_method
 from rayprune.sources import SampleSource
 
@@ -56,7 +56,7 @@ class CompareListeners:
         on_notice: called with one-line notices for the user.
     """
 
-    on_run: Callable[[str, Arm, int, bool, ArmSettings], None] | None = None
+    on_run: Callable[[str, Arm, int, bool, ArmSettings], None] = ignore
     on_notice: Callable[[str], None] = logger.warning
 
 
@@ -97,10 +97,10 @@ def compare(config: Config, listeners: CompareListeners | None = None, *, debug:
     if not folder.exists():
         check(config, splits)  # report a mistake before anything is written
     config = _with_stored_threads(config, folder)
-    share = _share(config, splits.train, len(arms), debug)
+    resources = _trial_resources(config, splits.train, len(arms), debug)
     with experiment.open(config), on_sigterm():
-        write_whole(folder / "threads.json", json.dumps(_threads(config, share)) + "\n")
-        runs = _Runs(config, folder, splits.train, listeners, share=share, debug=debug)
+        write_whole(folder / "threads.json", json.dumps(_threads(config, resources)) + "\n")
+        runs = _Runs(config, folder, splits.train, listeners, resources=resources, debug=debug)
         outcomes = runs.train_all(arms, section.all_seeds)
         timed = timed_places(outcomes.values())
         results = [
@@ -132,14 +132,14 @@ def _with_stored_threads(config: Config, folder: Path) -> Config:
     return config.model_copy(update={"scaling": scaling})
 
 
-def _threads(config: Config, share: TrialResources | None) -> int | str:
-    if share is not None:
-        return int(share.scaling["threads"])
+def _threads(config: Config, resources: TrialResources | None) -> int | str:
+    if resources is not None:
+        return int(resources.scaling["threads"])
     one_process = config.scaling.threads == "auto" and config.scaling.num_workers == 0
     return len(os.sched_getaffinity(0)) if one_process else config.scaling.threads
 
 
-def _share(config: Config, source: SampleSource, num_arms: int, debug: bool) -> TrialResources | None:
+def _trial_resources(config: Config, source: SampleSource, num_arms: int, debug: bool) -> TrialResources | None:
     """Return how many runs to train at a time and the resources of each; None to train them one after another.
 
     Raises:
@@ -157,8 +157,8 @@ def _share(config: Config, source: SampleSource, num_arms: int, debug: bool) -> 
     else:
         start_ray(debug, dashboard=config.scaling.num_workers != 0, address=config.run.address)
         total = ray.cluster_resources()
-    share = divide_resources(config, source, request, total)
-    return share if share.num_concurrent > 1 else None
+    resources = divide_resources(config, source, request, total)
+    return resources if resources.num_concurrent > 1 else None
 
 
 def _caveat(config: Config, arm: Arm) -> str:
@@ -204,7 +204,7 @@ class _Runs:
         folder: the comparison's folder.
         source: the training data.
         listeners: callbacks.
-        share: how many runs to train at a time; None: one after another.
+        resources: how many runs to train at a time; None: one after another.
         debug: show Ray's own logs.
     """
 
@@ -215,13 +215,13 @@ class _Runs:
         source: SampleSource,
         listeners: CompareListeners,
         *,
-        share: TrialResources | None,
+        resources: TrialResources | None,
         debug: bool,
     ) -> None:
-        if share is not None:
+        if resources is not None:
             # The same number of threads, alone or not: the arms of a seed must be comparable bit by bit.
-            config = config.model_copy(update={"scaling": config.scaling.model_copy(update=share.scaling)})
-        self._config, self._folder, self._source, self._share = config, folder, source, share
+            config = config.model_copy(update={"scaling": config.scaling.model_copy(update=resources.scaling)})
+        self._config, self._folder, self._source, self._resources = config, folder, source, resources
         self._shared_file = folder / "shared_runs.json"
         self._listeners, self._debug = listeners, debug
         self._warm = config.scaling.num_workers != 0  # with workers, every run starts its own, which warm up
@@ -232,7 +232,7 @@ class _Runs:
         """Return every arm's outcomes, one per seed. Derived arms run after full training and the methods."""
         self._num_runs = len(arms) * len(seeds)
         places = list(enumerate(seeds))
-        num_timed = len(seeds) if self._share is None else self._config.compare.timed_seeds
+        num_timed = len(seeds) if self._resources is None else self._config.compare.timed_seeds
         for derived in (False, True):
             stage = [arm for arm in arms if arm.derived == derived]
             for place, seed in places[:num_timed]:
@@ -289,14 +289,14 @@ class _Runs:
                 self._announce(job)
         remaining = {job.name: job for job in jobs if not job.finished}
         if remaining:
-            assert self._share is not None, "without shared resources, all runs are trained alone"
+            assert self._resources is not None, "without shared resources, all runs are trained alone"
             in_process = self._config.scaling.num_workers == 0
             ours = in_process and not ray.is_initialized()
             start_ray(self._debug, dashboard=not in_process, address=self._config.run.address)
             self._mark_shared(remaining)
             events = TrialListeners(_refuse_failures, on_start=lambda name: self._announce(remaining[name]))
             configs = [job.config for job in remaining.values()]
-            if not run_trials(configs, self._share, events, folder=self._folder, debug=self._debug):
+            if not run_trials(configs, self._resources, events, folder=self._folder, debug=self._debug):
                 raise KeyboardInterrupt
             if ours:
                 ray.shutdown()  # the next timed runs need the machine to themselves
@@ -305,9 +305,8 @@ class _Runs:
 
     def _announce(self, job: _Job) -> None:
         self._num_started += 1
-        if self._listeners.on_run is not None:
-            number = f"{self._num_started}/{self._num_runs}"
-            self._listeners.on_run(number, job.arm, job.config.train.seed, job.finished, job.settings)
+        number = f"{self._num_started}/{self._num_runs}"
+        self._listeners.on_run(number, job.arm, job.config.train.seed, job.finished, job.settings)
 
     def _keep(self, job: _Job) -> None:
         """Read the outcome of a finished run."""

@@ -43,7 +43,7 @@ from rayprune.experiments.sweep.space import (
     trial_config,
     trial_name,
 )
-from rayprune.experiments.trials import Proposals, TrialListeners, report_of, run_trials, trial_spec
+from rayprune.experiments.trials import Proposals, TrialListeners, ignore, report_of, run_trials, trial_spec
 from rayprune.sources import Splits
 
 
@@ -55,22 +55,22 @@ class SweepStart:
         folder: the sweep's folder.
         num_trials: of the whole sweep.
         before: the rows of trials that ended in an earlier start.
-        share: how many trials run at a time, and the resources of each.
+        resources: how many trials run at a time, and the resources of each.
     """
 
     folder: Path
     num_trials: int
     before: list[Row]
-    share: TrialResources
+    resources: TrialResources
 
 
 @dataclass(frozen=True)
 class SweepListeners:
     """Callbacks of a sweep, for its start, (trial, point, figures) of each epoch, and the row of each ended trial."""
 
-    on_start: Callable[[SweepStart], None] | None = None
-    on_epoch: Callable[[str, Point, Mapping[str, Any]], None] | None = None
-    on_trial: Callable[[Row], None] | None = None
+    on_start: Callable[[SweepStart], None] = ignore
+    on_epoch: Callable[[str, Point, Mapping[str, Any]], None] = ignore
+    on_trial: Callable[[Row], None] = ignore
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,11 @@ def sweep(base: Config, folder: Path, listeners: SweepListeners | None = None, *
     start_ray(debug, dashboard=base.scaling.num_workers != 0, address=base.run.address)
     num_trials = len(points) or section.num_trials or 0
     request = ConcurrencyRequest(num_trials, section.max_concurrent)
-    share = divide_resources(base, splits.train, request, ray.cluster_resources())
+    resources = divide_resources(base, splits.train, request, ray.cluster_resources())
     with experiment.open(base):
-        trials = _Trials(base, folder, share, listeners)
-        if listeners.on_start is not None:
-            rows = [result_row(folder, state, section.amortise) for state in trials.ended.values()]
-            listeners.on_start(SweepStart(folder, num_trials, rows, share))
+        trials = _Trials(base, folder, resources, listeners)
+        before = [result_row(folder, state, section.amortise) for state in trials.ended.values()]
+        listeners.on_start(SweepStart(folder, num_trials, before, resources))
         complete = True
         if len(trials.ended) < num_trials:
             for split in (splits.train, splits.validation):
@@ -148,8 +147,8 @@ class _Trials:
         ended: name → state of each trial that does not run again.
     """
 
-    def __init__(self, base: Config, folder: Path, share: TrialResources, listeners: SweepListeners) -> None:
-        self._base, self._folder, self._share, self._listeners = base, folder, share, listeners
+    def __init__(self, base: Config, folder: Path, resources: TrialResources, listeners: SweepListeners) -> None:
+        self._base, self._folder, self._resources, self._listeners = base, folder, resources, listeners
         self._states = read_states(folder)
         self.ended = {name: state for name, state in self._states.items() if state.status in {FINISHED, STOPPED}}
 
@@ -168,7 +167,7 @@ class _Trials:
         remaining = [self._begin(state) for state in states if state.name not in self.ended]
         return run_trials(
             remaining if points else self._proposals(),
-            self._share,
+            self._resources,
             TrialListeners(self._on_end, on_epoch=self._on_epoch),
             folder=self._folder,
             scheduler=asha,
@@ -184,7 +183,7 @@ class _Trials:
         run = {"storage_path": str(self._folder / "trials"), "name": state.name, "resume": "auto"}
         changes = {
             "run": config.run.model_copy(update=run),
-            "scaling": config.scaling.model_copy(update=self._share.scaling),
+            "scaling": config.scaling.model_copy(update=self._resources.scaling),
         }
         return config.model_copy(update=changes)
 
@@ -209,12 +208,10 @@ class _Trials:
         return [report_of(record) for record in read_metrics(self._folder / "trials" / name)]
 
     def _on_epoch(self, name: str, figures: Mapping[str, Any]) -> None:
-        if self._listeners.on_epoch is not None:
-            self._listeners.on_epoch(name, self._states[name].point, figures)
+        self._listeners.on_epoch(name, self._states[name].point, figures)
 
     def _on_end(self, name: str, error: str | None, finished: bool) -> None:
         status = FAILED if error else FINISHED if finished else STOPPED
         state = replace(self._states[name], status=status, error=error)
         write_state(self._folder, state)
-        if self._listeners.on_trial is not None:
-            self._listeners.on_trial(result_row(self._folder, state, self._base.sweep.amortise))
+        self._listeners.on_trial(result_row(self._folder, state, self._base.sweep.amortise))
