@@ -26,7 +26,7 @@ Rows = list[list[str]]
 @click.option(
     "--mode",
     type=click.Choice(["anytime", "dynamic"]),
-    help="Each exit alone, or early exit by thresholds for a budget. [default: both, where the run held samples out]",
+    help="Each exit alone, or early exit by thresholds for a budget. [default: both, if the run held samples out]",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
 @click.option(

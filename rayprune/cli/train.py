@@ -231,5 +231,5 @@ def summary_rows(runs: Sequence[tuple[str, Metrics]]) -> list[tuple[str, ...]]:
 
 def _seconds(metrics: Metrics, *parts: str) -> float:
     """Return the seconds of some parts of all epochs, and of a scoring run."""
-    spent = [*(line["seconds"] for line in metrics), metrics[-1].get("seconds_collected", {})]
-    return float(sum(seconds.get(part, 0.0) for seconds in spent for part in parts))
+    all_seconds = [*(line["seconds"] for line in metrics), metrics[-1].get("seconds_collected", {})]
+    return float(sum(seconds.get(part, 0.0) for seconds in all_seconds for part in parts))

@@ -179,7 +179,7 @@ class Trial(tune.Trainable):
                 self._run_config,
                 on_epoch=self._on_epoch,
                 on_start=self._on_start,
-                on_notice=lambda line: None,
+                on_notice=ignore,
                 pause=self._pause,
             )
             self._records.put(result.metrics[-1])

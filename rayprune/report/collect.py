@@ -95,7 +95,7 @@ class Collected:
         if not names:
             return ""
         prefix = "" if len(self.runs) == 1 else ", ".join(names[:3]) + (", …" if len(names) > 3 else "") + ": "
-        return f"{prefix}no gallery of notable samples (if it could not be written, the run said why)"
+        return f"{prefix}no gallery of notable samples (if it could not be written, the run printed the reason)"
 
 
 def collect(folders: Sequence[Path]) -> Collected:

@@ -281,7 +281,7 @@ class _Runs:
         with tempfile.TemporaryDirectory() as folder:
             config = run_config(self._config, ArmSettings({"name": "full"}, 1), "warm-up", 0, folder)
             tree = merge(config.model_dump(mode="json"), {"data": {"limit": limit}})
-            train(make_config(tree), debug=self._debug, on_notice=lambda _: None)
+            train(make_config(tree), debug=self._debug, on_notice=ignore)
 
     def _train_at_once(self, jobs: Sequence[_Job]) -> None:
         for job in jobs:
