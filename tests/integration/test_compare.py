@@ -63,7 +63,7 @@ def test_side_by_side_it_finds_what_it_finds_one_by_one(tmp_path: Path) -> None:
     code, out, err = finish(start(tmp_path / "two", "compare.parallel=2"))
     assert code == 0, err
     assert "already finished" in out
-    assert "runs of seed 0 alone, the others side by side and not timed" in out
+    assert "runs of seed 0 trained alone, the others side by side and not timed" in out
     compare(load_config(CONFIG, [*WORDS, f"run.storage_path={tmp_path / 'one'}"]))
     two, one = report_in(tmp_path / "two"), report_in(tmp_path / "one")
     assert (two["timed_seeds"], one["timed_seeds"]) == ([0], [0, 1, 2])

@@ -89,7 +89,7 @@ def compare(config: Config, listeners: CompareListeners | None = None, *, debug:
     if section.margin < resolution:
         notes.append(f"the margin of {section.margin:g} points is less than one sample ({resolution:.2g} points)")
     if len(section.all_seeds) == 1:
-        notes.append("one seed gives no interval, so there will be no verdict; set compare.seeds=3")
+        notes.append("one seed gives no interval, so the verdict will be undecided; set compare.seeds=3")
     for note in notes:
         listeners.on_notice(note)
     experiment = ExperimentFolder(folder, "compare.yaml", digest_of)
@@ -175,7 +175,7 @@ def _timing(arms: Sequence[ArmRuns]) -> str:
     if alone == seeds:
         return f"each run trained alone; {_SECONDS}"
     if not alone:
-        return f"all runs trained side by side, so do not rely on them (compare.parallel=1); {_SECONDS}"
+        return f"runs trained side by side, so do not rely on them (compare.parallel=1); {_SECONDS}"
     names = ", ".join(map(str, alone))
     return f"runs of seed {names} trained alone, the others side by side and not timed; {_SECONDS}"
 
