@@ -57,8 +57,8 @@ def test_side_by_side_it_finds_what_it_finds_one_by_one(tmp_path: Path) -> None:
         time.sleep(0.02)
     parallel.send_signal(signal.SIGTERM)
     code, _, err = finish(parallel)
-    assert code == 1
-    assert "the same command goes on" in err
+    assert code == 1, err
+    assert "run the same command again to resume" in err
     assert "Traceback" not in err
     code, out, err = finish(start(tmp_path / "two", "compare.parallel=2"))
     assert code == 0, err

@@ -293,11 +293,12 @@ class _Runs:
             in_process = self._config.scaling.num_workers == 0
             ours = in_process and not ray.is_initialized()
             start_ray(self._debug, dashboard=not in_process, address=self._config.run.address)
-            self._mark_shared(remaining)
-            events = TrialListeners(_refuse_failures, on_start=lambda name: self._announce(remaining[name]))
-            configs = [job.config for job in remaining.values()]
-            if not run_trials(configs, self._resources, events, folder=self._folder, debug=self._debug):
-                raise KeyboardInterrupt
+            with on_sigterm():  # again, as Ray has replaced the handler
+                self._mark_shared(remaining)
+                events = TrialListeners(_refuse_failures, on_start=lambda name: self._announce(remaining[name]))
+                configs = [job.config for job in remaining.values()]
+                if not run_trials(configs, self._resources, events, folder=self._folder, debug=self._debug):
+                    raise KeyboardInterrupt
             if ours:
                 ray.shutdown()  # the next timed runs need the machine to themselves
         for job in jobs:

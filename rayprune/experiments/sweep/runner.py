@@ -16,6 +16,7 @@ import ray
 
 from rayprune.config import Config
 from rayprune.engine.cluster import ConcurrencyRequest, TrialResources, divide_resources, start_ray
+from rayprune.engine.monitoring import on_sigterm
 from rayprune.engine.storage.run_folder import read_metrics
 from rayprune.engine.train.driver import check, open_splits
 from rayprune.errors import ConfigError
@@ -107,7 +108,7 @@ def sweep(base: Config, folder: Path, listeners: SweepListeners | None = None, *
     num_trials = len(points) or section.num_trials or 0
     request = ConcurrencyRequest(num_trials, section.max_concurrent)
     resources = divide_resources(base, splits.train, request, ray.cluster_resources())
-    with experiment.open(base):
+    with experiment.open(base), on_sigterm():
         trials = _Trials(base, folder, resources, listeners)
         before = [result_row(folder, state, section.amortise) for state in trials.ended.values()]
         listeners.on_start(SweepStart(folder, num_trials, before, resources))
