@@ -81,10 +81,8 @@ def compare(config: Config, listeners: CompareListeners | None = None, *, debug:
     arms, notes = arms_of(config)
     splits = open_splits(config)
     if splits.validation is None:
-        raise ConfigError(
-            f"data source {config.data.source} has no validation part, and accuracies are compared on it: set "
-            "data.hold_out=0.1"
-        )
+        name = config.data.source
+        raise ConfigError(f"data.source {name!r} has no validation part for the accuracies: set data.hold_out=0.1")
     resolution = 100.0 / len(splits.validation)  # points that one sample is worth
     if section.margin < resolution:
         notes.append(f"the margin of {section.margin:g} points is less than one sample ({resolution:.2g} points)")
