@@ -1,1 +1,1 @@
-"""The command line: a module for each command, with what it prints."""
+"""The command line: a module for each command and its output."""

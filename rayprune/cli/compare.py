@@ -1,4 +1,4 @@
-"""The command `rayprune compare`: is pruning worth it here? It runs every arm with every seed and gives a verdict."""
+"""The command `rayprune compare`: run every arm with every seed, and print the results and the verdict."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def compare(arguments: tuple[str, ...]) -> None:
     from rayprune.experiments.compare.runner import compare as run
 
     stem = Path(path).stem
-    if config.run.name == f"{stem}-{config.digest()}":  # the default name, which is that of a single run
+    if config.run.name == f"{stem}-{config.digest()}":  # the default name of a single run
         named = config.run.model_copy(update={"name": f"{stem}-compare-{digest_of(config)}"})
         config = config.model_copy(update={"run": named})
     folder = run(config, CompareListeners(_say_run, warn), debug=debug())

@@ -1,4 +1,4 @@
-"""What the commands share: the console, their arguments, the option --debug, and tables of text."""
+"""Shared by all commands: the console, arguments, the option --debug, and tables of text."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def debug_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --debug to a command, which reads it with `debug`."""
 
     def remember(context: click.Context, _: click.Parameter, value: bool) -> None:
-        context.meta[_DEBUG] = value or context.meta.get(_DEBUG, False)  # also true before the command's name
+        context.meta[_DEBUG] = value or context.meta.get(_DEBUG, False)  # it may also precede the command
 
     text = "Show tracebacks and Ray's own logs."
     return click.option("--debug", is_flag=True, expose_value=False, callback=remember, help=text)(command)
 
 
 def debug() -> bool:
-    """Return whether the running command was given --debug."""
+    """Return whether the running command has the option --debug."""
     return bool(click.get_current_context().meta.get(_DEBUG))
 
 
@@ -40,7 +40,7 @@ def single_config(arguments: Sequence[str], example: str) -> tuple[str, list[str
     """Return the one config file among a command's arguments, and the overrides.
 
     Raises:
-        ConfigError: there is none, or more than one.
+        ConfigError: there is no config file, or more than one.
     """
     paths, overrides = split_arguments(arguments)
     if len(paths) != 1:
@@ -49,23 +49,18 @@ def single_config(arguments: Sequence[str], example: str) -> tuple[str, list[str
 
 
 def say(line: object = "", style: str | None = None) -> None:
-    """Print a line as it is: without markup, and without colors for numbers."""
+    """Print a line unchanged, without markup and without colors for numbers."""
     console.print(str(line), style=style, highlight=False, markup=False)
 
 
 def warn(line: str) -> None:
-    """Print a line that stands out."""
+    """Print a line in yellow."""
     say(line, "yellow")
 
 
 def say_table(rows: Sequence[Sequence[str]], words: Collection[int] = (0,)) -> None:
-    """Print rows of cells as a table; the first row is its head."""
-    say_with_head(aligned(rows, words))
-
-
-def say_with_head(lines: Sequence[str]) -> None:
-    """Print lines, the first of them in bold."""
-    for number, line in enumerate(lines):
+    """Print rows of cells as a table; the first row is the head."""
+    for number, line in enumerate(aligned(rows, words)):
         say(line, None if number else "bold")
 
 
@@ -73,8 +68,8 @@ def aligned(rows: Sequence[Sequence[str]], words: Collection[int] = (0,)) -> lis
     """Return rows of cells as lines; columns are as wide as their content, so that no number is cut.
 
     Args:
-        rows: as many cells each.
-        words: positions of the columns that are aligned to the left.
+        rows: of equal length.
+        words: indices of the columns that are aligned to the left.
 
     >>> aligned([("run", "seconds"), ("full", "10.5")])
     ['run   seconds', 'full     10.5']

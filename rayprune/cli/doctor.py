@@ -1,4 +1,4 @@
-"""The command `rayprune doctor`: try everything that a run needs on this machine."""
+"""The command `rayprune doctor`: check everything that a run needs on this machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _GIB = 1024**3
 @debug_option
 def doctor() -> None:
     """Check this machine: versions, devices, Ray, resources, and what is missing."""
-    # What is checked → a function that returns the finding or raises, and the cure. The slowest come last.
+    # Name → a check, which returns its finding or raises, and the cure. The slowest checks come last.
     checks: dict[str, tuple[Callable[[], str], str]] = {
         "python": (lambda: f"{platform.python_version()} (3.11 or newer)", ""),
         **{name: (partial(_package, name), "pip install rayprune installs it") for name in _PACKAGES},

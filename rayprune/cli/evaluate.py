@@ -26,7 +26,7 @@ Rows = list[list[str]]
 @click.option(
     "--mode",
     type=click.Choice(["anytime", "dynamic"]),
-    help="Each exit alone, or early exit by thresholds for a budget. [default: both, where the run held samples out]",
+    help="Each exit alone, or early exit by thresholds for a budget. [default: both, if the run held samples out]",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
 @click.option(
@@ -56,7 +56,7 @@ def evaluate(run: str, mode: Any, device: str, batch_size: int) -> None:
     say(latency_line(evaluation), "dim")
     if evaluation.dynamic:
         num_held_out = evaluation.dynamic[0]["held_out_samples"]
-        say(f"\nearly exit, with thresholds of {num_held_out:,} training samples held out:")
+        say(f"\nearly exit, with thresholds of {num_held_out:,} held-out training samples:")
         say_table(budget_rows(evaluation), words=())
     say(f"\ndone in {elapsed(start)}: {plot.parent}")
 

@@ -1,7 +1,7 @@
 """The command line: rayprune train | score | select | evaluate | compare | sweep | report | show | methods | doctor.
 
-Exit codes: 0 success, 2 a mistake of the user (one line names it), 1 any other error; tracebacks only with --debug.
-Modules of commands import what is slow to import (torch, Ray, pandas, matplotlib) inside functions.
+Exit codes: 0 success, 2 a mistake of the user (reported in one line), 1 any other error; tracebacks only with --debug.
+Modules of commands import slow libraries (torch, Ray, pandas, matplotlib) inside functions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rayprune.cli.sweep import sweep
 from rayprune.cli.train import score, train
 from rayprune.errors import one_line
 
-# click 8.2 and newer raises this for `rayprune` alone; its message is the help.
+# click 8.2 and newer raises this for `rayprune` without arguments; its message is the help.
 _NO_ARGUMENTS = getattr(click.exceptions, "NoArgsIsHelpError", ())
 
 

@@ -1,4 +1,4 @@
-"""The commands `rayprune report`, a page or PNG files, and `rayprune show`, a run in a terminal."""
+"""The commands `rayprune report`, which writes a page or PNG files, and `rayprune show`, which prints a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def report(paths: tuple[str, ...], output: str | None, png: str | None) -> None:
     target = Path(png or output or _common_folder(folders) / "report.html").expanduser()
     if not png and target.is_dir():
         raise ConfigError(f"{target} is a folder: name a file, such as --output {target}/report.html")
-    if not png and target.exists() and not target.is_file():  # a device or a pipe, which the page would replace
+    if not png and target.exists() and not target.is_file():  # the page would replace a device or a pipe
         raise ConfigError(f"{target} is not a regular file: name another with --output")
     try:
         if png:

@@ -1,4 +1,4 @@
-"""The command `rayprune select`: from scores to a file of selected samples for `rayprune train`."""
+"""The command `rayprune select`: select samples by their scores, into a file for `rayprune train`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rayprune.core import Selection
     from rayprune.sources.score_files import ScoreFile
 
-_MAX_CLASSES = 12  # listed one by one; of more, only those with the smallest and the largest share
+_MAX_CLASSES = 12  # to list one by one; of more, only those with the smallest and the largest share
 _SHARE = click.FloatRange(min=0, max=1, max_open=True)
 
 
@@ -115,7 +115,7 @@ def _share_or_count(text: str) -> float:
 def _select(
     stored: ScoreFile, name: str, keep: float, *, drop_missing: bool, seed: int, **rule: Any
 ) -> tuple[Selection, int]:
-    """Return the selection, and the number of samples left out because they have no score."""
+    """Return the selection, and the number of samples without a score, which are left out."""
     import numpy as np
 
     from rayprune.core.choosing import choose, num_kept
@@ -163,7 +163,7 @@ def _summary(
 
 
 def _class_lines(labels: np.ndarray, ids: np.ndarray, scores: np.ndarray) -> Iterator[str]:
-    """Yield what is kept of each class and the range of its scores; of many classes only the extremes."""
+    """Yield the kept share of each class and the range of its scores; of many classes, only the extremes."""
     import numpy as np
 
     classes, inverse = np.unique(labels, return_inverse=True)

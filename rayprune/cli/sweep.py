@@ -1,4 +1,4 @@
-"""The command `rayprune sweep`: many short runs over a space of keys, and which of them are worth it."""
+"""The command `rayprune sweep`: many short runs over a space of settings, and the Pareto front of their results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rayprune.cli.console import aligned, console, debug, debug_option, say, say_with_head, single_config
+from rayprune.cli.console import console, debug, debug_option, say, say_table, single_config
 from rayprune.report.text import count_of, share
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def sweep(arguments: tuple[str, ...]) -> None:
     """Train CONFIG at each point of its section `sweep`: how much can be pruned, and how.
 
-    Run the same command again to continue: trials that have ended stay, others resume from their last checkpoint.
+    Run the same command again to continue: ended trials are kept, others resume from their last checkpoint.
     """
     path, overrides = single_config(arguments, "rayprune sweep configs/digits_sweep.yaml")
     from rayprune.config import read_config
@@ -38,7 +38,7 @@ def sweep(arguments: tuple[str, ...]) -> None:
         listeners = SweepListeners(display.start, display.epoch, display.trial)
         result = run(base, sweep_folder_of(base, Path(path).stem), listeners, debug=debug())
     say()
-    say_with_head(sweep_lines(result.rows, keys))
+    say_results(result.rows, keys)
     say()
     _say_files(result)
     if all(row["status"] != "finished" for row in result.rows):
@@ -46,18 +46,15 @@ def sweep(arguments: tuple[str, ...]) -> None:
         raise RuntimeError(f"no trial finished; the first error: {reasons[0]}" if reasons else "no trial finished")
 
 
-def sweep_lines(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
-    """Return the final table as lines, its head first, and a line for each trial that failed.
-
-    Args:
-        rows: as in results.parquet.
-        keys: the swept keys.
-    """
+def say_results(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
+    """Print the final table, and a line for each failed trial; `rows` as in results.parquet."""
     from rayprune.report.tables import by_accuracy, trials_table
 
     table = trials_table(rows, keys)
-    failures = [f"failed   {row['trial']}: {row['error']}" for row in by_accuracy(rows) if row["error"]]
-    return [*aligned([table.head, *table.rows], table.words), *failures]
+    say_table([table.head, *table.rows], table.words)
+    for row in by_accuracy(rows):
+        if row["error"]:
+            say(f"failed   {row['trial']}: {row['error']}")
 
 
 def _say_files(result: SweepResult) -> None:
@@ -72,13 +69,13 @@ def _say_files(result: SweepResult) -> None:
 
 
 class SweepDisplay:
-    """Print a running sweep: a live table on a terminal, elsewhere a line for each trial that has ended.
+    """Print a running sweep: a live table on a terminal, otherwise a line for each ended trial.
 
     Args:
         keys: the swept keys.
     """
 
-    _MAX_SHOWN = 20  # running and newest trials on a terminal
+    _MAX_SHOWN = 20  # trials on a terminal, running ones first
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._keys = keys
@@ -100,9 +97,9 @@ class SweepDisplay:
             self._live.stop()
 
     def start(self, start: SweepStart) -> None:
-        """Print what begins or resumes."""
+        """Print the start of the sweep."""
         self._num_trials, self._num_ended = start.num_trials, len(start.before)
-        say(f"{start.folder.name}: {start.num_trials} trials, {start.share.text}")
+        say(f"{start.folder.name}: {start.num_trials} trials, {start.resources.text}")
         if start.before:
             say(f"{len(start.before)} of them had already ended")
 
@@ -112,7 +109,7 @@ class SweepDisplay:
             self._show({"trial": name, **point, "status": "running", "epochs": figures["epoch"], **figures})
 
     def trial(self, row: Mapping[str, Any]) -> None:
-        """Show a trial that has ended."""
+        """Show an ended trial."""
         self._num_ended += 1
         if self._live is not None:
             self._show(row)

@@ -1,4 +1,4 @@
-"""The commands `rayprune train` and `rayprune score`, with a line for each epoch and a final table of runs."""
+"""The commands `rayprune train` and `rayprune score`: print a line for each epoch and a final table of runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rayprune.engine.train.driver import RunResult, Start
     from rayprune.engine.train.static_subset import Scored
 
-Metrics = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl, one an epoch
+Metrics = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl, one per epoch
 
 
 @click.command()
@@ -44,7 +44,7 @@ def train(arguments: tuple[str, ...]) -> None:
     paths, overrides = split_arguments(arguments)
     if not paths:
         raise ConfigError("no config is named: rayprune train configs/digits_full.yaml")
-    configs = [load_config(path, overrides) for path in paths]  # all are checked before any training starts
+    configs = [load_config(path, overrides) for path in paths]  # check all of them before any training starts
     folders = [Path(config.run.storage_path) / str(config.run.name) for config in configs]
     if len(set(folders)) < len(folders):
         raise ConfigError(f"two of the configs train in the same folder, {folders[0]}: leave run.name out")
@@ -94,11 +94,11 @@ def _say_selection(scored: Scored) -> None:
 
 
 class RunDisplay:
-    """Print a running run: a line an epoch, and on a terminal a progress bar below."""
+    """Print a running run: a line per epoch, and a progress bar on a terminal."""
 
     def __init__(self) -> None:
         self._num_epochs = self._kept = 0
-        self._samples_before: int | None = None  # trained before the next epoch; None: nothing of this run yet
+        self._samples_before: int | None = None  # samples trained before the next epoch; None: none of this run yet
         self._has_head = False  # notices are printed before the head
         self._bar: Any = None
         self._task: Any = None
@@ -124,7 +124,7 @@ class RunDisplay:
         return {"on_start": self.start, "on_epoch": self.epoch, "on_progress": progress, "on_notice": warn}
 
     def start(self, start: Start) -> None:
-        """Print what begins or resumes."""
+        """Print the start of the run."""
         from rayprune.engine.storage.run_folder import read_metrics
 
         config, resources, first = start.config, start.resources, start.first_epoch
@@ -150,7 +150,7 @@ class RunDisplay:
             self._bar.update(self._task, total=self._num_epochs, completed=first)
 
     def epoch(self, line: Mapping[str, Any]) -> None:
-        """Print a finished epoch."""
+        """Print an ended epoch."""
         if not self._has_head:
             say(EPOCH_HEAD, "bold")
             self._has_head = True
@@ -175,7 +175,7 @@ def epoch_row(line: Mapping[str, Any], num_epochs: int, samples_before: int, kep
     Args:
         line: its line of metrics.jsonl.
         num_epochs: E.
-        samples_before: samples trained in all earlier epochs, and by a run that scored them.
+        samples_before: samples trained in all earlier epochs, and by a scoring run.
         kept: samples kept in this epoch and all before it.
     """
     seconds = line["seconds"]
@@ -188,7 +188,7 @@ def epoch_row(line: Mapping[str, Any], num_epochs: int, samples_before: int, kep
 
 
 def saved_share(kept: int, line: Mapping[str, Any]) -> float:
-    """Return the fraction of a full run's sample visits that was saved so far; below 0 where scoring cost more.
+    """Return the fraction of a full run's sample visits that was saved so far; below 0 if scoring cost more.
 
     Args:
         kept: samples kept in this epoch and all before it; rows that `last_batch: drop` leaves out are not saved.
@@ -210,9 +210,9 @@ def summary_rows(runs: Sequence[tuple[str, Metrics]]) -> list[tuple[str, ...]]:
     for name, metrics in runs:
         last = metrics[-1]
         kept = sum(line["kept"] for line in metrics)
-        if len(metrics) <= last["epoch"]:  # lines were lost, and with them what those epochs kept
+        if len(metrics) <= last["epoch"]:  # without lost lines, the sum of kept samples is incomplete
             kept = last["samples_trained"] - last.get("samples_collected", 0)
-        # Includes forward-only passes, proxies and padding: a full run has a little over 100 %.
+        # Compute includes forward-only passes, proxies and padding, so a full run has slightly over 100 %.
         full = last["num_samples"] * (last["epoch"] + 1)
         rows.append(
             (
@@ -231,5 +231,5 @@ def summary_rows(runs: Sequence[tuple[str, Metrics]]) -> list[tuple[str, ...]]:
 
 def _seconds(metrics: Metrics, *parts: str) -> float:
     """Return the seconds of some parts of all epochs, and of a scoring run."""
-    spent = [*(line["seconds"] for line in metrics), metrics[-1].get("seconds_collected", {})]
-    return float(sum(seconds.get(part, 0.0) for seconds in spent for part in parts))
+    all_seconds = [*(line["seconds"] for line in metrics), metrics[-1].get("seconds_collected", {})]
+    return float(sum(seconds.get(part, 0.0) for seconds in all_seconds for part in parts))

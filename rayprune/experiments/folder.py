@@ -1,4 +1,4 @@
-"""The folder of a sweep or a comparison: created, or checked to be of the same one, and locked while it is in use."""
+"""The folder of a sweep or a comparison: create it or check that it belongs to the same one, and lock it during use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rayprune.engine.storage.resume import lock_folder
 from rayprune.engine.storage.run_folder import read_config, write_whole
 from rayprune.errors import RunFolderError
 
-# The file that holds the config → what its folder is.
+# File that holds the config → kind of the folder.
 KINDS = {"config.yaml": "run", "sweep.yaml": "sweep", "compare.yaml": "comparison"}
 
 
@@ -21,9 +21,9 @@ class ExperimentFolder:
     """A folder for many runs.
 
     Attributes:
-        path: of the folder.
-        stored: the file in it that holds the config: "sweep.yaml" or "compare.yaml".
-        digest: returns a short hash of the settings that must stay the same when it is resumed.
+        path: path of the folder.
+        stored: name of the file with the config, "sweep.yaml" or "compare.yaml".
+        digest: returns a short hash of the settings that must not change when the sweep or comparison continues.
     """
 
     path: Path
@@ -31,10 +31,10 @@ class ExperimentFolder:
     digest: Callable[[Config], str]
 
     def check(self, config: Config) -> None:
-        """Refuse a folder that holds something else.
+        """Check that the folder is empty or of the same sweep or comparison, without changing it.
 
         Raises:
-                RunFolderError: it does; nothing was changed.
+            RunFolderError: it holds something else.
         """
         own = KINDS[self.stored]
         for file, kind in KINDS.items():
@@ -45,16 +45,16 @@ class ExperimentFolder:
         before, now = self.digest(read_config(self.path / self.stored)), self.digest(config)
         if before != now:
             raise RunFolderError(
-                f"{self.path} holds another {own} (of config {before}, this is {now}): choose another run.name, or "
+                f"{self.path} holds another {own} (config digest {before}, not {now}): choose another run.name, or "
                 "leave it out"
             )
 
     @contextlib.contextmanager
     def open(self, config: Config) -> Iterator[None]:
-        """Create the folder or check it, write its config, and hold its lock while the block runs.
+        """Create or check the folder, write its config, and lock it until the block ends.
 
         Raises:
-            ValueError: it holds something else, is in use, or cannot be written.
+            ValueError: the folder holds something else, is in use, or can't be written.
         """
         self.check(config)
         with contextlib.ExitStack() as stack:

@@ -1,8 +1,8 @@
-"""Train several runs at once on Ray Tune: each is an ordinary run in an actor of its own, an epoch a step of Tune.
+"""Train several runs at once on Ray Tune: each one is an ordinary run in its own actor, and an epoch is a Tune step.
 
 A run resumes from its own run folder. Tune therefore keeps no checkpoints, and its record of the experiment is deleted:
-`Tuner.restore` needs a record that a kill may have left behind the runs, and restarts runs without a Tune checkpoint
-from scratch. To resume, pass the unfinished configs again.
+after a kill, the record that `Tuner.restore` needs may be older than the runs, and Tune restarts runs without a Tune
+checkpoint from scratch. To resume, pass the unfinished configs again.
 """
 
 from __future__ import annotations
@@ -29,40 +29,43 @@ from ray.tune.search import Searcher
 from rayprune.config import Config, make_config
 from rayprune.config.yaml import read_yaml
 from rayprune.engine.cluster import TrialResources
-from rayprune.engine.monitoring import error_line, kept_handlers, on_sigterm
+from rayprune.engine.monitoring import error_line, kept_handlers
 from rayprune.engine.storage.resume import SCORING, run_folder_of
 from rayprune.engine.storage.run_folder import read_metrics
 from rayprune.engine.train.driver import Start, train
 from rayprune.errors import TrainingStopped
 
-# How long a run that was stopped may take to save; Ray ends the process afterwards.
-_SAVE_S = 60.0
+_SAVE_S = 60.0  # for a stopped run to save; then Ray ends its process
 _RELEASE_S = 20.0
+
+
+def ignore(*_: object) -> None:
+    """Do nothing; the default of callbacks."""
 
 
 @dataclass(frozen=True)
 class TrialListeners:
-    """Who hears of the runs, by name.
+    """Callbacks of several runs.
 
     Attributes:
-        on_end: called with (name, error, finished) when a run ends; error is one line or None, finished is False where
-            the scheduler stopped the run. An exception that it raises stops all runs, which save first.
+        on_end: called with (name, error, finished) when a run ends. The error is one line or None; finished is False if
+            the scheduler stopped the run. An exception in the callback stops all runs, after they have saved.
         on_start: called with the name when a run starts.
-        on_epoch: called with (name, figures of `report_of`) after each epoch.
+        on_epoch: called with (name, figures from `report_of`) after each epoch.
     """
 
     on_end: Callable[[str, str | None, bool], None]
-    on_start: Callable[[str], None] | None = None
-    on_epoch: Callable[[str, dict[str, Any]], None] | None = None
+    on_start: Callable[[str], None] = ignore
+    on_epoch: Callable[[str, dict[str, Any]], None] = ignore
 
 
 @dataclass(frozen=True)
 class Proposals:
-    """Configs that a search proposes while the runs go.
+    """Configs that a search proposes during the runs.
 
     Attributes:
-        search: whose suggestions are `{"trial": trial_spec(config)}`.
-        num_trials: how many to ask for.
+        search: suggests `{"trial": trial_spec(config)}`.
+        num_trials: number of suggestions to request.
     """
 
     search: Searcher
@@ -71,7 +74,7 @@ class Proposals:
 
 def run_trials(
     trials: Sequence[Config] | Proposals,
-    share: TrialResources,
+    resources: TrialResources,
     listeners: TrialListeners,
     *,
     folder: Path,
@@ -79,19 +82,19 @@ def run_trials(
     max_failures: int = 0,
     debug: bool = False,
 ) -> bool:
-    """Train runs, as many at once as have room; Ray is connected.
+    """Train runs on the connected Ray cluster, several at a time.
 
     Args:
-        trials: the runs' configs, with names and `run.resume=auto`, or a search that proposes them.
-        share: how many at once, and what Ray reserves for each.
-        listeners: who hears of it.
-        folder: where Tune may write while the runs go; all machines of the cluster see it.
+        trials: the configs of the runs, with names and `run.resume=auto`, or a search that proposes them.
+        resources: how many runs to train at a time, and what Ray reserves for each.
+        listeners: callbacks.
+        folder: for Tune's temporary files; all machines of the cluster must see it.
         scheduler: stops runs early.
-        max_failures: how often a run that breaks down is started again.
+        max_failures: how often to restart a failed run.
         debug: show Ray's own logs.
 
     Returns:
-        Whether all runs have ended; if not, a signal came, and they have saved.
+        Whether all runs have ended. If not, a signal arrived, and the runs have saved.
     """
     if isinstance(trials, Proposals):
         search, num_trials, space = trials.search, trials.num_trials, {}
@@ -103,13 +106,13 @@ def run_trials(
     shutil.rmtree(record, ignore_errors=True)
     events = _Events(listeners)
     tuner = tune.Tuner(
-        tune.with_resources(Trial, share.reserved),
+        tune.with_resources(Trial, resources.reserved),
         param_space=space,
         tune_config=tune.TuneConfig(
             search_alg=search,
             scheduler=scheduler,
             num_samples=1 if search is None else num_trials,
-            max_concurrent_trials=share.num_concurrent,
+            max_concurrent_trials=resources.num_concurrent,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.config["trial"]["name"],
         ),
@@ -117,14 +120,14 @@ def run_trials(
             storage_path=str(folder),
             name=record.name,
             failure_config=tune.FailureConfig(max_failures=max_failures),
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the run folder has the run's own
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a run has its own
             callbacks=[events],
             verbose=0,
         ),
     )
     try:
         # Tune replaces these two handlers and restores them only after an interrupt.
-        with _cpus_released(), on_sigterm(), kept_handlers(signal.SIGINT, signal.SIGUSR1):
+        with _cpus_released(), kept_handlers(signal.SIGINT, signal.SIGUSR1):
             tuner.fit()
     finally:
         shutil.rmtree(record, ignore_errors=True)
@@ -132,12 +135,12 @@ def run_trials(
 
 
 def trial_spec(config: Config) -> dict[str, str]:
-    """Return what `Trial` needs of a config."""
+    """Return the Tune config of a run: its name, its config as YAML, and the folder of relative paths."""
     return {"name": str(config.run.name), "yaml": config.to_yaml(), "cwd": str(Path.cwd())}
 
 
 def report_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what schedulers and searches see of a line of metrics.jsonl, without the values that are null."""
+    """Return the figures for schedulers and searches from a line of metrics.jsonl, without null values."""
     visits = record["num_samples"] * (record["epoch"] + 1)
     report = {
         "epoch": record["epoch"] + 1,
@@ -153,14 +156,14 @@ def report_of(record: Mapping[str, Any]) -> dict[str, Any]:
 class Trial(tune.Trainable):
     """Train one run; each step waits for an epoch and returns its figures.
 
-    A class, not a function: Tune kills a stopped function's thread with its process, whereas `cleanup` lets the run
-    save, close its folder and release its workers. A resumed run reports its earlier epochs first, for the scheduler.
+    A class, as Tune kills the thread of a stopped function with its process, whereas `cleanup` lets the run save, close
+    its folder and release its workers. A resumed run first reports its earlier epochs, for the scheduler.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
         """Start the run of `config["trial"]`, a `trial_spec`, in a thread."""
         spec = config["trial"]
-        os.chdir(spec["cwd"])  # relative paths of a config are the driver's
+        os.chdir(spec["cwd"])  # relative paths in a config refer to the driver's folder
         self._run_config = make_config(read_yaml(spec["yaml"]))
         self._records: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._pause = threading.Event()
@@ -178,7 +181,7 @@ class Trial(tune.Trainable):
                 self._run_config,
                 on_epoch=self._on_epoch,
                 on_start=self._on_start,
-                on_notice=lambda line: None,
+                on_notice=ignore,
                 pause=self._pause,
             )
             self._records.put(result.metrics[-1])
@@ -188,25 +191,25 @@ class Trial(tune.Trainable):
             self._records.put(None)
 
     def _on_start(self, start: Start) -> None:
-        self._is_scoring = start.folder.name == SCORING  # its epochs are costs of the run that follows
+        self._is_scoring = start.folder.name == SCORING  # its epochs are part of the cost of the run that follows
 
     def _on_epoch(self, record: dict[str, Any]) -> None:
-        if not self._is_scoring and not self._is_last(record):  # the last epoch is reported when the run has ended
+        if not self._is_scoring and not self._is_last(record):  # reported when the run has ended
             self._records.put(record)
 
     def _is_last(self, record: Mapping[str, Any]) -> bool:
         return bool(record["epoch"] + 1 >= self._run_config.last_epoch)
 
     def step(self) -> dict[str, Any]:
-        """Return the next epoch's figures; the last have `finished` and `done`.
+        """Return the next epoch's figures; those of the last epoch have `finished` and `done`.
 
         Raises:
-            RuntimeError: the run broke down, and may be started again.
+            RuntimeError: the run failed, and may be restarted.
         """
         record = self._records.get()
         if record is None:
-            assert self._failure is not None, "a run that does not fail ends with its last epoch"
-            # What a config or its data cannot do, another attempt cannot either.
+            assert self._failure is not None, "a run without a failure ends with its last epoch"
+            # An error of the config or the data would occur in every attempt.
             if isinstance(self._failure, ValueError | TrainingStopped):
                 return {**self._report, "error": error_line(self._failure), "done": True}
             raise RuntimeError(error_line(self._failure))
@@ -216,12 +219,12 @@ class Trial(tune.Trainable):
         return {**self._report, "finished": finished, "done": finished}
 
     def cleanup(self) -> None:
-        """Let a run that was stopped save and leave."""
+        """Let a stopped run save and end."""
         self._pause.set()
         self._thread.join(_SAVE_S)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Start another run in this process, which has imported torch; False if the previous one does not leave."""
+        """Start another run in this process, which has imported torch; False if the previous run does not end."""
         self.cleanup()
         if self._thread.is_alive():
             return False
@@ -238,16 +241,15 @@ class _Events(tune.Callback):
         self.num_ended = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its callbacks for a restore, which is never used
+        return {}  # Tune pickles callbacks for `Tuner.restore`, which is not used
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self._listeners.on_start is not None:
-            self._listeners.on_start(trial.config["trial"]["name"])
+        self._listeners.on_start(trial.config["trial"]["name"])
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        if self._listeners.on_epoch is not None and "epoch" in result:
+        if "epoch" in result:
             self._listeners.on_epoch(trial.config["trial"]["name"], result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -255,7 +257,7 @@ class _Events(tune.Callback):
         self._ends.append((trial.config["trial"]["name"], result.get("error"), result.get("finished", False)))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        # Tune's own get_pickled_error looks where the file is only copied later.
+        # Tune's get_pickled_error reads another path, to which the file is only copied later.
         file = trial.pickled_error_file
         error = ray.cloudpickle.loads(Path(file).read_bytes()) if file else RuntimeError("its process ended")
         line = error_line(getattr(error, "cause", None) or error)
@@ -263,7 +265,7 @@ class _Events(tune.Callback):
         self._ends.append((trial.config["trial"]["name"], line, False))
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        # Only here does an exception stop Tune: where a trial ends, Tune takes it for one of that trial's.
+        # Only here does an exception stop Tune; in the callbacks of a trial's end, it counts as an error of that trial.
         while self._ends:
             self.num_ended += 1
             self._listeners.on_end(*self._ends.pop(0))
@@ -271,19 +273,17 @@ class _Events(tune.Callback):
 
 def _quiet_tune(debug: bool) -> None:
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    # One record of a run is enough: its own folder.
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    # An epoch without a validation has no accuracy to report.
-    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a run writes its own metrics
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # an epoch without validation has no accuracy
     if not debug:
-        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints at verbose=0 too
+        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints even at verbose=0
         for name in ("ray.tune", "ray.train", "ray.data"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 @contextmanager
 def _cpus_released() -> Iterator[None]:
-    """Wait until Ray has the runs' CPUs back: their actors end a little after Tune does."""
+    """After the block, wait until the actors of the runs have released their CPUs, slightly after Tune returns."""
     before = ray.available_resources().get("CPU", 0.0)
     yield
     deadline = time.monotonic() + _RELEASE_S

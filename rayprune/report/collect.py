@@ -1,6 +1,6 @@
 """Collect the runs, sweeps and comparisons that a report shows, from the paths that the user named.
 
-Sweeps and comparisons are groups: each has its conclusion, its plot, its table, and runs worth a closer look.
+Sweeps and comparisons are groups: each one has a conclusion, a plot, a table, and a few runs to show in detail.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Group:
         name: label of the group among others.
         verdict: its conclusion, a sentence each.
         plots: its plots.
-        table: a row a trial or an arm.
+        table: a row per trial or arm.
         explanation: lines below the table.
         notes: warnings.
-        runs: the runs of the group that are shown in detail.
-        runs_text: which runs those are.
+        runs: the runs to show in detail.
+        runs_text: which runs of the group they are.
     """
 
     kind: str
@@ -54,7 +54,7 @@ class Collected:
 
     Attributes:
         title: title of the page.
-        named_runs: the runs that were named.
+        named_runs: the runs that the user named.
         groups: the sweeps and comparisons.
         omissions: what was left out and why, a sentence each.
     """
@@ -66,7 +66,7 @@ class Collected:
 
     @property
     def runs(self) -> Sequence[RunRecord]:
-        """The runs to show in detail: those that were named, else those of the groups."""
+        """The runs to show in detail: the named ones, or else those of the groups."""
         if self.named_runs or len(self.groups) == 1:
             return self.named_runs or self.groups[0].runs
         # Runs of several comparisons have the same names.
@@ -74,7 +74,7 @@ class Collected:
 
     @property
     def runs_text(self) -> str:
-        """Which runs are shown beside groups; "" where there is nothing to explain."""
+        """Which runs are shown beside groups; "" without groups."""
         groups = [group for group in self.groups if group.runs]
         if groups and self.named_runs:
             return "The runs that were named. Runs of a sweep or a comparison are shown where no others are named."
@@ -90,18 +90,18 @@ class Collected:
 
     @property
     def gallery_note(self) -> str:
-        """Which finished runs show no notable samples, in one line; "" where all do."""
+        """Which finished runs have no notable samples, in one line; "" if all have some."""
         names = [run.name for run in self.runs if run.scores is not None and run.gallery is None]
         if not names:
             return ""
         prefix = "" if len(self.runs) == 1 else ", ".join(names[:3]) + (", …" if len(names) > 3 else "") + ": "
-        return f"{prefix}no gallery of notable samples (if it could not be written, the run said why)"
+        return f"{prefix}no gallery of notable samples (if it could not be written, the run printed the reason)"
 
 
 def collect(folders: Sequence[Path]) -> Collected:
-    """Read the runs, sweeps and comparisons in some folders.
+    """Read the runs, sweeps and comparisons in the named folders.
 
-    A folder that was named must be readable; in a folder of several, unreadable ones are left out.
+    A named run or group must be readable. Inside a named folder of several, unreadable ones are left out.
 
     Raises:
         RunFolderError: a named folder cannot be shown.
@@ -115,7 +115,8 @@ def collect(folders: Sequence[Path]) -> Collected:
     for folder, name in labels.items():
         try:
             if _is_group(folder):
-                groups.append(_read_group(folder, name, len(groups)))
+                read_group = _read_comparison if _has(folder, _COMPARISON) else _read_sweep
+                groups.append(read_group(folder, name, str(len(groups) or "")))
             else:
                 runs.append(_read_whole_run(folder, name))
         except (OSError, ValueError) as error:
@@ -133,7 +134,7 @@ def collect(folders: Sequence[Path]) -> Collected:
 
 
 def _members(folders: Sequence[Path]) -> dict[Path, bool]:
-    """Return each run or group once → whether it was named itself."""
+    """Return each run or group once → whether the user named it itself."""
     members: dict[Path, tuple[Path, bool]] = {}
     for folder in folders:
         if not folder.is_dir():
@@ -146,10 +147,10 @@ def _members(folders: Sequence[Path]) -> dict[Path, bool]:
 
 
 def _is_result(folder: Path) -> bool:
-    """Tell whether a folder is a run's or a group's, as far as its permissions allow."""
+    """Return whether a folder is that of a run or a group; False if its permissions do not allow to look."""
     try:
         return folder.is_dir() and (_has(folder, _RUN) or _is_group(folder))
-    except OSError:  # folders of others, such as lost+found
+    except OSError:  # folders of other users, such as lost+found
         return False
 
 
@@ -162,7 +163,7 @@ def _has(folder: Path, names: Sequence[str]) -> bool:
 
 
 def _labels(folders: Sequence[Path]) -> dict[Path, str]:
-    """Return each folder → the shortest end of its path that no other one has."""
+    """Return each folder → the shortest end of its path that is unique."""
     paths = [folder.resolve().parts for folder in folders]
     labels = {}
     for folder, own in zip(folders, paths, strict=True):
@@ -173,16 +174,12 @@ def _labels(folders: Sequence[Path]) -> dict[Path, str]:
 
 
 def _read_whole_run(folder: Path, name: str) -> RunRecord:
-    """Read a run with everything that the page shows of it."""
+    """Read a run with its gallery and its evaluations."""
     return replace(read_run(folder, name), gallery=read_gallery(folder), exits=read_exits(folder))
 
 
-def _read_group(folder: Path, name: str, number: int) -> Group:
-    """Read a sweep or a comparison; with `number`, the keys of its plots are unique in the report."""
-    return (_read_comparison if _has(folder, _COMPARISON) else _read_sweep)(folder, name, str(number or ""))
-
-
 def _read_comparison(folder: Path, name: str, suffix: str) -> Group:
+    """Read a comparison; the suffix makes the key of its plot unique in the report."""
     file = folder / "compare.json"
     if not file.exists():
         raise RunFolderError(
@@ -190,7 +187,7 @@ def _read_comparison(folder: Path, name: str, suffix: str) -> Group:
             f"{folder}/runs shows the runs so far"
         )
     comparison = read_comparison(file)
-    # Arms that turned out to be full training share its run.
+    # Matched arms that are full training share its run.
     names: dict[Path, str] = {}
     for arm in comparison.arms:
         names.setdefault(folder / "runs" / arm.runs[0].folder, arm.name)
@@ -233,7 +230,7 @@ def _read_sweep(folder: Path, name: str, suffix: str) -> Group:
 
 
 def _readable_runs(names: dict[Path, str]) -> tuple[list[RunRecord], list[str]]:
-    """Read the runs of a group that still exist, and explain which can't be read: the group is shown without them."""
+    """Return the runs of a group that exist, and a note for each one that can't be read."""
     runs, omissions = [], []
     for folder, name in list(names.items())[:_MAX_RUNS]:
         try:

@@ -37,7 +37,7 @@ class Sample(StoredModel):
 
     @property
     def caption(self) -> str:
-        """The label and the prediction, by name where they have one."""
+        """The label and the prediction, with their class names if known."""
         label = _class_text(self.label, self.label_name)
         return label if self.prediction is None else f"{label} → {_class_text(self.prediction, self.prediction_name)}"
 
@@ -52,7 +52,7 @@ class Sample(StoredModel):
 
 
 class Gallery(StoredModel):
-    """gallery.json: kind → samples, and how the hardest ones were found after how many epochs."""
+    """gallery.json: kind → samples, the score that ranks them, and the number of trained epochs."""
 
     by: str
     epochs: int
@@ -60,7 +60,7 @@ class Gallery(StoredModel):
 
     @property
     def text(self) -> str:
-        """What the samples are."""
+        """A description of the samples."""
         text = (
             f"Label → prediction of the network after {count_of(self.epochs, 'epoch')}. Hardest and easiest by "
             f"{self.by}. Probably mislabeled: hard samples for which the network is confident of another class and "
@@ -71,7 +71,7 @@ class Gallery(StoredModel):
 
 
 def read_gallery(run_folder: Path) -> Gallery | None:
-    """Return a run's notable samples by heading, with their thumbnails; None where it has no gallery.
+    """Return a run's notable samples by heading, with their thumbnails; None without a gallery.
 
     Raises:
         RunFolderError: gallery.json is not what a run writes, or of a newer schema.
@@ -98,7 +98,7 @@ def _class_text(index: int, name: str | None) -> str:
 
 
 def _data_uri(folder: Path, name: str | None) -> str | None:
-    """Return a thumbnail as a data URI; None where there is none."""
+    """Return a thumbnail as a data URI; None without a valid file."""
     if not name or Path(name).name != name or not (folder / name).is_file():
         return None
     content = (folder / name).read_bytes()

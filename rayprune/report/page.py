@@ -35,8 +35,8 @@ class Section:
         title: the heading.
         plots: the plots.
         text: a line before them, or "".
-        missing: sentences on plots that cannot be drawn.
-        wide: whether each plot has a row of its own.
+        missing: a sentence on each plot that cannot be drawn.
+        wide: whether each plot has its own row.
     """
 
     title: str
@@ -103,21 +103,21 @@ def _draw_alone(plot: Plot, runs: Sequence[RunRecord], axes: Axes) -> None:
 
 
 def _inline_svg(plot: Plot) -> Markup:
-    # The only text that is not escaped by the template: matplotlib escapes what it writes into an SVG.
+    # The only text that the template does not escape: matplotlib escapes the texts of an SVG.
     return Markup(svg(plot).replace("<svg", f'<svg role="img" aria-label="{Markup.escape(plot.title)}"', 1))
 
 
 def _lead(collected: Collected) -> str:
-    """Return what the page shows and on which data and models, each group by its own runs."""
+    """Return a description of the page: its groups and runs with their data and models."""
     parts = [(f"a {group.kind}", _trained_on(group.runs)) for group in collected.groups]
     if runs := collected.named_runs:
         name = f"{runs[0].setting('method', 'name')}, {runs[0].progress}"
         one = f"a run of {name}" if collected.groups else name
         parts.append((one if len(runs) == 1 else f"{len(runs)} runs", _trained_on(runs)))
     by_data: dict[str, list[str]] = {}
-    for what, data in parts:
-        by_data.setdefault(data, []).append(what)
-    return "; ".join(f"{' and '.join(whats)}{data}" for data, whats in by_data.items())
+    for subject, data in parts:
+        by_data.setdefault(data, []).append(subject)
+    return "; ".join(f"{' and '.join(subjects)}{data}" for data, subjects in by_data.items())
 
 
 def _trained_on(runs: Sequence[RunRecord]) -> str:

@@ -1,7 +1,7 @@
 """Read the files of runs, sweeps and comparisons, finished or not, and check them.
 
-An odd or missing value of a run becomes None and a missing file a note, so that a running run can be shown. A file that
-cannot be used is refused in one line with the cure. Whatever comes after the reading relies on the types.
+In the metrics of a run, an invalid or missing value becomes None. A missing file becomes a note, so that a running run
+can be shown. A file that cannot be used is refused in one line with the cure. Later code relies on the types.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class RunRecord:
     Attributes:
         folder: the run folder.
         name: label of the run among others.
-        config: config.yaml; empty where it is missing.
-        environment: environment.json; empty where it is missing.
+        config: config.yaml; empty if it is missing.
+        environment: environment.json; empty if it is missing.
         metrics: the newest line of each epoch, in order; at least one.
         scores: scores.parquet; None until the run has finished.
         notes: what is missing or damaged, a sentence each.
-        gallery: its notable samples, where a page shows them.
-        exits: evaluations of its early exits by name, where a page shows them.
+        gallery: its notable samples; read for a page only.
+        exits: name → evaluation of its exits; read for a page only.
     """
 
     folder: Path
@@ -56,17 +56,17 @@ class RunRecord:
     exits: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
     def setting(self, section: str, key: str) -> Any:
-        """Return a value of config.yaml, or – where it is missing."""
+        """Return a value of config.yaml, or – if it is missing."""
         return as_mapping(self.config.get(section)).get(key, "–")
 
     def seconds(self, *parts: str) -> float:
-        """Return the seconds that all epochs spent on some parts, including those of a separate scoring run."""
-        spent = [*(line.seconds for line in self.metrics), self.metrics[-1].seconds_collected]
-        return sum(seconds.get(part) or 0.0 for seconds in spent for part in parts)
+        """Return the seconds of some parts in all epochs, including those of a separate scoring run."""
+        all_seconds = [*(line.seconds for line in self.metrics), self.metrics[-1].seconds_collected]
+        return sum(seconds.get(part) or 0.0 for seconds in all_seconds for part in parts)
 
     @property
     def num_epochs(self) -> int:
-        """Planned epochs; the finished ones where config.yaml does not say."""
+        """Planned epochs; the finished ones if config.yaml has no valid number."""
         planned = (self.setting("train", key) for key in ("stop_after", "epochs"))
         return next((epochs for epochs in planned if type(epochs) is int and epochs > 0), len(self.metrics))
 
@@ -77,13 +77,13 @@ class RunRecord:
 
     @property
     def progress(self) -> str:
-        """Finished epochs out of the planned ones, in words."""
+        """Number of finished and planned epochs, in words."""
         done = self.metrics[-1].epoch + 1
         return count_of(done, "epoch") if self.finished else f"{done} of {count_of(self.num_epochs, 'epoch')} so far"
 
 
 def read_run(folder: Path, name: str | None = None) -> RunRecord:
-    """Read a run folder; its gallery and evaluations are left out.
+    """Read a run folder without its gallery and evaluations.
 
     Args:
         folder: the run folder.
@@ -107,7 +107,7 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return a JSON object of a run; {} where the file is missing.
+    """Return a JSON object of a run; {} if the file is missing.
 
     Raises:
         RunFolderError: it is not a JSON object, or of a newer schema.
@@ -127,7 +127,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def as_mapping(value: Any) -> Mapping[str, Any]:
-    """Return a mapping as it is, and an empty one for anything else."""
+    """Return a mapping as it is, or an empty one for any other value."""
     return value if isinstance(value, Mapping) else {}
 
 
@@ -148,24 +148,22 @@ def _read_scores(folder: Path) -> ScoreFile | None:
         raise RunFolderError(f"{file} can't be read ({one_line(error)}): restore or delete it") from None
 
 
-def _or_none(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-    try:
-        return validate(value)
-    except ValidationError:
-        return None
+def _otherwise(default: Any) -> WrapValidator:
+    """Replace an invalid value by the default."""
+
+    def validate_or_replace(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            return validate(default)
+
+    return WrapValidator(validate_or_replace)
 
 
-def _or_empty(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-    try:
-        return validate(value)
-    except ValidationError:
-        return validate({})
-
-
-Number = Annotated[float | None, Field(allow_inf_nan=False), WrapValidator(_or_none)]
-Count = Annotated[int | None, Field(ge=0, lt=2**53), WrapValidator(_or_none)]
-Seconds = Annotated[dict[str, Number], WrapValidator(_or_empty)]
-Quantiles = Annotated[list[Number] | None, Field(min_length=7, max_length=7), WrapValidator(_or_none)]
+Number = Annotated[float | None, Field(allow_inf_nan=False), _otherwise(None)]
+Count = Annotated[int | None, Field(ge=0, lt=2**53), _otherwise(None)]
+Seconds = Annotated[dict[str, Number], _otherwise({})]
+Quantiles = Annotated[list[Number] | None, Field(min_length=7, max_length=7), _otherwise(None)]
 
 
 class StoredModel(BaseModel):
@@ -175,15 +173,15 @@ class StoredModel(BaseModel):
 
 
 class SelectionFacts(StoredModel):
-    """What an epoch's selection reports: the score where it cut, (C,) kept fractions, the budget used so far."""
+    """Facts of an epoch's selection: its score threshold, (C,) kept fractions, the fraction kept so far."""
 
     threshold: Number = None
-    class_kept: Annotated[list[Number] | None, WrapValidator(_or_none)] = None
+    class_kept: Annotated[list[Number] | None, _otherwise(None)] = None
     budget_so_far: Number = None
 
 
 class EpochMetrics(StoredModel):
-    """A line of metrics.jsonl; only the first four fields must be there."""
+    """A line of metrics.jsonl; only the first four fields are required."""
 
     epoch: int = Field(ge=0, lt=2**53)
     num_samples: Count
@@ -199,18 +197,18 @@ class EpochMetrics(StoredModel):
     wall_time: Number = None
     seconds: Seconds = {}
     seconds_collected: Seconds = {}
-    selection: Annotated[SelectionFacts, WrapValidator(_or_empty)] = SelectionFacts()
-    score_quantiles: Annotated[dict[str, Quantiles], WrapValidator(_or_empty)] = {}
+    selection: Annotated[SelectionFacts, _otherwise({})] = SelectionFacts()
+    score_quantiles: Annotated[dict[str, Quantiles], _otherwise({})] = {}
 
 
 def read_metrics(file: Path) -> tuple[list[EpochMetrics], list[str]]:
-    """Return the newest line of each epoch, in order, and notes; a torn last line is left out.
+    """Return the newest line of each epoch, in order, and notes; an incomplete last line is left out.
 
     Args:
         file: metrics.jsonl.
 
     Raises:
-        RunFolderError: the file is missing or has no whole line, or a line before the last is not an epoch's.
+        RunFolderError: the file is missing or has no complete line, or a line before the last is not an epoch's.
     """
     if not file.is_file():
         if (file.parent / "config.yaml").is_file():
@@ -235,22 +233,16 @@ def read_metrics(file: Path) -> tuple[list[EpochMetrics], list[str]]:
     return [by_epoch[epoch] for epoch in sorted(by_epoch)], notes
 
 
-# Points of accuracy: far beyond any real interval of two seeds, and still possible to draw.
+# Points of accuracy, within limits that no real interval of two seeds reaches and that can be drawn.
 Points = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
 class Difference(StoredModel):
-    """An arm's paired difference to full training, with its interval where there are several seeds."""
+    """A paired difference or ratio of an arm to full training, with its interval if there are several seeds."""
 
     mean: Points
     low: Points | None
     high: Points | None
-
-
-class Ratio(StoredModel):
-    """An arm's paired ratio to full training."""
-
-    mean: float
 
 
 class ArmRun(StoredModel):
@@ -272,11 +264,10 @@ class Arm(StoredModel):
     to_full: Difference
     epochs: list[int] = Field(min_length=1)
     samples_trained: float
-    compute: float
     compute_saved: float
     flops: float
     seconds: float
-    seconds_to_full: Ratio
+    seconds_to_full: Difference
     runs: list[ArmRun] = Field(min_length=1)
 
 
@@ -328,8 +319,8 @@ class SweepResults:
     """results.parquet.
 
     Attributes:
-        table: a row a trial; figures are floats, NaN where there is none.
-        keys: the swept keys, which are columns too.
+        table: a row per trial; figures are floats, or NaN if missing.
+        keys: the swept keys, which are columns of the table.
     """
 
     table: pd.DataFrame
@@ -337,7 +328,7 @@ class SweepResults:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The trials as plain values, None where there is none."""
+        """The trials as plain values, or None if missing."""
         values = self.table.astype(object)
         records = values.where(values.notna(), None).to_dict("records")
         return [{str(name): value for name, value in record.items()} for record in records]
@@ -367,7 +358,7 @@ def read_results(file: Path) -> SweepResults:
 
 
 def read_exits(run_folder: Path) -> dict[str, pd.DataFrame]:
-    """Return the evaluations of a run's exits that there are, by name: anytime, dynamic.
+    """Return name → table of the evaluations of a run's exits: anytime, dynamic, or none.
 
     Raises:
         RunFolderError: one is damaged.

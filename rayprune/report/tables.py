@@ -24,8 +24,8 @@ class Table:
 
     Attributes:
         head: names of the columns.
-        rows: as many cells each.
-        words: positions of the columns of words, which are aligned to the left.
+        rows: a cell for each column.
+        words: indices of the columns of words, which are aligned to the left.
     """
 
     head: tuple[str, ...]
@@ -34,7 +34,7 @@ class Table:
 
 
 def runs_table(runs: Sequence[RunRecord]) -> Table:
-    """Return a row a run: its results and its costs."""
+    """Return a table with the results and costs of each run."""
     head = ("run", "method", "val acc", "train loss", "epochs", "pruned", "samples trained", "selection s", "seconds")
     rows = []
     for run in runs:
@@ -83,7 +83,7 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def _listed(settings: Mapping[str, Any]) -> str:
-    """Return settings in one line, without those that are unset."""
+    """Return the settings that are set, in one line."""
     return ", ".join(
         f"{key} ({_listed(value)})" if isinstance(value, Mapping) else f"{key} {value}"
         for key, value in settings.items()
@@ -92,7 +92,7 @@ def _listed(settings: Mapping[str, Any]) -> str:
 
 
 def epochs_table(run: RunRecord) -> Table:
-    """Return a row an epoch."""
+    """Return a table of a run's epochs."""
     head = ("epoch", "requested", "pruned", "train loss", "train acc", "val loss", "val acc", "lr", "seconds")
     rows = [
         (
@@ -131,7 +131,7 @@ def samples_table(run: RunRecord, sort: str | None = None, top: int = 20, ascend
     if sort not in columns:
         raise RunFolderError(f"{run.scores.path} has no column {sort!r}: {closest(sort, columns)}")
     values = np.asarray(columns[sort], dtype=np.int64 if sort == "id" else np.float64)
-    # Samples of equal scores stay in the order of their ids; those without a score come last.
+    # Samples with equal scores stay in the order of their ids; those without a score come last.
     order = np.argsort(values if ascending else -values, kind="stable")[:top]
     labels = run.scores.labels
     rows = []
@@ -142,7 +142,7 @@ def samples_table(run: RunRecord, sort: str | None = None, top: int = 20, ascend
 
 
 def arms_table(comparison: Comparison) -> Table:
-    """Return a row an arm of a comparison."""
+    """Return a table of the arms of a comparison."""
     head = ("arm", "accuracy", "to full", "worst class", "epochs", "samples", "compute", "FLOPs", "time", "seconds")
     full = comparison.arms[0]
     rows = [
@@ -153,7 +153,7 @@ def arms_table(comparison: Comparison) -> Table:
             number(arm.worst_class, ".2f"),
             "–".join(str(epochs) for epochs in sorted({arm.epochs[0], arm.epochs[-1]})),
             number(arm.samples_trained, ",.0f"),
-            share(arm.compute / full.compute if full.compute else None, 1),
+            share(1 - arm.compute_saved, 1),
             number(arm.flops, ".2e"),
             share(arm.seconds_to_full.mean, 1),
             number(arm.seconds, ".1f"),
@@ -171,7 +171,7 @@ def _difference(arm: Arm) -> str:
 
 
 def explanation(comparison: Comparison) -> Iterator[str]:
-    """Yield what the columns of a comparison's table mean, and what the derived arms were matched to."""
+    """Yield the meaning of the columns of a comparison's table, and what the derived arms were matched to."""
     num = len(comparison.seeds)
     statistics = (
         f"mean ± sd of {num} seeds; [{comparison.confidence:.0%} interval of paired seeds]" if num > 1 else "1 seed"
@@ -190,7 +190,7 @@ def explanation(comparison: Comparison) -> Iterator[str]:
 
 
 def verdict_lines(comparison: Comparison) -> Iterator[str]:
-    """Yield a sentence on each of several methods, and the one on all of them last."""
+    """Yield a sentence on each method if there are several, and then the one on all of them."""
     if len(comparison.methods) > 1:
         for verdict in comparison.methods.values():
             yield f"{verdict.sentence}: {verdict.outcome}."
@@ -198,10 +198,10 @@ def verdict_lines(comparison: Comparison) -> Iterator[str]:
 
 
 def trials_table(rows: Sequence[Row], keys: Sequence[str]) -> Table:
-    """Return a row a trial of a sweep, the most accurate first, those on the Pareto front with a star.
+    """Return a table of the trials of a sweep, most accurate first, with a star for those on the Pareto front.
 
     Args:
-        rows: as in results.parquet, None where there is no value.
+        rows: as in results.parquet, None if a value is missing.
         keys: the swept keys.
     """
     head = ("", *keys, "val acc", "compute", "FLOPs", "samples trained", "epochs", "seconds", "status", "trial")
@@ -224,7 +224,7 @@ def trials_table(rows: Sequence[Row], keys: Sequence[str]) -> Table:
 
 
 def by_accuracy(rows: Sequence[Row]) -> list[Row]:
-    """Return the trials, the most accurate first, those without an accuracy last."""
+    """Return the trials, most accurate first, and those without an accuracy last."""
     return sorted(rows, key=lambda row: (row["val_accuracy"] is None, -(row["val_accuracy"] or 0.0)))
 
 

@@ -57,13 +57,13 @@ def test_concurrent_runs_give_the_same_results_as_single_ones(tmp_path: Path) ->
         time.sleep(0.02)
     parallel.send_signal(signal.SIGTERM)
     code, _, err = finish(parallel)
-    assert code == 1
-    assert "run the same command" in err
+    assert code == 1, err
+    assert "run the same command again to resume" in err
     assert "Traceback" not in err
     code, out, err = finish(start(tmp_path / "two", "compare.parallel=2"))
     assert code == 0, err
     assert "already finished" in out
-    assert "runs of seed 0 alone, the others side by side and not timed" in out
+    assert "runs of seed 0 trained alone, the others side by side and not timed" in out
     compare(load_config(CONFIG, [*WORDS, f"run.storage_path={tmp_path / 'one'}"]))
     two, one = report_in(tmp_path / "two"), report_in(tmp_path / "one")
     assert (two["timed_seeds"], one["timed_seeds"]) == ([0], [0, 1, 2])

@@ -133,7 +133,7 @@ def verdict(method: ArmRuns, baselines: list[ArmRuns], margin: float = 0.3) -> V
         (arm("m", 0.0, noise=0.5), WORSE, "undecided", "3 seeds do not show"),
         (arm("m", 0.0), [], "undecided", "no baseline of the same cost ran"),
         (arm("m", 0.0), [*WORSE, arm("ratio_0", 1.0)], "worth it", "better than every baseline"),
-        (arm("m", 3.0, 110.0), WORSE, "undecided", "10% more seconds: better, and dearer than anything beside it"),
+        (arm("m", 3.0, 110.0), WORSE, "undecided", "10% more seconds: better, and more expensive than every baseline"),
         (arm("m", 0.0, 99.0), WORSE, "prune nothing", "1% of the seconds saved: no better, and not faster"),
         (arm("m", 0.0, 110.0, jitter=40.0), WORSE, "undecided", "5% more seconds (within the noise of the seeds)"),
         (arm("m", 0.0, jitter=40.0), WORSE, "undecided", "within the noise of the seeds"),
@@ -178,8 +178,8 @@ def test_the_overall_verdict_is_the_best_news(outcomes: list[str], expected: str
 
 def test_more_seeds_are_asked_for_beside_those_that_ran() -> None:
     verdicts = [Verdict("undecided", "a …")]
-    assert "compare.seeds=6 goes on" in overall(verdicts, [0, 1, 2]).sentence
-    assert "more of them in compare.seeds go on" in overall(verdicts, [1, 5]).sentence
+    assert "compare.seeds=6 continues from these runs" in overall(verdicts, [0, 1, 2]).sentence
+    assert "more seeds in compare.seeds continue from" in overall(verdicts, [1, 5]).sentence
 
 
 def test_a_control_that_may_lose_too_much_is_not_recommended() -> None:
@@ -236,9 +236,9 @@ def test_one_timing_decides_by_its_size(seconds: float, outcome: str, words: str
     assert (found.outcome, words in found.sentence) == (outcome, True), found.sentence
 
 
-def test_what_is_better_and_dearer_is_not_called_worth_it() -> None:
+def test_a_better_and_more_expensive_method_is_not_called_worth_it() -> None:
     full = runs_of("full", [90.0, 91.0, 92.0], [10.0, 10.0, 10.0])
     method = runs_of("mine", [93.0, 94.0, 95.1], [20.0, 20.0, 20.2])
     verdict = judge(method, full, [runs_of("random", [80.0, 81.0, 82.0], [10.0, 10.0, 10.0])], Criteria(0.2, 0.95))
     assert verdict.outcome == "undecided"
-    assert "dearer" in verdict.sentence
+    assert "more expensive" in verdict.sentence

@@ -1,8 +1,8 @@
-"""The arms of a comparison: what each of them trains, from the config and from the costs of the arms before it.
+"""The arms of a comparison: what each one trains, given the config and the costs of earlier arms.
 
-Arms with the costs of a method are derived from that method's runs. A shortened training has one length for all seeds,
-by the median over their pairs: a single run on a busy machine must not change it. Random subsets match the samples of
-the run with the same seed.
+Arms that match the cost of a method are derived from that method's runs. Shortened training has the same length for all
+seeds, from the median over the pairs of runs, so that a single run on a busy machine does not change it. Random subsets
+match the samples trained in the run with the same seed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rayprune.methods import Method, build_method
 from rayprune.methods.registry import method_fields
 
 FULL, METHOD = "full", "method"
-# A method may have the name of a baseline: its arm must not.
+# Baselines that are methods too: the arm of such a method needs another name.
 _RESERVED = ("full", "random", "random_epoch", "shuffled")
 
 
@@ -34,9 +34,9 @@ class Arm:
 
     Attributes:
         name: in tables and folders.
-        baseline: which of the baselines it is, or "method".
-        of: the config of the method that it is, or that it is compared with; empty for full.
-        method_arm: the name of that method's arm.
+        baseline: name of the baseline, or "method".
+        of: config of the arm's method, or of the method that it is compared with; empty for full.
+        method_arm: name of that method's arm.
     """
 
     name: str
@@ -55,11 +55,11 @@ class ArmSettings:
     """What an arm trains with one seed.
 
     Attributes:
-        method: its config.
-        epochs: how many.
-        matched: what was matched, in words; "" where nothing was.
-        same_as_full: whether it is full training, so that its run need not be repeated.
-        tag: distinguishes its run's folder from those of the same arm that were matched to something else.
+        method: config of the method.
+        epochs: number of epochs.
+        matched: what was matched, in words; "" if nothing was.
+        same_as_full: whether it is full training, whose run is then used.
+        tag: end of the run's name, different for each matched length or ratio.
     """
 
     method: Mapping[str, Any]
@@ -70,7 +70,7 @@ class ArmSettings:
 
 
 def arms_of(config: Config) -> tuple[list[Arm], list[str]]:
-    """Return the arms that a config compares, and a line for each requested arm that makes no sense.
+    """Return the arms that a config compares, and a line for each arm that is left out because it has no meaning.
 
     Raises:
         ConfigError: there is nothing to compare, or runs end early.
@@ -94,7 +94,7 @@ def arms_of(config: Config) -> tuple[list[Arm], list[str]]:
 
 
 def _arm_names(methods: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a folder name for each method: its own, numbered where it occurs more than once."""
+    """Return the name of each method's arm: that of the method, numbered if it is not unique."""
     short = [re.sub(r"\W+", "_", str(method["name"]).rpartition(":")[2]) for method in methods]
     return [
         f"{name}_{short[: place + 1].count(name)}" if short.count(name) > 1 or name in _RESERVED else name
@@ -103,7 +103,7 @@ def _arm_names(methods: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _pointless(baseline: str, method: Method) -> str:
-    """Return why a baseline says nothing about a method; "" if it does."""
+    """Return why a baseline has no meaning for a method; "" if it has one."""
     if baseline == method.name or (baseline == "shuffled" and method.kind in {"baseline", "control"}):
         return f"it is the same as {method.name}"
     if baseline == "shuffled" and method.name == "fixed":
@@ -114,7 +114,7 @@ def _pointless(baseline: str, method: Method) -> str:
 
 
 def unpruned(method: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return a method's config with nothing to prune; None where it has no such setting.
+    """Return a method's config with a prune ratio of 0; None if it has no such setting.
 
     >>> unpruned({"name": "infobatch", "prune_ratio": 0.5})["prune_ratio"]
     0.0
@@ -126,7 +126,7 @@ def unpruned(method: Mapping[str, Any]) -> dict[str, Any] | None:
     fields = method_fields(type(build_method(method)))
     if "prune_ratio" not in fields:
         return None
-    # Settings that replace the ratio go back to their defaults.
+    # Reset the settings that replace the ratio to their defaults.
     others = {"target_saving", "max_prune_ratio", "quantiles", "keep", "budget"} & set(fields)
     return {**method, **{name: fields[name] for name in others}, "prune_ratio": 0.0}
 
@@ -143,9 +143,9 @@ def arm_settings(
 
     Args:
         arm: the arm.
-        config: the comparison's, with the epochs that the arms share.
+        config: the comparison's config.
         pairs: for a derived arm, the outcomes of full training and of its method, a pair per seed.
-        place: of the seed among them.
+        place: position of the seed in `pairs`.
         num_samples: N, for a derived arm.
     """
     epochs = config.train.epochs
@@ -158,9 +158,8 @@ def arm_settings(
     if arm.derived:
         full, method = pairs[place]
         kept = method.samples_trained / full.samples_trained
-        return _random_subset(
-            arm.baseline, epochs, num_samples, min(round(num_samples * (1.0 - kept)), num_samples - 1)
-        )
+        drops = min(round(num_samples * (1.0 - kept)), num_samples - 1)
+        return _random_subset(arm.baseline, epochs, num_samples, drops)
     if arm.baseline == "ratio_0":
         without = unpruned(arm.of)
         assert without is not None, "an arm without a ratio was left out"
@@ -181,19 +180,19 @@ def _random_subset(name: str, epochs: int, num_samples: int, drops: int) -> ArmS
     matched = "the method's samples trained: "
     if drops <= 0:
         return ArmSettings({"name": FULL}, epochs, f"{matched}it saves none, so nothing is dropped", True)
-    # Half a sample more than the drops: floor(ratio · N) is then the drops, whatever the division rounds to.
+    # Half a sample more than the drops, so that floor(ratio · N) equals them despite the rounding of the division.
     settings = {"name": name, "prune_ratio": (drops + 0.5) / num_samples}
     return ArmSettings(settings, epochs, f"{matched}{drops / num_samples:.1%} dropped", tag=f"-{drops}dropped")
 
 
 def run_config(config: Config, settings: ArmSettings, name: str, seed: int, storage: str) -> Config:
-    """Return the config of one run: an arm with a seed, validated once, at its end.
+    """Return the config of one run, which is validated only after its last epoch.
 
     Args:
-        config: the comparison's.
+        config: the comparison's config.
         settings: what the arm trains.
-        name: of the run's folder.
-        seed: of initial weights, order and draws.
+        name: of the run folder.
+        seed: of the initial weights, the order and the draws.
         storage: the folder of all runs.
     """
     tree = config.model_dump(mode="json", exclude={"compare"})
@@ -206,9 +205,9 @@ def run_config(config: Config, settings: ArmSettings, name: str, seed: int, stor
 
 
 def digest_of(config: Config) -> str:
-    """Return 8 hexadecimal digits over what decides the runs of a comparison.
+    """Return a hash of 8 hexadecimal digits of the settings that determine the runs of a comparison.
 
-    Seeds, baselines and the margin are left out: with others, a comparison continues from the runs that are there.
+    Seeds, baselines and the margin are left out: if they change, the comparison continues from its finished runs.
     """
     tree = config.model_dump(mode="json", exclude={"compare"})
     changes = {"method": {"name": FULL}, "train": {"seed": 0, "validate_every": 1}}

@@ -1,12 +1,12 @@
-"""A comparison: every arm with every seed is an ordinary run, and their results are compared seed by seed.
+"""Run a comparison: every arm with every seed is an ordinary run, and the results are compared seed by seed.
 
 <storage_path>/<name>/   compare.yaml, runs/<arm>-seed<k>/, compare.json, compare.csv, threads.json, shared_runs.json
 
-Finished runs are read, the others trained. Seconds count only where a run had the machine to itself. Such runs go one
-after another in this process, seed by seed, so that a machine that slows down slows full training and the methods
-alike. With several runs at a time, those of the first `compare.timed_seeds` seeds still go alone, and the others on Ray
-Tune. `shared_runs.json` lists the runs that ever had others beside them: the same command with another
-`compare.parallel` must not count their seconds.
+Finished runs are read, the others are trained. The seconds of a run count only if it ran alone. Such runs are trained
+one after another in this process, seed by seed, so that a slowdown of the machine affects full training and the methods
+equally. If `compare.parallel` allows several runs at a time, those of the first `compare.timed_seeds` seeds still run
+alone, and the others on Ray Tune. `shared_runs.json` lists the runs that were trained beside others, so that their
+seconds do not count when the command is repeated with another `compare.parallel`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from rayprune.errors import ConfigError, TrainingFailed
 from rayprune.experiments.compare.arms import Arm, ArmSettings, arm_settings, arms_of, digest_of, run_config
 from rayprune.experiments.compare.statistics import ArmRuns, Criteria, RunOutcome, summary, timed_places
 from rayprune.experiments.folder import ExperimentFolder
-from rayprune.experiments.trials import TrialListeners, run_trials
+from rayprune.experiments.trials import TrialListeners, ignore, run_trials
 from rayprune.methods import build_method
 from rayprune.sources import SampleSource
 
@@ -48,23 +49,23 @@ _SECONDS = "seconds of training and selection, without validation"
 
 @dataclass(frozen=True)
 class CompareListeners:
-    """Who hears of a comparison.
+    """Callbacks of a comparison.
 
     Attributes:
-        on_run: called when a run starts with ("3/24", arm, seed, whether it was finished before, settings).
-        on_notice: called with lines that a person should see.
+        on_run: called when a run starts with ("3/24", arm, seed, whether the run had already finished, settings).
+        on_notice: called with one-line notices for the user.
     """
 
-    on_run: Callable[[str, Arm, int, bool, ArmSettings], None] | None = None
+    on_run: Callable[[str, Arm, int, bool, ArmSettings], None] = ignore
     on_notice: Callable[[str], None] = logger.warning
 
 
 def compare(config: Config, listeners: CompareListeners | None = None, *, debug: bool = False) -> Path:
-    """Run all arms with all seeds, from where the comparison's folder stands, and write the results.
+    """Run all arms with all seeds, continuing the comparison's folder if it exists, and write the results.
 
     Args:
         config: a resolved config, with `run.name` set to the name of the comparison's folder.
-        listeners: who hears of it.
+        listeners: callbacks.
         debug: show Ray's own logs.
 
     Returns:
@@ -72,34 +73,32 @@ def compare(config: Config, listeners: CompareListeners | None = None, *, debug:
 
     Raises:
         ValueError: the config can't be compared, or the folder is another comparison's; one line with the cure.
-        TrainingFailed: a run broke down; runs beside it have saved.
-        KeyboardInterrupt: SIGINT or SIGTERM came; the same call continues.
+        TrainingFailed: a run failed; the other active runs have saved checkpoints.
+        KeyboardInterrupt: SIGINT or SIGTERM arrived; the same call continues the comparison.
     """
     listeners = listeners or CompareListeners()
     section, folder = config.compare, run_folder_of(config)
     arms, notes = arms_of(config)
     splits = open_splits(config)
     if splits.validation is None:
-        raise ConfigError(
-            f"data source {config.data.source} has no validation part, and accuracies are compared on it: set "
-            "data.hold_out=0.1"
-        )
+        name = config.data.source
+        raise ConfigError(f"data.source {name!r} has no validation part for the accuracies: set data.hold_out=0.1")
     resolution = 100.0 / len(splits.validation)  # points that one sample is worth
     if section.margin < resolution:
         notes.append(f"the margin of {section.margin:g} points is less than one sample ({resolution:.2g} points)")
     if len(section.all_seeds) == 1:
-        notes.append("one seed: no interval can be given, and no verdict follows from it; set compare.seeds=3")
+        notes.append("one seed gives no interval, so the verdict will be undecided; set compare.seeds=3")
     for note in notes:
         listeners.on_notice(note)
     experiment = ExperimentFolder(folder, "compare.yaml", digest_of)
     experiment.check(config)
     if not folder.exists():
-        check(config, splits)  # a mistake shows before anything is written
+        check(config, splits)  # report a mistake before anything is written
     config = _with_stored_threads(config, folder)
-    share = _share(config, splits.train, len(arms), debug)
+    resources = _trial_resources(config, splits.train, len(arms), debug)
     with experiment.open(config), on_sigterm():
-        write_whole(folder / "threads.json", json.dumps(_threads(config, share)) + "\n")
-        runs = _Runs(config, folder, splits.train, listeners, share=share, debug=debug)
+        write_whole(folder / "threads.json", json.dumps(_threads(config, resources)) + "\n")
+        runs = _Runs(config, folder, splits.train, listeners, resources=resources, debug=debug)
         outcomes = runs.train_all(arms, section.all_seeds)
         timed = timed_places(outcomes.values())
         results = [
@@ -123,7 +122,7 @@ def compare(config: Config, listeners: CompareListeners | None = None, *, debug:
 
 
 def _with_stored_threads(config: Config, folder: Path) -> Config:
-    """Return the config with the threads that the comparison began with: its runs must be comparable."""
+    """Return the config with the number of threads that the comparison began with, so that its runs are comparable."""
     stored = folder / "threads.json"
     if config.scaling.threads != "auto" or not stored.exists():
         return config
@@ -131,18 +130,18 @@ def _with_stored_threads(config: Config, folder: Path) -> Config:
     return config.model_copy(update={"scaling": scaling})
 
 
-def _threads(config: Config, share: TrialResources | None) -> int | str:
-    if share is not None:
-        return int(share.scaling["threads"])
+def _threads(config: Config, resources: TrialResources | None) -> int | str:
+    if resources is not None:
+        return int(resources.scaling["threads"])
     one_process = config.scaling.threads == "auto" and config.scaling.num_workers == 0
     return len(os.sched_getaffinity(0)) if one_process else config.scaling.threads
 
 
-def _share(config: Config, source: SampleSource, num_arms: int, debug: bool) -> TrialResources | None:
-    """Return how many runs go at a time and what each gets; None for one after another, with all there is.
+def _trial_resources(config: Config, source: SampleSource, num_arms: int, debug: bool) -> TrialResources | None:
+    """Return how many runs to train at a time and the resources of each; None to train them one after another.
 
     Raises:
-        ClusterError: there is no room for so many.
+        ClusterError: there are too few resources for `compare.parallel`.
     """
     section = config.compare
     num_shared = num_arms * max(0, len(section.all_seeds) - section.timed_seeds)
@@ -151,37 +150,37 @@ def _share(config: Config, source: SampleSource, num_arms: int, debug: bool) -> 
     if section.parallel == 1 or (section.parallel == "auto" and (elastic or not num_shared)):
         return None
     if config.scaling.num_workers == 0 and cluster_address(config.run.address) is None:
-        # What Ray would find on this machine: it need not be started to see that one run at a time fits.
+        # The resources that Ray would find on this machine, without starting it: one run at a time may be enough.
         total = {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
     else:
         start_ray(debug, dashboard=config.scaling.num_workers != 0, address=config.run.address)
         total = ray.cluster_resources()
-    share = divide_resources(config, source, request, total)
-    return share if share.num_concurrent > 1 else None
+    resources = divide_resources(config, source, request, total)
+    return resources if resources.num_concurrent > 1 else None
 
 
 def _caveat(config: Config, arm: Arm) -> str:
-    """Say that a method's seconds hold only a part of its scoring run."""
+    """Return a note for a method whose seconds include only a part of its scoring run; "" for other arms."""
     if config.compare.amortise == 1 or arm.baseline != "method" or not build_method(arm.of).collect_epochs:
         return ""
     return f" with a scoring run shared by {config.compare.amortise} trainings"
 
 
 def _timing(arms: Sequence[ArmRuns]) -> str:
-    """Say which seconds count."""
+    """Describe which seconds count."""
     seeds = [run.seed for run in arms[0].runs]
     alone = [seed for place, seed in enumerate(seeds) if all(arm.runs[place].alone for arm in arms)]
     if alone == seeds:
-        return f"each run alone, nothing else of this comparison beside it; {_SECONDS}"
+        return f"each run trained alone; {_SECONDS}"
     if not alone:
-        return f"runs that had others beside them, so they say little (compare.parallel=1); {_SECONDS}"
+        return f"runs trained side by side, so do not rely on them (compare.parallel=1); {_SECONDS}"
     names = ", ".join(map(str, alone))
-    return f"runs of seed {names} alone, the others side by side and not timed; {_SECONDS}"
+    return f"runs of seed {names} trained alone, the others side by side and not timed; {_SECONDS}"
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One run: its arm, the place of its seed, what it trains, its config, and whether it is finished."""
+    """A run: its arm, the position of its seed, its settings and config, and whether it has finished."""
 
     arm: Arm
     place: int
@@ -191,7 +190,7 @@ class _Job:
 
     @property
     def name(self) -> str:
-        """The run's folder."""
+        """Name of the run folder."""
         return str(self.config.run.name)
 
 
@@ -199,11 +198,11 @@ class _Runs:
     """The runs of a comparison.
 
     Args:
-        config: the comparison's.
-        folder: its folder.
-        source: its training data.
-        listeners: who hears of it.
-        share: how many at a time; None for one after another.
+        config: the comparison's config.
+        folder: the comparison's folder.
+        source: the training data.
+        listeners: callbacks.
+        resources: how many runs to train at a time; None: one after another.
         debug: show Ray's own logs.
     """
 
@@ -214,25 +213,24 @@ class _Runs:
         source: SampleSource,
         listeners: CompareListeners,
         *,
-        share: TrialResources | None,
+        resources: TrialResources | None,
         debug: bool,
     ) -> None:
-        if share is not None:
-            # Alone or not, every run computes with as many threads: the arms of a seed must be comparable to the bit.
-            config = config.model_copy(update={"scaling": config.scaling.model_copy(update=share.scaling)})
-        self._config, self._folder, self._source, self._share = config, folder, source, share
+        if resources is not None:
+            # The same number of threads, alone or not: the arms of a seed must be comparable bit by bit.
+            config = config.model_copy(update={"scaling": config.scaling.model_copy(update=resources.scaling)})
+        self._config, self._folder, self._source, self._resources = config, folder, source, resources
         self._shared_file = folder / "shared_runs.json"
         self._listeners, self._debug = listeners, debug
-        self._warm = config.scaling.num_workers != 0  # workers are started for every run, and warm up in every run
+        self._warm = config.scaling.num_workers != 0  # with workers, every run starts its own, which warm up
         self._num_started = self._num_runs = 0
-        self._outcomes: dict[str, dict[int, RunOutcome]] = {}  # arm → place of the seed → outcome
+        self._outcomes = defaultdict[str, dict[int, RunOutcome]](dict)  # arm → position of the seed → outcome
 
     def train_all(self, arms: Sequence[Arm], seeds: Sequence[int]) -> dict[str, list[RunOutcome]]:
-        """Return every arm's outcomes, one per seed; derived arms go after full training and the methods."""
-        self._outcomes = {arm.name: {} for arm in arms}
-        self._num_started, self._num_runs = 0, len(arms) * len(seeds)
+        """Return every arm's outcomes, one per seed. Derived arms run after full training and the methods."""
+        self._num_runs = len(arms) * len(seeds)
         places = list(enumerate(seeds))
-        num_timed = len(seeds) if self._share is None else self._config.compare.timed_seeds
+        num_timed = len(seeds) if self._resources is None else self._config.compare.timed_seeds
         for derived in (False, True):
             stage = [arm for arm in arms if arm.derived == derived]
             for place, seed in places[:num_timed]:
@@ -243,7 +241,7 @@ class _Runs:
 
     def _job(self, arm: Arm, place: int, seed: int) -> _Job:
         settings = self._settings(arm, place)
-        # Another length or ratio, found with other seeds or costs, is another run.
+        # A length or ratio that was matched with other seeds or costs is another run.
         name = f"{arm.name}{settings.tag}-seed{seed}"
         config = run_config(self._config, settings, name, seed, str(self._folder / "runs"))
         return _Job(arm, place, settings, config, settings.same_as_full or self._is_finished(config))
@@ -262,7 +260,7 @@ class _Runs:
         if not (metrics and metrics[-1]["epoch"] + 1 == config.train.epochs and (folder / "scores.parquet").exists()):
             return False
         environment = folder / "environment.json"
-        # A run on other data is given to `train`, which refuses it in its own words.
+        # Pass a run on other data to `train`, which reports the error.
         return environment.exists() and json.loads(environment.read_text())["fingerprint"] == self._source.fingerprint
 
     def _train_alone(self, job: _Job) -> None:
@@ -273,7 +271,7 @@ class _Runs:
         self._keep(job)
 
     def _warm_up(self) -> None:
-        """Train a few steps first: the first run of a process does more, which must not count against its arm."""
+        """Train a few steps, so that the start-up costs of the process do not count against the first arm."""
         if self._warm:
             return
         self._warm = True
@@ -281,7 +279,7 @@ class _Runs:
         with tempfile.TemporaryDirectory() as folder:
             config = run_config(self._config, ArmSettings({"name": "full"}, 1), "warm-up", 0, folder)
             tree = merge(config.model_dump(mode="json"), {"data": {"limit": limit}})
-            train(make_config(tree), debug=self._debug, on_notice=lambda _: None)
+            train(make_config(tree), debug=self._debug, on_notice=ignore)
 
     def _train_at_once(self, jobs: Sequence[_Job]) -> None:
         for job in jobs:
@@ -289,25 +287,24 @@ class _Runs:
                 self._announce(job)
         remaining = {job.name: job for job in jobs if not job.finished}
         if remaining:
-            assert self._share is not None, "without a share, all runs go alone"
+            assert self._resources is not None, "without shared resources, all runs are trained alone"
             in_process = self._config.scaling.num_workers == 0
             ours = in_process and not ray.is_initialized()
             start_ray(self._debug, dashboard=not in_process, address=self._config.run.address)
             self._mark_shared(remaining)
             events = TrialListeners(_refuse_failures, on_start=lambda name: self._announce(remaining[name]))
             configs = [job.config for job in remaining.values()]
-            if not run_trials(configs, self._share, events, folder=self._folder, debug=self._debug):
+            if not run_trials(configs, self._resources, events, folder=self._folder, debug=self._debug):
                 raise KeyboardInterrupt
             if ours:
-                ray.shutdown()  # runs that are timed after this have the machine to themselves again
+                ray.shutdown()  # the next timed runs need the machine to themselves
         for job in jobs:
             self._keep(job)
 
     def _announce(self, job: _Job) -> None:
         self._num_started += 1
-        if self._listeners.on_run is not None:
-            number = f"{self._num_started}/{self._num_runs}"
-            self._listeners.on_run(number, job.arm, job.config.train.seed, job.finished, job.settings)
+        number = f"{self._num_started}/{self._num_runs}"
+        self._listeners.on_run(number, job.arm, job.config.train.seed, job.finished, job.settings)
 
     def _keep(self, job: _Job) -> None:
         """Read the outcome of a finished run."""

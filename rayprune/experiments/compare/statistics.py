@@ -1,8 +1,8 @@
-"""Is pruning worth it? Paired differences over seeds, their intervals, and the verdicts that follow from them.
+"""Paired differences over seeds, their intervals, and the verdicts that follow from them.
 
-Arms share their seeds, so they are compared seed by seed: the mean of the differences has the interval of Student's t
-for paired samples. "As good" is a claim too: it takes an interval above minus the margin (non-inferiority), not merely
-one that covers 0. Accuracies are in points, 0 to 100.
+Arms share their seeds and are compared seed by seed: the mean of the differences has the interval of Student's t for
+paired samples. To call an arm as good as another requires an interval above minus the margin (non-inferiority), not
+merely one that covers 0. Accuracies are in points, 0 to 100.
 
 Shapes: S seeds.
 """
@@ -18,12 +18,10 @@ from typing import Any, Literal
 import numpy as np
 
 Outcome = Literal["worth it", "prune nothing", "no scores needed", "undecided"]
-_LEAST_SAVED = 0.05  # a method that surely saves a smaller share of the seconds counts as no faster
-# Baselines that cost what a method costs: everything in fewer epochs, and subsets that no score chose.
+_LEAST_SAVED = 0.05  # a method that saves a smaller fraction of the seconds counts as not faster
+# Full training in fewer epochs, at the cost of a method.
 SHORTENED = {"full_time": "time", "full_steps": "samples trained"}
-CONTROLS = ("random", "random_epoch", "shuffled")
-# Where equal work took so different times, something else ran on the machine.
-_UNEVEN = 1.25
+_UNEVEN = 1.25  # if equal work differs in time by this factor, something else ran on the machine
 
 
 @dataclass(frozen=True)
@@ -32,16 +30,16 @@ class RunOutcome:
 
     Attributes:
         seed: of the run.
-        folder: its name.
-        epochs: how many it trained.
+        folder: name of the run folder.
+        epochs: number of epochs.
         matched: what its length or ratio was matched to, in words.
         accuracy: on the validation part after the last epoch, in points.
         worst_class: the lowest accuracy of a class, in points.
-        samples_trained, samples_forwarded: with those of a scoring run.
+        samples_trained, samples_forwarded: including those of a scoring run.
         compute: in samples trained.
         flops: floating-point operations of training.
         seconds: of training, selection and checkpoints, without validation.
-        alone: whether no other run of the comparison ran beside it, so that its seconds count.
+        alone: whether no other run of the comparison ran at the same time, so that its seconds count.
     """
 
     seed: int
@@ -63,11 +61,11 @@ class ArmRuns:
     """An arm's runs, one per seed, in the same order of seeds for all arms.
 
     Attributes:
-        name: the arm.
-        baseline: which of the baselines it is; "method" for a method.
-        method_arm: the name of the method's arm that it is, or that it is compared with.
+        name: of the arm.
+        baseline: name of the baseline; "method" for a method.
+        method_arm: name of the method's arm: this one, or the one that it is compared with.
         runs: S outcomes.
-        timed: the places of the seeds whose seconds count; with one of them, ratios of seconds have no interval.
+        timed: positions of the seeds whose seconds count; with one, ratios of seconds have no interval.
         caveat: what its seconds leave out, in words.
     """
 
@@ -93,12 +91,12 @@ class ArmRuns:
 
     @property
     def same_as_full(self) -> bool:
-        """Whether nothing was left out or shortened: such an arm costs what full training does, and is not a rival."""
+        """Whether a matched arm turned out to be full training itself, with its cost."""
         return self.baseline != "full" and all(run.folder.startswith("full-seed") for run in self.runs)
 
 
 def timed_places(arms: Iterable[Sequence[RunOutcome]]) -> list[int]:
-    """Return the places of the seeds whose runs, of all arms, had the machine to themselves; all where none had."""
+    """Return the positions of the seeds for which every arm ran alone on the machine; all if there is none."""
     seeds = list(zip(*arms, strict=True))
     return [place for place, runs in enumerate(seeds) if all(run.alone for run in runs)] or list(range(len(seeds)))
 
@@ -109,14 +107,12 @@ class Difference:
 
     Attributes:
         mean: over the seeds.
-        low, high: the interval's ends; None with a single seed.
-        num_seeds: S.
+        low, high: ends of the interval; None with a single seed.
     """
 
     mean: float
     low: float | None
     high: float | None
-    num_seeds: int
 
     def above(self, bound: float) -> bool:
         """Whether the whole interval lies above a bound; never without an interval."""
@@ -129,10 +125,6 @@ class Difference:
     def __str__(self) -> str:
         ends = "no interval" if self.low is None else f"{self.low:+.2f} to {self.high:+.2f}"
         return f"{self.mean:+.2f} points ({ends})"
-
-    def to_json(self) -> dict[str, float | None]:
-        """Return what compare.json holds of it."""
-        return {"mean": self.mean, "low": self.low, "high": self.high}
 
 
 def paired_difference(
@@ -151,18 +143,18 @@ def paired_difference(
     differences_S = np.subtract(one_S, other_S, dtype=np.float64)
     mean, count = float(differences_S.mean()), differences_S.size
     if count == 1:
-        return Difference(mean, None, None, 1)
+        return Difference(mean, None, None)
     from scipy.stats import t
 
     deviation = max(float(differences_S.std(ddof=1)), least_sd)
     half = float(t.ppf((1.0 + confidence) / 2.0, count - 1)) * deviation / math.sqrt(count)
-    return Difference(mean, mean - half, mean + half, count)
+    return Difference(mean, mean - half, mean + half)
 
 
 def paired_ratio(one_S: Sequence[float], other_S: Sequence[float], confidence: float) -> Difference:
     """Return the geometric mean of one ÷ other over seeds, with the interval of the paired t-test on logarithms.
 
-    A machine that is slow for a while slows both arms of a seed, and their ratio stays.
+    Ratios cancel a temporary slowdown of the machine, which affects both arms of a seed.
 
     Args:
         one_S, other_S: above 0, such as seconds, in the same order of seeds.
@@ -170,18 +162,18 @@ def paired_ratio(one_S: Sequence[float], other_S: Sequence[float], confidence: f
     """
     logs = paired_difference(np.log(one_S).tolist(), np.log(other_S).tolist(), confidence)
     low, high = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
-    return Difference(math.exp(logs.mean), low, high, logs.num_seeds)
+    return Difference(math.exp(logs.mean), low, high)
 
 
 @dataclass(frozen=True)
 class Criteria:
-    """What a comparison decides by.
+    """The decision criteria of a comparison.
 
     Attributes:
         margin: loss of accuracy that counts as none, in points.
         confidence: of the intervals, in (0, 1).
-        resolution: points that one validation sample is worth. Seeds that happen to agree are no more certain than
-            accuracies rounded to it: their differences have a standard deviation of at least resolution / √6.
+        resolution: points that one validation sample is worth. Accuracies are rounded to it, so their differences have
+            a standard deviation of at least resolution / √6, even if the seeds happen to agree.
     """
 
     margin: float
@@ -191,19 +183,19 @@ class Criteria:
     def difference(self, one: ArmRuns, other: ArmRuns, column: str = "accuracy") -> Difference:
         """Return one arm minus another; without an interval if their runs are the same."""
         if same_runs(one, other):
-            return Difference(0.0, None, None, len(one.runs))
+            return Difference(0.0, None, None)
         least_sd = self.resolution / math.sqrt(6.0) if column == "accuracy" else 0.0
         return paired_difference(one.column(column), other.column(column), self.confidence, least_sd)
 
 
 def same_runs(one: ArmRuns, other: ArmRuns) -> bool:
-    """Tell whether what two arms were matched to came to the same runs."""
+    """Return whether two arms have the same runs, as matched arms can."""
     return [run.folder for run in one.runs] == [run.folder for run in other.runs]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer of a comparison for one method, or for all.
+    """The conclusion of a comparison, for one method or for all.
 
     Attributes:
         outcome: what to do.
@@ -215,15 +207,15 @@ class Verdict:
 
 
 def judge(method: ArmRuns, full: ArmRuns, baselines: Sequence[ArmRuns], criteria: Criteria) -> Verdict:
-    """Decide whether one method is worth it.
+    """Decide whether a method is worth it.
 
-    It has to keep full training's accuracy within the margin, to save seconds (or be better), and to beat what costs
-    as much without it: full training shortened, and subsets that no score chose.
+    It has to keep full training's accuracy within the margin, to save seconds (or be more accurate), and to beat the
+    baselines of the same cost: shortened full training, and subsets selected without scores.
 
     Args:
-        method: the arm to judge.
-        full: training on everything.
-        baselines: the arms to compare with; `ratio_0` and `full` among them are ignored.
+        method: the arm of the method.
+        full: training on all samples.
+        baselines: the arms to compare with; `ratio_0` among them is ignored.
         criteria: margin and confidence.
     """
     margin = criteria.margin
@@ -235,7 +227,7 @@ def judge(method: ArmRuns, full: ArmRuns, baselines: Sequence[ArmRuns], criteria
         )
     time = paired_ratio(method.seconds, full.seconds, criteria.confidence)
     saved, once = 1.0 - time.mean, time.low is None
-    # Timed once, alone on the machine: more than the least that counts is taken for a difference.
+    # Timed once, alone on the machine: take any saving above the minimum as a difference.
     faster = time.below(1.0) or (once and saved > _LEAST_SAVED)
     slower = time.above(1.0) or (once and saved < -_LEAST_SAVED)
     no_faster = time.above(1.0 - _LEAST_SAVED) or (once and saved < _LEAST_SAVED)
@@ -247,65 +239,66 @@ def judge(method: ArmRuns, full: ArmRuns, baselines: Sequence[ArmRuns], criteria
     if no_faster and not to_full.above(0.0):
         return Verdict("prune nothing", f"{start}: no better, and not faster")
     if slower and to_full.above(0.0):
-        more = "better, and dearer than anything beside it: compare it with full training of as many epochs more"
+        more = "better, and more expensive than every baseline: compare it with full training for more epochs"
         return Verdict("undecided", f"{start}: {more}")
     rivals = [
         _Rival(arm, criteria.difference(method, arm), criteria.difference(arm, full))
         for arm in sorted(baselines, key=lambda arm: -arm.mean("accuracy"))
-        if (arm.baseline in SHORTENED or arm.baseline in CONTROLS) and not arm.same_as_full
+        if arm.baseline != "ratio_0" and not arm.same_as_full
     ]
-    return _judge_against(rivals, start, to_full, margin, faster or to_full.above(0.0))
+    verdict = _judge_against(rivals, to_full, criteria, num_seeds=len(full.runs), gains=faster or to_full.above(0.0))
+    return dataclasses.replace(verdict, sentence=f"{start}{verdict.sentence}")
 
 
 @dataclass(frozen=True)
 class _Rival:
-    """An arm that costs what the method costs, the method minus it, and it minus full training."""
+    """An arm of the method's cost, the method minus this arm, and this arm minus full training."""
 
     arm: ArmRuns
     difference: Difference
     to_full: Difference
 
 
-def _judge_against(rivals: Sequence[_Rival], start: str, to_full: Difference, margin: float, gains: bool) -> Verdict:
-    """Continue with a method that saves something, or is better than full: is it the selection that does it?"""
+def _judge_against(
+    rivals: Sequence[_Rival], to_full: Difference, criteria: Criteria, *, num_seeds: int, gains: bool
+) -> Verdict:
+    """Decide whether a method's gain is due to its selection; the sentence continues that of `judge`."""
+    margin = criteria.margin
     as_good = [rival for rival in rivals if rival.difference.below(margin)]
-    # Shortened training comes first: where it is as good, no selection is needed, however good full training is.
+    # Check shortened training first: if it is as good, no selection is needed, however good full training is.
     for baseline, words in SHORTENED.items():
         for rival in as_good:
             if rival.arm.baseline == baseline:
-                more = (
-                    f"full training shortened to the same {words} is as good (the method is {rival.difference} to it)"
-                )
-                return Verdict("prune nothing", f"{start}; {more}")
+                more = f"is as good (the method is {rival.difference} to it)"
+                return Verdict("prune nothing", f"; full training shortened to the same {words} {more}")
     if not to_full.above(-margin):
-        more = f"{to_full.num_seeds} seeds do not show whether that is within the margin of {margin:g}"
-        return Verdict("undecided", f"{start}: {more}")
+        return Verdict("undecided", f": {num_seeds} seeds do not show whether that is within the margin of {margin:g}")
     if as_good:
         # As good as the method, which is as good as full: that allows twice the margin, so compare it with full too.
         safe = [rival for rival in as_good if rival.to_full.above(-margin)]
         first = (safe or as_good)[0]
-        more = f"{first.arm.name} is as good (the method is {first.difference} to it)"
+        more = f"; {first.arm.name} is as good (the method is {first.difference} to it)"
         if not safe:
-            return Verdict("undecided", f"{start}; {more}, but not shown to keep full training's ({first.to_full})")
-        return Verdict("no scores needed", f"{start}; {more}: the scores are worth less than the margin here")
-    unbeaten = [rival for rival in rivals if not rival.difference.above(0.0)]
-    if unbeaten:
-        more = f"it is not shown to be better than {unbeaten[0].arm.name} ({unbeaten[0].difference} to it)"
-        return Verdict("undecided", f"{start}; {more}")
+            return Verdict("undecided", f"{more}, but not shown to keep full training's ({first.to_full})")
+        return Verdict("no scores needed", f"{more}: the scores are worth less than the margin here")
+    for rival in rivals:
+        if not rival.difference.above(0.0):
+            more = f"it is not shown to be better than {rival.arm.name} ({rival.difference} to it)"
+            return Verdict("undecided", f"; {more}")
     if not rivals:
         more = "no baseline of the same cost ran (compare.baselines, or it saves less than half an epoch)"
-        return Verdict("undecided", f"{start}; {more}")
+        return Verdict("undecided", f"; {more}")
     if not gains:
-        return Verdict("undecided", f"{start}; {to_full.num_seeds} seeds do not show that it is faster")
+        return Verdict("undecided", f"; {num_seeds} seeds do not show that it is faster")
     more = f"better than every baseline of the same cost ({rivals[0].difference} to {rivals[0].arm.name})"
-    return Verdict("worth it", f"{start}, within the margin of {margin:g}, and {more}")
+    return Verdict("worth it", f", within the margin of {margin:g}, and {more}")
 
 
 def overall(verdicts: Sequence[Verdict], seeds: Sequence[int]) -> Verdict:
-    """Decide what to do here, after the verdicts on all methods.
+    """Return the verdict on all methods together.
 
     Args:
-        verdicts: on at least one method, those that save most seconds first.
+        verdicts: on at least one method, in the order of the seconds saved, the most first.
         seeds: of the runs.
     """
 
@@ -318,8 +311,8 @@ def overall(verdicts: Sequence[Verdict], seeds: Sequence[int]) -> Verdict:
         return Verdict(verdict.outcome, f"Samples can be left out here without scores: {verdict.sentence}.")
     if verdict := first("undecided"):
         counted = list(seeds) == list(range(len(seeds)))
-        more = f"compare.seeds={2 * len(seeds)} goes" if counted else "more of them in compare.seeds go"
-        cure = "" if len(seeds) == 1 else f"; {more} on from these runs"
+        more = f"compare.seeds={2 * len(seeds)} continues" if counted else "more seeds in compare.seeds continue"
+        cure = "" if len(seeds) == 1 else f"; {more} from these runs"
         return Verdict(verdict.outcome, f"Undecided, so prune nothing yet: {verdict.sentence}{cure}.")
     verdict = first("prune nothing", "shortened") or verdicts[0]
     return Verdict(verdict.outcome, f"Prune nothing here: {verdict.sentence}.")
@@ -330,11 +323,11 @@ def summary(arms: Sequence[ArmRuns], criteria: Criteria) -> dict[str, Any]:
 
     Args:
         arms: the first one is full training.
-        criteria: what to decide by.
+        criteria: the decision criteria.
 
     Returns:
-        Seeds, arms, verdicts; `timed_seeds` are those whose seconds count; `uneven_seconds` are the least and the most
-        seconds that an epoch on everything took, in any arm, where they lie far apart.
+        Seeds, arms, verdicts. `timed_seeds` are those whose seconds count. `uneven_seconds` are the minimum and maximum
+        seconds of an epoch on all samples in any arm, if they are far apart.
     """
     full = arms[0]
     seeds = [run.seed for run in full.runs]
@@ -374,14 +367,14 @@ def _arm_row(arm: ArmRuns, full: ArmRuns, criteria: Criteria) -> dict[str, Any]:
         "accuracy": arm.mean("accuracy"),
         "accuracy_sd": float(np.std(arm.column("accuracy"), ddof=1)) if several else None,
         "worst_class": arm.mean("worst_class"),
-        "to_full": to_full.to_json(),
+        "to_full": dataclasses.asdict(to_full),
         "non_inferior": (to_full.above(-criteria.margin) or same_runs(arm, full)) if several else None,
-        "worst_class_to_full": criteria.difference(arm, full, "worst_class").to_json(),
+        "worst_class_to_full": dataclasses.asdict(criteria.difference(arm, full, "worst_class")),
         "epochs": sorted({run.epochs for run in arm.runs}),
         **{name: arm.mean(name) for name in ("samples_trained", "samples_forwarded", "compute", "flops")},
         "seconds": float(np.mean(arm.seconds)),
         **{f"{name}_saved": 1.0 - arm.mean(name) / full.mean(name) for name in ("samples_trained", "compute")},
-        "seconds_to_full": paired_ratio(arm.seconds, full.seconds, criteria.confidence).to_json(),
+        "seconds_to_full": dataclasses.asdict(paired_ratio(arm.seconds, full.seconds, criteria.confidence)),
         "runs": [dataclasses.asdict(run) for run in arm.runs],
     }
 
@@ -392,5 +385,5 @@ def _method_row(arm: ArmRuns, verdict: Verdict, baselines: Sequence[ArmRuns], cr
     return {
         **dataclasses.asdict(verdict),
         "strongest_baseline": rivals[0] if rivals else None,
-        "to_baselines": {other.name: criteria.difference(arm, other).to_json() for other in baselines},
+        "to_baselines": {other.name: dataclasses.asdict(criteria.difference(arm, other)) for other in baselines},
     }

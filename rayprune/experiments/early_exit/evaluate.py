@@ -1,7 +1,7 @@
-"""Evaluate a trained network with several exits: every exit on all samples (anytime), and early leaving (dynamic).
+"""Evaluate a trained network with several exits: each exit on all samples (anytime), and early exit (dynamic).
 
-Thresholds are found on training samples that the run was not trained on (`data.hold_out`), and evaluated on the
-source's own validation part.
+The thresholds of early exit are found on held-out training samples (`data.hold_out`), and evaluated on the source's own
+validation part.
 
 Shapes: K exits, N samples.
 """
@@ -47,18 +47,18 @@ _LATENCY_BATCHES = (1, 64)
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run as far as it is trained.
+    """A run at its newest checkpoint.
 
     Attributes:
-        folder: of the run.
-        config: its own.
-        checkpoint: name of the newest one.
-        epochs, steps: trained: whole epochs, and steps of the next one.
+        folder: the run folder.
+        config: the run's config.
+        checkpoint: name of the checkpoint.
+        epochs, steps: completed epochs, and completed steps of the next one.
         network: with the checkpoint's weights, in eval mode on the device.
-        input: how its inputs look.
-        held_out: training samples that it was not trained on (`data.hold_out`).
-        validation: the source's own validation part.
-        device: where the network is.
+        input: the network's inputs.
+        held_out: training samples that the run was not trained on (`data.hold_out`), or None.
+        validation: the source's own validation part, or None.
+        device: of the network.
     """
 
     folder: Path
@@ -74,24 +74,24 @@ class TrainedRun:
 
     @property
     def progress(self) -> str:
-        """How far it is trained, in words."""
+        """The completed part of the training, in words."""
         steps = f" and {self.steps} steps of the next" if self.steps else ""
         return f"after {self.epochs} of {self.config.train.epochs} epochs{steps}"
 
     @property
     def finished(self) -> bool:
-        """Whether it has come to its end."""
+        """Whether the run has completed its last epoch."""
         return self.epochs >= self.config.last_epoch
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The results, as they were written.
+    """The results of an evaluation.
 
     Attributes:
-        run: what was evaluated.
-        macs: (K,) cumulative multiply-adds of one sample that leaves at each exit.
-        part: the samples that accuracies are measured on, in words.
+        run: the evaluated run.
+        macs: (K,) multiply-adds of a sample that leaves at each exit, including the exits before it.
+        part: the samples of the accuracies, in words.
         anytime, dynamic, latency: the rows of the CSV files; empty for a mode that was not evaluated.
     """
 
@@ -114,14 +114,14 @@ def evaluate(
     """Evaluate the newest checkpoint of a run, and write the results to <run>/exits/.
 
     Args:
-        folder: of the run.
-        mode: None does both, or leaves out with a notice what this run's data don't allow.
+        folder: the run folder.
+        mode: the mode to evaluate; None: both, but only anytime with a notice if the run does not allow dynamic.
         device: where to compute.
-        batch_size: rows at a time.
-        on_notice: called with lines that a person should see.
+        batch_size: rows per forward pass.
+        on_notice: called with one-line notices for the user.
 
     Raises:
-        ValueError: it can't be evaluated; one line with the cure.
+        ValueError: the run can't be evaluated; one line with the cure.
     """
     if mode is not None and mode not in get_args(Mode):
         raise ConfigError(f"unknown mode {mode!r}: {closest(mode, get_args(Mode))}")
@@ -131,7 +131,7 @@ def evaluate(
     if (reason := _why_not_dynamic(run)) and mode == "dynamic":
         raise ConfigError(reason)
     if not run.finished:
-        on_notice(f"the run is not finished: this is its network {run.progress}")
+        on_notice(f"the run is not finished: evaluating its network {run.progress}")
     if reason and mode is None:
         on_notice(f"only anytime: {reason}")
     readings = read_exits(run.network, test, run.input, device, batch_size)
@@ -152,46 +152,47 @@ def evaluate(
 
 
 def _macs(run: TrainedRun) -> list[int]:
-    """Return the cumulative multiply-adds of each exit; of the whole forward where a network can't stop early."""
+    """Return the multiply-adds up to each exit, or those of the whole forward pass if the network can't stop early."""
     name = run.config.model.name
     try:
         num_exits = count_exits(run.network, run.input.shape)
     except ValueError as error:
         raise ConfigError(f"model {name!r} can't be evaluated: {error}") from None
     if num_exits == 1:
-        raise ConfigError(f"model {name!r} has one exit: rayprune evaluate is for several, such as model.name=msdnet")
+        raise ConfigError(f"model {name!r} has one exit: rayprune evaluate needs several, as in model.name=msdnet")
     if isinstance(run.network, MultiExitModel):
         return exit_macs(run.network, run.input.shape)
     return [num_macs(run.network, torch.zeros(1, *run.input.shape, device=run.device))] * num_exits
 
 
 def _test_samples(run: TrainedRun) -> tuple[SampleSource, str]:
-    """Return the samples to measure accuracies on, and a description of them."""
+    """Return the samples to measure accuracies on, and their description."""
     if run.validation is not None:
         return run.validation, f"the {len(run.validation):,} validation samples of {run.config.data.source}"
     if run.held_out is not None:
-        return run.held_out, f"the {len(run.held_out):,} training samples held out"
+        return run.held_out, f"the {len(run.held_out):,} held-out training samples"
     raise ConfigError(
-        f"data.source {run.config.data.source!r} has no validation part, and the run held nothing out: set "
-        "data.hold_out=0.1 and train again"
+        f"data.source {run.config.data.source!r} has no validation part, and the run held out no samples: "
+        "set data.hold_out=0.1 and train again"
     )
 
 
 def _why_not_dynamic(run: TrainedRun) -> str | None:
+    """Return why early exit can't be evaluated; None if it can."""
     if not isinstance(run.network, MultiExitModel):
         return (
-            f"model {run.config.model.name!r} can't stop early, each exit takes the whole forward: give it num_exits, "
-            "begin(inputs) -> state and advance(exit, state) -> (logits, state)"
+            f"model {run.config.model.name!r} can't stop early, each exit takes the whole forward pass: "
+            "give it num_exits, begin(inputs) -> state and advance(exit, state) -> (logits, state)"
         )
     if run.held_out is None:
         return (
-            f"{run.folder} was trained on all training samples, and thresholds need some that it has not seen: set "
+            f"{run.folder} was trained on all training samples, and thresholds need held-out ones: set "
             "data.hold_out=0.1 and train again"
         )
     if run.validation is None:
         return (
-            f"data.source {run.config.data.source!r} has no validation part of its own to evaluate thresholds on: give "
-            "it one and train again"
+            f"data.source {run.config.data.source!r} has no validation part of its own to evaluate thresholds on: add "
+            "one and train again"
         )
     return None
 
@@ -202,7 +203,7 @@ def _anytime_rows(readings: ExitReadings, macs: list[int]) -> list[Row]:
             "exit": exit_ + 1,
             "macs": macs[exit_],
             "top1": float(readings.correct[exit_].mean()),
-            "top5": float(readings.among_best[exit_].mean()),
+            "top5": float(readings.in_top5[exit_].mean()),
             "loss": float(readings.losses[exit_].mean(dtype=np.float64)),
             "samples": readings.losses.shape[1],
         }
@@ -242,7 +243,7 @@ def _facts(run: TrainedRun, macs: list[int], held_out: SampleSource, test: Sampl
         "found_on": {"samples": len(held_out), "fingerprint": held_out.fingerprint},
         "tested_on": {"samples": len(test), "fingerprint": test.fingerprint},
         "confidence": "largest softmax probability, full precision",
-        "rule": "leave at the first exit whose threshold the confidence reaches; null: nobody; the last takes the rest",
+        "rule": "leave at the first exit whose threshold the confidence reaches; null: no sample; the last has none",
     }
 
 
@@ -267,16 +268,17 @@ def _latency_rows(run: TrainedRun, macs: list[int], batch: int) -> list[Row]:
 
 
 def open_run(folder: Path, device: torch.device) -> TrainedRun:
-    """Open a run's network as its newest sound checkpoint has it, and the data that it was trained on.
+    """Load the network of a run's newest intact checkpoint, and open its data.
 
     Raises:
-        ValueError: no run, no checkpoint, or data or a network that are not the run's; one line with the cure.
+        ValueError: there is no run or no checkpoint, or the data or the network are not the run's; one line with the
+            cure.
     """
     config = _config_of(folder)
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
         raise RunFolderError(
-            f"{folder} holds no sound checkpoint yet: train it first, rayprune train {folder}/config.yaml"
+            f"{folder} has no intact checkpoint yet: train it first, rayprune train {folder}/config.yaml"
         )
     try:
         position, weights = read_position(checkpoint), load_tensors(checkpoint / "model.pt", device)
@@ -284,8 +286,8 @@ def open_run(folder: Path, device: torch.device) -> TrainedRun:
         raise RunFolderError(f"{checkpoint} was just replaced by a newer one: the run is training, try again") from None
     if position["digest"] != config.digest():
         raise RunFolderError(
-            f"{folder}/config.yaml is not what its checkpoints were trained with (config {config.digest()}, they are "
-            f"of {position['digest']}): restore it"
+            f"{folder}/config.yaml is not the config of its checkpoints (its digest is {config.digest()}, theirs "
+            f"{position['digest']}): restore it"
         )
     splits, validation = _open_data(config, folder, position["fingerprint"])
     spec = input_spec(config, splits.train)
@@ -294,7 +296,7 @@ def open_run(folder: Path, device: torch.device) -> TrainedRun:
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise RunFolderError(
-            f"the weights in {checkpoint} don't fit model {config.model.name!r} ({one_line(error)[:200]}): bring back "
+            f"the weights in {checkpoint} don't fit model {config.model.name!r} ({one_line(error)[:200]}): restore "
             "the code that it was trained with"
         ) from None
     return TrainedRun(
@@ -323,7 +325,7 @@ def _config_of(folder: Path) -> Config:
 
 
 def _open_data(config: Config, folder: Path, fingerprint: str) -> tuple[Splits, SampleSource | None]:
-    """Return the data that a run was trained on, and the source's own validation part."""
+    """Return the run's data, and the source's own validation part."""
     try:
         splits = open_splits(config)
         validation = splits.validation
@@ -332,33 +334,33 @@ def _open_data(config: Config, folder: Path, fingerprint: str) -> tuple[Splits, 
             validation = open_splits(config.model_copy(update={"data": data})).validation
     except (OSError, ValueError) as error:
         raise DataError(
-            f"the data of {folder} can't be opened ({one_line(error)}): bring it back, or say in {folder}/config.yaml "
-            "where it is"
+            f"the data of {folder} can't be opened ({one_line(error)}): restore it, or set its new place in "
+            f"{folder}/config.yaml"
         ) from None
     if splits.train.fingerprint != fingerprint:
         raise DataError(
             f"{folder} was trained on other data (fingerprint {fingerprint[:12]}, here "
-            f"{splits.train.fingerprint[:12]}): bring that data back"
+            f"{splits.train.fingerprint[:12]}): restore that data"
         )
     return splits, validation
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device of this name; `auto` is the GPU where there is one.
+    """Return the device of a name; `auto` is the GPU if there is one.
 
     Raises:
-        ConfigError: there is no such device here.
+        ConfigError: the device can't be used on this machine.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.partition(":")[0] == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r} can't be used: torch finds no GPU here, give --device cpu")
+        raise ConfigError(f"device {name!r} can't be used: torch finds no GPU here, use --device cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-    except Exception as error:  # each backend has its own
+    except Exception as error:  # each backend raises its own
         line = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
         raise ConfigError(
-            f"device {name!r} can't be used ({line}): give --device cpu, or cuda where there is"
+            f"device {name!r} can't be used ({line}): use --device cpu, or cuda if there is a GPU"
         ) from None
     return device

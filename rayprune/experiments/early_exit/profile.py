@@ -1,14 +1,14 @@
-"""Measurements of a network with several exits, and the files that hold the results of an evaluation.
+"""Measure a network with several exits, and write and read the files of an evaluation.
 
 Predictions come from one pass over the samples in eval mode, without augmentation, in full precision. Latency is
-measured too: multiply-adds are not seconds.
+measured too, as it does not follow from multiply-adds.
 
-    <run>/exits/thresholds.json   for each budget p: the thresholds, and the samples that they were found on
+    <run>/exits/thresholds.json   the thresholds for each budget p, and the samples that they were found on
     <run>/exits/anytime.csv       a row per exit: multiply-adds, accuracy, loss
-    <run>/exits/dynamic.csv       a row per budget: accuracy against multiply-adds, share of samples at each exit
-    <run>/exits/latency.csv       a row per exit and batch size: measured seconds
+    <run>/exits/dynamic.csv       a row per budget: multiply-adds, accuracy, share of samples at each exit
+    <run>/exits/latency.csv       a row per exit and batch size: measured milliseconds
 
-Each file names its checkpoint. Files of another checkpoint are deleted, so that no plot mixes two.
+Each file names its checkpoint. Files of another checkpoint are deleted, so that no plot mixes two checkpoints.
 
 Shapes: K exits, N samples, B batch, C classes, R repeats.
 """
@@ -36,7 +36,7 @@ from rayprune.errors import ConfigError, RunFolderError
 from rayprune.nn.models.multi_exit import MultiExitModel
 from rayprune.sources import SampleSource
 
-_BEST = 5  # top-5; of fewer classes, all of them
+_TOP = 5  # top-5 accuracy, or all classes if there are fewer
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class ExitReadings:
     Attributes:
         confidences: (K, N) float32, largest softmax probability.
         correct: (K, N) bool, whether the most probable class is the label.
-        among_best: (K, N) bool, whether the label is among the five most probable classes.
-        losses: (K, N) float32, plain cross-entropy.
+        in_top5: (K, N) bool, whether the label is among the five most probable classes.
+        losses: (K, N) float32, cross-entropy.
     """
 
     confidences: NDArray[np.float32]
     correct: NDArray[np.bool_]
-    among_best: NDArray[np.bool_]
+    in_top5: NDArray[np.bool_]
     losses: NDArray[np.float32]
 
 
@@ -60,14 +60,14 @@ class ExitReadings:
 def read_exits(
     network: nn.Module, source: SampleSource, spec: InputSpec, device: torch.device, batch_size: int
 ) -> ExitReadings:
-    """Pass all samples of a source through all exits.
+    """Return the predictions of all exits for all samples of a source.
 
     Args:
         network: in eval mode on the device; its forward returns K tensors (B, C).
-        source: labelled samples.
-        spec: how the inputs look.
-        device: where to compute.
-        batch_size: rows at a time; affects only speed and memory.
+        source: labeled samples.
+        spec: the network's inputs.
+        device: of the network.
+        batch_size: rows per forward pass; affects only speed and memory.
     """
     source.prepare()
     batches = []
@@ -82,57 +82,58 @@ def _predictions(logits_KBC: Tensor, labels_B: Tensor) -> tuple[Tensor, ...]:
     num_exits, _, num_classes = logits_KBC.shape
     labels_KB = labels_B.expand(num_exits, -1)
     confidences_KB, classes_KB = logits_KBC.softmax(dim=2).max(dim=2)
-    best_KBJ = logits_KBC.topk(min(_BEST, num_classes), dim=2).indices
+    top_KBJ = logits_KBC.topk(min(_TOP, num_classes), dim=2).indices
     losses_KB = functional.cross_entropy(logits_KBC.transpose(1, 2), labels_KB, reduction="none")
-    return confidences_KB, classes_KB == labels_KB, (best_KBJ == labels_KB[:, :, None]).any(dim=2), losses_KB
+    return confidences_KB, classes_KB == labels_KB, (top_KBJ == labels_KB[:, :, None]).any(dim=2), losses_KB
 
 
 def _batches(
     source: SampleSource, spec: InputSpec, batch_size: int
 ) -> Iterator[tuple[NDArray[np.generic], NDArray[np.int64]]]:
-    """Yield (inputs, labels); a thread reads the next batch while this one is computed."""
+    """Yield (inputs, labels); a thread reads the next batch during the computation."""
 
     def read(start: int) -> tuple[NDArray[np.generic], NDArray[np.int64]]:
         rows = source.take(np.arange(start, min(start + batch_size, len(source)), dtype=np.int64))
-        # Rows out of a memory map are read-only, which torch does not take.
+        # Rows of a memory map are read-only, and torch requires writable arrays.
         return np.require(rows[spec.column], requirements=["C", "W"]), rows["label"].astype(np.int64)
 
     yield from prefetch(map(read, range(0, len(source), batch_size)), 1, "rayprune-evaluate")
 
 
-_WARM_UP, _LEAST, _MOST = 3, 5, 50  # rounds
-_LONGEST_S = 10.0  # for all rounds of one batch size
+_WARM_UP, _MIN_ROUNDS, _MAX_ROUNDS = 3, 5, 50
+_LIMIT_S = 10.0  # after the minimum, for all rounds of one batch size
 
 
 @torch.inference_mode()
 def measure_latency(
     network: nn.Module, input_shape: tuple[int, ...], num_exits: int, device: torch.device, batch: int
 ) -> NDArray[np.float64]:
-    """Time forwards of random inputs up to each exit, in turns, so that a drift of the clock affects all equally.
+    """Time forward passes of random inputs up to each exit.
 
-    A network that can't stop early takes the whole forward for each of its exits.
+    Each round times every exit once, so that a change of the processor's clock rate affects all equally. A network that
+    cannot stop early has the latency of the whole forward pass at each of its exits.
 
     Args:
         network: in eval mode on the device.
         input_shape: of one sample.
         num_exits: K.
-        device: where to compute.
-        batch: rows per forward.
+        device: of the network.
+        batch: rows per forward pass.
 
     Returns:
         (K, R) float64, in seconds.
     """
     inputs = torch.rand(batch, *input_shape, generator=torch.Generator().manual_seed(0)).to(device)
     if inputs.ndim == 4:
-        inputs = inputs.to(memory_format=torch.channels_last)  # as evaluated batches come
+        inputs = inputs.to(memory_format=torch.channels_last)  # the layout of evaluated batches
     forwards: list[Callable[[Tensor], object]] = [network]
     if isinstance(network, MultiExitModel):
         forwards = [_forward_to(network, exit_) for exit_ in range(num_exits)]
     rounds: list[list[float]] = []
     start = time.perf_counter()
-    while len(rounds) < _WARM_UP + _MOST:
+    while len(rounds) < _WARM_UP + _MAX_ROUNDS:
         rounds.append([_seconds(forward, inputs, device) for forward in forwards])
-        if len(rounds) >= _WARM_UP + _LEAST and time.perf_counter() - start > _LONGEST_S:
+        if len(rounds) >= _WARM_UP + _MIN_ROUNDS and time.perf_counter() - start > _LIMIT_S:
             break
     seconds = np.array(rounds[_WARM_UP:]).T
     return np.broadcast_to(seconds, (num_exits, seconds.shape[1]))
@@ -167,7 +168,7 @@ _PLOT = "accuracy_macs.png"
 
 
 def clear_others(run_folder: Path, checkpoint: str) -> None:
-    """Create <run>/exits, and delete the files there that are of another checkpoint."""
+    """Create <run>/exits, and delete its files of another checkpoint."""
     folder = run_folder / _FOLDER
     folder.mkdir(exist_ok=True)
     files = [*folder.glob("*.csv"), *folder.glob(_THRESHOLDS)]
@@ -177,7 +178,7 @@ def clear_others(run_folder: Path, checkpoint: str) -> None:
 
 
 def _checkpoint_of(file: Path) -> str | None:
-    """Return the checkpoint that a file is of; None for one that can't be read."""
+    """Return the checkpoint that a file names, or None if the file can't be read."""
     try:
         if file.suffix == ".json":
             return str(json.loads(file.read_text())["checkpoint"])
@@ -187,7 +188,7 @@ def _checkpoint_of(file: Path) -> str | None:
 
 
 def write_rows(run_folder: Path, name: str, checkpoint: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write <run>/exits/NAME.csv: the checkpoint, then the rows' own columns."""
+    """Write <run>/exits/NAME.csv: a column with the checkpoint, then the columns of the rows."""
     table = pd.DataFrame([{"checkpoint": checkpoint, **row} for row in rows])
     write_whole(run_folder / _FOLDER / f"{name}.csv", table.to_csv(index=False))
 
@@ -196,10 +197,10 @@ def write_thresholds(run_folder: Path, facts: Mapping[str, Any], thresholds: Map
     """Write <run>/exits/thresholds.json.
 
     Args:
-        run_folder: of the run.
-        facts: what else the file holds: checkpoint, model, the samples that the thresholds were found on.
-        thresholds: budget → (K,) float32 with −inf for the last exit, which the file leaves out; JSON has no
-            infinity, and +inf is null there.
+        run_folder: the run folder.
+        facts: the file's other fields: checkpoint, model, the samples that the thresholds were found on.
+        thresholds: budget → (K,) float32. The file omits the −inf of the last exit, and writes +inf as null, as JSON
+            has no infinity.
     """
     budgets = [
         {"p": budget, "thresholds": [None if np.isinf(value) else float(value) for value in values[:-1]]}
@@ -210,17 +211,18 @@ def write_thresholds(run_folder: Path, facts: Mapping[str, Any], thresholds: Map
 
 
 def read_thresholds(run_folder: Path | str, budget: int) -> NDArray[np.float32]:
-    """Read the thresholds that an evaluation found for a budget.
+    """Return the thresholds for a budget from the evaluation of a run.
 
     Args:
-        run_folder: of a run that was evaluated.
+        run_folder: folder of an evaluated run.
         budget: p, 1..39.
 
     Returns:
         (K,) float32: +inf where no sample leaves, −inf at the last exit.
 
     Raises:
-        ValueError: the run has none.
+        RunFolderError: the run has no thresholds.
+        ConfigError: it has none for this budget.
     """
     file = Path(run_folder) / _FOLDER / _THRESHOLDS
     if not file.exists():

@@ -1,8 +1,8 @@
-"""The trials of a sweep on disk: what each is, how it ended, and the tables of all.
+"""The files of a sweep: the state of each trial, and the tables of results.
 
 sweep.yaml                   the resolved config, with its section `sweep`
-trials/<name>/               a run folder each, and trial.json: the point, how it ended
-results.parquet, results.csv a row per trial, as far as the sweep has come
+trials/<name>/               a run folder for each trial, with trial.json: its point and its status
+results.parquet, results.csv a row per trial that has begun
 pareto/<name>.yaml           the config of each trial on the Pareto front, ready for `rayprune train`
 
 A trial is on the Pareto front if no other trial is more accurate without costing more.
@@ -27,7 +27,7 @@ from rayprune.engine.storage.run_folder import read_metrics, write_whole
 from rayprune.experiments.sweep.space import Point, trial_config
 
 Row = dict[str, Any]
-# How a trial ended; an unfinished one is resumed by the same command, and a failed one tried again.
+# Status of a trial. The same command resumes unfinished trials and repeats failed ones.
 FINISHED, STOPPED, FAILED, UNFINISHED = "finished", "stopped", "failed", "unfinished"
 _FIGURES = {
     "epochs": "Int64",
@@ -43,13 +43,13 @@ _FIGURES = {
 
 @dataclass(frozen=True)
 class TrialState:
-    """What trial.json holds.
+    """The state of a trial, as in its trial.json.
 
     Attributes:
-        name: of the trial's folder, which holds the file.
+        name: of the trial's folder.
         point: the swept keys and their values.
         status: how the trial ended, or "unfinished".
-        error: what ended a failed trial, in one line.
+        error: error of a failed trial, in one line.
     """
 
     name: str
@@ -59,7 +59,7 @@ class TrialState:
 
 
 def write_state(folder: Path, state: TrialState) -> None:
-    """Write a trial's trial.json."""
+    """Write the trial.json of a trial."""
     file = folder / "trials" / state.name / "trial.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {"point": state.point, "status": state.status, "error": state.error}
@@ -67,15 +67,13 @@ def write_state(folder: Path, state: TrialState) -> None:
 
 
 def read_states(folder: Path) -> dict[str, TrialState]:
-    """Return the name of each trial that has begun → its state, in order."""
-    states = {}
-    for file in sorted((folder / "trials").glob("*/trial.json")):
-        states[file.parent.name] = TrialState(file.parent.name, **json.loads(file.read_text()))
-    return states
+    """Return name → state of the trials that have begun, in order."""
+    files = sorted((folder / "trials").glob("*/trial.json"))
+    return {file.parent.name: TrialState(file.parent.name, **json.loads(file.read_text())) for file in files}
 
 
 def result_row(folder: Path, state: TrialState, amortise: int = 1) -> Row:
-    """Return a trial's row: its point, how it ended, and the figures of its last epoch, never of its best."""
+    """Return a trial's row: its point, its status, and the figures of its last epoch, not of its best."""
     run = folder / "trials" / state.name
     figures: Row = dict.fromkeys(_FIGURES)
     if metrics := read_metrics(run):
@@ -97,8 +95,7 @@ def result_row(folder: Path, state: TrialState, amortise: int = 1) -> Row:
 def mark_front(rows: Sequence[Row]) -> list[Row]:
     """Return the rows with a column `pareto`: whether a finished trial is on the front of accuracy against FLOPs.
 
-    FLOPs, as samples trained compare costs only between trials of the same network; samples trained where FLOPs are
-    unknown.
+    FLOPs compare the costs of different networks. If they are unknown, the cost is the number of samples trained.
     """
     finished = [row for row in rows if row["status"] == FINISHED and row["val_accuracy"] is not None]
     flags = pareto_front(
@@ -109,29 +106,29 @@ def mark_front(rows: Sequence[Row]) -> list[Row]:
 
 
 def pareto_front(gains: Sequence[float], costs: Sequence[float]) -> list[bool]:
-    """Tell which points are on the front: no other point gains as much for less, or more for as much.
+    """Return which points are on the Pareto front: no other point has as much gain for less, or more for as much.
 
     Args:
-        gains: to be large, such as accuracies; a point with NaN is never on the front.
-        costs: to be small, such as compute; as many.
+        gains: the larger, the better, such as accuracies; a point with NaN is never on the front.
+        costs: the smaller, the better, such as compute; one per gain.
 
     >>> pareto_front([0.9, 0.8, 0.85], [3.0, 1.0, 3.0])
     [True, True, False]
     """
     gain, cost = np.array(gains, float), np.array(costs, float)
-    as_good = (gain >= gain[:, None]) & (cost <= cost[:, None])  # [i, j]: j is as good as i in both
+    as_good = (gain >= gain[:, None]) & (cost <= cost[:, None])  # [i, j]: point j is at least as good as i in both
     better = (gain > gain[:, None]) | (cost < cost[:, None])
     front = ~(as_good & better).any(axis=1) & ~np.isnan(gain + cost)
     return [bool(flag) for flag in front]
 
 
 def write_results(folder: Path, base: Config, rows: Sequence[Row]) -> None:
-    """Write results.parquet, results.csv and pareto/; `rows` as of `mark_front`."""
+    """Write results.parquet, results.csv and pareto/ from rows of `mark_front`."""
     table = pd.DataFrame(list(rows)).astype(_FIGURES)
     for key in base.sweep.space:
         values = table[key].tolist()
         if isinstance(values[0], dict | list) or any(type(value) is not type(values[0]) for value in values):
-            # Numbers beside mappings: one column of text that YAML reads back.
+            # A column of numbers and mappings becomes text that YAML can read.
             table[key] = [_one_line_yaml(value) for value in values]
     write_whole(folder / "results.csv", table.to_csv(index=False))
     partial = folder / "results.parquet.partial"
@@ -144,7 +141,7 @@ def write_results(folder: Path, base: Config, rows: Sequence[Row]) -> None:
         if row["pareto"]:
             config = trial_config(base, {key: row[key] for key in base.sweep.space})
             run = config.run.model_copy(update={"name": None})
-            # The choice is made: what was held out for it is trained on again.
+            # Train again on the samples that the sweep held out.
             data = config.data.model_copy(update={"hold_out": base.data.hold_out})
             (fresh / f"{row['trial']}.yaml").write_text(config.model_copy(update={"run": run, "data": data}).to_yaml())
     shutil.rmtree(folder / "pareto", ignore_errors=True)

@@ -1,8 +1,8 @@
-"""A sweep: many short runs over a space of settings, which continue where an interrupted sweep left them.
+"""Run a sweep: many short runs over a space of settings.
 
-The remaining trials are found from the trials' own folders, not from Ray Tune's record: a trial is an ordinary run that
-resumes from its own checkpoint, and the list of trials is a pure function of the config. A sweep that was killed at any
-moment therefore continues with the same command, which also tries failed trials again.
+An interrupted sweep continues from the folders of its trials, not from Ray Tune's record: a trial is an ordinary run
+that resumes from its own checkpoint, and the list of trials is a pure function of the config. After a kill at any
+moment, the same command therefore continues the sweep. It also repeats failed trials.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import ray
 
 from rayprune.config import Config
 from rayprune.engine.cluster import ConcurrencyRequest, TrialResources, divide_resources, start_ray
+from rayprune.engine.monitoring import on_sigterm
 from rayprune.engine.storage.run_folder import read_metrics
 from rayprune.engine.train.driver import check, open_splits
 from rayprune.errors import ConfigError
@@ -43,34 +44,34 @@ from rayprune.experiments.sweep.space import (
     trial_config,
     trial_name,
 )
-from rayprune.experiments.trials import Proposals, TrialListeners, report_of, run_trials, trial_spec
+from rayprune.experiments.trials import Proposals, TrialListeners, ignore, report_of, run_trials, trial_spec
 from rayprune.sources import Splits
 
 
 @dataclass(frozen=True)
 class SweepStart:
-    """A sweep that begins or continues.
+    """A sweep that starts or continues.
 
     Attributes:
-        folder: where it writes.
+        folder: the sweep's folder.
         num_trials: of the whole sweep.
         before: the rows of trials that ended in an earlier start.
-        share: how many trials run at once, and what each gets.
+        resources: how many trials run at a time, and the resources of each.
     """
 
     folder: Path
     num_trials: int
     before: list[Row]
-    share: TrialResources
+    resources: TrialResources
 
 
 @dataclass(frozen=True)
 class SweepListeners:
-    """Who hears of a sweep: its start; (trial, point, figures) of each epoch; the row of each trial that ended."""
+    """Callbacks of a sweep, for its start, (trial, point, figures) of each epoch, and the row of each ended trial."""
 
-    on_start: Callable[[SweepStart], None] | None = None
-    on_epoch: Callable[[str, Point, Mapping[str, Any]], None] | None = None
-    on_trial: Callable[[Row], None] | None = None
+    on_start: Callable[[SweepStart], None] = ignore
+    on_epoch: Callable[[str, Point, Mapping[str, Any]], None] = ignore
+    on_trial: Callable[[Row], None] = ignore
 
 
 @dataclass(frozen=True)
@@ -82,18 +83,18 @@ class SweepResult:
 
 
 def sweep(base: Config, folder: Path, listeners: SweepListeners | None = None, *, debug: bool = False) -> SweepResult:
-    """Run a sweep to its end, from where its folder stands.
+    """Run a sweep to its end, continuing its folder if it exists.
 
     Args:
         base: the config, with its section `sweep`.
         folder: `sweep_folder_of(base, …)`.
-        listeners: who hears of it.
+        listeners: callbacks.
         debug: show Ray's own logs.
 
     Raises:
-        ValueError: a key or value of the space is wrong, the folder is another sweep's, or no trial can have the
-            resources; one line, and no trial has started.
-        KeyboardInterrupt: SIGINT or SIGTERM came; the same call continues.
+        ValueError: a key or value of the space is wrong, the folder is another sweep's, or there are too few resources
+            for a trial; one line, and no trial has started.
+        KeyboardInterrupt: SIGINT or SIGTERM arrived; the same call continues the sweep.
     """
     listeners = listeners or SweepListeners()
     points, section = check_space(base), base.sweep
@@ -102,24 +103,23 @@ def sweep(base: Config, folder: Path, listeners: SweepListeners | None = None, *
     if section.search == "optuna":
         import_optuna()
     splits = _check_trials(base, points or list(probe_points(section)))
-    # Only a Ray Train inside of a trial leaves CPUs behind that the dashboard's part of Ray cleans up.
+    # Needed only for Ray Train inside a trial: the dashboard's part of Ray releases the CPUs that it leaves reserved.
     start_ray(debug, dashboard=base.scaling.num_workers != 0, address=base.run.address)
     num_trials = len(points) or section.num_trials or 0
     request = ConcurrencyRequest(num_trials, section.max_concurrent)
-    share = divide_resources(base, splits.train, request, ray.cluster_resources())
-    with experiment.open(base):
-        trials = _Trials(base, folder, share, listeners)
-        if listeners.on_start is not None:
-            rows = [result_row(folder, state, section.amortise) for state in trials.ended.values()]
-            listeners.on_start(SweepStart(folder, num_trials, rows, share))
+    resources = divide_resources(base, splits.train, request, ray.cluster_resources())
+    with experiment.open(base), on_sigterm():
+        trials = _Trials(base, folder, resources, listeners)
+        before = [result_row(folder, state, section.amortise) for state in trials.ended.values()]
+        listeners.on_start(SweepStart(folder, num_trials, before, resources))
         complete = True
         if len(trials.ended) < num_trials:
             for split in (splits.train, splits.validation):
                 if split is not None:
-                    split.prepare()  # decoded once, not by each trial
+                    split.prepare()  # decode once, not in each trial
             complete = trials.run(points, debug)
         rows = mark_front([result_row(folder, state, section.amortise) for state in read_states(folder).values()])
-        if rows:  # a sweep that was interrupted at once has none
+        if rows:  # none if the sweep was interrupted immediately
             write_results(folder, base, rows)
     if not complete:
         raise KeyboardInterrupt
@@ -127,7 +127,7 @@ def sweep(base: Config, folder: Path, listeners: SweepListeners | None = None, *
 
 
 def _check_trials(base: Config, points: Sequence[Point]) -> Splits:
-    """Refuse trials that cannot work with their data; return the base config's data."""
+    """Check the trials against their data; return the data of the base config."""
     opened: dict[str, Splits] = {}
     for point in points:
         try:
@@ -142,14 +142,14 @@ def _check_trials(base: Config, points: Sequence[Point]) -> Splits:
 
 
 class _Trials:
-    """The trials of a sweep: which have ended, which remain, and how each ends, written down at once.
+    """The trials of a sweep; every change of a state is written to trial.json immediately.
 
     Attributes:
-        ended: name → state of each trial that need not run again.
+        ended: name → state of each trial that does not run again.
     """
 
-    def __init__(self, base: Config, folder: Path, share: TrialResources, listeners: SweepListeners) -> None:
-        self._base, self._folder, self._share, self._listeners = base, folder, share, listeners
+    def __init__(self, base: Config, folder: Path, resources: TrialResources, listeners: SweepListeners) -> None:
+        self._base, self._folder, self._resources, self._listeners = base, folder, resources, listeners
         self._states = read_states(folder)
         self.ended = {name: state for name, state in self._states.items() if state.status in {FINISHED, STOPPED}}
 
@@ -157,7 +157,7 @@ class _Trials:
         """Run the remaining trials; return whether all have ended.
 
         Args:
-            points: of a grid or random search; empty if Optuna proposes them.
+            points: all points of a grid or random search; empty if Optuna proposes them.
             debug: show Ray's own logs.
         """
         section = self._base.sweep
@@ -168,7 +168,7 @@ class _Trials:
         remaining = [self._begin(state) for state in states if state.name not in self.ended]
         return run_trials(
             remaining if points else self._proposals(),
-            self._share,
+            self._resources,
             TrialListeners(self._on_end, on_epoch=self._on_epoch),
             folder=self._folder,
             scheduler=asha,
@@ -177,25 +177,25 @@ class _Trials:
         )
 
     def _begin(self, state: TrialState) -> Config:
-        """Write down that a trial has begun; return the config of its run."""
+        """Record that a trial has begun; return the config of its run."""
         self._states[state.name] = replace(state, status=UNFINISHED, error=None)
         write_state(self._folder, self._states[state.name])
         config = trial_config(self._base, state.point)
         run = {"storage_path": str(self._folder / "trials"), "name": state.name, "resume": "auto"}
         changes = {
             "run": config.run.model_copy(update=run),
-            "scaling": config.scaling.model_copy(update=self._share.scaling),
+            "scaling": config.scaling.model_copy(update=self._resources.scaling),
         }
         return config.model_copy(update=changes)
 
     def _proposals(self) -> Proposals:
-        """Return Optuna's search, which knows the trials of earlier starts and first resumes the interrupted ones."""
+        """Return an Optuna search that knows the trials of earlier starts and resumes the interrupted ones first."""
         section, interrupted = self._base.sweep, [s for s in self._states.values() if s.name not in self.ended]
 
         def new_trial(point: Point) -> dict[str, Any]:
             return {"trial": trial_spec(self._begin(TrialState(trial_name(len(self._states), point), point)))}
 
-        # Each start has its own seed: the same one would propose again what has been tried.
+        # Each start has its own seed: the same seed would propose the same points again.
         seed = section.seed + len(self._states)
         search = OptunaSearch(section.axes, OBJECTIVES[section.objective], seed, new_trial)
         for state in self.ended.values():
@@ -209,12 +209,10 @@ class _Trials:
         return [report_of(record) for record in read_metrics(self._folder / "trials" / name)]
 
     def _on_epoch(self, name: str, figures: Mapping[str, Any]) -> None:
-        if self._listeners.on_epoch is not None:
-            self._listeners.on_epoch(name, self._states[name].point, figures)
+        self._listeners.on_epoch(name, self._states[name].point, figures)
 
     def _on_end(self, name: str, error: str | None, finished: bool) -> None:
         status = FAILED if error else FINISHED if finished else STOPPED
         state = replace(self._states[name], status=status, error=error)
         write_state(self._folder, state)
-        if self._listeners.on_trial is not None:
-            self._listeners.on_trial(result_row(self._folder, state, self._base.sweep.amortise))
+        self._listeners.on_trial(result_row(self._folder, state, self._base.sweep.amortise))

@@ -1,6 +1,6 @@
-"""What decides on a sweep's trials while it goes: Optuna proposes points, ASHA stops trials that fall behind.
+"""Search and early stopping during a sweep: Optuna proposes points, and ASHA stops trials that fall behind.
 
-Both learn the results of an interrupted sweep from the run folders of its trials.
+In a resumed sweep, both receive the earlier results from the run folders of the trials.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rayprune.config.experiments import Axis
 from rayprune.errors import ConfigError
 from rayprune.experiments.sweep.space import Point, probe_points, trial_config
 
-# sweep.objective → the figures of a report that it looks at, and whether they are to be large.
+# sweep.objective → the figures that it optimizes, and whether larger is better.
 OBJECTIVES = {
     "accuracy": {"val_accuracy": True},
     "samples": {"samples_trained": False},
@@ -25,14 +25,14 @@ OBJECTIVES = {
     "seconds": {"seconds": False},
     "pareto": {"val_accuracy": True, "compute": False},
 }
-Reports = Sequence[Mapping[str, Any]]  # those of a trial, one an epoch
+Reports = Sequence[Mapping[str, Any]]  # of a trial, one per epoch
 
 
 def import_optuna() -> Any:
     """Import Optuna.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: Optuna is not installed.
     """
     try:
         import optuna
@@ -43,15 +43,15 @@ def import_optuna() -> Any:
 
 
 class OptunaSearch(Searcher):
-    """Propose points by a tree of Parzen estimators.
+    """Propose points with a tree of Parzen estimators.
 
-    Ray Tune's own OptunaSearch takes no finished trials of two objectives, and does not number its trials.
+    Ray Tune's own OptunaSearch accepts no finished trials with two objectives, and does not number its trials.
 
     Args:
         axes: the space.
-        objectives: name of a reported figure → whether it is to be large.
+        objectives: name of a reported figure → whether larger is better.
         seed: of the sampler.
-        new_trial: makes the Tune config of a trial at a point; called once for each new trial.
+        new_trial: returns the Tune config of a new trial at a point; called once for each new trial.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class OptunaSearch(Searcher):
         self._interrupted: list[dict[str, Any]] = []
 
     def add_finished(self, point: Point, report: Mapping[str, Any]) -> None:
-        """Add the result of a trial that an earlier start has finished."""
+        """Add the result of a trial that ended in an earlier start."""
         values = self._values(report)
         if values is not None:
             trial = import_optuna().trial.create_trial(
@@ -82,7 +82,7 @@ class OptunaSearch(Searcher):
             self._study.add_trial(trial)
 
     def resume(self, point: Point, trial: dict[str, Any]) -> None:
-        """Propose an interrupted trial, given by its Tune config, before any new one."""
+        """Propose an interrupted trial, with its Tune config, before any new one."""
         self._study.enqueue_trial(self._encode(point))
         self._interrupted.append(trial)
 
@@ -93,7 +93,7 @@ class OptunaSearch(Searcher):
         return self._interrupted.pop(0) if self._interrupted else self._new_trial(self._decode(trial.params))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Pass a trial's result on to Optuna."""
+        """Pass a trial's result to Optuna."""
         values = None if error or not result or result.get("error") else self._values(result)
         state = import_optuna().trial.TrialState.FAIL if values is None else None
         if trial_id in self._trials:
@@ -112,7 +112,7 @@ class OptunaSearch(Searcher):
 
 def _distribution(optuna: Any, axis: Axis) -> Any:
     kinds = optuna.distributions
-    if axis.is_discrete:  # by position: values may be mappings
+    if axis.is_discrete:  # by index, as values may be mappings
         return kinds.CategoricalDistribution(tuple(range(len(axis.values))))
     if axis.form == "quniform" and all(isinstance(bound, int) for bound in (axis.low, axis.high, axis.step)):
         return kinds.IntDistribution(axis.low, axis.high, step=axis.step)
@@ -121,7 +121,7 @@ def _distribution(optuna: Any, axis: Axis) -> Any:
 
 
 def asha_scheduler(base: Config, ended: Mapping[str, Reports]) -> TrialScheduler:
-    """Return the ASHA of a sweep.
+    """Return the ASHA scheduler of a sweep.
 
     Args:
         base: the sweep's config.

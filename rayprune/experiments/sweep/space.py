@@ -1,7 +1,7 @@
 """The points of a sweep's space, and the config of the trial at each.
 
-A value replaces what stands at its key. Another method, model or source drops the keys that the base config gave to the
-old one; keys of the space must be right for all of the swept methods.
+A value replaces the base's value at its key. Another method, model or source drops the base's keys of the old one. Keys
+of the space must be valid for all swept methods.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _NAMING = {"method.name", "model.name", "data.source"}
 
 
 def listed_points(section: SweepSection) -> list[Point]:
-    """Return the points of a grid, or those that a random search draws by its seed; optuna finds its own.
+    """Return the points of a grid, or those that a random search draws from its seed; optuna proposes its own.
 
-    In a random search, `num_trials` are drawn at each point of the keys that are a `grid`.
+    A random search draws `num_trials` points at each combination of the keys that are a `grid`.
 
     >>> [list(point.values()) for point in listed_points(SweepSection(space={"a.b": [1, 2], "c.d": [3]}))]
     [[1, 3], [2, 3]]
@@ -51,7 +51,7 @@ def _product(axes: Sequence[Axis]) -> Iterator[tuple[Any, ...]]:
 
 
 def probe_points(section: SweepSection) -> Iterator[Point]:
-    """Yield points that show every known value once: with each method, model and source, each key's values or ends."""
+    """Yield the points to check: with each method, model and source, every value of each key, or its range's ends."""
     axes = section.axes
     naming = [axis for axis in axes if axis.key in {*_NAMING, "method", "model", "data"}]
     for names in itertools.product(*(axis.probes for axis in naming)):
@@ -64,16 +64,16 @@ def probe_points(section: SweepSection) -> Iterator[Point]:
 
 
 def trial_config(base: Config, point: Mapping[str, Any]) -> Config:
-    """Return the config of the trial at a point: the base with the point's values, without the section `sweep`.
+    """Return the config of the trial at a point: the base config with the point's values and without `sweep`.
 
     Raises:
         ConfigError: a key or value is wrong; one line, with the closest match for an unknown key.
     """
     tree = base.model_dump(mode="json", exclude={"sweep"})
     if base.data.hold_out is None and base.sweep.hold_out:
-        tree["data"]["hold_out"] = base.sweep.hold_out  # who chooses must not have seen what is reported in the end
+        tree["data"]["hold_out"] = base.sweep.hold_out  # keep the samples of the final result out of the choice
     settings = list(_settings(point))
-    # Names first: they decide which of the base's keys remain; then short keys before what lies below them.
+    # Names first, as they decide which of the base's keys remain; then shorter keys before the keys below them.
     settings.sort(key=lambda setting: (setting[0] not in _NAMING, setting[0].count(".")))
     for key, value in settings:
         section, _, name = key.partition(".")
@@ -88,7 +88,7 @@ def trial_config(base: Config, point: Mapping[str, Any]) -> Config:
 
 
 def _settings(point: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield dotted key and value; a section given as a tree is laid over the base's key by key."""
+    """Yield dotted keys and values; a whole section replaces the base's values key by key."""
     for key in sorted(point, key=lambda key: key.count(".")):
         value = point[key]
         if key == "method" and isinstance(value, str):
@@ -105,19 +105,19 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
         tree = tree.setdefault(branch, {})
         if not isinstance(tree, dict):
             above = ".".join(branches[: depth + 1])
-            raise ConfigError(f"{key!r}: {above!r} is a value, not a mapping: give whole values of {above!r}")
+            raise ConfigError(f"{key!r}: {above!r} is a value, not a mapping: use whole values of {above!r}")
     tree[leaf] = value
 
 
 def check_space(base: Config) -> list[Point]:
-    """Check every point that is known, or a distribution's ends; return the points of a grid or random search.
+    """Check the points of a space and the ends of its distributions; return the points of a grid or random search.
 
     Raises:
-        ConfigError: no key varies, or a point makes no config; nothing has started.
+        ConfigError: no key varies, or a point's config is invalid.
     """
     section = base.sweep
     if not section.space:
-        raise ConfigError("nothing varies: give the section sweep a space, such as method.prune_ratio: [0.3, 0.5]")
+        raise ConfigError("nothing varies: add a space to the section sweep, such as method.prune_ratio: [0.3, 0.5]")
     points = [] if section.search == "optuna" else listed_points(section)
     for point in itertools.chain(probe_points(section), points):
         try:
@@ -128,7 +128,7 @@ def check_space(base: Config) -> list[Point]:
 
 
 def shown_point(point: Mapping[str, Any]) -> str:
-    """Return a point as a person reads it.
+    """Return a point as readable text.
 
     >>> shown_point({"method": {"name": "infobatch", "prune_ratio": 0.3}, "train.epochs": 4})
     'method={name: infobatch, prune_ratio: 0.3} train.epochs=4'
@@ -137,13 +137,13 @@ def shown_point(point: Mapping[str, Any]) -> str:
 
 
 def trial_name(number: int, point: Mapping[str, Any]) -> str:
-    """Return the name of a trial's folder: its number, and 6 hexadecimal digits over its point."""
+    """Return the name of a trial's folder: its number, and 6 hexadecimal digits of a hash of its point."""
     content = json.dumps(point, sort_keys=True).encode()
     return f"{number:03d}-{hashlib.sha256(content).hexdigest()[:6]}"
 
 
 def sweep_digest(base: Config) -> str:
-    """Return 8 hexadecimal digits over what decides a sweep's trials."""
+    """Return a hash of 8 hexadecimal digits of the settings that determine a sweep's trials."""
     sweep = base.sweep.model_dump(mode="json", exclude={"max_concurrent", "max_failures", "amortise"})
     content = json.dumps([base.digest(), sweep], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:8]

@@ -1,6 +1,6 @@
-"""Plots of experiments: a sweep's trials, a comparison's arms, and a network's exits.
+"""Plots of experiments: the trials of a sweep, the arms of a comparison, and the exits of a network.
 
-Each is a Plot for the page, and a PNG file that the experiment's command writes into its folder.
+Each one is a Plot on the page, and a PNG file that the command of the experiment writes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,7 @@ from rayprune.config.experiments import format_value
 from rayprune.config.yaml import read_yaml
 from rayprune.errors import RunFolderError
 from rayprune.report.plots.style import INK, MUTED, PAPER, SERIES, Plot, figure_of, save_png
-from rayprune.report.read import (
-    Arm,
-    Comparison,
-    SweepResults,
-    read_comparison,
-    read_exits,
-    read_results,
-)
+from rayprune.report.read import Arm, Comparison, SweepResults, read_comparison, read_exits, read_results
 from rayprune.report.text import count_of, share, short
 
 _MARKS = "osD^vPX*"
@@ -62,10 +55,10 @@ def save_exits(run_folder: Path) -> Path:
 
 
 def pareto_plot(results: SweepResults, name: str, key: str = "pareto") -> Plot | None:
-    """Return the accuracy of each trial against its compute, with the Pareto front; None without any accuracy.
+    """Return a plot of accuracy against compute with the Pareto front; None if no trial has an accuracy.
 
-    Trials that were stopped are hollow. The cost is the fraction of N samples in every epoch, or FLOPs where the
-    trials differ in length or network.
+    Stopped trials are hollow. The cost is the fraction of N samples in every epoch, or FLOPs if the trials differ in
+    length or network.
     """
     table = results.table
     table = table[table["val_accuracy"].notna() & table["status"].isin(["finished", "stopped"])]
@@ -100,22 +93,22 @@ def _draw_front(axes: Axes, front: pd.DataFrame, keys: list[str]) -> None:
     axes.step(front["x"], front["y"], where="post", color=MUTED, linewidth=1.2, zorder=1, label="Pareto front")
     axes.scatter(front["x"], front["y"], s=130, facecolors="none", edgecolors=INK, linewidths=1.2, zorder=4)
     middle = sum(axes.get_xlim()) / 2
-    # Trials with the same accuracy at the same cost share a label, a line each.
+    # Trials with the same accuracy and cost share a label with a line for each.
     for _, trials in front.groupby(["x", "y"]):
         x, y = trials[["x", "y"]].iloc[0].astype(float)
-        # There is room for the values of a few trials only, else for their numbers.
+        # There is only room for the values of a few trials; otherwise, show their numbers.
         labels = [
             ", ".join(_value(trial[key]) for key in keys) if len(front) <= _MAX_NAMED else trial["trial"][:3]
             for _, trial in trials.iterrows()
         ]
-        # The front rises to the right: there is room below it on the left side, and above it on the right.
+        # The front rises to the right, so there is room below its left part and above its right part.
         offset, align, side = ((9, -4), "left", "top") if x < middle else ((-7, 5), "right", "bottom")
         text = "\n".join(labels)
         axes.annotate(text, (x, y), xytext=offset, textcoords="offset points", fontsize=7, ha=align, va=side)
 
 
 def _series_of(trial: Any, keys: list[str]) -> str:
-    """Return what determines a trial's color: its method and its network, where they were swept."""
+    """Return the label that determines a trial's color: its method and its network, if they were swept."""
     names = []
     for section in ("method", "model"):
         if f"{section}.name" in keys:
@@ -140,7 +133,7 @@ def _value(value: Any) -> str:
 
 
 def intervals_plot(comparison: Comparison, key: str = "intervals") -> Plot:
-    """Return the difference of each arm to full training with its interval, in points of accuracy; a row an arm."""
+    """Return a plot with a row per arm: its difference to full training in points of accuracy, with the interval."""
     num_rows = max(1, len(comparison.arms) - 1)
     size = (4.6, 1.4 + 0.46 * num_rows)  # no wider than a phone can show legibly
     return Plot(key, "Accuracy against full training", partial(_draw_intervals, comparison), size, by_run=False)
@@ -166,14 +159,14 @@ def _draw_intervals(comparison: Comparison, axes: Axes) -> None:
 
 
 def _draw_arm(axes: Axes, row: int, arm: Arm, by_seed: list[float]) -> None:
-    """Draw a row: the arm's name, and below it the interval, the mean and the difference of each seed."""
+    """Draw a row: the arm's name, and below it the interval, the mean, and the difference of each seed."""
     color = SERIES[1] if arm.baseline == "method" else SERIES[0]
     low, high = arm.to_full.low, arm.to_full.high
     if low is not None and high is not None:
         axes.plot([low, high], [row, row], color=color, linewidth=2.0, solid_capstyle="butt")
     axes.plot([arm.to_full.mean], [row], "o", color=color, markersize=5)
     axes.plot(by_seed, [row] * len(by_seed), "|", color=color, markersize=7, alpha=0.6)
-    # Above the interval: beside it, names would take half of a phone's width.
+    # Names stand above the intervals, as names beside them would take half of a phone's width.
     cost = f"compute {share(1 - arm.compute_saved, 0)}, time {share(arm.seconds_to_full.mean, 0)}"
     label = axes.text(0.0, row - 0.42, f"{short(arm.name, 40)}: {cost}", fontsize=7.5, va="center")
     label.set_transform(axes.get_yaxis_transform())
@@ -184,7 +177,7 @@ _UNITS = ((", billions", 1e9), (", millions", 1e6), (", thousands", 1e3), ("", 1
 
 
 def exits_plot(tables: Mapping[str, pd.DataFrame], name: str, key: str = "exits") -> Plot:
-    """Return accuracy against multiply-adds, for each exit alone and for samples that leave early."""
+    """Return a plot of accuracy against multiply-adds, for each exit alone and for early exit."""
     draw = partial(_draw_exits, tables, name)
     return Plot(key, name, draw, (7.0, 4.8), by_run=False, scrolls=True)
 

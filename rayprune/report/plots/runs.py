@@ -1,4 +1,4 @@
-"""Plots of one or several runs: loss and accuracy, what they pruned, and where the seconds went."""
+"""Plots of one or several runs: loss and accuracy, pruning, and the distribution of the seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rayprune.report.plots.style import INK, SERIES, Plot, count_axis, figure_of
 from rayprune.report.read import EpochMetrics, RunRecord
 from rayprune.report.text import short
 
-_MAX_MARKED = 30  # epochs that are marked on a curve one by one
+_MAX_MARKED = 30  # epochs, up to which each one has a marker on a curve
 # The parts of an epoch's seconds, in the order of the bar.
 _PARTS = {
     "training": "train",
@@ -47,14 +47,14 @@ def pruning_plot(runs: Sequence[RunRecord]) -> Plot:
 
 
 def seconds_plot(runs: Sequence[RunRecord]) -> Plot:
-    """Return a bar a run of where its seconds went."""
+    """Return a plot with a bar per run: its seconds by part."""
     note = "Selecting, recording and forward-only passes are what pruning costs."
     size = (4.4, 1.5 + 0.42 * len(runs))
     return Plot("seconds", "Where the seconds went", partial(_draw_seconds, runs), size, note, by_run=False)
 
 
 def draw_legend(axes: Axes, runs: Sequence[RunRecord]) -> None:
-    """Add a legend of the runs below a plot that stands alone."""
+    """Add a legend of the runs below a plot outside a page."""
     handles = [axes.plot([], [], line, color=color, linewidth=1.9)[0] for _, color, line in with_lines(runs)]
     names = [short(run.name, 40) for run in runs]
     figure_of(axes).legend(handles, names, loc="outside lower center", ncols=1 if len(runs) < 5 else 2, labelcolor=INK)
@@ -68,7 +68,7 @@ def _draw_curves(runs: Sequence[RunRecord], what: str, position: str, axes: Axes
         for part, style, width in (("train", "--", 0.9), ("val", line, 1.9)):
             y = np.array([getattr(record, f"{part}_{what}") for record in run.metrics], dtype=np.float64) * scale
             size = 3.0 if len(x) <= _MAX_MARKED else 0.0
-            known = np.isfinite(y)  # a curve goes on over epochs that were not validated
+            known = np.isfinite(y)  # a curve connects across epochs without validation
             axes.plot(x[known], y[known], style, color=color, linewidth=width, marker="o", markersize=size)
     axes.set_ylabel("accuracy, %" if what == "accuracy" else "loss")
     if position == "epoch":

@@ -22,7 +22,7 @@ _BINS = 40
 
 
 def sample_plots(runs: Sequence[RunRecord]) -> tuple[list[Plot], list[str]]:
-    """Return the plots, and a sentence on each that the stored data does not allow."""
+    """Return the plots, and a sentence on each plot that the stored data does not allow."""
     plots: list[Plot] = []
     missing: list[str] = []
     names = list(dict.fromkeys(name for run in runs for name in score_names(run)))
@@ -68,7 +68,7 @@ def times_pruned(run: RunRecord) -> NDArray[np.int64] | None:
 
 
 def class_kept(run: RunRecord) -> NDArray[np.float64] | None:
-    """Return (C,) the mean kept fraction of each class over the epochs, 0 where unknown; or None."""
+    """Return (C,) the mean kept fraction of each class over the epochs, 0 if unknown; or None."""
     rows = [line.selection.class_kept for line in run.metrics if line.selection.class_kept]
     if not rows or len({len(row) for row in rows}) > 1:
         return None
@@ -86,7 +86,7 @@ def _draw_score(runs: Sequence[RunRecord], name: str, axes: Axes) -> None:
             columns.append((column[np.isfinite(column)], color, line))
     pooled = np.concatenate([column for column, _, _ in columns])
     low, high = (pooled.min(), pooled.max()) if pooled.size else (0.0, 1.0)
-    # Losses span decades: on a linear axis nearly all of them are in the first bin.
+    # Losses span orders of magnitude: on a linear axis, nearly all are in the first bin.
     logarithmic = 0 < low < high and np.median(pooled) < high / 20
     if low == high:
         low, high = low - 0.5, high + 0.5
@@ -97,7 +97,7 @@ def _draw_score(runs: Sequence[RunRecord], name: str, axes: Axes) -> None:
         axes.stairs(share, edges, color=color, alpha=0.12, fill=True)
     if logarithmic:
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # matplotlib's own writes math text
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # matplotlib's default formatter writes math text
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(f"{name}, logarithmic" if logarithmic else name)
     axes.set_ylabel("% of the samples")

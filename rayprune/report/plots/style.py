@@ -59,7 +59,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot and the words around it.
+    """A plot and its texts on the page.
 
     Attributes:
         key: name of its PNG file; unique in a report.
@@ -68,7 +68,7 @@ class Plot:
         size: width and height in inches.
         note: a sentence below it, or "".
         by_run: whether each run has its own color, so that a legend of the runs is needed.
-        scrolls: whether it is too dense for a phone's width, and scrolls there.
+        scrolls: whether it is too dense for the width of a phone and scrolls there.
     """
 
     key: str
@@ -81,7 +81,7 @@ class Plot:
 
 
 def with_lines(runs: Sequence[T]) -> Iterator[tuple[T, str, str]]:
-    """Yield each run with its color and its line style, which differs from the ninth run on."""
+    """Yield each run with its color and its line style, which changes after every eight runs."""
     for number, run in enumerate(runs):
         yield run, SERIES[number % len(SERIES)], LINES[number // len(SERIES) % len(LINES)]
 
@@ -121,7 +121,7 @@ def svg(plot: Plot) -> str:
 
 
 def save_png(plot: Plot, file: Path, dpi: int = 150) -> Path:
-    """Write a plot as a PNG file on white, whole or not at all; return the file."""
+    """Write a plot atomically as a PNG file on white; return the file."""
     partial = file.with_name(f"{file.name}.partial")
     with matplotlib.rc_context(_STYLE):
         _save(plot, partial, dpi=dpi, format="png", facecolor=PAPER)
@@ -132,7 +132,7 @@ def _save(plot: Plot, target: Any, **options: Any) -> None:
     figure = Figure(figsize=plot.size, layout="constrained")
     FigureCanvasAgg(figure)
     with warnings.catch_warnings():
-        # Names may be in any script: a page's fonts can show them, and a PNG shows boxes.
+        # Names may be in any script: the fonts of a page can show them, and a PNG shows boxes.
         warnings.filterwarnings("ignore", message=r"(?s)(Glyph \d+|Matplotlib currently does not support)")
         plot.draw(figure.add_subplot())
         figure.savefig(target, **options)

@@ -1,4 +1,4 @@
-"""The arms of a comparison: which there are, and what each of them trains."""
+"""The arms of a comparison, and what each one trains."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from tests.support.runs import run_config as tiny
 
 
 def config_of(tmp_path: Path, **keys: Any) -> Config:
-    """Return a comparison of InfoBatch."""
+    """Return the config of a comparison of InfoBatch."""
     return tiny(tmp_path, method={"name": "infobatch", "prune_ratio": 0.9}, compare=keys)
 
 
-def test_full_alone_and_cut_runs_cannot_be_compared(tmp_path: Path) -> None:
+def test_full_alone_and_runs_that_end_early_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="method is full, the baseline of all methods"):
         arms_of(tiny(tmp_path, method={"name": "full"}))
     with pytest.raises(ValueError, match=r"train.stop_after .* leave it out"):
         arms_of(tiny(tmp_path, train={"stop_after": 2}))
 
 
-# Full training in these examples: 10 epochs of 100 samples in 50 seconds.
+# Full training in these examples: 10 epochs of 100 samples, in 50 seconds.
 WHOLE = RunOutcome(
     0,
     "full-seed0",
@@ -57,7 +57,7 @@ WHOLE = RunOutcome(
         ("random", 1400, 1.0, ("full", 10, True)),
     ],
 )
-def test_lengths_by_hand(
+def test_lengths_and_ratios_match_hand_computed_ones(
     tmp_path: Path, baseline: str, samples: int, seconds: float, expected: tuple[str, int, bool]
 ) -> None:
     config = tiny(tmp_path, train={"epochs": 10})
@@ -69,14 +69,14 @@ def test_lengths_by_hand(
         assert int(settings.method["prune_ratio"] * 100) == 100 - samples // 10
 
 
-def test_one_run_on_a_busy_machine_changes_no_length(tmp_path: Path) -> None:
+def test_one_run_on_a_busy_machine_does_not_change_the_length(tmp_path: Path) -> None:
     arm = Arm("full_time", "full_time", {"name": "infobatch"}, "infobatch")
     config = tiny(tmp_path, train={"epochs": 10})
     pairs = [(WHOLE, dataclasses.replace(WHOLE, seconds=seconds)) for seconds in (34.0, 190.0, 36.0)]
     assert {arm_settings(arm, config, pairs, place, num_samples=100).epochs for place in range(3)} == {7}
 
 
-def test_a_length_is_matched_to_the_seconds_of_runs_that_were_alone(tmp_path: Path) -> None:
+def test_a_length_is_matched_to_the_seconds_of_runs_that_ran_alone(tmp_path: Path) -> None:
     arm = Arm("full_time", "full_time", {"name": "infobatch"}, "infobatch")
     config = tiny(tmp_path, train={"epochs": 10})
     shared = dataclasses.replace(WHOLE, alone=False)
@@ -85,7 +85,7 @@ def test_a_length_is_matched_to_the_seconds_of_runs_that_were_alone(tmp_path: Pa
     assert arm_settings(arm, config, pairs[1:], num_samples=100).epochs == 9
 
 
-def test_every_drop_is_reached_exactly_by_its_ratio(tmp_path: Path) -> None:
+def test_the_ratio_drops_the_exact_number_of_samples(tmp_path: Path) -> None:
     arm = Arm("random", "random", {"name": "infobatch"}, "infobatch")
     for num in (7, 1437, 50_000):
         for drops in np.unique(np.linspace(1, num - 1, 50).astype(int)):
@@ -95,7 +95,7 @@ def test_every_drop_is_reached_exactly_by_its_ratio(tmp_path: Path) -> None:
             assert int(settings.method["prune_ratio"] * num) == drops
 
 
-def test_several_methods_have_baselines_of_their_own_and_pointless_arms_are_left_out(tmp_path: Path) -> None:
+def test_each_method_has_its_own_baselines_without_meaningless_ones(tmp_path: Path) -> None:
     methods = [{"name": "infobatch", "prune_ratio": ratio} for ratio in (0.3, 0.5)] + [{"name": "random_epoch"}]
     arms, notes = arms_of(config_of(tmp_path, methods=methods, baselines=["random_epoch", "shuffled", "ratio_0"]))
     assert [arm.name for arm in arms] == [
@@ -118,7 +118,7 @@ def test_several_methods_have_baselines_of_their_own_and_pointless_arms_are_left
         {"name": "shuffled", "of": {"name": "infobatch"}},
     ],
 )
-def test_a_method_with_nothing_to_prune_is_a_method(tmp_path: Path, method: dict[str, Any]) -> None:
+def test_the_baseline_ratio_0_is_the_method_with_a_ratio_of_0(tmp_path: Path, method: dict[str, Any]) -> None:
     arm = Arm("ratio_0", "ratio_0", method, "m")
     config = tiny(tmp_path, train={"epochs": 20})
     made = run_config(config, arm_settings(arm, config), "n", 5, str(tmp_path))
@@ -128,7 +128,7 @@ def test_a_method_with_nothing_to_prune_is_a_method(tmp_path: Path, method: dict
     assert Schedule.of(inner["prune_ratio"])(10, 20) == 0.0
 
 
-def test_seeds_and_margin_make_no_other_comparison_but_a_method_does(tmp_path: Path) -> None:
+def test_the_digest_depends_on_the_methods_but_not_on_seeds_and_margin(tmp_path: Path) -> None:
     plain = digest_of(config_of(tmp_path))
     assert digest_of(config_of(tmp_path, seeds=9, margin=2.0, baselines=["random"])) == plain
     assert digest_of(config_of(tmp_path, methods=["infobatch"])) != plain

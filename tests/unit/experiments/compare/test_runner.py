@@ -1,4 +1,4 @@
-"""Whole comparisons in this process: which runs they make, how those are paired, and what is written."""
+"""Whole comparisons in this process: their runs, the paired differences, and the files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ARMS = ["full", "infobatch", "full_time", "full_steps", "random", "random_epoch"
 
 
 def config_of(tmp_path: Path, **keys: Any) -> Config:
-    """Return a comparison of InfoBatch on 301 digits, which prunes in the second and third of four epochs."""
+    """Return a comparison of InfoBatch on 301 digits; it prunes in the second and third of four epochs."""
     method = {"name": "infobatch", "prune_ratio": 0.9}
     return tiny(
         tmp_path, "cmp", method=method, data={"augment": {"crop": 0}}, compare={"seeds": 2, "parallel": 1, **keys}
@@ -42,7 +42,7 @@ def report(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "compare.json").read_text())  # type: ignore[no-any-return]
 
 
-def test_every_arm_has_its_seeds_and_the_report_its_runs(folder: Path, report: dict[str, Any]) -> None:
+def test_the_report_has_every_run_of_every_arm(folder: Path, report: dict[str, Any]) -> None:
     assert [arm["name"] for arm in report["arms"]] == ARMS
     assert report["seeds"] == [0, 1]
     for arm in report["arms"]:
@@ -59,15 +59,15 @@ def test_every_arm_has_its_seeds_and_the_report_its_runs(folder: Path, report: d
     assert not list(folder.glob("*.partial"))
 
 
-def test_differences_are_those_of_pairs(report: dict[str, Any]) -> None:
+def test_differences_are_paired_by_seed(report: dict[str, Any]) -> None:
     accuracies = {arm["name"]: [run["accuracy"] for run in arm["runs"]] for arm in report["arms"]}
     for arm in report["arms"]:
         same = [run["folder"] for run in arm["runs"]] == [run["folder"] for run in report["arms"][0]["runs"]]
-        # Accuracies are rounded to 1/360: seeds that agree are no more certain than that.
+        # Accuracies are rounded to 1/360, so that is the least uncertainty of seeds that agree.
         least = 100 / 360 / np.sqrt(6)
-        found = paired_difference(accuracies[arm["name"]], accuracies["full"], 0.95, least)
-        ends = (None, None) if same else (found.low, found.high)
-        assert arm["to_full"] == {"mean": found.mean, "low": ends[0], "high": ends[1]}
+        expected = paired_difference(accuracies[arm["name"]], accuracies["full"], 0.95, least)
+        ends = (None, None) if same else (expected.low, expected.high)
+        assert arm["to_full"] == {"mean": expected.mean, "low": ends[0], "high": ends[1]}
         ratios = [
             run["seconds"] / full["seconds"] for run, full in zip(arm["runs"], report["arms"][0]["runs"], strict=True)
         ]
@@ -77,8 +77,8 @@ def test_differences_are_those_of_pairs(report: dict[str, Any]) -> None:
     assert report["verdict"]["sentence"]
 
 
-def test_the_same_seed_is_the_same_start_and_another_seed_another(folder: Path) -> None:
-    # Two ways to train on everything end in one network only if they begin with one and see one order.
+def test_runs_with_the_same_seed_have_the_same_start_and_order(folder: Path) -> None:
+    # Two arms that train on all samples end with equal weights only if their start and their order are equal.
     for seed in (0, 1):
         assert same_weights(folder / "runs" / f"full-seed{seed}", folder / "runs" / f"ratio_0-seed{seed}")
     assert not same_weights(folder / "runs" / "full-seed0", folder / "runs" / "full-seed1")
@@ -86,11 +86,11 @@ def test_the_same_seed_is_the_same_start_and_another_seed_another(folder: Path) 
 
 def test_only_the_last_epoch_is_validated(folder: Path) -> None:
     for run in (folder / "runs").iterdir():
-        seen = [line["val_accuracy"] is not None for line in read_metrics(run)]
-        assert seen == [False] * (len(seen) - 1) + [True], run.name
+        validated = [line["val_accuracy"] is not None for line in read_metrics(run)]
+        assert validated == [False] * (len(validated) - 1) + [True], run.name
 
 
-def test_derived_arms_spend_what_the_method_spends(folder: Path, report: dict[str, Any]) -> None:
+def test_derived_arms_match_the_methods_cost(folder: Path, report: dict[str, Any]) -> None:
     arms = {arm["name"]: arm["runs"] for arm in report["arms"]}
     for place in (0, 1):
         spent, whole = (arms[name][place]["samples_trained"] for name in ("infobatch", "full"))
@@ -106,7 +106,7 @@ def test_derived_arms_spend_what_the_method_spends(folder: Path, report: dict[st
         assert len(lines) == steps["epochs"]
 
 
-def test_the_same_command_again_trains_nothing_and_more_seeds_go_on(folder: Path, tmp_path: Path) -> None:
+def test_only_missing_runs_are_trained(folder: Path, tmp_path: Path) -> None:
     before = (folder / "compare.json").read_bytes()
     seen: list[tuple[str, int, bool]] = []
 
@@ -118,7 +118,7 @@ def test_the_same_command_again_trains_nothing_and_more_seeds_go_on(folder: Path
     first, derived = [*ARMS[:2], *ARMS[6:]], ARMS[2:6]
     assert seen == [(arm, seed, True) for arms in (first, derived) for seed in (0, 1) for arm in arms]
     assert (folder / "compare.json").read_bytes() == before
-    # One run that was not finished is trained, alone.
+    # A run that has not finished is the only one to be trained.
     (folder / "runs" / "shuffled-seed1" / "scores.parquet").unlink()
     seen.clear()
     compare(config, CompareListeners(on_run))
@@ -142,7 +142,7 @@ def test_a_folder_of_another_comparison_or_run_is_refused(folder: Path, tmp_path
         compare(config_of(tmp_path))
 
 
-def test_one_seed_is_allowed_and_says_so(tmp_path: Path) -> None:
+def test_one_seed_is_allowed_but_has_no_interval(tmp_path: Path) -> None:
     notices: list[str] = []
     config = config_of(tmp_path, seeds=[3], baselines=["full"], margin=1.0)
     folder = compare(config, CompareListeners(on_notice=notices.append))
@@ -153,7 +153,7 @@ def test_one_seed_is_allowed_and_says_so(tmp_path: Path) -> None:
     assert report["verdict"]["outcome"] == "undecided"
 
 
-def test_a_shared_scoring_run_is_said_and_another_share_goes_on(tmp_path: Path) -> None:
+def test_the_cost_of_a_scoring_run_is_shared_by_amortise_trainings(tmp_path: Path) -> None:
     tdds = {"name": "tdds", "prune_ratio": 0.5, "trajectory_len": 3, "window_size": 3}
     seen: dict[int, dict[str, Any]] = {}
     for trainings in (1, 5, 2):
@@ -165,14 +165,14 @@ def test_a_shared_scoring_run_is_said_and_another_share_goes_on(tmp_path: Path) 
     assert "shared by" not in seen[1]["verdict"]["sentence"]
     assert "a scoring run shared by 5 trainings" in seen[5]["verdict"]["sentence"]
     assert seen[2]["amortise"] == 2
-    # What was matched to another cost is another run; the method's own runs are the same.
+    # The method's runs stay the same; an arm that is matched to another cost is another run.
     assert [run["folder"] for run in seen[5]["arms"][1]["runs"]] == [
         run["folder"] for run in seen[1]["arms"][1]["runs"]
     ]
     assert seen[5]["arms"][2]["runs"][0]["folder"] != seen[2]["arms"][2]["runs"][0]["folder"]
 
 
-def test_accuracies_are_those_of_the_samples_held_out(tmp_path: Path) -> None:
+def test_accuracies_are_measured_on_the_held_out_samples(tmp_path: Path) -> None:
     config = config_of(tmp_path, seeds=1, baselines=["full"], margin=1.0)
     config = config.model_copy(update={"data": config.data.model_copy(update={"hold_out": 0.2})})
     notices: list[str] = []
@@ -183,7 +183,7 @@ def test_accuracies_are_those_of_the_samples_held_out(tmp_path: Path) -> None:
     assert finished == [True, True]
 
 
-def test_threads_stay_those_that_a_comparison_began_with(tmp_path: Path) -> None:
+def test_a_comparison_keeps_its_number_of_threads(tmp_path: Path) -> None:
     keys = {"seeds": 1, "baselines": ["full"]}
     folder = compare(
         config_of(tmp_path, **keys).model_copy(
@@ -197,6 +197,6 @@ def test_threads_stay_those_that_a_comparison_began_with(tmp_path: Path) -> None
         assert yaml.safe_load((run / "config.yaml").read_text())["scaling"]["threads"] == 1, run.name
 
 
-def test_outcomes_are_the_columns_of_the_csv(folder: Path) -> None:
+def test_the_columns_of_the_csv_are_the_fields_of_an_outcome(folder: Path) -> None:
     head = (folder / "compare.csv").read_text().splitlines()[0].split(",")
     assert head == ["arm", "baseline", *(field.name for field in dataclasses.fields(RunOutcome))]

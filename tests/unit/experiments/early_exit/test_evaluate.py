@@ -1,7 +1,4 @@
-"""`rayprune evaluate`: what it measures, writes and refuses, on networks that need no training.
-
-`rayprune evaluate` on an MSDNet that a run has trained: the run's own figures, and inference that really stops.
-"""
+"""`rayprune evaluate`: its measurements, files and error messages, on untrained networks and on a trained MSDNet."""
 
 from __future__ import annotations
 
@@ -34,9 +31,15 @@ from tests.support.paths import ROOT
 CPU = torch.device("cpu")
 
 
-def inside(*words: str | Path) -> Result:
+def run_evaluate(*words: str | Path) -> Result:
     """Run the command in this process."""
     return CliRunner().invoke(cli, ["evaluate", *map(str, words)])
+
+
+def assert_refused(done: Result, line: str) -> None:
+    assert isinstance(done.exception, ValueError), done.output
+    assert line in str(done.exception)
+    assert "\n" not in str(done.exception)
 
 
 def rows(file: Path) -> list[dict[str, str]]:
@@ -46,14 +49,14 @@ def rows(file: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run of three exits, evaluated both ways, and what was printed."""
+    """A run with three exits, evaluated in both modes, and the printed text."""
     folder = untrained_run(exits_config(tmp_path_factory.mktemp("runs")))
-    done = inside(folder, "--device", "cpu")
+    done = run_evaluate(folder, "--device", "cpu")
     assert done.exception is None, done.output
     return folder, done.output
 
 
-def test_both_ways_are_written_and_printed(evaluated: tuple[Path, str]) -> None:
+def test_both_modes_are_written_and_printed(evaluated: tuple[Path, str]) -> None:
     folder, printed = evaluated
     names = {"anytime.csv", "dynamic.csv", "latency.csv", "thresholds.json", "accuracy_macs.png"}
     assert {path.name for path in (folder / "exits").iterdir()} == names
@@ -65,10 +68,10 @@ def test_both_ways_are_written_and_printed(evaluated: tuple[Path, str]) -> None:
         assert f"{float(row['loss']):.4f}" in printed
     assert len(rows(folder / "exits" / "dynamic.csv")) == 39
     assert "after 4 of 4 epochs, on the 360 validation samples of digits" in printed
-    assert "thresholds of 60 training samples held out" in printed
+    assert "thresholds of 60 held-out training samples" in printed
 
 
-def test_each_exit_is_judged_on_the_sources_own_validation_part(evaluated: tuple[Path, str]) -> None:
+def test_each_exit_is_evaluated_on_the_sources_own_validation_part(evaluated: tuple[Path, str]) -> None:
     run = open_run(evaluated[0], CPU)
     test = open_data("digits").validation
     assert test is not None
@@ -85,7 +88,7 @@ def test_each_exit_is_judged_on_the_sources_own_validation_part(evaluated: tuple
         assert float(row["loss"]) == pytest.approx(float(functional.cross_entropy(logits, labels)), abs=1e-5)
 
 
-def test_thresholds_are_of_samples_that_the_run_was_not_trained_on(evaluated: tuple[Path, str]) -> None:
+def test_thresholds_are_found_on_held_out_samples(evaluated: tuple[Path, str]) -> None:
     folder = evaluated[0]
     run = open_run(folder, CPU)
     held_out = open_data("digits", limit=301, hold_out=0.2).validation
@@ -99,7 +102,7 @@ def test_thresholds_are_of_samples_that_the_run_was_not_trained_on(evaluated: tu
     assert read_thresholds(folder, 20)[-1] == -np.inf
 
 
-def test_a_dynamic_row_is_what_the_shares_say(evaluated: tuple[Path, str]) -> None:
+def test_the_cost_of_a_budget_follows_from_its_exit_shares(evaluated: tuple[Path, str]) -> None:
     for row in rows(evaluated[0] / "exits" / "dynamic.csv"):
         macs = [float(each["macs"]) for each in rows(evaluated[0] / "exits" / "anytime.csv")]
         shares = [float(row[f"share_{number}"]) for number in (1, 2, 3)]
@@ -108,20 +111,20 @@ def test_a_dynamic_row_is_what_the_shares_say(evaluated: tuple[Path, str]) -> No
         assert sum(int(row[f"held_out_quota_{number}"]) for number in (1, 2, 3)) == 60
 
 
-def test_without_samples_held_out_only_each_exit_is_judged(tmp_path: Path) -> None:
+def test_without_held_out_samples_only_anytime_is_evaluated(tmp_path: Path) -> None:
     folder = untrained_run(exits_config(tmp_path, data={"hold_out": None}))
-    done = inside(folder, "--device", "cpu")
+    done = run_evaluate(folder, "--device", "cpu")
     assert done.exception is None, done.output
     assert "only anytime" in done.output
     assert not (folder / "exits" / "dynamic.csv").exists()
-    refused = inside(folder, "--mode", "dynamic", "--device", "cpu")
+    refused = run_evaluate(folder, "--mode", "dynamic", "--device", "cpu")
     assert "set data.hold_out=0.1 and train again" in str(refused.exception)
 
 
-def test_what_another_checkpoint_left_is_deleted(tmp_path: Path) -> None:
+def test_files_of_another_checkpoint_are_deleted(tmp_path: Path) -> None:
     config = exits_config(tmp_path)
     folder = untrained_run(config, epoch=2)
-    assert inside(folder, "--device", "cpu").exception is None
+    assert run_evaluate(folder, "--device", "cpu").exception is None
     position = json.loads((folder / "checkpoints" / "epoch-000002" / "position.json").read_text())
     (folder / "config.yaml").unlink()
     (folder / "checkpoints").rename(folder / "old")
@@ -129,24 +132,24 @@ def test_what_another_checkpoint_left_is_deleted(tmp_path: Path) -> None:
     folder.rename(moved)
     folder = untrained_run(config, epoch=3, step=5, fingerprint=position["fingerprint"])
     (moved / "exits").rename(folder / "exits")
-    done = inside(folder, "--mode", "anytime", "--device", "cpu")
+    done = run_evaluate(folder, "--mode", "anytime", "--device", "cpu")
     assert done.exception is None, done.output
-    assert "not finished: this is its network after 3 of 4 epochs and 5 steps of the next" in done.output
-    left = {path.name for path in (folder / "exits").iterdir()}
-    assert left == {"anytime.csv", "latency.csv", "accuracy_macs.png"}
+    assert "not finished: evaluating its network after 3 of 4 epochs and 5 steps of the next" in done.output
+    remaining = {path.name for path in (folder / "exits").iterdir()}
+    assert remaining == {"anytime.csv", "latency.csv", "accuracy_macs.png"}
 
 
-def test_a_network_that_cannot_stop_early_is_judged_all_the_same(tmp_path: Path) -> None:
+def test_a_network_that_cannot_stop_early_is_evaluated_at_its_full_cost(tmp_path: Path) -> None:
     folder = untrained_run(exits_config(tmp_path, TOWER))
-    done = inside(folder, "--device", "cpu")
+    done = run_evaluate(folder, "--device", "cpu")
     assert done.exception is None, done.output
-    assert "can't stop early, each exit takes the whole forward" in done.output
+    assert "can't stop early, each exit takes the whole forward pass" in done.output
     assert len({row["macs"] for row in rows(folder / "exits" / "anytime.csv")}) == 1
     latency = rows(folder / "exits" / "latency.csv")
     assert len({row["median_ms"] for row in latency if row["batch"] == "1"}) == 1
 
 
-def test_a_latency_is_a_median_with_its_quartiles(evaluated: tuple[Path, str]) -> None:
+def test_a_latency_is_a_median_with_quartiles(evaluated: tuple[Path, str]) -> None:
     run = open_run(evaluated[0], CPU)
     seconds = measure_latency(run.network, run.input.shape, 3, CPU, 2)
     assert seconds.shape[0] == 3
@@ -159,41 +162,28 @@ def test_a_latency_is_a_median_with_its_quartiles(evaluated: tuple[Path, str]) -
         assert int(row["repeats"]) >= 5
 
 
-def without_checkpoint(folder: Path) -> None:
-    (folder / "checkpoints" / "epoch-000004" / "manifest.json").unlink()
-
-
-def another_config(folder: Path) -> None:
+def change_epochs(folder: Path) -> None:
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace("epochs: 4", "epochs: 5"))
 
 
-def broken_config(folder: Path) -> None:
-    (folder / "config.yaml").write_text("train: {epochs: no}")
-
-
-def no_config(folder: Path) -> None:
-    (folder / "config.yaml").unlink()
-
-
-def a_sweep(folder: Path) -> None:
-    (folder / "config.yaml").rename(folder / "sweep.yaml")
-
-
 @pytest.mark.parametrize(
-    ("spoil", "line"),
+    ("damage", "line"),
     [
-        (without_checkpoint, "no sound checkpoint yet: train it first"),
-        (another_config, "is not what its checkpoints were trained with"),
-        (broken_config, "config.yaml can't be read"),
-        (no_config, "is not a run folder"),
-        (a_sweep, "is a sweep: name one of its trials/"),
+        (
+            lambda run: (run / "checkpoints" / "epoch-000004" / "manifest.json").unlink(),
+            "no intact checkpoint yet: train it first",
+        ),
+        (change_epochs, "is not the config of its checkpoints"),
+        (lambda run: (run / "config.yaml").write_text("train: {epochs: no}"), "config.yaml can't be read"),
+        (lambda run: (run / "config.yaml").unlink(), "is not a run folder"),
+        (lambda run: (run / "config.yaml").rename(run / "sweep.yaml"), "is a sweep: name one of its trials/"),
     ],
 )
-def test_a_folder_that_is_no_whole_run_is_refused(tmp_path: Path, spoil: Any, line: str) -> None:
+def test_a_folder_that_is_not_an_intact_run_is_refused(tmp_path: Path, damage: Any, line: str) -> None:
     folder = untrained_run(exits_config(tmp_path))
-    spoil(folder)
-    assert_refused(inside(folder, "--device", "cpu"), line)
+    damage(folder)
+    assert_refused(run_evaluate(folder, "--device", "cpu"), line)
 
 
 @pytest.mark.parametrize(
@@ -203,15 +193,15 @@ def test_a_folder_that_is_no_whole_run_is_refused(tmp_path: Path, spoil: Any, li
         ("mlp", {}, "model 'mlp' has one exit"),
     ],
 )
-def test_other_data_and_networks_of_one_exit_are_refused(
+def test_other_data_and_networks_with_one_exit_are_refused(
     tmp_path: Path, model: str, position: dict[str, Any], line: str
 ) -> None:
     folder = untrained_run(exits_config(tmp_path, model), **position)
-    assert_refused(inside(folder, "--device", "cpu"), line)
+    assert_refused(run_evaluate(folder, "--device", "cpu"), line)
 
 
 def arrays_config(tmp_path: Path, **keys: Any) -> Config:
-    """Return a run on 40 images of four classes in a file."""
+    """Return the config of a run on a file with 40 images of four classes."""
     tmp_path.mkdir(exist_ok=True)
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
     np.savez(tmp_path / "data.npz", x=images, y=np.arange(40) % 4)
@@ -219,21 +209,21 @@ def arrays_config(tmp_path: Path, **keys: Any) -> Config:
     return exits_config(tmp_path / "runs", data=data)
 
 
-def test_data_that_are_gone_are_named(tmp_path: Path) -> None:
+def test_missing_data_is_named(tmp_path: Path) -> None:
     folder = untrained_run(arrays_config(tmp_path))
     (tmp_path / "data.npz").unlink()
-    assert_refused(inside(folder, "--device", "cpu"), "bring it back, or say in")
+    assert_refused(run_evaluate(folder, "--device", "cpu"), "restore it, or set its new place in")
 
 
-def test_without_a_validation_part_each_exit_is_judged_on_the_samples_held_out(tmp_path: Path) -> None:
+def test_without_a_validation_part_the_exits_are_evaluated_on_the_held_out_samples(tmp_path: Path) -> None:
     folder = untrained_run(arrays_config(tmp_path, validation_fraction=0.0))
-    done = inside(folder, "--device", "cpu")
+    done = run_evaluate(folder, "--device", "cpu")
     assert done.exception is None, done.output
-    assert "on the 8 training samples held out" in done.output
+    assert "on the 8 held-out training samples" in done.output
     assert [row["top5"] for row in rows(folder / "exits" / "anytime.csv")] == ["1.0"] * 3  # of four classes
-    assert_refused(inside(folder, "--mode", "dynamic", "--device", "cpu"), "no validation part of its own")
+    assert_refused(run_evaluate(folder, "--mode", "dynamic", "--device", "cpu"), "no validation part of its own")
     other = untrained_run(arrays_config(tmp_path / "other", validation_fraction=0.0, hold_out=None))
-    assert_refused(inside(other, "--device", "cpu"), "has no validation part, and the run held nothing out")
+    assert_refused(run_evaluate(other, "--device", "cpu"), "has no validation part, and the run held out no samples")
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
@@ -243,7 +233,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     manifest = weights.with_name("manifest.json")
     sums = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**sums, "model.pt": hashlib.sha256(weights.read_bytes()).hexdigest()}))
-    assert_refused(inside(folder, "--device", "cpu"), "don't fit model")
+    assert_refused(run_evaluate(folder, "--device", "cpu"), "don't fit model")
 
 
 def test_mistakes_exit_with_2_and_one_line(tmp_path: Path) -> None:
@@ -254,15 +244,9 @@ def test_mistakes_exit_with_2_and_one_line(tmp_path: Path) -> None:
         assert done.stderr.count("\n") == 1
 
 
-def assert_refused(done: Result, line: str) -> None:
-    assert isinstance(done.exception, ValueError), done.output
-    assert line in str(done.exception)
-    assert "\n" not in str(done.exception)
-
-
-def test_no_folder_no_such_mode_and_no_such_device(tmp_path: Path) -> None:
-    assert_refused(inside(tmp_path / "nothing"), "there is no folder")
-    assert "'anytime', 'dynamic'" in inside(tmp_path, "--mode", "dynmic").output
+def test_unknown_folders_modes_and_devices_are_refused(tmp_path: Path) -> None:
+    assert_refused(run_evaluate(tmp_path / "nothing"), "there is no folder")
+    assert "'anytime', 'dynamic'" in run_evaluate(tmp_path, "--mode", "dynmic").output
     with pytest.raises(ValueError, match="did you mean 'dynamic'"):
         evaluate(tmp_path, "dynmic", CPU, on_notice=print)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="device 'gpu' can't be used"):
@@ -270,13 +254,13 @@ def test_no_folder_no_such_mode_and_no_such_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_one_is_not_promised() -> None:
+def test_without_a_gpu_cuda_is_refused() -> None:
     assert find_device("auto") == CPU
-    with pytest.raises(ValueError, match="finds no GPU here, give --device cpu"):
+    with pytest.raises(ValueError, match="finds no GPU here, use --device cpu"):
         find_device("cuda:0")
 
 
-def test_networks_that_are_nan_have_no_thresholds(tmp_path: Path) -> None:
+def test_a_network_that_returns_nan_has_no_thresholds(tmp_path: Path) -> None:
     folder = untrained_run(exits_config(tmp_path))
     run = open_run(folder, CPU)
     with torch.no_grad():
@@ -287,7 +271,7 @@ def test_networks_that_are_nan_have_no_thresholds(tmp_path: Path) -> None:
         find_thresholds(readings.confidences, 20)
 
 
-def test_the_batch_size_changes_nothing(evaluated: tuple[Path, str], tmp_path: Path) -> None:
+def test_the_batch_size_does_not_change_the_results(evaluated: tuple[Path, str], tmp_path: Path) -> None:
     run = open_run(evaluated[0], CPU)
     assert run.validation is not None
     one, other = (read_exits(run.network, run.validation, run.input, CPU, size) for size in (360, 37))
@@ -301,25 +285,25 @@ MODEL = {"num_blocks": 3, "channels": 8, "growth_rate": 4}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four epochs that is evaluated."""
+    """An evaluated run of four epochs."""
     config = exits_config(tmp_path_factory.mktemp("runs"), "msdnet", model=MODEL, optim={"lr": 0.1})
     folder = train(config).folder
-    done = inside(folder, "--device", "cpu")
+    done = run_evaluate(folder, "--device", "cpu")
     assert done.exception is None, done.output
     assert "msdnet after 4 of 4 epochs" in done.output
     return folder
 
 
-def test_on_its_validation_samples_the_network_is_what_the_run_said(trained: Path) -> None:
+def test_the_predictions_match_the_runs_own_validation(trained: Path) -> None:
     run, last = open_run(trained, CPU), read_metrics(trained)[-1]
     assert run.held_out is not None
-    found = read_exits(run.network, run.held_out, run.input, CPU, 32)
+    readings = read_exits(run.network, run.held_out, run.input, CPU, 32)
     assert last["val_accuracy"] > 0.3
-    np.testing.assert_allclose(found.correct.mean(axis=1), last["val_exit_accuracy"], atol=1e-6)
-    np.testing.assert_allclose(found.losses.mean(axis=1), last["val_exit_loss"], rtol=1e-4)
+    np.testing.assert_allclose(readings.correct.mean(axis=1), last["val_exit_accuracy"], atol=1e-6)
+    np.testing.assert_allclose(readings.losses.mean(axis=1), last["val_exit_loss"], rtol=1e-4)
 
 
-def test_a_dynamic_row_is_what_inference_that_stops_early_gives(trained: Path) -> None:
+def test_the_result_of_a_budget_matches_inference_with_early_exit(trained: Path) -> None:
     run = open_run(trained, CPU)
     assert run.validation is not None
     everything = run.validation.take(np.arange(len(run.validation)))
@@ -330,12 +314,12 @@ def test_a_dynamic_row_is_what_inference_that_stops_early_gives(trained: Path) -
     for row in dynamic[::6]:
         lazy = EarlyExit(run.network, read_thresholds(trained, int(row["p"])).tolist())
         logits, exits = lazy.predict(inputs)
-        # A confidence at its threshold may be rounded to the other side in a batch of another size.
+        # In a batch of another size, a confidence at the threshold may be rounded to its other side.
         assert float((logits.argmax(1).numpy() == labels).mean()) == pytest.approx(float(row["top1"]), abs=2 / 360)
         assert np.mean([macs[exit_] for exit_ in exits]) == pytest.approx(float(row["macs"]), rel=0.01)
 
 
-def test_the_pages_python_runs(trained: Path) -> None:
+def test_the_code_of_the_documentation_runs(trained: Path) -> None:
     page = ROOT / "docs" / "early_exit.md"
     (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     run = open_run(trained, CPU)
@@ -344,16 +328,16 @@ def test_the_pages_python_runs(trained: Path) -> None:
     assert tuple(names["logits"].shape) == (2, 10)
 
 
-def test_more_for_early_exits_costs_less(trained: Path) -> None:
+def test_larger_budgets_cost_more(trained: Path) -> None:
     costs = [float(row["held_out_macs"]) for row in rows(trained / "exits" / "dynamic.csv")]
     assert costs[0] < costs[19] < costs[38]
 
 
-def test_a_run_that_is_not_finished_is_judged_as_far_as_it_is(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_evaluated_at_its_newest_checkpoint(tmp_path: Path) -> None:
     config = exits_config(tmp_path, "msdnet", model=MODEL, train={"epochs": 3, "stop_after": 1})
     folder = train(config).folder
     text = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(text.replace("stop_after: 1", "stop_after: null"))  # as before it was stopped
-    done = inside(folder, "--mode", "anytime", "--device", "cpu")
+    (folder / "config.yaml").write_text(text.replace("stop_after: 1", "stop_after: null"))  # as if it had been killed
+    done = run_evaluate(folder, "--mode", "anytime", "--device", "cpu")
     assert done.exception is None, done.output
-    assert "the run is not finished: this is its network after 1 of 3 epochs" in done.output
+    assert "the run is not finished: evaluating its network after 1 of 3 epochs" in done.output

@@ -1,4 +1,4 @@
-"""The Pareto front and the tables of a sweep, from rows that were made up."""
+"""The Pareto front and the tables of a sweep, from made-up trials."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayprune.cli.sweep import sweep_lines
+from rayprune.cli.sweep import say_results
 from rayprune.config import load_config, make_config
 from rayprune.engine.storage.costs import PriorCost, costs_of
 from rayprune.engine.storage.run_folder import read_metrics
@@ -31,11 +32,11 @@ _small = st.integers(0, 5).map(float)
 
 
 @given(st.lists(st.tuples(_small, _small), max_size=12))
-def test_the_front_is_what_nothing_beats(points: list[tuple[float, float]]) -> None:
+def test_the_front_has_exactly_the_points_that_none_dominates(points: list[tuple[float, float]]) -> None:
     front = pareto_front([gain for gain, _ in points], [cost for _, cost in points])
     for (gain, cost), flag in zip(points, front, strict=True):
-        beaten = any(g >= gain and c <= cost and (g > gain or c < cost) for g, c in points)
-        assert flag == (not beaten)
+        dominated = any(g >= gain and c <= cost and (g > gain or c < cost) for g, c in points)
+        assert flag == (not dominated)
 
 
 @given(st.lists(st.tuples(_small, _small), min_size=1, max_size=12), st.randoms(use_true_random=False))
@@ -48,7 +49,7 @@ def test_the_front_does_not_depend_on_the_order(points: list[tuple[float, float]
     assert both[0] == both[1] != []
 
 
-def test_what_is_no_number_is_on_no_front() -> None:
+def test_nan_is_never_on_the_front() -> None:
     assert pareto_front([float("nan"), 0.5, 0.9], [0.0, 1.0, float("nan")]) == [False, True, False]
 
 
@@ -103,7 +104,7 @@ def swept(folder: Path) -> list[dict[str, Any]]:
     return mark_front([result_row(folder, state) for state in read_states(folder).values()])
 
 
-def test_a_row_is_of_the_last_epoch_not_the_best(tmp_path: Path) -> None:
+def test_a_row_has_the_last_epoch_not_the_best(tmp_path: Path) -> None:
     first, _, _, stopped, failed = swept(tmp_path)
     assert (first["val_accuracy"], first["epochs"], first["compute"], first["compute_share"]) == (0.8, 3, 240, 0.8)
     assert first["flops"] == 3 * 7 * 240  # a step is three forward passes
@@ -129,26 +130,29 @@ def test_tables_and_configs_are_written(tmp_path: Path) -> None:
     config = load_config(configs[1])
     assert (config.method["name"], config.method["prune_ratio"]) == ("random_epoch", 0.3)
     assert config.sweep.space == {}
-    write_results(tmp_path, base, mark_front(rows[1:]))  # again, with another front
+    write_results(tmp_path, base, mark_front(rows[1:]))  # a second time, with another front
     assert [file.stem for file in sorted((tmp_path / "pareto").iterdir())] == ["001-b", "002-c"]
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_the_table_is_sorted_by_accuracy_with_the_front_marked(tmp_path: Path) -> None:
-    lines = sweep_lines(swept(tmp_path), list(SPACE))
+def test_the_table_is_sorted_by_accuracy_with_the_front_marked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say_results(swept(tmp_path), list(SPACE))
+    lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in lines[1:6]] == ["000-a", "001-b", "002-c", "003-d", "004-e"]
     assert [line.startswith("*") for line in lines[1:6]] == [True, False, True, False, False]
     assert lines[6] == "failed   004-e: losses were NaN"
 
 
-def test_a_cheaper_network_is_on_the_front_whatever_its_samples(tmp_path: Path) -> None:
+def test_the_front_compares_flops_between_networks(tmp_path: Path) -> None:
     for name, compute, flops in (("000-a", 90.0, 100), ("001-b", 80.0, 1000)):
         trial(tmp_path, TrialState(name, {"model.name": name}, "finished"), [0.8], compute, flops)
     rows = mark_front([result_row(tmp_path, state) for state in read_states(tmp_path).values()])
     assert [row["pareto"] for row in rows] == [True, False]
 
 
-def test_a_scoring_run_is_shared_only_when_asked(tmp_path: Path) -> None:
+def test_a_scoring_run_is_shared_only_if_requested(tmp_path: Path) -> None:
     state = TrialState("000-a", {"method.name": "tdds"}, "finished")
     collected = {
         "samples_collected": 120,
@@ -168,7 +172,7 @@ def test_a_scoring_run_is_shared_only_when_asked(tmp_path: Path) -> None:
     assert result_row(tmp_path, state, 4)["compute"] == 150.0
 
 
-def test_the_plot_is_a_picture(tmp_path: Path) -> None:
+def test_the_plot_is_a_png_file(tmp_path: Path) -> None:
     write_results(tmp_path, make_config({"sweep": {"space": SPACE}}), swept(tmp_path))
     file = save_pareto(tmp_path)
     assert file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

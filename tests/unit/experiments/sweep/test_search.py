@@ -1,4 +1,4 @@
-"""Optuna as a search: what it proposes, what it is told of an interrupted sweep, and the cure where it is missing."""
+"""Optuna as a search: its proposals, an interrupted sweep, and the error message if it is not installed."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def search(objectives: dict[str, bool]) -> OptunaSearch:
     return OptunaSearch(section.axes, objectives, 0, lambda point: {"point": point})
 
 
-def test_without_optuna_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_optuna_is_reported_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ValueError, match=r"pip install 'rayprune\[optuna\]'"):
         import_optuna()
 
 
 @pytest.mark.parametrize("objectives", [{"val_accuracy": True}, {"val_accuracy": True, "compute": False}])
-def test_points_lie_in_the_space_and_results_are_heard(objectives: dict[str, bool]) -> None:
+def test_points_lie_in_the_space_and_results_reach_the_study(objectives: dict[str, bool]) -> None:
     pytest.importorskip("optuna")
     points = search(objectives)
     points.add_finished(
@@ -56,5 +56,5 @@ def test_interrupted_trials_come_first() -> None:
     assert points.suggest("a") == {"again": True}
     points.on_trial_complete("a", {"val_accuracy": 0.7})
     (trial,) = points._study.get_trials()
-    assert trial.params["optim.lr"] == 0.123  # what Optuna learns the result of is that trial's point
+    assert trial.params["optim.lr"] == 0.123  # the result belongs to the interrupted trial's point
     assert "point" in points.suggest("b")

@@ -1,4 +1,4 @@
-"""The space of a sweep: its points, and mistakes that are refused before anything starts."""
+"""The space of a sweep: its points, and the mistakes that are refused before anything starts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_values_may_be_whole_methods_and_schedules() -> None:
     ]
     ramp = {"schedule": "linear", "start": 0.1, "end": 0.6}
     config = base({"method.prune_ratio": [0.3, ramp]}, {"name": "infobatch", "prune_ratio": {"schedule": "annealed"}})
-    # A value replaces the base's: the old schedule's keys do not reach the new one.
+    # A value replaces that of the base: keys of the old schedule do not reach the new one.
     assert trial_config(config, check_space(config)[1]).method["prune_ratio"] == ramp
 
 
@@ -95,7 +95,7 @@ def test_sections_may_be_nested_as_on_the_command_line(tmp_path: Path) -> None:
         ({"optim.lr": [0.1]}, {"max_concurrent": 0}, "at least 1"),
     ],
 )
-def test_a_mistake_is_one_line(space: dict[str, Any], sweep: dict[str, Any], message: str) -> None:
+def test_a_mistake_is_refused_in_one_line(space: dict[str, Any], sweep: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         check_space(base(space, **sweep))
     assert "\n" not in str(caught.value)
@@ -130,7 +130,7 @@ def test_every_value_is_probed_with_every_method() -> None:
     }
 
 
-def test_the_section_affects_the_sweeps_digest_and_not_a_runs() -> None:
+def test_the_section_affects_the_digest_of_the_sweep_but_not_of_a_run() -> None:
     one, other = base({"train.epochs": [2]}), base({"train.epochs": [3]})
     assert one.digest() == other.digest() == make_config({"method": {"name": "full"}}).digest()
     assert sweep_digest(one) != sweep_digest(other)
