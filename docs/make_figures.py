@@ -1,7 +1,7 @@
-"""Make the README's figures from real runs: `python docs/make_figures.py [FOLDER]`, some five minutes on two cores.
+"""Draw the figures of the docs from real runs: `python docs/make_figures.py [FOLDER]`, about five minutes on two cores.
 
-docs/figures/digits_compare.png   what the arms of a comparison over 20 seeds lose against full training
-docs/figures/report.png           the head of a report, in Chromium (left as it is where there is none)
+docs/figures/digits_compare.png   the arms of a comparison over 20 seeds, relative to full training
+docs/figures/report.png           the first part of a report, in Chromium (not redrawn without it)
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def rayprune(*words: str) -> None:
 
 
 def screenshot(page: Path, picture: Path) -> bool:
-    """Take a picture of the head of a page; return whether there was a browser for it."""
+    """Take a picture of the first part of a page; return whether a browser was found."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser is None:
         return False
@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
     rayprune("train", *configs, f"run.storage_path={folder / 'demo'}")
     rayprune("report", str(folder / "demo"))
     if not screenshot(folder / "demo" / "report.html", FIGURES / "report.png"):
-        print("no chromium here: docs/figures/report.png is left as it was")
+        print("no Chromium found: docs/figures/report.png was not redrawn")
 
 
 if __name__ == "__main__":
