@@ -140,13 +140,13 @@ class SourceMetadata(DescribedSource):
 
     Args:
         source: any source.
-        labelled: whether the actor needs the labels.
+        labeled: whether the actor needs the labels.
     """
 
     process_local = ()
 
-    def __init__(self, source: SampleSource, labelled: bool) -> None:
-        labels = source.labels if labelled else None
+    def __init__(self, source: SampleSource, labeled: bool) -> None:
+        labels = source.labels if labeled else None
         super().__init__(len(source), source.schema, source.fingerprint, labels)
         self._groups = source.groups
 

@@ -65,7 +65,7 @@ class ScoreSpec:
         row_bytes: bytes of one decoded training row.
         run_folder: where checkpoints are read and selections written; None for no folder.
         keep_selections: how many epochs' selections stay on disk.
-        labelled: whether to read the labels, for methods that need them and for the fraction kept of each class.
+        labeled: whether to read the labels, for methods that need them and for the fraction kept of each class.
         chosen: the selection of a method that reads one from a file.
         record: signals whose mean over the visits is kept beside the method's scores.
         visits_collected: samples that an earlier scoring run trained on.
@@ -83,7 +83,7 @@ class ScoreSpec:
     row_bytes: int
     run_folder: str | None
     keep_selections: int
-    labelled: bool = False
+    labeled: bool = False
     chosen: Selection | None = None
     record: tuple[str, ...] = ()
     visits_collected: int = 0
@@ -92,7 +92,7 @@ class ScoreSpec:
 
     def selector(self) -> Selector:
         """Build a fresh Selector."""
-        labels = self.source.labels if self.labelled else None
+        labels = self.source.labels if self.labeled else None
         run = (len(self.source), self.num_epochs, self.seed)
         return Selector(
             build_method(self.method),
@@ -316,7 +316,7 @@ class ScoreActor:
         return self._generation
 
     def stop(self, reason: StopReason) -> None:
-        """Note why the run cannot go on; restarted workers then leave at once. Later reasons are ignored."""
+        """Note why the run cannot continue; restarted workers then leave at once. Later reasons are ignored."""
         self._stop_reason = self._stop_reason or reason
 
     def stop_reason(self) -> StopReason | None:

@@ -152,7 +152,7 @@ class EpochSnapshot:
 
 @dataclass(frozen=True)
 class StopReason:
-    """Why the run cannot go on, in one line; `failed` tells an error from a run that stopped itself."""
+    """Why the run cannot continue, in one line; `failed` tells an error from a run that stopped itself."""
 
     text: str
     failed: bool

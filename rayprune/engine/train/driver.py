@@ -360,7 +360,7 @@ class Run:
             row_bytes=splits.train.schema.row_bytes,
             run_folder=str(folder),
             keep_selections=config.run.keep_selections,
-            labelled=needs_labels or len(splits.train) <= _LABELED_SAMPLES,
+            labeled=needs_labels or len(splits.train) <= _LABELED_SAMPLES,
             chosen=setup.chosen,
             record=record,
             visits_collected=setup.prior_cost.samples_trained,

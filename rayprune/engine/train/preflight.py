@@ -43,7 +43,7 @@ _TRIAL_SAMPLES = 1_000
 def input_spec(config: Config, source: SampleSource) -> InputSpec:
     """Return the network's inputs, with the statistics of the training split."""
     schema = source.schema
-    assert schema.num_classes is not None, "open_data returns labelled samples"
+    assert schema.num_classes is not None, "open_data returns labeled samples"
     shape = schema.columns[schema.input].shape
     mean, std = input_statistics(source)
     keys = default_augment(config.data.source) if config.data.augment == "auto" else dict(config.data.augment)

@@ -265,7 +265,7 @@ class Worker:
         """Save before a step inside the epoch, and leave, if it is time.
 
         Raises:
-            TrainingPaused: the run was asked to leave, and has saved.
+            TrainingPaused: the run was paused, and has saved its state.
         """
         self._saver.raise_failure()
         verdict = self._trigger.verdict(step)

@@ -307,12 +307,12 @@ def _score_spec(
         raise ConfigError(f"last_batch {last_batch!r} must be 'pad' or 'drop'")
     if last_batch == "drop" and batch_size > len(samples):
         raise ConfigError(f"batch_size {batch_size} is more than the {len(samples)} samples: use last_batch='pad'")
-    labelled, num_checked = _needs_labels(method), min(len(samples), _CHECKED_SAMPLES)
-    labels = samples.labels[:num_checked] if labelled else None
+    labeled, num_checked = _needs_labels(method), min(len(samples), _CHECKED_SAMPLES)
+    labels = samples.labels[:num_checked] if labeled else None
     Selector(method, num_checked, num_epochs, seed, labels=labels)  # refuses a bad method, number of epochs or seed
     return ScoreSpec(
         method=method,
-        source=SourceMetadata(samples, labelled=labelled),
+        source=SourceMetadata(samples, labeled=labeled),
         num_validation=0,
         # Plain ints, so that saved states load with weights_only.
         num_epochs=int(num_epochs),
@@ -322,6 +322,6 @@ def _score_spec(
         row_bytes=samples.schema.row_bytes,
         run_folder=None,
         keep_selections=0,
-        labelled=labelled,
+        labeled=labeled,
         chosen=read_selection_for(method.path, samples).selection(len(samples)) if isinstance(method, Fixed) else None,
     )

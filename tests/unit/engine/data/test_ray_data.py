@@ -74,11 +74,11 @@ def test_read_tasks_return_the_planned_rows_in_order(monkeypatch: pytest.MonkeyP
 
 
 def test_the_actor_gets_the_labels_only_if_it_needs_them() -> None:
-    metadata = SourceMetadata(SOURCE, labelled=True)
+    metadata = SourceMetadata(SOURCE, labeled=True)
     assert (len(metadata), metadata.fingerprint) == (len(SOURCE), SOURCE.fingerprint)
     assert np.array_equal(metadata.labels, SOURCE.labels)
     with pytest.raises(RuntimeError, match="was sent no labels"):
-        _ = SourceMetadata(SOURCE, labelled=False).labels
+        _ = SourceMetadata(SOURCE, labeled=False).labels
     with pytest.raises(RuntimeError, match="reads no rows"):
         metadata.take(np.arange(3))
 

@@ -66,11 +66,11 @@ def test_late_device_copies_are_pushed_whole_and_in_order(monkeypatch: pytest.Mo
     class Late(PendingCopy):
         def __init__(self, ids: np.ndarray, signals: dict[str, torch.Tensor], sweep: bool) -> None:
             super().__init__(ids, {name: tensor.clone() for name, tensor in signals.items()}, sweep)
-            self.asked = 0
+            self.num_queries = 0
 
         def is_complete(self) -> bool:
-            self.asked += 1
-            return self.asked > late
+            self.num_queries += 1
+            return self.num_queries > late
 
     monkeypatch.setattr(recorder, "PUSH_ROWS", 20)
     monkeypatch.setattr(recorder, "PendingCopy", Late)

@@ -140,8 +140,8 @@ def test_a_custom_loop_can_sweep(balance: str) -> None:
     kept, swept = [], []
     for epoch in shard.epochs():
         for batch in epoch.iter_torch_batches():
-            told = score(batch)
-            epoch.weigh(batch, told["losses"]).backward()
+            outputs = score(batch)
+            epoch.weigh(batch, outputs["losses"]).backward()
         swept.append(shard.sweep(score))
         kept.append(epoch.num_kept)
     assert swept == [90, 90, 90, 0]

@@ -92,10 +92,10 @@ def test_a_failing_gallery_does_not_fail_the_run(tmp_path: Path, run: Path, monk
         raise OSError("no space\nleft")
 
     monkeypatch.setattr(gallery, "_thumbnails", broken)
-    told: list[str] = []
+    notices: list[str] = []
     method = {"name": "infobatch", "prune_ratio": 0.6}
-    result = train(run_config(tmp_path, method=method, train={"epochs": 5}), on_notice=told.append)
-    assert any("no gallery" in line and "no space left" in line for line in told)
+    result = train(run_config(tmp_path, method=method, train={"epochs": 5}), on_notice=notices.append)
+    assert any("no gallery" in line and "no space left" in line for line in notices)
     assert not list(result.folder.glob("gallery*"))
     assert same_weights(result.folder, run)
     assert "no gallery of notable samples" in render(collect([result.folder]))
@@ -136,9 +136,9 @@ def test_a_network_of_nan_has_no_predictions_and_no_suspects(
     opened = open_run(folder, find_device("cpu"))
     source = open_splits(opened.config).train
     monkeypatch.setattr(gallery, "_predictions", lambda *given: np.full((len(given[-1]), 10), np.nan))
-    told: list[str] = []
-    gallery.write_gallery(opened.config, source, opened.input, folder, told.append)
-    assert told == []
+    notices: list[str] = []
+    gallery.write_gallery(opened.config, source, opened.input, folder, notices.append)
+    assert notices == []
     kinds = kinds_of(folder)
     assert kinds["probably_mislabelled"] == []
     assert [sample["prediction"] for sample in kinds["hardest"]] == [None] * gallery.SAMPLES_OF_A_KIND

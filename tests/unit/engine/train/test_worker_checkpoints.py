@@ -100,10 +100,10 @@ def test_sigterm_saves_the_run_and_it_resumes(tmp_path: Path, undisturbed: tuple
     while not Path(config.model.options["log"]).exists() or steps_of(config) < 8:
         assert process.poll() is None
         time.sleep(0.01)
-    asked = time.monotonic()
+    signaled = time.monotonic()
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
-    assert time.monotonic() - asked < 10
+    assert time.monotonic() - signaled < 10
     assert process.returncode == 1
     assert b"run the same command to continue" in errors
     before = steps_of(config)

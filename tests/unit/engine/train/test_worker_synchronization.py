@@ -1,7 +1,8 @@
-"""Nothing in a step waits for the device: no value of a tensor is asked for between two pushes of the recorder.
+"""A training step does not synchronize with the device: the host reads no tensor value between two pushes.
 
-On a GPU such a question stops the host until all that was launched is done. On a CPU nothing waits, so the questions
-themselves are caught: at Python's level (item, tolist, cpu, bool …) and in the dispatcher (masks that must be counted).
+On a GPU, reading a value blocks the host until all launched kernels are done. On a CPU nothing blocks, so the calls
+that would block are caught: in Python (item, tolist, cpu, bool …) and in the dispatcher (boolean masks, whose True
+values must be counted).
 """
 
 from __future__ import annotations
@@ -30,88 +31,104 @@ from rayprune.nn.steps import PlainStep
 from tests.support.paths import MULTI_EXIT_MODELS
 from tests.support.runs import run_config
 
-ASKING = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "allclose"} | {
-    f"__{name}__" for name in ("bool", "float", "int", "index", "array", "contains")
+PYTHON_CALLS = {
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "nonzero",
+    "masked_select",
+    "unique",
+    "is_nonzero",
+    "equal",
+    "allclose",
+} | {f"__{name}__" for name in ("bool", "float", "int", "index", "array", "contains")}
+DISPATCHER_CALLS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "is_nonzero",
+    "masked_select",
+    "equal",
+    "repeat_interleave.Tensor",
 }
-COUNTING = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "repeat_interleave.Tensor"}
 
 
-class Listening:
-    """What was asked, and where in the package; nothing is heard while `paused`."""
+class SyncLog:
+    """The calls that would synchronize, and where in the package; none is logged while `paused`."""
 
     def __init__(self) -> None:
-        self.heard: list[str] = []
+        self.entries: list[str] = []
         self.calls = 0
         self.paused = False
 
-    def hear(self, what: str) -> None:
+    def add(self, call: str) -> None:
         places = [
             f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_stack() if "/rayprune/" in f.filename
         ]
         if not self.paused:
-            self.heard.append(f"{what} at {' < '.join(reversed(places[-3:]))}")
+            self.entries.append(f"{call} at {' < '.join(reversed(places[-3:]))}")
 
 
-class Asked(TorchFunctionMode):
-    """Python's questions."""
+class PythonCalls(TorchFunctionMode):
+    """Logs synchronizing calls in Python."""
 
-    def __init__(self, to: Listening) -> None:
+    def __init__(self, log: SyncLog) -> None:
         super().__init__()
-        self._to = to
+        self._log = log
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in ASKING or (name == "to" and "cpu" in args[1:]):
-            self._to.hear(name)
+        if name in PYTHON_CALLS or (name == "to" and "cpu" in args[1:]):
+            self._log.add(name)
         return func(*args, **(kwargs or {}))
 
 
-class Counted(TorchDispatchMode):
-    """The dispatcher's."""
+class DispatcherCalls(TorchDispatchMode):
+    """Logs synchronizing operators in the dispatcher."""
 
-    def __init__(self, to: Listening) -> None:
+    def __init__(self, log: SyncLog) -> None:
         super().__init__()
-        self._to = to
+        self._log = log
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().removeprefix("aten::")
-        self._to.calls += 1
+        self._log.calls += 1
         masked = name.startswith(("index.", "index_put")) and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         )
-        if masked or name in COUNTING or name.partition(".")[0] in COUNTING:
-            self._to.hear(name)
+        if masked or name in DISPATCHER_CALLS or name.partition(".")[0] in DISPATCHER_CALLS:
+            self._log.add(name)
         return func(*args, **(kwargs or {}))
 
 
-def listen(monkeypatch: pytest.MonkeyPatch) -> Listening:
-    """Hear what training and forward-only passes ask, but for pushes and what a phase ends with."""
-    to = Listening()
+def log_synchronizations(monkeypatch: pytest.MonkeyPatch) -> SyncLog:
+    """Log the synchronizations of training and forward-only passes, except in pushes and at the end of a pass."""
+    log = SyncLog()
 
-    def heard(function: Callable[..., Any]) -> Callable[..., Any]:
+    def logged(function: Callable[..., Any]) -> Callable[..., Any]:
         def inside(*args: Any, **kwargs: Any) -> Any:
-            with Asked(to), Counted(to):
+            with PythonCalls(log), DispatcherCalls(log):
                 return function(*args, **kwargs)
 
         return inside
 
-    def unheard(function: Callable[..., Any]) -> Callable[..., Any]:
+    def unlogged(function: Callable[..., Any]) -> Callable[..., Any]:
         def inside(*args: Any, **kwargs: Any) -> Any:
-            before, to.paused = to.paused, True
+            before, log.paused = log.paused, True
             try:
                 return function(*args, **kwargs)
             finally:
-                to.paused = before
+                log.paused = before
 
         return inside
 
-    monkeypatch.setattr(worker.Worker, "_train", heard(worker.Worker._train))
-    monkeypatch.setattr(worker.Worker, "_forward", heard(worker.Worker._forward))
+    monkeypatch.setattr(worker.Worker, "_train", logged(worker.Worker._train))
+    monkeypatch.setattr(worker.Worker, "_forward", logged(worker.Worker._forward))
     for name in ("push", "_start_copy", "_send"):
-        monkeypatch.setattr(Recorder, name, unheard(getattr(Recorder, name)))
-    monkeypatch.setattr(Copies, "__call__", unheard(Copies.__call__))  # to the device, which is the CPU here
-    monkeypatch.setattr(MetricSums, "total", unheard(MetricSums.total))
-    return to
+        monkeypatch.setattr(Recorder, name, unlogged(getattr(Recorder, name)))
+    monkeypatch.setattr(Copies, "__call__", unlogged(Copies.__call__))  # to the device, which is the CPU here
+    monkeypatch.setattr(MetricSums, "total", unlogged(MetricSums.total))
+    return log
 
 
 SMALL: dict[str, Any] = {"data": {"limit": 101, "augment": {"crop": 1, "flip": True}}, "train": {"epochs": 2}}
@@ -134,28 +151,28 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_a_step_does_not_synchronize_with_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, stream: str
 ) -> None:
-    to = listen(monkeypatch)
+    log = log_synchronizations(monkeypatch)
     sections = merge(merge(SMALL, KINDS[kind]), {"scaling": {"stream": stream}})
     train(run_config(tmp_path, **sections))
-    assert to.calls > 100
-    assert sorted(set(to.heard)) == []
+    assert log.calls > 100
+    assert sorted(set(log.entries)) == []
 
 
 def test_a_synchronization_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def asking(sums: MetricSums, signals: dict[str, torch.Tensor], rows: PlacedRows, *rest: Any) -> None:
+    def synchronizing(sums: MetricSums, signals: dict[str, torch.Tensor], rows: PlacedRows, *rest: Any) -> None:
         assert signals["loss"].mean().item() > 0
         assert len(signals["loss"][rows.real])
 
-    to = listen(monkeypatch)
-    monkeypatch.setattr(MetricSums, "add", asking)
+    log = log_synchronizations(monkeypatch)
+    monkeypatch.setattr(MetricSums, "add", synchronizing)
     train(run_config(tmp_path, **merge(SMALL, {"train": {"epochs": 1}})))
-    assert {"item", "_local_scalar_dense", "index.Tensor"} <= {what.partition(" ")[0] for what in to.heard}
+    assert {"item", "_local_scalar_dense", "index.Tensor"} <= {call.partition(" ")[0] for call in log.entries}
 
 
 @pytest.mark.parametrize("stream", ["local", "device"])
 @pytest.mark.parametrize("kind", ["full", "infobatch, clipped", "infobatch, bf16, in micro-batches", "several exits"])
 def test_steps_run_with_fake_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, stream: str) -> None:
-    """On torch's meta device whatever asks for a value fails, and so does what mixes its tensors with the host's."""
+    """On torch's meta device, reading a value or mixing its tensors with those of the host fails."""
     steps = []
 
     def epoch(self: worker.Worker, number: int) -> None:
@@ -163,7 +180,7 @@ def test_steps_run_with_fake_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyP
         sums, _ = self._train(number, self._session.announce())
         steps.append(sums)
         self._forward("validate", record=False)
-        raise TrainingPaused("that was it")
+        raise TrainingPaused("one epoch is enough")
 
     monkeypatch.setattr(worker.Worker, "_run_epoch", epoch)
     monkeypatch.setattr(worker, "pick_device", lambda use_gpu: torch.device("meta"))
