@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import signal
 import sys
 import threading
 import uuid
@@ -29,7 +30,7 @@ from rayprune.engine.cluster import Resources, resolve_resources, start_ray
 from rayprune.engine.data.device import DeviceStream, check_room
 from rayprune.engine.data.ray_data import plan_dataset, task_rows
 from rayprune.engine.data.transport import LocalStream, RayStream
-from rayprune.engine.monitoring import RunListeners, Watcher, on_sigterm
+from rayprune.engine.monitoring import RunListeners, Watcher, kept_handlers, on_sigterm
 from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import StopReason
@@ -289,7 +290,7 @@ def _run(config: Config, splits: Splits, setup: SelectionSetup, listeners: Liste
             for line in notices(config, spec, len(splits.train), setup.method, resources.use_gpu):
                 listeners.on_notice(line)
             try:
-                Run(config, splits, setup, resources, folder).fit(listeners)
+                Run(config, splits, spec, setup, resources=resources, folder=folder).fit(listeners)
             finally:  # also if training has failed
                 for line in failures(folder, config):
                     listeners.on_notice(line)
@@ -336,16 +337,24 @@ class Run:
     Args:
         config: the run's config.
         splits: its data.
+        spec: the network's inputs.
         setup: how it selects.
         resources: what it trains on.
         folder: its run folder.
     """
 
     def __init__(
-        self, config: Config, splits: Splits, setup: SelectionSetup, resources: Resources, folder: Path
+        self,
+        config: Config,
+        splits: Splits,
+        spec: InputSpec,
+        setup: SelectionSetup,
+        *,
+        resources: Resources,
+        folder: Path,
     ) -> None:
         self._config, self._resources, self._folder = config, resources, folder
-        method, spec = setup.method, input_spec(config, splits.train)
+        method = setup.method
         needs_labels = method.class_floor > 0 or method.needs_labels
         self._sources = splits.by_name
         record = recorded_signals(config, spec)
@@ -399,7 +408,8 @@ class Run:
         failure: Exception | None = None
         try:
             watcher = Watcher(self._folder, self.scores, listeners, self._config.run.stall_seconds)
-            with watcher, on_sigterm(watcher.request_pause):
+            # Ray Train replaces the handler of SIGINT and does not restore it.
+            with watcher, on_sigterm(watcher.request_pause), kept_handlers(signal.SIGINT):
                 self._trainer().fit()
         except Exception as error:  # without workers, the loop's own errors
             failure = error
