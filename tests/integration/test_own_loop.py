@@ -237,7 +237,11 @@ def test_a_dataset_not_made_by_prune_is_named(tmp_path: Path) -> None:
 def test_both_examples_run(tmp_path: Path) -> None:
     program = "import runpy, sys; [runpy.run_path(file, run_name='__main__') for file in sys.argv[1:]]"
     files = [str(EXAMPLES / f"{name}_loop.py") for name in ("plain", "pruned")]
-    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    environment = {
+        **os.environ,
+        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray's default of 2 s would delay the end of each run
+    }
     command = [sys.executable, "-c", program, *files]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]

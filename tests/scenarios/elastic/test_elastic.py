@@ -72,7 +72,7 @@ class ElasticRun:
 
     @staticmethod
     def _model(log: Path) -> dict[str, Any]:
-        return {"name": user("grows"), "log": str(log), "pause_s": 0.15}
+        return {"name": user("grows"), "log": str(log), "pause_s": 0.25}
 
     @property
     def ranks(self) -> str:
