@@ -50,7 +50,7 @@ def single_config(arguments: Sequence[str], example: str) -> tuple[str, list[str
 
 def say(line: object = "", style: str | None = None) -> None:
     """Print a line unchanged, without markup and without colors for numbers."""
-    console.print(str(line), style=style, highlight=False, markup=False)
+    console.print(str(line), style=style, highlight=False, markup=False, emoji=False)
 
 
 def warn(line: str) -> None:

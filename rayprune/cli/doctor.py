@@ -53,9 +53,13 @@ def _package(name: str) -> str:
 
 def _torch_pair() -> str:
     import torch
-    import torchvision.ops
 
-    torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)  # fails where torchvision was built for another torch
+    try:
+        import torchvision.ops
+
+        torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+    except RuntimeError as error:
+        raise RuntimeError(f"torchvision was built for another torch ({one_line(error)})") from None
     return "torchvision's operators run with this torch"
 
 

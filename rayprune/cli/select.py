@@ -51,10 +51,18 @@ _SHARE = click.FloatRange(min=0, max=1, max_open=True)
     help="Bins of the rule strata.",
 )
 @click.option(
-    "--drop-bottom", default=0.0, type=_SHARE, metavar="SHARE", help="First drop this share: the lowest scores."
+    "--drop-bottom",
+    default=0.0,
+    type=_SHARE,
+    metavar="SHARE",
+    help="First drop this share of the samples, those with the lowest scores.",
 )
 @click.option(
-    "--drop-top", default=0.0, type=_SHARE, metavar="SHARE", help="First drop this share: the highest scores."
+    "--drop-top",
+    default=0.0,
+    type=_SHARE,
+    metavar="SHARE",
+    help="First drop this share of the samples, those with the highest scores.",
 )
 @click.option("--drop-missing", is_flag=True, help="Leave out samples without a score, such as never visited ones.")
 @click.option("--reweigh", is_flag=True, help="Weigh the samples of a stratum by its size over the number drawn.")

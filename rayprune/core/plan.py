@@ -200,7 +200,7 @@ class Plan:
 
     def _batch_mean_weights(self, start: int, stop: int) -> NDArray[np.float32]:
         assert self.selection is not None
-        size = self.batch_size
+        size, stop = self.batch_size, min(stop, self.order.size)
         first, last = start // size * size, -(-stop // size) * size
         trains = (self.roles(np.arange(first, last)) == TRAIN).reshape(-1, size)
         own = self.selection.weights_of(self.order[first:last]).reshape(-1, size).astype(np.float64)

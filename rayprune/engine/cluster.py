@@ -66,11 +66,10 @@ def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = F
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     if ray.is_initialized():
         return
-    # Torch imports this for a process's first optimizer; it takes a second, while Ray starts.
-    threading.Thread(target=importlib.import_module, args=("torch._dynamo",), daemon=True).start()
+    threading.Thread(target=_import_compiler, daemon=True).start()
     options: dict[str, Any] = {"log_to_driver": debug, "logging_level": "INFO" if debug else "ERROR"}
     if (cluster := cluster_address(address)) is not None:
-        with kept_handlers(signal.SIGTERM):  # Ray's own handler aborts the process
+        with kept_handlers(signal.SIGTERM):
             connect(cluster, **options)
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -91,6 +90,12 @@ def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = F
             f"no Ray starts on this machine ({_first_line(error)}): free ports and memory (other Ray processes: "
             "ps -C raylet), or train in this process with scaling.num_workers=0"
         ) from error
+
+
+def _import_compiler() -> None:
+    """Import what torch imports for a process's first optimizer; it takes a second, while Ray starts."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torch._dynamo")
 
 
 def cluster_address(address: str) -> str | None:

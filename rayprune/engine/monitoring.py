@@ -209,14 +209,17 @@ def on_sigterm(handler: Callable[..., None] = _interrupt) -> Iterator[None]:
 
 @contextmanager
 def kept_handlers(*signals: signal.Signals) -> Iterator[None]:
-    """Restore this process's own handlers of some signals after the block, which calls Ray."""
+    """Restore handlers that this process has set, or that ignore a signal, after the block; Ray replaces them.
+
+    Ray's handlers stay in place of default ones: they shut Ray down.
+    """
     previous = {each: signal.getsignal(each) for each in signals}
     try:
         yield
     finally:
         if threading.current_thread() is threading.main_thread():  # only there can handlers be set
             for each, handler in previous.items():
-                if callable(handler):
+                if callable(handler) or handler is signal.SIG_IGN:
                     signal.signal(each, handler)
 
 

@@ -40,9 +40,10 @@ class Shuffled(Method):
         if inner.name == "fixed":
             raise ConfigError("method.of = fixed has no scores to permute: use {name: random, prune_ratio: …} instead")
         object.__setattr__(self, "of", inner)
-        # All but the selection is the inner method's; instance attributes hide the class's.
+        # All but the selection is the inner method's, unless a subclass overrides it.
         for name in (*_INNER_ATTRIBUTES, *_INNER_METHODS):
-            object.__setattr__(self, name, getattr(inner, name))
+            if getattr(type(self), name) is getattr(Shuffled, name):
+                object.__setattr__(self, name, getattr(inner, name))
         object.__setattr__(self, "class_floor", max(self.class_floor, inner.class_floor))
 
     @property

@@ -30,6 +30,7 @@ from rayprune.sources.memory import RowSource
 from rayprune.sources.registry import register_source
 
 _REPLACE = "remove it and set data.download=true"
+_MAX_GZIP_RATIO = 1032  # of what deflate can reach
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class PublishedImages(abc.ABC):
     def _open_part(self, names: tuple[str, ...]) -> SampleSource:
         files = [file for file in map(self._stored_file, names) if file is not None]
         fingerprint = digest(self.name, *map(file_digest, files))
-        key, num_bytes = f"torchvision-{fingerprint}", sum(file.stat().st_size for file in files)
+        key, num_bytes = f"torchvision-{fingerprint}", sum(map(_stored_bytes, files))
         open_arrays = partial(cached_arrays, key, cache_root(self.cache_dir), partial(self._build, files), num_bytes)
         arrays = open_arrays()
         class_names = arrays["class_names"].tolist()
@@ -190,6 +191,16 @@ def _read_idx(file: Path, read: Callable[[str], Any]) -> np.ndarray:
             return np.asarray(read(unpacked.name))
     except Exception as error:  # torchvision checks a file by asserting, indexing and reshaping
         raise _bad_idx(file, one_line(error)) from None
+
+
+def _stored_bytes(file: Path) -> int:
+    """Return the decompressed size of a file."""
+    size = file.stat().st_size
+    if file.suffix != ".gz":
+        return size
+    with file.open("rb") as packed:
+        packed.seek(max(0, size - 4))  # a gzip file ends with the decompressed size, unless it is damaged
+        return min(int.from_bytes(packed.read(4), "little"), _MAX_GZIP_RATIO * size)
 
 
 def _bad_idx(file: Path, reason: str) -> ValueError:

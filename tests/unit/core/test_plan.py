@@ -158,6 +158,13 @@ def test_the_hash_distinguishes_plans(case: Case) -> None:
         assert replace(plan, num_rows=plan.num_rows - 1).hash != plan.hash
 
 
+def test_batch_mean_weights_past_the_end_are_those_of_the_plan() -> None:
+    selection = replace(Selection.full(13), batch_mean_weights=True)
+    plan = Plan.of_selection(selection, 4, 0, 0)
+    assert plan.weights(12, 24).tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert [rows.size for rows in plan.rank_rows(0, 2, 3, 6)] == [2, 2, 2]
+
+
 def test_the_hash_does_not_depend_on_the_dtype() -> None:
     plan = Plan.of_selection(Selection.of_ids([0, 2, 3], 5, weights=[1, 2, 1]), 2, seed=0, epoch=0)
     wider = replace(plan, order=plan.order.astype(np.int64))
