@@ -77,6 +77,7 @@ def trials(folder: Path) -> Path:
     return sweep / "trials"
 
 
+@pytest.mark.scenario
 def test_a_killed_sweep_resumes_despite_a_failing_trial(tmp_path: Path) -> None:
     # The second of four trials is long enough to be killed in, twice; the last two diverge.
     space = "  space:\n    optim.lr: [0.05, 1.0e+30]\n    train.epochs: [2, 400]\n"
@@ -119,6 +120,7 @@ def lines_of_the_long_trial(folder: Path) -> int:
     return sum(len(file.read_text().splitlines()) for file in folder.glob("*-sweep-*/trials/001-*/metrics.jsonl"))
 
 
+@pytest.mark.scenario
 def test_a_stopped_ray_train_gives_its_cpus_back(tmp_path: Path) -> None:
     space = "  space:\n    optim.lr: [0.1, 0.00001]\n"
     words = [*ASHA, "scaling.num_workers=1", "scaling.stream=local"]

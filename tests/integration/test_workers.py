@@ -189,6 +189,7 @@ def test_an_error_in_a_worker_ends_the_run_in_one_line(tmp_path: Path) -> None:
         train(config)
 
 
+@pytest.mark.scenario
 def test_lost_vectors_restart_the_run_from_its_checkpoint(tmp_path: Path) -> None:
     """Workers keep no copy of probabilities. When the actor dies with them, the steps since the checkpoint are lost."""
     sections = {"method": {"name": "tdds", "trajectory_len": 3, "window_size": 3}, "collect": {"fresh": False}}
@@ -202,6 +203,7 @@ def test_lost_vectors_restart_the_run_from_its_checkpoint(tmp_path: Path) -> Non
     assert scores_of(killed.folder)["tdds"].notna().all()
 
 
+@pytest.mark.scenario
 def test_sweeps_through_a_proxy_survive_a_dead_worker(tmp_path: Path) -> None:
     """The checkpoint restores the proxy's statistics, and every sample is swept once, with either transport."""
     method = {"name": "dynams", "budget": 0.7, "block_epochs": 1, "proxy_width": 0.5}
@@ -214,6 +216,7 @@ def test_sweeps_through_a_proxy_survive_a_dead_worker(tmp_path: Path) -> None:
     assert killed.metrics[-1]["selection"]["budget_so_far"] == pytest.approx(0.7, abs=0.01)
 
 
+@pytest.mark.scenario
 def test_learned_weights_and_pruning_give_the_same_run_with_every_transport(tmp_path: Path) -> None:
     """`local` equals `device` in tests/unit/engine/data/test_device.py."""
     step = {"name": "l2w", "hidden": 16, "meta_interval": 2, "scope": "global"}
@@ -223,6 +226,7 @@ def test_learned_weights_and_pruning_give_the_same_run_with_every_transport(tmp_
     assert_same_run(streamed, resident)
 
 
+@pytest.mark.scenario
 def test_a_run_killed_inside_an_epoch_continues_with_another_number_of_workers(
     tmp_path: Path, undisturbed: RunResult
 ) -> None:

@@ -119,12 +119,23 @@ def counted(
     return _mlp(num_classes, input_shape, count)
 
 
-def grows(*, num_classes: int, input_shape: tuple[int, ...], log: str, pause_s: float) -> nn.Module:
-    """Append the number of ranks to `log` in every training step of rank 0; drop the pause after steps of two ranks."""
+def grows(
+    *, num_classes: int, input_shape: tuple[int, ...], log: str, pause_s: float, grown_pause_s: float
+) -> nn.Module:
+    """Append the number of ranks to `log` in every training step of rank 0.
+
+    Args:
+        num_classes, input_shape: given by the engine.
+        log: the file.
+        pause_s: pause in each step until two ranks have trained a step.
+        grown_pause_s: pause in each step of two ranks.
+    """
 
     def note(logits: torch.Tensor) -> torch.Tensor:
         ranks = ray.train.get_context().get_world_size()
-        if ranks > 1 or b"2" not in Path(log).read_bytes():
+        if ranks > 1:
+            time.sleep(grown_pause_s)
+        elif b"2" not in Path(log).read_bytes():
             time.sleep(pause_s)
         if _rank() == 0:
             with Path(log).open("ab") as steps:

@@ -45,10 +45,13 @@ class ElasticRun:
         address: of the cluster.
         epochs: of the run.
         resize_s: how often Ray looks for room to grow.
+        pauses_s: the pause in each step, before the run grows and with two ranks.
     """
 
-    def __init__(self, folder: Path, address: str, epochs: int, resize_s: float) -> None:
-        self.folder, self.epochs = folder / "elastic", epochs
+    def __init__(
+        self, folder: Path, address: str, epochs: int, *, resize_s: float, pauses_s: tuple[float, float]
+    ) -> None:
+        self.folder, self.epochs, self._pauses_s = folder / "elastic", epochs, pauses_s
         self._log = folder / "ranks"
         self._log.touch()
         self._sections: dict[str, dict[str, Any]] = {
@@ -70,9 +73,9 @@ class ElasticRun:
         self._process.kill()
         self._process.wait()
 
-    @staticmethod
-    def _model(log: Path) -> dict[str, Any]:
-        return {"name": user("grows"), "log": str(log), "pause_s": 0.25}
+    def _model(self, log: Path) -> dict[str, Any]:
+        pause_s, grown_pause_s = self._pauses_s
+        return {"name": user("grows"), "log": str(log), "pause_s": pause_s, "grown_pause_s": grown_pause_s}
 
     @property
     def ranks(self) -> str:
@@ -117,7 +120,7 @@ class ElasticRun:
 
 def test_a_machine_joins_inside_an_epoch(tmp_path: Path, cluster: Cluster) -> None:
     """The short form only grows: after the loss of a machine Ray alone waits for more than 20 s."""
-    with ElasticRun(tmp_path, cluster.address, epochs=2, resize_s=1) as run:
+    with ElasticRun(tmp_path, cluster.address, epochs=2, resize_s=1, pauses_s=(0.3, 0.0)) as run:
         run.wait(lambda ranks: len(ranks) > 3, "the first steps on one machine")
         cluster.add_node(num_cpus=1)
         run.finish()
@@ -128,7 +131,7 @@ def test_a_machine_joins_inside_an_epoch(tmp_path: Path, cluster: Cluster) -> No
 
 @pytest.mark.scenario
 def test_machines_join_and_leave_inside_epochs(tmp_path: Path, cluster: Cluster) -> None:
-    with ElasticRun(tmp_path, cluster.address, epochs=8, resize_s=15) as run:
+    with ElasticRun(tmp_path, cluster.address, epochs=8, resize_s=15, pauses_s=(0.15, 0.15)) as run:
         run.wait(lambda ranks: len(ranks) > 3, "the first steps on one machine")
         second = cluster.add_node(num_cpus=1)
         run.wait(lambda ranks: ranks.count("2") > 4, "the steps on two machines")

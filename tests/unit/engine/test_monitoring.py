@@ -174,8 +174,13 @@ def test_a_rank_that_has_never_sent_a_pulse_is_silent_too() -> None:
 
 def test_sigterm_interrupts_like_ctrl_c_and_the_handler_is_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), on_sigterm():
-        signal.raise_signal(signal.SIGTERM)
+    # A user's own TorchTrainer, in an earlier test of this process, leaves its handler of SIGINT.
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), on_sigterm():
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGINT, ctrl_c)
     assert signal.getsignal(signal.SIGTERM) == before
 
 
