@@ -103,8 +103,11 @@ def wait_for(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:
         time.sleep(0.5)
 
 
-def test_jobs_find_their_files_and_leave_complete_folders(tmp_path: Path, head: Head) -> None:
-    """One job runs three commands. The last one must fail: its runs would vanish with the job's working directory."""
+@pytest.mark.parametrize("with_workers_and_sweep", [False, pytest.param(True, marks=pytest.mark.scenario)])
+def test_jobs_find_their_files_and_leave_complete_folders(
+    tmp_path: Path, head: Head, with_workers_and_sweep: bool
+) -> None:
+    """The last command of the job must fail: its runs would vanish with the job's working directory."""
     project, runs = tmp_path / "project", tmp_path / "runs"
     project.mkdir()
     (project / "run.yaml").write_text(CONFIG)
@@ -112,11 +115,12 @@ def test_jobs_find_their_files_and_leave_complete_folders(tmp_path: Path, head: 
     sweep = "scaling: {num_workers: 0}\nsweep: {space: {method.prune_ratio: [0.3, 0.6]}}\n"
     (project / "sweep.yaml").write_text(CONFIG + sweep)
     rayprune, storage = f"{sys.executable} -m rayprune", f"run.storage_path={runs}"
-    workers = "scaling.num_workers=1 scaling.cpus_per_worker=1 scaling.threads=1 scaling.stream=ray"
-    commands = (
-        f"{rayprune} train run.yaml run.name=job {storage} {workers} && {rayprune} sweep sweep.yaml {storage} "
-        f"&& ! {rayprune} train run.yaml"
-    )
+    workers, sweep_command = "scaling.num_workers=0", ""
+    if with_workers_and_sweep:
+        workers = "scaling.num_workers=1 scaling.cpus_per_worker=1 scaling.threads=1 scaling.stream=ray"
+        sweep_command = f"{rayprune} sweep sweep.yaml {storage} && "
+    train = f"{rayprune} train run.yaml run.name=job {storage} {workers}"
+    commands = f"{train} && {sweep_command}! {rayprune} train run.yaml"
     submit = [str(RAY), "job", "submit", "--address", head.address, "--working-dir", ".", "--", "sh", "-c", commands]
     job = subprocess.run(submit, cwd=project, env=head.environment, capture_output=True, text=True, timeout=300)
     assert job.returncode == 0, job.stdout[-3000:] + job.stderr[-3000:]
@@ -130,5 +134,7 @@ def test_jobs_find_their_files_and_leave_complete_folders(tmp_path: Path, head: 
     for name in ("config.yaml", "environment.json", "tensorboard"):
         assert (runs / "job" / name).exists()
 
+    if not with_workers_and_sweep:
+        return
     (folder,) = runs.glob("*-sweep-*")
     assert list(pd.read_parquet(folder / "results.parquet")["status"]) == ["finished", "finished"]

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.support.command_line import environment, rayprune
 from tests.support.paths import ROOT
 
@@ -49,6 +51,7 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.scenario
 def test_a_killed_run_resumes_to_the_result_of_an_undisturbed_run(tmp_path: Path) -> None:
     quick = [word if word != "train.epochs=3" else "train.epochs=60" for word in QUICK]
     words = ["train", "configs/digits_infobatch.yaml", *quick, f"run.storage_path={tmp_path}"]

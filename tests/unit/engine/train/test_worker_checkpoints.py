@@ -60,7 +60,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunResult, li
     return result, steps
 
 
-@pytest.mark.parametrize("kill_at", [2, 5, 12, 24, 33, 50])
+_LONG = [pytest.param(step, marks=pytest.mark.scenario) for step in (5, 24, 50)]
+
+
+@pytest.mark.parametrize("kill_at", [2, 12, 33, *_LONG])
 def test_a_run_killed_at_any_step_repeats_only_the_steps_since_its_checkpoint(
     kill_at: int, tmp_path: Path, undisturbed: tuple[RunResult, list[int]]
 ) -> None:
