@@ -25,11 +25,11 @@ test: setup
 
 # The long forms alone: kills, a cluster that grows and shrinks, a soak.
 scenarios: setup
-	$(BIN)/python -m pytest -m scenario tests
+	$(BIN)/python -m pytest -m scenario --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests
 
 test-all: test scenarios
 
-# 56 faults inside epochs; about 18 minutes on two cores.
+# 56 faults inside epochs; 15 to 22 minutes on two cores.
 torture: setup
 	$(BIN)/python -m tests.scenarios.kills
 
