@@ -11,7 +11,7 @@ import numpy as np
 
 from rayprune.config.experiments import format_value
 from rayprune.core.references import closest
-from rayprune.errors import RunFolderError
+from rayprune.errors import ConfigError, RunFolderError
 from rayprune.report.read import Arm, Comparison, RunRecord, as_mapping
 from rayprune.report.text import count_of, number, share
 
@@ -121,7 +121,8 @@ def samples_table(run: RunRecord, sort: str | None = None, top: int = 20, ascend
         ascending: return the lowest instead.
 
     Raises:
-        RunFolderError: the run has no scores, or none of this name.
+        RunFolderError: the run has no scores.
+        ConfigError: it has none of this name.
     """
     if run.scores is None:
         raise RunFolderError(f"{run.folder} has no scores.parquet: a run writes it when it finishes, so wait for that")
@@ -129,7 +130,7 @@ def samples_table(run: RunRecord, sort: str | None = None, top: int = 20, ascend
     names = list(run.scores.scores)
     sort = names[0] if sort is None else sort
     if sort not in columns:
-        raise RunFolderError(f"{run.scores.path} has no column {sort!r}: {closest(sort, columns)}")
+        raise ConfigError(f"{run.scores.path} has no column {sort!r}: {closest(sort, columns)}")
     values = np.asarray(columns[sort], dtype=np.int64 if sort == "id" else np.float64)
     # Samples with equal scores stay in the order of their ids; those without a score come last.
     order = np.argsort(values if ascending else -values, kind="stable")[:top]

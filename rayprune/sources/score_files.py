@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rayprune.core.references import closest
-from rayprune.errors import ConfigError, RunFolderError, one_line
+from rayprune.errors import ConfigError, DataError, RunFolderError, one_line
 from rayprune.sources.base import id_faults
 from rayprune.sources.storage import replace_file
 
@@ -162,7 +162,13 @@ def read_scores(path: str | Path) -> ScoreFile:
 
 
 def write_table(path: Path, columns: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    """Write columns and metadata as a Parquet file, atomically."""
+    """Write columns and metadata as a Parquet file, atomically.
+
+    Raises:
+        DataError: the folder does not exist.
+    """
+    if not path.parent.is_dir():
+        raise DataError(f"{path} can't be written: there is no folder {path.parent}, create it first")
     table = pa.table(dict(columns)).replace_schema_metadata({METADATA_KEY: json.dumps(metadata)})
     with replace_file(path) as partial:
         pq.write_table(table, partial)

@@ -294,12 +294,7 @@ def replace_file(path: Path) -> Iterator[Path]:
 
     Yields:
         A path to write to; it replaces `path` when the block ends without an error.
-
-    Raises:
-        DataError: the folder does not exist.
     """
-    if not path.parent.is_dir():
-        raise DataError(f"{path} can't be written: there is no folder {path.parent}, create it first")
     temporary = path.with_name(f"{path.name}.partial")
     try:
         yield temporary

@@ -148,10 +148,12 @@ class ScoreClient:
         return isinstance(self.channel, LocalChannel)
 
     def _call(self, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+        assert not kwargs, "channels pass arguments by position"
         result: R = self.channel.call(method.__name__, *args)
         return result
 
     def _post(self, method: Callable[Concatenate[Any, P], object], *args: P.args, **kwargs: P.kwargs) -> None:
+        assert not kwargs, "channels pass arguments by position"
         self.channel.post(method.__name__, *args)
 
     def _try_call(self, method: Callable[[Any], R], timeout_s: float) -> R | None:

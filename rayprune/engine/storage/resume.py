@@ -20,7 +20,7 @@ from rayprune.engine.storage.run_folder import (
     write_environment,
     write_whole,
 )
-from rayprune.errors import RunFolderError
+from rayprune.errors import ConfigError, RunFolderError
 from rayprune.sources import SampleSource
 from rayprune.sources.base import shuffle_name
 
@@ -32,10 +32,10 @@ def run_folder_of(config: Config) -> Path:
     """Return the folder that a config's run writes to.
 
     Raises:
-        RunFolderError: the run has no name.
+        ConfigError: the run has no name.
     """
     if config.run.name is None:
-        raise RunFolderError("run.name is not set: name the run's folder")
+        raise ConfigError("run.name is not set: name the run's folder")
     return config.run.storage_folder() / config.run.name
 
 

@@ -22,6 +22,7 @@ from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
 from rayprune.errors import RunFolderError, one_line
 from rayprune.sources import score_files
+from rayprune.sources.storage import replace_file
 
 RUN_SCHEMA = 1  # of environment.json and gallery.json
 _PACKAGES = ("rayprune", "ray", "torch", "torchvision", "numpy", "pandas", "pyarrow", "scikit-learn")
@@ -29,9 +30,8 @@ _PACKAGES = ("rayprune", "ray", "torch", "torchvision", "numpy", "pandas", "pyar
 
 def write_whole(file: Path, text: str) -> None:
     """Write a text file atomically: a kill leaves the old file or the new one."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+    with replace_file(file) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def read_config(file: Path, cure: str = "restore it or choose another run.name") -> Config:

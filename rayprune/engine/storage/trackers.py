@@ -28,7 +28,7 @@ from typing import Any, Protocol
 from rayprune.config import Config
 from rayprune.config.yaml import flatten
 from rayprune.engine.storage.run_folder import read_metrics, write_whole
-from rayprune.errors import RunFolderError, one_line
+from rayprune.errors import ConfigError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +41,12 @@ def check_trackers(config: Config) -> None:
     """Refuse a tracker that is not installed.
 
     Raises:
-        RunFolderError: one line with the cure.
+        ConfigError: one line with the cure.
     """
     for name in config.run.trackers:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # a folder of that name is a namespace package without an origin
-            raise RunFolderError(f"run.trackers has {name}, which is not installed: pip install 'rayprune[{name}]'")
+            raise ConfigError(f"run.trackers has {name}, which is not installed: pip install 'rayprune[{name}]'")
 
 
 def failures(run_folder: Path, config: Config) -> list[str]:

@@ -25,6 +25,7 @@ from rayprune.config import Config
 from rayprune.engine.storage.costs import costs_of
 from rayprune.engine.storage.run_folder import read_metrics, write_whole
 from rayprune.experiments.sweep.space import Point, trial_config
+from rayprune.sources.storage import replace_file
 
 Row = dict[str, Any]
 # Status of a trial. The same command resumes unfinished trials and repeats failed ones.
@@ -131,9 +132,8 @@ def write_results(folder: Path, base: Config, rows: Sequence[Row]) -> None:
             # A column of numbers and mappings becomes text that YAML can read.
             table[key] = [_one_line_yaml(value) for value in values]
     write_whole(folder / "results.csv", table.to_csv(index=False))
-    partial = folder / "results.parquet.partial"
-    table.to_parquet(partial, index=False)
-    partial.replace(folder / "results.parquet")
+    with replace_file(folder / "results.parquet") as partial:
+        table.to_parquet(partial, index=False)
     fresh = folder / "pareto.partial"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()

@@ -20,6 +20,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from rayprune.sources.storage import replace_file
+
 INK, MUTED, GRID, PAPER = "#1c2330", "#566070", "#d9dde3", "#ffffff"
 # The same hues in both themes, each with a contrast of at least 3 to its page.
 SERIES = ("#0b63a8", "#c4500a", "#00795a", "#a8487e", "#946400", "#5b4fc4", "#4a525e", "#6a6f00")
@@ -122,10 +124,9 @@ def svg(plot: Plot) -> str:
 
 def save_png(plot: Plot, file: Path, dpi: int = 150) -> Path:
     """Write a plot atomically as a PNG file on white; return the file."""
-    partial = file.with_name(f"{file.name}.partial")
-    with matplotlib.rc_context(_STYLE):
+    with replace_file(file) as partial, matplotlib.rc_context(_STYLE):
         _save(plot, partial, dpi=dpi, format="png", facecolor=PAPER)
-    return partial.replace(file)
+    return file
 
 
 def _save(plot: Plot, target: Any, **options: Any) -> None:

@@ -172,34 +172,25 @@ def test_a_rank_that_has_never_sent_a_pulse_is_silent_too() -> None:
     assert list(actor.pulses()) == [0]
 
 
-def test_sigterm_interrupts_like_ctrl_c_and_the_handler_is_put_back() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    # A user's own TorchTrainer, in an earlier test of this process, leaves its handler of SIGINT.
-    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell starts background commands with SIGINT ignored.
+@pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN], ids=["default", "ignored"])
+def test_sigterm_interrupts_like_ctrl_c_and_the_handler_is_put_back(ctrl_c: Any) -> None:
+    # An earlier test of this process may have left the handlers of a user's own TorchTrainer.
+    sigterm, sigint = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGINT, ctrl_c)
     try:
         with pytest.raises(KeyboardInterrupt), on_sigterm():
             signal.raise_signal(signal.SIGTERM)
     finally:
-        signal.signal(signal.SIGINT, ctrl_c)
-    assert signal.getsignal(signal.SIGTERM) == before
+        signal.signal(signal.SIGINT, sigint)
+    assert signal.getsignal(signal.SIGTERM) == sigterm
 
 
-def test_handlers_that_a_library_replaces_are_restored() -> None:
-    with on_sigterm(lambda *_: None):
-        ours, ctrl_c = (signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT))
-        with kept_handlers(signal.SIGTERM, signal.SIGINT):
+@pytest.mark.parametrize("ours", [lambda *_: None, signal.SIG_IGN], ids=["handled", "ignored"])
+def test_handlers_that_a_library_replaces_are_restored(ours: Any) -> None:
+    with on_sigterm(ours):
+        with kept_handlers(signal.SIGTERM):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == (ours, ctrl_c)
-
-
-def test_sigterm_interrupts_where_a_shell_ignores_ctrl_c() -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with pytest.raises(KeyboardInterrupt), on_sigterm():
-            signal.raise_signal(signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGINT, before)
+        assert signal.getsignal(signal.SIGTERM) == ours
 
 
 @pytest.mark.parametrize(
