@@ -54,7 +54,7 @@ class ExperimentFolder:
         """Create or check the folder, write its config, and lock it until the block ends.
 
         Raises:
-            ValueError: the folder holds something else, is in use, or can't be written.
+            RunFolderError: the folder holds something else, is in use, or can't be written.
         """
         self.check(config)
         with contextlib.ExitStack() as stack:

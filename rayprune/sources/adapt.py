@@ -34,7 +34,7 @@ def as_source(data: Any) -> SampleSource:
             or a map-style torch Dataset.
 
     Raises:
-        ValueError: it is of another kind, or unsuitable.
+        DataError: it is of another kind, or unsuitable.
     """
     if isinstance(data, SampleSource):
         return data

@@ -58,8 +58,9 @@ class Arrays:
         """Open the arrays, and hold out a validation part if none is stored.
 
         Raises:
-            ValueError: missing or damaged files, arrays of an unsuitable shape, dtype or length, features that are
-                NaN or infinite, or labels that are not class numbers.
+            ConfigError: path is neither a folder nor an .npz archive, or validation_fraction is outside its range.
+            DataError: missing or damaged files, arrays of an unsuitable shape, dtype or length, features that are NaN
+                or infinite, or labels that are not class numbers.
         """
         path = Path(self.path).expanduser().absolute()
         opener = _opener(path, self.cache_dir)
@@ -97,7 +98,7 @@ def map_array(file: Path, name: str) -> np.ndarray:
     """Memory-map a .npy file, called `name` in messages.
 
     Raises:
-        ValueError: it is not a .npy file, is truncated, or holds Python objects.
+        DataError: it is not a .npy file, is truncated, or holds Python objects.
     """
     try:
         return np.asarray(np.lib.format.open_memmap(file, mode="r"))
@@ -119,7 +120,7 @@ def extract_archive(path: Path, folder: Path) -> None:
     """Write an archive's arrays of known names into a folder as .npy files.
 
     Raises:
-        ValueError: the archive is damaged, or an array holds Python objects.
+        DataError: the archive is damaged, or an array holds Python objects.
     """
     try:
         with zipfile.ZipFile(path) as archive:

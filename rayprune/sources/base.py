@@ -42,7 +42,7 @@ class Schema:
         class_names: one name per class, or empty.
 
     Raises:
-        ValueError: num_classes is below 1.
+        DataError: num_classes is below 1.
     """
 
     columns: Mapping[str, Column]
@@ -99,7 +99,7 @@ class SampleSource(abc.ABC):
         """All labels, (N,) int64.
 
         Raises:
-            ValueError: samples have no class.
+            DataError: samples have no class.
         """
 
     @abc.abstractmethod
@@ -113,7 +113,7 @@ class SampleSource(abc.ABC):
             The schema's columns, each with B C-contiguous rows in the order of the ids.
 
         Raises:
-            ValueError: an id is not in the source.
+            DataError: an id is not in the source.
         """
 
     def read(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
@@ -237,7 +237,7 @@ class Limited(_View):
         num_samples: at least 1; if the source has fewer, all are kept.
 
     Raises:
-        ValueError: num_samples is below 1.
+        ConfigError: num_samples is below 1.
     """
 
     def __init__(self, source: SampleSource, num_samples: int) -> None:
@@ -272,7 +272,7 @@ class Subset(_View):
         rows: (N',) int64 ids of the source.
 
     Raises:
-        ValueError: a row is not in the source.
+        DataError: a row is not in the source.
     """
 
     _rows: np.ndarray
@@ -331,7 +331,8 @@ def holdout(source: SampleSource, fraction: float, seed: int = 0) -> Splits:
         Both parts; validation is also None if no class has two samples.
 
     Raises:
-        ValueError: the fraction is outside its range.
+        ConfigError: the fraction is outside its range.
+        DataError: the samples have no class.
     """
     if not 0 <= fraction < 1:
         raise ConfigError(f"validation_fraction is {fraction}: it must be at least 0 and below 1")
@@ -369,7 +370,7 @@ def check_ids(ids: np.ndarray, num_samples: int) -> None:
     """Refuse ids that are not in 0..num_samples-1.
 
     Raises:
-        ValueError: names the first five.
+        DataError: names the first five.
     """
     unknown = ids[(ids < 0) | (ids >= num_samples)]
     if len(unknown):
@@ -422,7 +423,7 @@ def count_classes(
         class_names: names that are stored with the labels, or none.
 
     Raises:
-        ValueError: the labels are too large, or too sparse to be numbered classes.
+        DataError: the labels are too large, or too sparse to be numbered classes.
     """
     largest = int(labels.max())
     if largest > MAX_LABEL:

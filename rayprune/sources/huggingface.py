@@ -84,8 +84,8 @@ class HuggingFace:
         """Find the splits and columns and read the labels.
 
         Raises:
-            ValueError: the package is not installed, the folder is not a saved dataset or damaged, or a split or
-                column is missing or unsuitable.
+            ConfigError: path is not a saved dataset, a split is missing, or validation_fraction is outside its range.
+            DataError: the package is not installed, the folder is damaged, or a column is missing or unsuitable.
         """
         folder = _saved_folder(self.path)
         loaded = load_dataset(str(folder), None)
@@ -136,7 +136,8 @@ def from_huggingface(
         image_column, label_column, feature_columns, image_size, num_classes, cache, cache_dir: as in HuggingFace.
 
     Raises:
-        ValueError: it is not a Dataset, or a column is missing or unsuitable.
+        ConfigError: feature_columns is empty.
+        DataError: it is not a Dataset, a column is missing or unsuitable, or image_size or cache is wrong.
     """
     if not all(hasattr(dataset, name) for name in ("with_format", "features", "__len__")) or hasattr(dataset, "keys"):
         raise DataError(
@@ -168,7 +169,7 @@ def load_dataset(folder: str, split: str | None) -> Any:
     """Return the Dataset that a folder holds, or a split of its DatasetDict; without a split, all of it.
 
     Raises:
-        ValueError: the package is not installed, or the folder is damaged.
+        DataError: the package is not installed, or the folder is damaged.
     """
     try:
         from datasets import load_from_disk
@@ -198,7 +199,7 @@ class HuggingFaceSource(DescribedSource):
         train: the training part, whose columns, classes and image size a validation part shares.
 
     Raises:
-        ValueError: a column is missing or unsuitable, a sample has no label, or there are no samples.
+        DataError: a column is missing or unsuitable, a sample has no label, or there are no samples.
     """
 
     process_local = ("_dataset", "_labels")

@@ -82,7 +82,8 @@ class ImageFolder:
         """List the files and decode the first one; with on_error=skip, decode all to find the unreadable ones.
 
         Raises:
-            ValueError: there are no images in class folders, or an image is unsuitable or (on_error=fail) damaged.
+            ConfigError: validation_fraction is outside its range.
+            DataError: there are no images in class folders, or an image is unsuitable or (on_error=fail) damaged.
         """
         storage = Storage(self.path)
         if not storage.is_folder():
@@ -159,7 +160,7 @@ class ImageNet:
         """Open both parts as `image_folder` does.
 
         Raises:
-            ValueError: a folder is missing, or `image_folder` refuses the images.
+            DataError: a folder is missing, or `image_folder` refuses the images.
         """
         storage = Storage(self.path)
         missing = {"train", "val"} - set(storage.folders() if storage.is_folder() else [])

@@ -66,7 +66,7 @@ class MemorySource(DescribedSource):
             every batch. An integer column `label` of shape (N,) gives the classes that a class floor counts.
 
     Raises:
-        ValueError: no columns, columns of different lengths, of Python objects, or with a reserved name.
+        DataError: no columns, columns of different lengths, of Python objects, or with a reserved name.
     """
 
     def __init__(self, columns: Mapping[str, np.ndarray]) -> None:

@@ -68,8 +68,10 @@ def open_data(
         **keys: the source's own keys.
 
     Raises:
-        ValueError: an unknown source or key, a missing key, a value of another type, an empty part, labels outside
-            0..num_classes-1, or an error of the source.
+        ConfigError: an unknown source or key, a missing key, a value of another type or out of range, or a function
+            that can't be called or returns something else.
+        DataError: an empty part, labels that are missing or outside 0..num_classes-1, parts that differ, or data that
+            the source can't use.
     """
     splits = _call_function(source, keys) if is_reference(source) else _open_registered(source, cache, keys)
     _check_part("training", splits.train)

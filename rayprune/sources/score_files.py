@@ -61,7 +61,7 @@ class ScoreFile:
         """Return the name of a score: the requested one, else the one of the file's method, else the only one.
 
         Raises:
-            ValueError: there is none of that name, or several to choose from.
+            ConfigError: there is none of that name, or several to choose from.
         """
         if requested is not None:
             if requested not in self.scores:
@@ -103,7 +103,8 @@ def write_scores(
         about: other metadata, such as `method` and `seed`; any JSON.
 
     Raises:
-        ValueError: two columns have one name, a column is of another length, or the folder does not exist.
+        ConfigError: two columns have one name, or a column is of another length.
+        DataError: the folder does not exist.
     """
     parts: list[Mapping[str, Any]] = [{"id": np.arange(num_samples)}]
     parts += [{"label": labels}, extra or {}, scores, {"last_visit": last_visit, "times_pruned": times_pruned}]
@@ -127,8 +128,8 @@ def read_scores(path: str | Path) -> ScoreFile:
         path: a Parquet file, a CSV file with a header (.csv), or a run folder, whose scores.parquet is read.
 
     Raises:
-        ValueError: there is no such file, it is not a table or of a newer schema, its ids are not each of 0..N-1 once,
-            or it holds no scores.
+        RunFolderError: there is no such file, it is not a table or of a newer schema, its ids are not each of 0..N-1
+            once, or it holds no scores.
     """
     file = Path(path)
     if file.is_dir():
@@ -178,7 +179,7 @@ def read_table(file: Path) -> pa.Table:
     """Read a whole Parquet file.
 
     Raises:
-        ValueError: it is not one, or two columns have one name.
+        RunFolderError: it is not one, or two columns have one name.
     """
     try:
         table = pq.ParquetFile(file).read()
@@ -193,7 +194,7 @@ def table_metadata(table: pa.Table, file: Path, schema: int) -> dict[str, Any]:
     """Return the metadata that rayprune has stored in a table; {} for none.
 
     Raises:
-        ValueError: it is unreadable, or of a newer schema than `schema`.
+        RunFolderError: it is unreadable, or of a newer schema than `schema`.
     """
     text = (table.schema.metadata or {}).get(METADATA_KEY)
     if text is None:

@@ -55,7 +55,7 @@ class SelectionFile:
         """Return the Selection of these samples among N.
 
         Raises:
-            ValueError: the file is of another number of samples, or an id is outside 0..N-1.
+            RunFolderError: the file is of another number of samples, or an id is outside 0..N-1.
         """
         _check_fit(self.path, self.ids, self.num_samples, num_samples)
         return Selection.of_ids(
@@ -71,7 +71,7 @@ def check_selection_path(path: Path) -> None:
     """Refuse a path that `write_selection_file` can't write to.
 
     Raises:
-        ValueError: an unknown suffix, or a folder that does not exist.
+        ConfigError: an unknown suffix, or a folder that does not exist.
     """
     _check_format(path)
     if path.is_dir() or not path.parent.is_dir():
@@ -96,7 +96,7 @@ def write_selection_file(
         about: how they were chosen; any JSON.
 
     Raises:
-        ValueError: as `check_selection_path`.
+        ConfigError: as `check_selection_path`.
     """
     file = Path(path)
     check_selection_path(file)
@@ -123,7 +123,8 @@ def read_selection_for(path: str, source: SampleSource) -> SelectionFile:
     """Read the samples of a source that the method `fixed` trains on.
 
     Raises:
-        ValueError: no path, a file that can't be read, or one that was chosen on other data.
+        ConfigError: no path, or an unknown suffix.
+        RunFolderError: the file can't be read, or was chosen on other data.
     """
     if not path:
         raise ConfigError("method.path is missing: method fixed trains on a file that `rayprune select` wrote")
@@ -144,8 +145,9 @@ def read_selection_file(path: str | Path, num_samples: int | None = None) -> Sel
         num_samples: N, if it is known: ids must be below it.
 
     Raises:
-        ValueError: no such file, an unknown suffix, unreadable content or a newer schema; ids that are not whole
-            numbers, repeat or are out of range; weights that are negative, NaN or infinite.
+        ConfigError: an unknown suffix.
+        RunFolderError: no such file, unreadable content or a newer schema; ids that are not whole numbers, repeat or
+            are out of range; weights that are negative, NaN or infinite.
     """
     file = Path(path)
     _check_format(file)

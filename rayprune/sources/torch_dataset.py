@@ -78,7 +78,8 @@ class TorchDataset:
         """Call the function and read the labels.
 
         Raises:
-            ValueError: the function returns something else, or items that no built-in classifier can take.
+            ConfigError: the function can't be called, or its items can't be cached or held out as the keys say.
+            DataError: the function returns something else, or items that no built-in classifier can take.
         """
         result = call_with_keys("data.dataset", self.dataset, self.options, "data.options")
         train_items, validation_items = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
@@ -121,7 +122,8 @@ def from_torch(
         A source that pickles with the dataset, and reads one item at a time.
 
     Raises:
-        ValueError: it is not a map-style Dataset, it is empty, or an item is unsuitable.
+        ConfigError: `cache` is memory or disk, and the items differ at each visit or have no class.
+        DataError: it is not a map-style Dataset, it is empty, an item is unsuitable, or `cache` is unknown.
     """
     check_mode(cache)
     source = ItemSource(dataset, None if columns is None else tuple(columns), num_classes)
@@ -157,7 +159,7 @@ class ItemSource(DescribedSource):
         random: whether items differ at each visit.
 
     Raises:
-        ValueError: it is not a map-style Dataset, it is empty, or an item is unsuitable.
+        DataError: it is not a map-style Dataset, it is empty, or an item is unsuitable.
     """
 
     row_cost: RowCost = "expensive"
@@ -311,7 +313,7 @@ def item_columns(item: Any, names: tuple[str, ...] | None, float_features: bool 
         float_features: convert integers called `features` to float32 too, which is exact up to 2**24.
 
     Raises:
-        ValueError: the names do not fit, or a value is not a number or an array of numbers.
+        DataError: the names do not fit, or a value is not a number or an array of numbers.
     """
     if isinstance(item, Mapping):
         chosen = tuple(item) if names is None else names

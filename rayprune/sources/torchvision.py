@@ -60,7 +60,7 @@ class PublishedImages(abc.ABC):
         """Open both parts; with `download`, fetch missing files first.
 
         Raises:
-            ValueError: a file is missing, damaged, or can't be downloaded.
+            DataError: a file is missing, damaged, or can't be downloaded.
         """
         names = (*self.train_files, *self.test_files, *self.shared_files)
         if self.download and not all(map(self._stored_file, names)):
@@ -116,7 +116,7 @@ class PublishedImages(abc.ABC):
         """Return a part's images, labels and class names.
 
         Raises:
-            ValueError: a file is damaged, or is not one of the dataset.
+            DataError: a file is damaged, or is not one of the dataset.
         """
 
 

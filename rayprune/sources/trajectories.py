@@ -53,7 +53,7 @@ def read_trajectories(folder: str | Path, num_epochs: int, num_samples: int | No
         An iterator over (epoch from 0, (B,) int64 ids, (B, C) float32 probabilities, (B,) float32 losses or None).
 
     Raises:
-        ValueError: files are missing or damaged, there are fewer epochs, logits are float16 or (while reading) NaN or
+        DataError: files are missing or damaged, there are fewer epochs, logits are float16 or (while reading) NaN or
             infinite, ids repeat, are missing or are not integers, or N or C differ.
     """
     root = Path(folder).expanduser()

@@ -72,7 +72,10 @@ def compare(config: Config, listeners: CompareListeners | None = None, *, debug:
         The folder, with compare.json and compare.csv.
 
     Raises:
-        ValueError: the config can't be compared, or the folder is another comparison's; one line with the cure.
+        ConfigError: the config can't be compared or trained.
+        DataError: the data can't be used.
+        RunFolderError: the folder is another comparison's, is in use, is damaged, or can't be written.
+        ClusterError: no Ray cluster answers, or it has too few resources for the runs.
         TrainingFailed: a run failed; the other active runs have saved checkpoints.
         KeyboardInterrupt: SIGINT or SIGTERM arrived; the same call continues the comparison.
     """

@@ -121,7 +121,9 @@ def evaluate(
         on_notice: called with one-line notices for the user.
 
     Raises:
-        ValueError: the run can't be evaluated; one line with the cure.
+        ConfigError: the mode is unknown, or the network or the parts of the data do not allow it.
+        DataError: the data can't be read, or is not the run's.
+        RunFolderError: there is no run or no checkpoint, or the checkpoint does not fit the config or the network.
     """
     if mode is not None and mode not in get_args(Mode):
         raise ConfigError(f"unknown mode {mode!r}: {closest(mode, get_args(Mode))}")
@@ -271,8 +273,9 @@ def open_run(folder: Path, device: torch.device) -> TrainedRun:
     """Load the network of a run's newest intact checkpoint, and open its data.
 
     Raises:
-        ValueError: there is no run or no checkpoint, or the data or the network are not the run's; one line with the
-            cure.
+        ConfigError: the network can't be built.
+        DataError: the data can't be read, or is not the run's.
+        RunFolderError: there is no run or no checkpoint, or the checkpoint does not fit the config or the network.
     """
     config = _config_of(folder)
     checkpoint = newest_checkpoint(folder)

@@ -92,8 +92,11 @@ def sweep(base: Config, folder: Path, listeners: SweepListeners | None = None, *
         debug: show Ray's own logs.
 
     Raises:
-        ValueError: a key or value of the space is wrong, the folder is another sweep's, or there are too few resources
-            for a trial; one line, and no trial has started.
+        ConfigError: a key or value of the space is wrong, or a trial can't use its data. As with the next three, no
+            trial has started.
+        DataError: the samples can't be decoded, or the cache can't be written.
+        RunFolderError: the folder is another sweep's, is in use, or can't be written.
+        ClusterError: no Ray cluster answers, or it has too few resources for a trial.
         KeyboardInterrupt: SIGINT or SIGTERM arrived; the same call continues the sweep.
     """
     listeners = listeners or SweepListeners()

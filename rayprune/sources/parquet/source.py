@@ -88,7 +88,8 @@ class Parquet:
         """Find the files and columns and read the labels; with on_error=skip, decode all rows to find unreadable ones.
 
         Raises:
-            ValueError: files or columns are missing, unsuitable or (on_error=fail) damaged.
+            ConfigError: validation_fraction is outside its range.
+            DataError: files or columns are missing, unsuitable or (on_error=fail) damaged.
         """
         train_rows, validation_rows, class_names = self._find_rows()
         if self.image_size is not None and train_rows.image_column is None:

@@ -94,7 +94,8 @@ class WebDataset:
         """Index the shards and read the labels; with on_error=skip, decode all images to find the unreadable ones.
 
         Raises:
-            ValueError: shards are missing, unsuitable or (on_error=fail) damaged.
+            ConfigError: validation_fraction is outside its range.
+            DataError: shards are missing, unsuitable or (on_error=fail) damaged.
         """
         storage = Storage(self.path)
         train_files, validation_files = self._split_files(storage)
