@@ -29,7 +29,7 @@ def methods(name: str | None) -> None:
         _print_table(("train.step", "cost, in plain steps", "published gain", "paper"), steps)
     elif name in STEP_OPTIONS:
         step = STEP_OPTIONS[name]
-        facts = {"cost": f"{step.cost} plain steps per sample", "gain": step.gain, "paper": step.paper}
+        facts = {"cost per sample, in plain steps": step.cost, "gain": step.gain, "paper": step.paper}
         _describe(step, facts, {key: value for key, value in step_config(name).items() if key != "name"})
     else:
         method = method_class(name)

@@ -27,7 +27,7 @@ from rayprune.config import Config
 from rayprune.config.schema import ScalingSection
 from rayprune.engine.data.device import check_columns
 from rayprune.engine.monitoring import kept_handlers
-from rayprune.errors import ClusterError
+from rayprune.errors import ClusterError, ConfigError
 from rayprune.sources import SampleSource
 
 Stream = Literal["ray", "local", "device"]
@@ -348,12 +348,13 @@ def divide_resources(
         total: all resources, as Ray counts them.
 
     Raises:
+        ConfigError: the number of workers is a range.
         ClusterError: they are not enough for one run, or for as many as requested; one line with the cure.
     """
     scaling = config.scaling
     if isinstance(scaling.num_workers, tuple):
         cure = f"set scaling.num_workers={scaling.num_workers[0]}"
-        raise ClusterError(f"{request.noun}s at the same time need a fixed number of workers: {cure}")
+        raise ConfigError(f"{request.noun}s at the same time need a fixed number of workers: {cure}")
     if scaling.num_workers == 0:
         return _divide_in_process(scaling, request, total.get("CPU", 0.0), int(total.get("GPU", 0.0)))
     alone = resolve_resources(config, source)

@@ -132,7 +132,7 @@ def extract_archive(path: Path, folder: Path) -> None:
     map_folder(folder, path)  # refuse Python objects before the entry is published
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
+def _damaged(path: Path, error: Exception) -> DataError:
     return DataError(f"{path} is damaged ({one_line(error)}): save it again with np.savez")
 
 

@@ -25,7 +25,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from rayprune.core.references import closest
-from rayprune.errors import DataError
+from rayprune.errors import ConfigError, DataError
 from rayprune.sources.base import SampleSource, Subset
 from rayprune.sources.memory import RowSource
 
@@ -78,10 +78,10 @@ def check_mode(mode: str) -> None:
     """Check the value of `data.cache`.
 
     Raises:
-        DataError: the mode is unknown; names the closest one.
+        ConfigError: the mode is unknown; names the closest one.
     """
     if mode not in get_args(CacheMode):
-        raise DataError(f"data.cache = {mode!r}: {closest(mode, get_args(CacheMode))}")
+        raise ConfigError(f"data.cache = {mode!r}: {closest(mode, get_args(CacheMode))}")
 
 
 def leave_out_unreadable(source: SampleSource, readable: np.ndarray, name: Callable[[int], str]) -> SampleSource:

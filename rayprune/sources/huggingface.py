@@ -84,8 +84,9 @@ class HuggingFace:
         """Find the splits and columns and read the labels.
 
         Raises:
-            ConfigError: path is not a saved dataset, a split is missing, or validation_fraction is outside its range.
-            DataError: the package is not installed, the folder is damaged, or a column is missing or unsuitable.
+            ConfigError: the package is not installed, path is not a saved dataset, a split is missing, or
+                validation_fraction is outside its range.
+            DataError: the folder is damaged, or a column is missing or unsuitable.
         """
         folder = _saved_folder(self.path)
         loaded = load_dataset(str(folder), None)
@@ -136,8 +137,8 @@ def from_huggingface(
         image_column, label_column, feature_columns, image_size, num_classes, cache, cache_dir: as in HuggingFace.
 
     Raises:
-        ConfigError: feature_columns is empty.
-        DataError: it is not a Dataset, a column is missing or unsuitable, or image_size or cache is wrong.
+        ConfigError: feature_columns is empty, or image_size or cache is wrong.
+        DataError: it is not a Dataset, or a column is missing or unsuitable.
     """
     if not all(hasattr(dataset, name) for name in ("with_format", "features", "__len__")) or hasattr(dataset, "keys"):
         raise DataError(
@@ -169,12 +170,13 @@ def load_dataset(folder: str, split: str | None) -> Any:
     """Return the Dataset that a folder holds, or a split of its DatasetDict; without a split, all of it.
 
     Raises:
-        DataError: the package is not installed, or the folder is damaged.
+        ConfigError: the package is not installed.
+        DataError: the folder is damaged.
     """
     try:
         from datasets import load_from_disk
     except ModuleNotFoundError as error:
-        raise DataError(
+        raise ConfigError(
             f"source 'huggingface' needs the package {error.name}: pip install 'rayprune[huggingface]'"
         ) from None
     try:
@@ -358,7 +360,10 @@ def _class_numbers(values: pa.ChunkedArray, class_texts: tuple[str, ...], column
         return np.asarray(text_numbers(values, class_texts, column_name).cast(pa.int64()))
     if class_texts or not (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
         raise DataError(f"{column_name} is {kind}: labels must be ClassLabel, integers or strings, alike in all splits")
-    return np.asarray(values.cast(pa.int64()))
+    try:
+        return np.asarray(values.cast(pa.int64()))
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{column_name} has a label outside int64 ({one_line(error)}): correct it") from None
 
 
 def _first_null(values: pa.ChunkedArray) -> int:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from rayprune.errors import DataError, UnreadableImage
+from rayprune.errors import ConfigError, DataError, UnreadableImage
 from rayprune.sources.base import DescribedSource, RowCost, SampleSource, Schema, Splits, check_ids, holdout
 from rayprune.sources.cache import CacheMode, cache_root, cached_arrays, decoded, leave_out_unreadable
 from rayprune.sources.fingerprint import WHOLE_BYTES, digest
@@ -82,12 +82,12 @@ class ImageFolder:
         """List the files and decode the first one; with on_error=skip, decode all to find the unreadable ones.
 
         Raises:
-            ConfigError: validation_fraction is outside its range.
+            ConfigError: path is not a folder, or validation_fraction is outside its range.
             DataError: there are no images in class folders, or an image is unsuitable or (on_error=fail) damaged.
         """
         storage = Storage(self.path)
         if not storage.is_folder():
-            raise DataError(
+            raise ConfigError(
                 f"data.path {storage.public()!r} is not a folder: set it to the one that holds the class folders"
             )
         images = [file for file in storage.files() if _is_image(file.name)]

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from rayprune.errors import DataError, UnreadableImage, one_line
+from rayprune.errors import ConfigError, DataError, UnreadableImage, one_line
 from rayprune.sources.storage import in_threads
 
 # The cure for bad data, in messages of sources with this key.
@@ -244,10 +244,10 @@ def check_size(image_size: int | None) -> None:
     """Check the value of `data.image_size`.
 
     Raises:
-        DataError: it is below 1.
+        ConfigError: it is below 1.
     """
     if image_size is not None and image_size < 1:
-        raise DataError(f"data.image_size is {image_size}: give pixels, at least 1, or leave it out")
+        raise ConfigError(f"data.image_size is {image_size}: give pixels, at least 1, or leave it out")
 
 
 def num_cpus() -> int:

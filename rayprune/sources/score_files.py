@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rayprune.core.references import closest
-from rayprune.errors import ConfigError, DataError, RunFolderError, one_line
+from rayprune.errors import ConfigError, RunFolderError, one_line
 from rayprune.sources.base import id_faults
 from rayprune.sources.storage import replace_file
 
@@ -103,8 +103,7 @@ def write_scores(
         about: other metadata, such as `method` and `seed`; any JSON.
 
     Raises:
-        ConfigError: two columns have one name, or a column is of another length.
-        DataError: the folder does not exist.
+        ConfigError: two columns have one name, a column is of another length, or the folder does not exist.
     """
     parts: list[Mapping[str, Any]] = [{"id": np.arange(num_samples)}]
     parts += [{"label": labels}, extra or {}, scores, {"last_visit": last_visit, "times_pruned": times_pruned}]
@@ -166,10 +165,10 @@ def write_table(path: Path, columns: Mapping[str, Any], metadata: Mapping[str, A
     """Write columns and metadata as a Parquet file, atomically.
 
     Raises:
-        DataError: the folder does not exist.
+        ConfigError: the folder does not exist.
     """
     if not path.parent.is_dir():
-        raise DataError(f"{path} can't be written: there is no folder {path.parent}, create it first")
+        raise ConfigError(f"{path} can't be written: there is no folder {path.parent}, create it first")
     table = pa.table(dict(columns)).replace_schema_metadata({METADATA_KEY: json.dumps(metadata)})
     with replace_file(path) as partial:
         pq.write_table(table, partial)

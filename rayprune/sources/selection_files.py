@@ -214,7 +214,7 @@ def _read_columns(file: Path, stream: BinaryIO, names: list[str]) -> dict[str, N
     return {name: table.column(name).to_numpy() for name in names}
 
 
-def _damaged(file: Path, name: str, text: str) -> ValueError:
+def _damaged(file: Path, name: str, text: str) -> RunFolderError:
     return RunFolderError(f"{file} has a damaged {name}, {text[:60]!r}: write the file again")
 
 

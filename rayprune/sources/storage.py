@@ -27,7 +27,7 @@ import pyarrow.fs as pafs
 
 from rayprune import errors
 from rayprune.core.references import closest
-from rayprune.errors import DataError
+from rayprune.errors import ConfigError, DataError
 
 Shard = TypeVar("Shard")
 Item = TypeVar("Item")
@@ -253,7 +253,7 @@ def split_shards(
         noun: the word for a shard in the config key `data.train_<noun>s`.
 
     Raises:
-        DataError: nothing is left for training, or a validation pattern other than the default matches nothing.
+        ConfigError: nothing is left for training, or a validation pattern other than the default matches nothing.
 
     >>> split_shards({"a/test": 0, "b": 1}, "*train*", "*test*", "file")
     ((1,), (0,))
@@ -265,10 +265,10 @@ def split_shards(
         held_out = _matching(others, OTHER_VALIDATION)
     elif not held_out and validation:
         names = closest(validation, others)
-        raise DataError(f"data.validation_{noun}s {validation!r} matches no {noun} left for validation: {names}")
+        raise ConfigError(f"data.validation_{noun}s {validation!r} matches no {noun} left for validation: {names}")
     training = training or set(others) - held_out
     if not training:
-        raise DataError(f"data.train_{noun}s {train!r} matches no {noun} left for training: {closest(train, shards)}")
+        raise ConfigError(f"data.train_{noun}s {train!r} matches no {noun} left for training: {closest(train, shards)}")
     return (
         tuple(shard for name, shard in shards.items() if name in training),
         tuple(shard for name, shard in shards.items() if name in held_out),

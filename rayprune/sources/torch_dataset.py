@@ -207,6 +207,8 @@ class ItemSource(DescribedSource):
         with self._lock:
             if positions and hasattr(self._dataset, "__getitems__"):
                 items = self._dataset.__getitems__(positions)
+                if len(items) != len(positions):
+                    raise DataError(f"{self.name}: __getitems__ gave {len(items)} items for {len(positions)} positions")
             else:
                 items = [self._dataset[position] for position in positions]
         columns = []

@@ -203,5 +203,5 @@ def _stored_bytes(file: Path) -> int:
         return min(int.from_bytes(packed.read(4), "little"), _MAX_GZIP_RATIO * size)
 
 
-def _bad_idx(file: Path, reason: str) -> ValueError:
+def _bad_idx(file: Path, reason: str) -> DataError:
     return DataError(f"{file} is damaged or of another form ({reason}): {_REPLACE}")

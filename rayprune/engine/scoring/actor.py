@@ -392,7 +392,7 @@ class LoopActor(ScoreActor):
         """Start an attempt at an epoch, with the state of a checkpoint, or afresh without one.
 
         Raises:
-            ConfigError: the state is another method's or dataset's.
+            RunFolderError: the state is another method's or dataset's.
         """
         selector = self._spec.selector()
         if state is not None:

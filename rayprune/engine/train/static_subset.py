@@ -160,7 +160,8 @@ def chosen_subset(config: Config, source: SampleSource) -> SelectionSetup:
     """Return the setup of a run of the method `fixed`.
 
     Raises:
-        DataError: the file cannot be read or is of other data.
+        ConfigError: the method has no path, or the file another suffix than a selection's.
+        RunFolderError: the file cannot be read, or is of other data.
     """
     method = config.build_method()
     assert isinstance(method, Fixed)

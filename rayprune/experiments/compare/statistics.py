@@ -220,7 +220,7 @@ def judge(method: ArmRuns, full: ArmRuns, baselines: Sequence[ArmRuns], criteria
     """
     margin = criteria.margin
     to_full = criteria.difference(method, full)
-    start = f"{method.name} is {to_full} to full"
+    start = f"{method.name} differs from full by {to_full}"
     if to_full.low is None:
         return Verdict(
             "undecided", f"{start}; one seed gives no interval and shows nothing, name three in compare.seeds"
@@ -269,7 +269,7 @@ def _judge_against(
     for baseline, words in SHORTENED.items():
         for rival in as_good:
             if rival.arm.baseline == baseline:
-                more = f"is as good (the method is {rival.difference} to it)"
+                more = f"is as good (the method differs from it by {rival.difference})"
                 return Verdict("prune nothing", f"; full training shortened to the same {words} {more}")
     if not to_full.above(-margin):
         return Verdict("undecided", f": {num_seeds} seeds do not show whether that is within the margin of {margin:g}")
@@ -277,20 +277,20 @@ def _judge_against(
         # As good as the method, which is as good as full: that allows twice the margin, so compare it with full too.
         safe = [rival for rival in as_good if rival.to_full.above(-margin)]
         first = (safe or as_good)[0]
-        more = f"; {first.arm.name} is as good (the method is {first.difference} to it)"
+        more = f"; {first.arm.name} is as good (the method differs from it by {first.difference})"
         if not safe:
             return Verdict("undecided", f"{more}, but not shown to keep full training's ({first.to_full})")
         return Verdict("no scores needed", f"{more}: the scores are worth less than the margin here")
     for rival in rivals:
         if not rival.difference.above(0.0):
-            more = f"it is not shown to be better than {rival.arm.name} ({rival.difference} to it)"
+            more = f"it is not shown to be better than {rival.arm.name} (difference {rival.difference})"
             return Verdict("undecided", f"; {more}")
     if not rivals:
         more = "no baseline of the same cost ran (compare.baselines, or it saves less than half an epoch)"
         return Verdict("undecided", f"; {more}")
     if not gains:
         return Verdict("undecided", f"; {num_seeds} seeds do not show that it is faster")
-    more = f"better than every baseline of the same cost ({rivals[0].difference} to {rivals[0].arm.name})"
+    more = f"better than every baseline of the same cost ({rivals[0].arm.name}: {rivals[0].difference})"
     return Verdict("worth it", f", within the margin of {margin:g}, and {more}")
 
 

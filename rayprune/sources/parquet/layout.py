@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from rayprune.core.references import closest
-from rayprune.errors import DataError
+from rayprune.errors import ConfigError, DataError
 from rayprune.sources.parquet.reader import ShardFile, is_text, text_labels
 from rayprune.sources.storage import Storage, split_shards
 
@@ -23,7 +23,7 @@ def split_files(
     """Split the files of a folder into training and validation as `split_shards` does; a single file is for training.
 
     Raises:
-        DataError: there is no file, or a pattern matches none.
+        ConfigError: there is no file, or a pattern matches none.
     """
     storage = Storage(path)
     if storage.is_file():
@@ -31,7 +31,7 @@ def split_files(
     names = [file.name for file in storage.files()] if storage.is_folder() else []
     names = [name for name in names if name.endswith(".parquet") and "/" not in name]
     if not names:
-        raise DataError(
+        raise ConfigError(
             f"data.path {storage.public()!r} is neither a Parquet file nor a folder of *.parquet: correct it"
         )
     files = {name.removesuffix(".parquet"): ShardFile(storage, name) for name in names}
@@ -56,12 +56,13 @@ def find_columns(
         The image column or None, the label column, and the feature columns, which are empty for images.
 
     Raises:
+        ConfigError: an image column and feature columns are both configured.
         DataError: a configured column is missing or of a wrong type, or none suits.
     """
     configured = [name for name in (image_column, label_column, *(feature_columns or ())) if name is not None]
     _check_names(owner, configured, schema.names)
     if image_column is not None and feature_columns is not None:
-        raise DataError("data.image_column and data.feature_columns are both set: keep one, a sample has one input")
+        raise ConfigError("data.image_column and data.feature_columns are both set: keep one, a sample has one input")
     image = None
     if feature_columns is None:
         image = image_column or _find_image(schema)

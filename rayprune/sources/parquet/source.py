@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from rayprune.errors import DataError
+from rayprune.errors import ConfigError, DataError
 from rayprune.sources.base import SampleSource, Schema, Splits, count_classes, holdout
 from rayprune.sources.cache import CacheMode, cache_root, cached_arrays, decoded, leave_out_unreadable
 from rayprune.sources.fingerprint import digest
@@ -80,20 +80,21 @@ class Parquet:
     def __post_init__(self) -> None:
         check_size(self.image_size)
         if self.feature_columns == ():
-            raise DataError("data.feature_columns = []: name at least one column, or leave it out for all")
+            raise ConfigError("data.feature_columns = []: name at least one column, or leave it out for all")
         if self.buffer_bytes < 0:
-            raise DataError(f"data.buffer_bytes = {self.buffer_bytes}: must be at least 0")
+            raise ConfigError(f"data.buffer_bytes = {self.buffer_bytes}: must be at least 0")
 
     def open(self) -> Splits:
         """Find the files and columns and read the labels; with on_error=skip, decode all rows to find unreadable ones.
 
         Raises:
-            ConfigError: validation_fraction is outside its range.
-            DataError: files or columns are missing, unsuitable or (on_error=fail) damaged.
+            ConfigError: there are no such files, keys contradict one another, or validation_fraction is outside its
+                range.
+            DataError: columns are missing, or columns or files are unsuitable or (on_error=fail) damaged.
         """
         train_rows, validation_rows, class_names = self._find_rows()
         if self.image_size is not None and train_rows.image_column is None:
-            raise DataError(f"data.image_size is set and {public(self.path)} has no image column: leave it out")
+            raise ConfigError(f"data.image_size is set and {public(self.path)} has no image column: leave it out")
         labels, _ = read_labels(train_rows)
         if len(labels) == 0:
             raise DataError(

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from rayprune.errors import DataError
+from rayprune.errors import ConfigError, DataError
 from rayprune.sources.base import (
     DescribedSource,
     RowCost,
@@ -94,8 +94,8 @@ class WebDataset:
         """Index the shards and read the labels; with on_error=skip, decode all images to find the unreadable ones.
 
         Raises:
-            ConfigError: validation_fraction is outside its range.
-            DataError: shards are missing, unsuitable or (on_error=fail) damaged.
+            ConfigError: there are no such shards, or validation_fraction is outside its range.
+            DataError: shards are unsuitable or (on_error=fail) damaged.
         """
         storage = Storage(self.path)
         train_files, validation_files = self._split_files(storage)
@@ -130,12 +130,12 @@ class WebDataset:
             files = {file.name: file for file in storage.files()}
         else:
             braces = "; give the folder, and set data.train_shards to a pattern" if "{" in storage.path else ""
-            raise DataError(f"data.path {storage.public()!r} does not exist: correct it{braces}")
+            raise ConfigError(f"data.path {storage.public()!r} does not exist: correct it{braces}")
         tars = {name.removesuffix(".tar"): file for name, file in files.items() if name.endswith(".tar")}
         if not tars:
             packed = next((name for name in files if name.endswith(COMPRESSED)), None)
             cure = f"unpack {packed} first, a compressed tar can't be read by id" if packed else "correct data.path"
-            raise DataError(f"data.path {storage.public()!r} holds no .tar shard: {cure}")
+            raise ConfigError(f"data.path {storage.public()!r} holds no .tar shard: {cure}")
         if storage.is_file():
             return tuple(tars.values()), ()
         return split_shards(tars, self.train_shards, self.validation_shards, "shard")

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 from torchvision import transforms
 from torchvision.datasets import FakeData, ImageFolder
 
+from rayprune.errors import DataError
 from rayprune.sources import from_torch, open_data
 from tests.support.sources import all_rows, pixels
 
@@ -148,6 +149,15 @@ def test_batches_are_requested_if_the_dataset_has_getitems():
             return [self.items[position] for position in positions]
 
     np.testing.assert_array_equal(all_rows(from_torch(Batched(image_items())))["image"], pixels(6))
+
+
+def test_a_batch_of_another_length_is_refused():
+    class Short(Items):
+        def __getitems__(self, positions):
+            return [self.items[position] for position in positions[1:]]
+
+    with pytest.raises(DataError, match=r"__getitems__ gave \d+ items for \d+ positions"):
+        all_rows(from_torch(Short(image_items())))
 
 
 def test_the_fingerprint_changes_with_the_content():
