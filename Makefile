@@ -8,10 +8,10 @@ export RAY_USAGE_STATS_ENABLED := 0
 
 setup: $(VENV)/.done
 
-# One pip call, so that torchvision picks the torch that it was built for.
+# One pip call, so that torchvision picks the torch that it was built for. Python compiles the few modules it imports.
 $(VENV)/.done: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
 	touch $@
 
 demo: setup
@@ -25,7 +25,7 @@ test: setup
 
 # The long forms alone: kills, a cluster that grows and shrinks, a soak.
 scenarios: setup
-	$(BIN)/python -m pytest -m scenario --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests
+	$(BIN)/python -m pytest -m scenario --numprocesses=2 --dist=worksteal tests
 
 test-all: test scenarios
 

@@ -20,7 +20,7 @@ from tests.support.paths import ROOT
 from tests.support.runs import run_config, same_weights
 
 CONFIG = ROOT / "configs" / "digits_compare.yaml"
-WORDS = ["run.name=it", "compare.seeds=3", "compare.baselines=[shuffled,full_steps]", "train.epochs=4"]
+WORDS = ["run.name=it", "compare.seeds=2", "compare.baselines=[shuffled,full_steps]", "train.epochs=4"]
 
 
 def start(folder: Path, *more: str, deaf: bool = False) -> subprocess.Popen[str]:
@@ -66,9 +66,9 @@ def test_concurrent_runs_give_the_same_results_as_single_ones(tmp_path: Path) ->
     assert "runs of seed 0 trained alone, the others side by side and not timed" in out
     compare(load_config(CONFIG, [*WORDS, f"run.storage_path={tmp_path / 'one'}"]))
     two, one = report_in(tmp_path / "two"), report_in(tmp_path / "one")
-    assert (two["timed_seeds"], one["timed_seeds"]) == ([0], [0, 1, 2])
+    assert (two["timed_seeds"], one["timed_seeds"]) == ([0], [0, 1])
     for ours, theirs in zip(two["arms"], one["arms"], strict=True):
-        assert [run["alone"] for run in ours["runs"]] == [True, False, False]
+        assert [run["alone"] for run in ours["runs"]] == [True, False]
         assert [run["accuracy"] for run in ours["runs"]] == [run["accuracy"] for run in theirs["runs"]]
         assert ours["to_full"] == theirs["to_full"]
         assert ours["seconds"] == ours["runs"][0]["seconds"]

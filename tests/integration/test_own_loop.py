@@ -194,8 +194,6 @@ def test_two_prunes_of_one_dataset_are_independent(tmp_path: Path) -> None:
     [
         (lambda row: {**row, "weight": 1.0}, "a name that rayprune adds itself"),
         (lambda row: {**row, "id": min(row["id"], 699)}, r"once: repeated \[699\], missing \[700\]"),
-        (lambda row: {**row, "id": row["id"] + (row["id"] == 700)}, r"once: missing \[700\], outside \[701\]"),
-        (lambda row: {**row, "id": float(row["id"])}, "is float64: ids must be integers"),
         (lambda row: {"x": row["x"]}, "no column 'id'"),
     ],
 )
@@ -235,23 +233,21 @@ def test_a_dataset_not_made_by_prune_is_named(tmp_path: Path) -> None:
         fit(ray.data.range(10), tmp_path, 0)
 
 
-@pytest.mark.parametrize("names", [("pruned",), pytest.param(("plain", "pruned"), marks=pytest.mark.scenario)])
-def test_the_examples_run(tmp_path: Path, names: tuple[str, ...]) -> None:
-    program = "import runpy, sys; [runpy.run_path(file, run_name='__main__') for file in sys.argv[1:]]"
-    files = [str(EXAMPLES / f"{name}_loop.py") for name in names]
+@pytest.mark.parametrize("name", ["pruned", pytest.param("plain", marks=pytest.mark.scenario)])
+def test_the_example_runs(tmp_path: Path, name: str) -> None:
     environment = {
         **os.environ,
         "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray's default of 2 s would delay the end of each run
     }
-    command = [sys.executable, "-c", program, *files]
+    command = [sys.executable, str(EXAMPLES / f"{name}_loop.py")]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     # Ray may log a line of a worker twice.
     counts = {int(count) for count in re.findall(r"epoch 9: loss [\d.]+, (\d+) samples trained", done.stdout)}
-    assert min(counts) < 0.85 * 10 * 1797
-    assert (10 * 1797 in counts) == ("plain" in names)
-    assert len(counts) == len(names)
+    assert len(counts) == 1
+    assert (counts == {10 * 1797}) == (name == "plain")
+    assert min(counts) < 0.85 * 10 * 1797 or name == "plain"
 
 
 def test_the_diff_in_the_readme_is_that_of_the_examples() -> None:
