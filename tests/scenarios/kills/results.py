@@ -89,7 +89,7 @@ def line(outcome: Outcome) -> str:
 def table(outcomes: Sequence[Outcome]) -> str:
     """Return the Markdown table of the outcomes by kind."""
     head = (
-        "| kind | tried | survived | lost | with a new command | repeated steps: median / max | "
+        "| kind | tried | survived | lost | command run again | repeated steps: median / max | "
         "seconds to the next step: median / max |"
     )
     names = sorted({outcome.planned.fault.name for outcome in outcomes})
