@@ -8,10 +8,10 @@ export RAY_USAGE_STATS_ENABLED := 0
 
 setup: $(VENV)/.done
 
-# One pip call, so that torchvision picks the torch that it was built for. Python compiles the few modules it imports.
+# One pip call, so that torchvision picks the torch that it was built for.
 $(VENV)/.done: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
 demo: setup
