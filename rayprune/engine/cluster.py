@@ -46,7 +46,7 @@ _TRIAL_ACTOR_CPUS = 0.1  # the actor of a trial with workers only waits for them
 
 
 def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = False, address: str = "auto") -> None:
-    """Connect to a cluster, or start a Ray of this machine on the loopback interface.
+    """Connect to a cluster, or start a local Ray instance.
 
     Args:
         debug: show Ray's own logs.
