@@ -37,6 +37,10 @@ def methods(name: str | None) -> None:
         facts = {"paper": method.paper, "signals": ", ".join(method.signals) or "its own"}
         if swept := method().sweep_signals:
             facts["sweeps"] = f"{', '.join(swept)}, in forward-only passes"
+        if method.unbiased and method.kind != "baseline":
+            facts["steps"] = (
+                "weights make gradients N/kept times as large; with AdamW, only the ratios of weights count"
+            )
         _describe(method, facts, method_fields(method))
 
 

@@ -78,6 +78,10 @@ class Method:
         """Epochs on all samples that the method scores before it chooses its one subset; 0 for dynamic methods."""
         return 0
 
+    def chosen_at(self, context: EpochContext) -> int:
+        """Return the epoch whose choice this epoch trains on: itself, or an earlier one if the choice holds longer."""
+        return 0 if self.fixed else context.epoch
+
     def step(self) -> tuple[str, dict[str, Any]]:
         """Return the train step (a key of `rayprune.nn.steps.STEPS`) and its options."""
         return "plain", {}

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rayprune.core.table import Ids
+from rayprune.core.table import Ids, chunks
 from rayprune.errors import ConfigError, RunFolderError
 
 _NO_IDS: Ids = np.empty(0, dtype=np.int64)
@@ -178,6 +178,17 @@ class Selection:
     def num_kept(self) -> int:
         """M, the number of kept samples."""
         return int(np.count_nonzero(self.codes))
+
+    @cached_property
+    def mean_weight(self) -> float:
+        """The mean weight of the kept samples: how much larger a mean step is than with weights of 1.
+
+        >>> Selection.of_ids([0, 2], 4, weights=[1.0, 2.0]).mean_weight
+        1.5
+        """
+        values = np.concatenate([np.zeros(1, np.float32), self.weight_values])
+        total = sum(float(values[self.codes[rows]].sum(dtype=np.float64)) for rows in chunks(self.num_samples))
+        return total / max(self.num_kept, 1)
 
     @property
     def realised(self) -> float:

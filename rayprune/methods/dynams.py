@@ -129,6 +129,11 @@ class DynaMS(Method):
             block=block + 1, asked_keep=round(ratio, 6)
         )
 
+    def chosen_at(self, context: EpochContext) -> int:
+        """Return the first epoch of the block, or 0 in the warm-up."""
+        starts = block_starts(context.num_epochs, self._block_epochs(context.num_epochs), self.warmup_epochs)
+        return max((start for start in starts if start <= context.epoch), default=0)
+
     def _block_epochs(self, num_epochs: int) -> int:
         return self.block_epochs or min(10, max(1, num_epochs // 5))
 

@@ -23,7 +23,7 @@ _INNER_METHODS = ("columns", "step", "check", "fold", "fold_sweep", "scores")
 @register("shuffled")
 @dataclass(frozen=True)
 class Shuffled(Method):
-    """Select by another method's rule on scores that are permuted anew in every epoch.
+    """Select by another method's rule on scores that are permuted anew whenever it chooses anew.
 
     Args:
         of: the inner method, a Method or its config such as `{name: infobatch, prune_ratio: 0.5}`.
@@ -51,7 +51,7 @@ class Shuffled(Method):
         return int(self.of.collect_epochs)
 
     def select(self, table: ScoreTable, context: EpochContext) -> Selection:
-        """Select on a permuted copy of the table; a fixed subset keeps one permutation."""
-        rng = context.derived_rng(_PERMUTATION, epoch=0 if self.fixed else None)
+        """Select on a permuted copy of the table; a choice that holds for several epochs keeps its permutation."""
+        rng = context.derived_rng(_PERMUTATION, epoch=self.of.chosen_at(context))
         selection: Selection = self.of.select(table.permuted(rng.permutation(len(table))), context)
         return selection

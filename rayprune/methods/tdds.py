@@ -55,8 +55,9 @@ class TDDS(Method):
         decay: β in (0, 1], the weight of the newest window.
         also: further (T, J) pairs to score in the same run; the main pair chooses the subset.
         storage: how the last probabilities are stored: float32, or float16 in half the memory.
-        batch_mean_weights: weigh each batch by the mean of its min-max-normalized scores, as the reference does. One
-            scalar per batch acts as a random learning rate and not as a weight of samples, so the default is off.
+        batch_mean_weights: weigh each batch by the mean of its scores, min-max-normalized over all N samples, as the
+            reference does. One scalar per batch acts as a random learning rate and not as a weight of samples, so the
+            default is off.
     """
 
     kind = "static"
@@ -162,7 +163,7 @@ class TDDS(Method):
         scores, num = self.scores(table)["tdds"], context.num_samples
         drops = min(num_pruned(self.prune_ratio, num), num - 1)
         ids = choose(scores, num - drops).ids
-        weights = _min_max_normalize(scores[ids]) if self.batch_mean_weights else None
+        weights = _min_max_normalize(scores)[ids] if self.batch_mean_weights else None
         selection = Selection.of_ids(ids, num, weights=weights, requested=self.prune_ratio, expected_drops=drops)
         pair = {"trajectory_len": self.trajectory_len, "window_size": self.window_size}
         selection = selection.with_facts(score="tdds", threshold=float(scores[ids].min()), **pair)

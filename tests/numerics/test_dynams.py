@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from rayprune.core import Selector
 from rayprune.core.schedule import block_starts, kept_by_block
-from rayprune.methods import DynaMS
+from rayprune.methods import DynaMS, Method, Shuffled
 
 FAMILIES = ["power", "polynomial", "linear", "constant", "step"]
 
 
-def run(method: DynaMS, num_samples: int, num_epochs: int, labels: Any, distances: Any) -> list[Any]:
+def run(method: Method, num_samples: int, num_epochs: int, labels: Any, distances: Any) -> list[Any]:
     """Return the selections of a run whose sweeps report distances(epoch) -> (N,) or (N, C)."""
     selector = Selector(method, num_samples, num_epochs, seed=0, labels=labels)
     selections = []
@@ -31,6 +31,17 @@ def run(method: DynaMS, num_samples: int, num_epochs: int, labels: Any, distance
             selector.observe(ids, {method.sweep_signals[0]: distances(epoch)}, epoch, sweep=True)
         selections.append(selection)
     return selections
+
+
+def test_the_control_keeps_a_permutation_for_a_block() -> None:
+    distances = np.random.default_rng(0).random(60)
+    method = Shuffled(of=DynaMS(budget=0.7, block_epochs=2, warmup_epochs=1))
+    kept = [set(selection.ids.tolist()) for selection in run(method, 60, 7, np.arange(60) % 3, lambda _: distances)]
+    assert [len(ids) for ids in kept[:3]] == [60, 60, 60], "the warm-up and the first block are full"
+    assert kept[3] == kept[4]
+    assert kept[5] == kept[6]
+    assert len(kept[5]) < len(kept[3]) < 60
+    assert not kept[5] < kept[3], "the next block has another permutation"
 
 
 @pytest.mark.parametrize(("budget", "exponent"), [(0.6, 0.25140), (0.4, 0.47027), (0.8, 0.10717)])

@@ -413,8 +413,8 @@ def test_batch_weights_are_means_of_normalized_scores() -> None:
     method = tdds(trajectory_len=5, window_size=3, batch_mean_weights=True)
     selector = scored_selector(method, probs_TNC)
     selection, scores = selector.begin_epoch(5), selector.scores()["tdds"].astype(np.float64)
-    kept = scores[selection.ids]
-    expected = (kept - kept.min()) / (kept.max() - kept.min())
+    expected = ((scores - scores.min()) / (scores.max() - scores.min()))[selection.ids]
+    assert expected.min() > 0.0, "the scale is that of all samples, not of the kept ones"
     np.testing.assert_allclose(selection.weights, expected, rtol=1e-6)
     assert selection.num_kept == 12
     plan = Plan.of_selection(selection, batch_size=4, seed=0, epoch=5)

@@ -169,6 +169,7 @@ class ScoreActor:
             num_forward_only=selection.num_scored,
             requested=selection.requested,
             realised=selection.realised,
+            mean_weight=selection.mean_weight,
             lr_scale=selection.lr_scale,
             hash=self._plan.hash if plan_pass.phase == "train" else "",
             select_s=time.perf_counter() - start,
@@ -416,7 +417,8 @@ class LoopActor(ScoreActor):
             known: the key of the rows that the caller has.
 
         Returns:
-            The rows, or None if the caller has them already.
+            The rows, or None if the caller has them already. Ray Data gives every rank the same number and drops the
+            rest of the stream, up to W−1 rows, so other rows are left out in each epoch.
         """
         # Ray Data may look at the dataset's schema before the first pass; it sees every row.
         if self._pass is None or self._selector is None:
@@ -427,7 +429,11 @@ class LoopActor(ScoreActor):
             return None
         selection = self._selector.begin_epoch(epoch)
         if phase == "train":
-            return key, selection.codes, selection.weight_values
-        codes = np.zeros(selection.num_samples, dtype=np.uint8)
-        codes[slice(None) if selection.scored_ids is None else selection.scored_ids] = 1
-        return key, codes, np.ones(1, dtype=np.float32)
+            codes, weights = selection.codes.copy(), selection.weight_values
+        else:
+            codes, weights = np.zeros(selection.num_samples, dtype=np.uint8), np.ones(1, dtype=np.float32)
+            codes[slice(None) if selection.scored_ids is None else selection.scored_ids] = 1
+        wanted = np.flatnonzero(codes)
+        rng = np.random.default_rng([self._spec.seed, epoch, 0, 3])
+        codes[rng.choice(wanted, wanted.size % self._pass.world_size, replace=False)] = 0
+        return key, codes, weights

@@ -106,7 +106,7 @@ class PlanHeader:
         plan_pass: the announced pass.
         num_steps: global batches, meta batches included.
         num_rows: rows with a weight, without padding and meta rows.
-        num_kept, num_samples, num_forward_only, requested, realised, lr_scale: the selection's.
+        num_kept, num_samples, num_forward_only, requested, realised, mean_weight, lr_scale: the selection's.
         hash: of ids, weights and order; "" for passes that do not train.
         select_s: seconds it took to lay out the plan.
         facts: what the method reports about the selection, for metrics.jsonl.
@@ -123,6 +123,7 @@ class PlanHeader:
     num_forward_only: int
     requested: float
     realised: float
+    mean_weight: float
     lr_scale: float
     hash: str
     select_s: float

@@ -252,6 +252,8 @@ class Worker:
             "requested_prune_ratio": header.requested,
             "pruned_fraction": header.realised,
             "kept": header.num_kept,
+            "mean_weight": header.mean_weight,
+            "lr_scale": header.lr_scale,
             "num_samples": header.num_samples,
             **counts,
             **self._spec.prior_cost.metrics,

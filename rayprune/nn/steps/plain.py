@@ -121,7 +121,9 @@ class PlainStep:
             ConfigError: an unknown part or signal.
         """
         self._set_mode(training=False)
-        with self._mixed(inputs):
+        needs_distances = any(name in BOUNDARY_SIGNALS for name in signals)
+        precise = self._precise_head() if needs_distances else contextlib.nullcontext()
+        with self._mixed(inputs), precise:
             logits = self._eval_logits(inputs, self._check_part(part))
         losses = self._losses(logits, targets_B, self._label_smoothing if smoothed else 0.0)
         return self._compute_signals(
@@ -167,6 +169,25 @@ class PlainStep:
 
     def _eval_logits(self, inputs: Tensor, part: str) -> Tensor:
         return self._logits(self._module(inputs))
+
+    @contextlib.contextmanager
+    def _precise_head(self) -> Iterator[None]:
+        """Compute the last layer in float32 despite autocast: bf16 logits have 8 bits, so many distances would tie."""
+        if self._autocast is None or self._head is None:
+            yield
+            return
+
+        def logits_of(layer: Any, inputs: tuple[Tensor], _: Tensor) -> Tensor:
+            features = inputs[0].float()
+            with torch.autocast(features.device.type, enabled=False):
+                return nn.functional.linear(features, layer.weight[:, : features.shape[-1]], layer.bias)
+
+        handle = self._network.get_submodule(self._head).register_forward_hook(logits_of)
+        try:
+            with torch.compiler.set_stance("force_eager"):  # a compiled network would not run the hook
+                yield
+        finally:
+            handle.remove()
 
     def _logits(self, output: Any) -> Tensor:
         """Return the model's output as one tensor."""

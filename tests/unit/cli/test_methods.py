@@ -18,6 +18,8 @@ def test_methods_are_listed_with_paper_and_defaults() -> None:
     assert "random_epoch" in run()
     assert "2303.04947" in run("infobatch")
     assert "anneal_start=0.875" in run("infobatch")
+    assert "with AdamW, only the ratios of weights count" in run("infobatch")
+    assert "AdamW" not in run("full")
 
 
 def test_train_steps_are_listed_with_their_cost_and_their_gain() -> None:

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from rayprune.core import Plan, Selection
-from rayprune.engine.scoring.actor import ScoreActor, ScoreSpec
+from rayprune.engine.scoring.actor import LoopActor, ScoreActor, ScoreSpec
 from rayprune.engine.scoring.messages import AttemptKey, Barrier, StopReason
 from rayprune.errors import CheckpointPending, StaleGeneration, UsageError
 from rayprune.sources import open_data
@@ -151,6 +151,25 @@ def test_blocks_hold_the_plan_from_the_first_pass_on() -> None:
         assert np.array_equal(ids, expected_ids)
         assert np.array_equal(weights, expected_weights)
     assert len(blocks) == 2
+
+
+def test_filtered_streams_leave_out_other_rows_in_each_epoch() -> None:
+    source = open_data("digits", limit=41).train
+    actor = LoopActor(ScoreSpec({"name": "full"}, source, 0, 4, 5, 9, "pad", 64, None, 0))
+    left_out = set()
+    for epoch in range(4):
+        actor.restore(1, epoch, None)
+        actor.announce(pass_of(epoch, "train", 3))
+        wanted = actor.wanted_rows(None)
+        assert wanted is not None
+        key, codes, _ = wanted
+        left_out.add(tuple(np.flatnonzero(codes == 0)))
+        assert actor.wanted_rows(key) is None
+        again = actor.wanted_rows(None)
+        assert again is not None
+        assert np.array_equal(again[1], codes), "every task leaves out the same rows"
+    assert all(len(rows) == 41 % 3 for rows in left_out)
+    assert len(left_out) == 4
 
 
 def test_the_first_reason_to_stop_is_kept(actor: ScoreActor) -> None:

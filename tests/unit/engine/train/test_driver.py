@@ -261,7 +261,7 @@ def test_the_environment_has_versions_and_data(infobatch: RunResult) -> None:
 COUNTS = {"samples_trained", "samples_forwarded", "samples_padded", "bytes_read", "kept", "num_samples"}
 COUNTS |= {"world_size", "epoch"}
 SHARES = {"requested_prune_ratio", "pruned_fraction", "train_accuracy", "val_accuracy"}
-POSITIVE = {"train_loss", "val_loss", "lr", "wall_time"}
+POSITIVE = {"train_loss", "val_loss", "lr", "lr_scale", "mean_weight", "wall_time"}
 SECONDS = {"epoch", "train", "data_wait", "select", "record", "forward_only", "validate", "checkpoint"}
 
 

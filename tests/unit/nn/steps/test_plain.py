@@ -229,6 +229,25 @@ def test_mixed_precision_trains_network_and_proxy() -> None:
     assert signals["boundary"].isfinite().all()
 
 
+@pytest.mark.parametrize("make", [plain, psp])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_boundaries_under_autocast_do_not_tie(make: Any, compiled: bool) -> None:
+    network = build_model("mlp", num_classes=CLASSES, input_shape=SHAPE, hidden=(64,))
+    images, targets_B, _ = batch(512)
+    step = make(network, autocast=torch.bfloat16)
+    part = step.parts[-1]
+    exact = make(network).evaluate(images, targets_B, smoothed=True, signals=("boundary",), part=part)["boundary"]
+    if compiled:
+        network.compile(backend="eager")
+        step.evaluate(images, targets_B, smoothed=True, part=part)
+    mixed = step.evaluate(images, targets_B, smoothed=True, signals=("boundary",), part=part)["boundary"]
+    assert mixed.unique().numel() > 500
+    torch.testing.assert_close(mixed, exact, rtol=0.05, atol=0.01)
+    assert not torch.equal(mixed, exact), "the layers before the last one still run in bf16"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network(images).dtype == torch.bfloat16, "the hook has been removed"
+
+
 @pytest.mark.parametrize(("options", "message"), [({"weight": 0.0}, "must be above 0"), ({"width": 0.0}, "must be in")])
 def test_wrong_options_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
