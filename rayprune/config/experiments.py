@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -195,6 +196,20 @@ class CompareSection(Section):
     parallel: AutoCount = Field("auto", description="runs at a time; auto: as many as the machine has room for")
     timed_seeds: int = Field(1, ge=1, description="seeds whose runs go one at a time, for their seconds")
     amortise: int = Field(1, ge=1, description="trainings that share the cost of a static method's scoring run")
+    tune: Literal["auto"] | bool = Field(
+        "auto", description="choose each arm's learning rate on held-out training samples; auto: if they are enough"
+    )
+    lr_factors: tuple[float, ...] = Field((0.7, 1.0, 1.4), description="on optim.lr; extended while an end is best")
+    tune_seeds: int = Field(2, ge=1, description="seeds of the tuning runs, other than those of the judged runs")
+
+    @field_validator("lr_factors")
+    @classmethod
+    def _check_factors(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if len(value) < 2 or not all(0 < a < b for a, b in pairwise(value)):
+            raise ConfigError(
+                f"compare.lr_factors = {short_repr(list(value))}: give two or more, ascending and above 0"
+            )
+        return value
 
     @field_validator("methods")
     @classmethod

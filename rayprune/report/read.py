@@ -266,9 +266,19 @@ class Arm(StoredModel):
     samples_trained: float
     compute_saved: float
     flops: float
+    learning_rate: float
+    mean_step_scale: float
     seconds: float
     seconds_to_full: Difference
     runs: list[ArmRun] = Field(min_length=1)
+
+
+class SelfCheck(StoredModel):
+    """The difference of two arms that should agree; `agrees` is None without an interval."""
+
+    arms: list[str] = Field(min_length=2, max_length=2)
+    difference: Difference
+    agrees: bool | None
 
 
 class Verdict(StoredModel):
@@ -286,6 +296,7 @@ class Comparison(StoredModel):
     margin: Points
     confidence: float
     methods: dict[str, Verdict]
+    self_checks: list[SelfCheck]
     verdict: Verdict
     timing: str
     uneven_seconds: Annotated[list[float], Field(min_length=2, max_length=2)] | None

@@ -12,7 +12,7 @@ import numpy as np
 from rayprune.config.experiments import format_value
 from rayprune.core.references import closest
 from rayprune.errors import ConfigError, RunFolderError
-from rayprune.report.read import Arm, Comparison, RunRecord, as_mapping
+from rayprune.report.read import Arm, Comparison, Difference, RunRecord, as_mapping
 from rayprune.report.text import count_of, number, share
 
 Row = Mapping[str, Any]
@@ -144,15 +144,18 @@ def samples_table(run: RunRecord, sort: str | None = None, top: int = 20, ascend
 
 def arms_table(comparison: Comparison) -> Table:
     """Return a table of the arms of a comparison."""
-    head = ("arm", "accuracy", "to full", "worst class", "epochs", "samples", "compute", "FLOPs", "time", "seconds")
+    head: tuple[str, ...] = ("arm", "accuracy", "minus full", "worst class", "epochs", "lr", "step", "samples")
+    head += ("compute", "FLOPs", "time", "seconds")
     full = comparison.arms[0]
     rows = [
         (
             arm.name,
             f"{arm.accuracy:.2f}" + ("" if arm.accuracy_sd is None else f" ± {arm.accuracy_sd:.2f}"),
-            "" if arm is full else _difference(arm),
+            "" if arm is full else _interval(arm.to_full),
             number(arm.worst_class, ".2f"),
             "–".join(str(epochs) for epochs in sorted({arm.epochs[0], arm.epochs[-1]})),
+            number(arm.learning_rate, ".3g"),
+            number(arm.mean_step_scale, ".2f"),
             number(arm.samples_trained, ",.0f"),
             share(1 - arm.compute_saved, 1),
             number(arm.flops, ".2e"),
@@ -164,8 +167,7 @@ def arms_table(comparison: Comparison) -> Table:
     return Table(head, rows)
 
 
-def _difference(arm: Arm) -> str:
-    difference = arm.to_full
+def _interval(difference: Difference) -> str:
     if difference.low is None or difference.high is None:
         return f"{difference.mean:+.2f}"
     return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
@@ -184,10 +186,21 @@ def explanation(comparison: Comparison) -> Iterator[str]:
             f"an epoch on all samples took {uneven[0]:.3g} to {uneven[1]:.3g} s: such short runs vary, or something "
             "else ran on this machine; do not rely on the seconds"
         )
+    yield "lr: peak learning rate; step: mean size of a step, relative to full training"
+    if other := [f"{arm.name} {arm.mean_step_scale:.2f}" for arm in comparison.arms if _has_other_steps(arm)]:
+        yield f"the steps of these arms differ from full training's by more than 5%: {', '.join(other)}"
+    for check in comparison.self_checks:
+        one, two = check.arms
+        found = "is as expected" if check.agrees else "needs more seeds" if check.agrees is None else "is unexpected"
+        yield f"{one} and {two} are the same training but for the order: {_interval(check.difference)} {found}"
     for arm in comparison.arms:
         if arm.matched:
             first = " (first seed)" if num > 1 and arm.baseline.startswith("random") else ""
             yield f"{arm.name} matches {arm.matched}{first}"
+
+
+def _has_other_steps(arm: Arm) -> bool:
+    return abs(arm.mean_step_scale - 1.0) > 0.05
 
 
 def verdict_lines(comparison: Comparison) -> Iterator[str]:

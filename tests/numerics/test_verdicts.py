@@ -94,7 +94,7 @@ def runs_of(name: str, accuracy: list[float], seconds: list[float], same_as_full
     folder = "full" if same_as_full else name
     padded = [*seconds, *([math.nan] * (len(accuracy) - len(seconds)))]
     runs = [
-        RunOutcome(seed, f"{folder}-seed{seed}", 1, "", points, points, 1, 0, 1.0, 1.0, each)
+        RunOutcome(seed, f"{folder}-seed{seed}", 1, "", points, points, 1, 0, 1.0, 1.0, each, 0.1, 1.0)
         for seed, (points, each) in enumerate(zip(accuracy, padded, strict=True))
     ]
     return ArmRuns(name, baseline, name, runs, range(len(seconds)))

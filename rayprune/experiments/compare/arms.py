@@ -1,17 +1,22 @@
 """The arms of a comparison: what each one trains, given the config and the costs of earlier arms.
 
 Arms that match the cost of a method are derived from that method's runs. Shortened training has the same length for all
-seeds, from the median over the pairs of runs, so that a single run on a busy machine does not change it. Random subsets
-match the samples trained in the run with the same seed.
+seeds, from the median over the pairs of runs, so that a single run on a busy machine does not change it, and is never
+shorter than the method's budget. Random subsets match the samples trained in the run with the same seed.
+
+The weights of an unbiased method make its steps larger. The arms that match its cost have weights of 1. Unless each arm
+tunes its learning rate (`tuning.py`), they get one that is larger by the method's mean weight: a method must not win by
+its step size.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -59,7 +64,8 @@ class ArmSettings:
         epochs: number of epochs.
         matched: what was matched, in words; "" if nothing was.
         same_as_full: whether it is full training, whose run is then used.
-        tag: end of the run's name, different for each matched length or ratio.
+        tag: end of the run's name, different for each matched length, ratio or learning rate.
+        lr_factor: on the config's learning rate.
     """
 
     method: Mapping[str, Any]
@@ -67,6 +73,15 @@ class ArmSettings:
     matched: str = ""
     same_as_full: bool = False
     tag: str = ""
+    lr_factor: float = 1.0
+
+    def at_rate(self, factor: float, reason: str = "") -> ArmSettings:
+        """Return the settings with a factor on the learning rate; full training's own run stays as it is."""
+        if self.same_as_full or factor == 1.0:
+            return self
+        words = [self.matched, f"at {factor:g} times the learning rate{reason}"]
+        matched = ", ".join(filter(None, words)) if reason else self.matched
+        return replace(self, matched=matched, tag=f"{self.tag}-lr{factor:g}", lr_factor=factor)
 
 
 def arms_of(config: Config) -> tuple[list[Arm], list[str]]:
@@ -169,7 +184,7 @@ def arm_settings(
 
 
 def _shortened(share: float, epochs: int, noun: str) -> ArmSettings:
-    length = min(epochs, max(1, round(share * epochs)))
+    length = min(epochs, max(1, math.ceil(share * epochs - 1e-9)))
     matched = f"the method's {noun}: {share:.1%} of full training's, "
     if length == epochs:
         return ArmSettings({"name": FULL}, epochs, f"{matched}so all {epochs} epochs", True)
@@ -181,8 +196,25 @@ def _random_subset(name: str, epochs: int, num_samples: int, drops: int) -> ArmS
     if drops <= 0:
         return ArmSettings({"name": FULL}, epochs, f"{matched}it saves none, so nothing is dropped", True)
     # Half a sample more than the drops, so that floor(ratio · N) equals them despite the rounding of the division.
-    settings = {"name": name, "prune_ratio": (drops + 0.5) / num_samples}
+    settings: dict[str, Any] = {"name": name, "prune_ratio": (drops + 0.5) / num_samples}
+    if name == "random_epoch":
+        settings["replacement"] = False
     return ArmSettings(settings, epochs, f"{matched}{drops / num_samples:.1%} dropped", tag=f"-{drops}dropped")
+
+
+def equal_steps(arm: Arm, settings: ArmSettings, methods: Sequence[RunOutcome], place: int) -> ArmSettings:
+    """Return a derived arm's settings with the learning rate that gives steps of its method's mean size.
+
+    Args:
+        arm: the arm.
+        settings: what it trains.
+        methods: the outcomes of its method, one per seed. A length is the same for all seeds, and so is its rate.
+        place: position of the seed.
+    """
+    own = [methods[place]] if arm.baseline in {"random", "random_epoch"} else methods
+    # A multiple of 1/20, so that more seeds rarely change it, which would make other runs.
+    factor = round(20.0 * median(method.mean_step_scale for method in own)) / 20.0
+    return settings.at_rate(factor, ", for steps of the method's size")
 
 
 def run_config(config: Config, settings: ArmSettings, name: str, seed: int, storage: str) -> Config:
@@ -199,6 +231,7 @@ def run_config(config: Config, settings: ArmSettings, name: str, seed: int, stor
     tree["method"] = dict(settings.method)
     changes = {
         "train": {"seed": seed, "epochs": settings.epochs, "validate_every": settings.epochs},
+        "optim": {"lr": float(f"{config.optim.lr * settings.lr_factor:.6g}")},
         "run": {"storage_path": storage, "name": name, "resume": "auto"},
     }
     return make_config(merge(tree, changes))

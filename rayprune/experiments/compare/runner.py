@@ -1,6 +1,7 @@
 """Run a comparison: every arm with every seed is an ordinary run, and the results are compared seed by seed.
 
-<storage_path>/<name>/   compare.yaml, runs/<arm>-seed<k>/, compare.json, compare.csv, threads.json, shared_runs.json
+<storage_path>/<name>/   compare.yaml, runs/<arm>-seed<k>/, tuning/, compare.json, compare.csv, threads.json,
+                         shared_runs.json
 
 Finished runs are read, the others are trained. The seconds of a run count only if it ran alone. Such runs are trained
 one after another in this process, seed by seed, so that a slowdown of the machine affects full training and the methods
@@ -20,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import ray
@@ -34,8 +36,17 @@ from rayprune.engine.storage.resume import check_folder, run_folder_of
 from rayprune.engine.storage.run_folder import read_metrics, write_whole
 from rayprune.engine.train.driver import check, open_splits, train
 from rayprune.errors import ConfigError, TrainingFailed
-from rayprune.experiments.compare.arms import Arm, ArmSettings, arm_settings, arms_of, digest_of, run_config
+from rayprune.experiments.compare.arms import (
+    Arm,
+    ArmSettings,
+    arm_settings,
+    arms_of,
+    digest_of,
+    equal_steps,
+    run_config,
+)
 from rayprune.experiments.compare.statistics import ArmRuns, Criteria, RunOutcome, summary, timed_places
+from rayprune.experiments.compare.tuning import best_factor, is_tuned, next_factor, tuning_config, tuning_seeds
 from rayprune.experiments.folder import ExperimentFolder
 from rayprune.experiments.trials import TrialListeners, ignore, run_trials
 from rayprune.methods import build_method
@@ -93,6 +104,10 @@ def compare(config: Config, listeners: CompareListeners | None = None, *, debug:
         notes.append("one seed gives no interval, so the verdict will be undecided; set compare.seeds=3")
     for note in notes:
         listeners.on_notice(note)
+    tuned, reason = is_tuned(config, len(splits.train))
+    if reason:
+        notes.append(reason)
+        listeners.on_notice(reason)
     experiment = ExperimentFolder(folder, "compare.yaml", digest_of)
     experiment.check(config)
     if not folder.exists():
@@ -102,7 +117,7 @@ def compare(config: Config, listeners: CompareListeners | None = None, *, debug:
     with experiment.open(config), on_sigterm():
         write_whole(folder / "threads.json", json.dumps(_threads(config, resources)) + "\n")
         runs = _Runs(config, folder, splits.train, listeners, resources=resources, debug=debug)
-        outcomes = runs.train_all(arms, section.all_seeds)
+        outcomes = runs.train_all(arms, section.all_seeds, tuned)
         timed = timed_places(outcomes.values())
         results = [
             ArmRuns(arm.name, arm.baseline, arm.method_arm, outcomes[arm.name], timed, _caveat(config, arm))
@@ -114,6 +129,10 @@ def compare(config: Config, listeners: CompareListeners | None = None, *, debug:
             "notes": notes,
             "timing": _timing(results),
             "amortise": section.amortise,
+            "tuning": {
+                name: {f"{factor:g}": accuracy for factor, accuracy in sorted(accuracies.items())}
+                for name, accuracies in runs.tuning.items()
+            },
             "methods_compared": {arm.name: dict(arm.of) for arm in arms if arm.baseline == "method"},
             **summary(results, Criteria(section.margin, section.confidence, resolution)),
             "environment": json.loads(environment.read_text()),
@@ -183,13 +202,14 @@ def _timing(arms: Sequence[ArmRuns]) -> str:
 
 @dataclass(frozen=True)
 class _Job:
-    """A run: its arm, the position of its seed, its settings and config, and whether it has finished."""
+    """A run: its arm, the position of its seed, its settings and config, whether it has finished, or only tunes."""
 
     arm: Arm
     place: int
     settings: ArmSettings
     config: Config
     finished: bool
+    tuning: bool = False
 
     @property
     def name(self) -> str:
@@ -228,35 +248,92 @@ class _Runs:
         self._warm = config.scaling.num_workers != 0  # with workers, every run starts its own, which warm up
         self._num_started = self._num_runs = 0
         self._outcomes = defaultdict[str, dict[int, RunOutcome]](dict)  # arm → position of the seed → outcome
+        self.tuning: dict[str, dict[float, float]] = {}  # arm → factor on the learning rate → held-out accuracy
 
-    def train_all(self, arms: Sequence[Arm], seeds: Sequence[int]) -> dict[str, list[RunOutcome]]:
-        """Return every arm's outcomes, one per seed. Derived arms run after full training and the methods."""
+    def train_all(self, arms: Sequence[Arm], seeds: Sequence[int], tuned: bool) -> dict[str, list[RunOutcome]]:
+        """Return every arm's outcomes, one per seed. Derived arms run after full training and the methods.
+
+        Args:
+            arms: the arms.
+            seeds: of the judged runs.
+            tuned: whether each arm chooses its learning rate first.
+        """
         self._num_runs = len(arms) * len(seeds)
         places = list(enumerate(seeds))
         num_timed = len(seeds) if self._resources is None else self._config.compare.timed_seeds
         for derived in (False, True):
             stage = [arm for arm in arms if arm.derived == derived]
+            if tuned:
+                self._tune(stage)
             for place, seed in places[:num_timed]:
                 for arm in stage:
-                    self._train_alone(self._job(arm, place, seed))
-            self._train_at_once([self._job(arm, place, seed) for place, seed in places[num_timed:] for arm in stage])
+                    job = self._job(arm, place, seed)
+                    self._train_alone(job)
+                    self._keep(job)
+            jobs = [self._job(arm, place, seed) for place, seed in places[num_timed:] for arm in stage]
+            self._train_at_once(jobs)
+            for job in jobs:
+                self._keep(job)
         return {arm.name: [self._outcomes[arm.name][place] for place, _ in places] for arm in arms}
 
+    def _tune(self, stage: Sequence[Arm]) -> None:
+        """Find the factor on the learning rate with the best accuracy on held-out samples, for each arm of a stage."""
+        first, seeds = self._config.compare.lr_factors, tuning_seeds(self._config)
+        # The overhead of a method, ratio_0, is measured on full training as it is.
+        own = {arm.name: arm for arm in stage if arm.baseline != "ratio_0"}
+        waiting = {name: list(first) for name, arm in own.items() if not self._settings(arm, 0, 1.0).same_as_full}
+        source: SampleSource | None = None
+        while waiting:
+            jobs: dict[tuple[str, float], list[_Job]] = {}
+            for name, factor in [(name, factor) for name, factors in waiting.items() for factor in factors]:
+                settings = self._settings(own[name], 0, factor)
+                runs, storage = [f"{name}{settings.tag}-seed{seed}" for seed in seeds], str(self._folder / "tuning")
+                configs = [
+                    tuning_config(self._config, settings, run, seed, storage)
+                    for run, seed in zip(runs, seeds, strict=True)
+                ]
+                source = open_splits(configs[0]).train if source is None else source
+                jobs[name, factor] = [
+                    _Job(own[name], 0, settings, config, self._is_finished(config, source), tuning=True)
+                    for config in configs
+                ]
+            every = [job for several in jobs.values() for job in several]
+            if self._resources is None:
+                for job in every:
+                    self._train_alone(job)
+            else:
+                self._train_at_once(every)
+            for (name, factor), several in jobs.items():
+                accuracies = [read_metrics(run_folder_of(job.config))[-1]["val_accuracy"] for job in several]
+                self.tuning.setdefault(name, {})[factor] = 100.0 * sum(accuracies) / len(accuracies)
+            further = {name: next_factor(self.tuning[name], first) for name in waiting}
+            waiting = {name: [factor] for name, factor in further.items() if factor is not None}
+
     def _job(self, arm: Arm, place: int, seed: int) -> _Job:
-        settings = self._settings(arm, place)
+        settings = self._settings(arm, place, self._factor(arm))
         # A length or ratio that was matched with other seeds or costs is another run.
         name = f"{arm.name}{settings.tag}-seed{seed}"
         config = run_config(self._config, settings, name, seed, str(self._folder / "runs"))
-        return _Job(arm, place, settings, config, settings.same_as_full or self._is_finished(config))
+        return _Job(arm, place, settings, config, settings.same_as_full or self._is_finished(config, self._source))
 
-    def _settings(self, arm: Arm, place: int) -> ArmSettings:
+    def _factor(self, arm: Arm) -> float | None:
+        """Return the tuned factor on the learning rate; None if the arms are not tuned."""
+        accuracies = self.tuning.get("full" if arm.baseline == "ratio_0" else arm.name)
+        return best_factor(accuracies) if accuracies else None
+
+    def _settings(self, arm: Arm, place: int, factor: float | None) -> ArmSettings:
+        """Return what an arm trains; without a factor, a derived arm takes steps of its method's size."""
         if not arm.derived:
-            return arm_settings(arm, self._config)
+            settings = arm_settings(arm, self._config)
+            return settings if factor is None else settings.at_rate(factor)
         full, method = self._outcomes["full"], self._outcomes[arm.method_arm]
         pairs = [(full[number], method[number]) for number in sorted(full)]
-        return arm_settings(arm, self._config, pairs, place, num_samples=len(self._source))
+        settings = arm_settings(arm, self._config, pairs, place, num_samples=len(self._source))
+        if factor is not None:
+            return settings.at_rate(factor)
+        return equal_steps(arm, settings, [outcome for _, outcome in pairs], place)
 
-    def _is_finished(self, config: Config) -> bool:
+    def _is_finished(self, config: Config, source: SampleSource) -> bool:
         check_folder(config)
         folder = run_folder_of(config)
         metrics = read_metrics(folder)
@@ -264,14 +341,13 @@ class _Runs:
             return False
         environment = folder / "environment.json"
         # Pass a run on other data to `train`, which reports the error.
-        return environment.exists() and json.loads(environment.read_text())["fingerprint"] == self._source.fingerprint
+        return environment.exists() and json.loads(environment.read_text())["fingerprint"] == source.fingerprint
 
     def _train_alone(self, job: _Job) -> None:
         self._announce(job)
         if not job.finished:
             self._warm_up()
             train(job.config, debug=self._debug, on_notice=self._listeners.on_notice)
-        self._keep(job)
 
     def _warm_up(self) -> None:
         """Train a few steps, so that the start-up costs of the process do not count against the first arm."""
@@ -294,19 +370,17 @@ class _Runs:
             in_process = self._config.scaling.num_workers == 0
             ours = in_process and not ray.is_initialized()
             start_ray(self._debug, dashboard=not in_process, address=self._config.run.address)
-            self._mark_shared(remaining)
+            self._mark_shared(name for name, job in remaining.items() if not job.tuning)
             events = TrialListeners(_refuse_failures, on_start=lambda name: self._announce(remaining[name]))
             configs = [job.config for job in remaining.values()]
             if not run_trials(configs, self._resources, events, folder=self._folder, debug=self._debug):
                 raise KeyboardInterrupt
             if ours:
                 ray.shutdown()  # the next timed runs need the machine to themselves
-        for job in jobs:
-            self._keep(job)
 
     def _announce(self, job: _Job) -> None:
-        self._num_started += 1
-        number = f"{self._num_started}/{self._num_runs}"
+        self._num_started += not job.tuning
+        number = "tuning" if job.tuning else f"{self._num_started}/{self._num_runs}"
         self._listeners.on_run(number, job.arm, job.config.train.seed, job.finished, job.settings)
 
     def _keep(self, job: _Job) -> None:
@@ -329,6 +403,8 @@ class _Runs:
                 compute=costs.compute,
                 flops=costs.flops,
                 seconds=costs.seconds,
+                learning_rate=job.config.optim.lr,
+                mean_step_scale=job.settings.lr_factor * _step_scale(job.config, metrics),
                 alone=job.name not in self._shared(),
             )
         self._outcomes[job.arm.name][job.place] = outcome
@@ -338,6 +414,14 @@ class _Runs:
 
     def _mark_shared(self, names: Iterable[str]) -> None:
         write_whole(self._shared_file, json.dumps(sorted({*self._shared(), *names}), indent=1) + "\n")
+
+
+def _step_scale(config: Config, metrics: Sequence[dict[str, Any]]) -> float:
+    """Return the mean size of a run's steps relative to steps with weights of 1."""
+    visits = sum(line["kept"] for line in metrics)
+    weighted = config.optim.name == "sgd"  # AdamW normalizes gradients
+    scales = ((line["mean_weight"] if weighted else 1.0) * line["lr_scale"] * line["kept"] for line in metrics)
+    return float(sum(scales) / visits)
 
 
 def _refuse_failures(name: str, error: str | None, finished: bool) -> None:

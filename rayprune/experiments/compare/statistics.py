@@ -21,6 +21,7 @@ Outcome = Literal["worth it", "prune nothing", "no scores needed", "undecided"]
 _LEAST_SAVED = 0.05  # a method that saves a smaller fraction of the seconds counts as not faster
 # Full training in fewer epochs, at the cost of a method.
 SHORTENED = {"full_time": "time", "full_steps": "samples trained"}
+_MEANS = ("samples_trained", "samples_forwarded", "compute", "flops", "learning_rate", "mean_step_scale")
 _UNEVEN = 1.25  # if equal work differs in time by this factor, something else ran on the machine
 
 
@@ -39,6 +40,9 @@ class RunOutcome:
         compute: in samples trained.
         flops: floating-point operations of training.
         seconds: of training, selection and checkpoints, without validation.
+        learning_rate: the peak.
+        mean_step_scale: the mean size of its steps relative to full training's: learning rate times the mean weight of
+            the trained samples. AdamW normalizes gradients, so the weights do not count there.
         alone: whether no other run of the comparison ran at the same time, so that its seconds count.
     """
 
@@ -53,6 +57,8 @@ class RunOutcome:
     compute: float
     flops: float
     seconds: float
+    learning_rate: float
+    mean_step_scale: float
     alone: bool = True
 
 
@@ -92,7 +98,7 @@ class ArmRuns:
     @property
     def same_as_full(self) -> bool:
         """Whether a matched arm turned out to be full training itself, with its cost."""
-        return self.baseline != "full" and all(run.folder.startswith("full-seed") for run in self.runs)
+        return self.baseline != "full" and all(run.folder.startswith("full-") for run in self.runs)
 
 
 def timed_places(arms: Iterable[Sequence[RunOutcome]]) -> list[int]:
@@ -286,7 +292,7 @@ def _judge_against(
             more = f"it is not shown to be better than {rival.arm.name} (difference {rival.difference})"
             return Verdict("undecided", f"; {more}")
     if not rivals:
-        more = "no baseline of the same cost ran (compare.baselines, or it saves less than half an epoch)"
+        more = "no baseline of the same cost ran (compare.baselines, or it saves less than an epoch)"
         return Verdict("undecided", f"; {more}")
     if not gains:
         return Verdict("undecided", f"; {num_seeds} seeds do not show that it is faster")
@@ -352,8 +358,20 @@ def summary(arms: Sequence[ArmRuns], criteria: Criteria) -> dict[str, Any]:
         "confidence": criteria.confidence,
         "arms": [_arm_row(arm, full, criteria) for arm in arms],
         "methods": {name: _method_row(arm, verdicts[name], baselines[name], criteria) for name, arm in methods.items()},
+        "self_checks": [check for name in methods for check in _self_checks(baselines[name], criteria)],
         "verdict": dataclasses.asdict(overall([verdicts[name] for name in by_saving], seeds)),
     }
+
+
+def _self_checks(baselines: Sequence[ArmRuns], criteria: Criteria) -> list[dict[str, Any]]:
+    """Compare two baselines of a method that train alike and differ in the order of the samples only."""
+    by_kind = {arm.baseline: arm for arm in baselines if not arm.same_as_full}
+    if not {"random_epoch", "full_steps"} <= set(by_kind):
+        return []
+    one, other = by_kind["random_epoch"], by_kind["full_steps"]
+    difference = criteria.difference(one, other)
+    agrees = None if difference.low is None else not (difference.above(0.0) or difference.below(0.0))
+    return [{"arms": [one.name, other.name], "difference": dataclasses.asdict(difference), "agrees": agrees}]
 
 
 def _arm_row(arm: ArmRuns, full: ArmRuns, criteria: Criteria) -> dict[str, Any]:
@@ -371,7 +389,7 @@ def _arm_row(arm: ArmRuns, full: ArmRuns, criteria: Criteria) -> dict[str, Any]:
         "non_inferior": (to_full.above(-criteria.margin) or same_runs(arm, full)) if several else None,
         "worst_class_to_full": dataclasses.asdict(criteria.difference(arm, full, "worst_class")),
         "epochs": sorted({run.epochs for run in arm.runs}),
-        **{name: arm.mean(name) for name in ("samples_trained", "samples_forwarded", "compute", "flops")},
+        **{name: arm.mean(name) for name in _MEANS},
         "seconds": float(np.mean(arm.seconds)),
         **{f"{name}_saved": 1.0 - arm.mean(name) / full.mean(name) for name in ("samples_trained", "compute")},
         "seconds_to_full": dataclasses.asdict(paired_ratio(arm.seconds, full.seconds, criteria.confidence)),

@@ -69,6 +69,8 @@ def test_a_number_of_seeds_counts_from_zero_and_methods_get_their_defaults() -> 
         ({"methods": [{"name": "infobatch", "train": {"epochs": 5}}]}, ["'train'", "leave it out", "full_steps"]),
         ({"methods": [{"name": "infobatch", "epochs": 5}]}, ["'epochs'", "leave it out", "full_steps"]),
         ({"methods": [{"name": "infobatch", "prune_ratoi": 0.5}]}, ["prune_ratoi", "'prune_ratio'"]),
+        ({"lr_factors": [1.0]}, ["compare.lr_factors", "two or more"]),
+        ({"lr_factors": [1.4, 1.0]}, ["compare.lr_factors", "ascending"]),
         ({"margin": -1}, ["compare.margin", "greater than or equal to 0"]),
         ({"confidence": 1}, ["compare.confidence", "less than 1"]),
         ({"parallel": 0}, ["compare.parallel = 0", "at least 1, or auto"]),

@@ -11,7 +11,7 @@ import pytest
 
 from rayprune.config import Config
 from rayprune.core.schedule import Schedule
-from rayprune.experiments.compare.arms import Arm, arm_settings, arms_of, digest_of, run_config
+from rayprune.experiments.compare.arms import Arm, arm_settings, arms_of, digest_of, equal_steps, run_config
 from rayprune.experiments.compare.statistics import RunOutcome
 from tests.support.runs import run_config as tiny
 
@@ -41,16 +41,19 @@ WHOLE = RunOutcome(
     compute=1000.0,
     flops=0.0,
     seconds=50.0,
+    learning_rate=0.1,
+    mean_step_scale=1.0,
 )
 
 
 @pytest.mark.parametrize(
     ("baseline", "samples", "seconds", "expected"),
     [
-        ("full_steps", 640, 50.0, ("full", 6, False)),
+        ("full_steps", 640, 50.0, ("full", 7, False)),
+        ("full_steps", 700, 50.0, ("full", 7, False)),
         ("full_steps", 20, 50.0, ("full", 1, False)),
         ("full_steps", 1300, 50.0, ("full", 10, True)),
-        ("full_time", 900, 35.1, ("full", 7, False)),
+        ("full_time", 900, 35.1, ("full", 8, False)),
         ("full_time", 100, 55.0, ("full", 10, True)),
         ("random", 640, 1.0, ("random", 10, False)),
         ("random_epoch", 1000, 1.0, ("full", 10, True)),
@@ -73,7 +76,7 @@ def test_one_run_on_a_busy_machine_does_not_change_the_length(tmp_path: Path) ->
     arm = Arm("full_time", "full_time", {"name": "infobatch"}, "infobatch")
     config = tiny(tmp_path, train={"epochs": 10})
     pairs = [(WHOLE, dataclasses.replace(WHOLE, seconds=seconds)) for seconds in (34.0, 190.0, 36.0)]
-    assert {arm_settings(arm, config, pairs, place, num_samples=100).epochs for place in range(3)} == {7}
+    assert {arm_settings(arm, config, pairs, place, num_samples=100).epochs for place in range(3)} == {8}
 
 
 def test_a_length_is_matched_to_the_seconds_of_runs_that_ran_alone(tmp_path: Path) -> None:
@@ -83,6 +86,31 @@ def test_a_length_is_matched_to_the_seconds_of_runs_that_ran_alone(tmp_path: Pat
     pairs = [(WHOLE, dataclasses.replace(WHOLE, seconds=25.0)), (shared, dataclasses.replace(shared, seconds=45.0))]
     assert arm_settings(arm, config, pairs, 1, num_samples=100).epochs == 5
     assert arm_settings(arm, config, pairs[1:], num_samples=100).epochs == 9
+
+
+@pytest.mark.parametrize(
+    ("baseline", "tag"),
+    [
+        ("full_steps", "-7epochs-lr1.4"),
+        ("full_time", "-7epochs-lr1.4"),
+        ("random", "-30dropped-lr1.45"),
+        ("random_epoch", "-30dropped-lr1.45"),
+    ],
+)
+def test_arms_of_the_methods_cost_take_steps_of_its_size(tmp_path: Path, baseline: str, tag: str) -> None:
+    """The learning rate follows the method's mean weight: of all seeds for a length, of the own seed for a subset."""
+    config = tiny(tmp_path, train={"epochs": 10}, optim={"lr": 0.05})
+    spent = dataclasses.replace(WHOLE, samples_trained=700, seconds=35.0)
+    pairs = [(WHOLE, dataclasses.replace(spent, mean_step_scale=scale)) for scale in (1.35, 1.4, 1.46)]
+    arm = Arm(baseline, baseline, {}, "m")
+    settings = arm_settings(arm, config, pairs, 2, num_samples=100)
+    settings = equal_steps(arm, settings, [method for _, method in pairs], 2)
+    assert settings.tag == tag
+    made = run_config(config, settings, "n", 5, str(tmp_path))
+    assert made.optim.lr == pytest.approx(0.05 * settings.lr_factor)
+    assert f"{settings.lr_factor:g} times the learning rate" in settings.matched
+    if baseline == "random_epoch":
+        assert made.method["replacement"] is False
 
 
 def test_the_ratio_drops_the_exact_number_of_samples(tmp_path: Path) -> None:
