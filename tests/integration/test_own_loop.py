@@ -137,6 +137,7 @@ def test_a_killed_worker_and_a_killed_score_actor_restart_the_loop_from_its_own_
     data.close()
 
 
+@pytest.mark.scenario
 def test_fsdp2_shards_the_parameters_and_keeps_the_first_plan(
     tmp_path: Path, together: tuple[Path, dict[str, np.ndarray]]
 ) -> None:
@@ -162,7 +163,7 @@ def test_any_dataset_with_an_id_column_is_filtered(tmp_path: Path) -> None:
         for _, ids, weights in filter(None, ranks):
             assert not by_epoch[epoch].keys() & set(ids), "an id occurs twice in an epoch"
             by_epoch[epoch] |= dict(zip(ids, weights, strict=True))
-    assert own_loops.N - 1 <= len(by_epoch[0]) <= own_loops.N  # two ranks drop at most one row
+    assert len(by_epoch[0]) == own_loops.N - 1  # two ranks get the same number
     assert all(weight == 1.0 for weight in by_epoch[0].values())
     for epoch in range(1, own_loops.EPOCHS):
         assert len(by_epoch[epoch]) < 0.9 * own_loops.N
@@ -235,19 +236,24 @@ def test_a_dataset_not_made_by_prune_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["pruned", pytest.param("plain", marks=pytest.mark.scenario)])
 def test_the_example_runs(tmp_path: Path, name: str) -> None:
+    file = tmp_path / f"{name}_loop.py"
+    program = (EXAMPLES / file.name).read_text()
+    assert "EPOCHS, BATCH, WORKERS = 10, " in program
+    file.write_text(program.replace("EPOCHS, BATCH, WORKERS = 10, ", "EPOCHS, BATCH, WORKERS = 4, "))
     environment = {
         **os.environ,
         "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray's default of 2 s would delay the end of each run
     }
-    command = [sys.executable, str(EXAMPLES / f"{name}_loop.py")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, str(file)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     # Ray may log a line of a worker twice.
-    counts = {int(count) for count in re.findall(r"epoch 9: loss [\d.]+, (\d+) samples trained", done.stdout)}
+    counts = {int(count) for count in re.findall(r"epoch 3: loss [\d.]+, (\d+) samples trained", done.stdout)}
     assert len(counts) == 1
-    assert (counts == {10 * 1797}) == (name == "plain")
-    assert min(counts) < 0.85 * 10 * 1797 or name == "plain"
+    assert (counts == {4 * 1797}) == (name == "plain")
+    assert min(counts) < 0.95 * 4 * 1797 or name == "plain"
 
 
 def test_the_diff_in_the_readme_is_that_of_the_examples() -> None:

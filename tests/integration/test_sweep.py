@@ -153,6 +153,7 @@ def test_asha_stops_trials_and_their_folders_are_intact(tmp_path: Path) -> None:
     assert again.rows == result.rows
 
 
+@pytest.mark.scenario
 def test_a_crashed_trial_is_restarted_and_its_error_is_in_the_table(tmp_path: Path) -> None:
     log = tmp_path / "steps"
     space = (
