@@ -12,7 +12,7 @@ import numpy as np
 from rayprune.config.experiments import format_value
 from rayprune.core.references import closest
 from rayprune.errors import ConfigError, RunFolderError
-from rayprune.report.read import Arm, Comparison, Difference, RunRecord, as_mapping
+from rayprune.report.read import Comparison, Difference, RunRecord, SelfCheck, as_mapping
 from rayprune.report.text import count_of, number, share
 
 Row = Mapping[str, Any]
@@ -186,21 +186,26 @@ def explanation(comparison: Comparison) -> Iterator[str]:
             f"an epoch on all samples took {uneven[0]:.3g} to {uneven[1]:.3g} s: such short runs vary, or something "
             "else ran on this machine; do not rely on the seconds"
         )
-    yield "lr: peak learning rate; step: mean size of a step, relative to full training"
-    if other := [f"{arm.name} {arm.mean_step_scale:.2f}" for arm in comparison.arms if _has_other_steps(arm)]:
-        yield f"the steps of these arms differ from full training's by more than 5%: {', '.join(other)}"
+    yield "lr: peak learning rate; step: mean size of a step, relative to full training at optim.lr"
+    full = comparison.arms[0].mean_step_scale
+    if other := [arm.name for arm in comparison.arms if abs(arm.mean_step_scale / full - 1.0) > 0.05]:
+        yield f"mean steps that differ from full training's by more than 5%: {', '.join(other)}"
     for check in comparison.self_checks:
-        one, two = check.arms
-        found = "is as expected" if check.agrees else "needs more seeds" if check.agrees is None else "is unexpected"
-        yield f"{one} and {two} are the same training but for the order: {_interval(check.difference)} {found}"
+        yield _self_check(comparison, check)
     for arm in comparison.arms:
         if arm.matched:
             first = " (first seed)" if num > 1 and arm.baseline.startswith("random") else ""
             yield f"{arm.name} matches {arm.matched}{first}"
 
 
-def _has_other_steps(arm: Arm) -> bool:
-    return abs(arm.mean_step_scale - 1.0) > 0.05
+def _self_check(comparison: Comparison, check: SelfCheck) -> str:
+    """Return a sentence on two arms that should agree."""
+    line = f"self-check: {' − '.join(check.arms)} is {_interval(check.difference)}; the same training but for the order"
+    if check.agrees is not False:
+        return line
+    rates = {arm.learning_rate for arm in comparison.arms if arm.name in check.arms}
+    cure = "their learning rates differ, so tune with more seeds (compare.tune_seeds)"
+    return f"{line}, so they should agree: {cure if len(rates) > 1 else 'look for a mistake before you trust the rest'}"
 
 
 def verdict_lines(comparison: Comparison) -> Iterator[str]:
