@@ -23,9 +23,9 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-# The long forms alone: kills, a cluster that grows and shrinks, a soak.
+# The long forms alone, the longest first: a cluster that grows and shrinks, a soak, kills of jobs, sweeps and loops.
 scenarios: setup
-	$(BIN)/python -m pytest -m scenario --numprocesses=2 --dist=worksteal tests
+	$(BIN)/python -m pytest -m scenario --numprocesses=2 --dist=load --maxschedchunk=1 tests/scenarios tests/integration
 
 test-all: test scenarios
 

@@ -203,9 +203,11 @@ def _self_check(comparison: Comparison, check: SelfCheck) -> str:
     line = f"self-check: {' − '.join(check.arms)} is {_interval(check.difference)}; the same training but for the order"
     if check.agrees is not False:
         return line
-    rates = {arm.learning_rate for arm in comparison.arms if arm.name in check.arms}
-    cure = "their learning rates differ, so tune with more seeds (compare.tune_seeds)"
-    return f"{line}, so they should agree: {cure if len(rates) > 1 else 'look for a mistake before you trust the rest'}"
+    rates = [arm.learning_rate for arm in comparison.arms if arm.name in check.arms]
+    cure = "look for a mistake before you trust the rest"
+    if max(rates) > 1.05 * min(rates):
+        cure = "their learning rates differ, so tune with more seeds (compare.tune_seeds)"
+    return f"{line}, so they should agree: {cure}"
 
 
 def verdict_lines(comparison: Comparison) -> Iterator[str]:

@@ -7,7 +7,8 @@ them.
 
 *Filtered*: any `ray.data.Dataset` with an id column. The epoch's selection is filtered out of its stream, with weights
 joined on. The ids and weights of every epoch are exact, and a run resumes at the end of an epoch. The order of rows is
-the Dataset's own, no row is skipped unread, and the equal split over W workers may omit up to W − 1 rows of an epoch.
+the Dataset's own, and no row is skipped unread. The equal split over W workers needs a multiple of W rows, so up to
+W − 1 others are left out in each epoch.
 
 Shapes: N samples, W workers, B rows of a block.
 """

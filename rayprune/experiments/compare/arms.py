@@ -212,9 +212,10 @@ def equal_steps(arm: Arm, settings: ArmSettings, methods: Sequence[RunOutcome], 
         place: position of the seed.
     """
     own = [methods[place]] if arm.baseline in {"random", "random_epoch"} else methods
-    # A multiple of 1/20, so that more seeds rarely change it, which would make other runs.
-    factor = round(20.0 * median(method.mean_step_scale for method in own)) / 20.0
-    return settings.at_rate(factor, ", for steps of the method's size")
+    scale = median(method.mean_step_scale for method in own)
+    # Rounded, so that more seeds rarely change it, which would make other runs.
+    factor = round(20.0 * scale) / 20.0 if scale > 0.5 else float(f"{scale:.2g}")
+    return settings.at_rate(factor or 1.0, ", for steps of the method's size")
 
 
 def run_config(config: Config, settings: ArmSettings, name: str, seed: int, storage: str) -> Config:

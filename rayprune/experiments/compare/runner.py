@@ -15,12 +15,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pandas as pd
@@ -35,7 +37,7 @@ from rayprune.engine.storage.costs import costs_of
 from rayprune.engine.storage.resume import check_folder, run_folder_of
 from rayprune.engine.storage.run_folder import read_metrics, write_whole
 from rayprune.engine.train.driver import check, open_splits, train
-from rayprune.errors import ConfigError, TrainingFailed
+from rayprune.errors import ConfigError, RunFolderError, TrainingFailed, TrainingStopped, one_line
 from rayprune.experiments.compare.arms import (
     Arm,
     ArmSettings,
@@ -112,8 +114,14 @@ def compare(config: Config, listeners: CompareListeners | None = None, *, debug:
     experiment.check(config)
     if not folder.exists():
         check(config, splits)  # report a mistake before anything is written
+        for arm in arms if tuned else []:
+            if not arm.derived:
+                trial = tuning_config(config, arm_settings(arm, config), "tuning", 0, str(folder))
+                check(trial, open_splits(trial))
     config = _with_stored_threads(config, folder)
-    resources = _trial_resources(config, splits.train, len(arms), debug)
+    num_shared = len(arms) * max(0, len(section.all_seeds) - section.timed_seeds)
+    num_tuning = len(arms) * len(section.lr_factors) * section.tune_seeds if tuned else 0
+    resources = _trial_resources(config, splits.train, max(num_shared, num_tuning), debug)
     with experiment.open(config), on_sigterm():
         write_whole(folder / "threads.json", json.dumps(_threads(config, resources)) + "\n")
         runs = _Runs(config, folder, splits.train, listeners, resources=resources, debug=debug)
@@ -130,7 +138,7 @@ def compare(config: Config, listeners: CompareListeners | None = None, *, debug:
             "timing": _timing(results),
             "amortise": section.amortise,
             "tuning": {
-                name: {f"{factor:g}": accuracy for factor, accuracy in sorted(accuracies.items())}
+                name: {f"{factor:g}": _or_none(accuracy) for factor, accuracy in sorted(accuracies.items())}
                 for name, accuracies in runs.tuning.items()
             },
             "methods_compared": {arm.name: dict(arm.of) for arm in arms if arm.baseline == "method"},
@@ -159,14 +167,13 @@ def _threads(config: Config, resources: TrialResources | None) -> int | str:
     return len(os.sched_getaffinity(0)) if one_process else config.scaling.threads
 
 
-def _trial_resources(config: Config, source: SampleSource, num_arms: int, debug: bool) -> TrialResources | None:
+def _trial_resources(config: Config, source: SampleSource, num_shared: int, debug: bool) -> TrialResources | None:
     """Return how many runs to train at a time and the resources of each; None to train them one after another.
 
     Raises:
         ClusterError: there are too few resources for `compare.parallel`.
     """
     section = config.compare
-    num_shared = num_arms * max(0, len(section.all_seeds) - section.timed_seeds)
     request = ConcurrencyRequest(max(1, num_shared), section.parallel, "compare.parallel", "run")
     elastic = isinstance(config.scaling.num_workers, tuple)
     if section.parallel == 1 or (section.parallel == "auto" and (elastic or not num_shared)):
@@ -249,6 +256,7 @@ class _Runs:
         self._num_started = self._num_runs = 0
         self._outcomes = defaultdict[str, dict[int, RunOutcome]](dict)  # arm → position of the seed → outcome
         self.tuning: dict[str, dict[float, float]] = {}  # arm → factor on the learning rate → held-out accuracy
+        self._failures: dict[str, str] = {}  # tuning run → its error
 
     def train_all(self, arms: Sequence[Arm], seeds: Sequence[int], tuned: bool) -> dict[str, list[RunOutcome]]:
         """Return every arm's outcomes, one per seed. Derived arms run after full training and the methods.
@@ -300,14 +308,29 @@ class _Runs:
             every = [job for several in jobs.values() for job in several]
             if self._resources is None:
                 for job in every:
-                    self._train_alone(job)
+                    self._try_alone(job)
             else:
                 self._train_at_once(every)
             for (name, factor), several in jobs.items():
-                accuracies = [read_metrics(run_folder_of(job.config))[-1]["val_accuracy"] for job in several]
-                self.tuning.setdefault(name, {})[factor] = 100.0 * sum(accuracies) / len(accuracies)
+                self.tuning.setdefault(name, {})[factor] = self._tuned_accuracy(several)
+            for name in waiting:
+                if max(self.tuning[name].values()) == -math.inf:
+                    failed = next(job for job in every if job.arm.name == name)
+                    raise TrainingFailed(f"no learning rate works for {name}: {self._failures[failed.name]}")
             further = {name: next_factor(self.tuning[name], first) for name in waiting}
             waiting = {name: [factor] for name, factor in further.items() if factor is not None}
+
+    def _try_alone(self, job: _Job) -> None:
+        try:
+            self._train_alone(job)
+        except (ConfigError, TrainingFailed, TrainingStopped) as error:
+            self._failures[job.name] = one_line(error)
+
+    def _tuned_accuracy(self, jobs: Sequence[_Job]) -> float:
+        """Return the mean accuracy of the runs with one factor; −inf if one failed, as a rate too large can make it."""
+        if any(job.name in self._failures for job in jobs):
+            return -math.inf
+        return 100.0 * mean(read_metrics(run_folder_of(job.config))[-1]["val_accuracy"] for job in jobs)
 
     def _job(self, arm: Arm, place: int, seed: int) -> _Job:
         settings = self._settings(arm, place, self._factor(arm))
@@ -318,7 +341,8 @@ class _Runs:
 
     def _factor(self, arm: Arm) -> float | None:
         """Return the tuned factor on the learning rate; None if the arms are not tuned."""
-        accuracies = self.tuning.get("full" if arm.baseline == "ratio_0" else arm.name)
+        # ratio_0, and an arm that is full training with the first seed, have the rate of full training.
+        accuracies = self.tuning.get(arm.name, self.tuning.get("full"))
         return best_factor(accuracies) if accuracies else None
 
     def _settings(self, arm: Arm, place: int, factor: float | None) -> ArmSettings:
@@ -371,7 +395,14 @@ class _Runs:
             ours = in_process and not ray.is_initialized()
             start_ray(self._debug, dashboard=not in_process, address=self._config.run.address)
             self._mark_shared(name for name, job in remaining.items() if not job.tuning)
-            events = TrialListeners(_refuse_failures, on_start=lambda name: self._announce(remaining[name]))
+
+            def on_end(name: str, error: str | None, finished: bool) -> None:
+                if error is not None and not remaining[name].tuning:
+                    raise TrainingFailed(f"run {name}: {error}")
+                if error is not None:
+                    self._failures[name] = error
+
+            events = TrialListeners(on_end, on_start=lambda name: self._announce(remaining[name]))
             configs = [job.config for job in remaining.values()]
             if not run_trials(configs, self._resources, events, folder=self._folder, debug=self._debug):
                 raise KeyboardInterrupt
@@ -390,6 +421,8 @@ class _Runs:
         else:
             folder = run_folder_of(job.config)
             metrics = read_metrics(folder)
+            if "mean_weight" not in metrics[-1]:
+                raise RunFolderError(f"{folder} is of an earlier version of rayprune: choose another run.name")
             last, costs = metrics[-1], costs_of(folder, metrics, self._config.compare.amortise)
             outcome = RunOutcome(
                 seed=job.config.train.seed,
@@ -416,14 +449,13 @@ class _Runs:
         write_whole(self._shared_file, json.dumps(sorted({*self._shared(), *names}), indent=1) + "\n")
 
 
+def _or_none(accuracy: float) -> float | None:
+    return accuracy if math.isfinite(accuracy) else None
+
+
 def _step_scale(config: Config, metrics: Sequence[dict[str, Any]]) -> float:
     """Return the mean size of a run's steps relative to steps with weights of 1."""
     visits = sum(line["kept"] for line in metrics)
     weighted = config.optim.name == "sgd"  # AdamW normalizes gradients
     scales = ((line["mean_weight"] if weighted else 1.0) * line["lr_scale"] * line["kept"] for line in metrics)
     return float(sum(scales) / visits)
-
-
-def _refuse_failures(name: str, error: str | None, finished: bool) -> None:
-    if error is not None:
-        raise TrainingFailed(f"run {name}: {error}")

@@ -28,9 +28,15 @@ def is_tuned(config: Config, num_samples: int) -> tuple[bool, str]:
     Raises:
         ConfigError: `compare.tune` is on, but there is nothing to tune on.
     """
-    section, held_out = config.compare, int(HOLD_OUT * num_samples)
+    section, held_out = config.compare, round(HOLD_OUT * num_samples)
     if section.tune is False:
         return False, "the arms' learning rates are not tuned (compare.tune)"
+    methods = section.method_configs or (config.method,)
+    if config.collect.trajectories is not None or any(method["name"] == "fixed" for method in methods):
+        reason = "a selection file or trajectories are of all training samples, so none can be held out to tune on"
+        if section.tune is True:
+            raise ConfigError(f"compare.tune = True: {reason}; set compare.tune=false")
+        return False, f"the arms' learning rates are not tuned: {reason}"
     if config.data.hold_out is not None:
         if section.tune is True:
             raise ConfigError(
@@ -81,4 +87,5 @@ def next_factor(accuracies: Mapping[float, float], first: Sequence[float]) -> fl
     if len(tried) >= len(first) + _MAX_EXTENSIONS or best not in {tried[0], tried[-1]}:
         return None
     neighbor = tried[-2] if best == tried[-1] else tried[1]
-    return float(f"{best * best / neighbor:.3g}")
+    factor = float(f"{best * best / neighbor:.3g}")
+    return None if factor in accuracies else factor

@@ -14,6 +14,7 @@ import yaml
 
 from rayprune.config import Config, make_config
 from rayprune.engine.storage.run_folder import read_metrics
+from rayprune.errors import TrainingFailed
 from rayprune.experiments.compare.arms import Arm, ArmSettings
 from rayprune.experiments.compare.runner import CompareListeners, compare
 from rayprune.experiments.compare.statistics import RunOutcome, paired_difference
@@ -237,6 +238,17 @@ def test_each_arm_tunes_its_learning_rate_on_held_out_samples(tmp_path: Path) ->
     seen.clear()
     compare(config, CompareListeners(on_run))
     assert all(finished for *_, finished in seen)
+
+
+def test_a_learning_rate_that_diverges_is_not_chosen(tmp_path: Path) -> None:
+    keys = {"seeds": 1, "baselines": ["full"], "tune": True, "tune_seeds": 1}
+    folder = compare(config_of(tmp_path, **keys, lr_factors=[1.0, 1e30]))
+    report = json.loads((folder / "compare.json").read_text())
+    for arm in report["arms"]:
+        assert report["tuning"][arm["name"]]["1e+30"] is None
+        assert arm["learning_rate"] <= 1.0
+    with pytest.raises(TrainingFailed, match=r"no learning rate works for full: .*NaN or infinite"):
+        compare(config_of(tmp_path / "all", **keys, lr_factors=[1e30, 1e31]))
 
 
 def test_tuning_needs_samples_that_do_not_judge(tmp_path: Path) -> None:
