@@ -19,7 +19,7 @@ import math
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -30,6 +30,7 @@ import ray
 import torch
 
 from rayprune.config import Config, make_config
+from rayprune.config.experiments import CompareSection
 from rayprune.config.yaml import merge
 from rayprune.engine.cluster import ConcurrencyRequest, TrialResources, cluster_address, divide_resources, start_ray
 from rayprune.engine.monitoring import on_sigterm
@@ -52,7 +53,7 @@ from rayprune.experiments.compare.tuning import best_factor, is_tuned, next_fact
 from rayprune.experiments.folder import ExperimentFolder
 from rayprune.experiments.trials import TrialListeners, ignore, run_trials
 from rayprune.methods import build_method
-from rayprune.sources import SampleSource
+from rayprune.sources import SampleSource, Splits
 
 logger = logging.getLogger(__name__)
 
@@ -97,31 +98,20 @@ def compare(config: Config, listeners: CompareListeners | None = None, *, debug:
     arms, notes = arms_of(config)
     splits = open_splits(config)
     if splits.validation is None:
-        name = config.data.source
-        raise ConfigError(f"data.source {name!r} has no validation part for the accuracies: set data.hold_out=0.1")
+        raise ConfigError(f"data.source {config.data.source!r} has no validation part: set data.hold_out=0.1")
     resolution = 100.0 / len(splits.validation)  # points that one sample is worth
-    if section.margin < resolution:
-        notes.append(f"the margin of {section.margin:g} points is less than one sample ({resolution:.2g} points)")
-    if len(section.all_seeds) == 1:
-        notes.append("one seed gives no interval, so the verdict will be undecided; set compare.seeds=3")
+    tuned, reason = is_tuned(config, len(splits.train))
+    notes += [*_limits(section, resolution), *([reason] if reason else [])]
     for note in notes:
         listeners.on_notice(note)
-    tuned, reason = is_tuned(config, len(splits.train))
-    if reason:
-        notes.append(reason)
-        listeners.on_notice(reason)
     experiment = ExperimentFolder(folder, "compare.yaml", digest_of)
     experiment.check(config)
     if not folder.exists():
-        check(config, splits)  # report a mistake before anything is written
-        for arm in arms if tuned else []:
-            if not arm.derived:
-                trial = tuning_config(config, arm_settings(arm, config), "tuning", 0, str(folder))
-                check(trial, open_splits(trial))
+        _check_runs(config, splits, arms if tuned else ())
     config = _with_stored_threads(config, folder)
-    num_shared = len(arms) * max(0, len(section.all_seeds) - section.timed_seeds)
     num_tuning = len(arms) * len(section.lr_factors) * section.tune_seeds if tuned else 0
-    resources = _trial_resources(config, splits.train, max(num_shared, num_tuning), debug)
+    num_shared = max(num_tuning, len(arms) * (len(section.all_seeds) - section.timed_seeds), 0)
+    resources = _trial_resources(config, splits.train, num_shared, debug)
     with experiment.open(config), on_sigterm():
         write_whole(folder / "threads.json", json.dumps(_threads(config, resources)) + "\n")
         runs = _Runs(config, folder, splits.train, listeners, resources=resources, debug=debug)
@@ -137,18 +127,36 @@ def compare(config: Config, listeners: CompareListeners | None = None, *, debug:
             "notes": notes,
             "timing": _timing(results),
             "amortise": section.amortise,
-            "tuning": {
-                name: {f"{factor:g}": _or_none(accuracy) for factor, accuracy in sorted(accuracies.items())}
-                for name, accuracies in runs.tuning.items()
-            },
+            "tuning": {name: _tuning_row(accuracies) for name, accuracies in runs.tuning.items()},
             "methods_compared": {arm.name: dict(arm.of) for arm in arms if arm.baseline == "method"},
             **summary(results, Criteria(section.margin, section.confidence, resolution)),
             "environment": json.loads(environment.read_text()),
         }
-        write_whole(folder / "compare.json", json.dumps(report, indent=1) + "\n")
-        rows = [{"arm": a.name, "baseline": a.baseline, **dataclasses.asdict(run)} for a in results for run in a.runs]
-        write_whole(folder / "compare.csv", pd.DataFrame(rows).to_csv(index=False))
+        _write(folder, report, results)
     return folder
+
+
+def _limits(section: CompareSection, resolution: float) -> Iterator[str]:
+    """Yield a line for each reason why a comparison can't decide."""
+    if section.margin < resolution:
+        yield f"the margin of {section.margin:g} points is less than one sample ({resolution:.2g} points)"
+    if len(section.all_seeds) == 1:
+        yield "one seed gives no interval, so the verdict will be undecided; set compare.seeds=3"
+
+
+def _write(folder: Path, report: Mapping[str, Any], arms: Sequence[ArmRuns]) -> None:
+    write_whole(folder / "compare.json", json.dumps(report, indent=1) + "\n")
+    rows = [{"arm": arm.name, "baseline": arm.baseline, **dataclasses.asdict(run)} for arm in arms for run in arm.runs]
+    write_whole(folder / "compare.csv", pd.DataFrame(rows).to_csv(index=False))
+
+
+def _check_runs(config: Config, splits: Splits, tuned: Sequence[Arm]) -> None:
+    """Report a mistake in the config, or in the tuning runs of these arms, before anything is written."""
+    check(config, splits)
+    for arm in tuned:
+        if not arm.derived:
+            trial = tuning_config(config, arm_settings(arm, config), "tuning", 0, str(run_folder_of(config)))
+            check(trial, open_splits(trial))
 
 
 def _with_stored_threads(config: Config, folder: Path) -> Config:
@@ -449,8 +457,9 @@ class _Runs:
         write_whole(self._shared_file, json.dumps(sorted({*self._shared(), *names}), indent=1) + "\n")
 
 
-def _or_none(accuracy: float) -> float | None:
-    return accuracy if math.isfinite(accuracy) else None
+def _tuning_row(accuracies: Mapping[float, float]) -> dict[str, float | None]:
+    """Return factor → held-out accuracy, None if a run failed, as plain JSON types."""
+    return {f"{factor:g}": value if math.isfinite(value) else None for factor, value in sorted(accuracies.items())}
 
 
 def _step_scale(config: Config, metrics: Sequence[dict[str, Any]]) -> float:
