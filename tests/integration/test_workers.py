@@ -19,7 +19,7 @@ import ray
 from rayprune.config import Config, make_config
 from rayprune.config.schema import TRACKERS
 from rayprune.engine.storage.checkpoint import newest_position
-from rayprune.engine.storage.run_folder import read_selection
+from rayprune.engine.storage.run_folder import read_selection, read_validation
 from rayprune.engine.storage.trackers import failures
 from rayprune.engine.train.driver import RunResult, train
 from rayprune.errors import TrainingFailed, TrainingStopped
@@ -171,6 +171,9 @@ def test_class_accuracies_are_summed_over_all_ranks(undisturbed: RunResult) -> N
     correct = np.array(last["val_class_accuracy"]) * np.bincount(validation.labels)
     assert correct == pytest.approx(correct.round(), abs=1e-3), "every class counts its own samples"
     assert correct.sum() / len(validation) == pytest.approx(last["val_accuracy"], abs=1e-6)
+    rows = read_validation(undisturbed.folder)
+    by_class = np.bincount(np.asarray(validation.labels)[rows], minlength=correct.size)
+    assert by_class.tolist() == correct.round().tolist()
 
 
 GUARDED = {"source": user("not_in_actors"), "augment": {"crop": 1, "flip": False}, "limit": 301}

@@ -1,4 +1,4 @@
-"""The run folder: config.yaml, environment.json, metrics.jsonl, selections/, scores.parquet.
+"""The run folder: config.yaml, environment.json, metrics.jsonl, selections/, scores.parquet, validation.parquet.
 
 Other programs can read all of them: YAML, JSON, Parquet, and NumPy arrays without pickle.
 """
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rayprune.config import Config, make_config
@@ -24,6 +26,7 @@ from rayprune.errors import RunFolderError, one_line
 from rayprune.sources import score_files
 from rayprune.sources.storage import replace_file
 
+_VALIDATION = "validation.parquet"
 RUN_SCHEMA = 1  # of environment.json and gallery.json
 _PACKAGES = ("rayprune", "ray", "torch", "torchvision", "numpy", "pandas", "pyarrow", "scikit-learn")
 
@@ -127,6 +130,32 @@ def read_selection(run_folder: Path, epoch: int) -> Selection:
     """Return an epoch's Selection from selections/."""
     with np.load(run_folder / "selections" / f"epoch-{epoch:06d}.npz", allow_pickle=False) as stored:
         return Selection.from_arrays(dict(stored))
+
+
+def write_validation(run_folder: Path, correct_V: NDArray[np.bool_]) -> None:
+    """Write validation.parquet: id, and whether the trained network classifies the sample correctly.
+
+    Args:
+        run_folder: the folder.
+        correct_V: (V,) bool, in the order of the validation split's ids.
+    """
+    with replace_file(run_folder / _VALIDATION) as partial:
+        pq.write_table(pa.table({"id": np.arange(correct_V.size), "correct": correct_V}), partial)
+
+
+def read_validation(run_folder: Path) -> NDArray[np.bool_]:
+    """Return (V,) bool, whether each validation sample is classified correctly after the last epoch.
+
+    Raises:
+        RunFolderError: validation.parquet is missing or damaged.
+    """
+    file = run_folder / _VALIDATION
+    try:
+        return np.asarray(pq.read_table(file)["correct"].to_numpy())
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise RunFolderError(
+            f"{file} can't be read ({one_line(error)}): restore it or choose another run.name"
+        ) from None
 
 
 def write_scores(

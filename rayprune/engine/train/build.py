@@ -141,7 +141,7 @@ class WorkerSpec:
         fingerprint, shuffle: the training source's, stored in checkpoints.
         run_folder: where the run writes.
         use_gpu, threads: what this worker computes on.
-        has_validation: whether there is a validation split.
+        num_validation: rows of the validation split, 0 without one.
         prior_cost: the cost of the run that scored the samples.
     """
 
@@ -154,7 +154,7 @@ class WorkerSpec:
     run_folder: str
     use_gpu: bool
     threads: int
-    has_validation: bool
+    num_validation: int
     prior_cost: PriorCost = field(default_factory=PriorCost)
 
 

@@ -394,7 +394,7 @@ class Run:
             run_folder=str(folder),
             use_gpu=resources.use_gpu,
             threads=resources.threads,
-            has_validation=splits.validation is not None,
+            num_validation=score_spec.num_validation,
             prior_cost=setup.prior_cost,
         )
 

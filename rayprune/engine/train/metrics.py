@@ -93,6 +93,29 @@ class MetricSums:
         return total
 
 
+class CorrectRows:
+    """Which of V validation samples the network classifies correctly.
+
+    Args:
+        num_samples: V.
+        device: where the signals are.
+    """
+
+    def __init__(self, num_samples: int, device: torch.device) -> None:
+        self._correct_V = torch.zeros(num_samples, dtype=torch.int32, device=device)
+
+    def add(self, signals: Mapping[str, Tensor], rows: PlacedRows) -> None:
+        """Add a batch; `metric_correct` replaces `correct` if present. Padding is left out."""
+        correct_B = signals.get("metric_correct", signals["correct"])
+        self._correct_V.index_add_(0, rows.ids, (correct_B * rows.real).int())
+
+    def total(self, world_size: int) -> NDArray[np.bool_]:
+        """Return (V,) bool over all ranks."""
+        if world_size > 1:
+            torch.distributed.all_reduce(self._correct_V)
+        return np.asarray(self._correct_V.cpu().numpy() > 0)
+
+
 def _exit_sums(signals: Mapping[str, Tensor], real_B: Tensor) -> Tensor:
     """Return a batch's sums per exit, (3K,) float64."""
     losses_BK = signals["exit_loss"].double()

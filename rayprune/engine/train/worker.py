@@ -28,8 +28,18 @@ from rayprune.engine.scoring.messages import EpochSnapshot, Moment, Phase, PlanH
 from rayprune.engine.scoring.session import ScoringSession
 from rayprune.engine.storage.checkpoint import newest_position
 from rayprune.engine.storage.checkpoint_writer import CheckpointWriter
+from rayprune.engine.storage.run_folder import write_validation
 from rayprune.engine.train.build import WorkerSpec, build_network, build_step, pick_device, rate_at
-from rayprune.engine.train.metrics import BYTES, PADDED, REAL, MetricSums, compute, means, validated
+from rayprune.engine.train.metrics import (
+    BYTES,
+    PADDED,
+    REAL,
+    CorrectRows,
+    MetricSums,
+    compute,
+    means,
+    validated,
+)
 from rayprune.errors import TrainingPaused, TrainingStopped
 from rayprune.nn.augment import seed_generators, step_seed
 
@@ -132,10 +142,10 @@ class Worker:
                 forwarded = self._forward("forward", record=True)
         is_last = epoch + 1 == self._config.last_epoch
         validation: Tensor | None = None
-        if self._spec.has_validation and (is_last or (epoch + 1) % self._config.train.validate_every == 0):
+        if self._spec.num_validation and (is_last or (epoch + 1) % self._config.train.validate_every == 0):
             with self._timed("validate"):
                 self._share_buffers()
-                validation = self._forward("validate", record=False)
+                validation = self._forward("validate", record=False, keep_rows=is_last)
         snapshot = self._barrier("close", header.num_steps)
         self._seconds["select"] += snapshot.select_s
         record = {
@@ -175,11 +185,15 @@ class Worker:
             sums.add(signals, placed.rows, batch.real, batch.num_bytes + (meta.num_bytes if meta else 0))
         return sums.total(self.world_size), lr
 
-    def _forward(self, phase: Phase, *, record: bool) -> Tensor:
-        """Pass over a plan in eval mode, without augmentation; return the sums over all ranks."""
+    def _forward(self, phase: Phase, *, record: bool, keep_rows: bool = False) -> Tensor:
+        """Pass over a plan in eval mode, without augmentation; return the sums over all ranks.
+
+        `keep_rows` writes validation.parquet before the epoch is saved, so that a finished run always has it.
+        """
         header, step = self._session.announce(phase), self._spec.step
         counted = () if record else (self._spec.input.num_classes, self._step.num_exits)
         sums = MetricSums(self._device, *counted)
+        rows = CorrectRows(self._spec.num_validation, self._device) if keep_rows else None
         options: dict[str, Any] = {"signals": step.sweep_signals, "part": step.sweep_part} if record else {}
         for batch in self._batches(header):
             placed = self._place(batch)
@@ -188,6 +202,12 @@ class Worker:
             if record:
                 self._record(batch, signals)
             sums.add(signals, placed.rows, batch.real, batch.num_bytes, placed.targets)
+            if rows is not None:
+                rows.add(signals, placed.rows)
+        if rows is not None:
+            correct_V = rows.total(self.world_size)
+            if self.rank == 0:
+                write_validation(Path(self._spec.run_folder), correct_V)
         return sums.total(self.world_size)
 
     def _batches(self, header: PlanHeader) -> Iterator[Batch]:

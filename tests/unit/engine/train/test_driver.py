@@ -19,7 +19,7 @@ from torch.nn import functional
 from rayprune.config import Config
 from rayprune.core import Plan, Selector
 from rayprune.core.table import QUANTILES
-from rayprune.engine.storage.run_folder import read_selection
+from rayprune.engine.storage.run_folder import read_selection, read_validation
 from rayprune.engine.train.driver import RunResult, train
 from rayprune.engine.train.preflight import input_spec
 from rayprune.errors import TrainingFailed
@@ -299,6 +299,7 @@ def test_val_accuracy_is_that_of_the_saved_network(infobatch: RunResult) -> None
     validation = open_data("digits").validation
     logits, targets = outputs(run_config(infobatch.folder.parent), validation, weights_of(infobatch.folder))
     correct = (logits.argmax(1) == targets).double()
+    assert read_validation(infobatch.folder).tolist() == correct.bool().tolist()
     assert infobatch.metrics[-1]["val_accuracy"] == pytest.approx(correct.mean().item(), abs=1e-9)
     classes = [correct[targets == label].mean().item() for label in range(10)]
     assert len(set(classes)) > 1
