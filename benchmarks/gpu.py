@@ -169,9 +169,14 @@ def to_accuracy(setting: Setting, folder: Path, epochs: int, seeds: int, **secti
         "train": {"epochs": epochs, "label_smoothing": 0.1},
         "scaling": {"stream": "device"},
         # One run at a time, so that the seconds of every seed count.
-        "compare": {"seeds": seeds, "baselines": ["full_time", "random_epoch"], "margin": _POINTS, "parallel": 1},
+        "compare": {
+            "seeds": seeds,
+            "baselines": ["full_time", "random_epoch"],
+            "margin": _POINTS,
+            "parallel": 1,
+            "tune": False,
+        },
     }
-    base["compare"]["tune"] = False
     result = compare(setting.config(folder, "accuracy", **merge(base, sections)))
     arms = {arm["name"]: arm["runs"] for arm in json.loads((result / "compare.json").read_text())["arms"]}
     target = float(np.median([run["accuracy"] for run in arms["full"]])) - _POINTS

@@ -48,11 +48,10 @@ def compare(arguments: tuple[str, ...]) -> None:
 def _say_run(position: str, arm: Arm, seed: int, finished: bool, settings: ArmSettings) -> None:
     state = "already finished" if finished else count_of(settings.epochs, "epoch")
     matched = f", {settings.matched}" if settings.matched else ""
-    if "learning rate" not in matched and (settings.lr_factor != 1.0 or position == "tuning"):
-        matched += f", {settings.lr_factor:g} times the learning rate"
     if settings.same_as_full:
         state, matched = "the same as full", ""
-    say(f"{position:>7} {arm.name}, seed {seed}: {state}{matched}")
+    rate = f", learning rate × {settings.lr_factor:g}" if settings.lr_factor != 1.0 or position == "tuning" else ""
+    say(f"{position:>7} {arm.name}, seed {seed}: {state}{rate}{matched}")
 
 
 def _say_results(folder: Path) -> None:

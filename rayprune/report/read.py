@@ -274,7 +274,7 @@ class Arm(StoredModel):
 
 
 class SelfCheck(StoredModel):
-    """The difference of two arms that should agree; `agrees` is None without an interval."""
+    """The difference of two arms that should agree; `agrees` is None where the runs can't tell."""
 
     arms: list[str] = Field(min_length=2, max_length=2)
     difference: Difference

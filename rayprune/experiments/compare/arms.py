@@ -75,13 +75,11 @@ class ArmSettings:
     tag: str = ""
     lr_factor: float = 1.0
 
-    def at_rate(self, factor: float, reason: str = "") -> ArmSettings:
+    def at_rate(self, factor: float) -> ArmSettings:
         """Return the settings with a factor on the learning rate; full training's own run stays as it is."""
         if self.same_as_full or factor == 1.0:
             return self
-        words = [self.matched, f"at {factor:g} times the learning rate{reason}"]
-        matched = ", ".join(filter(None, words)) if reason else self.matched
-        return replace(self, matched=matched, tag=f"{self.tag}-lr{factor:g}", lr_factor=factor)
+        return replace(self, tag=f"{self.tag}-lr{factor:g}", lr_factor=factor)
 
 
 def arms_of(config: Config) -> tuple[list[Arm], list[str]]:
@@ -215,7 +213,7 @@ def equal_steps(arm: Arm, settings: ArmSettings, methods: Sequence[RunOutcome], 
     scale = median(method.mean_step_scale for method in own)
     # Rounded, so that more seeds rarely change it, which would make other runs.
     factor = round(20.0 * scale) / 20.0 if scale > 0.5 else float(f"{scale:.2g}")
-    return settings.at_rate(factor or 1.0, ", for steps of the method's size")
+    return settings.at_rate(factor or 1.0)
 
 
 def run_config(config: Config, settings: ArmSettings, name: str, seed: int, storage: str) -> Config:

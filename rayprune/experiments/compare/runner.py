@@ -49,7 +49,7 @@ from rayprune.experiments.compare.arms import (
     run_config,
 )
 from rayprune.experiments.compare.statistics import ArmRuns, Criteria, RunOutcome, summary, timed_places
-from rayprune.experiments.compare.tuning import best_factor, is_tuned, next_factor, tuning_config, tuning_seeds
+from rayprune.experiments.compare.tuning import best_factor, next_factor, tuning_config, tuning_seeds, why_not_tuned
 from rayprune.experiments.folder import ExperimentFolder
 from rayprune.experiments.trials import TrialListeners, ignore, run_trials
 from rayprune.methods import build_method
@@ -90,8 +90,8 @@ def compare(config: Config, listeners: CompareListeners | None = None, *, debug:
         DataError: the data can't be used.
         RunFolderError: the folder is another comparison's, is in use, is damaged, or can't be written.
         ClusterError: no Ray cluster answers, or it has too few resources for the runs.
-        TrainingFailed: a run failed; the other active runs have saved checkpoints.
-        KeyboardInterrupt: SIGINT or SIGTERM arrived; the same call continues the comparison.
+        TrainingFailed, TrainingStopped: a run failed; the other active runs have saved checkpoints.
+        KeyboardInterrupt, TrainingPaused: SIGINT or SIGTERM arrived; the same call continues the comparison.
     """
     listeners = listeners or CompareListeners()
     section, folder = config.compare, run_folder_of(config)
@@ -100,8 +100,8 @@ def compare(config: Config, listeners: CompareListeners | None = None, *, debug:
     if splits.validation is None:
         raise ConfigError(f"data.source {config.data.source!r} has no validation part: set data.hold_out=0.1")
     resolution = 100.0 / len(splits.validation)  # points that one sample is worth
-    tuned, reason = is_tuned(config, len(splits.train))
-    notes += [*_limits(section, resolution), *([reason] if reason else [])]
+    tuned = not (reason := why_not_tuned(config, len(splits.train)))
+    notes += _limits(section, resolution, reason)
     for note in notes:
         listeners.on_notice(note)
     experiment = ExperimentFolder(folder, "compare.yaml", digest_of)
@@ -136,8 +136,10 @@ def compare(config: Config, listeners: CompareListeners | None = None, *, debug:
     return folder
 
 
-def _limits(section: CompareSection, resolution: float) -> Iterator[str]:
-    """Yield a line for each reason why a comparison can't decide."""
+def _limits(section: CompareSection, resolution: float, not_tuned: str) -> Iterator[str]:
+    """Yield a line for each limit of what a comparison can show."""
+    if not_tuned:
+        yield f"learning rates are not tuned ({not_tuned}): arms of a method's cost take steps of its mean size"
     if section.margin < resolution:
         yield f"the margin of {section.margin:g} points is less than one sample ({resolution:.2g} points)"
     if len(section.all_seeds) == 1:
@@ -265,6 +267,7 @@ class _Runs:
         self._outcomes = defaultdict[str, dict[int, RunOutcome]](dict)  # arm → position of the seed → outcome
         self.tuning: dict[str, dict[float, float]] = {}  # arm → factor on the learning rate → held-out accuracy
         self._failures: dict[str, str] = {}  # tuning run → its error
+        self._tuning_source: SampleSource | None = None
 
     def train_all(self, arms: Sequence[Arm], seeds: Sequence[int], tuned: bool) -> dict[str, list[RunOutcome]]:
         """Return every arm's outcomes, one per seed. Derived arms run after full training and the methods.
@@ -298,21 +301,12 @@ class _Runs:
         # The overhead of a method, ratio_0, is measured on full training as it is.
         own = {arm.name: arm for arm in stage if arm.baseline != "ratio_0"}
         waiting = {name: list(first) for name, arm in own.items() if not self._settings(arm, 0, 1.0).same_as_full}
-        source: SampleSource | None = None
         while waiting:
-            jobs: dict[tuple[str, float], list[_Job]] = {}
-            for name, factor in [(name, factor) for name, factors in waiting.items() for factor in factors]:
-                settings = self._settings(own[name], 0, factor)
-                runs, storage = [f"{name}{settings.tag}-seed{seed}" for seed in seeds], str(self._folder / "tuning")
-                configs = [
-                    tuning_config(self._config, settings, run, seed, storage)
-                    for run, seed in zip(runs, seeds, strict=True)
-                ]
-                source = open_splits(configs[0]).train if source is None else source
-                jobs[name, factor] = [
-                    _Job(own[name], 0, settings, config, self._is_finished(config, source), tuning=True)
-                    for config in configs
-                ]
+            jobs = {
+                (name, factor): [self._tuning_job(own[name], factor, seed) for seed in seeds]
+                for name, factors in waiting.items()
+                for factor in factors
+            }
             every = [job for several in jobs.values() for job in several]
             if self._resources is None:
                 for job in every:
@@ -323,10 +317,18 @@ class _Runs:
                 self.tuning.setdefault(name, {})[factor] = self._tuned_accuracy(several)
             for name in waiting:
                 if max(self.tuning[name].values()) == -math.inf:
-                    failed = next(job for job in every if job.arm.name == name)
-                    raise TrainingFailed(f"no learning rate works for {name}: {self._failures[failed.name]}")
+                    failed = next(job.name for job in every if job.arm.name == name and job.name in self._failures)
+                    raise TrainingFailed(f"no learning rate works for {name}: {self._failures[failed]}")
             further = {name: next_factor(self.tuning[name], first) for name in waiting}
             waiting = {name: [factor] for name, factor in further.items() if factor is not None}
+
+    def _tuning_job(self, arm: Arm, factor: float, seed: int) -> _Job:
+        settings = self._settings(arm, 0, factor)
+        name, storage = f"{arm.name}{settings.tag}-seed{seed}", str(self._folder / "tuning")
+        config = tuning_config(self._config, settings, name, seed, storage)
+        if self._tuning_source is None:
+            self._tuning_source = open_splits(config).train  # the same samples are held out of all tuning runs
+        return _Job(arm, 0, settings, config, self._is_finished(config, self._tuning_source), tuning=True)
 
     def _try_alone(self, job: _Job) -> None:
         try:

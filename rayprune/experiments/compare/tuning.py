@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import count, islice
 
 from rayprune.config import Config, make_config
 from rayprune.config.yaml import merge
@@ -22,40 +23,32 @@ _MAX_EXTENSIONS = 3
 _FIRST_SEED = 1_000_003  # far from those that a comparison counts from 0
 
 
-def is_tuned(config: Config, num_samples: int) -> tuple[bool, str]:
-    """Return whether the arms of a comparison tune their learning rates, and a line for the user if they do not.
+def why_not_tuned(config: Config, num_samples: int) -> str:
+    """Return why the arms of a comparison do not tune their learning rates; "" if they do.
 
     Raises:
         ConfigError: `compare.tune` is on, but there is nothing to tune on.
     """
     section, held_out = config.compare, round(HOLD_OUT * num_samples)
-    if section.tune is False:
-        return False, "the arms' learning rates are not tuned (compare.tune)"
     methods = section.method_configs or (config.method,)
-    if config.collect.trajectories is not None or any(method["name"] == "fixed" for method in methods):
-        reason = "a selection file or trajectories are of all training samples, so none can be held out to tune on"
-        if section.tune is True:
-            raise ConfigError(f"compare.tune = True: {reason}; set compare.tune=false")
-        return False, f"the arms' learning rates are not tuned: {reason}"
+    reason = ""
+    if section.tune is False:
+        return "compare.tune is off"
     if config.data.hold_out is not None:
-        if section.tune is True:
-            raise ConfigError(
-                "compare.tune = True and data.hold_out: the held-out samples judge the arms, so leave one of them out"
-            )
-        return False, "the arms' learning rates are not tuned, as data.hold_out judges them"
-    if section.tune == "auto" and held_out < _LEAST_HELD_OUT:
-        return False, f"the arms' learning rates are not tuned: a tenth of the training samples is only {held_out}"
-    return True, ""
+        reason = "the samples of data.hold_out judge the arms"
+    elif config.collect.trajectories is not None or any(method["name"] == "fixed" for method in methods):
+        reason = "a selection file or trajectories are of all training samples, so none can be held out"
+    elif section.tune == "auto" and held_out < _LEAST_HELD_OUT:
+        reason = f"a tenth of the training samples is only {held_out}"
+    if reason and section.tune is True:
+        raise ConfigError(f"compare.tune = True: {reason}; leave one of them out")
+    return reason
 
 
 def tuning_seeds(config: Config) -> list[int]:
     """Return the seeds of the tuning runs, which are none of the judged runs'."""
-    seeds, seed = list[int](), _FIRST_SEED
-    while len(seeds) < config.compare.tune_seeds:
-        if seed not in config.compare.all_seeds:
-            seeds.append(seed)
-        seed += 1
-    return seeds
+    judged = set(config.compare.all_seeds)
+    return list(islice((seed for seed in count(_FIRST_SEED) if seed not in judged), config.compare.tune_seeds))
 
 
 def tuning_config(config: Config, settings: ArmSettings, name: str, seed: int, storage: str) -> Config:

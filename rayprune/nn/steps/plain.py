@@ -177,10 +177,9 @@ class PlainStep:
             yield
             return
 
-        def logits_of(layer: Any, inputs: tuple[Tensor], _: Tensor) -> Tensor:
-            features = inputs[0].float()
-            with torch.autocast(features.device.type, enabled=False):
-                return nn.functional.linear(features, layer.weight[:, : features.shape[-1]], layer.bias)
+        def logits_of(layer: Any, inputs: tuple[Tensor], _: Tensor) -> Any:
+            with torch.autocast(inputs[0].device.type, enabled=False):
+                return layer.forward(inputs[0].float())  # of a proxy, its narrow forward
 
         handle = self._network.get_submodule(self._head).register_forward_hook(logits_of)
         try:

@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
+from rayprune.errors import DataError
 from rayprune.sources import from_huggingface, open_data
 from tests.support.sources import all_rows, encode_image, pixels
 
@@ -215,6 +217,13 @@ def test_unsuitable_columns_are_refused(rows, keys, message):
     with pytest.raises(ValueError, match=message) as caught:
         all_rows(from_huggingface(datasets.Dataset.from_dict(rows), **keys))
     assert "\n" not in str(caught.value)
+
+
+def test_labels_beyond_int64_are_refused():
+    labels = pa.array([0, 2**64 - 1], pa.uint64())
+    rows = datasets.Dataset(pa.table({"x": pa.array([0.0, 1.0], pa.float32()), "label": labels}))
+    with pytest.raises(DataError, match="has a label outside int64"):
+        from_huggingface(rows)
 
 
 def test_other_objects_are_refused():

@@ -108,7 +108,6 @@ def test_arms_of_the_methods_cost_take_steps_of_its_size(tmp_path: Path, baselin
     assert settings.tag == tag
     made = run_config(config, settings, "n", 5, str(tmp_path))
     assert made.optim.lr == pytest.approx(0.05 * settings.lr_factor)
-    assert f"{settings.lr_factor:g} times the learning rate" in settings.matched
     if baseline == "random_epoch":
         assert made.method["replacement"] is False
 
