@@ -15,7 +15,7 @@ NAMES = (
     *("host", "overhead", "plain", "start", "psp", "scaling", "gpu"),
 )
 # Long or memory-hungry: they run only when named.
-BY_NAME = ("soak", "billion")
+BY_NAME = ("soak", "billion", "verdicts")
 
 
 def main() -> int:

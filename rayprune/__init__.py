@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
     from rayprune.methods.fixed import Fixed
     from rayprune.methods.full import Full
     from rayprune.methods.infobatch import InfoBatch
+    from rayprune.methods.least_confidence import LeastConfidence
     from rayprune.methods.random_epoch import RandomEpoch
     from rayprune.methods.random_subset import Random
     from rayprune.methods.registry import build_method
@@ -60,7 +61,7 @@ _HOME = {
         "TrainingStopped",
         "UsageError",
     ),
-    "methods": ("DynaMS", "Fixed", "Full", "InfoBatch", "Random", "RandomEpoch", "Shuffled", "TDDS"),
+    "methods": ("DynaMS", "Fixed", "Full", "InfoBatch", "LeastConfidence", "Random", "RandomEpoch", "Shuffled", "TDDS"),
     "methods.registry": ("build_method",),
 }
 _MODULES = {name: f"rayprune.{module}" for module, names in _HOME.items() for name in names}
@@ -76,6 +77,7 @@ __all__ = [
     "Fixed",
     "Full",
     "InfoBatch",
+    "LeastConfidence",
     "Method",
     "Plan",
     "PrunedData",

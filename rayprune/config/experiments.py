@@ -34,6 +34,8 @@ BASELINES = {
     "full_steps": "all samples, in as many epochs as have the method's samples trained",
     "random": "one fixed random subset with the method's samples trained",
     "random_epoch": "a fresh random subset every epoch with the method's samples trained",
+    "random_annealed": "random_epoch with the method's final epochs on all samples",
+    "least_confidence": "one fixed subset, the least confident samples after a short scoring run",
     "shuffled": "the method with its scores permuted across samples",
     "ratio_0": "the method with nothing to prune: the cost of its machinery",
 }
@@ -192,9 +194,12 @@ class CompareSection(Section):
     seeds: int | tuple[int, ...] = Field((0, 1, 2), description="the seeds of all arms, or their number, from 0 on")
     baselines: tuple[str, ...] = Field(tuple(BASELINES), description="arms beside the methods; full always runs")
     margin: float = Field(0.2, ge=0, le=100, description="loss of accuracy, in points, that counts as none")
-    confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
+    rival_margin: float | None = Field(
+        None, ge=0, le=100, description="advantage over a baseline, in points, that counts as none; default: the margin"
+    )
+    confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals at the first look at one method")
     parallel: AutoCount = Field("auto", description="runs at a time; auto: as many as the machine has room for")
-    timed_seeds: int = Field(1, ge=1, description="seeds whose runs go one at a time, for their seconds")
+    timed_seeds: int = Field(3, ge=0, description="seeds whose runs go one at a time, for their seconds")
     amortise: int = Field(1, ge=1, description="trainings that share the cost of a static method's scoring run")
     tune: Literal["auto"] | bool = Field(
         "auto", description="choose each arm's learning rate on held-out training samples; auto: if they are enough"

@@ -28,6 +28,7 @@ from rayprune.core.selection import Selection
 from rayprune.core.table import Ids, ScoreTable, Signals
 from rayprune.core.thinning import thin, thin_with_class_floor
 from rayprune.core.validation import check_fields, check_share, fields_to_yaml
+from rayprune.errors import ConfigError
 
 Kind = Literal["baseline", "dynamic", "static", "control"]
 
@@ -117,6 +118,26 @@ class Method:
     def _set_schedule(self, field: str) -> None:
         """Replace a ratio field by its Schedule; for `__post_init__` of a frozen dataclass."""
         object.__setattr__(self, field, Schedule.of(getattr(self, field), f"method.{field}"))
+
+    def _check_visits(self, last_visit: NDArray[np.int32], epoch: int) -> None:
+        """Raise ConfigError unless the epoch before this one, or the last one of the scoring run, visited all samples.
+
+        Args:
+            last_visit: (N,) the epoch of each sample's last visit, −1 for none.
+            epoch: the epoch to select for.
+        """
+        needed = min(epoch, self.collect_epochs) - 1
+        missing = np.flatnonzero(last_visit < needed)
+        if missing.size:
+            count = f"{missing.size} of {last_visit.size} samples were not visited in epoch {needed}"
+            raise ConfigError(f"{count}, ids {missing[:5].tolist()}: {self._visit_cure}")
+
+    @property
+    def _visit_cure(self) -> str:
+        return (
+            f"every sample must be visited in each of the first {self.collect_epochs} epochs; train.last_batch=drop "
+            "leaves some out (use pad), and so do NaN logits (lower optim.lr)"
+        )
 
     def to_config(self) -> dict[str, Any]:
         """Return `name` and the hyperparameters in plain YAML types, as `build_method` takes them."""

@@ -113,7 +113,7 @@ class TDDS(Method):
     def check(self, table: ScoreTable, ids: Ids, signals: Signals, epoch: int) -> NDArray[np.bool_]:
         """Refuse invalid probabilities and visits out of order; mask repeats and visits after the trajectory."""
         last_B, probs_BC = table.last_visit[ids], signals["probs"]
-        _check_order(last_B, ids, epoch, self.collect_epochs)
+        self._check_order(last_B, ids, epoch)
         if epoch >= self.collect_epochs:
             return np.zeros(ids.size, dtype=bool)
         _check_probs(ids, probs_BC, table["previous"].shape[1])
@@ -122,6 +122,20 @@ class TDDS(Method):
             new_BC, old_BC = encode_probs(probs_BC[repeated], self.storage), table["previous"][ids[repeated]]
             _check_repeats(ids[repeated], new_BC, old_BC, epoch)
         return ~repeated
+
+    def _check_order(self, last_visit: NDArray[np.int32], ids: Ids, epoch: int) -> None:
+        """Raise ConfigError if a sample misses its visit in the epoch before, or was visited in a later epoch."""
+        gap = last_visit < min(epoch, self.collect_epochs) - 1
+        if gap.any():
+            row = int(np.argmax(gap))
+            history = f"last visited in epoch {last_visit[row]}" if last_visit[row] >= 0 else "never visited before"
+            raise ConfigError(f"id {ids[row]} was {history} and now comes in epoch {epoch}: {self._visit_cure}")
+        past = last_visit > epoch
+        if past.any() and epoch < self.collect_epochs:
+            row = int(np.argmax(past))
+            raise ConfigError(
+                f"id {ids[row]} comes in epoch {epoch} and came in epoch {last_visit[row]} before: sort them"
+            )
 
     def fold(self, table: ScoreTable, ids: Ids, signals: Signals, epoch: int) -> None:
         """Update changes and scores with this epoch's (B, C) probabilities, and store these for the next epoch."""
@@ -157,7 +171,13 @@ class TDDS(Method):
 
     def select(self, table: ScoreTable, context: EpochContext) -> Selection:
         """Keep all samples for T epochs, which must visit each of them, then the N − floor(r·N) highest scores."""
-        _check_complete(table.last_visit, context.epoch, self.collect_epochs, context.num_epochs)
+        if context.num_epochs < self.collect_epochs:
+            raise ConfigError(
+                f"trajectory_len {self.collect_epochs} needs at least {self.collect_epochs} epochs, the run has "
+                f"{context.num_epochs}: lower it, or raise train.epochs"
+            )
+        # `check` has made sure of the visits before the last.
+        self._check_visits(table.last_visit, context.epoch)
         if context.epoch < self.collect_epochs:
             return Selection.full(context.num_samples)
         scores, num = self.scores(table)["tdds"], context.num_samples
@@ -255,19 +275,6 @@ def _check_probs(ids: Ids, probs: NDArray[Any], num_classes: int) -> None:
         raise ConfigError(f"probs of id {ids[wrong][0]} {values}: {cure}")
 
 
-def _check_order(last_visit: NDArray[np.int32], ids: Ids, epoch: int, length: int) -> None:
-    """Raise ConfigError if a sample misses its visit in the epoch before, or was visited in a later epoch."""
-    gap = last_visit < min(epoch, length) - 1
-    if gap.any():
-        row = int(np.argmax(gap))
-        history = f"last visited in epoch {last_visit[row]}" if last_visit[row] >= 0 else "never visited before"
-        raise ConfigError(f"id {ids[row]} was {history} and now comes in epoch {epoch}: {_visit_cure(length)}")
-    past = last_visit > epoch
-    if past.any() and epoch < length:
-        row = int(np.argmax(past))
-        raise ConfigError(f"id {ids[row]} comes in epoch {epoch} and came in epoch {last_visit[row]} before: sort them")
-
-
 def _check_repeats(ids: Ids, new: NDArray[Any], old: NDArray[Any], epoch: int) -> None:
     """Raise ConfigError if a sample's second visit in an epoch has other (encoded) probabilities than the first."""
     differ = np.flatnonzero((new != old).any(axis=1))
@@ -275,22 +282,3 @@ def _check_repeats(ids: Ids, new: NDArray[Any], old: NDArray[Any], epoch: int) -
         cure = "a sampler that pads repeats samples, and two samples may share an id: give every sample its own"
         twice = f"id {ids[differ[0]]} was observed twice in epoch {epoch}"
         raise ConfigError(f"{twice} with different probabilities: {cure}")
-
-
-def _check_complete(last_visit: NDArray[np.int32], epoch: int, length: int, num_epochs: int) -> None:
-    """Raise ConfigError if the run is too short, or a sample lacks a visit in the trajectory before this epoch."""
-    if num_epochs < length:
-        cure = "lower it, or raise train.epochs"
-        raise ConfigError(f"trajectory_len {length} needs at least {length} epochs, the run has {num_epochs}: {cure}")
-    needed = min(epoch, length) - 1
-    missing = np.flatnonzero(last_visit < needed)  # `_check_order` has checked the visits before the last
-    if missing.size:
-        count = f"{missing.size} of {last_visit.size} samples were not visited in epoch {needed}"
-        raise ConfigError(f"{count}, ids {missing[:5].tolist()}: {_visit_cure(length)}")
-
-
-def _visit_cure(length: int) -> str:
-    return (
-        f"every sample must be visited in each of the first {length} epochs; train.last_batch=drop leaves some out "
-        "(use pad), and so do NaN logits (lower optim.lr)"
-    )

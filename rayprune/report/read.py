@@ -262,6 +262,7 @@ class Arm(StoredModel):
     accuracy_sd: float | None
     worst_class: float
     to_full: Difference
+    sample_share: float | None
     epochs: list[int] = Field(min_length=1)
     samples_trained: float
     compute_saved: float
@@ -295,6 +296,7 @@ class Comparison(StoredModel):
     seeds: list[int] = Field(min_length=1)
     margin: Points
     confidence: float
+    look: int
     methods: dict[str, Verdict]
     self_checks: list[SelfCheck]
     verdict: Verdict

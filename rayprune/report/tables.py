@@ -13,7 +13,7 @@ from rayprune.config.experiments import format_value
 from rayprune.core.references import closest
 from rayprune.errors import ConfigError, RunFolderError
 from rayprune.report.read import Comparison, Difference, RunRecord, SelfCheck, as_mapping
-from rayprune.report.text import count_of, number, share
+from rayprune.report.text import count_of, number, percent, share
 
 Row = Mapping[str, Any]
 
@@ -176,10 +176,14 @@ def _interval(difference: Difference) -> str:
 def explanation(comparison: Comparison) -> Iterator[str]:
     """Yield the meaning of the columns of a comparison's table, and what the derived arms were matched to."""
     num = len(comparison.seeds)
-    statistics = (
-        f"mean ± sd of {num} seeds; [{comparison.confidence:.0%} interval of paired seeds]" if num > 1 else "1 seed"
-    )
-    yield f"accuracy: points after the last epoch, {statistics}"
+    interval = f"[{percent(comparison.confidence)} interval over seeds and validation samples]"
+    yield f"accuracy: points after the last epoch, {f'mean ± sd of {num} seeds; {interval}' if num > 1 else '1 seed'}"
+    for arm in comparison.arms:
+        if arm.baseline == "method" and arm.sample_share is not None:
+            yield (
+                f"{arm.name} minus full: {share(arm.sample_share, 0)} of the variance is due to the validation "
+                "samples; more seeds do not reduce it"
+            )
     yield f"seconds: {comparison.timing}; time: ratio to full training's seconds, geometric mean over pairs"
     if uneven := comparison.uneven_seconds:
         yield (

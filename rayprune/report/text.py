@@ -17,6 +17,15 @@ def share(value: float | None, digits: int = 2) -> str:
     return number(value, f".{digits}%")
 
 
+def percent(fraction: float) -> str:
+    """Format a fraction as a percentage with as many digits as it has, at most five.
+
+    >>> percent(0.95), percent(0.9875)
+    ('95%', '98.75%')
+    """
+    return f"{100 * fraction:.5g}%"
+
+
 def count_of(num: int, word: str) -> str:
     """Return a count with its noun.
 

@@ -26,6 +26,7 @@ WORDS = [
     "compare.baselines=[shuffled,full_steps]",
     "train.epochs=4",
     "compare.tune=false",
+    "compare.timed_seeds=1",
 ]
 
 
@@ -89,7 +90,7 @@ def test_concurrent_runs_give_the_same_results_as_single_ones(tmp_path: Path) ->
 
 def test_a_failed_run_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
     keys: dict[str, Any] = {"method": {"name": "infobatch"}, "data": {"augment": {"crop": 0}}}
-    section = {"seeds": 2, "baselines": ["ratio_0"], "parallel": 2}
+    section = {"seeds": 2, "baselines": ["ratio_0"], "parallel": 2, "timed_seeds": 1}
     config = run_config(tmp_path, "it", **keys, scaling={"threads": 1}, compare=section)
     obstacle = tmp_path / "it" / "runs" / "infobatch-seed1"
     heard: list[str] = []

@@ -34,6 +34,7 @@ METHODS: list[rayprune.Method] = [
     rayprune.InfoBatch(prune_ratio=0.5),
     rayprune.DynaMS(budget=0.6),
     rayprune.TDDS(prune_ratio=0.3),
+    rayprune.LeastConfidence(score_epochs=2),
     rayprune.Fixed(path="chosen.parquet"),
     rayprune.Shuffled(rayprune.InfoBatch()),
     rayprune.build_method({"name": "infobatch"}),

@@ -26,7 +26,7 @@ from rayprune.errors import RunFolderError, one_line
 from rayprune.sources import score_files
 from rayprune.sources.storage import replace_file
 
-_VALIDATION = "validation.parquet"
+VALIDATION = "validation.parquet"
 RUN_SCHEMA = 1  # of environment.json and gallery.json
 _PACKAGES = ("rayprune", "ray", "torch", "torchvision", "numpy", "pandas", "pyarrow", "scikit-learn")
 
@@ -139,7 +139,7 @@ def write_validation(run_folder: Path, correct_V: NDArray[np.bool_]) -> None:
         run_folder: the folder.
         correct_V: (V,) bool, in the order of the validation split's ids.
     """
-    with replace_file(run_folder / _VALIDATION) as partial:
+    with replace_file(run_folder / VALIDATION) as partial:
         pq.write_table(pa.table({"id": np.arange(correct_V.size), "correct": correct_V}), partial)
 
 
@@ -149,7 +149,7 @@ def read_validation(run_folder: Path) -> NDArray[np.bool_]:
     Raises:
         RunFolderError: validation.parquet is missing or damaged.
     """
-    file = run_folder / _VALIDATION
+    file = run_folder / VALIDATION
     try:
         return np.asarray(pq.read_table(file)["correct"].to_numpy())
     except (OSError, KeyError, pa.ArrowException) as error:

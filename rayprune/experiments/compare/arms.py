@@ -23,14 +23,17 @@ from typing import Any
 from rayprune.config import Config, make_config
 from rayprune.config.experiments import compared_method
 from rayprune.config.yaml import merge
+from rayprune.core.schedule import epoch_at
 from rayprune.errors import ConfigError
 from rayprune.experiments.compare.statistics import RunOutcome
+from rayprune.experiments.compare.verdicts import SHORTENED
 from rayprune.methods import Method, build_method
 from rayprune.methods.registry import method_fields
 
 FULL, METHOD = "full", "method"
 # Baselines that are methods too: the arm of such a method needs another name.
-_RESERVED = ("full", "random", "random_epoch", "shuffled")
+_RESERVED = ("full", "random", "random_epoch", "least_confidence", "shuffled")
+_SCORING_SHARE = 0.1  # of the epochs, for the scoring run of `least_confidence`
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class ArmSettings:
         same_as_full: whether it is full training, whose run is then used.
         tag: end of the run's name, different for each matched length, ratio or learning rate.
         lr_factor: on the config's learning rate.
+        collect: replaces the config's section `collect`, which is for the methods that are compared.
     """
 
     method: Mapping[str, Any]
@@ -74,6 +78,7 @@ class ArmSettings:
     same_as_full: bool = False
     tag: str = ""
     lr_factor: float = 1.0
+    collect: Mapping[str, Any] | None = None
 
     def at_rate(self, factor: float) -> ArmSettings:
         """Return the settings with a factor on the learning rate; full training's own run stays as it is."""
@@ -121,9 +126,21 @@ def _pointless(baseline: str, method: Method) -> str:
         return f"it is the same as {method.name}"
     if baseline == "shuffled" and method.name == "fixed":
         return "a selection file has no scores to permute"
+    if baseline == "random_annealed" and full_from(method) is None:
+        return f"{method.name} does not end with epochs on all samples"
     if baseline == "ratio_0" and unpruned(method.to_config()) is None:
         return f"{method.name} has no ratio that could be 0"
     return ""
+
+
+def full_from(method: Method) -> float | None:
+    """Return the share of the run after which a method trains on all samples; None if it never does.
+
+    >>> full_from(build_method({"name": "infobatch", "anneal_start": 0.9}))
+    0.9
+    """
+    share = getattr(method, "anneal_start", None)
+    return float(share) if share is not None and 0.0 < share < 1.0 else None
 
 
 def unpruned(method: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -171,8 +188,7 @@ def arm_settings(
     if arm.derived:
         full, method = pairs[place]
         kept = method.samples_trained / full.samples_trained
-        drops = min(round(num_samples * (1.0 - kept)), num_samples - 1)
-        return _random_subset(arm.baseline, epochs, num_samples, drops)
+        return _subset(arm, config, kept, num_samples)
     if arm.baseline == "ratio_0":
         without = unpruned(arm.of)
         assert without is not None, "an arm without a ratio was left out"
@@ -189,15 +205,37 @@ def _shortened(share: float, epochs: int, noun: str) -> ArmSettings:
     return ArmSettings({"name": FULL}, length, f"{matched}{length} epochs", tag=f"-{length}epochs")
 
 
-def _random_subset(name: str, epochs: int, num_samples: int, drops: int) -> ArmSettings:
+def _subset(arm: Arm, config: Config, kept: float, num_samples: int) -> ArmSettings:
+    """Return the settings of an arm that drops samples so that it has the share `kept` of full training's visits."""
+    epochs = config.train.epochs
     matched = "the method's samples trained: "
-    if drops <= 0:
+    if round(num_samples * (1.0 - kept)) <= 0:
         return ArmSettings({"name": FULL}, epochs, f"{matched}it saves none, so nothing is dropped", True)
+    scoring, pruned_epochs = 0, epochs
+    collect: dict[str, Any] | None = None
+    if arm.baseline == "least_confidence":
+        wanted = math.ceil(_SCORING_SHARE * epochs)
+        scoring, collect = (wanted if wanted < kept * epochs else 1), {}
+    if arm.baseline == "random_annealed":
+        share = full_from(build_method(arm.of))
+        assert share is not None, "an arm without a final phase was left out"
+        pruned_epochs = max(1, epoch_at(share, epochs))
+    dropped = ((1.0 - kept) * epochs + scoring / config.compare.amortise) / pruned_epochs
+    drops = min(round(num_samples * dropped), num_samples - 1)
     # Half a sample more than the drops, so that floor(ratio · N) equals them despite the rounding of the division.
-    settings: dict[str, Any] = {"name": name, "prune_ratio": (drops + 0.5) / num_samples}
-    if name == "random_epoch":
+    ratio: Any = (drops + 0.5) / num_samples
+    settings: dict[str, Any] = {"name": arm.baseline, "prune_ratio": ratio}
+    words, tag = f"{matched}{drops / num_samples:.1%} dropped", f"-{drops}dropped"
+    if arm.baseline == "random_epoch":
         settings["replacement"] = False
-    return ArmSettings(settings, epochs, f"{matched}{drops / num_samples:.1%} dropped", tag=f"-{drops}dropped")
+    if arm.baseline == "random_annealed":
+        annealed = {"schedule": "annealed", "of_ratio": ratio, "until": share}
+        settings = {"name": "random_epoch", "prune_ratio": annealed, "replacement": False}
+        words += f" before epoch {pruned_epochs + 1}"
+    if arm.baseline == "least_confidence":
+        settings["score_epochs"] = scoring
+        words += f" after {scoring} scoring {'epoch' if scoring == 1 else 'epochs'}"
+    return ArmSettings(settings, epochs, words, tag=tag, collect=collect)
 
 
 def equal_steps(arm: Arm, settings: ArmSettings, methods: Sequence[RunOutcome], place: int) -> ArmSettings:
@@ -209,7 +247,7 @@ def equal_steps(arm: Arm, settings: ArmSettings, methods: Sequence[RunOutcome], 
         methods: the outcomes of its method, one per seed. A length is the same for all seeds, and so is its rate.
         place: position of the seed.
     """
-    own = [methods[place]] if arm.baseline in {"random", "random_epoch"} else methods
+    own = methods if arm.baseline in SHORTENED else [methods[place]]
     scale = median(method.mean_step_scale for method in own)
     # Rounded, so that more seeds rarely change it, which would make other runs.
     factor = round(20.0 * scale) / 20.0 if scale > 0.5 else float(f"{scale:.2g}")
@@ -228,6 +266,8 @@ def run_config(config: Config, settings: ArmSettings, name: str, seed: int, stor
     """
     tree = config.model_dump(mode="json", exclude={"compare"})
     tree["method"] = dict(settings.method)
+    if settings.collect is not None:
+        tree["collect"] = dict(settings.collect)
     changes = {
         "train": {"seed": seed, "epochs": settings.epochs, "validate_every": settings.epochs},
         "optim": {"lr": float(f"{config.optim.lr * settings.lr_factor:.6g}")},

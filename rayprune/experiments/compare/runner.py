@@ -25,9 +25,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import ray
 import torch
+from numpy.typing import NDArray
 
 from rayprune.config import Config, make_config
 from rayprune.config.experiments import CompareSection
@@ -36,7 +38,7 @@ from rayprune.engine.cluster import ConcurrencyRequest, TrialResources, cluster_
 from rayprune.engine.monitoring import on_sigterm
 from rayprune.engine.storage.costs import costs_of
 from rayprune.engine.storage.resume import check_folder, run_folder_of
-from rayprune.engine.storage.run_folder import read_metrics, write_whole
+from rayprune.engine.storage.run_folder import VALIDATION, read_metrics, read_validation, write_whole
 from rayprune.engine.train.driver import check, open_splits, train
 from rayprune.errors import ConfigError, RunFolderError, TrainingFailed, TrainingStopped, one_line
 from rayprune.experiments.compare.arms import (
@@ -48,8 +50,17 @@ from rayprune.experiments.compare.arms import (
     equal_steps,
     run_config,
 )
-from rayprune.experiments.compare.statistics import ArmRuns, Criteria, RunOutcome, summary, timed_places
+from rayprune.experiments.compare.statistics import (
+    LEAST_TIMED,
+    ArmRuns,
+    Criteria,
+    RunOutcome,
+    guessed_sd,
+    seeds_for_margin,
+    timed_places,
+)
 from rayprune.experiments.compare.tuning import best_factor, next_factor, tuning_config, tuning_seeds, why_not_tuned
+from rayprune.experiments.compare.verdicts import summary
 from rayprune.experiments.folder import ExperimentFolder
 from rayprune.experiments.trials import TrialListeners, ignore, run_trials
 from rayprune.methods import build_method
@@ -99,13 +110,21 @@ def compare(config: Config, listeners: CompareListeners | None = None, *, debug:
     splits = open_splits(config)
     if splits.validation is None:
         raise ConfigError(f"data.source {config.data.source!r} has no validation part: set data.hold_out=0.1")
-    resolution = 100.0 / len(splits.validation)  # points that one sample is worth
     tuned = not (reason := why_not_tuned(config, len(splits.train)))
-    notes += _limits(section, resolution, reason)
-    for note in notes:
-        listeners.on_notice(note)
     experiment = ExperimentFolder(folder, "compare.yaml", digest_of)
     experiment.check(config)
+    looks = _looks(folder, section.all_seeds)
+    criteria = Criteria(
+        section.margin,
+        section.margin if section.rival_margin is None else section.rival_margin,
+        section.confidence,
+        look=looks.index(sorted(section.all_seeds)) + 1,
+        num_methods=sum(arm.baseline == "method" for arm in arms),
+    )
+    num_samples = len(splits.validation)
+    notes += _limits(section, num_samples, reason)
+    for note in (*notes, *_seeds_needed(folder, criteria, num_samples, len(section.all_seeds))):
+        listeners.on_notice(note)
     if not folder.exists():
         _check_runs(config, splits, arms if tuned else ())
     config = _with_stored_threads(config, folder)
@@ -118,7 +137,15 @@ def compare(config: Config, listeners: CompareListeners | None = None, *, debug:
         outcomes = runs.train_all(arms, section.all_seeds, tuned)
         timed = timed_places(outcomes.values())
         results = [
-            ArmRuns(arm.name, arm.baseline, arm.method_arm, outcomes[arm.name], timed, _caveat(config, arm))
+            ArmRuns(
+                arm.name,
+                arm.baseline,
+                arm.method_arm,
+                outcomes[arm.name],
+                runs.correct(arm),
+                timed,
+                _caveat(config, arm),
+            )
             for arm in arms
         ]
         environment = folder / "runs" / outcomes["full"][0].folder / "environment.json"
@@ -126,24 +153,62 @@ def compare(config: Config, listeners: CompareListeners | None = None, *, debug:
             "digest": digest_of(config),
             "notes": notes,
             "timing": _timing(results),
+            "looks": looks,
+            "first_confidence": section.confidence,
             "amortise": section.amortise,
             "tuning": {name: _tuning_row(accuracies) for name, accuracies in runs.tuning.items()},
             "methods_compared": {arm.name: dict(arm.of) for arm in arms if arm.baseline == "method"},
-            **summary(results, Criteria(section.margin, section.confidence, resolution)),
+            **summary(results, _with_time_look(criteria, looks, [section.all_seeds[place] for place in timed])),
             "environment": json.loads(environment.read_text()),
         }
         _write(folder, report, results)
     return folder
 
 
-def _limits(section: CompareSection, resolution: float, not_tuned: str) -> Iterator[str]:
-    """Yield a line for each limit of what a comparison can show."""
+def _looks(folder: Path, seeds: Sequence[int]) -> list[list[int]]:
+    """Return the sets of seeds that the comparison in a folder was judged with, in order, this one included."""
+    looks: list[list[int]] = []
+    if (file := folder / "compare.json").exists():
+        try:
+            looks = json.loads(file.read_text()).get("looks", [])
+        except ValueError as error:
+            cure = "restore it, as it records how often the comparison was judged"
+            raise RunFolderError(f"{file} can't be read ({one_line(error)}): {cure}") from None
+    return looks if sorted(seeds) in looks else [*looks, sorted(seeds)]
+
+
+def _with_time_look(criteria: Criteria, looks: Sequence[Sequence[int]], timed: Sequence[int]) -> Criteria:
+    """Return the criteria of a look that adds to the timed seeds of earlier looks, or does not."""
+    first = next(number for number, seeds in enumerate(looks, start=1) if set(timed) <= set(seeds))
+    return dataclasses.replace(criteria, time_look=min(first, criteria.look))
+
+
+def _limits(section: CompareSection, num_samples: int, not_tuned: str) -> Iterator[str]:
+    """Yield a line for each limit of what a comparison can show, with V validation samples."""
+    resolution = 100.0 / num_samples  # points that one sample is worth
     if not_tuned:
         yield f"learning rates are not tuned ({not_tuned}): arms of a method's cost take steps of its mean size"
     if section.margin < resolution:
         yield f"the margin of {section.margin:g} points is less than one sample ({resolution:.2g} points)"
     if len(section.all_seeds) == 1:
         yield "one seed gives no interval, so the verdict will be undecided; set compare.seeds=3"
+    elif min(section.timed_seeds, len(section.all_seeds)) < LEAST_TIMED:
+        yield f"fewer than {LEAST_TIMED} seeds are timed, so no verdict will rest on seconds; set compare.timed_seeds=3"
+
+
+def _seeds_needed(folder: Path, criteria: Criteria, num_samples: int, num_seeds: int) -> Iterator[str]:
+    """Yield a line if the margin needs more seeds, by the spread that this comparison observed or by a guess."""
+    sd, source = guessed_sd(num_samples), f"guessed from {num_samples:,} validation samples"
+    if (file := folder / "compare.json").exists():
+        methods = [arm["to_full"] for arm in json.loads(file.read_text())["arms"] if arm["baseline"] == "method"]
+        observed = [method.get("seed_se", 0.0) * math.sqrt(method.get("num_seeds", 1)) for method in methods]
+        if max(observed, default=0.0) > 0.0:
+            sd, source = max(observed), "observed so far"
+    needed = seeds_for_margin(criteria.margin, sd, criteria.interval_confidence)
+    if needed is None or needed > num_seeds:
+        number = "more than 1,000" if needed is None else f"about {needed}"
+        spread = f"if seeds spread a difference by {sd:.2g} points ({source})"
+        yield f"a margin of {criteria.margin:g} needs {number} seeds, {spread}; there are {num_seeds}"
 
 
 def _write(folder: Path, report: Mapping[str, Any], arms: Sequence[ArmRuns]) -> None:
@@ -265,6 +330,7 @@ class _Runs:
         self._warm = config.scaling.num_workers != 0  # with workers, every run starts its own, which warm up
         self._num_started = self._num_runs = 0
         self._outcomes = defaultdict[str, dict[int, RunOutcome]](dict)  # arm → position of the seed → outcome
+        self._correct = dict[str, NDArray[np.bool_]]()  # run folder → (V,)
         self.tuning: dict[str, dict[float, float]] = {}  # arm → factor on the learning rate → held-out accuracy
         self._failures: dict[str, str] = {}  # tuning run → its error
         self._tuning_source: SampleSource | None = None
@@ -294,6 +360,10 @@ class _Runs:
             for job in jobs:
                 self._keep(job)
         return {arm.name: [self._outcomes[arm.name][place] for place, _ in places] for arm in arms}
+
+    def correct(self, arm: Arm) -> NDArray[np.bool_]:
+        """Return (S, V), whether each of an arm's runs classifies each validation sample correctly."""
+        return np.stack([self._correct[outcome.folder] for _, outcome in sorted(self._outcomes[arm.name].items())])
 
     def _tune(self, stage: Sequence[Arm]) -> None:
         """Find the factor on the learning rate with the best accuracy on held-out samples, for each arm of a stage."""
@@ -431,8 +501,9 @@ class _Runs:
         else:
             folder = run_folder_of(job.config)
             metrics = read_metrics(folder)
-            if "mean_weight" not in metrics[-1]:
+            if "mean_weight" not in metrics[-1] or not (folder / VALIDATION).exists():
                 raise RunFolderError(f"{folder} is of an earlier version of rayprune: choose another run.name")
+            self._correct[job.name] = read_validation(folder)
             last, costs = metrics[-1], costs_of(folder, metrics, self._config.compare.amortise)
             outcome = RunOutcome(
                 seed=job.config.train.seed,

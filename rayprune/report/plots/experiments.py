@@ -18,7 +18,7 @@ from rayprune.config.yaml import read_yaml
 from rayprune.errors import RunFolderError
 from rayprune.report.plots.style import INK, MUTED, PAPER, SERIES, Plot, figure_of, save_png
 from rayprune.report.read import Arm, Comparison, SweepResults, read_comparison, read_exits, read_results
-from rayprune.report.text import count_of, share, short
+from rayprune.report.text import count_of, percent, share, short
 
 _MARKS = "osD^vPX*"
 _MAX_NAMED = 8  # trials on the front that are labeled with their values
@@ -150,7 +150,7 @@ def _draw_intervals(comparison: Comparison, axes: Axes) -> None:
     axes.set_yticks([])
     axes.set_ylim(max(1, len(arms)) - 0.55, -0.75)
     num = len(comparison.seeds)
-    interval = f"{num} seeds, paired {comparison.confidence:.0%} interval" if num > 1 else "1 seed"
+    interval = f"{num} seeds, {percent(comparison.confidence)} interval" if num > 1 else "1 seed"
     axes.set_xlabel(f"accuracy against full training, in points ({interval})", fontsize=8)
     title = f"full training: {full.accuracy:.2f} %; dashed: the margin of {comparison.margin:g}"
     axes.set_title(title, fontsize=8.5)

@@ -74,7 +74,8 @@ def test_a_number_of_seeds_counts_from_zero_and_methods_get_their_defaults() -> 
         ({"margin": -1}, ["compare.margin", "greater than or equal to 0"]),
         ({"confidence": 1}, ["compare.confidence", "less than 1"]),
         ({"parallel": 0}, ["compare.parallel = 0", "at least 1, or auto"]),
-        ({"timed_seeds": 0}, ["compare.timed_seeds", "greater than or equal to 1"]),
+        ({"timed_seeds": -1}, ["compare.timed_seeds", "greater than or equal to 0"]),
+        ({"rival_margin": -1}, ["compare.rival_margin", "greater than or equal to 0"]),
         ({"marign": 1}, ["'compare.marign'", "'margin'"]),
     ],
 )

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from rayprune.config import Config
+from rayprune.core import Selector
 from rayprune.core.schedule import Schedule
 from rayprune.experiments.compare.arms import Arm, arm_settings, arms_of, digest_of, equal_steps, run_config
 from rayprune.experiments.compare.statistics import RunOutcome
+from rayprune.methods import build_method
 from tests.support.runs import run_config as tiny
 
 
@@ -122,17 +124,46 @@ def test_the_ratio_drops_the_exact_number_of_samples(tmp_path: Path) -> None:
             assert int(settings.method["prune_ratio"] * num) == drops
 
 
+def test_the_annealed_subsets_drop_more_before_the_final_phase(tmp_path: Path) -> None:
+    arm = Arm("random_annealed", "random_annealed", {"name": "infobatch", "anneal_start": 0.8}, "infobatch")
+    config = tiny(tmp_path, train={"epochs": 10})
+    spent = dataclasses.replace(WHOLE, samples_trained=700)
+    settings = arm_settings(arm, config, [(WHOLE, spent)], num_samples=100)
+    method = build_method(settings.method)
+    selector = Selector(method, 100, 10, seed=0)
+    kept = [selector.begin_epoch(epoch).num_kept for epoch in range(10)]
+    assert kept == [62] * 8 + [100] * 2, "0.3 · 10 / 8 of 100 samples, rounded to 38"
+    assert sum(kept) == pytest.approx(700, abs=5)
+    assert "38.0% dropped before epoch 9" in settings.matched
+
+
+def test_the_least_confident_samples_are_chosen_after_a_scoring_run_within_the_budget(tmp_path: Path) -> None:
+    arm = Arm("least_confidence", "least_confidence", {"name": "infobatch"}, "infobatch")
+    collect = {"collect": {"trajectories": str(tmp_path)}}
+    for amortise, drops in ((1, 40), (5, 32)):
+        config = tiny(tmp_path, train={"epochs": 10}, compare={"amortise": amortise}, **collect)
+        spent = dataclasses.replace(WHOLE, samples_trained=700)
+        settings = arm_settings(arm, config, [(WHOLE, spent)], num_samples=100)
+        assert (settings.method["score_epochs"], settings.epochs) == (1, 10)
+        assert int(settings.method["prune_ratio"] * 100) == drops, "1/10 of the visits are those of the scoring run"
+        made = run_config(config, settings, "n", 5, str(tmp_path))
+        assert made.collect.trajectories is None, "the config's own scores are the method's"
+        assert made.build_method().collect_epochs == 1
+
+
 def test_each_method_has_its_own_baselines_without_meaningless_ones(tmp_path: Path) -> None:
     methods = [{"name": "infobatch", "prune_ratio": ratio} for ratio in (0.3, 0.5)] + [{"name": "random_epoch"}]
-    arms, notes = arms_of(config_of(tmp_path, methods=methods, baselines=["random_epoch", "shuffled", "ratio_0"]))
+    baselines = ["random_epoch", "random_annealed", "shuffled", "ratio_0"]
+    arms, notes = arms_of(config_of(tmp_path, methods=methods, baselines=baselines))
     assert [arm.name for arm in arms] == [
         *("full", "infobatch_1", "infobatch_2", "random_epoch_1"),
-        *("random_epoch.infobatch_1", "shuffled.infobatch_1", "ratio_0.infobatch_1"),
-        *("random_epoch.infobatch_2", "shuffled.infobatch_2", "ratio_0.infobatch_2"),
+        *("random_epoch.infobatch_1", "random_annealed.infobatch_1", "shuffled.infobatch_1", "ratio_0.infobatch_1"),
+        *("random_epoch.infobatch_2", "random_annealed.infobatch_2", "shuffled.infobatch_2", "ratio_0.infobatch_2"),
         "ratio_0.random_epoch_1",
     ]
-    assert len(notes) == 2
+    assert len(notes) == 3
     assert "it is the same as random_epoch" in notes[0]
+    assert "random_epoch does not end with epochs on all samples" in notes[1]
 
 
 @pytest.mark.parametrize(

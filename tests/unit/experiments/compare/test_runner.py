@@ -13,16 +13,18 @@ import pytest
 import yaml
 
 from rayprune.config import Config, make_config
-from rayprune.engine.storage.run_folder import read_metrics
-from rayprune.errors import TrainingFailed
+from rayprune.engine.storage.run_folder import read_metrics, read_validation
+from rayprune.errors import RunFolderError, TrainingFailed
 from rayprune.experiments.compare.arms import Arm, ArmSettings
 from rayprune.experiments.compare.runner import CompareListeners, compare
 from rayprune.experiments.compare.statistics import RunOutcome, paired_difference
+from rayprune.sources import open_data
 from tests.support.runs import run_config as tiny
 from tests.support.runs import same_weights
 
 EPOCHS, NUM = 4, 301
-ARMS = ["full", "infobatch", "full_time", "full_steps", "random", "random_epoch", "shuffled", "ratio_0"]
+BUDGET = ["full_time", "full_steps", "random", "random_epoch", "random_annealed", "least_confidence"]
+ARMS = ["full", "infobatch", *BUDGET, "shuffled", "ratio_0"]
 
 
 def config_of(tmp_path: Path, **keys: Any) -> Config:
@@ -64,11 +66,14 @@ def test_differences_are_paired_by_seed(report: dict[str, Any]) -> None:
     accuracies = {arm["name"]: [run["accuracy"] for run in arm["runs"]] for arm in report["arms"]}
     for arm in report["arms"]:
         same = [run["folder"] for run in arm["runs"]] == [run["folder"] for run in report["arms"][0]["runs"]]
-        # Accuracies are rounded to 1/360, so that is the least uncertainty of seeds that agree.
-        least = 100 / 360 / np.sqrt(6)
-        expected = paired_difference(accuracies[arm["name"]], accuracies["full"], 0.95, least)
-        ends = (None, None) if same else (expected.low, expected.high)
-        assert arm["to_full"] == {"mean": expected.mean, "low": ends[0], "high": ends[1]}
+        expected = paired_difference(accuracies[arm["name"]], accuracies["full"], 0.95)
+        found = arm["to_full"]
+        assert found["mean"] == pytest.approx(expected.mean)
+        assert (found["low"] is None) == same
+        if not same:
+            # Accuracies are rounded to 1/360, so that is the least uncertainty of seeds that agree.
+            assert found["seed_se"] == pytest.approx(max(expected.seed_se, 100 / 360 / np.sqrt(6) / np.sqrt(2)))
+            assert found["high"] - found["low"] >= expected.high - expected.low - 1e-9
         ratios = [
             run["seconds"] / full["seconds"] for run, full in zip(arm["runs"], report["arms"][0]["runs"], strict=True)
         ]
@@ -97,7 +102,7 @@ def test_derived_arms_match_the_methods_cost(folder: Path, report: dict[str, Any
         spent, whole = (arms[name][place]["samples_trained"] for name in ("infobatch", "full"))
         assert whole == EPOCHS * NUM
         assert spent < 0.9 * whole
-        for name in ("random", "random_epoch"):
+        for name in ("random", "random_epoch", "random_annealed", "least_confidence"):
             assert abs(arms[name][place]["samples_trained"] - spent) <= EPOCHS / 2
             stored = yaml.safe_load((folder / "runs" / arms[name][place]["folder"] / "config.yaml").read_text())
             assert stored["train"]["epochs"] == EPOCHS
@@ -133,7 +138,7 @@ def test_only_missing_runs_are_trained(folder: Path, tmp_path: Path) -> None:
 
     config = config_of(folder.parent)
     assert compare(config, CompareListeners(on_run)) == folder
-    first, derived = [*ARMS[:2], *ARMS[6:]], ARMS[2:6]
+    first, derived = [arm for arm in ARMS if arm not in BUDGET], BUDGET
     assert seen == [(arm, seed, True) for arms in (first, derived) for seed in (0, 1) for arm in arms]
     assert (folder / "compare.json").read_bytes() == before
     # A run that has not finished is the only one to be trained.
@@ -199,6 +204,65 @@ def test_accuracies_are_measured_on_the_held_out_samples(tmp_path: Path) -> None
     finished: list[bool] = []
     compare(config, CompareListeners(lambda number, arm, seed, done, settings: finished.append(done)))
     assert finished == [True, True]
+
+
+def test_a_source_without_a_validation_part_is_compared_on_a_fraction(tmp_path: Path) -> None:
+    train = open_data("digits", limit=300).train
+    rows, _ = train.read(np.arange(300))
+    np.savez(tmp_path / "digits.npz", x=rows["image"].reshape(300, 64), y=rows["label"])
+    keys: dict[str, Any] = {"seeds": 2, "baselines": ["random"], "margin": 5.0}
+    data = {"source": "arrays", "path": str(tmp_path / "digits.npz"), "validation_fraction": 0.2}
+    config = tiny(tmp_path, "cmp", method={"name": "infobatch"}, data=data, compare=keys)
+    folder = compare(config)
+    report = json.loads((folder / "compare.json").read_text())
+    full = report["arms"][0]["runs"][0]
+    assert full["samples_trained"] == EPOCHS * 240
+    assert read_validation(folder / "runs" / full["folder"]).shape == (60,)
+    finished: list[bool] = []
+    compare(config, CompareListeners(lambda number, arm, seed, done, settings: finished.append(done)))
+    assert all(finished)
+
+
+def test_each_set_of_seeds_is_a_look_and_the_last_one_says_which(tmp_path: Path) -> None:
+    def judged(seeds: Any) -> dict[str, Any]:
+        folder = compare(config_of(tmp_path, seeds=seeds, baselines=["random"], margin=5.0))
+        return json.loads((folder / "compare.json").read_text())  # type: ignore[no-any-return]
+
+    first, again, more = judged(2), judged([1, 0]), judged(3)
+    assert (first["look"], again["look"], more["look"]) == (1, 1, 2)
+    assert (first["confidence"], more["confidence"]) == (0.95, 0.975)
+    assert more["looks"] == [[0, 1], [0, 1, 2]]
+    assert more["verdict"]["sentence"].endswith("Look 2: 97.5% intervals.")
+    assert judged(2)["look"] == 1, "a look at the same seeds is the same look"
+    (tmp_path / "cmp" / "compare.json").write_text("{")
+    with pytest.raises(RunFolderError, match="records how often the comparison was judged"):
+        judged(2)
+
+
+def test_the_seeds_that_the_margin_needs_are_said_before_the_start(tmp_path: Path) -> None:
+    notices: list[str] = []
+
+    def note() -> str:
+        notices.clear()
+        compare(config_of(tmp_path, baselines=["full"], margin=1.0), CompareListeners(on_notice=notices.append))
+        return next(line for line in notices if "needs" in line)
+
+    assert "a margin of 1 needs about 24 seeds" in note()
+    report = json.loads((tmp_path / "cmp" / "compare.json").read_text())
+    sd = report["arms"][1]["to_full"]["seed_se"] * np.sqrt(2)
+    assert f"by {sd:.2g} points (observed so far)" in note()
+
+
+def test_timed_places_decide_only_if_the_runs_were_alone(tmp_path: Path) -> None:
+    config = config_of(tmp_path, seeds=3, baselines=["random"], margin=5.0, parallel=1)
+    folder = compare(config)
+    runs = sorted(run.name for run in (folder / "runs").iterdir())
+    assert "timed" not in json.loads((folder / "compare.json").read_text())["verdict"]["sentence"].partition(";")[0]
+    (folder / "shared_runs.json").write_text(json.dumps(runs))
+    compare(config)
+    report = json.loads((folder / "compare.json").read_text())
+    assert "(not timed alone)" in report["verdict"]["sentence"]
+    assert report["verdict"]["outcome"] in {"undecided", "prune nothing", "baseline is as good"}
 
 
 def test_a_comparison_keeps_its_number_of_threads(tmp_path: Path) -> None:
