@@ -179,7 +179,7 @@ def explanation(comparison: Comparison) -> Iterator[str]:
     interval = f"[{percent(comparison.confidence)} interval over seeds and validation samples]"
     yield f"accuracy: points after the last epoch, {f'mean ± sd of {num} seeds; {interval}' if num > 1 else '1 seed'}"
     for arm in comparison.arms:
-        if arm.baseline == "method" and arm.sample_share is not None:
+        if arm.baseline == "method" and arm.sample_share is not None and num > 2:
             yield (
                 f"{arm.name} minus full: {share(arm.sample_share, 0)} of the variance is due to the validation "
                 "samples; more seeds do not reduce it"

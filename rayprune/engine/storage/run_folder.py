@@ -26,7 +26,7 @@ from rayprune.errors import RunFolderError, one_line
 from rayprune.sources import score_files
 from rayprune.sources.storage import replace_file
 
-VALIDATION = "validation.parquet"
+_VALIDATION = "validation.parquet"
 RUN_SCHEMA = 1  # of environment.json and gallery.json
 _PACKAGES = ("rayprune", "ray", "torch", "torchvision", "numpy", "pandas", "pyarrow", "scikit-learn")
 
@@ -35,6 +35,19 @@ def write_whole(file: Path, text: str) -> None:
     """Write a text file atomically: a kill leaves the old file or the new one."""
     with replace_file(file) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def read_json(file: Path) -> Any:
+    """Return the content of a JSON file of a run or an experiment.
+
+    Raises:
+        RunFolderError: it cannot be read.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        cure = "restore it or choose another run.name"
+        raise RunFolderError(f"{file} can't be read ({one_line(error)}): {cure}") from None
 
 
 def read_config(file: Path, cure: str = "restore it or choose another run.name") -> Config:
@@ -139,23 +152,25 @@ def write_validation(run_folder: Path, correct_V: NDArray[np.bool_]) -> None:
         run_folder: the folder.
         correct_V: (V,) bool, in the order of the validation split's ids.
     """
-    with replace_file(run_folder / VALIDATION) as partial:
+    with replace_file(run_folder / _VALIDATION) as partial:
         pq.write_table(pa.table({"id": np.arange(correct_V.size), "correct": correct_V}), partial)
 
 
-def read_validation(run_folder: Path) -> NDArray[np.bool_]:
+def read_validation(run_folder: Path, num_samples: int) -> NDArray[np.bool_]:
     """Return (V,) bool, whether each validation sample is classified correctly after the last epoch.
 
     Raises:
-        RunFolderError: validation.parquet is missing or damaged.
+        RunFolderError: validation.parquet is missing or damaged, or is not of V samples.
     """
-    file = run_folder / VALIDATION
+    file = run_folder / _VALIDATION
+    cure = "restore it, or delete the run folder to train the run again"
     try:
-        return np.asarray(pq.read_table(file)["correct"].to_numpy())
+        correct_V = np.asarray(pq.read_table(file)["correct"].to_numpy())
     except (OSError, KeyError, pa.ArrowException) as error:
-        raise RunFolderError(
-            f"{file} can't be read ({one_line(error)}): restore it or choose another run.name"
-        ) from None
+        raise RunFolderError(f"{file} can't be read ({one_line(error)}): {cure}") from None
+    if correct_V.shape != (num_samples,) or correct_V.dtype != bool:
+        raise RunFolderError(f"{file} is not of {num_samples} samples: {cure}")
+    return correct_V
 
 
 def write_scores(

@@ -21,7 +21,8 @@ from statistics import median
 from typing import Any
 
 from rayprune.config import Config, make_config
-from rayprune.config.experiments import compared_method
+from rayprune.config.experiments import BASELINES, compared_method
+from rayprune.config.schema import TrainSection
 from rayprune.config.yaml import merge
 from rayprune.core.schedule import epoch_at
 from rayprune.errors import ConfigError
@@ -31,9 +32,8 @@ from rayprune.methods import Method, build_method
 from rayprune.methods.registry import method_fields
 
 FULL, METHOD = "full", "method"
-# Baselines that are methods too: the arm of such a method needs another name.
-_RESERVED = ("full", "random", "random_epoch", "least_confidence", "shuffled")
 _SCORING_SHARE = 0.1  # of the epochs, for the scoring run of `least_confidence`
+_LEAST_EPOCHS = 10  # for such a run to be a small part of the budget
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def arms_of(config: Config) -> tuple[list[Arm], list[str]]:
             if baseline == FULL:
                 continue
             own = baseline if len(methods) == 1 else f"{baseline}.{name}"
-            if reason := _pointless(baseline, build_method(method)):
+            if reason := _pointless(baseline, build_method(method), config.train):
                 notes.append(f"{own} is left out: {reason}")
             else:
                 arms.append(Arm(own, baseline, method, name))
@@ -115,17 +115,21 @@ def _arm_names(methods: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the name of each method's arm: that of the method, numbered if it is not unique."""
     short = [re.sub(r"\W+", "_", str(method["name"]).rpartition(":")[2]) for method in methods]
     return [
-        f"{name}_{short[: place + 1].count(name)}" if short.count(name) > 1 or name in _RESERVED else name
+        f"{name}_{short[: place + 1].count(name)}" if short.count(name) > 1 or name in BASELINES else name
         for place, name in enumerate(short)
     ]
 
 
-def _pointless(baseline: str, method: Method) -> str:
+def _pointless(baseline: str, method: Method, train: TrainSection) -> str:
     """Return why a baseline has no meaning for a method; "" if it has one."""
     if baseline == method.name or (baseline == "shuffled" and method.kind in {"baseline", "control"}):
         return f"it is the same as {method.name}"
     if baseline == "shuffled" and method.name == "fixed":
         return "a selection file has no scores to permute"
+    if baseline == "least_confidence" and train.epochs < _LEAST_EPOCHS:
+        return f"its scoring run would be a large part of {train.epochs} epochs"
+    if baseline == "least_confidence" and train.last_batch == "drop":
+        return "train.last_batch=drop leaves samples without a score"
     if baseline == "random_annealed" and full_from(method) is None:
         return f"{method.name} does not end with epochs on all samples"
     if baseline == "ratio_0" and unpruned(method.to_config()) is None:

@@ -38,10 +38,11 @@ from rayprune.engine.cluster import ConcurrencyRequest, TrialResources, cluster_
 from rayprune.engine.monitoring import on_sigterm
 from rayprune.engine.storage.costs import costs_of
 from rayprune.engine.storage.resume import check_folder, run_folder_of
-from rayprune.engine.storage.run_folder import VALIDATION, read_metrics, read_validation, write_whole
+from rayprune.engine.storage.run_folder import read_json, read_metrics, read_validation, write_whole
 from rayprune.engine.train.driver import check, open_splits, train
 from rayprune.errors import ConfigError, RunFolderError, TrainingFailed, TrainingStopped, one_line
 from rayprune.experiments.compare.arms import (
+    METHOD,
     Arm,
     ArmSettings,
     arm_settings,
@@ -50,15 +51,8 @@ from rayprune.experiments.compare.arms import (
     equal_steps,
     run_config,
 )
-from rayprune.experiments.compare.statistics import (
-    LEAST_TIMED,
-    ArmRuns,
-    Criteria,
-    RunOutcome,
-    guessed_sd,
-    seeds_for_margin,
-    timed_places,
-)
+from rayprune.experiments.compare.looks import Looks, criteria_of
+from rayprune.experiments.compare.statistics import LEAST_TIMED, ArmRuns, RunOutcome, timed_places
 from rayprune.experiments.compare.tuning import best_factor, next_factor, tuning_config, tuning_seeds, why_not_tuned
 from rayprune.experiments.compare.verdicts import summary
 from rayprune.experiments.folder import ExperimentFolder
@@ -113,17 +107,11 @@ def compare(config: Config, listeners: CompareListeners | None = None, *, debug:
     tuned = not (reason := why_not_tuned(config, len(splits.train)))
     experiment = ExperimentFolder(folder, "compare.yaml", digest_of)
     experiment.check(config)
-    looks = _looks(folder, section.all_seeds)
-    criteria = Criteria(
-        section.margin,
-        section.margin if section.rival_margin is None else section.rival_margin,
-        section.confidence,
-        look=looks.index(sorted(section.all_seeds)) + 1,
-        num_methods=sum(arm.baseline == "method" for arm in arms),
-    )
+    looks = Looks(folder, section)
+    criteria = criteria_of(section, sum(arm.baseline == METHOD for arm in arms))
     num_samples = len(splits.validation)
     notes += _limits(section, num_samples, reason)
-    for note in (*notes, *_seeds_needed(folder, criteria, num_samples, len(section.all_seeds))):
+    for note in (*notes, *looks.notices(criteria, num_samples)):
         listeners.on_notice(note)
     if not folder.exists():
         _check_runs(config, splits, arms if tuned else ())
@@ -133,54 +121,24 @@ def compare(config: Config, listeners: CompareListeners | None = None, *, debug:
     resources = _trial_resources(config, splits.train, num_shared, debug)
     with experiment.open(config), on_sigterm():
         write_whole(folder / "threads.json", json.dumps(_threads(config, resources)) + "\n")
-        runs = _Runs(config, folder, splits.train, listeners, resources=resources, debug=debug)
-        outcomes = runs.train_all(arms, section.all_seeds, tuned)
-        timed = timed_places(outcomes.values())
-        results = [
-            ArmRuns(
-                arm.name,
-                arm.baseline,
-                arm.method_arm,
-                outcomes[arm.name],
-                runs.correct(arm),
-                timed,
-                _caveat(config, arm),
-            )
-            for arm in arms
-        ]
-        environment = folder / "runs" / outcomes["full"][0].folder / "environment.json"
+        runs = _Runs(config, folder, splits, listeners, resources=resources, debug=debug)
+        results = runs.train_all(arms, section.all_seeds, tuned)
+        environment = folder / "runs" / results[0].runs[0].folder / "environment.json"
+        criteria, record = looks.judge(criteria, results)
         report = {
             "digest": digest_of(config),
             "notes": notes,
             "timing": _timing(results),
-            "looks": looks,
+            "looks": record,
             "first_confidence": section.confidence,
             "amortise": section.amortise,
             "tuning": {name: _tuning_row(accuracies) for name, accuracies in runs.tuning.items()},
             "methods_compared": {arm.name: dict(arm.of) for arm in arms if arm.baseline == "method"},
-            **summary(results, _with_time_look(criteria, looks, [section.all_seeds[place] for place in timed])),
-            "environment": json.loads(environment.read_text()),
+            **summary(results, criteria),
+            "environment": read_json(environment),
         }
         _write(folder, report, results)
     return folder
-
-
-def _looks(folder: Path, seeds: Sequence[int]) -> list[list[int]]:
-    """Return the sets of seeds that the comparison in a folder was judged with, in order, this one included."""
-    looks: list[list[int]] = []
-    if (file := folder / "compare.json").exists():
-        try:
-            looks = json.loads(file.read_text()).get("looks", [])
-        except ValueError as error:
-            cure = "restore it, as it records how often the comparison was judged"
-            raise RunFolderError(f"{file} can't be read ({one_line(error)}): {cure}") from None
-    return looks if sorted(seeds) in looks else [*looks, sorted(seeds)]
-
-
-def _with_time_look(criteria: Criteria, looks: Sequence[Sequence[int]], timed: Sequence[int]) -> Criteria:
-    """Return the criteria of a look that adds to the timed seeds of earlier looks, or does not."""
-    first = next(number for number, seeds in enumerate(looks, start=1) if set(timed) <= set(seeds))
-    return dataclasses.replace(criteria, time_look=min(first, criteria.look))
 
 
 def _limits(section: CompareSection, num_samples: int, not_tuned: str) -> Iterator[str]:
@@ -194,21 +152,6 @@ def _limits(section: CompareSection, num_samples: int, not_tuned: str) -> Iterat
         yield "one seed gives no interval, so the verdict will be undecided; set compare.seeds=3"
     elif min(section.timed_seeds, len(section.all_seeds)) < LEAST_TIMED:
         yield f"fewer than {LEAST_TIMED} seeds are timed, so no verdict will rest on seconds; set compare.timed_seeds=3"
-
-
-def _seeds_needed(folder: Path, criteria: Criteria, num_samples: int, num_seeds: int) -> Iterator[str]:
-    """Yield a line if the margin needs more seeds, by the spread that this comparison observed or by a guess."""
-    sd, source = guessed_sd(num_samples), f"guessed from {num_samples:,} validation samples"
-    if (file := folder / "compare.json").exists():
-        methods = [arm["to_full"] for arm in json.loads(file.read_text())["arms"] if arm["baseline"] == "method"]
-        observed = [method.get("seed_se", 0.0) * math.sqrt(method.get("num_seeds", 1)) for method in methods]
-        if max(observed, default=0.0) > 0.0:
-            sd, source = max(observed), "observed so far"
-    needed = seeds_for_margin(criteria.margin, sd, criteria.interval_confidence)
-    if needed is None or needed > num_seeds:
-        number = "more than 1,000" if needed is None else f"about {needed}"
-        spread = f"if seeds spread a difference by {sd:.2g} points ({source})"
-        yield f"a margin of {criteria.margin:g} needs {number} seeds, {spread}; there are {num_seeds}"
 
 
 def _write(folder: Path, report: Mapping[str, Any], arms: Sequence[ArmRuns]) -> None:
@@ -231,7 +174,7 @@ def _with_stored_threads(config: Config, folder: Path) -> Config:
     stored = folder / "threads.json"
     if config.scaling.threads != "auto" or not stored.exists():
         return config
-    scaling = config.scaling.model_copy(update={"threads": json.loads(stored.read_text())})
+    scaling = config.scaling.model_copy(update={"threads": read_json(stored)})
     return config.model_copy(update={"scaling": scaling})
 
 
@@ -305,7 +248,7 @@ class _Runs:
     Args:
         config: the comparison's config.
         folder: the comparison's folder.
-        source: the training data.
+        splits: the data.
         listeners: callbacks.
         resources: how many runs to train at a time; None: one after another.
         debug: show Ray's own logs.
@@ -315,7 +258,7 @@ class _Runs:
         self,
         config: Config,
         folder: Path,
-        source: SampleSource,
+        splits: Splits,
         listeners: CompareListeners,
         *,
         resources: TrialResources | None,
@@ -324,7 +267,8 @@ class _Runs:
         if resources is not None:
             # The same number of threads, alone or not: the arms of a seed must be comparable bit by bit.
             config = config.model_copy(update={"scaling": config.scaling.model_copy(update=resources.scaling)})
-        self._config, self._folder, self._source, self._resources = config, folder, source, resources
+        self._config, self._folder, self._source, self._resources = config, folder, splits.train, resources
+        self._num_validation = len(splits.validation) if splits.validation is not None else 0
         self._shared_file = folder / "shared_runs.json"
         self._listeners, self._debug = listeners, debug
         self._warm = config.scaling.num_workers != 0  # with workers, every run starts its own, which warm up
@@ -335,8 +279,8 @@ class _Runs:
         self._failures: dict[str, str] = {}  # tuning run → its error
         self._tuning_source: SampleSource | None = None
 
-    def train_all(self, arms: Sequence[Arm], seeds: Sequence[int], tuned: bool) -> dict[str, list[RunOutcome]]:
-        """Return every arm's outcomes, one per seed. Derived arms run after full training and the methods.
+    def train_all(self, arms: Sequence[Arm], seeds: Sequence[int], tuned: bool) -> list[ArmRuns]:
+        """Return every arm's runs, one per seed. Derived arms run after full training and the methods.
 
         Args:
             arms: the arms.
@@ -359,11 +303,14 @@ class _Runs:
             self._train_at_once(jobs)
             for job in jobs:
                 self._keep(job)
-        return {arm.name: [self._outcomes[arm.name][place] for place, _ in places] for arm in arms}
+        outcomes = {arm.name: [self._outcomes[arm.name][place] for place, _ in places] for arm in arms}
+        timed = timed_places(outcomes.values())
+        return [self._results(arm, outcomes[arm.name], timed) for arm in arms]
 
-    def correct(self, arm: Arm) -> NDArray[np.bool_]:
-        """Return (S, V), whether each of an arm's runs classifies each validation sample correctly."""
-        return np.stack([self._correct[outcome.folder] for _, outcome in sorted(self._outcomes[arm.name].items())])
+    def _results(self, arm: Arm, outcomes: Sequence[RunOutcome], timed: Sequence[int]) -> ArmRuns:
+        correct_SV = np.stack([self._correct[outcome.folder] for outcome in outcomes])
+        caveat = _caveat(self._config, arm)
+        return ArmRuns(arm.name, arm.baseline, arm.method_arm, outcomes, correct_SV, timed, caveat)
 
     def _tune(self, stage: Sequence[Arm]) -> None:
         """Find the factor on the learning rate with the best accuracy on held-out samples, for each arm of a stage."""
@@ -445,7 +392,7 @@ class _Runs:
             return False
         environment = folder / "environment.json"
         # Pass a run on other data to `train`, which reports the error.
-        return environment.exists() and json.loads(environment.read_text())["fingerprint"] == source.fingerprint
+        return environment.exists() and read_json(environment)["fingerprint"] == source.fingerprint
 
     def _train_alone(self, job: _Job) -> None:
         self._announce(job)
@@ -501,9 +448,9 @@ class _Runs:
         else:
             folder = run_folder_of(job.config)
             metrics = read_metrics(folder)
-            if "mean_weight" not in metrics[-1] or not (folder / VALIDATION).exists():
+            if "mean_weight" not in metrics[-1]:
                 raise RunFolderError(f"{folder} is of an earlier version of rayprune: choose another run.name")
-            self._correct[job.name] = read_validation(folder)
+            self._correct[job.name] = read_validation(folder, self._num_validation)
             last, costs = metrics[-1], costs_of(folder, metrics, self._config.compare.amortise)
             outcome = RunOutcome(
                 seed=job.config.train.seed,
@@ -524,7 +471,7 @@ class _Runs:
         self._outcomes[job.arm.name][job.place] = outcome
 
     def _shared(self) -> list[str]:
-        return list(json.loads(self._shared_file.read_text())) if self._shared_file.exists() else []
+        return list(read_json(self._shared_file)) if self._shared_file.exists() else []
 
     def _mark_shared(self, names: Iterable[str]) -> None:
         write_whole(self._shared_file, json.dumps(sorted({*self._shared(), *names}), indent=1) + "\n")

@@ -26,9 +26,6 @@ from numpy.typing import NDArray
 
 LEAST_TIMED = 3  # seeds; fewer have no interval that could decide
 _ROUNDING_VARIANCE = 1.0 / 6.0  # of the difference of two rounded numbers
-_CHURN = 0.1  # guessed fraction of the validation samples on which two runs disagree
-_POWER = 0.8
-_MOST_SEEDS = 1000
 
 
 @dataclass(frozen=True)
@@ -145,7 +142,7 @@ class Difference:
         if num_seeds == 1:
             return cls(mean, None, None)
         tail = (1.0 + confidence) / 2.0
-        half = math.hypot(_t_quantile(tail, num_seeds - 1) * seed_se, _t_quantile(tail, None) * sample_se)
+        half = math.hypot(t_quantile(tail, num_seeds - 1) * seed_se, t_quantile(tail, None) * sample_se)
         return cls(mean, mean - half, mean + half, seed_se, sample_se, num_seeds)
 
     @property
@@ -175,7 +172,7 @@ class Difference:
 
 
 @cache
-def _t_quantile(probability: float, freedom: int | None) -> float:
+def t_quantile(probability: float, freedom: int | None) -> float:
     """Return a quantile of Student's t, of the normal distribution if `freedom` is None."""
     from scipy import stats
 
@@ -185,19 +182,30 @@ def _t_quantile(probability: float, freedom: int | None) -> float:
 def crossed_difference(one_SV: NDArray[np.bool_], other_SV: NDArray[np.bool_], confidence: float) -> Difference:
     """Return the difference of two arms' accuracies, with an interval over seeds and validation samples.
 
-    Seeds that happen to agree are no certainty: the variance over seeds is at least that of rounding two accuracies to
-    whole samples.
-
     Args:
         one_SV, other_SV: bool, whether each run classifies each sample correctly, in the same order; S ≥ 1, V ≥ 1.
         confidence: of the interval, in (0, 1).
 
     >>> one = np.array([[True, True, False, True], [True, True, True, True]])
     >>> other = np.array([[True, False, False, True], [True, True, False, False]])
-    >>> str(crossed_difference(one, other, 0.95))
-    '+37.50 points (-103.24 to +178.24)'
+    >>> crossed_difference(one, other, 0.95).mean
+    37.5
     """
-    table_SV = one_SV.astype(np.int8) - other_SV.astype(np.int8)
+    return crossed_mean(one_SV.astype(np.int8) - other_SV.astype(np.int8), confidence)
+
+
+def crossed_mean(table_SV: NDArray[np.int8], confidence: float) -> Difference:
+    """Return the mean of a table in points, with an interval over seeds and validation samples.
+
+    Seeds or samples that happen to agree are no certainty. The variance over seeds is at least that of rounding two
+    accuracies to whole samples. The variance over samples is that of the samples and of two more, in one of which every
+    run of the first arm is right and the second wrong, and the reverse in the other (compare Agresti and Min, "Simple
+    improved confidence intervals for comparing matched proportions", Statistics in Medicine 24, 2005).
+
+    Args:
+        table_SV: small integers: d, or a contrast of more than two arms.
+        confidence: of the interval, in (0, 1).
+    """
     num_seeds, num_samples = table_SV.shape
     seeds_S, samples_V = table_SV.mean(1, dtype=np.float64), table_SV.mean(0, dtype=np.float64)
     mean = float(seeds_S.mean())
@@ -205,11 +213,11 @@ def crossed_difference(one_SV: NDArray[np.bool_], other_SV: NDArray[np.bool_], c
         return Difference(100.0 * mean, None, None)
     seed_squares = num_samples * float(np.square(seeds_S - mean).sum())
     sample_squares = num_seeds * float(np.square(samples_V - mean).sum())
-    all_squares = np.count_nonzero(table_SV) - table_SV.size * mean * mean
+    all_squares = float(np.square(table_SV, dtype=np.int32).sum()) - table_SV.size * mean * mean
     freedom = (num_seeds - 1) * max(num_samples - 1, 1)
     rest = max(all_squares - seed_squares - sample_squares, 0.0) / freedom
     per_seed = max(seed_squares / (num_seeds - 1), _ROUNDING_VARIANCE / num_samples)
-    per_sample = max(sample_squares / max(num_samples - 1, 1) - rest, 0.0)
+    per_sample = max(sample_squares / max(num_samples - 1, 1) - rest, 0.0) + 2.0 * num_seeds / num_samples
     seed_se, sample_se = (100.0 * math.sqrt(part / table_SV.size) for part in (per_seed, per_sample))
     return Difference.of(100.0 * mean, seed_se, sample_se, num_seeds, confidence)
 
@@ -242,76 +250,3 @@ def paired_ratio(one_S: Sequence[float], other_S: Sequence[float], confidence: f
     logs = paired_difference(np.log(one_S).tolist(), np.log(other_S).tolist(), confidence)
     low, high = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
     return Difference(math.exp(logs.mean), low, high, num_seeds=logs.num_seeds)
-
-
-@dataclass(frozen=True)
-class Criteria:
-    """The decision criteria of a comparison.
-
-    A verdict is a one-sided claim on the ends of intervals. The first look at a single method uses intervals of
-    `confidence`. Look k at m methods uses 1 − (1 − confidence)/(m·2^(k−1)). The probability of a wrong claim, over all
-    methods and any number of looks, is then at most 1 − confidence, the sum over k of (1 − confidence)/2^k.
-
-    Attributes:
-        margin: loss of accuracy against full training that counts as none, in points.
-        rival_margin: advantage over a baseline of the same cost that counts as none, in points.
-        confidence: of the first look at a single method, in (0, 1).
-        look: k, from 1; how many times the comparison has been judged, this time included.
-        num_methods: m.
-        time_look: as `look`, for the ratios of seconds. Looks that add no timed seeds do not count.
-    """
-
-    margin: float
-    rival_margin: float
-    confidence: float
-    look: int = 1
-    num_methods: int = 1
-    time_look: int = 1
-
-    @property
-    def interval_confidence(self) -> float:
-        """The confidence of this look's intervals."""
-        return self._confidence_at(self.look)
-
-    def _confidence_at(self, look: int) -> float:
-        return 1.0 - (1.0 - self.confidence) / (self.num_methods * 2 ** (look - 1))
-
-    def difference(self, one: ArmRuns, other: ArmRuns) -> Difference:
-        """Return the accuracy of one arm minus another's; without an interval if their runs are the same."""
-        if same_runs(one, other):
-            return Difference(0.0, None, None)
-        return crossed_difference(one.correct_SV, other.correct_SV, self.interval_confidence)
-
-    def time_ratio(self, one: ArmRuns, full: ArmRuns) -> Difference:
-        """Return the ratio of the seconds of an arm to those of full training."""
-        return paired_ratio(one.seconds, full.seconds, self._confidence_at(self.time_look))
-
-
-def guessed_sd(num_samples: int) -> float:
-    """Return a guess of the standard deviation over seeds of the difference of two arms, in points.
-
-    >>> guessed_sd(10_000)
-    0.316...
-    """
-    return 100.0 * math.sqrt(_CHURN / num_samples)
-
-
-def seeds_for_margin(margin: float, sd: float, confidence: float) -> int | None:
-    """Return how many seeds show that equal accuracies are within a margin, in four of five comparisons.
-
-    Args:
-        margin: in points.
-        sd: standard deviation over seeds of the difference, in points.
-        confidence: of the intervals, in (0, 1).
-
-    Returns:
-        The number of seeds, None above 1,000.
-
-    >>> seeds_for_margin(1.0, 1.0, 0.95)
-    10
-    """
-    for num_seeds in range(2, _MOST_SEEDS + 1):
-        tail, freedom = (1.0 + confidence) / 2.0, num_seeds - 1
-        if (_t_quantile(tail, freedom) + _t_quantile(_POWER, freedom)) * sd <= margin * math.sqrt(num_seeds):
-            return num_seeds
-    return None

@@ -1,7 +1,9 @@
 """The verdicts of a comparison: one table of rules, and the sentences that explain them.
 
 `RULES` decides: the first rule whose condition holds gives the outcome. docs/comparing.md shows the same table. A
-condition reads the intervals of `Evidence` only, never a difference that merely is not significant.
+condition reads the intervals of `Evidence` only, never a difference that merely is not significant. A rule on some arm
+of the method's cost reads intervals that are wider, so that the number of these arms does not raise the rate of wrong
+verdicts.
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rayprune.experiments.compare.looks import Criteria
 from rayprune.experiments.compare.statistics import (
     LEAST_TIMED,
     ArmRuns,
-    Criteria,
     Difference,
     paired_difference,
     paired_ratio,
@@ -42,16 +44,34 @@ class Rival:
         name, baseline: of the arm.
         difference: the method minus this arm.
         to_full: this arm minus full training.
-        as_good: whether the method is shown to be better by less than `rival_margin`, if at all.
-        keeps: whether this arm is shown to keep full training's accuracy within `margin`.
+        lead_beyond_loss: by how much the method's lead over this arm exceeds its loss against full training.
+        criteria: for a claim that some rival has a property.
     """
 
     name: str
     baseline: str
     difference: Difference
     to_full: Difference
-    as_good: bool
-    keeps: bool
+    lead_beyond_loss: Difference
+    criteria: Criteria
+
+    @property
+    def as_good(self) -> bool:
+        """Whether the method is shown to be better by less than `rival_margin`, if at all."""
+        return self._wide(self.difference).below(self.criteria.rival_margin)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether this arm is shown to keep full training's accuracy within `margin`."""
+        return self._wide(self.to_full).above(-self.criteria.margin)
+
+    @property
+    def lags(self) -> bool:
+        """Whether the method's lead over this arm is shown to be smaller than its loss."""
+        return self._wide(self.lead_beyond_loss).below(0.0)
+
+    def _wide(self, difference: Difference) -> Difference:
+        return difference.with_seeds(difference.num_seeds, self.criteria.interval_confidence)
 
 
 @dataclass(frozen=True)
@@ -102,21 +122,27 @@ class Evidence:
 
     @property
     def ahead(self) -> bool:
-        """Whether its mean is ahead of every arm of its cost by more than it is behind full training."""
-        loss = max(0.0, -self.to_full.mean)
-        return bool(self.rivals) and all(rival.difference.mean > loss for rival in self.rivals)
+        """Whether its lead over every arm of its cost is shown to exceed its loss; False if there is no such arm."""
+        return bool(self.rivals) and all(rival.lead_beyond_loss.above(0.0) for rival in self.rivals)
+
+    @property
+    def behind(self) -> bool:
+        """Whether its lead over some arm of its cost is shown to be smaller than its loss, or there is no such arm."""
+        return not self.rivals or any(rival.lags for rival in self.rivals)
 
     @property
     def shorter(self) -> Rival | None:
         """The first shortened full training that is as good and keeps the accuracy."""
-        return next(
-            (rival for rival in self.rivals if rival.baseline in SHORTENED and rival.as_good and rival.keeps), None
-        )
+        return next((rival for rival in self._equal if rival.baseline in SHORTENED), None)
 
     @property
     def equal(self) -> Rival | None:
         """The first arm of its cost that is as good and keeps the accuracy."""
-        return next((rival for rival in self.rivals if rival.as_good and rival.keeps), None)
+        return next(iter(self._equal), None)
+
+    @property
+    def _equal(self) -> list[Rival]:
+        return [rival for rival in self.rivals if rival.as_good and rival.keeps]
 
 
 @dataclass(frozen=True)
@@ -138,16 +164,16 @@ RULES = (
         lambda e: "one seed gives no interval; set compare.seeds=3",
     ),
     Rule(
-        "best at its cost",
-        "it loses more than the margin, but is faster and better than every baseline, by more than it loses",
-        lambda e: e.lost and e.faster and e.beats_all and e.ahead,
-        lambda e: f"a loss beyond the margin of {e.margin:g}, but every baseline of its cost loses more",
+        "train shorter",
+        "shortened full training is as good and keeps the accuracy",
+        lambda e: e.shorter is not None,
+        lambda e: _as_good(e.shorter),
     ),
     Rule(
-        "prune nothing",
-        "it loses more than the margin, and is not ahead of every baseline by more than it loses",
-        lambda e: e.lost and not e.ahead,
-        lambda e: f"a loss beyond the margin of {e.margin:g}",
+        "baseline is as good",
+        "another baseline is as good and keeps the accuracy",
+        lambda e: e.equal is not None,
+        lambda e: _as_good(e.equal),
     ),
     Rule(
         "prune nothing",
@@ -156,23 +182,18 @@ RULES = (
         lambda e: "no better, and not faster",
     ),
     Rule(
-        "train shorter",
-        "shortened full training is as good and keeps the accuracy",
-        lambda e: e.shorter is not None,
-        lambda e: _as_good(e.shorter),
+        "best at its cost",
+        "it loses more than the margin, but is faster, and its lead over every baseline is larger than its loss",
+        lambda e: e.lost and e.faster and e.ahead,
+        lambda e: f"a loss beyond the margin of {e.margin:g}, but every baseline of its cost loses over twice as much",
     ),
     Rule(
-        "undecided",
-        "it is not shown to keep the accuracy",
-        lambda e: not e.kept,
-        lambda e: _whether_kept(e),
+        "prune nothing",
+        "it loses more than the margin, and its lead over some baseline is smaller than its loss",
+        lambda e: e.lost and e.behind,
+        lambda e: f"a loss beyond the margin of {e.margin:g}",
     ),
-    Rule(
-        "baseline is as good",
-        "another baseline is as good and keeps the accuracy",
-        lambda e: e.equal is not None,
-        lambda e: _as_good(e.equal),
-    ),
+    Rule("undecided", "it is not shown to keep the accuracy", lambda e: not e.kept, lambda e: _whether_kept(e)),
     Rule(
         "worth it",
         "it keeps the accuracy, is better than every baseline, and is faster",
@@ -197,7 +218,7 @@ def _as_good(rival: Rival | None) -> str:
 def _whether_kept(evidence: Evidence) -> str:
     seeds, margin = evidence.to_full.num_seeds, evidence.margin
     if evidence.lost:
-        return f"a loss beyond the margin of {margin:g}; {seeds} seeds do not show that its baselines lose more"
+        return f"a loss beyond the margin of {margin:g}; {seeds} seeds do not show whether its baselines lose much more"
     return f"{seeds} seeds do not show whether that is within the margin of {margin:g}"
 
 
@@ -249,7 +270,7 @@ def judge(
     rule = _rule(evidence)
     needed = None
     if ask_for_seeds and rule.outcome == "undecided" and len(full.runs) > 1:
-        needed = _seeds_needed(evidence, criteria)
+        needed = _seeds_needed(evidence, criteria, criteria.time_ratio(method, full))
     sentence = f"{method.name} differs from full by {evidence.to_full}, {_cost(method, full, evidence)}"
     return Verdict(rule.outcome, f"{sentence}; {rule.why(evidence)}", needed)
 
@@ -257,34 +278,55 @@ def judge(
 def _evidence(method: ArmRuns, full: ArmRuns, baselines: Sequence[ArmRuns], criteria: Criteria) -> Evidence:
     alone = all(arm.runs[place].alone for arm in (method, full) for place in method.timed)
     time = criteria.time_ratio(method, full) if alone and len(method.timed) >= LEAST_TIMED else None
-    rivals = [
-        _rival(arm.name, arm.baseline, criteria.difference(method, arm), criteria.difference(arm, full), criteria)
+    arms = [
+        arm
         for arm in sorted(baselines, key=lambda arm: -arm.mean("accuracy"))
-        if arm.baseline != "ratio_0" and not arm.same_as_full
+        if arm.baseline != "ratio_0" and not arm.same_as_full and not (arm.baseline == "full_time" and time is None)
+    ]
+    rivals = [
+        Rival(
+            arm.name,
+            arm.baseline,
+            criteria.difference(method, arm),
+            criteria.difference(arm, full),
+            criteria.lead_beyond_loss(method, arm, full),
+            criteria.any_of(len(arms)),
+        )
+        for arm in arms
     ]
     return Evidence(criteria.difference(method, full), time, rivals, criteria.margin)
-
-
-def _rival(name: str, baseline: str, difference: Difference, to_full: Difference, criteria: Criteria) -> Rival:
-    as_good = difference.below(criteria.rival_margin)
-    return Rival(name, baseline, difference, to_full, as_good, to_full.above(-criteria.margin))
 
 
 def _rule(evidence: Evidence) -> Rule:
     return next(rule for rule in RULES if rule.holds(evidence))
 
 
-def _seeds_needed(evidence: Evidence, criteria: Criteria) -> int | None:
-    """Return the smallest number of seeds whose look, the next one, would decide with the same means and variances."""
-    following = dataclasses.replace(criteria, look=criteria.look + 1)
-    for num_seeds in range(evidence.to_full.num_seeds + 1, _MOST_SEEDS + 1):
-        scaled = partial(Difference.with_seeds, num_seeds=num_seeds, confidence=following.interval_confidence)
+def _seeds_needed(evidence: Evidence, criteria: Criteria, ratio: Difference) -> int | None:
+    """Return the smallest number of seeds whose look, the next one, would decide with the same means and variances.
+
+    Args:
+        evidence: of this look.
+        criteria: of this look.
+        ratio: of the seconds. If there were too few seeds to time it, it is assumed to stay.
+    """
+    next_look, num_seeds = dataclasses.replace(criteria, look=criteria.look + 1), evidence.to_full.num_seeds
+    time = evidence.time
+    if num_seeds < LEAST_TIMED and ratio.num_seeds == num_seeds:
+        time = Difference(ratio.mean, ratio.mean, ratio.mean)
+    for number in range(max(num_seeds + 1, LEAST_TIMED), _MOST_SEEDS + 1):
+        scaled = partial(Difference.with_seeds, num_seeds=number, confidence=next_look.interval_confidence)
         rivals = [
-            _rival(rival.name, rival.baseline, scaled(rival.difference), scaled(rival.to_full), criteria)
+            dataclasses.replace(
+                rival,
+                difference=scaled(rival.difference),
+                to_full=scaled(rival.to_full),
+                lead_beyond_loss=scaled(rival.lead_beyond_loss),
+                criteria=next_look.any_of(len(evidence.rivals)),
+            )
             for rival in evidence.rivals
         ]
-        if _rule(Evidence(scaled(evidence.to_full), evidence.time, rivals, evidence.margin)).outcome != "undecided":
-            return num_seeds
+        if _rule(Evidence(scaled(evidence.to_full), time, rivals, evidence.margin)).outcome != "undecided":
+            return number
     return None
 
 

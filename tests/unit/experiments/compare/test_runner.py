@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from rayprune.config import Config, make_config
-from rayprune.engine.storage.run_folder import read_metrics, read_validation
-from rayprune.errors import RunFolderError, TrainingFailed
+from rayprune.engine.storage.run_folder import read_metrics, read_validation, write_validation
+from rayprune.errors import ConfigError, RunFolderError, TrainingFailed
 from rayprune.experiments.compare.arms import Arm, ArmSettings
 from rayprune.experiments.compare.runner import CompareListeners, compare
 from rayprune.experiments.compare.statistics import RunOutcome, paired_difference
@@ -23,7 +23,7 @@ from tests.support.runs import run_config as tiny
 from tests.support.runs import same_weights
 
 EPOCHS, NUM = 4, 301
-BUDGET = ["full_time", "full_steps", "random", "random_epoch", "random_annealed", "least_confidence"]
+BUDGET = ["full_time", "full_steps", "random", "random_epoch", "random_annealed"]
 ARMS = ["full", "infobatch", *BUDGET, "shuffled", "ratio_0"]
 
 
@@ -102,7 +102,7 @@ def test_derived_arms_match_the_methods_cost(folder: Path, report: dict[str, Any
         spent, whole = (arms[name][place]["samples_trained"] for name in ("infobatch", "full"))
         assert whole == EPOCHS * NUM
         assert spent < 0.9 * whole
-        for name in ("random", "random_epoch", "random_annealed", "least_confidence"):
+        for name in ("random", "random_epoch", "random_annealed"):
             assert abs(arms[name][place]["samples_trained"] - spent) <= EPOCHS / 2
             stored = yaml.safe_load((folder / "runs" / arms[name][place]["folder"] / "config.yaml").read_text())
             assert stored["train"]["epochs"] == EPOCHS
@@ -147,7 +147,7 @@ def test_only_missing_runs_are_trained(folder: Path, tmp_path: Path) -> None:
     compare(config, CompareListeners(on_run))
     assert [item for item in seen if not item[2]] == [("shuffled", 1, False)]
     seen.clear()
-    wider = config_of(folder.parent, seeds=[0, 7], baselines=["full_steps"], margin=3.0)
+    wider = config_of(folder.parent, seeds=[0, 1, 7], baselines=["full_steps"], margin=3.0)
     compare(wider, CompareListeners(on_run))
     new = [(arm, seed) for arm, seed, finished in seen if not finished]
     assert ("infobatch", 7) in new
@@ -217,40 +217,88 @@ def test_a_source_without_a_validation_part_is_compared_on_a_fraction(tmp_path: 
     report = json.loads((folder / "compare.json").read_text())
     full = report["arms"][0]["runs"][0]
     assert full["samples_trained"] == EPOCHS * 240
-    assert read_validation(folder / "runs" / full["folder"]).shape == (60,)
+    assert read_validation(folder / "runs" / full["folder"], 60).shape == (60,)
     finished: list[bool] = []
     compare(config, CompareListeners(lambda number, arm, seed, done, settings: finished.append(done)))
     assert all(finished)
 
 
-def test_each_set_of_seeds_is_a_look_and_the_last_one_says_which(tmp_path: Path) -> None:
-    def judged(seeds: Any) -> dict[str, Any]:
-        folder = compare(config_of(tmp_path, seeds=seeds, baselines=["random"], margin=5.0))
+def test_each_judgment_is_a_look_and_the_verdict_says_which(tmp_path: Path) -> None:
+    def judged(seeds: Any, **keys: Any) -> dict[str, Any]:
+        folder = compare(config_of(tmp_path, seeds=seeds, **{"baselines": ["random"], "margin": 5.0, **keys}))
         return json.loads((folder / "compare.json").read_text())  # type: ignore[no-any-return]
 
-    first, again, more = judged(2), judged([1, 0]), judged(3)
+    alone, first, again, more = judged([1]), judged(2), judged([1, 0]), judged(3)
+    assert (alone["looks"], len(more["looks"])) == ([], 2), "a single seed decides nothing"
     assert (first["look"], again["look"], more["look"]) == (1, 1, 2)
     assert (first["confidence"], more["confidence"]) == (0.95, 0.975)
-    assert more["looks"] == [[0, 1], [0, 1, 2]]
+    assert [look["seeds"] for look in more["looks"]] == [[0, 1], [0, 1, 2]]
     assert more["verdict"]["sentence"].endswith("Look 2: 97.5% intervals.")
-    assert judged(2)["look"] == 1, "a look at the same seeds is the same look"
-    (tmp_path / "cmp" / "compare.json").write_text("{")
-    with pytest.raises(RunFolderError, match="records how often the comparison was judged"):
-        judged(2)
+    assert judged(2)["look"] == 1, "the same runs and margins are the same look"
+    assert judged(3, margin=4.0)["look"] == 3
+    assert judged(3, baselines=["random", "shuffled"])["look"] == 4
+    with pytest.raises(ConfigError, match=r"leaves out seeds that this comparison was judged with \(1\)"):
+        judged([0, 2])
+    with pytest.raises(ConfigError, match=r"confidence = 0.5: this comparison began with 0.95"):
+        judged(3, confidence=0.5)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"looks": null}'])
+def test_a_damaged_record_of_looks_is_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "cmp").mkdir()
+    (tmp_path / "cmp" / "compare.json").write_text(content)
+    config = config_of(tmp_path)
+    (tmp_path / "cmp" / "compare.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    with pytest.raises(RunFolderError, match="records how often this comparison was judged") as caught:
+        compare(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_files_of_a_run_are_named_with_a_cure(tmp_path: Path) -> None:
+    config = config_of(tmp_path, seeds=2, baselines=["full"], margin=5.0)
+    folder = compare(config)
+    file = folder / "runs" / "full-seed0" / "validation.parquet"
+    whole = file.read_bytes()
+    write_validation(file.parent, np.ones(7, bool))
+    with pytest.raises(RunFolderError, match=r"validation.parquet is not of 360 samples: .*delete the run folder"):
+        compare(config)
+    file.unlink()
+    with pytest.raises(RunFolderError, match=r"validation.parquet can't be read .*delete the run folder"):
+        compare(config)
+    file.write_bytes(whole)
+    (folder / "threads.json").write_text("{")
+    with pytest.raises(RunFolderError, match=r"threads.json can't be read"):
+        compare(config.model_copy(update={"scaling": make_config({"scaling": {"num_workers": 0}}).scaling}))
+
+
+def test_least_confident_samples_are_a_baseline_of_the_same_cost(tmp_path: Path) -> None:
+    notices: list[str] = []
+    keys: dict[str, Any] = {"baselines": ["least_confidence"], "margin": 5.0, "seeds": 1}
+    compare(config_of(tmp_path, **keys), CompareListeners(on_notice=notices.append))
+    assert any("least_confidence is left out: its scoring run would be a large part of 4 epochs" in n for n in notices)
+    config = tiny(
+        tmp_path, "long", method={"name": "infobatch", "prune_ratio": 0.9}, train={"epochs": 10}, compare=keys
+    )
+    folder = compare(config)
+    arms = {arm["name"]: arm for arm in json.loads((folder / "compare.json").read_text())["arms"]}
+    ours, theirs = (arms[name]["samples_trained"] for name in ("least_confidence", "infobatch"))
+    assert abs(ours - theirs) <= 10
+    assert theirs < 0.9 * 10 * NUM
 
 
 def test_the_seeds_that_the_margin_needs_are_said_before_the_start(tmp_path: Path) -> None:
     notices: list[str] = []
 
-    def note() -> str:
+    def note(margin: float) -> str:
         notices.clear()
-        compare(config_of(tmp_path, baselines=["full"], margin=1.0), CompareListeners(on_notice=notices.append))
-        return next(line for line in notices if "needs" in line)
+        compare(config_of(tmp_path, baselines=["full"], margin=margin), CompareListeners(on_notice=notices.append))
+        return next(line for line in notices if "margin of" in line)
 
-    assert "a margin of 1 needs about 24 seeds" in note()
+    assert "a margin of 2 needs about 15 seeds, if seeds spread a difference by 1.7 points (guessed" in note(2.0)
     report = json.loads((tmp_path / "cmp" / "compare.json").read_text())
     sd = report["arms"][1]["to_full"]["seed_se"] * np.sqrt(2)
-    assert f"by {sd:.2g} points (observed so far)" in note()
+    assert f"by {sd:.2g} points (observed so far)" in note(3.0)
+    assert "to show a margin of 0.5 with 360 validation samples: use more of them" in note(0.5)
 
 
 def test_timed_places_decide_only_if_the_runs_were_alone(tmp_path: Path) -> None:
