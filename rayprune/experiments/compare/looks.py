@@ -176,8 +176,8 @@ class Looks:
         )
         past = list(self._past)
         number = past.index(look) + 1 if look in past else len(past) + 1
-        timed_before = [set(look.timed_seeds) <= set(old.timed_seeds) for old in past[: number - 1]]
-        time_look = timed_before.index(True) + 1 if True in timed_before else number
+        timed = list(dict.fromkeys((*(old.timed_seeds for old in past[: number - 1]), look.timed_seeds)))
+        time_look = next(place for place, seeds in enumerate(timed, 1) if set(look.timed_seeds) <= set(seeds))
         record = past if look in past or len(seeds) == 1 else [*past, look]
         judged = dataclasses.replace(criteria, look=number, time_look=time_look)
         return judged, [old.model_dump(mode="json") for old in record]
