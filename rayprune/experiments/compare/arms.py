@@ -211,35 +211,39 @@ def _shortened(share: float, epochs: int, noun: str) -> ArmSettings:
 
 def _subset(arm: Arm, config: Config, kept: float, num_samples: int) -> ArmSettings:
     """Return the settings of an arm that drops samples so that it has the share `kept` of full training's visits."""
-    epochs = config.train.epochs
-    matched = "the method's samples trained: "
+    epochs, matched = config.train.epochs, "the method's samples trained: "
     if round(num_samples * (1.0 - kept)) <= 0:
         return ArmSettings({"name": FULL}, epochs, f"{matched}it saves none, so nothing is dropped", True)
-    scoring, pruned_epochs = 0, epochs
+    surplus = (1.0 - kept) * epochs  # visits to leave out, in epochs of all samples
+    method: dict[str, Any] = {"name": arm.baseline}
     collect: dict[str, Any] | None = None
-    if arm.baseline == "least_confidence":
-        wanted = math.ceil(_SCORING_SHARE * epochs)
-        scoring, collect = (wanted if wanted < kept * epochs else 1), {}
+    when = ""
     if arm.baseline == "random_annealed":
-        share = full_from(build_method(arm.of))
-        assert share is not None, "an arm without a final phase was left out"
-        pruned_epochs = max(1, epoch_at(share, epochs))
-    dropped = ((1.0 - kept) * epochs + scoring / config.compare.amortise) / pruned_epochs
+        until = full_from(build_method(arm.of))
+        assert until is not None, "an arm without a final phase was left out"
+        pruned_epochs = max(1, epoch_at(until, epochs))
+        drops, ratio = _exact_ratio(surplus / pruned_epochs, num_samples)
+        annealed = {"schedule": "annealed", "of_ratio": ratio, "until": until}
+        method = {"name": "random_epoch", "prune_ratio": annealed, "replacement": False}
+        when = f" before epoch {pruned_epochs + 1}"
+    elif arm.baseline == "least_confidence":
+        scoring = math.ceil(_SCORING_SHARE * epochs)
+        scoring = scoring if scoring < kept * epochs else 1
+        drops, ratio = _exact_ratio((surplus + scoring / config.compare.amortise) / epochs, num_samples)
+        method |= {"prune_ratio": ratio, "score_epochs": scoring}
+        collect, when = {}, f" after {scoring} scoring {'epoch' if scoring == 1 else 'epochs'}"
+    else:
+        drops, ratio = _exact_ratio(surplus / epochs, num_samples)
+        method |= {"prune_ratio": ratio} | ({"replacement": False} if arm.baseline == "random_epoch" else {})
+    words = f"{matched}{drops / num_samples:.1%} dropped{when}"
+    return ArmSettings(method, epochs, words, tag=f"-{drops}dropped", collect=collect)
+
+
+def _exact_ratio(dropped: float, num_samples: int) -> tuple[int, float]:
+    """Return the number of samples to drop, fewer than all, and a prune ratio that drops exactly so many."""
     drops = min(round(num_samples * dropped), num_samples - 1)
     # Half a sample more than the drops, so that floor(ratio · N) equals them despite the rounding of the division.
-    ratio: Any = (drops + 0.5) / num_samples
-    settings: dict[str, Any] = {"name": arm.baseline, "prune_ratio": ratio}
-    words, tag = f"{matched}{drops / num_samples:.1%} dropped", f"-{drops}dropped"
-    if arm.baseline == "random_epoch":
-        settings["replacement"] = False
-    if arm.baseline == "random_annealed":
-        annealed = {"schedule": "annealed", "of_ratio": ratio, "until": share}
-        settings = {"name": "random_epoch", "prune_ratio": annealed, "replacement": False}
-        words += f" before epoch {pruned_epochs + 1}"
-    if arm.baseline == "least_confidence":
-        settings["score_epochs"] = scoring
-        words += f" after {scoring} scoring {'epoch' if scoring == 1 else 'epochs'}"
-    return ArmSettings(settings, epochs, words, tag=tag, collect=collect)
+    return drops, (drops + 0.5) / num_samples
 
 
 def equal_steps(arm: Arm, settings: ArmSettings, methods: Sequence[RunOutcome], place: int) -> ArmSettings:
