@@ -183,19 +183,19 @@ class Looks:
         return judged, [old.model_dump(mode="json") for old in record]
 
     def notices(self, criteria: Criteria, num_samples: int) -> Iterator[str]:
-        """Yield a line if the margin needs more seeds, by the spread that this comparison observed or by a guess."""
+        """Yield a line on how many seeds the margin needs, by the variances observed in this comparison or guessed."""
         sd, sample_se, source = _guessed(num_samples)
         if self._judged is not None and len(self._judged.seeds) > 1:
             (sd, sample_se), source = self._judged.spread, "observed so far"
         needed = seeds_for_margin(criteria.margin, sd, sample_se, criteria.interval_confidence)
-        count = len(self._section.all_seeds)
         if needed is None:
             yield (
                 f"no number of seeds up to {_MOST_SEEDS:,} is likely to show a margin of {criteria.margin:g} with "
                 f"{num_samples:,} validation samples: use more of them, or a wider margin"
             )
-        elif needed > count:
+        else:
             spread = f"if seeds spread a difference by {sd:.2g} points ({source})"
+            count = len(self._section.all_seeds)
             yield f"a margin of {criteria.margin:g} needs about {needed} seeds, {spread}; compare.seeds has {count}"
 
 
