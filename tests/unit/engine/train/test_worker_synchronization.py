@@ -24,7 +24,7 @@ from rayprune.engine.scoring.recorder import Recorder
 from rayprune.engine.train import driver as run
 from rayprune.engine.train import worker
 from rayprune.engine.train.driver import train
-from rayprune.engine.train.metrics import MetricSums
+from rayprune.engine.train.metrics import CorrectRows, MetricSums
 from rayprune.errors import TrainingPaused
 from rayprune.nn.device import Copies
 from rayprune.nn.steps import PlainStep
@@ -127,7 +127,8 @@ def log_synchronizations(monkeypatch: pytest.MonkeyPatch) -> SyncLog:
     for name in ("push", "_start_copy", "_send"):
         monkeypatch.setattr(Recorder, name, unlogged(getattr(Recorder, name)))
     monkeypatch.setattr(Copies, "__call__", unlogged(Copies.__call__))  # to the device, which is the CPU here
-    monkeypatch.setattr(MetricSums, "total", unlogged(MetricSums.total))
+    for end_of_pass in (MetricSums, CorrectRows):
+        monkeypatch.setattr(end_of_pass, "total", unlogged(end_of_pass.total))
     return log
 
 
