@@ -23,7 +23,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-# The long forms alone, the longest first: a cluster that grows and shrinks, a soak, kills of jobs, sweeps and loops.
+# The long forms alone, the longest first: kills, a cluster that grows and shrinks, a soak.
 scenarios: setup
 	$(BIN)/python -m pytest -m scenario --numprocesses=2 --dist=load --maxschedchunk=1 tests/scenarios tests/integration tests/unit
 

@@ -8,11 +8,12 @@ crossed effects: sample v is correct with seed s in arm a if
 lies below the quantile of the arm's true accuracy, all terms being standard normal. Differences between arms then have
 effects of seeds (0.35 points), of samples, and of neither. In a sparse comparison, an arm instead fails with every seed
 on a random share of the samples that is its true loss, and each run differs on 0.2% of the samples. Comparisons are
-judged with 3, 6, 12, 24 and 48 seeds and stop at the first decision. A share `by k seeds` sums all looks up to it.
+judged with 3, 6, 12, 24 and 48 seeds and stop at the first decision. A share at k seeds sums all looks up to it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -161,5 +162,4 @@ def _drawer(rng: np.random.Generator, sparse: bool) -> Callable[[str, str, str, 
 
 
 def _first(arm: ArmRuns, num_seeds: int) -> ArmRuns:
-    timed = range(min(3, num_seeds))
-    return ArmRuns(arm.name, arm.baseline, arm.method_arm, arm.runs[:num_seeds], arm.correct_SV[:num_seeds], timed)
+    return dataclasses.replace(arm, runs=arm.runs[:num_seeds], correct_SV=arm.correct_SV[:num_seeds], timed=range(3))

@@ -18,7 +18,6 @@ from rayprune.core.choosing import choose, num_pruned
 from rayprune.core.method import EpochContext, Method
 from rayprune.core.selection import Selection
 from rayprune.core.table import ScoreTable
-from rayprune.core.validation import check_ratio, mismatch, short_repr
 from rayprune.errors import ConfigError
 from rayprune.methods.registry import register
 
@@ -44,11 +43,7 @@ class LeastConfidence(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if mismatch(self.prune_ratio, float):
-            raise ConfigError(
-                f"prune_ratio = {short_repr(self.prune_ratio)}: one subset takes no schedule: give a number in [0, 1)"
-            )
-        check_ratio("prune_ratio", self.prune_ratio)
+        self._check_one_ratio(self.prune_ratio)
         if self.score_epochs < 1:
             raise ConfigError(f"score_epochs {self.score_epochs!r} must be at least 1")
 
@@ -69,9 +64,9 @@ class LeastConfidence(Method):
         """Keep all samples for T epochs, then the N − floor(r·N) highest scores; among equal ones, the lower ids.
 
         Raises:
-            ConfigError: a sample was not visited in the last epoch of the scoring run.
+            ConfigError: the run is shorter than T epochs, or a sample was not visited in the last of them.
         """
-        self._check_visits(table.last_visit, context.epoch)
+        self._check_scored("score_epochs", table.last_visit, context)
         if context.epoch < self.score_epochs:
             return Selection.full(context.num_samples)
         scores, num = self.scores(table)["least_confidence"], context.num_samples

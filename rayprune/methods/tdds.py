@@ -32,7 +32,6 @@ from rayprune.core.choosing import choose, num_pruned
 from rayprune.core.method import EpochContext, Method
 from rayprune.core.selection import Selection
 from rayprune.core.table import Ids, ScoreTable, Signals, chunks
-from rayprune.core.validation import check_ratio, mismatch, short_repr
 from rayprune.errors import ConfigError
 from rayprune.methods.registry import register
 
@@ -76,11 +75,7 @@ class TDDS(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if mismatch(self.prune_ratio, float):
-            raise ConfigError(
-                f"prune_ratio = {short_repr(self.prune_ratio)}: one subset takes no schedule: give a number in [0, 1)"
-            )
-        check_ratio("prune_ratio", self.prune_ratio)
+        self._check_one_ratio(self.prune_ratio)
         if not 0.0 < self.decay <= 1.0:
             raise ConfigError(f"decay {self.decay!r} is outside (0, 1]: 1 uses the last window alone")
         _check_pairs(self._pairs)
@@ -171,13 +166,8 @@ class TDDS(Method):
 
     def select(self, table: ScoreTable, context: EpochContext) -> Selection:
         """Keep all samples for T epochs, which must visit each of them, then the N − floor(r·N) highest scores."""
-        if context.num_epochs < self.collect_epochs:
-            raise ConfigError(
-                f"trajectory_len {self.collect_epochs} needs at least {self.collect_epochs} epochs, the run has "
-                f"{context.num_epochs}: lower it, or raise train.epochs"
-            )
         # `check` has made sure of the visits before the last.
-        self._check_visits(table.last_visit, context.epoch)
+        self._check_scored("trajectory_len", table.last_visit, context)
         if context.epoch < self.collect_epochs:
             return Selection.full(context.num_samples)
         scores, num = self.scores(table)["tdds"], context.num_samples

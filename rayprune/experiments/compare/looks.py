@@ -110,20 +110,31 @@ class Look(BaseModel):
     runs: str
 
 
+class _Errors(BaseModel):
+    seed_se: float
+    sample_se: float
+    num_seeds: int
+
+
+class _JudgedArm(BaseModel):
+    baseline: str
+    to_full: _Errors
+
+
 class _Judged(BaseModel):
     """What a comparison reads of its own compare.json."""
 
     seeds: tuple[int, ...]
     first_confidence: float
     looks: tuple[Look, ...]
-    arms: tuple[dict[str, Any], ...]
+    arms: tuple[_JudgedArm, ...]
 
     @property
     def spread(self) -> tuple[float, float]:
-        """The largest standard deviation over seeds, and standard error over samples, of a method minus full."""
-        methods = [arm["to_full"] for arm in self.arms if arm["baseline"] == "method"]
-        largest = max(methods, key=lambda method: float(method["seed_se"]))
-        return float(largest["seed_se"]) * math.sqrt(largest["num_seeds"]), float(largest["sample_se"])
+        """The largest standard deviation over seeds of a method minus full, with its standard error over samples."""
+        methods = [arm.to_full for arm in self.arms if arm.baseline == "method"]
+        largest = max(methods, key=lambda method: method.seed_se)
+        return largest.seed_se * math.sqrt(largest.num_seeds), largest.sample_se
 
 
 class Looks:
