@@ -344,6 +344,14 @@ def test_runs_lead_to_verdicts(method: ArmRuns, baselines: list[ArmRuns], outcom
     assert "\n" not in found.sentence
 
 
+def test_a_wider_margin_never_turns_a_kept_accuracy_into_a_loss() -> None:
+    verdicts = {
+        margin: judge(arm("m", -1.3), FULL, WORSE, Criteria(margin, 0.2, 0.95)) for margin in (0.2, 0.7, 1.7, 2.5)
+    }
+    assert [found.outcome for found in verdicts.values()] == ["prune nothing", "prune nothing", "worth it", "worth it"]
+    assert ["beyond" in found.sentence for found in verdicts.values()] == [True, True, False, False]
+
+
 def test_the_margin_for_a_rival_is_another_one() -> None:
     baselines = [*WORSE[:2], arm("shuffled", -0.3)]
     assert judge(arm("m", 0.0), FULL, baselines, Criteria(1.0, 0.9, 0.95)).outcome == "baseline is as good"
