@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same list for the running program
+    import rayprune.sources
+    import rayprune.torch  # noqa: F401
     from rayprune.core.method import EpochContext, Method
     from rayprune.core.plan import Plan
     from rayprune.core.schedule import Schedule
@@ -64,6 +66,7 @@ _HOME = {
     "methods": ("DynaMS", "Fixed", "Full", "InfoBatch", "LeastConfidence", "Random", "RandomEpoch", "Shuffled", "TDDS"),
     "methods.registry": ("build_method",),
 }
+_SUBMODULES = ("sources", "torch")
 _MODULES = {name: f"rayprune.{module}" for module, names in _HOME.items() for name in names}
 
 __all__ = [
@@ -106,8 +109,15 @@ __all__ = [
 if not TYPE_CHECKING:  # a type checker that saw it would accept any name
 
     def __getattr__(name: str) -> Any:
+        if name in _SUBMODULES:
+            return importlib.import_module(f"rayprune.{name}")
         if name not in _MODULES:
-            raise AttributeError(f"module 'rayprune' has no attribute {name!r}")
+            import difflib
+
+            by_lower = {public.lower(): public for public in (*_MODULES, *_SUBMODULES)}
+            match = difflib.get_close_matches(name.lower(), by_lower, n=1)
+            hint = f": did you mean rayprune.{by_lower[match[0]]}?" if match else ""
+            raise AttributeError(f"module 'rayprune' has no attribute {name!r}{hint}")
         return getattr(importlib.import_module(_MODULES[name]), name)
 
 

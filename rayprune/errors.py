@@ -95,11 +95,14 @@ class ObservationsLost(ScoringError):
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message on one line, or its type if it has no message.
+    """Return an error's message on one line, with its type if the message alone says nothing.
 
     >>> one_line(ValueError("no such file:\\n  a.npy"))
     'no such file: a.npy'
-    >>> one_line(KeyError())
-    'KeyError'
+    >>> one_line(KeyError("x")), one_line(AssertionError())
+    ("KeyError: 'x'", 'AssertionError')
     """
-    return " ".join(str(error).split()) or type(error).__name__
+    message, name = " ".join(str(error).split()), type(error).__name__
+    if isinstance(error, KeyError) and message:
+        return f"{name}: {message}"
+    return message or name

@@ -7,11 +7,12 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from rayprune.errors import ConfigError
+from rayprune.errors import ConfigError, RaypruneError, one_line
 
 # Prefix of modules loaded from a file; other processes cannot import them by name.
 USER_MODULE_PREFIX = "rayprune_user_"
@@ -53,6 +54,30 @@ def load_object(reference: str) -> Any:
     except AttributeError:
         public = [name for name in vars(module) if not name.startswith("_")]
         raise ConfigError(f"{source!r} has no {attribute!r}: {closest(attribute, public)}") from None
+
+
+def call_object(what: str, function: Callable[..., Any], **arguments: Any) -> Any:
+    """Call a user's function.
+
+    Args:
+        what: the setting and the reference, for messages.
+        function: the object that `load_object` returned.
+        **arguments: passed on.
+
+    Raises:
+        ConfigError: the function raised an error other than one of rayprune's; names its type, text and line.
+    """
+    try:
+        return function(**arguments)
+    except RaypruneError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        text = one_line(error).removeprefix(f"{type(error).__name__}: ")
+        raise ConfigError(
+            f"{what} raised {type(error).__name__}: {text} ({Path(frame.filename).name}, line {frame.lineno}): correct "
+            "the function"
+        ) from error
 
 
 def _load_module(name: str) -> Any:

@@ -15,7 +15,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from rayprune.errors import ConfigError, UsageError
 
 # OneCycleLR's defaults.
 PCT_START, DIV_FACTOR, FINAL_DIV_FACTOR = 0.3, 25.0, 1e4
@@ -40,6 +43,78 @@ def build_optimizer(
         return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
     assert name == "adamw"
     return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+
+
+class ProgressLR(LRScheduler):
+    """Set every group's learning rate to its initial rate times a function of the fraction of training done.
+
+    Args:
+        optimizer: any optimizer; its present rates are the initial ones.
+        fn: progress in [0, 1] → factor.
+
+    Attributes:
+        progress: as passed to the last `step`.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, fn: Callable[[float], float]) -> None:
+        self._fn, self.progress, self._scale = fn, 0.0, 1.0
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Return the rate of every group."""
+        factor = self._fn(self.progress) * self._scale
+        return [rate * factor for rate in self.base_lrs]
+
+    def step(self, progress: float | None = None, scale: float = 1.0) -> None:
+        """Set the rates of the next step.
+
+        Args:
+            progress: `shard.progress`, in [0, 1].
+            scale: a further factor, such as `epoch.lr_scale`.
+
+        Raises:
+            UsageError: progress is missing, as where another library calls the scheduler.
+            ConfigError: progress is not in [0, 1].
+        """
+        if progress is None:
+            if hasattr(self, "_last_lr"):
+                raise UsageError("progress_lr needs the progress: call step(shard.progress) after optimizer.step()")
+            progress = self.progress  # the first call, in LRScheduler.__init__
+        if not 0.0 <= progress <= 1.0:
+            raise ConfigError(f"progress {progress!r} must be in [0, 1]: give step(shard.progress)")
+        self.progress, self._scale = float(progress), scale
+        # LRScheduler's own step counts calls and warns of their order, which does not matter here.
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything but the function, which may not pickle."""
+        return {name: value for name, value in super().state_dict().items() if name != "_fn"}
+
+
+def progress_lr(optimizer: torch.optim.Optimizer, fn: Callable[[float], float]) -> ProgressLR:
+    """Schedule the learning rate by the fraction of training done, which fits epochs of any length.
+
+    Pruning changes the number of steps of an epoch, so a schedule over epochs × steps would not reach its end.
+
+    Args:
+        optimizer: any optimizer; its present rates are the initial ones.
+        fn: progress in [0, 1] → the factor on the initial rate, such as `lambda t: 0.5 * (1 + math.cos(math.pi * t))`.
+
+    Returns:
+        The scheduler. Call `step(shard.progress)` after `optimizer.step()`, and once after loading a state.
+
+    >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    >>> scheduler = progress_lr(optimizer, lambda t: 1 - t)
+    >>> scheduler.step(0.75)
+    >>> scheduler.get_last_lr()
+    [0.025]
+    """
+    return ProgressLR(optimizer, fn)
 
 
 def learning_rate(schedule: str, progress: float, *, peak: float, warmup: float = 0.0, **options: Any) -> float:

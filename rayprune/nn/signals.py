@@ -26,6 +26,9 @@ from rayprune.core.references import closest
 from rayprune.errors import ConfigError
 from rayprune.nn.boundary import PairDistances, boundary_distance, class_boundaries
 
+# Axes of losses that are positions of a sample.
+TokenAxis = int | tuple[int, ...] | None
+
 # A user's loop passes these directly; every other signal is derived from logits.
 DIRECT_SIGNALS = ("loss", "embedding")
 # These need the distances between the last layer's rows besides the logits.
@@ -62,20 +65,25 @@ def max_probability(logits: Tensor) -> Tensor:
     return _wide(logits).softmax(dim=-1).amax(dim=-1)
 
 
-def losses_per_sample(losses: Tensor, num_rows: int, mask: Tensor | None = None) -> Tensor:
+def losses_per_sample(
+    losses: Tensor, num_rows: int, mask: Tensor | None = None, token_axis: TokenAxis = None
+) -> Tensor:
     """Reduce losses to one per sample: the mean over every axis but the first.
+
+    Logits (B, C) have the shape of token losses (B, T), so further axes must be declared, by `mask` or `token_axis`.
 
     Args:
         losses: (B,), (B, T), (B, 1, …) or (B, H, W), differentiable.
         num_rows: B of the batch.
         mask: the weight of every position, of the losses' shape; 0 leaves a position (a padding token) out. None
             weights all positions equally.
+        token_axis: every axis but the first, as an int or a tuple: those of tokens or pixels.
 
     Returns:
         (B,) of the losses' dtype; 0 for a sample whose mask is all 0.
 
     Raises:
-        ConfigError: a scalar, another number of rows, or a mask of another shape.
+        ConfigError: a scalar, another number of rows, axes that are not declared, or a mask of another shape.
 
     >>> losses_per_sample(torch.tensor([[1.0, 3.0], [5.0, 0.0]]), 2, torch.tensor([[1, 1], [1, 0]]))
     tensor([2., 5.])
@@ -90,7 +98,19 @@ def losses_per_sample(losses: Tensor, num_rows: int, mask: Tensor | None = None)
             f"weigh got losses of shape {tuple(losses.shape)} for a batch of {num_rows}: the first axis must be the "
             "samples, in the batch's order"
         )
+    axes = (token_axis,) if isinstance(token_axis, int) else tuple(token_axis or ())
+    further = tuple(range(1, losses.ndim))
+    if axes and tuple(sorted(axis % losses.ndim for axis in axes)) != further:
+        raise ConfigError(
+            f"token_axis {token_axis!r} does not name the axes {further} of losses of shape {tuple(losses.shape)}: "
+            "name all axes but the first"
+        )
     if mask is None:
+        if losses[0].numel() > 1 and not axes:
+            raise ConfigError(
+                f"weigh got {tuple(losses.shape)} numbers for {num_rows} samples, which could be logits: give it one "
+                "loss per sample, (B,); for losses of tokens or pixels say mask= or token_axis=1"
+            )
         return losses if losses.ndim == 1 else losses.flatten(1).mean(1)
     if mask.shape != losses.shape:
         raise ConfigError(f"mask {tuple(mask.shape)} and losses {tuple(losses.shape)} must have the same shape")

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from rayprune.core.plan import rows_of_groups
-from rayprune.core.references import closest, is_reference, load_object
+from rayprune.core.references import call_object, closest, is_reference, load_object
 from rayprune.core.validation import check_keys, plain
 from rayprune.errors import ConfigError, DataError
 from rayprune.sources.base import Limited, SampleSource, Splits, holdout, spaced_ids
@@ -91,14 +91,14 @@ def call_with_keys(setting: str, reference: str, keys: Mapping[str, Any], keys_n
     """Call the function that a setting names as `module:function` or `path.py:function`.
 
     Raises:
-        ConfigError: there is no such function, or it does not take these keys; names the setting and the keys.
+        ConfigError: there is no such function, it does not take these keys, or it raises an error; names the setting.
     """
     function = load_object(reference)
     try:
         inspect.signature(function).bind(**keys)
     except TypeError as error:
         raise ConfigError(f"{setting} {reference!r} can't be called with {keys_name}: {error}") from None
-    return function(**keys)
+    return call_object(f"{setting} {reference!r}", function, **keys)
 
 
 def _open_registered(name: str, cache: str | None, keys: dict[str, Any]) -> Splits:

@@ -47,6 +47,7 @@ KNOWS: dict[str, set[str]] = {
     "experiments": _EXPERIMENTS,
     "report": {"core", "config", "sources"},
     "cli": _EXPERIMENTS | {"experiments", "report"},
+    "torch": _LOOPS | {"engine.user_loop"},
     "__main__": {"cli"},
     "errors": set(),
 }

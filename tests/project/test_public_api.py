@@ -32,7 +32,9 @@ def test_type_checkers_see_the_names_that_exist() -> None:
     for name in rayprune.__all__:
         assert getattr(rayprune, name) is not None, name
     assert rayprune.__dir__() == rayprune.__all__
-    with pytest.raises(AttributeError, match="'rayprune' has no attribute 'Infobatch'"):
+    with pytest.raises(
+        AttributeError, match=r"'rayprune' has no attribute 'Infobatch': did you mean rayprune\.InfoBatch\?"
+    ):
         _ = rayprune.Infobatch  # type: ignore[attr-defined]
 
 

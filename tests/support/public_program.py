@@ -46,6 +46,8 @@ def train(data: dict[str, NDArray[Any]], model: torch.nn.Module) -> dict[str, ND
     """Train in this process."""
     shard = rayprune.local_loader(data, METHODS[0], num_epochs=2, batch_size=8)
     assert_type(shard, rayprune.Shard)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = rayprune.torch.progress_lr(optimizer, lambda progress: 1 - progress)
     epochs: Iterator[rayprune.Epoch] = shard.epochs()
     for epoch in epochs:
         for batch in epoch.iter_torch_batches():
@@ -53,6 +55,8 @@ def train(data: dict[str, NDArray[Any]], model: torch.nn.Module) -> dict[str, ND
             loss = epoch.weigh(batch, losses)
             assert_type(loss, torch.Tensor)
             loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            scheduler.step(assert_type(shard.progress, float), scale=epoch.lr_scale)
     shard.load_state_dict(shard.state_dict())
     return shard.scores()
 

@@ -33,7 +33,7 @@ from rayprune.engine.data.transport import BYTES_READ
 from rayprune.engine.scoring.actor import WantedRows
 from rayprune.engine.scoring.client import LoopClient, ScoreClient
 from rayprune.engine.scoring.messages import PlanPass, RankRows
-from rayprune.errors import DataError, PlanMismatch
+from rayprune.errors import DataError, PlanMismatch, UsageError
 from rayprune.sources import MemorySource, SampleSource, Schema
 from rayprune.sources.base import DescribedSource, RowCost, id_faults
 from rayprune.sources.fingerprint import digest
@@ -43,6 +43,12 @@ from rayprune.sources.torch_dataset import ItemSource
 _MIN_TASK_ROWS, _DECODED_TASK_ROWS = 2_048, 8_192
 _MAX_TASKS = 4_096  # per epoch: Ray plans tasks one by one
 _LARGE_SOURCE_BYTES = 256 * 1024
+
+_METADATA = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+_NOT_ANNOUNCED = (
+    "no epoch of this pruned dataset has begun: in the training loop, replace ray.train.get_dataset_shard by "
+    "rayprune.get_dataset_shard and iterate its epochs()"
+)
 
 FILTERED_GUARANTEES = "ids and weights are exact, the order is the dataset's own, resume is at epoch ends"
 
@@ -85,8 +91,9 @@ def task_rows(source: SampleSource, num_cpus: float) -> int:
 class PlanDatasource(Datasource):
     """Serves the blocks of the ScoreActor's current plan as read tasks.
 
-    Ray plans on the driver at construction and more than once per epoch, so planning has no side effects, and there are
-    no blocks before the first pass. The metadata hold no row counts, because Ray would keep those of the first plan.
+    Ray plans on the driver at construction and more than once per epoch, so planning has no side effects. Before the
+    first pass of a user's loop, the only task raises an error. The metadata hold no row counts, because Ray would keep
+    those of the first plan.
 
     Attributes:
         has_plan: False to plan without asking the actor; there are no blocks then.
@@ -112,9 +119,14 @@ class PlanDatasource(Datasource):
         if not self.has_plan:
             return []
         phase, blocks = self._scores.blocks()
+        if phase is None:
+            return [ReadTask(_refuse, _METADATA)]
         source = self._sources["validation" if phase == "validate" else "train"]
-        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(_ReadBlock(source, ids, weights), metadata) for ids, weights in blocks]
+        return [ReadTask(_ReadBlock(source, ids, weights), _METADATA) for ids, weights in blocks]
+
+
+def _refuse() -> list[Any]:
+    raise UsageError(_NOT_ANNOUNCED)
 
 
 @dataclass(frozen=True)
@@ -272,7 +284,9 @@ class KeepWantedRows:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return the wanted rows (B, …), in their order."""
-        _, codes_N, code_weights = _wanted_rows(self.scores)
+        key, codes_N, code_weights = _wanted_rows(self.scores)
+        if not key and table.num_rows:
+            raise UsageError(_NOT_ANNOUNCED)
         ids = np.asarray(table.column(self.id_column)).astype(np.int64)
         is_wanted = codes_N[ids] > 0
         table, ids = table.filter(pa.array(is_wanted)), ids[is_wanted]

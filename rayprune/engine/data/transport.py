@@ -131,8 +131,7 @@ class RayStream:
                 rows = slice(start, start + batch_rows)
                 columns, num_bytes = next(batches, (None, 0))
                 if columns is None or not np.array_equal(columns["id"], ids[rows]):
-                    got = "the stream ended" if columns is None else f"ids {columns['id'][:3].tolist()}… came"
-                    raise PlanMismatch(f"{where}: {got}, not {ids[rows][:3].tolist()}…; {_CURE}")
+                    raise PlanMismatch(f"{where}: {_difference(columns, ids[rows])}; {_CURE}")
                 yield Batch(columns, ids[rows], weights[rows], real[rows], num_bytes)
         if next(batches, None) is not None:
             raise PlanMismatch(f"{where}: the stream holds more rows than the plan")
@@ -141,6 +140,21 @@ class RayStream:
         if self._convert is None:
             return block
         return {name: column if name in _HOST_COLUMNS else self._convert(column) for name, column in block.items()}
+
+
+def _difference(columns: Columns | None, planned_B: NDArray[np.int64]) -> str:
+    """Say where the ids of a batch differ from the planned ones."""
+    if columns is None:
+        return f"the stream ended before id {planned_B[0]}"
+    came = np.asarray(columns["id"])
+    shared = min(came.size, planned_B.size)
+    differs = np.flatnonzero(came[:shared] != planned_B[:shared])
+    if not differs.size:
+        return f"a batch came with {came.size} rows instead of {planned_B.size}"
+    row, stop = int(differs[0]), int(differs[0]) + 3
+    return (
+        f"from row {row} of a batch on, ids {came[row:stop].tolist()}… came instead of {planned_B[row:stop].tolist()}…"
+    )
 
 
 def _cut_blocks(blocks: Iterator[Columns], batch_rows: int) -> Iterator[tuple[Columns, int]]:

@@ -32,6 +32,7 @@ from rayprune.engine.scoring.messages import (
     AttemptKey,
     Barrier,
     EpochSnapshot,
+    Phase,
     PlanBlock,
     PlanHeader,
     PlanPass,
@@ -115,6 +116,7 @@ class ScoreActor:
         self._received: dict[int, set[int]] = {}
         self._num_observed = 0
         self._pass: PlanPass | None = None
+        self._was_announced = False
         self._plan: Plan | None = None
         self._barrier: Barrier | None = None
         self._arrived: set[int] = set()
@@ -158,7 +160,7 @@ class ScoreActor:
         start = time.perf_counter()
         if plan_pass != self._pass or self._plan is None:
             self._plan = self._make_plan(selector, plan_pass)
-            self._pass = plan_pass
+            self._pass, self._was_announced = plan_pass, True
         selection = selector.begin_epoch(plan_pass.key.epoch)
         return PlanHeader(
             plan_pass=plan_pass,
@@ -205,10 +207,10 @@ class ScoreActor:
         assert self._plan is not None
         return self._plan.rank_rows(rank, plan_pass.world_size, start_step, stop_step)
 
-    def blocks(self) -> tuple[str, list[PlanBlock]]:
-        """Return the phase of the current pass and its blocks for Ray Data; no blocks before the first pass."""
+    def blocks(self) -> tuple[Phase | None, list[PlanBlock]]:
+        """Return the phase of the current pass and its blocks for Ray Data; (None, []) before the first pass."""
         if self._pass is None or self._plan is None:
-            return "train", []
+            return "train" if self._was_announced else None, []
         current, plan = self._pass, self._plan
         blocks = plan.blocks(current.world_size, self._spec.row_bytes, current.start_step, self._spec.task_rows)
         rows = [plan.rank_rows(b.rank, current.world_size, b.start_step, b.stop_step)[:2] for b in blocks]
@@ -417,12 +419,16 @@ class LoopActor(ScoreActor):
             known: the key of the rows that the caller has.
 
         Returns:
-            The rows, or None if the caller has them already. Ray Data gives every rank the same number and drops the
-            rest of the stream, up to W−1 rows, so other rows are left out in each epoch.
+            The rows, or None if the caller has them already; the key is () before the first pass. Ray Data gives every
+            rank the same number and drops the rest of the stream, up to W−1 rows, so other rows are left out in each
+            epoch.
         """
-        # Ray Data may look at the dataset's schema before the first pass; it sees every row.
         if self._pass is None or self._selector is None:
-            return (0,), np.ones(len(self._spec.source), dtype=np.uint8), np.ones(1, dtype=np.float32)
+            return (
+                (0,) if self._was_announced else (),
+                np.ones(len(self._spec.source), dtype=np.uint8),
+                np.ones(1, dtype=np.float32),
+            )
         epoch, phase = self._pass.key.epoch, self._pass.phase
         key = (self._generation, epoch, phase)
         if key == known:

@@ -16,6 +16,7 @@ from rayprune.engine.scoring.messages import (
     AttemptKey,
     Barrier,
     EpochSnapshot,
+    Phase,
     PlanBlock,
     PlanHeader,
     PlanPass,
@@ -166,7 +167,7 @@ class ScoreClient:
     def rank_rows(self, plan_pass: PlanPass, rank: int, start_step: int, stop_step: int) -> RankRows:
         return self._call(ScoreActor.rank_rows, plan_pass, rank, start_step, stop_step)
 
-    def blocks(self) -> tuple[str, list[PlanBlock]]:
+    def blocks(self) -> tuple[Phase | None, list[PlanBlock]]:
         return self._call(ScoreActor.blocks)
 
     def observe(self, key: AttemptKey, push: Push, *, wait: bool = True) -> None:

@@ -122,7 +122,8 @@ class Recorder:
             # By index, which the host knows: with a mask, the host would wait for the device to count it.
             (rows_B,) = Copies(signals[self._signals[0]].device)(torch.from_numpy(np.flatnonzero(real)))
             signals = {name: signals[name].index_select(0, rows_B) for name in self._signals}
-        if not self._buffers:
+        if not self._buffers or ids.size > self._ids.size:  # a user's loop may join batches
+            self._start_copy()
             self._allocate(real.size, signals)
         if self._num_rows + ids.size > self._ids.size:
             self._start_copy()

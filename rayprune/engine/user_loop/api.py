@@ -34,7 +34,7 @@ from rayprune.engine.data.transport import LocalStream, RayStream, Transport
 from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.client import LoopClient
 from rayprune.engine.scoring.session import ScoringSession
-from rayprune.engine.user_loop.shard import Shard
+from rayprune.engine.user_loop.shard import Shard, check_divisible
 from rayprune.errors import ConfigError
 from rayprune.methods import Method
 from rayprune.methods.fixed import Fixed
@@ -58,6 +58,7 @@ def prune(
     last_batch: LastBatch = "pad",
     stream: Stream = "ray",
     id_column: str = "id",
+    num_workers: int | None = None,
 ) -> PrunedData:
     """Prune a dataset for a Ray Train loop.
 
@@ -75,9 +76,10 @@ def prune(
             decoded rows on each worker's device, for data that fit. With `local` and `device`, `dataset` is a token
             that cannot be mapped.
         id_column: the name of a `ray.data.Dataset`'s id column, which holds each of 0..N−1 once, in any order.
+        num_workers: the workers of the trainer; if given, the batch size is checked here and not when they start.
 
     Returns:
-        The pruned data. Give `pruned.dataset` to the trainer and call `get_dataset_shard` in its loop.
+        The pruned data. Give them to the trainer and call `get_dataset_shard` in its loop.
 
     Raises:
         ConfigError: the method or an argument cannot work with this source.
@@ -105,9 +107,9 @@ def prune(
                     loss.backward()
                     optimizer.step()
 
-        pruned = rayprune.prune(data, rayprune.InfoBatch(prune_ratio=0.5), num_epochs=10, batch_size=64)
+        pruned = rayprune.prune(data, rayprune.InfoBatch(prune_ratio=0.5), num_epochs=10, batch_size=64, num_workers=2)
         trainer = TorchTrainer(
-            train_loop, scaling_config=ScalingConfig(num_workers=2), datasets={"train": pruned.dataset}
+            train_loop, scaling_config=ScalingConfig(num_workers=2), datasets={"train": pruned}
         )
         trainer.fit()
         print(pruned.scores()["loss"])
@@ -117,6 +119,8 @@ def prune(
         raise ConfigError("stream='device' reads samples by id, and a ray.data.Dataset is filtered: leave stream out")
     if is_dataset and last_batch == "drop":
         raise ConfigError("last_batch='drop' needs a plan, and a ray.data.Dataset is filtered without one: use 'pad'")
+    if num_workers is not None:
+        check_divisible(batch_size, num_workers)
     if not ray.is_initialized():
         ray.init()  # as a trainer would: the loop's own prints must show
     samples: SampleSource
@@ -142,9 +146,11 @@ def prune(
 class PrunedData:
     """A dataset whose samples are selected anew for every epoch.
 
+    It goes to a trainer: `TorchTrainer(..., datasets={"train": pruned})`.
+
     Attributes:
-        dataset: goes to a trainer, `TorchTrainer(..., datasets={"train": pruned.dataset})`. It may be mapped if the map
-            keeps the rows, their order and the columns `id` and `weight`: `map_batches(f, batch_size=None)`.
+        dataset: the same as a `ray.data.Dataset`. It may be mapped if the map keeps the rows, their order and the
+            columns `id` and `weight`: `map_batches(f, batch_size=None)`.
         num_samples: N.
     """
 
@@ -154,6 +160,10 @@ class PrunedData:
 
     def __repr__(self) -> str:
         return f"PrunedData({self.num_samples} samples; {self._guarantees})"
+
+    def __call__(self) -> Any:
+        """Return the dataset, which Ray Train asks of any callable among its datasets."""
+        return self.dataset
 
     def scores(self) -> dict[str, NDArray[Any]]:
         """Return the method's scores, `last_visit` and `times_pruned`, name → (N,); NaN for unvisited samples."""
@@ -180,8 +190,8 @@ def get_dataset_shard(name: str = "train") -> Shard:
     token: _Token | None = data_context.get_config(_TOKEN, None)
     if token is None:
         raise ConfigError(
-            f"the dataset {name!r} was not made by rayprune.prune: give the trainer datasets={{{name!r}: "
-            "pruned.dataset}, or use ray.train.get_dataset_shard for it"
+            f"the dataset {name!r} was not made by rayprune.prune: give the trainer datasets={{{name!r}: pruned}}, or "
+            "use ray.train.get_dataset_shard for it"
         )
     if token.stream == "ray" and not data_context.execution_options.preserve_order:
         raise ConfigError(
@@ -305,8 +315,8 @@ def _score_spec(
         raise ConfigError(f"batch_size {batch_size!r} must be an integer of at least 1: it is the global batch")
     if last_batch not in ("pad", "drop"):
         raise ConfigError(f"last_batch {last_batch!r} must be 'pad' or 'drop'")
-    if last_batch == "drop" and batch_size > len(samples):
-        raise ConfigError(f"batch_size {batch_size} is more than the {len(samples)} samples: use last_batch='pad'")
+    if batch_size > len(samples):
+        raise ConfigError(f"batch_size {batch_size} is more than the {len(samples)} samples: give at most that many")
     labeled, num_checked = _needs_labels(method), min(len(samples), _CHECKED_SAMPLES)
     labels = samples.labels[:num_checked] if labeled else None
     Selector(method, num_checked, num_epochs, seed, labels=labels)  # refuses a bad method, number of epochs or seed

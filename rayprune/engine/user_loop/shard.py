@@ -28,14 +28,25 @@ from rayprune.engine.scoring.client import LoopClient
 from rayprune.engine.scoring.messages import Moment, PlanHeader
 from rayprune.engine.scoring.session import ScoringSession
 from rayprune.engine.user_loop.collate import BatchFormat, CollateFn, collated
+from rayprune.engine.user_loop.unweighed import UnweighedRows
 from rayprune.errors import ConfigError, UsageError
-from rayprune.nn.signals import losses_per_sample, signals_per_sample, weighted_mean
+from rayprune.nn.signals import TokenAxis, losses_per_sample, signals_per_sample, weighted_mean
 
 logger = logging.getLogger(__name__)
 
 STATE_SCHEMA = 1
 _POLL_S = 0.02
 _TASK_OUTPUTS = ("logits", "targets", "embeddings", "head")
+
+
+def check_divisible(batch_size: int, num_workers: int) -> None:
+    """Raise ConfigError unless the workers can share the rows of a global batch evenly."""
+    if num_workers > 1 and batch_size % num_workers:
+        more = batch_size + -batch_size % num_workers
+        raise ConfigError(
+            f"batch_size {batch_size} is not a multiple of {num_workers} workers: give prune(batch_size={more}), it is "
+            "the global batch"
+        )
 
 
 class Shard:
@@ -58,11 +69,7 @@ class Shard:
         settings: LoopSettings,
         device: torch.device | None,
     ) -> None:
-        if settings.batch_size % session.world_size:
-            raise ConfigError(
-                f"batch_size {settings.batch_size} is not a multiple of {session.world_size} workers: give "
-                "prune(batch_size=) a multiple, it is the global batch"
-            )
+        check_divisible(settings.batch_size, session.world_size)
         self.rank, self.world_size, self.device = session.rank, session.world_size, device
         self._session, self._transport, self._settings = session, transport, settings
         self._epoch, self._resume_step = 0, 0
@@ -80,6 +87,19 @@ class Shard:
     def batch_rows(self) -> int:
         """The rows of a global batch on this rank."""
         return self._settings.batch_size // self.world_size
+
+    @property
+    def progress(self) -> float:
+        """The fraction of the run's planned visits that were made, in [0, 1]; every epoch counts alike.
+
+        It is what a learning-rate schedule needs: an epoch's number of steps changes with its selection.
+        """
+        inside = 0.0 if self._current is None else self._current.progress
+        return min(1.0, (self._epoch + inside) / self.num_epochs)
+
+    def __iter__(self) -> Iterator[Epoch]:
+        """Yield the remaining epochs, as `epochs` does."""
+        return self.epochs()
 
     def epochs(self) -> Iterator[Epoch]:
         """Yield the remaining epochs. When the loop's body ends, the next epoch's samples are selected.
@@ -110,7 +130,7 @@ class Shard:
 
         Args:
             score: called with each batch; returns the losses (B,), or a mapping with `losses` and whatever else the
-                method needs (`logits`, `targets`, `embeddings`, `head`).
+                method needs (`logits`, `targets`, `embeddings`, `head`, `mask`, `token_axis`).
             **batch_format: as for `Epoch.iter_torch_batches`.
 
         Returns:
@@ -124,32 +144,33 @@ class Shard:
         """Return position, scores and current selection, to be saved with the model.
 
         Collective, like `ray.train.report`: every rank calls it at the same step, after `weigh`. Inside an epoch it is
-        the state before the next batch. After the last batch (and the sweep, if there is one) it ends the epoch. Rank
-        0's state holds the scores, the other ranks' only the position: save rank 0's. It holds tensors, numbers and
-        text, so that `torch.load(weights_only=True)` reads it.
+        the state after the newest batch that was weighed; batches that a loader has fetched ahead come again. After the
+        last batch (and the sweep, if there is one) it ends the epoch. Rank 0's state holds the scores, the other ranks'
+        only the position: save rank 0's. It holds tensors, numbers and text, so that `torch.load(weights_only=True)`
+        reads it.
 
         Raises:
-            UsageError: called before the first epoch, before `weigh`, or inside an epoch of a filtered Dataset.
+            UsageError: called before the first epoch, before `weigh`, between the parts of a batch, or inside an epoch
+                of a filtered Dataset.
         """
         if not self._is_open:
             raise UsageError("call state_dict() after `for epoch in shard.epochs()` has begun")
         epoch = self._current
-        if epoch is not None:
-            epoch.check_weighed()
-        if epoch is not None and epoch.is_finished:
+        step = 0 if epoch is None else epoch.step_to_save()
+        if epoch is not None and epoch.is_finished and step == epoch.step:
             self._close(with_state=True)
-            epoch = None
+            epoch, step = None, 0
         elif epoch is not None:
             if not self._transport.resumes_inside:
                 raise UsageError(
                     "a filtered ray.data.Dataset resumes at the end of an epoch: call state_dict() after its batches"
                 )
-            self._selector = self._barrier("snapshot", epoch.step)
+            self._selector = self._barrier("snapshot", step)
         return {
             "schema": STATE_SCHEMA,
             "about": dict(self._settings.identity),
             "epoch": self._epoch,
-            "step": 0 if epoch is None else epoch.step,
+            "step": step,
             "selector": dict(self._selector or {}) if self.rank == 0 else {},
         }
 
@@ -197,7 +218,7 @@ class Shard:
         epoch = self._current
         if epoch is None:
             return
-        epoch.warn_of_unused_batches()
+        epoch.end()
         self._selector = self._barrier("close", epoch.step, with_state=with_state)
         self._current = None
         self._epoch, self._resume_step = self._epoch + 1, 0
@@ -219,7 +240,7 @@ class Epoch:
         index: the epoch's number, from 0.
         num_steps: global batches of the whole epoch.
         start_step: the first step to train here; above 0 after a resume inside the epoch.
-        step: the steps taken so far, `start_step` included.
+        step: the batches yielded so far, `start_step` included.
         num_kept, num_samples: the selection's.
         requested, realised: the requested prune ratio and the realised one.
         lr_scale: the factor that the method wants on the learning rate.
@@ -239,11 +260,9 @@ class Epoch:
         self.num_steps, self.num_kept, self.num_samples = header.num_steps, header.num_kept, header.num_samples
         self.requested, self.realised = header.requested, header.realised
         self.lr_scale, self.plan_hash = header.lr_scale, header.hash
-        self.step, self._num_weighed = self.start_step, 0
-        # The batch that waits for `weigh`, as it came and as the loop got it.
-        self._batch: Batch | None = None
-        self._loop_batch: Any = None
-        self._is_iterated = self._is_exhausted = self._is_swept = False
+        self.step = self.start_step
+        self._unweighed = UnweighedRows(f"epoch {self.index} on rank {session.rank}")
+        self._is_iterated = self._is_exhausted = self._is_swept = self._has_ended = False
         if header.num_steps == 0:
             logger.warning(
                 "epoch %d keeps %d samples, less than a batch, and last_batch is 'drop': nothing is trained",
@@ -256,6 +275,21 @@ class Epoch:
         """Whether all batches were taken and the sweep, if there is one, was made."""
         return self._is_exhausted and (self._is_swept or self._header.num_forward_only == 0)
 
+    @property
+    def progress(self) -> float:
+        """The fraction of this epoch's planned visits that were made, in [0, 1].
+
+        A visit is made when its batch is weighed. In a loop that does not call `weigh`, every batch but the newest
+        counts.
+        """
+        if self._has_ended or not self.num_steps:
+            return 1.0
+        if self._unweighed.rows_weighed:
+            steps = self.start_step + self._unweighed.num_weighed
+        else:
+            steps = self.step if self._is_exhausted else max(self.start_step, self.step - 1)
+        return min(1.0, steps / self.num_steps)
+
     def __index__(self) -> int:
         """Return the epoch's number, so that code written for `for epoch in range(...)` works."""
         return self.index
@@ -263,6 +297,10 @@ class Epoch:
     def __len__(self) -> int:
         """Return the number of batches to train here."""
         return self.num_steps - self.start_step
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches, as `iter_torch_batches` does without arguments."""
+        return self.iter_torch_batches()
 
     def iter_torch_batches(
         self,
@@ -292,7 +330,7 @@ class Epoch:
         batch_format = BatchFormat(self._device(device), dtypes, collate_fn)
         self._is_iterated = True
         for batch, loop_batch in collated(self._batches(self._header), batch_format, prefetch_batches):
-            self._batch, self._loop_batch = batch, loop_batch
+            self._unweighed.add(batch, loop_batch)
             self.step += 1
             yield loop_batch
         self._is_exhausted = True
@@ -307,37 +345,41 @@ class Epoch:
         embeddings: Tensor | None = None,
         head: nn.Linear | Tensor | None = None,
         mask: Tensor | None = None,
+        token_axis: TokenAxis = None,
     ) -> Tensor:
         """Record the losses and return their weighted mean, to be differentiated.
 
         The result is Σ(weight · loss) ÷ B with the constant B of this rank's batch, so that DDP's mean over the workers
-        is the weighted mean over the global batch. With gradient accumulation, divide it like any mean loss.
+        is the weighted mean over the global batch. For a part of a batch, or rows of several, B is their number,
+        padding included. With gradient accumulation, divide the result like any mean loss.
 
         Args:
-            batch: the batch that `iter_torch_batches` yielded last.
-            losses: (B,), or (B, T), (B, 1, …), whose mean over the other axes is a sample's loss.
+            batch: a batch that `iter_torch_batches` yielded, a copy or a part of it, or rows of several; anything with
+                the key `id`. Or the ids alone, (B,) integers. Batches may come in any order, each row once.
+            losses: (B,) or (B, 1, …). With `mask` or `token_axis` also (B, T, …), whose mean is a sample's loss.
             logits, targets, embeddings, head: for methods that need more than the loss. `targets` defaults to the
-                batch's `label`; `head` is the last linear layer. See `rayprune.nn.signals.signals_per_sample`.
+                batch's `label` or `labels`; `head` is the last linear layer. See
+                `rayprune.nn.signals.signals_per_sample`.
             mask: of the losses' shape, 0 for positions that do not count.
+            token_axis: the axes of the losses that are positions of a sample (tokens, pixels): 1, or (1, 2).
 
         Raises:
-            ConfigError: the losses are a scalar or of a wrong shape, the batch is another one, or the method needs
-                something that is missing.
+            ConfigError: the losses are a scalar or of a wrong shape, ids do not wait to be weighed in this epoch on
+                this worker, or the method needs something that is missing.
+            UsageError: the epoch has ended.
         """
-        current = self._batch
-        if current is None or batch is not self._loop_batch:
-            raise ConfigError(
-                "weigh takes the batch that iter_torch_batches yielded last, and is called once for it: give it that "
-                "very batch"
-            )
-        losses_B = losses_per_sample(losses, current.ids.size, mask)
+        if self._has_ended:
+            raise UsageError(f"epoch {self.index} has ended: weigh its batches in the body of its loop")
+        found = self._unweighed.find(batch)
+        rows = found.batch
+        losses_B = losses_per_sample(losses, rows.ids.size, mask, token_axis)
         outputs = _task_outputs(batch, {"logits": logits, "targets": targets, "embeddings": embeddings, "head": head})
-        self._record(current, losses_B, outputs, self._settings.signals)
-        self._batch = self._loop_batch = None
-        self._num_weighed += 1
-        weights_B = torch.from_numpy(current.weights.copy()) if current.placed is None else current.placed.weights
+        self._record(rows, losses_B, outputs, self._settings.signals)
+        self._unweighed.remove(found)
+        weights_B = torch.from_numpy(rows.weights.copy()) if rows.placed is None else rows.placed.weights
         weights_B = weights_B.to(losses_B.device, non_blocking=True)
-        return weighted_mean(losses_B, weights_B, self._header.batch_rows)
+        batch_rows = rows.ids.size if found.number is None else self._header.batch_rows
+        return weighted_mean(losses_B, weights_B, batch_rows)
 
     def sweep(self, score: Callable[[Any], Any], **batch_format: Any) -> int:
         """See Shard.sweep."""
@@ -355,25 +397,36 @@ class Epoch:
             for batch, loop_batch in collated(batches, BatchFormat(device, **batch_format), num_prefetched):
                 result = score(loop_batch)
                 results = dict(result) if isinstance(result, Mapping) else {"losses": result}
-                losses_B = losses_per_sample(results["losses"], batch.ids.size, results.get("mask"))
+                mask, token_axis = results.get("mask"), results.get("token_axis")
+                losses_B = losses_per_sample(results["losses"], batch.ids.size, mask, token_axis)
                 outputs = _task_outputs(loop_batch, {name: results.get(name) for name in _TASK_OUTPUTS})
                 self._record(batch, losses_B, outputs, signals)
                 num_scored += int(batch.real.sum())
         return num_scored
 
-    def check_weighed(self) -> None:
-        """Refuse a state that would lack the losses of the last batch."""
-        if self._batch is not None and self._settings.signals:
-            raise UsageError("call state_dict() after weigh: the state would lack the last batch")
+    def step_to_save(self) -> int:
+        """Return the step after the newest weighed batch, where a saved state resumes.
 
-    def warn_of_unused_batches(self) -> None:
-        """Warn if the loop did not take all batches or did not weigh those it took: scores are then out of date."""
-        num_taken = self.step - self.start_step
-        if num_taken > self._num_weighed and self._settings.signals:
+        Raises:
+            UsageError: nothing was weighed yet, or only a part of the newest batch.
+        """
+        if self._unweighed.is_inside_batch:
+            raise UsageError("call state_dict() after weigh: only a part of the newest batch was weighed")
+        if self._unweighed.rows_weighed:
+            return self.step - self._unweighed.num_ahead
+        if self.step > self.start_step and self._settings.signals:
+            raise UsageError("call state_dict() after weigh: the state would lack the last batch")
+        return self.step
+
+    def end(self) -> None:
+        """Refuse further batches, and warn if the loop did not take or weigh all: scores are then out of date."""
+        self._has_ended = True
+        num_taken, num_weighed = self.step - self.start_step, self._unweighed.num_weighed
+        if num_taken > num_weighed and self._settings.signals:
             logger.warning(
                 "epoch %d: weigh was called for %d of %d batches; the method learns nothing of the others",
                 self.index,
-                self._num_weighed,
+                num_weighed,
                 num_taken,
             )
         if num_taken < len(self):
@@ -394,8 +447,8 @@ class Epoch:
 def _task_outputs(batch: Any, outputs: Mapping[str, Any]) -> dict[str, Any]:
     """Fill in the targets from the batch's labels, on the logits' device."""
     targets, logits = outputs["targets"], outputs["logits"]
-    if targets is None and isinstance(batch, Mapping) and isinstance(batch.get("label"), Tensor):
-        targets = batch["label"]
+    if targets is None and isinstance(batch, Mapping):
+        targets = next((batch[name] for name in ("label", "labels") if isinstance(batch.get(name), Tensor)), None)
     if targets is not None and logits is not None:
         targets = targets.to(logits.device)
     return {**outputs, "targets": targets}

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from rayprune.core.references import closest, is_reference, load_object
+from rayprune.core.references import call_object, closest, is_reference, load_object
 from rayprune.errors import ConfigError
 
 ModelBuilder = Callable[..., nn.Module]
@@ -40,7 +40,7 @@ def build_model(name: str, *, num_classes: int, input_shape: tuple[int, ...], **
 
     Raises:
         ConfigError: an unknown name, an option that the builder does not take, an input shape that the model cannot
-            take, or a function that does not return a module.
+            take, or a function that raises an error or does not return a module.
     """
     if num_classes < 1:
         raise ConfigError(f"num_classes must be at least 1, got {num_classes}")
@@ -58,7 +58,7 @@ def build_model(name: str, *, num_classes: int, input_shape: tuple[int, ...], **
         raise ConfigError(f"unknown model {name!r}: {closest(name, MODELS)}, or torchvision:NAME, or module:function")
     arguments = {"num_classes": num_classes, "input_shape": tuple(input_shape), **options}
     _check_arguments(name, builder, arguments)
-    model = builder(**arguments)
+    model = call_object(f"model {name!r}", builder, **arguments) if is_reference(name) else builder(**arguments)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model {name!r} must return a torch.nn.Module, got {type(model).__name__}")
     return model

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rayprune.nn.optim import LR_SCHEDULES, build_optimizer, learning_rate
+from rayprune.nn.optim import LR_SCHEDULES, build_optimizer, learning_rate, progress_lr
 
 
 def torch_onecycle(num_steps: int, peak: float, pct_start: float = 0.3) -> list[float]:
@@ -75,3 +75,39 @@ def test_optimizers_have_the_requested_values() -> None:
     assert isinstance(adamw, torch.optim.AdamW)
     assert len(adamw.param_groups[0]["params"]) == 2
     assert {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.05}.items() <= adamw.param_groups[0].items()
+
+
+def test_progress_lr_sets_the_rates_of_every_group_and_resumes() -> None:
+    def fresh() -> torch.optim.Optimizer:
+        groups = [{"params": [nn.Parameter(torch.zeros(1))]}, {"params": [nn.Parameter(torch.zeros(1))], "lr": 0.4}]
+        return torch.optim.SGD(groups, lr=0.1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = fresh()
+        scheduler = progress_lr(optimizer, lambda progress: 1 - progress)
+        assert isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
+        assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.4]
+        scheduler.step(0.5, scale=2.0)
+        assert scheduler.get_last_lr() == [0.1, 0.4]
+        scheduler.step(0.75)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.025, 0.1])
+        again = progress_lr(other := fresh(), lambda progress: 1 - progress)
+        other.load_state_dict(optimizer.state_dict())
+        again.load_state_dict(scheduler.state_dict())
+        assert (again.progress, again.get_last_lr()) == (0.75, scheduler.get_last_lr())
+        again.step(1.0)
+        assert [group["lr"] for group in other.param_groups] == [0.0, 0.0]
+    tensors = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=torch.tensor(0.1))
+    rate = tensors.param_groups[0]["lr"]
+    progress_lr(tensors, lambda progress: 1 - progress).step(0.5)
+    assert tensors.param_groups[0]["lr"] is rate
+    assert rate.item() == pytest.approx(0.05)
+
+
+def test_progress_lr_says_what_it_needs() -> None:
+    scheduler = progress_lr(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1), lambda progress: 1.0)
+    with pytest.raises(RuntimeError, match=r"call step\(shard\.progress\) after optimizer\.step\(\)"):
+        scheduler.step()
+    with pytest.raises(ValueError, match=r"progress 3 must be in \[0, 1\]"):
+        scheduler.step(3)

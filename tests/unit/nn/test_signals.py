@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from rayprune.errors import ConfigError
 from rayprune.nn.boundary import pair_distances
 from rayprune.nn.signals import (
     BOUNDARY_SIGNALS,
@@ -36,7 +37,23 @@ def logits(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 7), (4, 1, 1, 1), (4, 3, 5)])
 def test_losses_of_any_shape_reduce_to_means_over_all_but_the_first_axis(shape: tuple[int, ...]) -> None:
     losses = logits(*shape).abs()
-    assert torch.allclose(losses_per_sample(losses, 4), torch.stack([one.mean() for one in losses]))
+    axes = tuple(range(1, len(shape)))
+    assert torch.allclose(losses_per_sample(losses, 4, token_axis=axes), torch.stack([one.mean() for one in losses]))
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 1, 1)])
+def test_one_number_per_sample_needs_no_declared_axes(shape: tuple[int, ...]) -> None:
+    losses = logits(*shape)
+    assert torch.equal(losses_per_sample(losses, 4), losses.flatten())
+
+
+def test_numbers_that_could_be_logits_are_refused_unless_their_axes_are_declared() -> None:
+    with pytest.raises(ConfigError, match=r"\(4, 10\) numbers for 4 samples, which could be logits"):
+        losses_per_sample(logits(4, 10), 4)
+    assert losses_per_sample(logits(4, 10), 4, token_axis=-1).shape == (4,)
+    assert losses_per_sample(logits(4, 10), 4, torch.ones(4, 10)).shape == (4,)
+    with pytest.raises(ConfigError, match="token_axis 1 does not name the axes"):
+        losses_per_sample(logits(4, 3, 3), 4, token_axis=1)
 
 
 def test_a_mask_leaves_positions_out_and_an_empty_mask_gives_zero() -> None:
@@ -112,7 +129,7 @@ def test_boundary_signals_need_the_last_layer_and_one_class_per_sample(name: str
 
 def test_signals_of_dense_targets_are_means_over_the_positions() -> None:
     scores, targets = logits(2, 3, 4, 5), torch.from_numpy(GENERATOR.integers(0, 3, (2, 4, 5)))
-    losses = losses_per_sample(functional.cross_entropy(scores, targets, reduction="none"), 2)
+    losses = losses_per_sample(functional.cross_entropy(scores, targets, reduction="none"), 2, token_axis=(1, 2))
     names = ("correct", "entropy", "el2n", "margin", "prob_label", "probs")
     signals = signals_per_sample(names, losses, logits=scores, targets=targets)
     for row in range(2):

@@ -61,7 +61,9 @@ def test_read_tasks_return_the_planned_rows_in_order(monkeypatch: pytest.MonkeyP
     spec = ScoreSpec({"name": "full"}, SOURCE, 37, 3, 5, 32, "pad", SOURCE.schema.row_bytes, None, 0, task_rows=64)
     scores = ScoreClient.in_process(spec)
     datasource = PlanDatasource(scores, {"train": SOURCE})
-    assert datasource.get_read_tasks(2) == [], "there is no plan before the first pass"
+    (refusing,) = datasource.get_read_tasks(2)
+    with pytest.raises(RuntimeError, match=r"replace ray\.train\.get_dataset_shard by rayprune\.get_dataset_shard"):
+        list(refusing())
     scores.announce(pass_of(0, "train", 1))
     tables = [block for task in datasource.get_read_tasks(2) for block in task()]
     plan = Plan.of_selection(Selection.full(301), 32, 5, 0)

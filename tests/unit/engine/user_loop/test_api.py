@@ -24,6 +24,7 @@ from tests.unit.engine.user_loop.loops import Loop, N, X, local_shard
         ({"method": rayprune.InfoBatch(class_floor=0.2), "source": {"x": X}}, "no integer column 'label'"),
         ({"last_batch": "keep"}, "'pad' or 'drop'"),
         ({"last_batch": "drop", "batch_size": 512}, "more than the 301 samples"),
+        ({"batch_size": 302}, "batch_size 302 is more than the 301 samples"),
         ({"source": {"x": X, "y": X[:3]}}, "one length"),
         ({"source": {"x": X, "id": np.arange(N)}}, "a name that rayprune adds itself"),
         ({"source": {"x": np.array(["a"] * N)}}, "give numbers"),
@@ -61,3 +62,12 @@ def test_numpy_integers_are_accepted_and_saved_as_integers(tmp_path: Path) -> No
     again = local_shard(seed=3, num_epochs=2)
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert next(again.epochs()).start_step == 2
+
+
+def test_a_batch_size_that_the_workers_cannot_share_is_refused_before_ray_starts() -> None:
+    import ray
+
+    running = ray.is_initialized()
+    with pytest.raises(ValueError, match=r"batch_size 32 is not a multiple of 3 workers: give prune\(batch_size=33\)"):
+        rayprune.prune({"x": X}, rayprune.Full(), num_epochs=1, batch_size=32, num_workers=3)
+    assert ray.is_initialized() == running

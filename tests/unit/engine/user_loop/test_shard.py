@@ -144,8 +144,15 @@ def weigh_twice(epoch: Any, batch: Any) -> None:
 
 
 MISUSES: dict[str, tuple[Callable[[Any, Any], None], str]] = {
-    "twice": (weigh_twice, "called once for it"),
-    "another batch": (lambda epoch, batch: epoch.weigh({**batch}, batch["x"].sum(1)), "yielded last"),
+    "twice": (weigh_twice, "were weighed before"),
+    "logits": (
+        lambda epoch, batch: epoch.weigh(batch, batch["x"][:, :2]),
+        r"\(32, 2\) numbers for 32 samples, which could",
+    ),
+    "wrong axis": (
+        lambda epoch, batch: epoch.weigh(batch, batch["x"], token_axis=(1, 2)),
+        "name all axes but the first",
+    ),
     "scalar": (lambda epoch, batch: epoch.weigh(batch, batch["x"].sum()), "reduction='none'"),
     "again": (lambda epoch, batch: next(epoch.iter_torch_batches()), "iterated already"),
 }
@@ -291,3 +298,47 @@ def test_two_states_at_one_step_are_equal_and_the_loop_continues(whole: Loop) ->
             if epoch.step == 2:
                 assert shard.state_dict()["step"] == shard.state_dict()["step"] == 2
         assert epoch.step == epoch.num_steps
+
+
+def test_the_shard_and_the_epoch_can_be_iterated_themselves(whole: Loop) -> None:
+    shard = local_shard()
+    ids = [
+        (int(epoch), batch["id"].tolist())
+        for epoch in shard
+        for batch in epoch
+        if epoch.weigh(batch, batch["x"].sum(1)) is not None
+    ]
+    assert ids[:10] == [(index, ids) for index, ids, *_ in whole.batches][:10]
+    assert sorted({index for index, _ in ids}) == list(range(EPOCHS))
+    with pytest.raises(RuntimeError, match="iterated once"):
+        next(iter(shard))
+
+
+def test_progress_is_the_fraction_of_planned_visits() -> None:
+    shard, seen = local_shard(), []
+    assert shard.progress == 0.0
+    for epoch in shard:
+        assert shard.progress == pytest.approx(epoch.index / EPOCHS)
+        for number, batch in enumerate(epoch):
+            before = epoch.progress
+            epoch.weigh(batch, batch["x"].sum(1))
+            assert (before, epoch.progress) == pytest.approx((number / epoch.num_steps, (number + 1) / epoch.num_steps))
+            seen.append(shard.progress)
+    assert min(len(seen), EPOCHS * 10) == len(seen) < EPOCHS * 10, "pruned epochs are shorter"
+    assert seen == sorted(seen)
+    assert seen[-1] == shard.progress == 1.0
+
+
+def test_progress_goes_on_after_a_resume_and_without_weigh() -> None:
+    first, state = Loop(local_shard()), {}
+    first.run((1, 3), lambda: state.update(first.shard.state_dict()))
+    again = local_shard()
+    again.load_state_dict(state)
+    epoch = next(again.epochs())
+    assert epoch.progress == pytest.approx(3 / epoch.num_steps)
+    assert again.progress == first.shard.progress
+    careless = local_shard(method=rayprune.Full())
+    for epoch in careless:
+        steps = [epoch.progress * epoch.num_steps for _ in epoch]
+        assert steps == pytest.approx(range(epoch.num_steps))
+        assert epoch.progress == 1.0
