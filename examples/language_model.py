@@ -54,13 +54,16 @@ def train(method, columns, held_out):
     torch.manual_seed(0)
     model, trained = LanguageModel(), 0
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for epoch in rayprune.local_loader(columns, method, num_epochs=EPOCHS, batch_size=BATCH).epochs():
+    scheduler = rayprune.torch.progress_lr(optimizer, lambda progress: 1 - progress)
+    shard = rayprune.local_loader(columns, method, num_epochs=EPOCHS, batch_size=BATCH)
+    for epoch in shard.epochs():
         for batch in epoch.iter_torch_batches():
             losses, mask = losses_of(model, batch["line"])
             loss = epoch.weigh(batch, losses, mask=mask)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            scheduler.step(shard.progress)
         trained += epoch.num_kept
     with torch.no_grad():
         losses, mask = losses_of(model, torch.from_numpy(held_out["line"]))

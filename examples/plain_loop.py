@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 
 EPOCHS, BATCH, WORKERS = 10, 64, 1
+STEPS = EPOCHS * -(-1797 // BATCH)
 
 
 def load():
@@ -24,6 +25,7 @@ def train_loop(config):
     layers = torch.nn.Flatten(), torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10)
     model = prepare_model(torch.nn.Sequential(*layers))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
     trained = 0
     shard = ray.train.get_dataset_shard("train")
     for epoch in range(EPOCHS):
@@ -33,6 +35,7 @@ def train_loop(config):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            scheduler.step()
             trained += len(losses)
         print(f"epoch {int(epoch)}: loss {losses.mean().item():.4f}, {trained} samples trained")
 

@@ -25,6 +25,7 @@ def train_loop(config):
     layers = torch.nn.Flatten(), torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10)
     model = prepare_model(torch.nn.Sequential(*layers))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = rayprune.torch.progress_lr(optimizer, lambda progress: 1 - progress)
     trained = 0
     shard = rayprune.get_dataset_shard("train")
     for epoch in shard.epochs():
@@ -34,6 +35,7 @@ def train_loop(config):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            scheduler.step(shard.progress)
             trained += len(losses)
         print(f"epoch {int(epoch)}: loss {losses.mean().item():.4f}, {trained} samples trained")
 
@@ -43,7 +45,7 @@ def main():
     data = rayprune.prune(load(), method=rayprune.InfoBatch(prune_ratio=0.5), num_epochs=EPOCHS, batch_size=BATCH)
     trainer = TorchTrainer(
         train_loop,
-        datasets={"train": data.dataset},
+        datasets={"train": data},
         scaling_config=ray.train.ScalingConfig(num_workers=WORKERS, resources_per_worker={"CPU": 0.5}),
         run_config=ray.train.RunConfig(name="pruned_loop", storage_path=str(Path("runs").resolve())),
     )

@@ -31,8 +31,10 @@ def train(method, columns, held_out):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(10, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1), torch.nn.Flatten(0))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-2)
+    scheduler = rayprune.torch.progress_lr(optimizer, lambda progress: 1 - progress)
+    shard = rayprune.local_loader(columns, method, num_epochs=EPOCHS, batch_size=BATCH)
     trained = 0
-    for epoch in rayprune.local_loader(columns, method, num_epochs=EPOCHS, batch_size=BATCH).epochs():
+    for epoch in shard.epochs():
         for batch in epoch.iter_torch_batches():
             # Any loss with one number per sample works: methods only see the numbers.
             losses = mse_loss(model(batch["features"]), batch["progress"], reduction="none")
@@ -40,6 +42,7 @@ def train(method, columns, held_out):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            scheduler.step(shard.progress)
         trained += epoch.num_kept
     with torch.no_grad():
         predicted = model(torch.from_numpy(held_out["features"])).numpy()

@@ -58,13 +58,16 @@ def train(method, columns, held_out):
     torch.manual_seed(0)
     model, trained = Classifier(), 0
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    for epoch in rayprune.local_loader(columns, method, num_epochs=EPOCHS, batch_size=BATCH).epochs():
+    scheduler = rayprune.torch.progress_lr(optimizer, lambda progress: 1 - progress)
+    shard = rayprune.local_loader(columns, method, num_epochs=EPOCHS, batch_size=BATCH)
+    for epoch in shard.epochs():
         for batch in epoch.iter_torch_batches():
             losses = cross_entropy(model(batch["tokens"]), batch["label"], reduction="none")
             loss = epoch.weigh(batch, losses)  # reports every sample's loss to the method
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            scheduler.step(shard.progress)
         trained += epoch.num_kept
     labels = torch.from_numpy(held_out["label"])
     logits = model(torch.from_numpy(held_out["tokens"])).detach()

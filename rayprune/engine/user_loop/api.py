@@ -20,6 +20,7 @@ from rayprune.core.plan import LastBatch
 from rayprune.core.selector import Selector
 from rayprune.engine.cluster import Stream
 from rayprune.engine.data.device import DeviceStream, check_columns
+from rayprune.engine.data.processes import ProcessStream
 from rayprune.engine.data.ray_data import (
     FILTERED_GUARANTEES,
     FilteredStream,
@@ -31,7 +32,7 @@ from rayprune.engine.data.ray_data import (
     task_rows,
 )
 from rayprune.engine.data.transport import LocalStream, RayStream, Transport
-from rayprune.engine.scoring.actor import ScoreSpec
+from rayprune.engine.scoring.actor import LoopSettings, ScoreSpec
 from rayprune.engine.scoring.client import LoopClient
 from rayprune.engine.scoring.session import ScoringSession
 from rayprune.engine.user_loop.shard import Shard, check_divisible
@@ -58,7 +59,8 @@ def prune(
     last_batch: LastBatch = "pad",
     stream: Stream = "ray",
     id_column: str = "id",
-    num_workers: int | None = None,
+    num_workers: int = 0,
+    world_size: int | None = None,
 ) -> PrunedData:
     """Prune a dataset for a Ray Train loop.
 
@@ -76,7 +78,9 @@ def prune(
             decoded rows on each worker's device, for data that fit. With `local` and `device`, `dataset` is a token
             that cannot be mapped.
         id_column: the name of a `ray.data.Dataset`'s id column, which holds each of 0..N−1 once, in any order.
-        num_workers: the workers of the trainer; if given, the batch size is checked here and not when they start.
+        num_workers: with `stream="local"`, each worker reads its rows in so many processes, as a DataLoader does; for
+            Datasets whose items take time. 0 reads them in a thread.
+        world_size: the trainer's number of workers; if given, batch_size is checked here and not when they start.
 
     Returns:
         The pruned data. Give them to the trainer and call `get_dataset_shard` in its loop.
@@ -107,7 +111,7 @@ def prune(
                     loss.backward()
                     optimizer.step()
 
-        pruned = rayprune.prune(data, rayprune.InfoBatch(prune_ratio=0.5), num_epochs=10, batch_size=64, num_workers=2)
+        pruned = rayprune.prune(data, rayprune.InfoBatch(prune_ratio=0.5), num_epochs=10, batch_size=64, world_size=2)
         trainer = TorchTrainer(
             train_loop, scaling_config=ScalingConfig(num_workers=2), datasets={"train": pruned}
         )
@@ -119,8 +123,8 @@ def prune(
         raise ConfigError("stream='device' reads samples by id, and a ray.data.Dataset is filtered: leave stream out")
     if is_dataset and last_batch == "drop":
         raise ConfigError("last_batch='drop' needs a plan, and a ray.data.Dataset is filtered without one: use 'pad'")
-    if num_workers is not None:
-        check_divisible(batch_size, num_workers)
+    if world_size is not None:
+        check_divisible(batch_size, world_size)
     if not ray.is_initialized():
         ray.init()  # as a trainer would: the loop's own prints must show
     samples: SampleSource
@@ -130,7 +134,7 @@ def prune(
         samples = IdColumn(source, id_column, "label" if _needs_labels(method) else None)
     else:
         samples = as_source(source)
-    _check_stream(stream, ("ray", "local", "device"), samples)
+    _check_stream(stream, ("ray", "local", "device"), samples, num_workers)
     spec = _score_spec(samples, method, num_epochs, batch_size, seed=seed, last_batch=last_batch)
     spec = replace(spec, task_rows=task_rows(samples, ray.cluster_resources().get("CPU", 1.0)))
     if not is_dataset:
@@ -140,7 +144,8 @@ def prune(
     if is_dataset:
         return PrunedData(_filtered_dataset(source, scores, id_column), scores, len(samples), FILTERED_GUARANTEES)
     guarantees = f"stream {stream}; plans, order and resume inside epochs are exact, bit for bit"
-    return PrunedData(_planned_dataset(samples, scores, stream), scores, len(samples), guarantees)
+    token = _Token(scores, stream, None if stream == "ray" else samples, num_workers)
+    return PrunedData(_planned_dataset(samples, token), scores, len(samples), guarantees)
 
 
 class PrunedData:
@@ -204,7 +209,7 @@ def get_dataset_shard(name: str = "train") -> Shard:
     # The clock keeps generations rising if the actor restarts, the actor if the next clock is behind.
     generation = broadcast_from_rank_zero(max(token.scores.generation() + 1, time.time_ns()) if rank == 0 else 0)
     session = ScoringSession(token.scores, generation, rank, context.get_world_size(), settings.signals)
-    return Shard(session, _transport(token, iterator, device), settings, device)
+    return Shard(session, _transport(token, settings, iterator, device), settings, device)
 
 
 def local_loader(
@@ -216,6 +221,7 @@ def local_loader(
     *,
     last_batch: LastBatch = "pad",
     stream: Literal["local", "device"] = "local",
+    num_workers: int = 0,
     device: torch.device | str | None = None,
 ) -> Shard:
     """Prune a dataset for a plain PyTorch loop in this process, without Ray.
@@ -225,6 +231,8 @@ def local_loader(
     Args:
         source, method, num_epochs, batch_size, seed, last_batch: as for `prune`.
         stream: `local` reads rows as they are needed; `device` keeps all decoded rows on the device.
+        num_workers: with stream `local`, read rows in so many processes, as a DataLoader does; for Datasets whose items
+            take time. 0 reads them in a thread.
         device: where batches go; None leaves them on the host.
 
     Returns:
@@ -244,15 +252,15 @@ def local_loader(
     ['last_visit', 'loss', 'times_pruned']
     """
     samples = as_source(source)
-    _check_stream(stream, ("local", "device"), samples)
+    _check_stream(stream, ("local", "device"), samples, num_workers)
     spec = _score_spec(samples, method, num_epochs, batch_size, seed=seed, last_batch=last_batch)
     target = None if device is None else torch.device(device)
     if target is not None and target.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {str(device)!r}: torch finds no GPU here: leave device out, or install its driver")
-    token = _Token(LoopClient.in_process(spec), stream, samples)
+    token = _Token(LoopClient.in_process(spec), stream, samples, num_workers)
     settings = token.scores.settings()
     session = ScoringSession(token.scores, next(_local_generations), 0, 1, settings.signals)
-    return Shard(session, _transport(token, None, target), settings, target)
+    return Shard(session, _transport(token, settings, None, target), settings, target)
 
 
 @dataclass(frozen=True)
@@ -262,14 +270,17 @@ class _Token:
     scores: LoopClient
     stream: Stream | Literal["filtered"]
     source: SampleSource | None = None
+    num_workers: int = 0
 
 
-def _transport(token: _Token, iterator: Any, device: torch.device | None) -> Transport:
+def _transport(token: _Token, settings: LoopSettings, iterator: Any, device: torch.device | None) -> Transport:
     if token.stream == "filtered":
         return FilteredStream(iterator)
     if token.stream == "ray":
         return RayStream(iterator)
     assert token.source is not None
+    if token.num_workers:
+        return ProcessStream(token.source, token.num_workers, settings.identity["seed"])
     sources = {"train": token.source}
     return DeviceStream(sources, device or torch.device("cpu")) if token.stream == "device" else LocalStream(sources)
 
@@ -280,11 +291,11 @@ def _filtered_dataset(dataset: Any, scores: LoopClient, id_column: str) -> Any:
     return dataset.map_batches(keep, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
 
 
-def _planned_dataset(samples: SampleSource, scores: LoopClient, stream: Stream) -> Any:
+def _planned_dataset(samples: SampleSource, token: _Token) -> Any:
     context = ray.data.DataContext.get_current()
-    context.set_config(_TOKEN, _Token(scores, stream, None if stream == "ray" else samples))
+    context.set_config(_TOKEN, token)
     try:
-        return plan_dataset(scores, {"train": samples})
+        return plan_dataset(token.scores, {"train": samples})
     finally:
         context.remove_config(_TOKEN)
 
@@ -300,9 +311,13 @@ def _needs_labels(method: Any) -> bool:
     return bool(getattr(method, "class_floor", 0) > 0 or getattr(method, "needs_labels", False))
 
 
-def _check_stream(stream: str, streams: tuple[str, ...], samples: SampleSource) -> None:
+def _check_stream(stream: str, streams: tuple[str, ...], samples: SampleSource, num_workers: int) -> None:
     if stream not in streams:
         raise ConfigError(f"stream {stream!r} is not one of {', '.join(streams)}: choose one of these")
+    if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
+        raise ConfigError(f"num_workers {num_workers!r} must be 0 or a number of processes that read rows")
+    if num_workers and stream != "local":
+        raise ConfigError(f"num_workers {num_workers} needs stream='local': with {stream!r}, no process reads rows")
     if stream == "device":
         check_columns(samples.schema)
 

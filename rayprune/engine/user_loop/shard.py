@@ -25,8 +25,9 @@ from rayprune.engine.data.batch import Batch
 from rayprune.engine.data.transport import Transport
 from rayprune.engine.scoring.actor import LoopSettings
 from rayprune.engine.scoring.client import LoopClient
-from rayprune.engine.scoring.messages import Moment, PlanHeader
+from rayprune.engine.scoring.messages import Moment, PlanHeader, PlanPass, RankRows
 from rayprune.engine.scoring.session import ScoringSession
+from rayprune.engine.user_loop.batch_sampler import ShardBatchSampler
 from rayprune.engine.user_loop.collate import BatchFormat, CollateFn, collated
 from rayprune.engine.user_loop.unweighed import UnweighedRows
 from rayprune.errors import ConfigError, UsageError
@@ -116,6 +117,36 @@ class Shard:
             yield self._current
             self._close(with_state=self._epoch + 1 == self.num_epochs)
 
+    def batch_sampler(self) -> ShardBatchSampler:
+        """Return a batch sampler for a DataLoader of your own, instead of `Epoch.iter_torch_batches`.
+
+        Iterate the DataLoader once in the body of every epoch, and give `weigh` its batches:
+
+            loader = DataLoader(rayprune.torch.WithIds(dataset), batch_sampler=shard.batch_sampler(), num_workers=8)
+            for epoch in shard.epochs():
+                for x, y, ids in loader:
+                    loss = epoch.weigh(ids, criterion(model(x), y))
+
+        `dataset` must be the one that was pruned, in the same order. The last batch may hold rows of weight 0, which
+        repeat others.
+
+        Raises:
+            UsageError: a filtered `ray.data.Dataset` was pruned, which has no plan.
+        """
+        if not self._transport.resumes_inside:
+            raise UsageError("a filtered ray.data.Dataset has no plan to sample by: iterate epoch.iter_torch_batches()")
+        return ShardBatchSampler(lambda: self._current_epoch("batch_sampler").iter_ids(), self._num_batches)
+
+    def _num_batches(self) -> int:
+        if self._current is None:  # a TypeError tells other libraries that there is no length yet
+            raise TypeError("the number of batches is known in the body of `for epoch in shard.epochs()`")
+        return len(self._current)
+
+    def _current_epoch(self, call: str) -> Epoch:
+        if self._current is None:
+            raise UsageError(f"use {call} in the body of `for epoch in shard.epochs()`, before state_dict()")
+        return self._current
+
     def scores(self) -> dict[str, Any]:
         """Return the method's scores, `last_visit` and `times_pruned`, name → (N,); NaN for unvisited samples.
 
@@ -136,9 +167,7 @@ class Shard:
         Returns:
             The number of samples scored on this rank.
         """
-        if self._current is None:
-            raise UsageError("call sweep in the body of `for epoch in shard.epochs()`, before state_dict()")
-        return self._current.sweep(score, **batch_format)
+        return self._current_epoch("sweep").sweep(score, **batch_format)
 
     def state_dict(self) -> dict[str, Any]:
         """Return position, scores and current selection, to be saved with the model.
@@ -325,14 +354,28 @@ class Epoch:
         Raises:
             UsageError: the epoch was iterated before.
         """
-        if self._is_iterated:
-            raise UsageError(f"epoch {self.index} was iterated already: its samples are trained on once")
         batch_format = BatchFormat(self._device(device), dtypes, collate_fn)
-        self._is_iterated = True
+        self._start_iteration()
         for batch, loop_batch in collated(self._batches(self._header), batch_format, prefetch_batches):
             self._unweighed.add(batch, loop_batch)
             self.step += 1
             yield loop_batch
+        self._is_exhausted = True
+
+    def iter_ids(self) -> Iterator[list[int]]:
+        """Yield the ids of this rank's part of each global batch, for rows that the loop reads itself.
+
+        Yields:
+            B ids; those of padding rows repeat other ids.
+
+        Raises:
+            UsageError: the epoch was iterated before.
+        """
+        self._start_iteration()
+        for batch in self._session.batches(self._header, _ids_only):
+            self._unweighed.add(batch, {"id": batch.ids})
+            self.step += 1
+            yield batch.ids.tolist()
         self._is_exhausted = True
 
     def weigh(
@@ -432,6 +475,11 @@ class Epoch:
         if num_taken < len(self):
             logger.warning("epoch %d ended after %d of %d batches", self.index, num_taken, len(self))
 
+    def _start_iteration(self) -> None:
+        if self._is_iterated:
+            raise UsageError(f"epoch {self.index} was iterated already: its samples are trained on once")
+        self._is_iterated = True
+
     def _batches(self, header: PlanHeader) -> Iterator[Batch]:
         return self._session.batches(header, self._transport.batches)
 
@@ -442,6 +490,14 @@ class Epoch:
 
     def _record(self, batch: Batch, losses_B: Tensor, outputs: Mapping[str, Any], signals: tuple[str, ...]) -> None:
         self._session.recorder.record(batch.ids, batch.real, signals_per_sample(signals, losses_B, **outputs))
+
+
+def _ids_only(plan_pass: PlanPass, spans: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
+    """Yield batches without columns, as a Transport does."""
+    for ids, weights, real in spans:
+        for start in range(0, ids.size, batch_rows):
+            rows = slice(start, start + batch_rows)
+            yield Batch({}, ids[rows], weights[rows], real[rows])
 
 
 def _task_outputs(batch: Any, outputs: Mapping[str, Any]) -> dict[str, Any]:

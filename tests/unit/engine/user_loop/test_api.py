@@ -69,5 +69,5 @@ def test_a_batch_size_that_the_workers_cannot_share_is_refused_before_ray_starts
 
     running = ray.is_initialized()
     with pytest.raises(ValueError, match=r"batch_size 32 is not a multiple of 3 workers: give prune\(batch_size=33\)"):
-        rayprune.prune({"x": X}, rayprune.Full(), num_epochs=1, batch_size=32, num_workers=3)
+        rayprune.prune({"x": X}, rayprune.Full(), num_epochs=1, batch_size=32, world_size=3)
     assert ray.is_initialized() == running

@@ -1,0 +1,94 @@
+"""The transport of a user's loop that reads rows in processes: for Datasets whose items take time.
+
+One task is one batch, so batches arrive whole, in shared memory. Before a task, the random generators of Python, NumPy
+and torch are seeded by the epoch and the batch: random transforms then depend neither on the number of processes nor on
+where a run was resumed.
+
+Shapes: B rows of a batch on this rank.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from rayprune.engine.data.batch import Batch
+from rayprune.engine.scoring.messages import PlanPass, RankRows
+from rayprune.sources import SampleSource
+
+# A batch to read: a seed and ids (B,).
+_Task = tuple[int, NDArray[np.int64]]
+
+
+class ProcessStream:
+    """Reads the rows of each batch in one of several processes, ahead of training; a Transport.
+
+    Args:
+        source: the training source; it is sent to the processes, or inherited where they are forked.
+        num_workers: at least 1.
+        seed: the run's.
+    """
+
+    resumes_inside = True
+
+    def __init__(self, source: SampleSource, num_workers: int, seed: int) -> None:
+        self._tasks = _Tasks()
+        self._seed = seed
+        self._loader = DataLoader(
+            _TaskReader(source),
+            sampler=self._tasks,
+            batch_size=None,
+            num_workers=num_workers,
+            persistent_workers=True,
+            # A fixed generator, so that starting the processes draws no number from the user's.
+            generator=torch.Generator(),
+        )
+
+    def batches(self, plan_pass: PlanPass, spans: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
+        """See Transport."""
+        waiting: deque[RankRows] = deque()
+
+        def tasks() -> Iterator[_Task]:
+            for ids, weights, real in spans:
+                for start in range(0, ids.size, batch_rows):
+                    rows = slice(start, start + batch_rows)
+                    waiting.append((ids[rows], weights[rows], real[rows]))
+                    entropy = [self._seed, plan_pass.key.epoch, *ids[rows].tolist()]
+                    yield int(np.random.SeedSequence(entropy).generate_state(1)[0]), ids[rows]
+
+        self._tasks.current = tasks()
+        for columns, num_bytes in self._loader:
+            ids, weights, real = waiting.popleft()
+            arrays = {name: value.numpy() if torch.is_tensor(value) else value for name, value in columns.items()}
+            yield Batch(arrays, ids, weights, real, num_bytes)
+
+
+class _Tasks(Sampler[_Task]):
+    """The tasks of the current pass; the DataLoader, and its processes, stay."""
+
+    def __init__(self) -> None:
+        self.current: Iterator[_Task] = iter(())
+
+    def __iter__(self) -> Iterator[_Task]:
+        return self.current
+
+
+class _TaskReader(Dataset[Any]):
+    """Reads a task; the DataLoader makes tensors of the columns, which travel in shared memory."""
+
+    def __init__(self, source: SampleSource) -> None:
+        self._source = source
+
+    def __getitem__(self, task: _Task) -> tuple[dict[str, NDArray[Any]], int]:
+        seed, ids = task
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002  # the generator that transforms of users draw from
+        torch.manual_seed(seed)
+        return self._source.read(ids)
