@@ -50,6 +50,8 @@ class ProcessStream:
             # A fixed generator, so that starting the processes draws no number from the user's.
             generator=torch.Generator(),
         )
+        # Start them here, in the main thread: a process that is forked by a thread fails when it ends.
+        iter(self._loader)
 
     def batches(self, plan_pass: PlanPass, spans: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
         """See Transport."""
