@@ -24,7 +24,7 @@ def compare(arguments: tuple[str, ...]) -> None:
     Every arm runs with the same seeds (compare.seeds). The verdict may be to prune nothing. Run the same command again
     to continue where it stopped.
     """
-    path, overrides = single_config(arguments, "rayprune compare configs/digits_compare.yaml")
+    path, overrides = single_config(arguments, "rayprune compare digits_compare")
     start = time.perf_counter()
     from rayprune.config import load_config
 

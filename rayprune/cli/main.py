@@ -1,4 +1,4 @@
-"""The command line: rayprune train | score | select | evaluate | compare | sweep | report | show | methods | doctor.
+"""The commands: rayprune init | train | score | select | evaluate | compare | sweep | report | show | methods | doctor.
 
 Exit codes: 0 success, 2 a mistake of the user (reported in one line), 1 any other error; tracebacks only with --debug.
 Modules of commands import slow libraries (torch, Ray, pandas, matplotlib) inside functions.
@@ -17,6 +17,7 @@ from rayprune.cli.compare import compare
 from rayprune.cli.console import debug_option, errors
 from rayprune.cli.doctor import doctor
 from rayprune.cli.evaluate import evaluate
+from rayprune.cli.init import init
 from rayprune.cli.methods import methods
 from rayprune.cli.report import report, show
 from rayprune.cli.select import select
@@ -56,7 +57,7 @@ def cli() -> None:
     """Train each epoch only on the samples worth training on."""
 
 
-for command in (train, score, select, evaluate, compare, sweep, report, show, methods, doctor):
+for command in (init, train, score, select, evaluate, compare, sweep, report, show, methods, doctor):
     cli.add_command(command)
 
 

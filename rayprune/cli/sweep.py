@@ -24,7 +24,7 @@ def sweep(arguments: tuple[str, ...]) -> None:
 
     Run the same command again to continue: ended trials are kept, others resume from their last checkpoint.
     """
-    path, overrides = single_config(arguments, "rayprune sweep configs/digits_sweep.yaml")
+    path, overrides = single_config(arguments, "rayprune sweep digits_sweep")
     from rayprune.config import read_config
     from rayprune.experiments.sweep.space import check_space, sweep_folder_of
 

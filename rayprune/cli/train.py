@@ -43,7 +43,7 @@ def train(arguments: tuple[str, ...]) -> None:
 
     paths, overrides = split_arguments(arguments)
     if not paths:
-        raise ConfigError("no config is named: rayprune train configs/digits_full.yaml")
+        raise ConfigError("no config is named: rayprune train digits_full")
     configs = [load_config(path, overrides) for path in paths]  # check all of them before any training starts
     folders = [Path(config.run.storage_path) / str(config.run.name) for config in configs]
     if len(set(folders)) < len(folders):
@@ -77,7 +77,7 @@ def score(arguments: tuple[str, ...]) -> None:
     from rayprune.config import load_config
     from rayprune.engine.train.driver import score as run
 
-    config = load_config(*single_config(arguments, "rayprune score configs/digits_tdds.yaml"))
+    config = load_config(*single_config(arguments, "rayprune score digits_tdds"))
     with RunDisplay() as display:
         scored = run(config, debug=debug(), **display.listeners)
     _say_selection(scored)

@@ -25,6 +25,7 @@ from rayprune.config.schema import (
     TrainSection,
     absolute_method,
 )
+from rayprune.config.shipped import config_hint, find_config
 from rayprune.config.yaml import merge, parse_overrides, read_yaml
 from rayprune.core.references import closest
 from rayprune.core.validation import short_repr
@@ -159,12 +160,18 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 def read_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML config and lay the overrides over it; `run.name` is None if neither sets it.
 
+    Args:
+        path: a file, or the name of a shipped config; see `find_config`.
+        overrides: `key.sub=value` words.
+
     Raises:
         ConfigError: one line that names the file, key, value and cure.
     """
-    file = Path(path)
+    file = find_config(path)
     try:
         text = file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"config {str(file)!r} can't be read: {error.strerror}: {config_hint(file)}") from None
     except OSError as error:
         raise ConfigError(f"config {str(file)!r} can't be read: {error.strerror}") from None
     except UnicodeDecodeError:

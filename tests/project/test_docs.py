@@ -12,6 +12,7 @@ import yaml
 
 from rayprune.cli.main import cli
 from rayprune.config import Config, load_config, make_config
+from rayprune.config.shipped import shipped_configs
 from tests.support.paths import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -46,6 +47,11 @@ def commands(page: Path) -> list[str]:
     return [line for line in lines if line.startswith("rayprune ")]
 
 
+def configs_in(words: list[str]) -> list[str]:
+    """Return the configs among a command's words: files, and names of shipped configs."""
+    return [word for word in words if (word.endswith(".yaml") and "=" not in word) or word in shipped_configs()]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_are_valid(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -54,7 +60,7 @@ def test_commands_are_valid(page: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert name in cli.commands, command
         parsed = cli.commands[name].make_context(name, list(words), resilient_parsing=False)
         assert isinstance(parsed, click.Context)
-        configs = [word for word in words if word.endswith(".yaml") and "=" not in word]
+        configs = configs_in(words)
         overrides = [word for word in words if "=" in word and not word.startswith("-")]
         if any(PLACEHOLDER.search(word) for word in configs + overrides):
             continue

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from rayprune.cli.main import cli
-from tests.project.test_docs import PAGES, commands
+from tests.project.test_docs import PAGES, commands, configs_in
 from tests.support.paths import ROOT
 
 SMALL = [
@@ -25,9 +25,9 @@ SMALL = [
     "scaling.threads=1",
 ]
 FEW_EPOCHS = {
-    "digits_tdds.yaml": ["train.epochs=5", "method.trajectory_len=4", "method.window_size=3", "method.also=[]"],
-    "digits_dynams.yaml": ["train.epochs=8"],
-    "digits_dynams_psp.yaml": ["train.epochs=8"],
+    "digits_tdds": ["train.epochs=5", "method.trajectory_len=4", "method.window_size=3", "method.also=[]"],
+    "digits_dynams": ["train.epochs=8"],
+    "digits_dynams_psp": ["train.epochs=8"],
 }
 # runs/NAME is a run with several exits, except on the page that needs a scoring run.
 NAMED = {"methods.md": ["configs/digits_tdds.yaml"]}
@@ -44,8 +44,8 @@ def shrink(words: list[str]) -> list[str]:
     """Return the words of a command with fewer samples and epochs."""
     if words[0] not in {"train", "score"}:
         return words
-    files = {Path(word).name for word in words if word.endswith(".yaml")}
-    fewer = [override for file in files for override in FEW_EPOCHS.get(file, ["train.epochs=3"])]
+    names = {Path(word).stem for word in configs_in(words)}
+    fewer = [override for name in names for override in FEW_EPOCHS.get(name, ["train.epochs=3"])]
     small = {override.partition("=")[0]: override for override in [*SMALL, *fewer]}
     return [word for word in words if word.partition("=")[0] not in small] + list(small.values())
 

@@ -1,0 +1,34 @@
+"""The configs that come with rayprune, by name: the files of `configs/`, which the wheel carries in the package."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+# In a checkout, a link to the folder at its root.
+_FOLDER = Path(__file__).parents[1] / "configs"
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return name → file of every shipped config, sorted by name."""
+    return {file.stem: file for file in sorted(_FOLDER.glob("*.yaml"))}
+
+
+def find_config(path: str | Path) -> Path:
+    """Return the file that a command's CONFIG means; it exists if any does.
+
+    The user's files come first: `digits_full` is ./digits_full, or ./digits_full.yaml, or the shipped digits_full.
+    """
+    file = Path(path)
+    candidates = [file] if file.suffix else [file, Path(f"{path}.yaml")]
+    found = next((own for own in candidates if own.is_file()), None)
+    return found or shipped_configs().get(str(path), file)
+
+
+def config_hint(path: str | Path) -> str:
+    """Return the cure for a CONFIG that does not exist, for the end of an error message."""
+    name = Path(path).stem
+    if name in shipped_configs():
+        return f"the shipped config is named {name!r}, without folder and suffix; rayprune init {name} copies it here"
+    match = difflib.get_close_matches(name, shipped_configs(), n=1)
+    return (f"did you mean {match[0]!r}? " if match else "") + "rayprune init lists the shipped configs"
