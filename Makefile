@@ -25,7 +25,7 @@ test: setup
 
 # The long forms alone, the longest first: kills, a cluster that grows and shrinks, a soak.
 scenarios: setup
-	$(BIN)/python -m pytest -m scenario --numprocesses=2 --dist=load --maxschedchunk=1 tests/scenarios tests/integration tests/unit
+	$(BIN)/python -m pytest -m scenario --numprocesses=2 --dist=load --maxschedchunk=1 tests/scenarios tests/integration tests/project tests/unit
 
 test-all: test scenarios
 
