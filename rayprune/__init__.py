@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same list for the running program
     import rayprune.sources
+    import rayprune.testing
     import rayprune.torch  # noqa: F401
     from rayprune.core.method import EpochContext, Method
     from rayprune.core.plan import Plan
@@ -66,7 +67,7 @@ _HOME = {
     "methods": ("DynaMS", "Fixed", "Full", "InfoBatch", "LeastConfidence", "Random", "RandomEpoch", "Shuffled", "TDDS"),
     "methods.registry": ("build_method",),
 }
-_SUBMODULES = ("sources", "torch")
+_SUBMODULES = ("sources", "testing", "torch")
 _MODULES = {name: f"rayprune.{module}" for module, names in _HOME.items() for name in names}
 
 __all__ = [

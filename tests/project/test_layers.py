@@ -48,6 +48,7 @@ KNOWS: dict[str, set[str]] = {
     "report": {"core", "config", "sources"},
     "cli": _EXPERIMENTS | {"experiments", "report"},
     "torch": _LOOPS | {"engine.user_loop"},
+    "testing": _NUMPY | {"methods"},
     "__main__": {"cli"},
     "errors": set(),
 }
@@ -61,11 +62,12 @@ BANNED: dict[str, set[str]] = {
     "config": {"ray"} | TORCH | COMMAND_LINE,
     "report": {"ray"} | TORCH,
     "errors": {"ray", "pydantic"} | TORCH,
+    "testing": {"ray", "pydantic", "pytest", "hypothesis"} | TORCH | COMMAND_LINE | FILES,
     "__init__": {"ray", "pydantic"} | TORCH,
 }
 # Packages that a layer imports inside functions only, so that importing the layer stays cheap.
 LAZY = {"core": {"scipy", "sklearn"}, "methods": {"scipy", "sklearn"}, "cli": {"ray"} | TORCH}
-WITHOUT_RAY = {"core", "methods", "sources", "nn", "config", "report", "errors", "__init__", "__main__"}
+WITHOUT_RAY = {"core", "methods", "sources", "nn", "config", "report", "errors", "testing", "__init__", "__main__"}
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,9 @@ METHODS: list[rayprune.Method] = [
 ]
 
 
+rayprune.testing.check_method(KeepFirst)
+
+
 def train(data: dict[str, NDArray[Any]], model: torch.nn.Module) -> dict[str, NDArray[Any]]:
     """Train in this process."""
     shard = rayprune.local_loader(data, METHODS[0], num_epochs=2, batch_size=8)
