@@ -1,4 +1,4 @@
-"""The commands: rayprune init | train | score | select | evaluate | compare | sweep | report | show | methods | doctor.
+"""The command line: `rayprune COMMAND`, with a module for each command or two.
 
 Exit codes: 0 success, 2 a mistake of the user (reported in one line), 1 any other error; tracebacks only with --debug.
 Modules of commands import slow libraries (torch, Ray, pandas, matplotlib) inside functions.
@@ -20,6 +20,7 @@ from rayprune.cli.evaluate import evaluate
 from rayprune.cli.init import init
 from rayprune.cli.methods import methods
 from rayprune.cli.report import report, show
+from rayprune.cli.schema import schema
 from rayprune.cli.select import select
 from rayprune.cli.sweep import sweep
 from rayprune.cli.train import score, train
@@ -57,7 +58,7 @@ def cli() -> None:
     """Train each epoch only on the samples worth training on."""
 
 
-for command in (init, train, score, select, evaluate, compare, sweep, report, show, methods, doctor):
+for command in (init, train, score, select, evaluate, compare, sweep, report, show, methods, schema, doctor):
     cli.add_command(command)
 
 

@@ -45,7 +45,9 @@ class Config(Strict):
 
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
-    method: dict[str, Any] = Field(default_factory=lambda: {"name": "full"})
+    method: dict[str, Any] = Field(
+        default_factory=lambda: {"name": "full"}, description="the selection method: its name, or its name and its keys"
+    )
     train: TrainSection = TrainSection()
     optim: OptimSection = OptimSection()
     scaling: ScalingSection = ScalingSection()

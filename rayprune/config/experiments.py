@@ -46,17 +46,21 @@ class SweepSection(Section):
     """The search space of `rayprune sweep`, and how to search it."""
 
     space: dict[str, Any] = Field(default_factory=dict, description="dotted key → a list or a distribution")
-    search: Literal["grid", "random", "optuna"] = "grid"
+    search: Literal["grid", "random", "optuna"] = Field(
+        "grid", description="grid: all combinations; random: draws; optuna: proposals from the results so far"
+    )
     num_trials: int | None = Field(None, ge=1, description="number of trials of random and optuna")
-    scheduler: Literal["none", "asha"] = "none"
+    scheduler: Literal["none", "asha"] = Field("none", description="asha stops trials that are not among the best")
     grace_epochs: AutoCount = Field("auto", description="epochs before asha may stop a trial; auto: a fifth of all")
     reduction_factor: float = Field(3.0, gt=1, description="asha keeps one trial in so many at each rung")
-    objective: Literal["accuracy", "samples", "compute", "seconds", "pareto"] = "pareto"
+    objective: Literal["accuracy", "samples", "compute", "seconds", "pareto"] = Field(
+        "pareto", description="what optuna and asha optimize; pareto: accuracy and compute (asha: accuracy)"
+    )
     hold_out: float = Field(
         0.1, ge=0, lt=1, description="share of the training samples to compare trials on; 0: the validation part"
     )
     amortise: int = Field(1, ge=1, description="trainings that share the cost of a static method's scoring run")
-    max_concurrent: AutoCount = "auto"
+    max_concurrent: AutoCount = Field("auto", description="trials at a time; auto: as many as the cluster has room for")
     seed: int = Field(0, ge=0, lt=2**32, description="of the search; the trials' own is train.seed")
     max_failures: int = Field(1, ge=0, description="restarts of a failed trial")
 

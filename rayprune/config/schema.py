@@ -58,7 +58,14 @@ class Section(Strict):
 
 
 @dataclass(frozen=True)
-class _Augmentation:
+class Augmentation:
+    """Random changes of the training images, drawn anew in every epoch.
+
+    Args:
+        crop: pixels of zero padding on each side before a random crop to the original size; 0: none.
+        flip: flip half of the images horizontally.
+    """
+
     crop: int = 0
     flip: bool = False
 
@@ -66,12 +73,14 @@ class _Augmentation:
 class DataSection(Section, extra="allow"):
     """The data source; other keys belong to the source."""
 
-    source: Reference = Field("digits", description="a named dataset, or module:function")
+    source: Reference = Field("digits", description="a built-in source, or file.py:function")
     limit: int | None = Field(None, ge=1, description="train on the first n samples only")
     hold_out: float | None = Field(
         None, gt=0, lt=1, description="share of the training samples to validate on, instead of the validation part"
     )
-    cache: Literal["auto", "memory", "disk", "none"] = Field("auto", description="where to keep decoded samples")
+    cache: Literal["auto", "memory", "disk", "none"] = Field(
+        "auto", description="where to keep decoded samples; auto: on disk if there is room"
+    )
     augment: Auto | dict[str, Any] = Field(
         "auto", description="crop (pixels), flip; auto: the usual one of the dataset"
     )
@@ -85,7 +94,7 @@ class DataSection(Section, extra="allow"):
     @classmethod
     def _check_augmentation(cls, value: Any) -> Any:
         if value != "auto":
-            check_keys(_Augmentation, value, "data.augment", "the augmentation")
+            check_keys(Augmentation, value, "data.augment", "the augmentation")
             if value.get("crop", 0) < 0:
                 raise ConfigError(f"data.augment.crop = {value['crop']}: must be at least 0 pixels")
         return value
@@ -99,7 +108,7 @@ class DataSection(Section, extra="allow"):
 class ModelSection(Section, extra="allow"):
     """The network; other keys are its options."""
 
-    name: Reference = "resnet8"
+    name: Reference = Field("resnet8", description="a built-in model, torchvision:NAME, or file.py:function")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -110,18 +119,23 @@ class ModelSection(Section, extra="allow"):
 class TrainSection(Section):
     """Length, batches and precision of training."""
 
-    epochs: int = Field(20, ge=1)
+    epochs: int = Field(20, ge=1, description="passes over the selected samples")
     batch_size: int = Field(128, ge=1, description="global batch: all workers together, accumulation included")
-    seed: int = Field(0, ge=0, lt=2**63)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    last_batch: Literal["pad", "drop"] = "pad"
+    seed: int = Field(0, ge=0, lt=2**63, description="of the weights, the selection, the order and the augmentation")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="bf16: mixed precision; auto: bf16 on a GPU that supports it"
+    )
+    last_batch: Literal["pad", "drop"] = Field(
+        "pad",
+        description="the incomplete last batch of an epoch: pad fills it with rows of weight 0, drop leaves it out",
+    )
     accumulate: int = Field(1, ge=1, description="micro-batches per batch of a worker")
     clip_norm: float | None = Field(None, gt=0, description="maximum gradient norm")
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    channels_last: Auto | bool = "auto"
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread evenly over all classes")
+    channels_last: Auto | bool = Field("auto", description="memory layout of images; auto: true")
     compile: bool = Field(False, description="torch.compile the network, which slows the first epoch")
     validate_every: int = Field(1, ge=1, description="epochs between validations; the last epoch always validates")
-    step: str | dict[str, Any] = Field("plain", description="plain | exits | l2w, or {name: …} with its options")
+    step: str | dict[str, Any] = Field("plain", description="plain, exits or l2w, or {name: …} with its options")
     stop_after: int | None = Field(None, ge=1, description="stop after so many epochs; schedules still span all epochs")
     record: tuple[str, ...] = Field((), description="signals whose mean over the visits goes to scores.parquet")
     max_nonfinite: int = Field(100, ge=0, description="NaN or infinite losses in a run before training stops")
@@ -150,16 +164,16 @@ class TrainSection(Section):
 class OptimSection(Section):
     """Optimizer and learning-rate schedule; the schedule depends on the fraction of training done."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adamw"] = Field("sgd", description="the optimizer")
     lr: float = Field(0.1, gt=0, description="peak learning rate")
-    momentum: float = Field(0.9, ge=0, lt=1)
-    nesterov: bool = False
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    weight_decay: float = Field(5e-4, ge=0)
-    schedule: Literal["constant", "cosine", "onecycle", "step"] = "cosine"
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
+    nesterov: bool = Field(False, description="Nesterov momentum for sgd")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="of adamw")
+    weight_decay: float = Field(5e-4, ge=0, description="on all parameters; decoupled for adamw")
+    schedule: Literal["constant", "cosine", "onecycle", "step"] = Field("cosine", description="of the learning rate")
     warmup: float = Field(0.0, ge=0, lt=1, description="linear warm-up over this fraction of training")
-    milestones: tuple[float, ...] = (0.5, 0.75)
-    gamma: float = Field(0.1, gt=0, le=1)
+    milestones: tuple[float, ...] = Field((0.5, 0.75), description="of schedule step, as fractions of training")
+    gamma: float = Field(0.1, gt=0, le=1, description="of schedule step: factor on the rate at each milestone")
 
     @field_validator("milestones")
     @classmethod
@@ -183,9 +197,9 @@ class ScalingSection(Section):
     num_workers: int | tuple[int, int] = Field(
         1, description="0 trains in this process, without a Ray cluster; [min, max] uses what the cluster has"
     )
-    use_gpu: Auto | bool = "auto"
-    cpus_per_worker: Auto | float = "auto"
-    threads: Auto | int = "auto"
+    use_gpu: Auto | bool = Field("auto", description="auto: if the cluster has a GPU")
+    cpus_per_worker: Auto | float = Field("auto", description="CPUs that Ray reserves for each worker")
+    threads: Auto | int = Field("auto", description="of torch in each worker; auto: the CPUs divided by the workers")
     stream: Literal["auto", "ray", "local", "device"] = Field(
         "auto", description="ray: through Ray Data; local: each worker reads; device: decoded once, kept on the device"
     )
@@ -223,8 +237,8 @@ class RunSection(Section):
     checkpoint_minutes: float | None = Field(10.0, gt=0, description="minutes between checkpoints inside an epoch")
     max_failures: int = Field(3, ge=-1, description="restarts of the worker group; -1: no limit")
     stall_seconds: float = Field(120.0, gt=0, description="silence of a rank, the actor or the stream to report")
-    keep_checkpoints: int = Field(2, ge=1)
-    keep_selections: int = Field(10, ge=0)
+    keep_checkpoints: int = Field(2, ge=1, description="number of newest checkpoints that stay on disk")
+    keep_selections: int = Field(10, ge=0, description="number of newest epochs whose selections stay on disk")
     trackers: tuple[str, ...] = Field((), description="mlflow, wandb; TensorBoard is always written")
 
     def storage_folder(self) -> Path:

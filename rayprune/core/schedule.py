@@ -90,7 +90,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The same ratio in every epoch."""
+    """The same ratio in every epoch.
+
+    Args:
+        value: the prune ratio, in [0, 1).
+    """
 
     name = "constant"
     value: float = 0.5
@@ -108,6 +112,13 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class _Ramp(Schedule):
+    """A ratio that changes in every epoch.
+
+    Args:
+        start: the prune ratio of the first epoch, in [0, 1).
+        end: the prune ratio of the last epoch, in [0, 1).
+    """
+
     start: float = 0.0
     end: float = 0.5
 
@@ -154,6 +165,9 @@ class Cosine(_Ramp):
 class Polynomial(_Ramp):
     """Keep γ_f + (γ_0 − γ_f)(1 − x)^p with γ = 1 − r; for p > 1 the keep ratio falls fastest at the start.
 
+    Args:
+        power: p, above 0.
+
     >>> [round(Polynomial(0.0, 0.4, power=2)(e, 5), 3) for e in range(5)]
     [0.0, 0.175, 0.3, 0.375, 0.4]
     """
@@ -174,6 +188,10 @@ class Polynomial(_Ramp):
 @dataclass(frozen=True)
 class Power(Schedule):
     """Keep γ_k = k^(−ρ) in block k = 1..K of equal length, with ρ such that the mean of γ is the budget.
+
+    Args:
+        budget: the mean keep ratio of the run, in (1/K, 1].
+        blocks: K, at least 1.
 
     >>> power = Power(budget=0.6, blocks=20)
     >>> round(power.exponent, 5), round(1 - power(1, 20), 5), round(1 - power(19, 20), 5)
@@ -213,6 +231,11 @@ class Power(Schedule):
 class Step(Schedule):
     """Switch to `ratios[i]` at the share `milestones[i]` of the run; `start` before the first milestone.
 
+    Args:
+        milestones: ascending shares of the run, in [0, 1].
+        ratios: the prune ratio from each milestone on, in [0, 1).
+        start: the prune ratio before the first milestone, in [0, 1).
+
     >>> [Step(milestones=(0.5, 0.75), ratios=(0.3, 0.6))(e, 4) for e in range(4)]
     [0.0, 0.0, 0.3, 0.6]
     """
@@ -239,6 +262,10 @@ class Step(Schedule):
 @dataclass(frozen=True)
 class AnnealedToFull(Schedule):
     """Follow another schedule, then train on all samples from epoch floor(δE) on (InfoBatch's annealing).
+
+    Args:
+        of_ratio: a number in [0, 1) or another schedule.
+        until: δ, a share of the run, in [0, 1].
 
     >>> [AnnealedToFull(0.5, until=0.5)(e, 5) for e in range(5)]
     [0.5, 0.5, 0.0, 0.0, 0.0]

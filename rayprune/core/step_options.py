@@ -52,8 +52,10 @@ class L2wOptions(ExitsOptions):
         epsilon: ε, the range of the weights: they differ from 1 by less than 2ε.
         p: 1..39, the distribution of samples over exits; 20: equal at every exit, lower: more exit early.
         meta_interval: batches between steps of the weight network.
-        meta_lr, meta_weight_decay: those of the weight network's Adam; its rate follows the main optimizer's schedule.
-        hidden, layers: width and number of the weight network's hidden layers.
+        meta_lr: peak learning rate of the weight network's Adam; it follows the main optimizer's schedule.
+        meta_weight_decay: weight decay of the weight network's Adam.
+        hidden: width of the weight network's hidden layers.
+        layers: number of the weight network's hidden layers.
         scope: the rows of the virtual step, the normalization and the exits: one worker's (local), as in the paper's
             program, or the whole batch's (global).
         gradient: how to compute the weight network's gradient; second_order is slower, with the same result.

@@ -112,9 +112,18 @@ def mismatch(value: Any, hint: Any) -> str:
         return ""
     if get_origin(_bare(hint)) is Literal and isinstance(value, str):
         return closest(value, _choices(hint))
-    *others, last = _choices(hint)
-    words = f"{', '.join(others)} or {last}" if others else last
+    words = in_words(hint)
     return f"must be {words if _all_finite(value) else re.sub('(?<!whole )number', 'finite number', words)}"
+
+
+def in_words(hint: Any) -> str:
+    """Return the values that an annotation accepts, in words.
+
+    >>> in_words(Literal["auto"] | float | None), in_words(tuple[int, ...])
+    ('auto, a number or null', 'a list of whole numbers')
+    """
+    *others, last = _choices(hint)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def check_ratio(name: str, value: Any) -> None:

@@ -46,7 +46,7 @@ class Arrays:
             an .npz archive of the same names.
         validation_fraction: held out, stratified, if there is no test part; 0 for no validation.
         num_classes: default: the largest training label + 1.
-        cache_dir: where an archive is extracted to; see `cache.cache_root`.
+        cache_dir: where an archive is extracted to; default: $RAYPRUNE_CACHE, else ~/.cache/rayprune.
     """
 
     path: str

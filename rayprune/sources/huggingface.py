@@ -60,7 +60,7 @@ class HuggingFace:
         validation_fraction: held out, stratified, if there is no validation split; 0 for no validation.
         num_classes: default: the number of class names, else the largest training label + 1.
         cache: see `cache.decoded`.
-        cache_dir: see `cache.cache_root`.
+        cache_dir: folder of the cache; default: $RAYPRUNE_CACHE, else ~/.cache/rayprune.
     """
 
     path: str

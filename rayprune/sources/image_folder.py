@@ -61,7 +61,7 @@ class ImageFolder:
         num_channels: 1 or 3; default: those of the first training image.
         on_error: "skip" decodes all files once and leaves out unreadable ones; "fail" refuses them.
         cache: see `cache.decoded`.
-        cache_dir: see `cache.cache_root`.
+        cache_dir: folder of the cache; default: $RAYPRUNE_CACHE, else ~/.cache/rayprune.
     """
 
     path: str
@@ -144,7 +144,9 @@ class ImageNet:
     Attributes:
         path: torchvision's root, local or a URI, with `train/<wnid>/` and `val/<wnid>/`.
         image_size: pixels; the shorter side is scaled to it and the middle square cut out.
-        on_error, cache, cache_dir: as for `image_folder`.
+        on_error: "skip" decodes all files once and leaves out unreadable ones; "fail" refuses them.
+        cache: see `cache.decoded`.
+        cache_dir: folder of the cache; default: $RAYPRUNE_CACHE, else ~/.cache/rayprune.
         download: refused, because the archives are given to registered users only.
     """
 

@@ -53,11 +53,12 @@ class TorchDataset:
     Attributes:
         dataset: `module:function` or `path.py:function`; returns a Dataset, or a pair (train, validation or None).
         options: the function's keyword arguments.
-        columns: see from_torch.
+        columns: names of a tuple's entries, or the entries of a mapping to keep; default: `image` or `features`, and
+            `label`, or all of a mapping.
         validation_fraction: held out, stratified, if the function returns no validation part; 0 for none.
         num_classes: default: the number of the dataset's `classes`, else the largest training label + 1.
         cache: see `cache.decoded`; items that differ at each visit are never kept.
-        cache_dir: see `cache.cache_root`.
+        cache_dir: folder of the cache; default: $RAYPRUNE_CACHE, else ~/.cache/rayprune.
     """
 
     dataset: str

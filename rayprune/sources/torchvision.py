@@ -40,7 +40,7 @@ class PublishedImages(abc.ABC):
     Attributes:
         path: torchvision's root folder.
         download: fetch missing files.
-        cache_dir: see `cache.cache_root`.
+        cache_dir: folder of the cache; default: $RAYPRUNE_CACHE, else ~/.cache/rayprune.
     """
 
     path: str

@@ -18,6 +18,11 @@ from rayprune.nn.models.registry import register_model
 class MLP(nn.Module):
     """Hidden layers with ReLU, of the widths in `hidden`, and a linear classifier `fc`; inputs are flattened.
 
+    Args:
+        num_classes: C.
+        input_shape: of a sample, of any number of axes.
+        hidden: widths of the hidden layers, each at least 1; none for a linear model.
+
     Raises:
         ConfigError: a width is below 1.
     """

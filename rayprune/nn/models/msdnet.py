@@ -113,12 +113,16 @@ class MSDNet(MultiExit):
 
     Args:
         num_classes, input_shape: C, and (channels, H, W).
-        num_blocks, base: K, the number of exits, and the layers of the first block.
-        step, step_mode: layers of the others: `step` each ("even"), or step·i + 1 in block i from 0 ("lin_grow").
-        channels, growth_rate: of the finest map after the stem, and added to it by a layer.
+        num_blocks: K, the number of exits.
+        base: layers of the first block.
+        step: layers of the others, as step_mode says.
+        step_mode: `even` gives each of the others `step` layers, `lin_grow` step·i + 1 in block i from 0.
+        channels: of the finest map after the stem, for a growth factor of 1.
+        growth_rate: channels that a layer adds to the finest map, for a growth factor of 1.
         growth_factors: the width of each scale in multiples of these, the finest first; 1, 2, 4 … by default.
-        bottleneck, bottleneck_factors: whether a 1×1 convolution precedes each 3×3 one, and its largest width in
-            multiples of the 3×3's output, at each scale; the growth_factors by default.
+        bottleneck: whether a 1×1 convolution precedes each 3×3 one.
+        bottleneck_factors: the largest width of the 1×1 convolutions at each scale, in multiples of the output of the
+            3×3; the growth_factors by default.
         num_scales: S; by default as many as growth_factors, or 3, or fewer for images under 16 pixels.
         reduction: the fraction of channels kept where a scale is dropped, in (0, 1].
         stem: "cifar" or "imagenet"; by default "imagenet" for images of at least 96 pixels.
@@ -212,7 +216,13 @@ def msdnet_imagenet(
     num_blocks: int = 5,
     gradient_equilibrium: bool = False,
 ) -> MSDNet:
-    """Build the paper's network for ImageNet: 4 scales, 5 blocks of `step` layers (4, 6 or 7), the first of `base`."""
+    """Build the paper's network for ImageNet: 4 scales, 5 blocks of `step` layers (4, 6 or 7), the first of `base`.
+
+    Args:
+        num_classes, input_shape, num_blocks, gradient_equilibrium: as for `msdnet`.
+        step: layers of each block.
+        base: layers of the first block; default: step.
+    """
     return MSDNet(
         num_classes=num_classes,
         input_shape=input_shape,

@@ -198,11 +198,14 @@ class RANet(MultiExit):
 
     Args:
         num_classes, input_shape: C, and (channels, H, W).
-        num_blocks, block_step: blocks of the first sub-network, and the increase from one to the next; the last has K.
-        step, step_mode: layers of a block: `step` each ("even"), or step·i in block i from 1 ("lin_grow").
+        num_blocks: blocks of the first sub-network; the last has K.
+        block_step: by how many blocks a sub-network exceeds the one before.
+        step: layers of a block, as step_mode says.
+        step_mode: `even` gives each block `step` layers, `lin_grow` step·i in block i from 1.
         scales: of every sub-network, from 1, rising by 1 where the resolution doubles and by 0 where it stays; 1, 2, 3
             by default, or fewer for images under 16 pixels.
-        channels, growth_rate: of the stem's map, and added by a layer, for a growth factor of 1.
+        channels: of the stem's map, for a growth factor of 1.
+        growth_rate: channels that a layer adds, for a growth factor of 1.
         growth_factors: the width of each sub-network in multiples; by default it halves when the resolution doubles.
         compress_factor: the fraction of a fusion's channels that come from the previous sub-network, in (0, 1).
         bottleneck, bottleneck_factors, reduction, stem, gradient_equilibrium: as for `msdnet`.
@@ -306,7 +309,11 @@ def ranet_imagenet(
     growth_factors: Sequence[int] = (4, 2, 2, 1),
     gradient_equilibrium: bool = False,
 ) -> RANet:
-    """Build the paper's network for ImageNet: 4 resolutions, 8 exits."""
+    """Build the paper's network for ImageNet: 4 resolutions, 8 exits.
+
+    Args:
+        num_classes, input_shape, step, channels, growth_rate, growth_factors, gradient_equilibrium: as for `ranet`.
+    """
     return RANet(
         num_classes=num_classes,
         input_shape=input_shape,

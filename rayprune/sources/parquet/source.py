@@ -58,7 +58,7 @@ class Parquet:
             size, which must be the same for all.
         on_error: "skip" leaves out unreadable rows and files, and files with other columns; "fail" refuses them.
         cache: see `cache.decoded`; `auto` decodes at every visit if the disk has less than twice the room.
-        cache_dir: see `cache.cache_root`.
+        cache_dir: folder of the cache; default: $RAYPRUNE_CACHE, else ~/.cache/rayprune.
         buffer_bytes: with cache none, the size of the encoded row groups that each process keeps.
     """
 

@@ -70,7 +70,7 @@ class WebDataset:
         num_classes: default: the number of class names, else the largest training label + 1.
         on_error: "skip" decodes all samples once and leaves out unreadable samples and shards; "fail" refuses them.
         cache: see `cache.decoded`.
-        cache_dir: see `cache.cache_root`; the index of the shards is kept there too.
+        cache_dir: folder of the cache and of the shards' index; default: $RAYPRUNE_CACHE, else ~/.cache/rayprune.
     """
 
     path: str
