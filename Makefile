@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test scenarios test-all torture check format setup bench clean
+.PHONY: demo docs test scenarios test-all torture check format setup bench clean
 
 setup: $(VENV)/.done
 
@@ -18,6 +18,10 @@ demo: setup
 	rm -rf runs/demo
 	$(BIN)/rayprune train configs/digits_full.yaml configs/digits_infobatch.yaml run.storage_path=runs/demo
 	$(BIN)/rayprune report runs/demo
+
+# docs/reference, from the code; a test checks that it is current.
+docs: setup
+	$(BIN)/python docs/make_reference.py
 
 # Everything but the long scenarios. Two processes that take whole files, those of tests/integration first: they are long.
 test: setup

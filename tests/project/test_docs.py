@@ -15,7 +15,7 @@ from rayprune.config import Config, load_config, make_config
 from rayprune.config.shipped import shipped_configs
 from tests.support.paths import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 # Words that the reader replaces.
 PLACEHOLDER = re.compile(r"\b(CONFIG|RUN|NAME|FOLDER|PATH|DIR)\b|…")
@@ -32,7 +32,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", page.read_text())):
         if target.startswith(("http://", "https://")):
             continue
         name, _, anchor = target.partition("#")

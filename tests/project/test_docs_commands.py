@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from rayprune.cli.main import cli
-from tests.project.test_docs import PAGES, commands, configs_in
+from tests.project.test_docs import PAGES, blocks, commands, configs_in
 from tests.support.paths import ROOT
 
 SMALL = [
@@ -35,9 +35,16 @@ DEFAULT_NAMED = ["configs/digits_msdnet_l2w.yaml", "method.name=infobatch"]
 SKIPPED = re.compile(r"^rayprune (sweep|compare) |/path/to|\bCONFIG\b|…|MY_SWEEP|runs/l2w-0|--device cuda")
 
 
-def documented_commands() -> list[tuple[str, list[str]]]:
-    pages = [(page.name, [line for line in commands(page) if not SKIPPED.search(line)]) for page in PAGES]
-    return [(name, lines) for name, lines in pages if lines]
+def documented_commands() -> list[tuple[Path, list[str]]]:
+    pages = [(page, [line for line in commands(page) if not SKIPPED.search(line)]) for page in PAGES]
+    return [(page, lines) for page, lines in pages if lines]
+
+
+def write_files(page: Path) -> None:
+    """Write the Python code of a page that starts with the name of a file, such as `# my_models.py`."""
+    for code in blocks(page, "python"):
+        if name := re.match(r"# (\w+\.py)\n", code):
+            Path(name[1]).write_text(code)
 
 
 def shrink(words: list[str]) -> list[str]:
@@ -65,10 +72,11 @@ def run(runner: CliRunner, words: list[str]) -> None:
     assert result.exit_code == 0, f"rayprune {' '.join(words)}:\n{result.output}\n{result.exception}"
 
 
-@pytest.mark.parametrize(("page", "lines"), documented_commands(), ids=[page for page, _ in documented_commands()])
-def test_commands_run(page: str, lines: list[str], checkout: CliRunner) -> None:
+@pytest.mark.parametrize(("page", "lines"), documented_commands(), ids=[page.name for page, _ in documented_commands()])
+def test_commands_run(page: Path, lines: list[str], checkout: CliRunner) -> None:
+    write_files(page)
     if any("runs/" in line for line in lines):
-        run(checkout, shrink(["train", *NAMED.get(page, DEFAULT_NAMED), "run.name=NAME"]))
+        run(checkout, shrink(["train", *NAMED.get(page.name, DEFAULT_NAMED), "run.name=NAME"]))
         for name in ("A", "B", "C", "demo/A"):
             (Path("runs") / name).parent.mkdir(exist_ok=True)
             (Path("runs") / name).symlink_to(Path("runs/NAME").resolve())
