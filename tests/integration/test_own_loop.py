@@ -24,7 +24,9 @@ from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchTrainer
 
 import rayprune
+from rayprune.engine.storage.run_folder import read_metrics
 from rayprune.engine.user_loop.api import PrunedData
+from rayprune.sources.score_files import read_scores
 from tests.support import own_loops
 from tests.support.paths import ROOT
 
@@ -91,7 +93,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, np.ndarray]]]:
     """Two workers that read through Ray Data and a map of the user."""
     folder = tmp_path_factory.mktemp("together")
-    data = prune()
+    data = prune(run=folder / "run", world_size=2)
     fit(data.dataset.map_batches(lambda batch: {**batch, "x": batch["x"] * 1}, batch_size=None), folder, 2)
     yield folder, data.scores()
     data.close()
@@ -108,6 +110,17 @@ def test_batches_do_not_depend_on_workers(alone: Path, together: tuple[Path, dic
         batch[2] for batch in one_rank if batch[0][0] == 0
     ]
     assert epoch.plan_hash == one_rank[0][1]
+
+
+def test_two_workers_write_one_run_folder(together: tuple[Path, dict[str, np.ndarray]]) -> None:
+    folder, scores = together
+    lines = read_metrics(folder / "run")
+    assert [line["epoch"] for line in lines] == list(range(own_loops.EPOCHS))
+    assert {line["world_size"] for line in lines} == {2}
+    real = [(at, sum(w > 0 for _, _, ws in parts for w in ws)) for (at, _), parts in batches_by_step(folder, 2).items()]
+    trained = [sum(rows for at, rows in real if at <= line["epoch"]) for line in lines]
+    assert [line["samples_trained"] for line in lines] == trained
+    assert np.array_equal(read_scores(folder / "run").scores["loss"], scores["loss"], equal_nan=True)
 
 
 @pytest.mark.scenario

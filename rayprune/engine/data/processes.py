@@ -91,6 +91,6 @@ class _TaskReader(Dataset[Any]):
     def __getitem__(self, task: _Task) -> tuple[dict[str, NDArray[Any]], int]:
         seed, ids = task
         random.seed(seed)
-        np.random.set_bit_generator(np.random.MT19937(seed))  # what np.random.rand and the like draw from
+        np.random.set_bit_generator(np.random.MT19937(seed))  # type: ignore[attr-defined]  # what np.random.rand and the like draw from
         torch.manual_seed(seed)
         return self._source.read(ids)

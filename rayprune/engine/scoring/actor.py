@@ -43,7 +43,8 @@ from rayprune.engine.scoring.messages import (
     unpack,
 )
 from rayprune.engine.storage.checkpoint import checkpoint_path, is_written, load_selector_state
-from rayprune.engine.storage.run_folder import write_selection
+from rayprune.engine.storage.loop_run import LoopRun
+from rayprune.engine.storage.run_folder import write_scores, write_selection
 from rayprune.errors import CheckpointPending, ObservationsLost, StaleGeneration, UsageError
 from rayprune.methods import Method, build_method
 from rayprune.sources import SampleSource
@@ -72,6 +73,7 @@ class ScoreSpec:
         visits_collected: samples that an earlier scoring run trained on.
         meta_every: training batches per meta batch, as in `Plan.of_selection`.
         task_rows: the largest number of rows in a read task of the stream.
+        loop_run: the run folder of a user's loop.
     """
 
     method: dict[str, Any] | Method
@@ -90,6 +92,7 @@ class ScoreSpec:
     visits_collected: int = 0
     meta_every: int = 0
     task_rows: int = BLOCK_ROWS
+    loop_run: LoopRun | None = None
 
     def selector(self) -> Selector:
         """Build a fresh Selector."""
@@ -363,6 +366,7 @@ class LoopSettings:
         num_epochs: epochs of the whole run.
         batch_size: rows of a global batch.
         identity: what a saved state must agree with: fingerprint, number of samples, batch size, epochs, seed, shuffle.
+        has_run: whether the loop has a run folder.
     """
 
     signals: tuple[str, ...]
@@ -370,10 +374,17 @@ class LoopSettings:
     num_epochs: int
     batch_size: int
     identity: dict[str, Any]
+    has_run: bool = False
 
 
 class LoopActor(ScoreActor):
     """The ScoreActor of a user's own loop; its state comes from the user's checkpoints."""
+
+    def __init__(self, spec: ScoreSpec) -> None:
+        super().__init__(spec)
+        # Sum and number of the epoch's losses, and the mean of the last closed epoch.
+        self._loss_sum, self._num_losses = 0.0, 0
+        self._closed_loss: float | None = None
 
     def settings(self) -> LoopSettings:
         """Return the settings that every rank needs."""
@@ -388,8 +399,10 @@ class LoopActor(ScoreActor):
             "seed": spec.seed,
         }
         method = build_method(spec.method)
+        signals = tuple(dict.fromkeys((*method.signals, *spec.record)))
         sweep_signals = method.sweep_signals or method.signals
-        return LoopSettings(method.signals, sweep_signals, spec.num_epochs, spec.batch_size, identity)
+        has_run = spec.loop_run is not None
+        return LoopSettings(signals, sweep_signals, spec.num_epochs, spec.batch_size, identity, has_run)
 
     def restore(self, generation: int, epoch: int, state: Mapping[str, NDArray[Any]] | None) -> None:
         """Start an attempt at an epoch, with the state of a checkpoint, or afresh without one.
@@ -403,6 +416,36 @@ class LoopActor(ScoreActor):
         selector.begin_epoch(epoch)
         self._selector, self._generation, self._passed = selector, generation, None
         self._start_epoch()
+        if self._spec.loop_run is not None and epoch < self._spec.num_epochs:
+            self._spec.loop_run.open(epoch, resumed=state is not None)
+
+    def log_epoch(self, line: Mapping[str, Any]) -> None:
+        """Append the last closed epoch's line to the run folder; after the last epoch, write the scores there."""
+        spec, selector = self._spec, self._selector
+        assert spec.loop_run is not None
+        assert selector is not None
+        spec.loop_run.log({**line, "train_loss": self._closed_loss})
+        if line["epoch"] + 1 == spec.num_epochs:
+            labels = spec.source.labels if spec.labeled else None
+            write_scores(Path(spec.loop_run.folder), selector, labels, spec.source.fingerprint)
+
+    def observe(self, key: AttemptKey, push: Push) -> None:
+        """Fold one push into the table, once, and add up its losses."""
+        num_observed = self._num_observed
+        super().observe(key, push)
+        losses = unpack(push.layout, push.buffer).get("loss")
+        if self._num_observed > num_observed and losses is not None and not push.sweep:
+            finite = losses[np.isfinite(losses)]
+            self._loss_sum += float(finite.sum(dtype=np.float64))
+            self._num_losses += finite.size
+
+    def _start_epoch(self) -> None:
+        super()._start_epoch()
+        self._loss_sum, self._num_losses = 0.0, 0
+
+    def _close_epoch(self, epoch: int) -> float:
+        self._closed_loss = self._loss_sum / self._num_losses if self._num_losses else None
+        return super()._close_epoch(epoch)
 
     def _state_before(self, epoch: int, step: int) -> Selector:
         if (epoch, step) > (0, 0):

@@ -176,7 +176,7 @@ def read_validation(run_folder: Path, num_samples: int) -> NDArray[np.bool_]:
 def write_scores(
     run_folder: Path,
     selector: Selector,
-    labels: NDArray[np.int64],
+    labels: NDArray[np.int64] | None,
     fingerprint: str,
     *,
     extra: Mapping[str, Any] | None = None,

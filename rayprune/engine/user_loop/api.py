@@ -6,6 +6,7 @@ import itertools
 import time
 import uuid
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -35,9 +36,10 @@ from rayprune.engine.data.transport import LocalStream, RayStream, Transport
 from rayprune.engine.scoring.actor import LoopSettings, ScoreSpec
 from rayprune.engine.scoring.client import LoopClient
 from rayprune.engine.scoring.session import ScoringSession
+from rayprune.engine.storage.loop_run import LoopRun
 from rayprune.engine.user_loop.shard import Shard, check_divisible
 from rayprune.errors import ConfigError
-from rayprune.methods import Method
+from rayprune.methods import Method, build_method
 from rayprune.methods.fixed import Fixed
 from rayprune.sources import SampleSource, as_source
 from rayprune.sources.selection_files import read_selection_for
@@ -61,6 +63,7 @@ def prune(
     id_column: str = "id",
     num_workers: int = 0,
     world_size: int | None = None,
+    run: str | Path | None = None,
 ) -> PrunedData:
     """Prune a dataset for a Ray Train loop.
 
@@ -81,6 +84,8 @@ def prune(
         num_workers: with `stream="local"`, each worker reads its rows in so many processes, as a DataLoader does; for
             Datasets whose items take time. 0 reads them in a thread.
         world_size: the trainer's number of workers; if given, batch_size is checked here and not when they start.
+        run: a run folder to write metrics and scores to, for `rayprune report`, `show` and `select`; on storage that
+            every machine sees. `Epoch.log` adds your own metrics. None writes nothing.
 
     Returns:
         The pruned data. Give them to the trainer and call `get_dataset_shard` in its loop.
@@ -88,6 +93,7 @@ def prune(
     Raises:
         ConfigError: the method or an argument cannot work with this source.
         DataError: the source cannot be read.
+        RunFolderError: the run folder cannot be written, or holds another run.
 
     Example::
 
@@ -137,6 +143,7 @@ def prune(
     _check_stream(stream, ("ray", "local", "device"), samples, num_workers)
     spec = _score_spec(samples, method, num_epochs, batch_size, seed=seed, last_batch=last_batch)
     spec = replace(spec, task_rows=task_rows(samples, ray.cluster_resources().get("CPU", 1.0)))
+    spec = _with_run(spec, run, type(source).__name__, stream)
     if not is_dataset:
         samples = in_object_store(samples)
     name = f"rayprune-loop-{uuid.uuid4().hex[:8]}"
@@ -223,6 +230,7 @@ def local_loader(
     stream: Literal["local", "device"] = "local",
     num_workers: int = 0,
     device: torch.device | str | None = None,
+    run: str | Path | None = None,
 ) -> Shard:
     """Prune a dataset for a plain PyTorch loop in this process, without Ray.
 
@@ -234,6 +242,8 @@ def local_loader(
         num_workers: with stream `local`, read rows in so many processes, as a DataLoader does; for Datasets whose items
             take time. 0 reads them in a thread.
         device: where batches go; None leaves them on the host.
+        run: a run folder to write metrics and scores to, for `rayprune report`, `show` and `select`. `Epoch.log` adds
+            your own metrics. None writes nothing.
 
     Returns:
         The Shard, whose `epochs()` the loop iterates.
@@ -241,6 +251,7 @@ def local_loader(
     Raises:
         ConfigError: as for `prune`, or there is no such device.
         DataError: the source cannot be read.
+        RunFolderError: the run folder cannot be written, or holds another run.
 
     >>> import numpy as np, torch, rayprune
     >>> data = {"x": np.arange(8, dtype=np.float32)}
@@ -254,6 +265,7 @@ def local_loader(
     samples = as_source(source)
     _check_stream(stream, ("local", "device"), samples, num_workers)
     spec = _score_spec(samples, method, num_epochs, batch_size, seed=seed, last_batch=last_batch)
+    spec = _with_run(spec, run, type(source).__name__, stream)
     target = None if device is None else torch.device(device)
     if target is not None and target.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {str(device)!r}: torch finds no GPU here: leave device out, or install its driver")
@@ -350,3 +362,22 @@ def _score_spec(
         labeled=labeled,
         chosen=read_selection_for(method.path, samples).selection(len(samples)) if isinstance(method, Fixed) else None,
     )
+
+
+def _with_run(spec: ScoreSpec, folder: str | Path | None, source_name: str, stream: str) -> ScoreSpec:
+    """Return a loop's spec with its run folder, which is checked; the means of all losses are then recorded."""
+    if folder is None:
+        return spec
+    path = Path(folder).expanduser().absolute()
+    method = build_method(spec.method)
+    config = {
+        "run": {"name": path.name, "storage_path": str(path.parent)},
+        "data": {"source": source_name},
+        "model": {"name": "own loop"},
+        "method": method.to_config(),
+        "train": {"epochs": spec.num_epochs, "batch_size": spec.batch_size, "seed": spec.seed},
+    }
+    facts = {"seed": spec.seed, "fingerprint": spec.source.fingerprint, "stream": stream}
+    run = LoopRun(str(path), uuid.uuid4().hex, config, facts)
+    run.check()
+    return replace(spec, loop_run=run, record=("loss",))

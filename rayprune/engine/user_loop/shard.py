@@ -25,7 +25,7 @@ from rayprune.engine.data.batch import Batch
 from rayprune.engine.data.transport import Transport
 from rayprune.engine.scoring.actor import LoopSettings
 from rayprune.engine.scoring.client import LoopClient
-from rayprune.engine.scoring.messages import Moment, PlanHeader, PlanPass, RankRows
+from rayprune.engine.scoring.messages import EpochSnapshot, Moment, PlanHeader, PlanPass, RankRows
 from rayprune.engine.scoring.session import ScoringSession
 from rayprune.engine.user_loop.batch_sampler import ShardBatchSampler
 from rayprune.engine.user_loop.collate import BatchFormat, CollateFn, collated
@@ -185,7 +185,7 @@ class Shard:
         if not self._is_open:
             raise UsageError("call state_dict() after `for epoch in shard.epochs()` has begun")
         epoch = self._current
-        step = 0 if epoch is None else epoch.step_to_save()
+        step = 0 if epoch is None else epoch._step_to_save()
         if epoch is not None and epoch.is_finished and step == epoch.step:
             self._close(with_state=True)
             epoch, step = None, 0
@@ -194,7 +194,7 @@ class Shard:
                 raise UsageError(
                     "a filtered ray.data.Dataset resumes at the end of an epoch: call state_dict() after its batches"
                 )
-            self._selector = self._barrier("snapshot", step)
+            self._selector = _tensors(self._snapshot("snapshot", step))
         return {
             "schema": STATE_SCHEMA,
             "about": dict(self._settings.identity),
@@ -247,16 +247,18 @@ class Shard:
         epoch = self._current
         if epoch is None:
             return
-        epoch.end()
-        self._selector = self._barrier("close", epoch.step, with_state=with_state)
+        epoch._end()
+        snapshot = self._snapshot("close", epoch.step, with_state=with_state)
+        self._selector = _tensors(snapshot)
+        if self._settings.has_run and self.rank == 0:
+            self._session.client.log_epoch(epoch._metrics(snapshot, self.world_size))
         self._current = None
         self._epoch, self._resume_step = self._epoch + 1, 0
         self._session.start_epoch(self._epoch)
 
-    def _barrier(self, moment: Moment, step: int, *, with_state: bool = True) -> dict[str, Tensor]:
-        """Wait for all ranks; return the Selector's state on rank 0, and nothing on the others."""
-        snapshot = self._session.barrier(moment, step, with_state=with_state)
-        return {name: torch.from_numpy(array.copy()) for name, array in snapshot.state.items()}
+    def _snapshot(self, moment: Moment, step: int, *, with_state: bool = True) -> EpochSnapshot:
+        """Wait for all ranks; rank 0's snapshot has the Selector's state."""
+        return self._session.barrier(moment, step, with_state=with_state)
 
 
 class Epoch:
@@ -292,6 +294,9 @@ class Epoch:
         self.step = self.start_step
         self._unweighed = UnweighedRows(f"epoch {self.index} on rank {session.rank}")
         self._is_iterated = self._is_exhausted = self._is_swept = self._has_ended = False
+        # For the run folder.
+        self._logged: dict[str, Any] = {}
+        self._started, self._sweep_s = time.perf_counter(), 0.0
         if header.num_steps == 0:
             logger.warning(
                 "epoch %d keeps %d samples, less than a batch, and last_batch is 'drop': nothing is trained",
@@ -424,13 +429,33 @@ class Epoch:
         batch_rows = rows.ids.size if found.number is None else self._header.batch_rows
         return weighted_mean(losses_B, weights_B, batch_rows)
 
+    def log(self, **metrics: Any) -> None:
+        """Add numbers to this epoch's line in the run folder; without one, or on other ranks than 0, do nothing.
+
+        Args:
+            **metrics: reports show `val_accuracy`, `train_accuracy` (in [0, 1]), `val_loss` and `lr`; other names are
+                written as they are.
+
+        Raises:
+            ConfigError: rayprune writes a number of this name itself.
+        """
+        if taken := metrics.keys() & {
+            *self._counts(1),
+            "train_loss",
+            "selection",
+            "score_quantiles",
+            "nonfinite_losses",
+        }:
+            raise ConfigError(f"rayprune writes {', '.join(sorted(taken))} itself: log it under another name")
+        self._logged |= {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+
     def sweep(self, score: Callable[[Any], Any], **batch_format: Any) -> int:
         """See Shard.sweep."""
         if self._header.num_forward_only == 0:
             return 0
         if self._is_swept:
             raise UsageError(f"epoch {self.index} was swept already: its samples are scored once")
-        self._is_swept = True
+        self._is_swept, start = True, time.perf_counter()
         device = self._device(batch_format.pop("device", "auto"))
         num_prefetched = batch_format.pop("prefetch_batches", 1)
         num_scored, signals = 0, self._settings.sweep_signals
@@ -445,9 +470,10 @@ class Epoch:
                 outputs = _task_outputs(loop_batch, {name: results.get(name) for name in _TASK_OUTPUTS})
                 self._record(batch, losses_B, outputs, signals)
                 num_scored += int(batch.real.sum())
+        self._sweep_s = time.perf_counter() - start
         return num_scored
 
-    def step_to_save(self) -> int:
+    def _step_to_save(self) -> int:
         """Return the step after the newest weighed batch, where a saved state resumes.
 
         Raises:
@@ -461,7 +487,7 @@ class Epoch:
             raise UsageError("call state_dict() after weigh: the state would lack the last batch")
         return self.step
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """Refuse further batches, and warn if the loop did not take or weigh all: scores are then out of date."""
         self._has_ended = True
         num_taken, num_weighed = self.step - self.start_step, self._unweighed.num_weighed
@@ -474,6 +500,41 @@ class Epoch:
             )
         if num_taken < len(self):
             logger.warning("epoch %d ended after %d of %d batches", self.index, num_taken, len(self))
+
+    def _metrics(self, snapshot: EpochSnapshot, world_size: int) -> dict[str, Any]:
+        """Return the epoch's line of metrics.jsonl, with its own counts and seconds."""
+        line = self._counts(world_size)
+        line["seconds"]["select"] = snapshot.select_s
+        return {
+            **line,
+            "selection": dict(self._header.facts),
+            "score_quantiles": dict(snapshot.score_quantiles),
+            "nonfinite_losses": snapshot.num_nonfinite,
+            **self._logged,
+        }
+
+    def _counts(self, world_size: int) -> dict[str, Any]:
+        header = self._header
+        rows = self.step * header.batch_rows * world_size
+        trained, forwarded = min(rows, header.num_rows), header.num_forward_only if self._is_swept else 0
+        seconds = time.perf_counter() - self._started
+        return {
+            "epoch": self.index,
+            "requested_prune_ratio": header.requested,
+            "pruned_fraction": header.realised,
+            "kept": header.num_kept,
+            "mean_weight": header.mean_weight,
+            "lr_scale": header.lr_scale,
+            "num_samples": header.num_samples,
+            "samples_trained": trained,
+            "samples_padded": rows - trained,
+            "samples_forwarded": forwarded,
+            "compute": round(rows + forwarded / 3, 1),
+            "world_size": world_size,
+            "plan_hash": header.hash,
+            "wall_time": seconds,
+            "seconds": {"epoch": seconds, "forward_only": self._sweep_s},
+        }
 
     def _start_iteration(self) -> None:
         if self._is_iterated:
@@ -490,6 +551,11 @@ class Epoch:
 
     def _record(self, batch: Batch, losses_B: Tensor, outputs: Mapping[str, Any], signals: tuple[str, ...]) -> None:
         self._session.recorder.record(batch.ids, batch.real, signals_per_sample(signals, losses_B, **outputs))
+
+
+def _tensors(snapshot: EpochSnapshot) -> dict[str, Tensor]:
+    """Return the Selector's state on rank 0, and nothing on the others."""
+    return {name: torch.from_numpy(array.copy()) for name, array in snapshot.state.items()}
 
 
 def _ids_only(plan_pass: PlanPass, spans: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
