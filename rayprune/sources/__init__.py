@@ -12,6 +12,8 @@ from rayprune.sources.adapt import as_source
 from rayprune.sources.base import Column, Limited, SampleSource, Schema, Splits, Subset, holdout
 from rayprune.sources.cache import cached_arrays
 from rayprune.sources.huggingface import from_huggingface
+from rayprune.sources.huggingface_columns import columns_from_huggingface
+from rayprune.sources.items import columns_from_torch
 from rayprune.sources.memory import MemorySource
 from rayprune.sources.parquet import source as _parquet  # noqa: F401
 from rayprune.sources.registry import SOURCES, default_augment, input_statistics, open_data, register_source
@@ -29,6 +31,8 @@ __all__ = [
     "Subset",
     "as_source",
     "cached_arrays",
+    "columns_from_huggingface",
+    "columns_from_torch",
     "default_augment",
     "from_huggingface",
     "from_torch",

@@ -9,7 +9,7 @@ import abc
 import math
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -24,20 +24,48 @@ RESERVED_NAMES = frozenset({"id", "weight"})  # of the columns that are added to
 
 @dataclass(frozen=True)
 class Column:
-    """Shape and NumPy dtype name of one column, without the batch axis."""
+    """Shape and NumPy dtype name of one column, without the batch axis.
+
+    Rows of a column need not have one shape. `take` then returns them as a (B,) object array.
+
+    Attributes:
+        shape: -1 for an axis whose length differs from row to row: unpadded token ids are `Column((-1,), "int64")`.
+        dtype: of a row's numbers; `object` for text and other Python objects.
+        mean_bytes: an estimate of the bytes of a row that is ragged or a Python object.
+    """
 
     shape: tuple[int, ...]
     dtype: str
+    mean_bytes: int = field(default=0, compare=False)
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether the rows are arrays of several shapes."""
+        return -1 in self.shape
+
+    @property
+    def in_objects(self) -> bool:
+        """Whether `take` returns an object array: of arrays if ragged, else of text or other Python objects."""
+        return self.is_ragged or self.dtype == "object"
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of one row."""
+        return self.mean_bytes if self.in_objects else math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
 class Schema:
     """The columns that `take` returns.
 
+    Sources of `rayprune train` deliver an input column and `label`. Data that `prune` and `local_loader` are given keep
+    their own columns.
+
     Attributes:
         columns: every column by name; with classes, the input column and `label` (int64) are among them.
-        input: name of the input column: `image` (H, W, C) uint8 or `features` (F,) float32; empty if only the user's
-            training loop knows the meaning of the columns.
+        input: name of the input column: `image` (H, W, C) uint8, whatever the order of the axes was in the data, or
+            `features` (F,) float32; empty if only the user's training loop knows the meaning of the columns. Their
+            axes are then in the order of the data; encoded and Pillow images are decoded to (H, W, C) uint8.
         num_classes: labels are in 0..num_classes-1; None if samples have no class.
         class_names: one name per class, or empty.
 
@@ -69,7 +97,7 @@ class Schema:
     @property
     def row_bytes(self) -> int:
         """The bytes of one decoded row."""
-        return sum(math.prod(column.shape) * np.dtype(column.dtype).itemsize for column in self.columns.values())
+        return sum(column.row_bytes for column in self.columns.values())
 
 
 class SampleSource(abc.ABC):
@@ -110,7 +138,8 @@ class SampleSource(abc.ABC):
             ids: (B,) int64 in 0..N-1, in any order, repeats allowed.
 
         Returns:
-            The schema's columns, each with B C-contiguous rows in the order of the ids.
+            The schema's columns, each with B C-contiguous rows in the order of the ids. Ragged rows and Python objects
+            are a (B,) object array.
 
         Raises:
             DataError: an id is not in the source.

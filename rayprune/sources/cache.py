@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -26,7 +26,8 @@ import numpy as np
 
 from rayprune.core.references import closest
 from rayprune.errors import ConfigError, DataError
-from rayprune.sources.base import SampleSource, Subset
+from rayprune.sources.base import DescribedSource, SampleSource, Subset, check_ids
+from rayprune.sources.columns import empty_column, options_of_a_call
 from rayprune.sources.memory import RowSource
 
 logger = logging.getLogger(__name__)
@@ -46,19 +47,26 @@ def decoded(source: SampleSource, mode: str = "auto", cache_dir: str | None = No
     """Return a source of the same samples that decodes each row once.
 
     Args:
-        source: labeled samples whose `take` decodes.
+        source: samples whose `take` decodes.
         mode: `disk` keeps the rows in the decoded cache, `memory` keeps a copy in each process that reads, `none`
             decodes at every visit. `auto` is `disk` if decoding is expensive and the disk has twice the room.
         cache_dir: see `cache_root`.
 
     Raises:
-        DataError: an unknown mode; at the first use: the cache can't be written.
+        ConfigError: an unknown mode, or `disk` for rows that are not numbers of one shape.
+        DataError: at the first use: the cache can't be written.
     """
     check_mode(mode)
-    if mode == "none" or (mode == "auto" and source.row_cost == "cheap"):
+    uneven = [name for name, column in source.schema.columns.items() if column.in_objects]
+    if uneven and mode == "disk":
+        raise ConfigError(
+            f"data.cache is 'disk', and column {uneven[0]!r} has rows of several shapes or Python objects: set it to "
+            "memory or none"
+        )
+    if mode == "none" or (mode == "auto" and (source.row_cost == "cheap" or uneven)):
         return source
     if mode == "memory":
-        return RowSource(partial(_decode_all, source, None), source.schema, source.fingerprint, source.labels)
+        return _kept(source, partial(_decode_all, source, None))
     num_bytes = len(source) * source.schema.row_bytes
     root, key = cache_root(cache_dir), f"decoded-{source.fingerprint}"
     # An existing entry needs no more room.
@@ -71,7 +79,37 @@ def decoded(source: SampleSource, mode: str = "auto", cache_dir: str | None = No
         )
         return source
     open_arrays = partial(cached_arrays, key, root, partial(_decode_all, source), num_bytes)
+    return _kept(source, open_arrays)
+
+
+def _kept(source: SampleSource, open_arrays: Callable[[], dict[str, np.ndarray]]) -> SampleSource:
+    if source.schema.num_classes is None:
+        return KeptColumns(source, open_arrays)
     return RowSource(open_arrays, source.schema, source.fingerprint, source.labels)
+
+
+class KeptColumns(RowSource):
+    """Decoded rows of a source that keeps its own columns.
+
+    Args:
+        source: the samples.
+        open_arrays: see RowSource.
+    """
+
+    def __init__(self, source: SampleSource, open_arrays: Callable[[], dict[str, np.ndarray]]) -> None:
+        DescribedSource.__init__(self, len(source), source.schema, source.fingerprint)
+        self._source, self._open_arrays, self._arrays = source, open_arrays, None
+
+    def _read_labels(self) -> np.ndarray:
+        return self._source.labels
+
+    def arrays(self) -> Mapping[str, np.ndarray]:
+        with options_of_a_call():
+            return super().arrays()
+
+    def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        check_ids(ids, len(self))
+        return {name: np.ascontiguousarray(values[ids]) for name, values in self.arrays().items()}
 
 
 def check_mode(mode: str) -> None:
@@ -160,8 +198,10 @@ def _decode_all(source: SampleSource, folder: Path | None) -> dict[str, np.ndarr
     """Decode all rows into .npy files of a folder, or into memory."""
     arrays: dict[str, np.ndarray] = {}
     for name, column in source.schema.columns.items():
-        shape = (len(source), *column.shape)
-        arrays[name] = np.empty(shape, column.dtype) if folder is None else new_array(folder, name, column.dtype, shape)
+        if folder is None:
+            arrays[name] = empty_column(column, len(source))
+        else:
+            arrays[name] = new_array(folder, name, column.dtype, (len(source), *column.shape))
     num_rows = max(1, CHUNK_BYTES // max(1, source.schema.row_bytes))
     for start in range(0, len(source), num_rows):
         stop = min(start + num_rows, len(source))

@@ -10,7 +10,7 @@ Shapes: N samples, B batch, H height, W width, C channels, F features.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from rayprune.sources.base import (
     spaced_ids,
 )
 from rayprune.sources.cache import CacheMode, decoded
+from rayprune.sources.columns import options_of_a_call
 from rayprune.sources.fingerprint import WHOLE_BYTES, digest
 from rayprune.sources.images import ImageShape, check_size, decode_rows, first_shape
 from rayprune.sources.parquet.layout import check_class_names, find_columns, hub_class_names
@@ -130,7 +131,10 @@ def from_huggingface(
     cache: str = "none",
     cache_dir: str | None = None,
 ) -> SampleSource:
-    """Return the samples of a `datasets.Dataset`; one on disk pickles into its paths, others with their data.
+    """Return the labeled images or features of a `datasets.Dataset`, as `rayprune train` needs them.
+
+    `prune` and `local_loader` take a Dataset itself, and deliver its columns as they are. A Dataset on disk pickles
+    into its paths, others with their data.
 
     Args:
         dataset: the Dataset; its own format and transform are ignored.
@@ -140,20 +144,30 @@ def from_huggingface(
         ConfigError: feature_columns is empty, or image_size or cache is wrong.
         DataError: it is not a Dataset, or a column is missing or unsuitable.
     """
+    check_dataset(dataset)
+    with options_of_a_call():
+        keys = HuggingFace(
+            "",
+            image_column=image_column,
+            label_column=label_column,
+            feature_columns=feature_columns,
+            image_size=image_size,
+            num_classes=num_classes,
+        )
+        return decoded(HuggingFaceSource(partial(same_dataset, dataset), "the dataset", keys), cache, cache_dir)
+
+
+def check_dataset(dataset: Any) -> None:
+    """Refuse anything but a `datasets.Dataset`.
+
+    Raises:
+        DataError: names its type.
+    """
     if not all(hasattr(dataset, name) for name in ("with_format", "features", "__len__")) or hasattr(dataset, "keys"):
         raise DataError(
             f"{type(dataset).__name__} is not a datasets.Dataset: choose a split, as in dataset['train'], "
             "and do not stream it"
         )
-    keys = HuggingFace(
-        "",
-        image_column=image_column,
-        label_column=label_column,
-        feature_columns=feature_columns,
-        image_size=image_size,
-        num_classes=num_classes,
-    )
-    return decoded(HuggingFaceSource(partial(same_dataset, dataset), "the dataset", keys), cache, cache_dir)
 
 
 def _saved_folder(path: str) -> Path:
@@ -209,7 +223,7 @@ class HuggingFaceSource(DescribedSource):
     def __init__(
         self, open_dataset: Callable[[], Any], name: str, keys: HuggingFace, train: HuggingFaceSource | None = None
     ) -> None:
-        self._open_dataset, self._name = open_dataset, name
+        self._open_dataset, self._name, self._path = open_dataset, name, keys.path
         self._dataset = open_dataset()
         if len(self._dataset) == 0:
             raise DataError(f"{name} has no rows: save a dataset that has some")
@@ -239,12 +253,13 @@ class HuggingFaceSource(DescribedSource):
         if self._image is None:
             return None
         images = (self._encoded(np.array([row]))[0] for row in range(len(self)))
-        return first_shape(images, self._row_name, size=image_size)
+        shape = first_shape(images, self._row_name, size=image_size)
+        return shape if self._path else replace(shape, option="image_size")
 
     def _content(self) -> Iterator[np.ndarray | str]:
         """Yield the content to hash: all rows, or evenly spaced ones if they have more than 1 GiB."""
         if self._image is not None:
-            lengths = _encoded_lengths(self._opened(), self._image)
+            lengths = encoded_lengths(self._opened(), self._image)
             yield lengths
             num_bytes = int(lengths.sum())
         else:
@@ -286,7 +301,7 @@ class HuggingFaceSource(DescribedSource):
 
     def _read_labels(self) -> np.ndarray:
         column_name = f"{self._name} column {self._label!r}"
-        return _class_numbers(self._column(self._label), self._text_labels, column_name)
+        return class_numbers(self._column(self._label), self._text_labels, column_name)
 
     def _encoded(self, ids: np.ndarray) -> list[bytes | None]:
         """Return the encoded images of rows; None for a missing one."""
@@ -294,7 +309,7 @@ class HuggingFaceSource(DescribedSource):
             return []
         column = self._column(str(self._image), ids)
         images: list[Any] = column.to_pylist()
-        return [_image_bytes(image) for image in images] if pa.types.is_struct(column.type) else images
+        return [image_bytes(image) for image in images] if pa.types.is_struct(column.type) else images
 
     def _matrix(self, ids: np.ndarray) -> np.ndarray:
         """Return the feature columns of rows side by side, (B, F) float64."""
@@ -350,7 +365,7 @@ def _is_vector(kind: pa.DataType) -> bool:
     return False
 
 
-def _class_numbers(values: pa.ChunkedArray, class_texts: tuple[str, ...], column_name: str) -> np.ndarray:
+def class_numbers(values: pa.ChunkedArray, class_texts: tuple[str, ...], column_name: str) -> np.ndarray:
     """Return labels as class numbers, (N,) int64."""
     if values.null_count:
         row = _first_null(values)
@@ -370,7 +385,7 @@ def _first_null(values: pa.ChunkedArray) -> int:
     return int(np.argmax(np.asarray(values.is_null())))
 
 
-def _image_bytes(image: dict[str, Any] | None) -> bytes | None:
+def image_bytes(image: dict[str, Any] | None) -> bytes | None:
     """Return an image's bytes, from its file if the dataset only stores the path."""
     if image is None:
         return None
@@ -383,7 +398,7 @@ def _image_bytes(image: dict[str, Any] | None) -> bytes | None:
         return None
 
 
-def _encoded_lengths(dataset: Any, column: str) -> np.ndarray:
+def encoded_lengths(dataset: Any, column: str) -> np.ndarray:
     """Return the bytes of each encoded image, (N,) int64, without reading the images."""
     values = dataset.data.column(column)
     encoded = encoded_values(values)

@@ -15,6 +15,7 @@ Shapes: B batch, H height, W width, C channels, S pixels per side.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import warnings
@@ -51,11 +52,13 @@ class ImageShape:
         shape: (H, W, C).
         size: S, to which images are scaled and cut; None if all images have the same size already.
         cure: for an unreadable image, in messages.
+        option: the user's name of `size`, in messages.
     """
 
     shape: tuple[int, ...]
     size: int | None
     cure: str = "correct it, or leave it out"
+    option: str = "data.image_size"
 
 
 def first_shape(
@@ -122,6 +125,29 @@ def decode_rows(
     return rows
 
 
+def decode_ragged(encoded: Sequence[bytes | None], images: ImageShape, name: Callable[[int], str]) -> list[np.ndarray]:
+    """Decode a batch of images of several sizes, each (H, W, C) uint8; arguments and errors as in `decode_rows`."""
+    rows = []
+    for position, pixels in enumerate(_decode_in_threads(encoded, images)):
+        try:
+            row = decode_image(encoded[position], images.shape[2], images.size) if pixels is None else pixels
+        except UnreadableImage as error:
+            raise UnreadableImage(f"{name(position)} {error}: {images.cure}") from None
+        except DataError as error:
+            raise DataError(f"{name(position)} {error}") from None
+        rows.append(row)
+    return rows
+
+
+def image_sizes(encoded: Iterable[bytes | None]) -> set[tuple[int, int]]:
+    """Return the different (width, height) of images, from their headers; unreadable images are left out."""
+    sizes = set()
+    for content in encoded:
+        with contextlib.suppress(Exception):  # Pillow's format plugins raise errors of any type; decoding names them
+            sizes.add(Image.open(io.BytesIO(content or b"")).size)
+    return sizes
+
+
 def readable_rows(encoded: Sequence[bytes | None], images: ImageShape, name: Callable[[int], str]) -> np.ndarray:
     """Decode a batch, and return which images can be read, (B,) bool; arguments and errors as in `decode_rows`."""
     decoded = decode_each(encoded, images, name, _decode_in_threads(encoded, images))
@@ -150,7 +176,7 @@ def decode_each(
                 (height, width), (first_height, first_width) = pixels.shape[:2], images.shape[:2]
                 raise DataError(
                     f"is an image of {width}×{height} pixels and the first one has {first_width}×{first_height}: "
-                    f"set data.image_size={min(first_width, first_height)}, or resize all images to one size"
+                    f"set {images.option}={min(first_width, first_height)}, or resize all images to one size"
                 )
             yield pixels
         except UnreadableImage as error:

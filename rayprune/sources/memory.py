@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from rayprune.errors import DataError, one_line
-from rayprune.sources.base import RESERVED_NAMES, Column, DescribedSource, Schema, check_ids
-from rayprune.sources.fingerprint import array_digest, digest
+from rayprune.errors import DataError
+from rayprune.sources.base import DescribedSource, Schema, check_ids
+from rayprune.sources.columns import NO_LABELS, as_column, as_row, check_names, column_digest, column_of, find_label
+from rayprune.sources.fingerprint import digest
 
 
 class RowSource(DescribedSource):
@@ -62,36 +63,39 @@ class MemorySource(DescribedSource):
     """Rows of arrays in memory, for notebooks and users' own training loops; pickles with the arrays.
 
     Args:
-        columns: name → (N, …) array of numbers; `id` and `weight` are reserved for the columns that rayprune adds to
-            every batch. An integer column `label` of shape (N,) gives the classes that a class floor counts.
+        columns: name → (N, …) array of numbers, or N arrays of several lengths, texts or other Python objects; `id` and
+            `weight` are reserved for the columns that rayprune adds to every batch.
+        label_column: integers of shape (N,), the classes that a class floor counts; default: `label` or `labels`.
 
     Raises:
-        DataError: no columns, columns of different lengths, of Python objects, or with a reserved name.
+        DataError: no columns, columns of different lengths or with a reserved name, or no such label column.
     """
 
-    def __init__(self, columns: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, columns: Mapping[str, Any], label_column: str | None = None) -> None:
         if not columns:
             raise DataError("no columns: give arrays by name, such as {'image': images, 'label': labels}")
+        check_names(columns)
         self._columns = {name: _as_array(name, values) for name, values in columns.items()}
         lengths = {name: len(values) if values.ndim else 0 for name, values in self._columns.items()}
         if len(set(lengths.values())) != 1:
             raise DataError(f"columns must be arrays of one length, got {lengths}")
-        for name, values in self._columns.items():
-            if name in RESERVED_NAMES:
-                raise DataError(f"column {name!r} has a name that rayprune adds itself: rename it")
-            if values.dtype.kind not in "biuf":
-                raise DataError(f"column {name!r} is {values.dtype}: give numbers (encode text and categories first)")
         num_samples = next(iter(lengths.values()))
         if num_samples == 0:
             raise DataError(f"columns {', '.join(self._columns)} have no rows: give at least one sample")
-        schema = Schema({name: Column(values.shape[1:], values.dtype.name) for name, values in self._columns.items()})
-        parts = [part for name, values in self._columns.items() for part in (name, array_digest(values))]
+        self._label = find_label(self._columns, label_column)
+        schema = Schema({name: column_of(values) for name, values in self._columns.items()})
+        parts = [part for name, values in self._columns.items() for part in (name, column_digest(values))]
         super().__init__(num_samples, schema, digest("memory", *parts))
 
     def _read_labels(self) -> np.ndarray:
-        labels = self._columns.get("label")
-        if labels is None or labels.dtype.kind not in "iu" or labels.ndim != 1:
-            raise DataError("these samples have no integer column 'label' of shape (N,): add it, or set class_floor=0")
+        if self._label is None:
+            raise DataError(NO_LABELS)
+        labels = self._columns[self._label]
+        if labels.dtype.kind not in "biu" or labels.ndim != 1:
+            raise DataError(
+                f"column {self._label!r} is {labels.dtype} {labels.shape}, and labels are integers of shape (N,): name "
+                "another one with label_column, or set class_floor=0"
+            )
         return labels.astype(np.int64)
 
     def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -101,7 +105,12 @@ class MemorySource(DescribedSource):
 
 def _as_array(name: str, values: Any) -> np.ndarray:
     try:
-        return np.asarray(values)
-    except (ValueError, TypeError, RuntimeError) as error:
-        # Ragged lists, and tensors on a GPU, with gradients or in bfloat16.
-        raise DataError(f"column {name!r} is not an array ({one_line(error)}): give a NumPy array of numbers") from None
+        array = np.asarray(values)
+    except (ValueError, TypeError, RuntimeError):  # lists of several lengths, and tensors that NumPy cannot hold
+        array = None
+    if array is not None and array.dtype.kind not in "OSU":
+        return array
+    try:
+        return as_column([as_row(value) for value in values])
+    except DataError as error:
+        raise DataError(f"column {name!r} {error}") from None

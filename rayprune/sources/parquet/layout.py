@@ -66,7 +66,7 @@ def find_columns(
     image = None
     if feature_columns is None:
         image = image_column or _find_image(schema)
-        if image is not None and not _is_image(schema.field(image).type):
+        if image is not None and not is_image(schema.field(image).type):
             kind = schema.field(image).type
             raise DataError(f"{owner} column {image!r} is {kind}: images must be binary or a struct with `bytes`")
     label = label_column or _find_label(owner, schema)
@@ -84,7 +84,7 @@ def check_columns(file: ShardFile, first: pa.Schema, image: str | None, label: s
     _check_names(str(file), names, schema.names)
     for name in names:
         kind, usual = schema.field(name).type, first.field(name).type
-        sort = _sort_of_label if name == label else _is_image if name == image else _is_number
+        sort = _sort_of_label if name == label else is_image if name == image else _is_number
         if sort(kind) != sort(usual):
             raise DataError(f"{file} column {name!r} is {kind}, and {usual} in the first file")
     check_class_names(str(file), hub_class_names(schema, label), hub_class_names(first, label), "the first file")
@@ -124,9 +124,10 @@ def _check_names(owner: str, columns: Sequence[str], valid: Sequence[str]) -> No
             raise DataError(f"{owner} has no column {name!r}: {closest(name, valid)}")
 
 
-def _is_image(kind: pa.DataType) -> bool:
+def is_image(kind: pa.DataType) -> bool:
+    """Return whether a type can hold encoded images."""
     if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _is_image(kind.field("bytes").type)
+        return kind.get_field_index("bytes") >= 0 and is_image(kind.field("bytes").type)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
@@ -153,7 +154,7 @@ def _index_columns(schema: pa.Schema) -> set[str]:
 
 def _find_image(schema: pa.Schema) -> str | None:
     usual_first = sorted(schema, key=lambda field: (*IMAGE_NAMES, field.name).index(field.name))
-    return next((field.name for field in usual_first if _is_image(field.type)), None)
+    return next((field.name for field in usual_first if is_image(field.type)), None)
 
 
 def _find_label(owner: str, schema: pa.Schema) -> str:

@@ -42,14 +42,42 @@ def test_data_of_every_kind_becomes_a_source():
     source = from_torch(items)
     assert as_source(source) is source
     assert as_source(Splits(source, None)) is source
-    assert as_source(items).fingerprint == source.fingerprint
+    assert as_source(items).take(np.array([4]))["features"].dtype == np.float64
     columns = {"x": np.zeros((3, 2)), "label": np.arange(3)}
     assert as_source(columns).take(np.array([1]))["label"].tolist() == [1]
     datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_dict({"x": [1.0, 2.0], "label": [0, 1]})
-    assert as_source(table).schema.input == "features"
+    assert list(as_source(table).schema.columns) == ["x", "label"]
     with pytest.raises(ValueError, match="DatasetDict is not a source of samples: choose a split"):
         as_source(datasets.DatasetDict(train=table))
+
+
+def test_options_go_to_the_reader_of_the_data():
+    named = as_source(Items(6), columns=("x", "kind"), label_column="kind")
+    assert (list(named.schema.columns), named.labels.tolist()) == (["x", "kind"], [0, 1, 2, 3, 4, 5])
+    assert as_source({"x": np.zeros(3), "kind": np.arange(3)}, label_column="kind").labels.tolist() == [0, 1, 2]
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"x": [1.0, 2.0], "kind": ["b", "a"]})
+    assert as_source(table, columns=["x"], label_column="kind").labels.tolist() == [1, 0]
+    refused = [
+        (table, "feature_columns", "columns, image_column, label_column, image_size, cache, cache_dir"),
+        (table.with_transform(lambda batch: batch), "image_size", "columns, label_column, cache, cache_dir"),
+        (Items(6), "image_size", "columns, label_column, cache, cache_dir"),
+        ({"x": np.zeros(3)}, "columns", "label_column"),
+    ]
+    for data, option, taken in refused:
+        with pytest.raises(ValueError, match=f"takes no option '{option}': it takes {taken}$"):
+            as_source(data, **{option: 4})
+    with pytest.raises(ValueError, match="a source takes no option 'columns': give it when you open the source"):
+        as_source(named, columns=["x"])
+
+
+def test_errors_name_the_options_of_the_call():
+    with pytest.raises(ValueError, match=r"^cache = 'dsk': did you mean 'disk'"):
+        as_source(Items(6), cache="dsk")
+    datasets = pytest.importorskip("datasets")
+    with pytest.raises(ValueError, match=r"^image_size is 0: give pixels"):
+        as_source(datasets.Dataset.from_dict({"x": [1.0]}), image_size=0)
 
 
 @pytest.mark.parametrize(

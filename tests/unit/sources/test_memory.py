@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rayprune.sources import MemorySource
+from rayprune.sources.base import Column
 from tests.support.sources import make_source
 
 
@@ -38,5 +39,24 @@ def test_columns_in_memory():
     assert (source.labels.tolist(), source.labels.dtype) == ([2, 0, 1], np.int64)
     assert source.fingerprint == MemorySource(columns).fingerprint
     assert source.fingerprint != MemorySource(columns | {"x": np.zeros((3, 2))}).fingerprint
-    with pytest.raises(ValueError, match="no integer column 'label'"):
+    with pytest.raises(ValueError, match="no integer column 'label' or 'labels': name one with label_column"):
         MemorySource({"x": np.zeros(3)}).labels  # noqa: B018
+    with pytest.raises(ValueError, match=r"column 'x' is float64 \(3,\), and labels are integers of shape \(N,\)"):
+        MemorySource({"x": np.zeros(3)}, label_column="x").labels  # noqa: B018
+
+
+def test_ragged_text_and_object_columns_in_memory():
+    columns = {
+        "tokens": [[1, 2], [], [3, 4, 5]],
+        "text": np.array(["a", "bc", ""]),
+        "meta": [{"x": 1}, None, "y"],
+        "day": np.array(["2026-01-01", "2026-01-02", "2026-01-03"], "datetime64[D]"),
+    }
+    source = pickle.loads(pickle.dumps(MemorySource(columns)))
+    assert source.schema.columns["tokens"] == Column((-1,), "int64")
+    taken = source.take(np.array([2, 1]))
+    assert [row.tolist() for row in taken["tokens"]] == [[3, 4, 5], []]
+    assert (taken["text"].tolist(), taken["meta"].tolist()) == (["", "bc"], ["y", None])
+    assert taken["day"].dtype == "datetime64[D]"
+    changed = MemorySource(columns | {"tokens": [[1], [2], [3, 4, 5]]})
+    assert changed.fingerprint != source.fingerprint
