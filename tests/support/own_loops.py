@@ -94,6 +94,31 @@ def train_loop(config: dict[str, Any]) -> None:
         torch.save({name.removeprefix("module."): value for name, value in full.items()}, folder / "final.pt")
 
 
+TEXTS = [" ".join("abcdefg"[: row % 7 + 1]) for row in range(203)]
+TOKENS = [[row, *range(row % 7)] for row in range(203)]
+
+
+def token_loop(config: dict[str, Any]) -> None:
+    """Train on token ids without padding; every rank logs epoch, id, ids of tokens and text of each row."""
+    torch.set_num_threads(1)
+    shard = rayprune.get_dataset_shard("train")
+    for epoch in shard.epochs():
+        for batch in epoch.iter_torch_batches(collate_fn=pad_tokens):
+            epoch.weigh(batch, batch["input_ids"].float().mean(1))
+            with (Path(config["folder"]) / f"tokens-{shard.rank}.jsonl").open("a") as lines:
+                for row, length in enumerate(batch["lengths"]):
+                    tokens = batch["input_ids"][row, :length].tolist()
+                    lines.write(json.dumps([epoch.index, int(batch["id"][row]), tokens, batch["text"][row]]) + "\n")
+
+
+def pad_tokens(columns: dict[str, Any]) -> dict[str, Any]:
+    """Pad the rows of a batch to its longest."""
+    rows = [torch.from_numpy(row) for row in columns["input_ids"]]
+    assert all(row.dtype == torch.int32 for row in rows)
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return {"input_ids": padded, "lengths": list(map(len, rows)), "text": list(columns["text"]), "id": columns["id"]}
+
+
 def log_batch(folder: Path, rank: int, epoch: Any, batch: dict[str, torch.Tensor]) -> None:
     """Append the batch that this rank trained on to its log."""
     line = [epoch.index, epoch.step - 1, rank, epoch.plan_hash, batch["id"].tolist(), batch["weight"].tolist()]

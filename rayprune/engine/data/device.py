@@ -33,7 +33,7 @@ _ID_BYTES, _WEIGHT_BYTES = 8, 4
 LOAD_BYTES = 64 * 1024 * 1024
 # The network, its gradients and activations need memory, too.
 _USABLE_FRACTION = 0.8
-_ALTERNATIVE = "use stream local or auto"
+_ALTERNATIVE = "use stream local"
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,17 @@ def unpack_rows(buffer: Tensor) -> PlacedRows:
 
 
 def check_columns(schema: Schema) -> None:
-    """Refuse columns that tensors cannot hold, such as text.
+    """Refuse columns that tensors cannot hold, such as text and ragged ones.
 
     Raises:
         ConfigError: names the first such column, with the cure.
     """
     for name, column in schema.columns.items():
+        if column.is_ragged:
+            raise ConfigError(
+                f"stream device: column {name!r} is ragged, its rows have several shapes: {_ALTERNATIVE}, with a "
+                "collate_fn that pads it"
+            )
         try:
             torch.from_numpy(np.zeros(1, column.dtype)).index_select(0, torch.zeros(1, dtype=torch.int64))
         except (TypeError, RuntimeError):
@@ -124,7 +129,7 @@ def check_room(sources: Mapping[str, SampleSource], device: torch.device) -> Non
     if needed > _USABLE_FRACTION * free:
         raise ConfigError(
             f"stream device: the decoded samples take {needed / 2**30:.3g} GiB, more than {_USABLE_FRACTION:.0%} of "
-            f"the {free / 2**30:.3g} GiB that are free on {device}: {_ALTERNATIVE}, or fewer samples (data.limit)"
+            f"the {free / 2**30:.3g} GiB that are free on {device}: {_ALTERNATIVE}, or fewer samples"
         )
 
 

@@ -26,6 +26,7 @@ import ray
 from numpy.typing import NDArray
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockAccessor, BlockMetadata
+from ray.data.extensions import ArrowPythonObjectArray, ArrowVariableShapedTensorArray
 
 from rayprune.core.plan import BLOCK_ROWS
 from rayprune.engine.data.batch import Batch
@@ -34,10 +35,11 @@ from rayprune.engine.scoring.actor import WantedRows
 from rayprune.engine.scoring.client import LoopClient, ScoreClient
 from rayprune.engine.scoring.messages import PlanPass, RankRows
 from rayprune.errors import DataError, PlanMismatch, UsageError
-from rayprune.sources import MemorySource, SampleSource, Schema
+from rayprune.sources import Column, MemorySource, SampleSource, Schema
 from rayprune.sources.base import DescribedSource, RowCost, id_faults
+from rayprune.sources.columns import NO_LABELS, find_label
 from rayprune.sources.fingerprint import digest
-from rayprune.sources.torch_dataset import ItemSource
+from rayprune.sources.items import ItemSource
 
 # Decoding this many small images takes 0.1 to 0.2 s.
 _MIN_TASK_ROWS, _DECODED_TASK_ROWS = 2_048, 8_192
@@ -145,7 +147,25 @@ class _ReadBlock:
         bytes_read = np.zeros(self.ids.size, dtype=np.int64)
         bytes_read[:1] = num_bytes  # the first row carries the count
         rows = {**columns, "id": self.ids, "weight": self.weights, BYTES_READ: bytes_read}
-        return [BlockAccessor.batch_to_block(rows)]
+        in_objects = [name for name, column in self.source.schema.columns.items() if column.in_objects]
+        block: Any = BlockAccessor.batch_to_arrow_block({name: rows[name] for name in rows if name not in in_objects})
+        for name in in_objects:
+            block = block.append_column(name, _arrow_column(columns[name], self.source.schema.columns[name]))
+        return [block]
+
+
+def _arrow_column(values: NDArray[Any], column: Column) -> pa.Array:
+    """Return ragged rows and Python objects, (B,) each, so that Ray delivers them as they are."""
+    if not column.is_ragged:
+        kinds = {type(value) for value in values if value is not None}
+        if kinds <= {str} or kinds <= {bytes}:
+            return pa.array(values, pa.string() if kinds <= {str} else pa.binary())
+        return ArrowPythonObjectArray.from_objects(values)
+    if len(column.shape) > 1:
+        return ArrowVariableShapedTensorArray.from_numpy(values)
+    offsets = np.cumsum([0, *map(len, values)])
+    numbers = np.concatenate([np.empty(0, column.dtype), *values])
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(numbers))
 
 
 class SourceMetadata(DescribedSource):
@@ -224,7 +244,8 @@ class IdColumn(DescribedSource):
     Args:
         dataset: a ray.data.Dataset.
         id_column: integers, each of 0..N−1 once, in any order.
-        label_column: integers, or None if the labels are not needed.
+        labeled: whether the labels are needed.
+        label_column: integers; default: `label` or `labels`.
 
     Raises:
         DataError: a column is missing or not of integers, or ids repeat or leave gaps; names the first.
@@ -232,13 +253,18 @@ class IdColumn(DescribedSource):
 
     process_local = ()
 
-    def __init__(self, dataset: Any, id_column: str, label_column: str | None) -> None:
+    def __init__(self, dataset: Any, id_column: str, labeled: bool = False, label_column: str | None = None) -> None:
         schema = dataset.schema()
         names = list(schema.names) if schema is not None else []
-        columns = [id_column] + ([label_column] if label_column else [])
-        for name in columns:
-            if name not in names:
-                raise DataError(f"the Dataset has no column {name!r} (it has {', '.join(names) or 'none'}): add it")
+        if id_column not in names:
+            raise DataError(
+                f"the Dataset has no column {id_column!r} (it has {', '.join(names) or 'none'}): name the column of "
+                "its ids with id_column, or number its rows with rayprune.with_ids(ds)"
+            )
+        label = find_label(names, label_column)
+        if labeled and label is None:
+            raise DataError(NO_LABELS)
+        columns = [id_column, *([label] if labeled and label is not None else [])]
         for name in ("id", "weight"):
             if name in names and name != id_column:
                 raise DataError(f"column {name!r} of the Dataset has a name that rayprune adds itself: rename it")
@@ -250,10 +276,10 @@ class IdColumn(DescribedSource):
             raise DataError("the Dataset has no rows")
         ids = _checked_ids(np.concatenate(parts[id_column]), id_column)
         labels: NDArray[np.int64] | None = None
-        if label_column:
-            values = np.concatenate(parts[label_column])
+        if labeled and label is not None:
+            values = np.concatenate(parts[label])
             if values.dtype.kind not in "iu":
-                raise DataError(f"column {label_column!r} is {values.dtype}: class_floor needs integers, none missing")
+                raise DataError(f"column {label!r} is {values.dtype}: class_floor needs integers, none missing")
             labels = np.empty(len(ids), dtype=np.int64)
             labels[ids] = values
         fields = [str(field) for field in zip(names, schema.types, strict=True)]
@@ -261,7 +287,7 @@ class IdColumn(DescribedSource):
         super().__init__(len(ids), Schema({}), fingerprint, labels)
 
     def _read_labels(self) -> np.ndarray:
-        raise DataError("class_floor needs an integer column 'label' in the Dataset")
+        raise DataError(NO_LABELS)
 
     def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         raise RuntimeError("the rows of a ray.data.Dataset come through its stream")

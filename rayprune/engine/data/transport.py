@@ -8,7 +8,7 @@ rows on the device, is in `rayprune.engine.data.device`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -19,6 +19,7 @@ from rayprune.engine.data.batch import Batch, Columns
 from rayprune.engine.scoring.messages import PlanPass, RankRows
 from rayprune.errors import PlanMismatch
 from rayprune.sources import SampleSource
+from rayprune.sources.columns import object_array
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,12 +112,13 @@ class RayStream:
     Args:
         shard: the split.
         convert: applied to each column of a block in the fetching thread, ids and weights excepted.
+        ragged: the ragged columns, because Ray makes a matrix of rows that have one length in a block.
     """
 
     resumes_inside = True
 
-    def __init__(self, shard: Any, convert: Convert | None = None) -> None:
-        self._shard, self._convert = shard, convert
+    def __init__(self, shard: Any, convert: Convert | None = None, ragged: Collection[str] = ()) -> None:
+        self._shard, self._convert, self._ragged = shard, convert, ragged
 
     def batches(self, plan_pass: PlanPass, spans: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
         """See Transport."""
@@ -137,6 +139,9 @@ class RayStream:
             raise PlanMismatch(f"{where}: the stream holds more rows than the plan")
 
     def _converted(self, block: dict[str, NDArray[Any]]) -> Columns:
+        for name in self._ragged:
+            if name in block and block[name].dtype != object:
+                block = {**block, name: object_array(block[name])}
         if self._convert is None:
             return block
         return {name: column if name in _HOST_COLUMNS else self._convert(column) for name, column in block.items()}

@@ -22,6 +22,7 @@ from rayprune.core.selector import Selector
 from rayprune.engine.cluster import Stream
 from rayprune.engine.data.device import DeviceStream, check_columns
 from rayprune.engine.data.processes import ProcessStream
+from rayprune.engine.data.ids import IS_NUMBERED
 from rayprune.engine.data.ray_data import (
     FILTERED_GUARANTEES,
     FilteredStream,
@@ -42,6 +43,7 @@ from rayprune.errors import ConfigError
 from rayprune.methods import Method, build_method
 from rayprune.methods.fixed import Fixed
 from rayprune.sources import SampleSource, as_source
+from rayprune.sources.adapt import check_options
 from rayprune.sources.selection_files import read_selection_for
 
 _TOKEN = "rayprune"  # the key in a DataContext under which workers find their actor
@@ -64,6 +66,7 @@ def prune(
     num_workers: int = 0,
     world_size: int | None = None,
     run: str | Path | None = None,
+    **source_options: Any,
 ) -> PrunedData:
     """Prune a dataset for a Ray Train loop.
 
@@ -80,12 +83,16 @@ def prune(
             `local` lets each worker read its own rows, which is faster for arrays and memory maps. `device` keeps all
             decoded rows on each worker's device, for data that fit. With `local` and `device`, `dataset` is a token
             that cannot be mapped.
-        id_column: the name of a `ray.data.Dataset`'s id column, which holds each of 0..N−1 once, in any order.
+        id_column: the name of a `ray.data.Dataset`'s id column, which holds each of 0..N−1 once, in any order;
+            `with_ids` adds one.
         num_workers: with `stream="local"`, each worker reads its rows in so many processes, as a DataLoader does; for
             Datasets whose items take time. 0 reads them in a thread.
         world_size: the trainer's number of workers; if given, batch_size is checked here and not when they start.
         run: a run folder to write metrics and scores to, for `rayprune report`, `show` and `select`; on storage that
             every machine sees. `Epoch.log` adds your own metrics. None writes nothing.
+        **source_options: how the source is read. `label_column` for any data; also `columns`, `cache` and `cache_dir`
+            for a torch or Hugging Face Dataset, `image_column` and `image_size` for a Hugging Face Dataset. See
+            `rayprune.sources.columns_from_torch` and `columns_from_huggingface`.
 
     Returns:
         The pruned data. Give them to the trainer and call `get_dataset_shard` in its loop.
@@ -137,9 +144,10 @@ def prune(
     if is_dataset:
         # A copy with its own context: two prunes of one Dataset must not share a token.
         source = ray.data.Dataset.copy(source, _deep_copy=True)
-        samples = IdColumn(source, id_column, "label" if _needs_labels(method) else None)
+        check_options("a ray.data.Dataset", source_options, ["label_column"])
+        samples = IdColumn(source, id_column, _needs_labels(method), **source_options)
     else:
-        samples = as_source(source)
+        samples = as_source(source, **source_options)
     _check_stream(stream, ("ray", "local", "device"), samples, num_workers)
     spec = _score_spec(samples, method, num_epochs, batch_size, seed=seed, last_batch=last_batch)
     spec = replace(spec, task_rows=task_rows(samples, ray.cluster_resources().get("CPU", 1.0)))
@@ -151,7 +159,8 @@ def prune(
     if is_dataset:
         return PrunedData(_filtered_dataset(source, scores, id_column), scores, len(samples), FILTERED_GUARANTEES)
     guarantees = f"stream {stream}; plans, order and resume inside epochs are exact, bit for bit"
-    token = _Token(scores, stream, None if stream == "ray" else samples, num_workers)
+    ragged = tuple(name for name, column in samples.schema.columns.items() if column.is_ragged)
+    token = _Token(scores, stream, None if stream == "ray" else samples, num_workers, ragged)
     return PrunedData(_planned_dataset(samples, token), scores, len(samples), guarantees)
 
 
@@ -205,7 +214,8 @@ def get_dataset_shard(name: str = "train") -> Shard:
             f"the dataset {name!r} was not made by rayprune.prune: give the trainer datasets={{{name!r}: pruned}}, or "
             "use ray.train.get_dataset_shard for it"
         )
-    if token.stream == "ray" and not data_context.execution_options.preserve_order:
+    needs_order = token.stream == "ray" or data_context.get_config(IS_NUMBERED, False)
+    if needs_order and not data_context.execution_options.preserve_order:
         raise ConfigError(
             "the trainer's DataConfig does not keep the order of rows: leave dataset_config out, or set "
             "preserve_order=True in its execution_options"
@@ -231,6 +241,7 @@ def local_loader(
     num_workers: int = 0,
     device: torch.device | str | None = None,
     run: str | Path | None = None,
+    **source_options: Any,
 ) -> Shard:
     """Prune a dataset for a plain PyTorch loop in this process, without Ray.
 
@@ -244,6 +255,7 @@ def local_loader(
         device: where batches go; None leaves them on the host.
         run: a run folder to write metrics and scores to, for `rayprune report`, `show` and `select`. `Epoch.log` adds
             your own metrics. None writes nothing.
+        **source_options: as for `prune`.
 
     Returns:
         The Shard, whose `epochs()` the loop iterates.
@@ -262,7 +274,7 @@ def local_loader(
     >>> sorted(shard.scores())
     ['last_visit', 'loss', 'times_pruned']
     """
-    samples = as_source(source)
+    samples = as_source(source, **source_options)
     _check_stream(stream, ("local", "device"), samples, num_workers)
     spec = _score_spec(samples, method, num_epochs, batch_size, seed=seed, last_batch=last_batch)
     spec = _with_run(spec, run, type(source).__name__, stream)
@@ -283,13 +295,14 @@ class _Token:
     stream: Stream | Literal["filtered"]
     source: SampleSource | None = None
     num_workers: int = 0
+    ragged: tuple[str, ...] = ()
 
 
 def _transport(token: _Token, settings: LoopSettings, iterator: Any, device: torch.device | None) -> Transport:
     if token.stream == "filtered":
         return FilteredStream(iterator)
     if token.stream == "ray":
-        return RayStream(iterator)
+        return RayStream(iterator, ragged=token.ragged)
     assert token.source is not None
     if token.num_workers:
         return ProcessStream(token.source, token.num_workers, settings.identity["seed"])

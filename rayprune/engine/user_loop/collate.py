@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rayprune.engine.data.batch import Batch
 from rayprune.engine.data.transport import prefetch
 from rayprune.errors import ConfigError
+from rayprune.sources.columns import NUMBERS, is_ragged, object_array
 
 CollateFn = Callable[[dict[str, NDArray[Any]]], Any]
 
@@ -24,7 +25,8 @@ class BatchFormat:
     Attributes:
         device: where tensors go; None leaves them on the host.
         dtypes: a dtype for all floating-point columns, or dtypes by name; id (int64) and weight (float32) keep theirs.
-        collate_fn: called with the columns as NumPy arrays, including id and weight, instead of making tensors.
+        collate_fn: called with the columns as NumPy arrays, including id and weight, instead of making tensors. A
+            ragged column is a (B,) object array of NumPy arrays, text and other Python objects are a (B,) object array.
     """
 
     device: torch.device | None = None
@@ -52,7 +54,12 @@ class BatchFormat:
 
     def _tensor(self, name: str, column: NDArray[Any] | torch.Tensor) -> Any:
         if not isinstance(column, torch.Tensor):
-            if column.dtype.kind not in "biufc":
+            if is_ragged(column):
+                raise ConfigError(
+                    f"column {name!r} is ragged, its rows have several shapes: give iter_torch_batches a collate_fn "
+                    "that pads it, as with torch.nn.utils.rnn.pad_sequence"
+                )
+            if column.dtype.kind not in NUMBERS:
                 return column  # text and objects, which tensors cannot hold
             column = torch.from_numpy(_writable(column))
         if isinstance(self.dtypes, Mapping):
@@ -79,6 +86,8 @@ def collated(batches: Iterator[Batch], batch_format: BatchFormat, num_prefetched
 
 def _writable(array: NDArray[Any]) -> NDArray[Any]:
     # Arrays from the object store are read-only: torch warns about them, and in-place code fails.
+    if is_ragged(array):
+        return object_array(row if row.flags.writeable else np.array(row) for row in array)
     return array if array.flags.writeable else np.array(array)
 
 

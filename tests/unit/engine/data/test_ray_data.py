@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from ray.data.block import BlockAccessor
 
 from rayprune.core import Plan, Selection
 from rayprune.engine.data.ray_data import (
@@ -15,13 +16,15 @@ from rayprune.engine.data.ray_data import (
     PlanDatasource,
     SourceMetadata,
     _checked_ids,
+    _ReadBlock,
     task_rows,
 )
+from rayprune.engine.data.transport import RayStream
 from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import PlanPass
 from rayprune.errors import DataError, PlanMismatch
-from rayprune.sources import open_data
+from rayprune.sources import MemorySource, open_data
 from tests.support.runs import pass_of
 
 SOURCE = open_data("digits", limit=301).train
@@ -73,6 +76,54 @@ def test_read_tasks_return_the_planned_rows_in_order(monkeypatch: pytest.MonkeyP
     assert np.concatenate([table["weight"].to_numpy() for table in tables]).tolist() == weights.tolist()
     labels = np.concatenate([table["label"].to_numpy() for table in tables])
     assert labels.tolist() == SOURCE.labels[ids].tolist()
+
+
+def test_ragged_rows_text_and_objects_travel_through_arrow_as_they_are() -> None:
+    columns = {
+        "tokens": [[1, 2], [3], [], [4, 5, 6]],
+        "image": [np.full((2, width, 3), width, np.uint8) for width in (1, 2, 3, 4)],
+        "half": [np.ones(length, np.float16) for length in (1, 0, 2, 1)],
+        "text": ["a", None, "ä", ""],
+        "raw": [b"a", b"\0", None, b""],
+        "meta": [{"x": 1}, ["a", ["b"]], None, "y"],
+        "x": np.arange(4.0),
+    }
+    source = MemorySource(columns)
+    # In the second task, the rows of ragged columns have one length.
+    for ids in ([3, 0, 1], [2], [1, 1], [0, 0]):
+        chosen, weights = np.array(ids), np.ones(len(ids), np.float32)
+        (block,) = _ReadBlock(source, chosen, weights)()
+        stream = RayStream(Blocks([BlockAccessor.for_block(block).to_numpy()]), ragged=("tokens", "image", "half"))
+        (batch,) = stream.batches(pass_of(0, "train", 1), iter([(chosen, weights, chosen >= 0)]), 8)
+        expected = source.take(chosen)
+        for name, column in source.schema.columns.items():
+            values: Any = batch.columns[name]
+            assert values.dtype == expected[name].dtype
+            if column.is_ragged:
+                for row, other in zip(values, expected[name], strict=True):
+                    assert row.dtype == other.dtype
+                    np.testing.assert_array_equal(row, other, strict=True)
+            else:
+                assert values.tolist() == expected[name].tolist()
+
+
+class Blocks:
+    """The iterator of a worker over blocks."""
+
+    def __init__(self, blocks: list[Any]) -> None:
+        self.blocks = blocks
+
+    def iter_batches(self, **options: Any) -> list[Any]:
+        return self.blocks
+
+
+def test_rows_of_one_length_stay_ragged() -> None:
+    """Ray makes a matrix of them when a map of the user returns them."""
+    rows = {"id": np.arange(2), "weight": np.ones(2, np.float32), "tokens": np.ones((2, 3), np.int64)}
+    stream = RayStream(Blocks([rows]), ragged=("tokens", "dropped"))
+    (batch,) = stream.batches(pass_of(0, "train", 1), iter([(rows["id"], rows["weight"], rows["id"] >= 0)]), 2)
+    tokens: Any = batch.columns["tokens"]
+    assert (tokens.dtype, [row.tolist() for row in tokens]) == (object, [[1, 1, 1], [1, 1, 1]])
 
 
 def test_the_actor_gets_the_labels_only_if_it_needs_them() -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.engine.user_loop.loops import BATCH, X, local_shard
+import rayprune
+from tests.unit.engine.user_loop.loops import BATCH, N, X, local_shard
 
 
 def test_dtypes_and_devices() -> None:
@@ -56,3 +57,32 @@ def test_changing_a_batch_in_place_does_not_change_the_plan() -> None:
         batch["id"].zero_()
         assert epoch.weigh(batch, torch.ones(BATCH)) > 0
         assert len(set(ids.tolist())) == BATCH
+
+
+RAGGED = {"tokens": [np.arange(row % 5) for row in range(N)], "text": [f"row {row}" for row in range(N)]}
+
+
+def test_ragged_columns_and_text_reach_the_collate_function() -> None:
+    def pad(columns: dict[str, Any]) -> dict[str, Any]:
+        rows = [torch.from_numpy(row) for row in columns["tokens"]]
+        assert all(row.flags.writeable for row in columns["tokens"])
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+        return {"tokens": padded, "text": list(columns["text"]), "id": columns["id"]}
+
+    shard = rayprune.local_loader(RAGGED, rayprune.Full(), num_epochs=1, batch_size=BATCH)
+    for epoch in shard.epochs():
+        for batch in epoch.iter_torch_batches(collate_fn=pad):
+            assert (batch["tokens"] >= 0).sum(1).tolist() == [row % 5 for row in batch["id"]]
+            assert batch["text"] == [f"row {row}" for row in batch["id"]]
+            epoch.weigh(batch, batch["tokens"].float().mean(1))
+    assert np.isfinite(shard.scores()["last_visit"]).all()
+
+
+def test_a_ragged_column_without_a_collate_function_is_refused_and_text_is_not() -> None:
+    epoch = next(rayprune.local_loader(RAGGED, rayprune.Full(), num_epochs=1, batch_size=BATCH).epochs())
+    with pytest.raises(ValueError, match=r"column 'tokens' is ragged, .* a collate_fn that pads it") as caught:
+        next(epoch.iter_torch_batches())
+    assert "\n" not in str(caught.value)
+    texts = rayprune.local_loader({"text": RAGGED["text"]}, rayprune.Full(), num_epochs=1, batch_size=BATCH)
+    batch = next(next(texts.epochs()).iter_torch_batches())
+    assert batch["text"].tolist() == [f"row {row}" for row in batch["id"]]
