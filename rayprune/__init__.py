@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
     from rayprune.core.selection import Selection
     from rayprune.core.selector import Selector
     from rayprune.core.table import ScoreTable
+    from rayprune.engine.data.ids import with_ids
     from rayprune.engine.user_loop.api import PrunedData, get_dataset_shard, local_loader, prune
     from rayprune.engine.user_loop.shard import Epoch, Shard
     from rayprune.errors import (
@@ -51,6 +52,7 @@ _HOME = {
     "core.method": ("EpochContext", "Method"),
     "core.selector": ("Selector",),
     "core.table": ("ScoreTable",),
+    "engine.data.ids": ("with_ids",),
     "engine.user_loop.api": ("PrunedData", "get_dataset_shard", "local_loader", "prune"),
     "engine.user_loop.shard": ("Epoch", "Shard"),
     "errors": (
@@ -104,6 +106,7 @@ __all__ = [
     "get_dataset_shard",
     "local_loader",
     "prune",
+    "with_ids",
 ]
 
 

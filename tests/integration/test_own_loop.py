@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 import ray.data
@@ -185,6 +187,54 @@ def test_any_dataset_with_an_id_column_is_filtered(tmp_path: Path) -> None:
     data.close()
 
 
+def fit_tokens(data: PrunedData, dataset: Any, folder: Path) -> list[set[int]]:
+    """Train on token ids with two workers; return the ids of each epoch whose rows were those of the data."""
+    TorchTrainer(
+        own_loops.token_loop,
+        train_loop_config={"folder": str(folder)},
+        datasets={"train": dataset},
+        scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),
+        run_config=RunConfig(name="loop", storage_path=str(folder)),
+    ).fit()
+    lines = [json.loads(line) for file in folder.glob("tokens-*.jsonl") for line in file.read_text().splitlines()]
+    for _, row, tokens, text in lines:
+        assert (tokens, text) == (own_loops.TOKENS[row], own_loops.TEXTS[row])
+    data.close()
+    return [{row for index, row, _, _ in lines if index == epoch} for epoch in range(3)]
+
+
+def test_a_tokenized_dataset_keeps_its_ragged_columns_and_text(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    kinds = {"input_ids": datasets.Sequence(datasets.Value("int32")), "text": datasets.Value("string")}
+    columns = {"input_ids": own_loops.TOKENS, "text": own_loops.TEXTS}
+    source = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    data = prune(source, num_epochs=3)
+    mapped = data.dataset.map_batches(lambda batch: {**batch, "more": batch["id"] + 1}, batch_size=None)
+    kept = fit_tokens(data, mapped, tmp_path)
+    assert kept[0] == set(range(203))
+    assert all(0 < len(ids) < 180 for ids in kept[1:])
+
+
+def test_a_dataset_without_ids_is_numbered_in_its_order(tmp_path: Path) -> None:
+    columns = {"input_ids": pa.array(own_loops.TOKENS, pa.list_(pa.int32())), "text": own_loops.TEXTS}
+    whole = pa.table(columns)
+    for start, stop in ((0, 7), (7, 120), (120, 121), (121, 203)):
+        pq.write_table(whole.slice(start, stop - start), tmp_path / f"part-{start:03}.parquet", row_group_size=30)
+    plain = ray.data.read_parquet(str(tmp_path)).map_batches(lambda batch: batch, batch_size=16)
+    with pytest.raises(ValueError, match=r"no column 'id' .*, or number its rows with rayprune\.with_ids\(ds\)"):
+        prune(plain)
+    numbered = rayprune.with_ids(plain)
+    read = numbered.take_all()
+    assert [row["id"] for row in read] == list(range(203))
+    assert [row["text"] for row in read] == own_loops.TEXTS
+    with pytest.raises(ValueError, match="has a column 'id' already: give with_ids another id_column"):
+        rayprune.with_ids(numbered)
+    data = prune(numbered, num_epochs=3)
+    kept = fit_tokens(data, data.dataset, tmp_path)
+    assert len(kept[0]) == 202  # two ranks get the same number
+    assert all(0 < len(ids) < 180 for ids in kept[1:])
+
+
 def test_two_prunes_of_one_dataset_are_independent(tmp_path: Path) -> None:
     """Each pruned dataset belongs to its own actor, and the original to none."""
     whole = ray.data.from_items(rows(), override_num_blocks=5)
@@ -256,9 +306,12 @@ def test_a_loop_that_kept_rays_own_shard_is_told_so(source: str, tmp_path: Path)
     data.close()
 
 
-def test_a_data_config_that_does_not_keep_the_order_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_numbered", [False, True])
+def test_a_data_config_that_does_not_keep_the_order_is_refused(
+    monkeypatch: pytest.MonkeyPatch, is_numbered: bool
+) -> None:
     """The trainer applies its DataConfig as here, but in an actor."""
-    data = prune()
+    data = prune(rayprune.with_ids(ray.data.from_items([{"x": 1.0}] * 64)) if is_numbered else own_loops.DATA)
     careless = DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=False))
     (shards,) = careless.configure({"train": data.dataset}, 1, None, None)
     monkeypatch.setattr(ray.train, "get_dataset_shard", shards.get)

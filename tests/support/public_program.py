@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, assert_type
 
 import numpy as np
+import ray.data
 import torch
 from numpy.typing import NDArray
 
@@ -71,7 +72,9 @@ def on_a_cluster(data: dict[str, NDArray[Any]]) -> rayprune.PrunedData:
         assert_type(rayprune.get_dataset_shard("train"), rayprune.Shard)
 
     loop()
-    return rayprune.prune(data, method=rayprune.InfoBatch(), num_epochs=2, batch_size=8)
+    numbered = rayprune.with_ids(ray.data.from_numpy(data["x"]))
+    rayprune.prune(numbered, rayprune.Full(), num_epochs=2, batch_size=8).close()
+    return rayprune.prune(data, method=rayprune.InfoBatch(), num_epochs=2, batch_size=8, label_column="label")
 
 
 def by_hand(labels: NDArray[np.int64]) -> rayprune.Plan:
