@@ -32,6 +32,7 @@ from rayprune.engine.user_loop.collate import BatchFormat, CollateFn, collated
 from rayprune.engine.user_loop.unweighed import UnweighedRows
 from rayprune.errors import ConfigError, UsageError
 from rayprune.nn.signals import TokenAxis, losses_per_sample, signals_per_sample, weighted_mean
+from rayprune.sources.columns import LABEL_COLUMNS
 
 logger = logging.getLogger(__name__)
 
@@ -570,7 +571,8 @@ def _task_outputs(batch: Any, outputs: Mapping[str, Any]) -> dict[str, Any]:
     """Fill in the targets from the batch's labels, on the logits' device."""
     targets, logits = outputs["targets"], outputs["logits"]
     if targets is None and isinstance(batch, Mapping):
-        targets = next((batch[name] for name in ("label", "labels") if isinstance(batch.get(name), Tensor)), None)
+        labels = (batch[name] for name in LABEL_COLUMNS if isinstance(batch.get(name), Tensor))
+        targets = next(labels, None)
     if targets is not None and logits is not None:
         targets = targets.to(logits.device)
     return {**outputs, "targets": targets}
