@@ -21,8 +21,8 @@ from rayprune.core.plan import LastBatch
 from rayprune.core.selector import Selector
 from rayprune.engine.cluster import Stream
 from rayprune.engine.data.device import DeviceStream, check_columns
-from rayprune.engine.data.processes import ProcessStream
 from rayprune.engine.data.ids import IS_NUMBERED
+from rayprune.engine.data.processes import ProcessStream
 from rayprune.engine.data.ray_data import (
     FILTERED_GUARANTEES,
     FilteredStream,
