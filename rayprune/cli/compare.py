@@ -26,16 +26,15 @@ def compare(arguments: tuple[str, ...]) -> None:
     """
     path, overrides = single_config(arguments, "rayprune compare digits_compare")
     start = time.perf_counter()
-    from rayprune.config import load_config
+    from rayprune.config import read_config
 
-    config = load_config(path, overrides)
+    config = read_config(path, overrides)
     from rayprune.experiments.compare.arms import digest_of
     from rayprune.experiments.compare.runner import CompareListeners
     from rayprune.experiments.compare.runner import compare as run
 
-    stem = Path(path).stem
-    if config.run.name == f"{stem}-{config.digest()}":  # the default name of a single run
-        named = config.run.model_copy(update={"name": f"{stem}-compare-{digest_of(config)}"})
+    if config.run.name is None:
+        named = config.run.model_copy(update={"name": f"{Path(path).stem}-compare-{digest_of(config)}"})
         config = config.model_copy(update={"run": named})
     folder = run(config, CompareListeners(_say_run, warn), debug=debug())
     from rayprune.report.plots.experiments import save_intervals

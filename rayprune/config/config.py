@@ -127,8 +127,8 @@ class Config(Strict):
         tree["method"] |= {name: defaults[name] for name in method.selection_fields}
         return make_config(tree)
 
-    def digest(self) -> str:
-        """Return 8 hexadecimal digits over the settings that affect the result; paths on this machine do not."""
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that affect the result, nested and in plain types; paths on this machine do not."""
         excluded: Any = dict.fromkeys(("scaling", "run", "compare", "sweep"), True)
         # Runs compare the data's fingerprint instead of its paths, and a higher stop_after continues a run.
         excluded |= {"data": {"path", "cache", "cache_dir", "buffer_bytes"}, "train": {"stop_after"}}
@@ -136,7 +136,11 @@ class Config(Strict):
             excluded[section] |= {key for key, value in values.items() if getattr(getattr(self, section), key) == value}
         if not self.build_method().collect_epochs:
             excluded["collect"] = True
-        content = json.dumps(self.model_dump(mode="json", exclude=excluded), sort_keys=True)
+        return self.model_dump(mode="json", exclude=excluded)
+
+    def digest(self) -> str:
+        """Return 8 hexadecimal digits over the settings that affect the result (`identity`)."""
+        content = json.dumps(self.identity(), sort_keys=True)
         content = re.sub(r'"[^"]*/([^"/]+\.py:[^"]+)"', r'"\1"', content)
         return hashlib.sha256(content.encode()).hexdigest()[:8]
 
@@ -144,19 +148,6 @@ class Config(Strict):
         """Return the resolved config as YAML; reading it back gives an equal Config."""
         excluded = None if self.sweep.space else {"sweep"}
         return yaml.safe_dump(self.model_dump(mode="json", exclude=excluded), sort_keys=False, allow_unicode=True)
-
-
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML config as `read_config` does, and name the run if the config does not.
-
-    Raises:
-        ConfigError: one line that names the file, key, value and cure.
-    """
-    config = read_config(path, overrides)
-    if config.run.name is None:
-        name = f"{Path(path).stem}-{config.digest()}"
-        config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
-    return config
 
 
 def read_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:

@@ -109,3 +109,16 @@ def flatten(
         else:
             flat[key] = value
     return flat
+
+
+def flatten_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return dotted key → value of a config's sections; a schedule of a ratio is one value.
+
+    >>> flatten_settings({"method": {"prune_ratio": {"schedule": "linear", "end": 0.5}}, "optim": {"schedule": "step"}})
+    {'method.prune_ratio': {'schedule': 'linear', 'end': 0.5}, 'optim.schedule': 'step'}
+    """
+
+    def is_section(key: str, value: Any) -> bool:
+        return isinstance(value, Mapping) and ("." not in key or "schedule" not in value or "name" in value)
+
+    return flatten(tree, is_section)
