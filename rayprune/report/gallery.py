@@ -62,9 +62,9 @@ class Gallery(StoredModel):
     def text(self) -> str:
         """A description of the samples."""
         text = (
-            f"Label → prediction of the network after {count_of(self.epochs, 'epoch')}. Hardest and easiest by "
-            f"{self.by}. Probably mislabeled: hard samples for which the network is confident of another class and "
-            "gives the label a low probability."
+            f"Label → prediction of the network after {count_of(self.epochs, 'epoch')}, and its loss. Hardest and "
+            f"easiest by {self.by}. Probably mislabeled: hard samples for which the network is confident of another "
+            "class and gives the label a low probability."
         )
         empty = [title.lower() for title in _TITLES.values() if title not in self.kinds]
         return f"{text} No samples: {', '.join(empty)}." if empty else text

@@ -1,6 +1,6 @@
 """gallery/: thumbnails and predictions of a few notable samples, for the report of a finished run.
 
-    gallery.json    the samples of each kind, with labels and the final network's predictions
+    gallery.json    the samples of each kind, with labels and the final network's predictions and losses
     <id>.png        a thumbnail, if the inputs are images of one or three channels
 
 The samples pass once through the final network, in eval mode on the CPU.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ from rayprune.sources import SampleSource
 from rayprune.sources.score_files import ScoreFile, read_scores
 
 SAMPLES_OF_A_KIND = 6
-# A suspected label error is one of the highest losses where the network is confident of another class.
-_NUM_SUSPECTS, _MIN_PROBABILITY, _MAX_LABEL_PROBABILITY = 48, 0.8, 0.1
+# A suspected label error has one of the highest losses, and the network is confident of another class.
+_MIN_PROBABILITY, _MAX_LABEL_PROBABILITY = 0.8, 0.1
+_NUM_CANDIDATES = 48  # samples with the highest losses, and with the lowest, that the final network visits
 _NUM_RANDOM = 256  # samples whose loss is computed here if the run has stored none
 _THUMBNAIL_PIXELS = 96
 _BATCH = 64
@@ -70,45 +71,51 @@ def write_gallery(
 
 def _write(config: Config, source: SampleSource, spec: InputSpec, folder: Path, target: Path) -> None:
     scores = read_scores(folder)
-    losses, loss_name = _last_losses(scores)
     times_pruned = np.asarray(scores.scores.get("times_pruned", np.zeros(len(source))), dtype=np.float64)
-    if losses is not None:
-        suspects, extremes = _highest(losses, _NUM_SUSPECTS), [*_highest(losses), *_highest(-losses)]
-    else:
-        suspects, extremes = _random_ids(len(source), config.train.seed), []
     often_pruned = [sample for sample in _highest(times_pruned) if times_pruned[sample] > 0]
-    ids = np.unique(np.array([*suspects, *often_pruned, *extremes], dtype=np.int64))
+    hard, easy, ranking = _candidates(scores, config.train.seed)
+    ids = np.unique(np.array([*hard, *easy, *often_pruned], dtype=np.int64))
     probs_BC = _predictions(config, source, spec, folder, ids)
     entries = {int(sample): _entry(source, int(sample), probs_C) for sample, probs_C in zip(ids, probs_BC, strict=True)}
-    if losses is None:
-        losses = np.full(len(source), np.nan)
-        for sample, entry in entries.items():
-            losses[sample] = entry["loss_now"]
     kinds = {
-        "hardest": _highest(losses),
-        "easiest": _highest(-losses),
+        "hardest": _by_loss(entries, hard, highest=True),
+        "easiest": _by_loss(entries, easy, highest=False),
         "often_pruned": often_pruned,
-        "probably_mislabelled": _mislabeled(entries, suspects),
+        "probably_mislabelled": _mislabeled(entries, hard),
     }
     images = _thumbnails(source, spec, sorted({sample for samples in kinds.values() for sample in samples}), target)
     for sample, entry in entries.items():
-        entry["loss"] = _or_none(losses[sample])
         entry["times_pruned"] = int(times_pruned[sample])
         entry["image"] = images.get(sample)
     content = {
         "schema": RUN_SCHEMA,
-        "by": loss_name,
+        "by": ranking,
         "epochs": read_metrics(folder)[-1]["epoch"] + 1,
         "kinds": {kind: [entries[sample] for sample in samples] for kind, samples in kinds.items()},
     }
     (target / "gallery.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _last_losses(scores: ScoreFile) -> tuple[NDArray[np.float64] | None, str]:
-    """Return each sample's last loss (N,), NaN if it has none, or None if the run stored no losses; and their name."""
-    if "loss" in scores.scores and np.isfinite(scores.scores["loss"]).any():
-        return np.asarray(scores.scores["loss"], dtype=np.float64), "the loss at the last visit"
-    return None, f"the final network's loss on {min(_NUM_RANDOM, scores.num_samples)} samples drawn at random"
+def _candidates(scores: ScoreFile, seed: int) -> tuple[list[int], list[int], str]:
+    """Return the samples among which the hardest and the easiest are looked for, and how they are ranked, in words.
+
+    The final network visits only these: a pass over all samples would take as long as a third of an epoch. The loss of
+    a sample's last visit, perhaps many epochs ago, is good enough to find them, and only the final network's loss is
+    of the same moment as its prediction.
+    """
+    losses = np.asarray(scores.scores.get("loss", ()), dtype=np.float64)
+    if np.isfinite(losses).any():
+        hard, easy = (_highest(sign * losses, _NUM_CANDIDATES) for sign in (1, -1))
+        return hard, easy, f"that network's loss, among the {_NUM_CANDIDATES} highest and lowest at their last visit"
+    sample = _random_ids(scores.num_samples, seed)
+    return sample, sample, f"that network's loss, among {len(sample)} samples drawn at random"
+
+
+def _by_loss(entries: Mapping[int, Mapping[str, Any]], samples: Sequence[int], *, highest: bool) -> list[int]:
+    """Return the samples with the highest or lowest finite loss, lower ids first among equal ones."""
+    sign = -1 if highest else 1
+    known = [sample for sample in samples if entries[sample]["loss"] is not None]
+    return sorted(known, key=lambda sample: (sign * entries[sample]["loss"], sample))[:SAMPLES_OF_A_KIND]
 
 
 def _random_ids(num_samples: int, seed: int) -> list[int]:
@@ -169,7 +176,7 @@ def _entry(source: SampleSource, sample: int, probs_C: NDArray[np.float64]) -> d
         "prediction_name": names[prediction] if prediction is not None and prediction < len(names) else None,
         "probability": None if prediction is None else _or_none(float(probs_C[prediction])),
         "label_probability": _or_none(label_probability),
-        "loss_now": _or_none(-float(np.log(max(label_probability, 1e-300)))),
+        "loss": _or_none(-float(np.log(max(label_probability, 1e-300)))),
     }
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
+from torch.nn.functional import cross_entropy
 
 from rayprune.engine.train import gallery
 from rayprune.engine.train.driver import open_splits, train
@@ -34,22 +36,34 @@ def kinds_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 def test_the_gallery_has_the_hardest_and_the_easiest_samples(run: Path) -> None:
     scores, kinds = pd.read_parquet(run / "scores.parquet"), kinds_of(run)
-    for kind, column, ascending in (
-        ("hardest", "loss", False),
-        ("easiest", "loss", True),
-        ("often_pruned", "times_pruned", False),
-    ):
-        ends = scores.sort_values(column, ascending=ascending, kind="stable")["id"].head(gallery.SAMPLES_OF_A_KIND)
-        assert [sample["id"] for sample in kinds[kind]] == ends.tolist()
+    often = scores.sort_values("times_pruned", ascending=False, kind="stable")["id"].head(gallery.SAMPLES_OF_A_KIND)
+    assert [sample["id"] for sample in kinds["often_pruned"]] == often.tolist()
+    for kind, ascending in (("hardest", False), ("easiest", True)):
+        candidates = scores.sort_values("loss", ascending=ascending, kind="stable")["id"].head(48).tolist()
+        losses = [sample["loss"] for sample in kinds[kind]]
+        assert len(losses) == gallery.SAMPLES_OF_A_KIND
+        assert losses == sorted(losses, reverse=not ascending)
+        assert {sample["id"] for sample in kinds[kind]} <= set(candidates)
     for sample in kinds["probably_mislabelled"]:
         assert sample["prediction"] != sample["label"]
         assert sample["probability"] >= 0.8
         assert sample["label_probability"] <= 0.1
 
 
-def test_predictions_are_those_of_the_final_network(run: Path) -> None:
-    import torch
+def test_the_hardest_are_those_of_the_final_network(run: Path) -> None:
+    opened = open_run(run, find_device("cpu"))
+    source = open_splits(opened.config).train
+    scores = pd.read_parquet(run / "scores.parquet")
+    candidates = np.array(scores.sort_values("loss", ascending=False, kind="stable")["id"].head(48))
+    rows = source.take(candidates)
+    inputs = opened.input.augment.evaluate(torch.from_numpy(rows[opened.input.column].copy()))
+    with torch.no_grad():
+        losses = cross_entropy(opened.network(inputs).double(), torch.from_numpy(rows["label"]), reduction="none")
+    expected = candidates[np.argsort(-losses.numpy(), kind="stable")][: gallery.SAMPLES_OF_A_KIND]
+    assert [sample["id"] for sample in kinds_of(run)["hardest"]] == expected.tolist()
 
+
+def test_predictions_are_those_of_the_final_network(run: Path) -> None:
     opened = open_run(run, find_device("cpu"))
     source = open_splits(opened.config).train
     for sample in kinds_of(run)["hardest"]:
@@ -60,6 +74,7 @@ def test_predictions_are_those_of_the_final_network(run: Path) -> None:
         assert sample["label"] == rows["label"][0]
         assert sample["prediction"] == int(probs.argmax())
         assert sample["probability"] == pytest.approx(float(probs.max()), abs=1e-5)
+        assert sample["loss"] == pytest.approx(-float(probs[sample["label"]].log()), abs=1e-4)
         assert sample["label_probability"] == pytest.approx(float(probs[sample["label"]]), abs=1e-5)
 
 
@@ -140,8 +155,8 @@ def test_a_network_of_nan_has_no_predictions_and_no_suspects(
     gallery.write_gallery(opened.config, source, opened.input, folder, notices.append)
     assert notices == []
     kinds = kinds_of(folder)
-    assert kinds["probably_mislabelled"] == []
-    assert [sample["prediction"] for sample in kinds["hardest"]] == [None] * gallery.SAMPLES_OF_A_KIND
+    assert [kinds[kind] for kind in ("probably_mislabelled", "hardest", "easiest")] == [[], [], []]
+    assert [sample["prediction"] for sample in kinds["often_pruned"]] == [None] * gallery.SAMPLES_OF_A_KIND
     text = render(collect([folder]))
     assert "→ None" not in text
     assert "confidence –" in text
