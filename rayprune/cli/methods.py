@@ -20,11 +20,8 @@ def methods(name: str | None) -> None:
     from rayprune.methods.registry import method_class, method_fields
 
     if name is None:
-        rows = [
-            (key, cls.kind, "yes" if cls.unbiased else "no", ", ".join(cls.signals) or "its own", cls.paper)
-            for key, cls in sorted(METHODS.items())
-        ]
-        _print_table(("method", "kind", "unbiased", "signals", "paper"), rows)
+        rows = [(key, cls.kind, "yes" if cls.unbiased else "no", cls.keeps) for key, cls in sorted(METHODS.items())]
+        _print_table(("method", "kind", "unbiased", "keeps"), rows)
         steps = [(key, step.cost, step.gain, step.paper) for key, step in STEP_OPTIONS.items()]
         _print_table(("train.step", "cost, in plain steps", "published gain", "paper"), steps)
     elif name in STEP_OPTIONS:
@@ -34,7 +31,7 @@ def methods(name: str | None) -> None:
     else:
         method = method_class(name)
         say(f"{name}: {method.kind}, {'unbiased' if method.unbiased else 'biased'}")
-        facts = {"paper": method.paper, "signals": ", ".join(method.signals) or "its own"}
+        facts = {"keeps": method.keeps, "paper": method.paper, "signals": ", ".join(method.signals) or "its own"}
         if swept := method().sweep_signals:
             facts["sweeps"] = f"{', '.join(swept)}, in forward-only passes"
         if method.unbiased and method.kind != "baseline":

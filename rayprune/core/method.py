@@ -40,6 +40,7 @@ class Method:
     Class attributes:
         name: the registered name (external classes: their reference).
         kind: baseline | dynamic (chooses again every epoch) | static (one subset) | control.
+        keeps: which samples it keeps, in a few words.
         paper: authors, venue, arXiv number.
         signals: the signals that workers report for each visited sample.
         unbiased: the weighted sum over the selection has the full sum as its expectation.
@@ -55,6 +56,7 @@ class Method:
 
     name: ClassVar[str] = ""
     kind: ClassVar[Kind] = "dynamic"
+    keeps: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     signals: ClassVar[tuple[str, ...]] = ()
     unbiased: ClassVar[bool] = False

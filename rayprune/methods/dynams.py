@@ -65,6 +65,7 @@ class DynaMS(Method):
     """
 
     kind = "dynamic"
+    keeps = "those nearest the decision boundary"
     paper = "Wang et al., ICLR 2023 (DynaMS)"
     signals = ("loss",)
 

@@ -22,6 +22,7 @@ class Fixed(Method):
     """
 
     kind = "static"
+    keeps = "the samples listed in a file"
     paper = "a given subset"
     signals = ("loss",)
     fixed = True

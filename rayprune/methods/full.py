@@ -16,6 +16,7 @@ class Full(Method):
     """Keep every sample with weight 1 in every epoch; record the loss, so that a full run has scores too."""
 
     kind = "baseline"
+    keeps = "all samples"
     paper = "no selection"
     signals = ("loss",)
     unbiased = True

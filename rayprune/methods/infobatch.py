@@ -49,6 +49,7 @@ class InfoBatch(Method):
     """
 
     kind = "dynamic"
+    keeps = "all above the mean loss, some below"
     paper = "Qin et al., ICLR 2024, arXiv 2303.04947"
     signals = ("loss",)
     unbiased = True

@@ -33,6 +33,7 @@ class LeastConfidence(Method):
     """
 
     kind = "static"
+    keeps = "the least confident after T epochs"
     paper = "Coleman et al., ICLR 2020, arXiv 1906.11829"
     signals = ("confidence",)
     fixed = True

@@ -31,6 +31,7 @@ class RandomEpoch(Method):
     """
 
     kind = "baseline"
+    keeps = "a new random subset in every epoch"
     paper = "Okanovic et al., ICLR 2024, arXiv 2305.18424 (RS2)"
     signals = ("loss",)
 

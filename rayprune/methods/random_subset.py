@@ -24,6 +24,7 @@ class Random(Method):
     """
 
     kind = "baseline"
+    keeps = "one random subset"
     paper = "static random subset"
     signals = ("loss",)
     fixed = True

@@ -30,6 +30,7 @@ class Shuffled(Method):
     """
 
     kind = "control"
+    keeps = "another method's, scores permuted"
     paper = "control: permuted scores"
 
     of: Any = "infobatch"

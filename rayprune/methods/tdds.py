@@ -60,6 +60,7 @@ class TDDS(Method):
     """
 
     kind = "static"
+    keeps = "the most uneven in their predictions"
     paper = "Zhang et al., CVPR 2024, arXiv 2311.13613"
     signals = ("probs",)
     fixed = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from click.testing import CliRunner
 
 from rayprune.cli.methods import methods
+from rayprune.methods import METHODS
 
 
 def run(*words: str) -> str:
@@ -20,6 +21,14 @@ def test_methods_are_listed_with_paper_and_defaults() -> None:
     assert "anneal_start=0.875" in run("infobatch")
     assert "with AdamW, only the ratios of weights count" in run("infobatch")
     assert "AdamW" not in run("full")
+
+
+def test_methods_say_in_a_line_what_they_keep() -> None:
+    listed = CliRunner(env={"COLUMNS": "80"}).invoke(methods, catch_exceptions=False).output.splitlines()
+    for name, method in METHODS.items():
+        assert any(line.split()[0] == name and method.keeps in line for line in listed if line.strip()), name
+        assert method.keeps
+    assert "keeps all above the mean loss, some below" in run("infobatch")
 
 
 def test_train_steps_are_listed_with_their_cost_and_their_gain() -> None:
