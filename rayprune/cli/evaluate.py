@@ -11,7 +11,7 @@ import click
 
 from rayprune.cli.console import debug_option, elapsed, say, say_table, warn
 from rayprune.errors import ConfigError
-from rayprune.report.text import count_of
+from rayprune.report.text import count_of, number, share
 
 if TYPE_CHECKING:
     from rayprune.experiments.early_exit.evaluate import Evaluation
@@ -72,7 +72,7 @@ def exit_rows(evaluation: Evaluation) -> Rows:
         cells = [str(exit_), f"{macs / scale:,.2f}"]
         if evaluation.anytime:
             row = evaluation.anytime[exit_ - 1]
-            cells += [f"{row['top1']:.2%}", f"{row['top5']:.2%}", f"{row['loss']:.4f}"]
+            cells += [share(row["top1"]), share(row["top5"]), number(row["loss"])]
         for batch in batches:
             median, low, high = (_ms(latency[exit_, batch][name]) for name in ("median_ms", "low_ms", "high_ms"))
             cells.append(f"{median} [{low}, {high}]")
@@ -87,8 +87,8 @@ def budget_rows(evaluation: Evaluation) -> Rows:
     rows = [["p", f"{unit}MACs", "top-1", *(f"exit {number}" for number in exits)]]
     for row in evaluation.dynamic:
         if row["p"] in _SHOWN_BUDGETS:
-            shares = [f"{row[f'share_{number}']:.1%}" for number in exits]
-            rows.append([str(row["p"]), f"{row['macs'] / scale:,.2f}", f"{row['top1']:.2%}", *shares])
+            shares = [share(row[f"share_{exit_}"], 1) for exit_ in exits]
+            rows.append([str(row["p"]), f"{row['macs'] / scale:,.2f}", share(row["top1"]), *shares])
     return rows
 
 

@@ -11,6 +11,7 @@ import click
 
 from rayprune.cli.console import aligned, debug_option, say
 from rayprune.errors import ConfigError
+from rayprune.report.text import share
 
 if TYPE_CHECKING:
     import numpy as np
@@ -160,7 +161,7 @@ def _summary(
     scores, num_samples = stored.scores[name], stored.num_samples
     kept = scores[selection.ids]
     missing = f", {num_missing:,} left out without a {name}" if num_missing else ""
-    yield f"kept     {selection.num_kept:,} of {num_samples:,} ({selection.num_kept / num_samples:.1%}){missing}"
+    yield f"kept     {selection.num_kept:,} of {num_samples:,} ({share(selection.num_kept / num_samples, 1)}){missing}"
     span = f"{np.nanmin(scores):.4g} to {np.nanmax(scores):.4g}"
     yield f"by       {name}, rule {options['rule']}: kept {kept.min():.4g} to {kept.max():.4g}, all {span}"
     if options["reweigh"]:
@@ -181,14 +182,14 @@ def _class_lines(labels: np.ndarray, ids: np.ndarray, scores: np.ndarray) -> Ite
     if classes.size > _MAX_CLASSES:
         least, most = int(shares.argmin()), int(shares.argmax())
         yield (
-            f"classes  {classes.size}: from {shares[least]:.1%} of class {classes[least]} "
-            f"to {shares[most]:.1%} of class {classes[most]}"
+            f"classes  {classes.size}: from {share(shares[least], 1)} of class {classes[least]} "
+            f"to {share(shares[most], 1)} of class {classes[most]}"
         )
         return
     rows = [("class", "kept", "of", "share", "from", "to")]
     for index, label in enumerate(classes):
         own = scores[inverse[ids] == index]
         span = (f"{own.min():.4g}", f"{own.max():.4g}") if own.size else ("–", "–")
-        rows.append((str(label), f"{kept[index]:,}", f"{sizes[index]:,}", f"{shares[index]:.1%}", *span))
+        rows.append((str(label), f"{kept[index]:,}", f"{sizes[index]:,}", share(shares[index], 1), *span))
     for line in aligned(rows, words=()):
         yield f"{'':9}{line}"

@@ -48,13 +48,15 @@ def sweep(arguments: tuple[str, ...]) -> None:
 
 def say_results(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
     """Print the final table, and a line for each failed trial; `rows` as in results.parquet."""
-    from rayprune.report.tables import by_accuracy, trials_table
+    from rayprune.report.tables import by_accuracy, sweep_notes, trials_table
 
     table = trials_table(rows, keys)
     say_table([table.head, *table.rows], table.words)
     for row in by_accuracy(rows):
         if row["error"]:
             say(f"failed   {row['trial']}: {row['error']}")
+    for line in sweep_notes(rows):
+        say(line, "dim")
 
 
 def _say_files(result: SweepResult) -> None:
@@ -64,7 +66,7 @@ def _say_files(result: SweepResult) -> None:
     if any(row["val_accuracy"] is not None and row["status"] != "failed" for row in result.rows):
         say(f"plot    {save_pareto(result.folder)}")
     if any(row["pareto"] for row in result.rows):
-        say(f"configs {result.folder / 'pareto'} (*: on the Pareto front of accuracy and FLOPs)")
+        say(f"configs {result.folder / 'pareto'}")
     say(f"trials  {result.folder / 'trials'}")
 
 
@@ -119,7 +121,7 @@ class SweepDisplay:
         if row["status"] != "failed":
             outcome = (
                 f" after {count_of(row['epochs'], 'epoch')}: accuracy {share(row['val_accuracy'])}, "
-                f"compute {share(row['compute_share'])}, {row['seconds']:.1f} s"
+                f"compute {share(row['compute_share'])}, {row['seconds']:.1f} wall s"
             )
         say(f"{self._num_ended:>3}/{self._num_trials:<3} {row['trial']} {values} {row['status']}{outcome}")
 
@@ -130,8 +132,10 @@ class SweepDisplay:
         self._rows[row["trial"]] = row
         seconds = time.monotonic() - self._start
         head = ("trial", *self._keys, "status", "epochs", "val acc", "compute")
-        title = f"{self._num_ended}/{self._num_trials} trials, {seconds:.0f} s"
-        table = Table(*head, box=SIMPLE, pad_edge=False, title=title)
+        title = f"{self._num_ended}/{self._num_trials} trials, {seconds:.0f} wall s"
+        table = Table(box=SIMPLE, pad_edge=False, title=title)
+        for name in head:
+            table.add_column(name, overflow="fold")  # names of trials and values are never cut
         running_first = sorted(self._rows.values(), key=lambda row: row["status"] != "running")
         for trial in running_first[: self._MAX_SHOWN]:
             figures = (str(trial["epochs"] or "–"), share(trial.get("val_accuracy")), share(trial.get("compute_share")))

@@ -13,7 +13,6 @@ from rayprune.cli.console import (
     console,
     debug,
     debug_option,
-    elapsed,
     say,
     say_table,
     single_config,
@@ -21,14 +20,12 @@ from rayprune.cli.console import (
     warn,
 )
 from rayprune.errors import ConfigError
-from rayprune.report.text import count_of, number, share
+from rayprune.report.text import count_of, number, share, training_seconds
 
 if TYPE_CHECKING:
     from rayprune.config import Config
     from rayprune.engine.train.driver import RunResult, Start
     from rayprune.engine.train.static_subset import Scored
-
-Metrics = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl, one per epoch
 
 
 @click.command()
@@ -49,7 +46,7 @@ def train(arguments: tuple[str, ...]) -> None:
     if len(set(folders)) < len(folders):
         raise ConfigError(f"two of the configs train in the same folder, {folders[0]}: leave run.name out")
     results = [(Path(path).stem, _train_one(config)) for path, config in zip(paths, configs, strict=True)]
-    say_table(summary_rows([(name, result.metrics) for name, result in results]))
+    _say_summary(results)
     say()
     for name, result in results:
         say(f"{name}: {result.folder}")
@@ -61,8 +58,23 @@ def _train_one(config: Config) -> RunResult:
     start = time.perf_counter()
     with RunDisplay() as display:
         result = run(config, on_scored=_say_selection, debug=debug(), **display.listeners)
-    say(f"done in {elapsed(start)}\n")
+    rest = "start Ray and its workers" if config.scaling.num_workers else "start"
+    total, epochs = time.perf_counter() - start, display.epochs_s
+    split = f": {epochs:.1f} s in epochs, {total - epochs:.1f} s to {rest}, open the data and write the results"
+    say(f"done in {total:.1f} s{split if epochs else ''}\n")
     return result
+
+
+def _say_summary(results: Sequence[tuple[str, RunResult]]) -> None:
+    """Print the final table: the result of each run, what it saved, and what selection cost."""
+    from rayprune.report.read import read_run
+    from rayprune.report.tables import above_full, runs_table
+
+    runs = [read_run(result.folder, name) for name, result in results]
+    table = runs_table(runs)
+    say_table([table.head, *table.rows], table.words)
+    for line in above_full(runs):
+        say(line, "dim")
 
 
 @click.command()
@@ -97,6 +109,7 @@ class RunDisplay:
     """Print a running run: a line per epoch, and a progress bar on a terminal."""
 
     def __init__(self) -> None:
+        self.epochs_s = 0.0  # seconds of the epochs that were shown
         self._num_epochs = self._kept = 0
         self._samples_before: int | None = None  # samples trained before the next epoch; None: none of this run yet
         self._has_head = False  # notices are printed before the head
@@ -154,6 +167,7 @@ class RunDisplay:
         if not self._has_head:
             say(EPOCH_HEAD, "bold")
             self._has_head = True
+        self.epochs_s += line["seconds"]["epoch"]
         self._kept += line["kept"]
         before = line.get("samples_collected", 0) if self._samples_before is None else self._samples_before
         say(epoch_row(line, self._num_epochs, before, self._kept))
@@ -166,7 +180,7 @@ class RunDisplay:
             self._bar.update(self._task, completed=done, description=f"epoch {epoch + 1}/{self._num_epochs}")
 
 
-EPOCH_HEAD = "epoch  requested  pruned  train loss  val acc  samples/s  seconds   saved"
+EPOCH_HEAD = "epoch  requested  pruned  train loss  val acc  samples/s  train s   saved"
 
 
 def epoch_row(line: Mapping[str, Any], num_epochs: int, samples_before: int, kept: int) -> str:
@@ -176,60 +190,14 @@ def epoch_row(line: Mapping[str, Any], num_epochs: int, samples_before: int, kep
         line: its line of metrics.jsonl.
         num_epochs: E.
         samples_before: samples trained in all earlier epochs, and by a scoring run.
-        kept: samples kept in this epoch and all before it.
-    """
-    seconds = line["seconds"]
-    rate = (line["samples_trained"] - samples_before) / seconds["train"] if seconds.get("train") else None
-    return (
-        f"{line['epoch'] + 1:>3}/{num_epochs:<3} {line['requested_prune_ratio']:>8.1%} "
-        f"{line['pruned_fraction']:>7.1%} {number(line['train_loss']):>11} {share(line['val_accuracy']):>8} "
-        f"{number(rate, ',.0f'):>10} {seconds.get('epoch', 0.0):>8.2f} {saved_share(kept, line):>7.1%}"
-    )
-
-
-def saved_share(kept: int, line: Mapping[str, Any]) -> float:
-    """Return the fraction of a full run's sample visits that was saved so far; below 0 if scoring cost more.
-
-    Args:
         kept: samples kept in this epoch and all before it; rows that `last_batch: drop` leaves out are not saved.
-        line: the epoch's line of metrics.jsonl; samples trained by a scoring run count as kept.
     """
-    visits = kept + line.get("samples_collected", 0)
-    return round(1.0 - visits / (line["num_samples"] * (line["epoch"] + 1)), 6) + 0.0  # + 0.0: not -0.0
-
-
-def summary_rows(runs: Sequence[tuple[str, Metrics]]) -> list[tuple[str, ...]]:
-    """Return the final table with its head: the result of each run, what it saved, and what selection cost.
-
-    Args:
-        runs: name and metrics of each.
-    """
-    rows: list[tuple[str, ...]] = [
-        ("run", "val acc", "samples trained", "saved", "compute", "train s", "selection s", "total s")
-    ]
-    for name, metrics in runs:
-        last = metrics[-1]
-        kept = sum(line["kept"] for line in metrics)
-        if len(metrics) <= last["epoch"]:  # without lost lines, the sum of kept samples is incomplete
-            kept = last["samples_trained"] - last.get("samples_collected", 0)
-        # Compute includes forward-only passes, proxies and padding, so a full run has slightly over 100 %.
-        full = last["num_samples"] * (last["epoch"] + 1)
-        rows.append(
-            (
-                name,
-                share(last["val_accuracy"]),
-                f"{last['samples_trained']:,}",
-                share(saved_share(kept, last), 1),
-                share(last["compute"] / full if "compute" in last else None, 1),
-                f"{_seconds(metrics, 'train'):.1f}",
-                f"{_seconds(metrics, 'select', 'record', 'forward_only'):.2f}",
-                f"{_seconds(metrics, 'epoch'):.1f}",
-            )
-        )
-    return rows
-
-
-def _seconds(metrics: Metrics, *parts: str) -> float:
-    """Return the seconds of some parts of all epochs, and of a scoring run."""
-    all_seconds = [*(line["seconds"] for line in metrics), metrics[-1].get("seconds_collected", {})]
-    return float(sum(seconds.get(part, 0.0) for seconds in all_seconds for part in parts))
+    seconds = training_seconds(line["seconds"])
+    rate = (line["samples_trained"] - samples_before) / seconds if seconds else None
+    visits = kept + line.get("samples_collected", 0)  # samples trained by a scoring run count as kept
+    saved = 1.0 - visits / (line["num_samples"] * (line["epoch"] + 1))
+    return (
+        f"{line['epoch'] + 1:>3}/{num_epochs:<3} {share(line['requested_prune_ratio'], 1):>8} "
+        f"{share(line['pruned_fraction'], 1):>7} {number(line['train_loss']):>11} {share(line['val_accuracy']):>8} "
+        f"{number(rate, ',.0f'):>10} {seconds:>8.2f} {share(saved, 1):>7}"
+    )

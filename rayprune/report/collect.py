@@ -14,11 +14,11 @@ from rayprune.report.gallery import read_gallery
 from rayprune.report.plots.experiments import intervals_plot, pareto_plot
 from rayprune.report.plots.style import Plot
 from rayprune.report.read import RunRecord, read_comparison, read_exits, read_results, read_run
-from rayprune.report.tables import Table, arms_table, explanation, sweep_lines, trials_table, verdict_lines
+from rayprune.report.tables import Table, arms_table, explanation, sweep_lines, sweep_notes, trials_table, verdict_lines
 
 _COMPARISON, _SWEEP = ("compare.yaml", "compare.json"), ("sweep.yaml", "results.parquet")  # either file is enough
 _RUN = ("metrics.jsonl", "config.yaml")
-_MAX_RUNS = 8  # of a group, as many as there are colors
+_MAX_RUNS = 8  # of a group
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _read_sweep(folder: Path, name: str, suffix: str) -> Group:
         verdict=sweep_lines(rows, keys),
         plots=[] if plot is None else [plot],
         table=trials_table(rows, keys),
-        explanation=["*: on the Pareto front. All figures are those of the last epoch, not of the best."],
+        explanation=list(sweep_notes(rows)),
         notes=[*(f"{row['trial']} failed: {row['error']}" for row in rows if row["error"]), *omissions],
         runs=runs,
         runs_text=f"The finished trials on the Pareto front{some}.",

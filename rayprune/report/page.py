@@ -8,7 +8,6 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -18,13 +17,26 @@ from matplotlib.axes import Axes
 
 from rayprune.report import tables
 from rayprune.report.collect import Collected
+from rayprune.report.differences import from_each_other
 from rayprune.report.plots.experiments import exits_plot
-from rayprune.report.plots.runs import curve_plots, draw_legend, pruning_plot, seconds_plot
+from rayprune.report.plots.runs import curve_plots, draw_legend, legend_height, pruning_plot, seconds_plot
 from rayprune.report.plots.samples import sample_plots
-from rayprune.report.plots.style import DARK_SERIES, GRID, INK, MUTED, SERIES, Plot, save_png, svg, with_lines
+from rayprune.report.plots.style import (
+    DARK_SERIES,
+    GRID,
+    INK,
+    MUTED,
+    PAPER,
+    PAPER_DARK,
+    SERIES,
+    Plot,
+    save_png,
+    svg,
+    with_looks,
+)
 from rayprune.report.read import RunRecord
 
-_CSS_LINES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dashed"}
+_DASHES = {"-": "none", "--": "6 3", "-.": "9 3 2 3"}  # of an SVG line
 
 
 @dataclass(frozen=True)
@@ -57,11 +69,12 @@ def render(collected: Collected) -> str:
         sections=_sections(collected.runs),
         tables=tables,
         legend=[
-            (run.name, f"{_CSS_LINES[line]} var(--s{SERIES.index(color)})")
-            for run, color, line in with_lines(collected.runs)
+            (run.name, f"var(--s{SERIES.index(look.color)})", _DASHES[look.line])
+            for run, look in with_looks(collected.runs)
         ],
-        light={"ink": INK, "muted": MUTED, "grid": GRID, "series": SERIES},
-        dark={"series": DARK_SERIES},
+        differences=from_each_other(collected.runs) if len(collected.runs) > 1 else [],
+        light={"ink": INK, "muted": MUTED, "grid": GRID, "paper": PAPER, "series": SERIES},
+        dark={"paper": PAPER_DARK, "series": DARK_SERIES},
         footer=f"Written by rayprune {metadata.version('rayprune')} on {datetime.date.today().isoformat()}.",
     )
 
@@ -71,17 +84,14 @@ def write_pngs(collected: Collected, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     plots = [plot for group in collected.groups for plot in group.plots]
     plots += [plot for section in _sections(collected.runs) for plot in section.plots]
-    return [
-        save_png(replace(plot, draw=partial(_draw_alone, plot, collected.runs)), folder / f"{plot.key}.png")
-        for plot in plots
-    ]
+    return [save_png(_alone(plot, collected.runs), folder / f"{plot.key}.png") for plot in plots]
 
 
 def _sections(runs: Sequence[RunRecord]) -> list[Section]:
     if not runs:
         return []
     plots, missing = sample_plots(runs)
-    text = "Solid: validation samples. Thin dashes: training samples, in the epoch that trained on them."
+    text = "Lines: validation samples. Dots: training samples, in the epoch that trained on them."
     sections = [
         Section("Loss and accuracy", curve_plots(runs), text),
         Section("Pruning and its cost", [pruning_plot(runs), seconds_plot(runs)]),
@@ -94,12 +104,19 @@ def _sections(runs: Sequence[RunRecord]) -> list[Section]:
     return sections
 
 
-def _draw_alone(plot: Plot, runs: Sequence[RunRecord], axes: Axes) -> None:
-    plot.draw(axes)
-    if not axes.get_title():
-        axes.set_title(plot.title)
-    if plot.by_run and len(runs) > 1:
-        draw_legend(axes, runs)
+def _alone(plot: Plot, runs: Sequence[RunRecord]) -> Plot:
+    """Return a plot that has its title and, if it needs one, a legend of the runs below it."""
+    has_legend = plot.by_run and len(runs) > 1
+
+    def draw(axes: Axes) -> None:
+        plot.draw(axes)
+        if not axes.get_title():
+            axes.set_title(plot.title)
+        if has_legend:
+            draw_legend(axes, runs)
+
+    width, height = plot.size
+    return replace(plot, draw=draw, size=(width, height + legend_height(runs) if has_legend else height))
 
 
 def _inline_svg(plot: Plot) -> Markup:

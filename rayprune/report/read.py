@@ -65,6 +65,34 @@ class RunRecord:
         return sum(seconds.get(part) or 0.0 for seconds in all_seconds for part in parts)
 
     @property
+    def training_seconds(self) -> float:
+        """Training seconds of all epochs, including those of a separate scoring run."""
+        return self.seconds("epoch") - self.seconds("validate")
+
+    @property
+    def saved(self) -> float | None:
+        """Fraction of the sample visits of full training over the same epochs that was saved; negative if it took more.
+
+        A scoring run counts. Rows that `last_batch: drop` leaves out are not saved.
+        """
+        last, kept = self.metrics[-1], [line.kept for line in self.metrics]
+        visits = None if None in kept else sum(count or 0 for count in kept) + (last.samples_collected or 0)
+        if len(self.metrics) <= last.epoch:  # without lost lines, the sum of kept samples is incomplete
+            visits = last.samples_trained
+        return None if visits is None or not self.full_visits else 1.0 - visits / self.full_visits
+
+    @property
+    def compute_share(self) -> float | None:
+        """Compute as a fraction of training on all N samples in the same epochs, without padding."""
+        compute = self.metrics[-1].compute
+        return None if compute is None or not self.full_visits else compute / self.full_visits
+
+    @property
+    def full_visits(self) -> int:
+        """Sample visits of full training over the epochs so far; 0 if unknown."""
+        return (self.metrics[-1].num_samples or 0) * (self.metrics[-1].epoch + 1)
+
+    @property
     def num_epochs(self) -> int:
         """Planned epochs; the finished ones if config.yaml has no valid number."""
         planned = (self.setting("train", key) for key in ("stop_after", "epochs"))
@@ -188,6 +216,12 @@ class EpochMetrics(StoredModel):
     samples_trained: Count
     pruned_fraction: Number
     requested_prune_ratio: Number = None
+    kept: Count = None
+    samples_collected: Count = None
+    samples_padded: Count = None
+    samples_forwarded: Count = None
+    samples_meta: Count = None
+    compute: Number = None
     train_loss: Number = None
     train_accuracy: Number = None
     val_loss: Number = None

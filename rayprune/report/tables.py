@@ -12,10 +12,12 @@ import numpy as np
 from rayprune.config.experiments import format_value
 from rayprune.core.references import closest
 from rayprune.errors import ConfigError, RunFolderError
+from rayprune.report.differences import from_defaults
 from rayprune.report.read import Comparison, Difference, RunRecord, SelfCheck, as_mapping
-from rayprune.report.text import count_of, number, percent, share
+from rayprune.report.text import count_of, number, percent, share, training_seconds
 
 Row = Mapping[str, Any]
+_SELECTION = ("select", "record", "forward_only")  # the parts of an epoch's seconds that only a selection needs
 
 
 @dataclass(frozen=True)
@@ -34,26 +36,77 @@ class Table:
 
 
 def runs_table(runs: Sequence[RunRecord]) -> Table:
-    """Return a table with the results and costs of each run."""
-    head = ("run", "method", "val acc", "train loss", "epochs", "pruned", "samples trained", "selection s", "seconds")
+    """Return a table with the result of each run, what it saved, and what selection cost."""
+    head = ("run", "method", "val acc", "samples trained", "saved", "compute", "train s", "selection s", "wall s")
     rows = []
     for run in runs:
         last = run.metrics[-1]
-        pruned = [line.pruned_fraction for line in run.metrics if line.pruned_fraction is not None]
         rows.append(
             (
                 run.name,
                 str(run.setting("method", "name")),
                 share(last.val_accuracy),
-                number(last.train_loss),
-                f"{last.epoch + 1}/{run.num_epochs}",
-                share(float(np.mean(pruned)) if pruned else None, 1),
                 number(last.samples_trained, ",d"),
-                number(run.seconds("select", "record", "forward_only"), ".2f"),
-                number(run.seconds("epoch") if last.wall_time is None else last.wall_time, ".1f"),
+                share(run.saved, 1),
+                share(run.compute_share, 1),
+                number(run.training_seconds, ".1f"),
+                number(run.seconds(*_SELECTION), ".2f"),
+                number(last.wall_time, ".1f"),
             )
         )
     return Table(head, rows, words=(0, 1))
+
+
+RUNS_NOTE = (
+    "saved and compute: against training on all samples in the same epochs. train s: training seconds, with selection "
+    "and checkpoints, without validation. selection s: the part of them that selecting, recording and forward-only "
+    "passes took. wall s: everything from the start of the workers on; the start of Ray comes before."
+)
+
+
+def above_full(runs: Sequence[RunRecord]) -> list[str]:
+    """Return a sentence for each run whose compute is above that of training on all samples: what adds to it."""
+    lines = []
+    for run in runs:
+        if run.compute_share is None or run.compute_share <= 1.0:
+            continue
+        last, step = run.metrics[-1], as_mapping(run.setting("train", "step")).get("name", "plain")
+        causes = [
+            f"{last.samples_padded:,} rows of padding fill the last batch of each epoch" if last.samples_padded else "",
+            f"{last.samples_forwarded:,} samples of forward-only passes count a third"
+            if last.samples_forwarded
+            else "",
+            f"{last.samples_meta:,} samples of meta batches" if last.samples_meta else "",
+            f"the scoring run trained on {last.samples_collected:,} samples" if last.samples_collected else "",
+            "" if step == "plain" else f"a train step {step} costs more than a plain one",
+        ]
+        reasons = "; ".join(cause for cause in causes if cause) or "see compute in metrics.jsonl"
+        lines.append(f"{run.name}, compute above 100%: {reasons}")
+    return lines
+
+
+def headline(run: RunRecord) -> list[str]:
+    """Return what a single run saved, what that cost, and against what, a sentence each."""
+    method, last = str(run.setting("method", "name")), run.metrics[-1]
+    epochs = count_of(last.epoch + 1, "epoch")
+    reached = f"Validation accuracy {share(last.val_accuracy)} after epoch {last.epoch + 1}"
+    if method == "full":
+        return [
+            f"{run.progress.capitalize()} on all samples.",
+            f"{reached}. What pruning would save: rayprune compare.",
+        ]
+    lines = []
+    if run.saved is not None:
+        amount = f"{share(abs(run.saved), 1)} {'more than' if run.saved < 0 else 'of'}"
+        verb = "took" if run.saved < 0 else "saved"
+        so_far = "" if run.finished else ", so far"
+        lines.append(f"{method} {verb} {amount} the sample visits of full training over the same {epochs}{so_far}.")
+    lines.append(
+        f"Compute, padding included: {share(run.compute_share, 1)} of training on all samples. Selection took "
+        f"{number(run.seconds(*_SELECTION), '.2f')} of {number(run.training_seconds, '.1f')} train s."
+    )
+    lines.append(f"{reached}. Only a run on all samples shows what pruning did to it: rayprune compare trains both.")
+    return lines
 
 
 def facts(run: RunRecord) -> list[tuple[str, str]]:
@@ -68,6 +121,7 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
         ("data", f"{run.setting('data', 'source')}, {number(last.num_samples, ',d')} samples"),
         ("model", str(run.setting("model", "name"))),
         ("method", f"{method} ({_listed(options)})" if options else method),
+        ("not default", from_defaults(run)),
         ("batch size", str(run.setting("train", "batch_size"))),
         ("seed", str(run.setting("train", "seed"))),
         ("workers", f"{number(last.world_size, 'd')}, stream {environment.get('stream', '–')}"),
@@ -93,7 +147,7 @@ def _listed(settings: Mapping[str, Any]) -> str:
 
 def epochs_table(run: RunRecord) -> Table:
     """Return a table of a run's epochs."""
-    head = ("epoch", "requested", "pruned", "train loss", "train acc", "val loss", "val acc", "lr", "seconds")
+    head = ("epoch", "requested", "pruned", "train loss", "train acc", "val loss", "val acc", "lr", "train s")
     rows = [
         (
             str(line.epoch + 1),
@@ -104,7 +158,7 @@ def epochs_table(run: RunRecord) -> Table:
             number(line.val_loss),
             share(line.val_accuracy),
             number(line.lr, ".2e"),
-            number(line.seconds.get("epoch"), ".2f"),
+            number(training_seconds(line.seconds) if line.seconds.get("epoch") else None, ".2f"),
         )
         for line in run.metrics
     ]
@@ -145,7 +199,7 @@ def samples_table(run: RunRecord, sort: str | None = None, top: int = 20, ascend
 def arms_table(comparison: Comparison) -> Table:
     """Return a table of the arms of a comparison."""
     head: tuple[str, ...] = ("arm", "accuracy", "minus full", "worst class", "epochs", "lr", "step", "samples")
-    head += ("compute", "FLOPs", "time", "seconds")
+    head += ("compute", "FLOPs", "time", "train s")
     full = comparison.arms[0]
     rows = [
         (
@@ -169,8 +223,8 @@ def arms_table(comparison: Comparison) -> Table:
 
 def _interval(difference: Difference) -> str:
     if difference.low is None or difference.high is None:
-        return f"{difference.mean:+.2f}"
-    return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+        return f"{difference.mean:+z.2f}"
+    return f"{difference.mean:+z.2f} [{difference.low:+z.2f}, {difference.high:+z.2f}]"
 
 
 def explanation(comparison: Comparison) -> Iterator[str]:
@@ -184,7 +238,7 @@ def explanation(comparison: Comparison) -> Iterator[str]:
                 f"{arm.name} minus full: {share(arm.sample_share, 0)} of the variance is due to the validation "
                 "samples; more seeds do not reduce it"
             )
-    yield f"seconds: {comparison.timing}; time: ratio to full training's seconds, geometric mean over pairs"
+    yield f"train s: {comparison.timing}; time: ratio to full training's train s, geometric mean over pairs"
     if uneven := comparison.uneven_seconds:
         yield (
             f"an epoch on all samples took {uneven[0]:.3g} to {uneven[1]:.3g} s: such short runs vary, or something "
@@ -229,7 +283,7 @@ def trials_table(rows: Sequence[Row], keys: Sequence[str]) -> Table:
         rows: as in results.parquet, None if a value is missing.
         keys: the swept keys.
     """
-    head = ("", *keys, "val acc", "compute", "FLOPs", "samples trained", "epochs", "seconds", "status", "trial")
+    head = ("", *keys, "val acc", "compute", "FLOPs", "samples trained", "epochs", "wall s", "status", "trial")
     cells = [
         (
             "*" if row["pareto"] else "",
@@ -266,3 +320,13 @@ def sweep_lines(rows: Sequence[Row], keys: Sequence[str]) -> list[str]:
             "compute of a full run of the same length."
         )
     return lines
+
+
+def sweep_notes(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the meaning of the columns of a sweep's table."""
+    yield "*: on the Pareto front of accuracy and FLOPs. All figures are those of the last epoch, not of the best."
+    if any((row["compute_share"] or 0.0) > 1.0 for row in rows):
+        yield (
+            "compute above 100% of N samples in every epoch: rows of padding fill the last batch of each epoch; "
+            "forward-only passes and train steps other than plain add to it"
+        )

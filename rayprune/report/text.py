@@ -1,6 +1,8 @@
-"""Numbers and names as text, the same on the page and in a terminal; imports nothing, so that commands start fast."""
+"""Numbers and names as text, the same on the page and in a terminal; without imports that slow a command's start."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 def number(value: float | None, form: str = ".4f") -> str:
@@ -13,8 +15,12 @@ def number(value: float | None, form: str = ".4f") -> str:
 
 
 def share(value: float | None, digits: int = 2) -> str:
-    """Format a fraction as a percentage, or return – for None and NaN."""
-    return number(value, f".{digits}%")
+    """Format a fraction as a percentage, never as -0.0%, or return – for None and NaN.
+
+    >>> share(0.256), share(-0.0001, 1), share(None)
+    ('25.60%', '0.0%', '–')
+    """
+    return number(value, f"z.{digits}%")
 
 
 def percent(fraction: float) -> str:
@@ -33,6 +39,15 @@ def count_of(num: int, word: str) -> str:
     ('1 epoch', '2,000 epochs')
     """
     return f"{num:,} {word}{'s' * (num != 1)}"
+
+
+def training_seconds(seconds: Mapping[str, float | None]) -> float:
+    """Return the training seconds of an epoch: all of it but validation, so selection and checkpoints count.
+
+    >>> training_seconds({"epoch": 3.0, "validate": 0.5, "select": 0.25})
+    2.5
+    """
+    return (seconds.get("epoch") or 0.0) - (seconds.get("validate") or 0.0)
 
 
 def short(name: str, most: int) -> str:

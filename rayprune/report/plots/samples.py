@@ -10,15 +10,15 @@ from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
-from rayprune.report.plots.style import Plot, count_axis, with_lines
+from rayprune.report.plots.style import PAPER, Look, Plot, count_axis, log_axis, spans_decades, value_axis, with_looks
 from rayprune.report.read import RunRecord
 
 _COUNTS = ("last_visit", "times_pruned")
 _MAX_SCORES = 4
 _BINS = 40
+_MAX_BARS = 60  # classes, above which their bars become steps
 
 
 def sample_plots(runs: Sequence[RunRecord]) -> tuple[list[Plot], list[str]]:
@@ -79,74 +79,89 @@ def class_kept(run: RunRecord) -> NDArray[np.float64] | None:
 
 def _draw_score(runs: Sequence[RunRecord], name: str, axes: Axes) -> None:
     columns = []
-    for run, color, line in with_lines(runs):
+    for run, look in with_looks(runs):
         if name in score_names(run):
             assert run.scores is not None
             column = np.asarray(run.scores.scores[name], dtype=np.float64)
-            columns.append((column[np.isfinite(column)], color, line))
-    pooled = np.concatenate([column for column, _, _ in columns])
+            columns.append((column[np.isfinite(column)], look))
+    pooled = np.concatenate([column for column, _ in columns])
     low, high = (pooled.min(), pooled.max()) if pooled.size else (0.0, 1.0)
     # Losses span orders of magnitude: on a linear axis, nearly all are in the first bin.
-    logarithmic = 0 < low < high and np.median(pooled) < high / 20
+    logarithmic = spans_decades(pooled)
+    if logarithmic:
+        low = pooled[pooled > 0].min()
     if low == high:
         low, high = low - 0.5, high + 0.5
     edges = np.geomspace(low, high, _BINS + 1) if logarithmic else np.linspace(low, high, _BINS + 1)
-    for column, color, line in columns:
-        share = 100.0 * np.histogram(column, edges)[0] / max(column.size, 1)
-        axes.stairs(share, edges, color=color, linestyle=line, linewidth=1.5)
-        axes.stairs(share, edges, color=color, alpha=0.12, fill=True)
+    for column, look in columns:
+        # A loss of exactly 0 is in the first bin.
+        share = 100.0 * np.histogram(column.clip(low), edges)[0] / max(column.size, 1)
+        axes.stairs(share, edges, color=look.color, linestyle=look.line, linewidth=1.5)
+        axes.stairs(share, edges, color=look.color, alpha=0.12, fill=True)
     if logarithmic:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # matplotlib's default formatter writes math text
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        log_axis(axes, "x")
     axes.set_xlabel(f"{name}, logarithmic" if logarithmic else name)
     axes.set_ylabel("% of the samples")
     axes.set_ylim(bottom=0)
 
 
 def _draw_spread(runs: Sequence[RunRecord], name: str, axes: Axes) -> None:
-    for run, color, line in with_lines(runs):
+    drawn = []
+    for run, look in with_looks(runs):
         rows = {record.epoch + 1: values for record in run.metrics if (values := record.score_quantiles.get(name))}
         if not rows:
             continue
         epochs = list(rows)
         _, low, first, median, third, high, _ = np.array(list(rows.values()), dtype=np.float64).T
-        axes.fill_between(epochs, first, third, color=color, alpha=0.15, linewidth=0)
-        axes.plot(epochs, median, line, color=color, marker="o", markersize=3)
+        axes.fill_between(epochs, first, third, color=look.color, alpha=0.15, linewidth=0)
+        axes.plot(epochs, median, ls=look.line, color=look.color, marker=look.marker, markersize=3)
         for edge in (low, high):
-            axes.plot(epochs, edge, ":", color=color, linewidth=0.9)
-    axes.set_ylabel(name)
+            axes.plot(epochs, edge, ":", color=look.color, linewidth=0.9)
+        drawn += [low, high]
+    value_axis(axes, name, drawn)
     count_axis(axes)
 
 
 def _draw_threshold(runs: Sequence[RunRecord], axes: Axes) -> None:
-    for run, color, line in with_lines(runs):
+    drawn = []
+    for run, look in with_looks(runs):
         cuts = [(record.epoch + 1, record.selection.threshold) for record in run.metrics]
         known = [(epoch, threshold) for epoch, threshold in cuts if threshold is not None]
-        axes.plot([x for x, _ in known], [y for _, y in known], line, color=color, marker="o", markersize=3)
-    axes.set_ylabel("threshold")
+        thresholds = np.array([threshold for _, threshold in known], dtype=np.float64)
+        axes.plot(
+            [epoch for epoch, _ in known], thresholds, ls=look.line, color=look.color, marker=look.marker, markersize=3
+        )
+        drawn.append(thresholds)
+    value_axis(axes, "threshold", drawn)
     count_axis(axes)
 
 
 def _draw_times(runs: Sequence[RunRecord], axes: Axes) -> None:
-    counted = [(times, color) for run, color, _ in with_lines(runs) if (times := times_pruned(run)) is not None]
-    width = 0.84 / len(counted)
-    for place, (times, color) in enumerate(counted):
-        share = 100.0 * np.bincount(times) / times.size
-        offset = (place - (len(counted) - 1) / 2) * width
-        axes.bar(np.arange(share.size) + offset, share, width=width, color=color)
+    counted = [(times, look) for run, look in with_looks(runs) if (times := times_pruned(run)) is not None]
+    shares = [(100.0 * np.bincount(times) / times.size, look) for times, look in counted]
+    _draw_bars(axes, shares)
     axes.set_ylabel("% of the samples")
     axes.set_xlim(-0.6, max(1, *(int(times.max(initial=0)) for times, _ in counted)) + 0.6)
-    axes.grid(visible=False, axis="x")
     count_axis(axes, "epochs in which a sample was pruned")
 
 
 def _draw_classes(runs: Sequence[RunRecord], axes: Axes) -> None:
-    for run, color, line in with_lines(runs):
-        kept_C = class_kept(run)
-        if kept_C is not None:
-            size = 4.0 if kept_C.size <= 40 else 0.0
-            axes.plot(100 * kept_C, line, color=color, linewidth=1.2, marker="o", markersize=size)
+    kept = [(100 * kept_C, look) for run, look in with_looks(runs) if (kept_C := class_kept(run)) is not None]
+    if max(kept_C.size for kept_C, _ in kept) <= _MAX_BARS:
+        _draw_bars(axes, kept)
+    else:
+        for kept_C, look in kept:
+            axes.stairs(kept_C, np.arange(kept_C.size + 1) - 0.5, color=look.color, linestyle=look.line, linewidth=1.0)
     axes.set_ylabel("kept, %")
     axes.set_ylim(0, 105)
     count_axis(axes, "class")
+
+
+def _draw_bars(axes: Axes, series: Sequence[tuple[NDArray[np.float64], Look]]) -> None:
+    """Draw the bars of several series side by side, at 0, 1, 2, …"""
+    width = 0.84 / len(series)
+    for place, (heights, look) in enumerate(series):
+        offset = (place - (len(series) - 1) / 2) * width
+        bars = np.arange(heights.size) + offset
+        axes.bar(bars, heights, width=width, color=look.color, hatch=look.hatch, edgecolor=PAPER, linewidth=0.3)
+    axes.grid(visible=False, axis="x")

@@ -9,24 +9,42 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from numpy.typing import NDArray
 
 from rayprune.sources.storage import replace_file
 
 INK, MUTED, GRID, PAPER = "#1c2330", "#566070", "#d9dde3", "#ffffff"
-# The same hues in both themes, each with a contrast of at least 3 to its page.
-SERIES = ("#0b63a8", "#c4500a", "#00795a", "#a8487e", "#946400", "#5b4fc4", "#4a525e", "#6a6f00")
-DARK_SERIES = ("#6cb6ff", "#ff9d5c", "#4fd1a5", "#f29ac4", "#e8bd4f", "#b3a8ff", "#c3cad4", "#cfd06a")
-LINES = ("-", "--", ":", "-.")
+# Okabe and Ito's palette for color-blind readers (Color Universal Design, 2008): the colors with a contrast of at least
+# 3 to a white page, and to a dark one. Further series have other lines, markers and hatches.
+# Black is not quite black, as matplotlib leaves black out of an SVG, where the page could not replace it.
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#111111")
+DARK_SERIES = ("#56b4e9", "#d55e00", "#009e73", "#cc79a7", "#f0e442")
+PAPER_DARK = "#1a1f27"
+_DECADES = 100.0  # ratio from which an axis is logarithmic
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a series is drawn: its color, and a line, a marker and a hatch that change when the colors are used up."""
+
+    color: str
+    line: str
+    marker: str
+    hatch: str
+
+
+_LINES = (("-", "o", ""), ("--", "s", "////"), ("-.", "^", "...."))
 _VARIABLES = {
     **{color: f"var(--s{number})" for number, color in enumerate(SERIES)},
     INK: "var(--ink)",
@@ -82,10 +100,44 @@ class Plot:
     scrolls: bool = False
 
 
-def with_lines(runs: Sequence[T]) -> Iterator[tuple[T, str, str]]:
-    """Yield each run with its color and its line style, which changes after every eight runs."""
+def look_of(number: int) -> Look:
+    """Return the look of a series by its number."""
+    line, marker, hatch = _LINES[number // len(SERIES) % len(_LINES)]
+    return Look(SERIES[number % len(SERIES)], line, marker, hatch)
+
+
+def with_looks(runs: Iterable[T]) -> Iterator[tuple[T, Look]]:
+    """Yield each run with its look."""
     for number, run in enumerate(runs):
-        yield run, SERIES[number % len(SERIES)], LINES[number // len(SERIES) % len(LINES)]
+        yield run, look_of(number)
+
+
+def spans_decades(*values: NDArray[np.float64]) -> bool:
+    """Return whether values of at least 0 span more than two decades, so that an axis should be logarithmic.
+
+    >>> spans_decades(np.array([0.0, 0.001, 2.0])), spans_decades(np.array([0.1, 2.0]), np.array([5.0]))
+    (True, False)
+    """
+    pooled = np.concatenate([np.empty(0), *values])
+    positive = pooled[np.isfinite(pooled) & (pooled > 0)]
+    return bool(positive.size and not (pooled < 0).any() and positive.max() > _DECADES * positive.min())
+
+
+def value_axis(axes: Axes, label: str, values: Sequence[NDArray[np.float64]]) -> None:
+    """Label the y-axis, and make it logarithmic if the values span decades."""
+    logarithmic = spans_decades(*values)
+    axes.set_ylabel(f"{label}, logarithmic" if logarithmic else label)
+    if logarithmic:
+        log_axis(axes, "y")
+
+
+def log_axis(axes: Axes, side: Literal["x", "y"]) -> None:
+    """Make an axis logarithmic, with plain numbers at the decades."""
+    axes.set(**{f"{side}scale": "log"})
+    axis = axes.xaxis if side == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(numticks=7))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))  # matplotlib's default formatter writes math text
+    axis.set_minor_formatter(NullFormatter())
 
 
 def count_axis(axes: Axes, label: str = "epoch") -> None:

@@ -5,13 +5,16 @@ Skipped, with the reason, where there is no Chromium with its driver.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from rayprune.engine.train.driver import train
 from rayprune.experiments.compare.runner import compare
@@ -125,6 +128,29 @@ def test_the_intervals_fit_a_phone(page: Path, browser: Any) -> None:
     letters = "return Math.min(...[...document.querySelectorAll('figure.single svg text')].map(t => t.getBBox().height"
     scale = "document.querySelector('figure.single svg').getScreenCTM().a"
     assert browser.execute_script(f"{letters} * {scale}))") > 8
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_table_that_is_too_wide_shows_that_it_scrolls(page: Path, browser: Any, scheme: str) -> None:
+    size = {"width": 390, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    theme = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", theme)
+    browser.get(page.as_uri())
+    table = browser.find_element("css selector", ".scroll")
+    assert browser.execute_script("return arguments[0].scrollWidth - arguments[0].clientWidth", table) > 100
+    assert shades(table) == (False, True)
+    browser.execute_script("arguments[0].scrollLeft = 60", table)
+    assert shades(table) == (True, True)
+    browser.execute_script("arguments[0].scrollLeft = 1e6", table)
+    assert shades(table) == (True, False)
+
+
+def shades(element: Any) -> tuple[bool, bool]:
+    """Return whether the left and the right edge of an element are darker or lighter than what is next to them."""
+    pixels = np.asarray(Image.open(io.BytesIO(element.screenshot_as_png)).convert("L"), dtype=np.int64)
+    row = np.median(pixels[8:-24], axis=0)  # without the border, the scroll bar and most of the text
+    return abs(row[3] - row[30]) > 20, abs(row[-4] - row[-31]) > 20
 
 
 def test_the_page_has_its_parts_in_order(page: Path, browser: Any) -> None:

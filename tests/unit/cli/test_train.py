@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from rayprune.cli.train import epoch_row
 from tests.support.command_line import environment, rayprune
 from tests.support.paths import ROOT
 
@@ -38,6 +39,14 @@ def test_two_runs_are_trained_and_compared(tmp_path: Path) -> None:
         assert f"{last['val_accuracy']:.2%}" in done.stdout
     full, pruned = (metrics(folder)[-1]["samples_trained"] for folder in folders)
     assert full == 3 * 1437
+    assert [folder.name.rpartition("-")[0] for folder in folders] == [
+        f"{Path(config).stem}-model_mlp-epochs_3" for config in configs
+    ]
+    assert re.search(
+        r"^done in [\d.]+ s: [\d.]+ s in epochs, [\d.]+ s to start, open the data", done.stdout, re.MULTILINE
+    )
+    assert re.search(r"^run .* train s  selection s  wall s$", done.stdout, re.MULTILINE)
+    assert "digits_full, compute above 100%: 105 rows of padding fill the last batch of each epoch" in done.stdout
     assert pruned < full
 
 
@@ -73,6 +82,15 @@ def test_a_killed_run_resumes_to_the_result_of_an_undisturbed_run(tmp_path: Path
     kept = ("plan_hash", "samples_trained", "val_accuracy", "train_loss", "samples_padded")
     by_epoch = {line["epoch"]: [line[key] for key in kept] for line in metrics(killed)}
     assert by_epoch == {line["epoch"]: [line[key] for key in kept] for line in metrics(tmp_path / "whole")}
+
+
+def test_rows_of_epochs_have_one_clock_and_no_minus_zero() -> None:
+    line = {"epoch": 1, "num_samples": 1000, "kept": 1000, "samples_trained": 2001, "train_loss": 0.5}
+    line |= {"requested_prune_ratio": -0.0, "pruned_fraction": -0.0, "val_accuracy": None, "samples_collected": 1}
+    line["seconds"] = {"epoch": 5.0, "validate": 3.0, "train": 1.5}
+    cells = epoch_row(line, 4, samples_before=1001, kept=1999).split()
+    assert cells == ["2/4", "0.0%", "0.0%", "0.5000", "–", "500", "2.00", "0.0%"]
+    assert epoch_row(line, 4, samples_before=1001, kept=2000).split()[-1] == "0.0%"  # -0.05% rounds to it
 
 
 def metrics_lines(folder: Path) -> list[str]:

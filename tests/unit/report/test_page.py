@@ -57,8 +57,29 @@ def test_several_runs_make_one_page_that_loads_nothing(runs: list[Path]) -> None
         last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
         assert f"{last['val_accuracy']:.2%}" in text
         assert f"{last['samples_trained']:,}" in text
-    for heading in ("Loss by samples trained", "Accuracy by seconds", "Where the seconds went", "Kept of each class"):
+    for heading in (
+        "Loss by samples trained",
+        "Accuracy by training seconds",
+        "Where the seconds went",
+        "Kept of each class",
+    ):
         assert heading in text
+
+
+def test_several_runs_have_one_legend_and_what_differs(runs: list[Path]) -> None:
+    text = render(collect(runs))
+    assert text.count('class="legend"') == 1
+    differing = text.split("What differs</h3>")[1].split("</dl>")[0]
+    assert "<dt>full</dt><dd>method.name = full</dd>" in differing
+    assert "<dt>pruned</dt><dd>method.name = infobatch, method.ema = 0.5</dd>" in differing
+
+
+def test_a_single_run_begins_with_its_headline(runs: list[Path]) -> None:
+    text = render(collect([runs[1]]))
+    assert text.index("of the sample visits of full training over the same 4 epochs.") < text.index("<table")
+    assert "What differs" not in text
+    assert 'class="legend"' not in text
+    assert "of the sample visits of full training" not in render(collect(runs))
 
 
 def test_every_plot_becomes_a_png_file(runs: list[Path], tmp_path: Path) -> None:
