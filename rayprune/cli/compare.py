@@ -12,6 +12,7 @@ from rayprune.cli.console import debug, debug_option, elapsed, say, say_table, s
 from rayprune.report.text import count_of
 
 if TYPE_CHECKING:
+    from rayprune.config import Config
     from rayprune.experiments.compare.arms import Arm, ArmSettings
 
 
@@ -29,19 +30,41 @@ def compare(arguments: tuple[str, ...]) -> None:
     from rayprune.config import read_config
 
     config = read_config(path, overrides)
+    from rayprune.engine.storage.resume import run_folder_of
     from rayprune.experiments.compare.arms import digest_of
-    from rayprune.experiments.compare.runner import CompareListeners
-    from rayprune.experiments.compare.runner import compare as run
 
     if config.run.name is None:
         named = config.run.model_copy(update={"name": f"{Path(path).stem}-compare-{digest_of(config)}"})
         config = config.model_copy(update={"run": named})
+    folder = run_folder_of(config)
+    if _is_finished(config, folder):
+        say(f"{folder.name}: already finished")
+        _say_results(folder)
+        say(f"\n{folder}")
+        return
+    from rayprune.experiments.compare.runner import CompareListeners
+    from rayprune.experiments.compare.runner import compare as run
+
     folder = run(config, CompareListeners(_say_run, warn), debug=debug())
     from rayprune.report.plots.experiments import save_intervals
 
     save_intervals(folder)
     _say_results(folder)
     say(f"\ndone in {elapsed(start)}: {folder}")
+
+
+def _is_finished(config: Config, folder: Path) -> bool:
+    """Return whether the comparison has its results and all its runs; reads no data."""
+    from rayprune.experiments.compare.arms import digest_of
+    from rayprune.experiments.folder import ExperimentFolder
+    from rayprune.report.read import read_comparison
+
+    if not ExperimentFolder(folder, "compare.yaml", digest_of).is_current(config, "compare.png"):
+        return False
+    comparison = read_comparison(folder / "compare.json")
+    runs = {run.folder for arm in comparison.arms for run in arm.runs}
+    written = all((folder / "runs" / run / "scores.parquet").exists() for run in runs)
+    return written and comparison.seeds == list(config.compare.all_seeds)
 
 
 def _say_run(position: str, arm: Arm, seed: int, finished: bool, settings: ArmSettings) -> None:

@@ -13,7 +13,9 @@ from rayprune.cli.console import console, debug, debug_option, say, say_table, s
 from rayprune.report.text import count_of, share
 
 if TYPE_CHECKING:
-    from rayprune.experiments.sweep.runner import SweepResult, SweepStart
+    from rayprune.config import Config
+    from rayprune.experiments.sweep.folder import Row
+    from rayprune.experiments.sweep.runner import SweepStart
 
 
 @click.command()
@@ -26,24 +28,33 @@ def sweep(arguments: tuple[str, ...]) -> None:
     """
     path, overrides = single_config(arguments, "rayprune sweep digits_sweep")
     from rayprune.config import read_config
+    from rayprune.experiments.sweep.folder import finished_rows
     from rayprune.experiments.sweep.space import check_space, sweep_folder_of
 
     base = read_config(path, overrides)
     check_space(base)  # before Ray and torch are loaded
+    folder, keys = sweep_folder_of(base, Path(path).stem), list(base.sweep.space)
+    rows = finished_rows(base, folder)
+    if rows is not None:
+        say(f"{folder.name}: already finished")
+    else:
+        rows = _run(base, folder, keys)
+    say()
+    say_results(rows, keys)
+    say()
+    _say_files(folder, rows)
+    if all(row["status"] != "finished" for row in rows):
+        reasons = [row["error"] for row in rows if row["error"]]
+        raise RuntimeError(f"no trial finished; the first error: {reasons[0]}" if reasons else "no trial finished")
+
+
+def _run(base: Config, folder: Path, keys: Sequence[str]) -> list[Row]:
     from rayprune.experiments.sweep.runner import SweepListeners
     from rayprune.experiments.sweep.runner import sweep as run
 
-    keys = list(base.sweep.space)
     with SweepDisplay(keys) as display:
         listeners = SweepListeners(display.start, display.epoch, display.trial)
-        result = run(base, sweep_folder_of(base, Path(path).stem), listeners, debug=debug())
-    say()
-    say_results(result.rows, keys)
-    say()
-    _say_files(result)
-    if all(row["status"] != "finished" for row in result.rows):
-        reasons = [row["error"] for row in result.rows if row["error"]]
-        raise RuntimeError(f"no trial finished; the first error: {reasons[0]}" if reasons else "no trial finished")
+        return run(base, folder, listeners, debug=debug()).rows
 
 
 def say_results(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
@@ -59,15 +70,15 @@ def say_results(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
         say(line, "dim")
 
 
-def _say_files(result: SweepResult) -> None:
+def _say_files(folder: Path, rows: Sequence[Row]) -> None:
     from rayprune.report.plots.experiments import save_pareto
 
-    say(f"table   {result.folder / 'results.parquet'} (and .csv)")
-    if any(row["val_accuracy"] is not None and row["status"] != "failed" for row in result.rows):
-        say(f"plot    {save_pareto(result.folder)}")
-    if any(row["pareto"] for row in result.rows):
-        say(f"configs {result.folder / 'pareto'}")
-    say(f"trials  {result.folder / 'trials'}")
+    say(f"table   {folder / 'results.parquet'} (and .csv)")
+    if any(row["val_accuracy"] is not None and row["status"] != "failed" for row in rows):
+        say(f"plot    {save_pareto(folder)}")
+    if any(row["pareto"] for row in rows):
+        say(f"configs {folder / 'pareto'}")
+    say(f"trials  {folder / 'trials'}")
 
 
 class SweepDisplay:

@@ -24,7 +24,7 @@ from rayprune.report.text import count_of, number, share, training_seconds
 
 if TYPE_CHECKING:
     from rayprune.config import Config
-    from rayprune.engine.train.driver import RunResult, Start
+    from rayprune.engine.train.driver import Start
     from rayprune.engine.train.static_subset import Scored
 
 
@@ -48,29 +48,38 @@ def train(arguments: tuple[str, ...]) -> None:
     results = [(Path(path).stem, _train_one(config)) for path, config in zip(paths, configs, strict=True)]
     _say_summary(results)
     say()
-    for name, result in results:
-        say(f"{name}: {result.folder}")
+    for name, folder in results:
+        say(f"{name}: {folder}")
 
 
-def _train_one(config: Config) -> RunResult:
+def _train_one(config: Config) -> Path:
+    """Train a run to its end; return its folder."""
+    from rayprune.engine.storage.resume import finished_unread
+
+    if (folder := finished_unread(config)) is not None:  # torch and Ray are not imported
+        say(f"{folder.name}: already finished\n")
+        return folder
     from rayprune.engine.train.driver import train as run
 
     start = time.perf_counter()
     with RunDisplay() as display:
         result = run(config, on_scored=_say_selection, debug=debug(), **display.listeners)
+    if not display.has_started:
+        say(f"{result.folder.name}: already finished\n")
+        return result.folder
     rest = "start Ray and its workers" if config.scaling.num_workers else "start"
     total, epochs = time.perf_counter() - start, display.epochs_s
     split = f": {epochs:.1f} s in epochs, {total - epochs:.1f} s to {rest}, open the data and write the results"
     say(f"done in {total:.1f} s{split if epochs else ''}\n")
-    return result
+    return result.folder
 
 
-def _say_summary(results: Sequence[tuple[str, RunResult]]) -> None:
+def _say_summary(results: Sequence[tuple[str, Path]]) -> None:
     """Print the final table: the result of each run, what it saved, and what selection cost."""
     from rayprune.report.read import read_run
     from rayprune.report.tables import above_full, runs_table
 
-    runs = [read_run(result.folder, name) for name, result in results]
+    runs = [read_run(folder, name) for name, folder in results]
     table = runs_table(runs)
     say_table([table.head, *table.rows], table.words)
     for line in above_full(runs):
@@ -110,6 +119,7 @@ class RunDisplay:
 
     def __init__(self) -> None:
         self.epochs_s = 0.0  # seconds of the epochs that were shown
+        self.has_started = False
         self._num_epochs = self._kept = 0
         self._samples_before: int | None = None  # samples trained before the next epoch; None: none of this run yet
         self._has_head = False  # notices are printed before the head
@@ -140,6 +150,7 @@ class RunDisplay:
         """Print the start of the run."""
         from rayprune.engine.storage.run_folder import read_metrics
 
+        self.has_started = True
         config, resources, first = start.config, start.resources, start.first_epoch
         fewest, most = config.scaling.worker_range
         workers = count_of(most, "worker") if fewest == most else f"{fewest} to {most} workers"
@@ -154,7 +165,7 @@ class RunDisplay:
         self._samples_before = before[-1]["samples_trained"] if before else None
         self._kept = sum(line["kept"] for line in before)
         if first >= self._num_epochs:
-            say("already finished")
+            say("already trained: writes the results")
             return
         if first:
             say(f"resumes at epoch {first + 1}")

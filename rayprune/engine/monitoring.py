@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,15 @@ from ray.exceptions import RayError
 
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import Pulse
+from rayprune.errors import TrainingPaused
 
 logger = logging.getLogger(__name__)
 
 _POLL_S, _PULSE_S = 0.2, 1.0
 _ANSWER_S = 2.0
+_PATIENCE_S = 5.0  # of a person who has pressed Ctrl-C
+# What a rank does before its first step, when there is nothing to save.
+STARTING, FIRST_BATCH = "starting", "waiting for the first batch"
 _TERMINAL_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -63,6 +68,7 @@ class Watcher:
         self._offset = self._file.stat().st_size if self._file.exists() else 0
         self._scores, self._listeners, self._stalls = scores, listeners, StallWatch(stall_s)
         self._done, self._pause = threading.Event(), listeners.pause or threading.Event()
+        self._interrupted_at: float | None = None
         self._thread = threading.Thread(target=self._follow, name="rayprune-watch", daemon=True)
 
     def __enter__(self) -> Watcher:
@@ -78,11 +84,59 @@ class Watcher:
         """Ask all ranks to save and leave; a signal handler may call it, as the watching thread does the asking."""
         self._pause.set()
 
+    def interrupt(self) -> None:
+        """Ask all ranks to save and leave, because a person waits for it; a signal handler may call it."""
+        self._interrupted_at = time.monotonic()
+        self._pause.set()
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether `interrupt` was called."""
+        return self._interrupted_at is not None
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Call a function in a thread, and wait until it returns, or until Ctrl-C is pressed while no rank trains.
+
+        Workers that start later find the request to leave, unless this process ends before.
+        """
+        outcome: Future[None] = Future()
+
+        def settle() -> None:
+            try:
+                function()
+            except BaseException as error:
+                outcome.set_exception(error)
+            else:
+                outcome.set_result(None)
+
+        threading.Thread(target=settle, name="rayprune-fit", daemon=True).start()
+        while not wait([outcome], _POLL_S).done:
+            if self._interrupted_at is not None and not self._is_training(time.monotonic() - self._interrupted_at):
+                return
+        outcome.result()
+
+    def _is_training(self, waited_s: float) -> bool:
+        """Return whether a rank may have something to save, `waited_s` seconds after Ctrl-C."""
+        pulses = self._scores.pulses(_ANSWER_S)
+        # An older pulse of a rank that was starting says nothing: the rank may have trained since.
+        return pulses is None or not all(
+            pulse.doing == "nothing yet" or (pulse.doing in {STARTING, FIRST_BATCH} and pulse.silent_s < waited_s)
+            for pulse in pulses.values()
+        )
+
     def _follow(self) -> None:
+        is_patient = True
         while not self._done.wait(_POLL_S):
             self._deliver()
             if self._pause.is_set():
                 self._scores.pause(_ANSWER_S)  # repeatedly: an actor that restarts forgets it
+            if (
+                is_patient
+                and self._interrupted_at is not None
+                and time.monotonic() > self._interrupted_at + _PATIENCE_S
+            ):
+                self._listeners.on_notice("saving before the next step; press Ctrl-C again to stop without saving")
+                is_patient = False
             if not self._scores.is_local:  # an actor in this process can't answer while it trains
                 self._watch_actor()
 
@@ -161,7 +215,7 @@ class PulseSender:
 
     def __init__(self, scores: ScoreClient, generation: int, rank: int, world_size: int) -> None:
         self._scores, self._generation, self._rank, self._world_size = scores, generation, rank, world_size
-        self._activity = ("starting", time.monotonic())
+        self._activity = (STARTING, time.monotonic())
         self._done = threading.Event()
         if not scores.is_local:
             threading.Thread(target=self._send, name="rayprune-pulse", daemon=True).start()
@@ -191,20 +245,53 @@ def _interrupt(*_: object) -> None:
 
 
 @contextmanager
-def on_sigterm(handler: Callable[..., None] = _interrupt) -> Iterator[None]:
+def on_sigterm(handler: Callable[..., None] | None = None) -> Iterator[None]:
     """Let SIGTERM, which clusters send before they take a machine back, call a handler while the block runs.
 
     Args:
         handler: called with the signal's number and frame; by default, it interrupts like Ctrl-C.
+
+    Raises:
+        TrainingPaused: SIGTERM has interrupted the block, without a handler.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread can set signal handlers
         return
-    previous = signal.signal(signal.SIGTERM, handler)
+    is_terminated = False
+
+    def receive(*args: Any) -> None:
+        nonlocal is_terminated
+        is_terminated = True
+        _interrupt(*args)
+
+    previous = signal.signal(signal.SIGTERM, receive if handler is None else handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if is_terminated:
+            raise TrainingPaused("interrupted; run the same command again to resume from the last checkpoint") from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def on_ctrl_c(handler: Callable[[], None]) -> Iterator[None]:
+    """Let the first Ctrl-C call a handler while the block runs; the next one does what it did before the block."""
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield  # only the main thread can set signal handlers, and background commands ignore Ctrl-C
+        return
+
+    def receive(*_: Any) -> None:
+        signal.signal(signal.SIGINT, previous)
+        handler()
+
+    signal.signal(signal.SIGINT, receive)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager

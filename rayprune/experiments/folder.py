@@ -49,6 +49,14 @@ class ExperimentFolder:
                 "leave it out"
             )
 
+    def is_current(self, config: Config, results: str) -> bool:
+        """Return whether the newest start had the same settings and has written this file of results."""
+        stored, written = self.path / self.stored, self.path / results
+        if not stored.exists() or not written.exists() or written.stat().st_mtime_ns < stored.stat().st_mtime_ns:
+            return False
+        before, now = (each.model_dump(exclude={"run", "scaling"}) for each in (read_config(stored), config))
+        return before == now
+
     @contextlib.contextmanager
     def open(self, config: Config) -> Iterator[None]:
         """Create or check the folder, write its config, and lock it until the block ends.

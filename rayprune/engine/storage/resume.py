@@ -54,19 +54,47 @@ def check_folder(config: Config) -> None:
         _check_config(config, folder)
 
 
-def check_start(config: Config, source: SampleSource) -> Path | None:
-    """Refuse what `open_folder` would refuse, before a scoring run begins.
-
-    Returns:
-        The folder, if the run is already finished.
+def finished_folder(config: Config, source: SampleSource) -> Path | None:
+    """Return the run's folder if the run is finished, otherwise None; refuse what `open_folder` would refuse.
 
     Raises:
         RunFolderError: the folder holds another run, or there is nothing to resume at `run.resume`.
     """
     folder, start = run_folder_of(config), _find_start(config, source)
-    if start is None or start.parents[1] != folder or not (folder / "scores.parquet").exists():
+    return folder if start is not None and start.parents[1] == folder and _is_finished(config, start) else None
+
+
+def finished_unread(config: Config) -> Path | None:
+    """Return the run's folder if a run with these settings is finished, without reading its data; None if unsure.
+
+    None does not mean that the run is unfinished. It may also be refused, or its data or subset may have changed.
+    """
+    folder = run_folder_of(config)
+    if config.run.resume == "never" or config.method["name"] == "fixed" or not (folder / "config.yaml").exists():
         return None
-    return folder if read_position(start)["epoch"] >= config.last_epoch else None
+    stored = read_config(folder / "config.yaml")
+    start = newest_checkpoint(folder) if stored.digest() == config.digest() and stored.data == config.data else None
+    return folder if start is not None and _is_finished(config, start) else None
+
+
+def _is_finished(config: Config, newest: Path) -> bool:
+    """Return whether a run has trained all epochs and written all its results."""
+    folder = newest.parents[1]
+    if read_position(newest)["epoch"] < config.last_epoch or not (folder / "metrics.jsonl").exists():
+        return False
+    metrics = read_metrics(folder)  # a kill may have come before the last line
+    written = all((folder / name).exists() for name in ("scores.parquet", "gallery"))
+    return written and bool(metrics) and bool(metrics[-1]["epoch"] + 1 >= config.last_epoch)
+
+
+def where_stopped(config: Config, folder: Path, epoch: int, step: int) -> str:
+    """Return the line on a run that Ctrl-C has stopped."""
+    run = " of the scoring run" if folder.name == SCORING else ""
+    if epoch >= config.last_epoch:
+        return f"stopped after the last epoch{run}: the same command continues from there"
+    if (epoch, step) == (0, 0):
+        return f"stopped before the first step{run}: the same command starts again"
+    return f"stopped at epoch {epoch + 1}, step {step}{run}: the same command continues from there"
 
 
 def adopt_scoring(config: Config) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import signal
 import sys
 import threading
 import uuid
@@ -30,7 +29,7 @@ from rayprune.engine.cluster import Resources, resolve_resources, start_ray
 from rayprune.engine.data.device import DeviceStream, check_room
 from rayprune.engine.data.ray_data import plan_dataset, task_rows
 from rayprune.engine.data.transport import LocalStream, RayStream
-from rayprune.engine.monitoring import RunListeners, Watcher, kept_handlers, on_sigterm
+from rayprune.engine.monitoring import RunListeners, Watcher, on_ctrl_c, on_sigterm
 from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import StopReason
@@ -40,7 +39,7 @@ from rayprune.engine.storage.checkpoint import (
     newest_position,
     remove_old_checkpoints,
 )
-from rayprune.engine.storage.resume import adopt_scoring, check_folder, check_start, open_folder
+from rayprune.engine.storage.resume import adopt_scoring, check_folder, finished_folder, open_folder, where_stopped
 from rayprune.engine.storage.run_folder import read_metrics, write_scores
 from rayprune.engine.storage.trackers import check_trackers, failures
 from rayprune.engine.train.build import (
@@ -95,7 +94,7 @@ class Start:
         config: its config.
         resources: the resources it trains on.
         folder: its run folder.
-        first_epoch: the first epoch to train; E if the run has already finished.
+        first_epoch: the first epoch to train; E if only results remain to be written.
     """
 
     config: Config
@@ -132,7 +131,7 @@ def train(
         config: a resolved config (`load_config`), with `run.name` set.
         on_epoch: called with each new line of metrics.jsonl.
         on_progress: called about twice a second with (epoch, samples observed, samples planned).
-        on_start: called when a run starts or resumes; the scoring run is a run, too.
+        on_start: called when a run starts or resumes; the scoring run is a run, too. A finished run does not start.
         on_scored: called after the scoring run.
         on_notice: called with lines that a person should see: limits of this run, and stalls longer than
             `run.stall_seconds`.
@@ -146,14 +145,19 @@ def train(
         TrainingStopped: too many losses were NaN or infinite.
         TrainingPaused: SIGTERM came, or `pause` was set; the run has saved its state.
         TrainingFailed: anything else that ended training.
+        KeyboardInterrupt: Ctrl-C was pressed; the run has saved its state, and the message says where it continues. A
+            second Ctrl-C interrupts without saving.
     """
     listeners = Listeners(on_epoch, on_progress, on_notice, pause, on_start, on_scored)
-    splits = _open(config, debug)
+    splits = open_splits(config)
     check_folder(config)
     setup = _checked_setup(config, splits)
+    if (folder := finished_folder(config, splits.train)) is not None:
+        if setup is not None:
+            check_subset(config, setup)
+        return RunResult(folder, read_metrics(folder))
+    _connect(config, debug)
     if setup is None:
-        if (folder := check_start(config, splits.train)) is not None:
-            return _finished(config, splits, folder, listeners)
         adopt_scoring(config)
         scored = _score(config, splits, listeners)
         if on_scored is not None:
@@ -178,7 +182,9 @@ def score(config: Config, *, debug: bool = False, **listeners: Any) -> Scored:
             f"method {method.name!r} has no scoring run: rayprune train writes its scores.parquet; name a method that "
             "chooses one subset, such as method.name=tdds"
         )
-    return _score(config, _open(config, debug), Listeners(**listeners))
+    splits = open_splits(config)
+    _connect(config, debug)
+    return _score(config, splits, Listeners(**listeners))
 
 
 def check(config: Config, splits: Splits) -> None:
@@ -208,14 +214,13 @@ def open_splits(config: Config) -> Splits:
     return splits
 
 
-def _open(config: Config, debug: bool) -> Splits:
-    splits = open_splits(config)
+def _connect(config: Config, debug: bool) -> None:
+    """Connect to Ray, if the run has workers."""
     if not debug:
         logging.getLogger("ray.train").setLevel(logging.WARNING)
         logging.getLogger("ray.data").setLevel(logging.WARNING)
     if config.scaling.num_workers != 0:
         start_ray(debug, elastic=isinstance(config.scaling.num_workers, tuple), address=config.run.address)
-    return splits
 
 
 def _splits(config: Config) -> Splits:
@@ -247,13 +252,6 @@ def _check_training(config: Config, splits: Splits, method: Method) -> None:
     check_signals((*method.signals, *method.sweep_signals, *config.train.record))
     check_sizes(config, len(splits.train))
     check_model(config, input_spec(config, splits.train), method)
-
-
-def _finished(config: Config, splits: Splits, folder: Path, listeners: Listeners) -> RunResult:
-    if listeners.on_start is not None:
-        resources = resolve_resources(config, splits.train)
-        listeners.on_start(Start(config, resources, folder, config.last_epoch))
-    return RunResult(folder, read_metrics(folder))
 
 
 def _score(config: Config, splits: Splits, listeners: Listeners) -> Scored:
@@ -290,12 +288,14 @@ def _run(config: Config, splits: Splits, setup: SelectionSetup, listeners: Liste
             for line in notices(config, spec, len(splits.train), setup.method, resources.use_gpu):
                 listeners.on_notice(line)
             try:
-                Run(config, splits, spec, setup, resources=resources, folder=folder).fit(listeners)
+                is_whole = Run(config, splits, spec, setup, resources=resources, folder=folder).fit(listeners)
             finally:  # also if training has failed
                 for line in failures(folder, config):
                     listeners.on_notice(line)
             remove_old_checkpoints(folder, config.run.keep_checkpoints)
             epoch, step = newest_position(folder)
+            if not is_whole:
+                raise KeyboardInterrupt(where_stopped(config, folder, epoch, step))
             if epoch < config.last_epoch:
                 raise TrainingPaused(
                     f"paused: saved before step {step} of epoch {epoch + 1}; run the same command to continue"
@@ -398,31 +398,41 @@ class Run:
             prior_cost=setup.prior_cost,
         )
 
-    def fit(self, listeners: RunListeners) -> None:
-        """Train to the end, or until `listeners.pause` is set.
+    def fit(self, listeners: RunListeners) -> bool:
+        """Train to the end, or until `listeners.pause` is set or Ctrl-C is pressed.
+
+        Returns:
+            False if Ctrl-C was pressed.
 
         Raises:
             TrainingStopped: too many losses were NaN or infinite.
             TrainingFailed: anything else that ended training.
+            KeyboardInterrupt: Ctrl-C was pressed twice.
         """
         failure: Exception | None = None
+        watcher = Watcher(self._folder, self.scores, listeners, self._config.run.stall_seconds)
         try:
-            watcher = Watcher(self._folder, self.scores, listeners, self._config.run.stall_seconds)
-            # Ray Train replaces the handler of SIGINT and does not restore it.
-            with watcher, on_sigterm(watcher.request_pause), kept_handlers(signal.SIGINT):
-                self._trainer().fit()
+            with watcher, on_sigterm(watcher.request_pause), on_ctrl_c(watcher.interrupt):
+                # In the main thread, Ray Train would replace the handler of SIGINT and abort the run without saving.
+                self._fit() if self._handle is None else watcher.call(self._fit)
         except Exception as error:  # without workers, the loop's own errors
             failure = error
-        finally:
-            stop_reason = self._stop_reason()
-            if self._handle is not None:
-                ray.kill(self._handle)
+        if watcher.is_interrupted:
+            logger.debug("interrupted", exc_info=failure)
+            return False
+        stop_reason = self._stop_reason()
+        if self._handle is not None:
+            ray.kill(self._handle)
         if stop_reason is not None:  # even after a clean end: workers that Ray has restarted leave at once
             if stop_reason.failed:
                 raise TrainingFailed(f"training failed {stop_reason.text}") from failure
             raise TrainingStopped(stop_reason.text) from failure
         if failure is not None:
             raise TrainingFailed(_first_cause(failure)) from failure
+        return True
+
+    def _fit(self) -> None:
+        self._trainer().fit()
 
     def _stop_reason(self) -> StopReason | None:
         try:

@@ -22,7 +22,7 @@ from rayprune.core.plan import is_meta, num_meta_batches, train_step_of
 from rayprune.engine.data.batch import Batch
 from rayprune.engine.data.device import DeviceBatch, DevicePlacer
 from rayprune.engine.data.transport import Transport
-from rayprune.engine.monitoring import PulseSender
+from rayprune.engine.monitoring import FIRST_BATCH, PulseSender
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import EpochSnapshot, Moment, Phase, PlanHeader, StopReason
 from rayprune.engine.scoring.session import ScoringSession
@@ -86,6 +86,7 @@ class Worker:
         self._session = ScoringSession(spec.scores, generation, self.rank, self.world_size, spec.step.signals)
         self._trigger = CheckpointTrigger(self._session, self._device, self._config.run)
         self._pulse = PulseSender(spec.scores, generation, self.rank, self.world_size)
+        self._wait = FIRST_BATCH  # what the rank does until its next batch
         self._seconds: dict[str, float] = {}
 
     def _next_start(self) -> tuple[int, tuple[int, int]]:
@@ -215,9 +216,10 @@ class Worker:
         batches = self._session.batches(header, self._transport.batches)
         while True:
             with self._timed("data_wait"):
-                self._pulse.set_activity("waiting for the stream")
+                self._pulse.set_activity(self._wait)
                 batch = next(batches, None)
             self._pulse.set_activity("in one step")
+            self._wait = "waiting for the stream"
             if batch is None:
                 return
             yield batch

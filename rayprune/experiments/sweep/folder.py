@@ -24,7 +24,8 @@ import yaml
 from rayprune.config import Config
 from rayprune.engine.storage.costs import costs_of
 from rayprune.engine.storage.run_folder import read_metrics, write_whole
-from rayprune.experiments.sweep.space import Point, trial_config
+from rayprune.experiments.folder import ExperimentFolder
+from rayprune.experiments.sweep.space import Point, listed_points, sweep_digest, trial_config
 from rayprune.sources.storage import replace_file
 
 Row = dict[str, Any]
@@ -91,6 +92,17 @@ def result_row(folder: Path, state: TrialState, amortise: int = 1) -> Row:
             "seconds": costs.wall_time,
         }
     return {"trial": state.name, **state.point, "status": state.status, "error": state.error, **figures}
+
+
+def finished_rows(base: Config, folder: Path) -> list[Row] | None:
+    """Return the rows of a sweep if it is finished, otherwise None; does not read its data."""
+    if not ExperimentFolder(folder, "sweep.yaml", sweep_digest).is_current(base, "results.parquet"):
+        return None
+    states, section = read_states(folder).values(), base.sweep
+    num_trials = section.num_trials if section.search == "optuna" else len(listed_points(section))
+    if len(states) != num_trials or any(state.status not in {FINISHED, STOPPED} for state in states):
+        return None
+    return mark_front([result_row(folder, state, section.amortise) for state in states])
 
 
 def mark_front(rows: Sequence[Row]) -> list[Row]:

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from rayprune.cli.main import cli
-from tests.support.command_line import rayprune
+from tests.support.command_line import loaded_modules, rayprune
 from tests.support.paths import ROOT
 
 CONFIG = str(ROOT / "configs" / "digits_compare.yaml")
@@ -36,6 +36,12 @@ def test_one_command_ends_with_a_table_and_a_verdict(tmp_path: Path) -> None:
         assert f"{arm['samples_trained']:,.0f}" in rows[arm["name"]]
     assert f"[{report['arms'][1]['to_full']['low']:+.2f}, " in rows["infobatch"]
     assert report["verdict"]["sentence"] in done.stdout
+    again, loaded = loaded_modules(
+        ["ray", "torch"], "compare", CONFIG, *QUICK, "compare.seeds=2", f"run.storage_path={tmp_path}"
+    )
+    assert loaded == set()
+    assert again.startswith(f"{folder.name}: already finished\n")
+    assert again.partition("\narm ")[2].splitlines()[:-1] == done.stdout.partition("\narm ")[2].splitlines()[:-1]
 
 
 @pytest.mark.parametrize(

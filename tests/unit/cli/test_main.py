@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rayprune.cli import main as command_line
-from tests.support.command_line import rayprune
+from tests.support.command_line import environment, loaded_modules, rayprune
 from tests.support.paths import ROOT
 
 
@@ -39,6 +40,7 @@ def test_a_users_mistake_is_one_line_and_exit_2(words: list[str], message: str, 
 
 def test_debug_shows_the_traceback_before_and_after_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # `main` installs its handler for the rest of the process
     for words in (["--debug", "methods", "infobach"], ["methods", "infobach", "--debug"]):
         monkeypatch.setattr(sys, "argv", ["rayprune", *words])
         with pytest.raises(ValueError, match="'infobatch'"):
@@ -48,13 +50,24 @@ def test_debug_shows_the_traceback_before_and_after_the_command(monkeypatch: pyt
 @pytest.mark.parametrize("words", [["--help"], ["methods"], ["train", "--help"], ["methods", "infobach"]])
 def test_help_and_methods_load_nothing_slow(words: list[str]) -> None:
     slow = ["ray", "torch", "pandas", "matplotlib", "pydantic"]
-    code = (
-        f"import sys; sys.argv = ['rayprune', *{words}]\n"
-        "from rayprune.cli.main import main\n"
-        f"try:\n    main()\nfinally:\n    print('LOADED', sorted(set({slow}) & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert "LOADED []" in done.stdout
+    assert loaded_modules(slow, *words)[1] == set()
+
+
+def test_ctrl_c_during_the_imports_is_one_line_and_exit_130(tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "rayprune", "train", "configs/digits_full.yaml"]
+    command += ["scaling.num_workers=0", f"run.storage_path={tmp_path}"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment())
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:  # each import prints a line
+        lines.append(line)
+        if line.endswith("torch.cuda\n") or "torch.version" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    lines += process.stderr.readlines()
+    assert process.wait(60) == 130
+    assert [line for line in lines if not line.startswith("import time:")] == ["stopped: the same command continues\n"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_readmes_python_runs() -> None:

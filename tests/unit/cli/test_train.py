@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from rayprune.cli.train import epoch_row
-from tests.support.command_line import environment, rayprune
+from rayprune.engine.storage.checkpoint import newest_position
+from tests.support.command_line import environment, loaded_modules, rayprune, start_group
 from tests.support.paths import ROOT
 
 QUICK = ["scaling.num_workers=0", "scaling.stream=local", "scaling.threads=1", "train.epochs=3", "model.name=mlp"]
@@ -54,10 +56,36 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     words = ["train", "configs/digits_infobatch.yaml", *QUICK, f"run.storage_path={tmp_path}", "run.name=again"]
     first = rayprune(*words)
     before = (tmp_path / "again" / "metrics.jsonl").read_bytes()
-    second = rayprune(*words)
-    assert (first.returncode, second.returncode) == (0, 0)
-    assert "already finished" in second.stdout
+    with_workers = [word.replace("num_workers=0", "num_workers=2") for word in words]
+    printed, loaded = loaded_modules(["ray", "torch", "sklearn"], *with_workers)
+    assert first.returncode == 0
+    assert loaded == set()
+    assert printed.splitlines()[0] == "again: already finished"
+    assert printed.partition("\nrun ")[2] == first.stdout.partition("\nrun ")[2], "the table and the folder"
     assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == before
+
+
+def test_ctrl_c_saves_and_the_same_command_continues(tmp_path: Path) -> None:
+    quick = [word if word != "train.epochs=3" else "train.epochs=400" for word in QUICK]
+    words = ["train", "configs/digits_infobatch.yaml", *quick, f"run.storage_path={tmp_path}", "run.name=stopped"]
+    process = start_group(*words)
+    out = ""
+    assert process.stdout is not None
+    while "  3/400" not in out:
+        line = process.stdout.readline()
+        assert line, process.communicate()
+        out += line
+    os.killpg(process.pid, signal.SIGINT)  # a terminal signals the whole group
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    epoch, step = newest_position(tmp_path / "stopped")
+    assert err == f"stopped at epoch {epoch + 1}, step {step}: the same command continues from there\n"
+    assert epoch >= 3
+    last = f"train.stop_after={epoch + 1}"
+    again = rayprune(*words, last)
+    assert again.returncode == 0, again.stderr
+    assert f"resumes at epoch {epoch + 1}" in again.stdout
+    assert [line["epoch"] for line in metrics(tmp_path / "stopped")] == list(range(epoch + 1))
 
 
 @pytest.mark.scenario

@@ -18,12 +18,14 @@ from rayprune.engine.monitoring import (
     Watcher,
     error_line,
     kept_handlers,
+    on_ctrl_c,
     on_sigterm,
 )
 from rayprune.engine.scoring.actor import ScoreActor, ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import Pulse
 from rayprune.engine.storage.run_folder import append_metrics
+from rayprune.errors import TrainingPaused
 from rayprune.sources import open_data
 
 LIMIT_S = 10.0
@@ -174,15 +176,93 @@ def test_a_rank_that_has_never_sent_a_pulse_is_silent_too() -> None:
 
 # A shell starts background commands with SIGINT ignored.
 @pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN], ids=["default", "ignored"])
-def test_sigterm_interrupts_like_ctrl_c_and_the_handler_is_put_back(ctrl_c: Any) -> None:
+def test_sigterm_interrupts_and_the_handler_is_put_back(ctrl_c: Any) -> None:
     # An earlier test of this process may have left the handlers of a user's own TorchTrainer.
     sigterm, sigint = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGINT, ctrl_c)
     try:
-        with pytest.raises(KeyboardInterrupt), on_sigterm():
+        with pytest.raises(TrainingPaused), on_sigterm():
             signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGINT, sigint)
     assert signal.getsignal(signal.SIGTERM) == sigterm
+
+
+def test_the_first_ctrl_c_calls_the_handler_and_the_second_one_interrupts() -> None:
+    before, calls = signal.signal(signal.SIGINT, signal.default_int_handler), []
+    try:
+        with on_ctrl_c(lambda: calls.append("saves")):
+            signal.raise_signal(signal.SIGINT)
+            assert calls == ["saves"]
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert calls == ["saves"]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_stays_ignored_in_the_background() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        calls: list[str] = []
+        with on_ctrl_c(lambda: calls.append("saves")):
+            signal.raise_signal(signal.SIGINT)
+        assert calls == []
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("pulses", "is_training"),
+    [
+        ([], False),
+        ([Pulse(60.0, "nothing yet", 0.0), Pulse(0.0, "starting", 0.0)], False),
+        ([Pulse(0.0, "starting", 0.0), Pulse(0.0, "waiting for the first batch", 0.0)], False),
+        ([Pulse(0.0, "waiting for the first batch", 0.0), Pulse(0.0, "in one step", 0.0)], True),
+        ([Pulse(0.0, "waiting for the stream", 0.0)], True),
+        ([Pulse(60.0, "starting", 0.0)], True),  # before Ctrl-C: it may train by now
+        (None, True),
+    ],
+)
+def test_ranks_that_have_trained_nothing_need_not_save(
+    tmp_path: Path, pulses: list[Pulse] | None, is_training: bool
+) -> None:
+    remote = RemoteActor()
+    remote.answers["pulses"] = None if pulses is None else dict(enumerate(pulses))
+    watcher = Watcher(tmp_path, ScoreClient(remote), RunListeners(), LIMIT_S)
+    ends = threading.Event()
+    threading.Timer(0.5, ends.set).start()
+    watcher.interrupt()
+    time.sleep(0.01)
+    watcher.call(lambda: None if ends.wait(10) else pytest.fail("the thread was not awaited"))
+    assert ends.is_set() == is_training
+    ends.wait(10)
+
+
+def test_an_error_in_the_thread_reaches_the_caller(tmp_path: Path) -> None:
+    watcher = Watcher(tmp_path, ScoreClient(RemoteActor()), RunListeners(), LIMIT_S)
+    with pytest.raises(ValueError, match="literal"):
+        watcher.call(lambda: print(int("a")))
+
+
+def test_a_person_who_waits_for_a_checkpoint_is_told_how_to_stop_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayprune.engine.monitoring._PATIENCE_S", 0.3)
+    notices: list[str] = []
+    remote = RemoteActor()
+    with Watcher(tmp_path, ScoreClient(remote), RunListeners(on_notice=notices.append), LIMIT_S) as watcher:
+        watcher.interrupt()
+        assert watcher.is_interrupted
+        deadline = time.monotonic() + 10
+        while not notices and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.5)
+    assert [line for line in notices if "Ctrl-C" in line] == [
+        "saving before the next step; press Ctrl-C again to stop without saving"
+    ]
+    assert ("pause", ()) in remote.calls
 
 
 @pytest.mark.parametrize("ours", [lambda *_: None, signal.SIG_IGN], ids=["handled", "ignored"])

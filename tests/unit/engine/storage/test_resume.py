@@ -18,6 +18,7 @@ import pytest
 
 from rayprune.config import Config
 from rayprune.engine.storage.checkpoint import SCHEMA, checkpoint_path, newest_checkpoint
+from rayprune.engine.storage.resume import finished_unread
 from rayprune.engine.storage.run_folder import read_metrics
 from rayprune.engine.train.driver import RunResult, train
 from tests.support.runs import assert_same_run, run_config, user
@@ -84,10 +85,26 @@ def test_a_finished_run_is_left_alone(finished: tuple[Config, RunResult]) -> Non
     written = (newest / "model.pt").stat().st_mtime_ns
     starts: list[int] = []
     again = train(config, on_start=lambda start: starts.append(start.first_epoch))
-    assert starts == [EPOCHS]
+    assert starts == []
     assert again.metrics == result.metrics
     assert (result.folder / "metrics.jsonl").read_bytes() == lines
     assert (newest / "model.pt").stat().st_mtime_ns == written
+
+
+def test_a_finished_run_is_recognized_without_its_data(finished: tuple[Config, RunResult]) -> None:
+    config, result = finished
+    assert finished_unread(config) == result.folder
+    never = config.model_copy(update={"run": config.run.model_copy(update={"resume": "never"})})
+    elsewhere = config.data.model_copy(update={"limit": 199})
+    longer = config.train.model_copy(update={"epochs": EPOCHS + 1})
+    for other in (never, config.model_copy(update={"data": elsewhere}), config.model_copy(update={"train": longer})):
+        assert finished_unread(other) is None
+    lines = (result.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (result.folder / "metrics.jsonl").write_text("".join(lines[:-1]))
+    assert finished_unread(config) is None, "the last line is missing"
+    (result.folder / "metrics.jsonl").write_text("".join(lines))
+    damage_newest(result.folder)
+    assert finished_unread(config) is None, "the last epoch must be trained again"
 
 
 def test_only_new_epochs_are_delivered_after_a_resume(finished: tuple[Config, RunResult]) -> None:
@@ -293,6 +310,7 @@ sys.stdin.read()
 
 def test_only_one_process_at_a_time_trains_in_a_folder(finished: tuple[Config, RunResult]) -> None:
     config, result = finished
+    damage_newest(result.folder)
     command = [sys.executable, "-c", LOCK, str(result.folder / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ) as other:
         assert other.stdout is not None

@@ -15,8 +15,10 @@ from rayprune.cli.sweep import say_results
 from rayprune.config import load_config, make_config
 from rayprune.engine.storage.costs import PriorCost, costs_of
 from rayprune.engine.storage.run_folder import read_metrics
+from rayprune.experiments.folder import ExperimentFolder
 from rayprune.experiments.sweep.folder import (
     TrialState,
+    finished_rows,
     mark_front,
     pareto_front,
     read_states,
@@ -24,6 +26,7 @@ from rayprune.experiments.sweep.folder import (
     write_results,
     write_state,
 )
+from rayprune.experiments.sweep.space import sweep_digest
 from rayprune.report.plots.experiments import save_pareto
 
 SPACE = {"method.name": ["infobatch", "random_epoch"], "method.prune_ratio": [0.3, {"schedule": "linear", "end": 0.6}]}
@@ -170,6 +173,32 @@ def test_a_scoring_run_is_shared_only_if_requested(tmp_path: Path) -> None:
     assert (round(whole.seconds, 6), round(part.seconds, 6)) == (2.7, 2.25)
     assert (whole.wall_time, part.wall_time) == (3.0, 2.25)
     assert result_row(tmp_path, state, 4)["compute"] == 150.0
+
+
+def test_a_sweep_is_finished_when_all_its_trials_have_ended(tmp_path: Path) -> None:
+    base = make_config({"sweep": {"space": {"train.seed": [0, 1]}}, "train": {"epochs": 3}})
+    experiment = ExperimentFolder(tmp_path, "sweep.yaml", sweep_digest)
+
+    def sweep(second: str) -> list[dict[str, Any]]:
+        with experiment.open(base):
+            for seed, status in enumerate(("finished", second)):
+                trial(tmp_path, TrialState(f"00{seed}-a", {"train.seed": seed}, status), [0.5], 80)
+            rows = mark_front([result_row(tmp_path, state) for state in read_states(tmp_path).values()])
+            write_results(tmp_path, base, rows)
+            return rows
+
+    assert finished_rows(base, tmp_path) is None
+    for status in ("unfinished", "failed"):
+        sweep(status)
+        assert finished_rows(base, tmp_path) is None
+    for status in ("stopped", "finished"):
+        rows = sweep(status)
+        assert finished_rows(base, tmp_path) == rows
+    longer = make_config({"sweep": {"space": {"train.seed": [0, 1]}}, "train": {"epochs": 4}})
+    assert finished_rows(longer, tmp_path) is None
+    with experiment.open(base):  # a start that was stopped before it wrote results
+        pass
+    assert finished_rows(base, tmp_path) is None
 
 
 def test_the_plot_is_a_png_file(tmp_path: Path) -> None:
