@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from rayprune.errors import ConfigError, DataError, one_line
 from rayprune.sources.base import RESERVED_NAMES, Column, spaced_ids
 from rayprune.sources.fingerprint import WHOLE_BYTES, array_digest, digest
 
+Allocate = Callable[[tuple[int, ...], str], np.ndarray]  # shape and dtype → an array of any content
 NUMBERS = "biufc"  # the kinds of dtype that tensors can hold
 LABEL_COLUMNS = ("label", "labels")
 NO_LABELS = "these samples have no integer column 'label' or 'labels': name one with label_column, or set class_floor=0"
@@ -83,7 +84,7 @@ def as_row(value: Any) -> Any:
     """
     if hasattr(value, "detach"):
         try:
-            return np.asarray(value.detach().cpu())
+            return value.detach().cpu().numpy()
         except (TypeError, RuntimeError) as error:
             raise DataError(f"is not an array ({one_line(error)}): return a tensor that NumPy can hold") from None
     if isinstance(value, np.generic):
@@ -138,11 +139,11 @@ def column_of(values: np.ndarray) -> Column:
     return Column(shape, values[0].dtype.name, mean_bytes)
 
 
-def empty_column(column: Column, num_rows: int) -> np.ndarray:
-    """Return a column to be filled row by row."""
+def empty_column(column: Column, num_rows: int, allocate: Allocate = np.empty) -> np.ndarray:
+    """Return a column to be filled row by row; dense ones are allocated by a function like np.empty."""
     if column.in_objects:
         return np.empty(num_rows, dtype=object)
-    return np.empty((num_rows, *column.shape), dtype=column.dtype)
+    return allocate((num_rows, *column.shape), column.dtype)
 
 
 def fits(row: Any, column: Column) -> bool:

@@ -31,6 +31,7 @@ from rayprune.sources.cache import CacheMode, check_mode, decoded
 from rayprune.sources.columns import (
     NO_LABELS,
     NUMBERS,
+    Allocate,
     as_column,
     as_row,
     column_digest,
@@ -103,6 +104,7 @@ class ItemSource(DescribedSource):
     Attributes:
         name: the dataset's class, for messages.
         random: whether items differ at each visit.
+        allocate: makes the dense columns that `take` fills, such as arrays in shared memory.
 
     Raises:
         DataError: it is not a map-style Dataset, or it is empty.
@@ -119,17 +121,25 @@ class ItemSource(DescribedSource):
             raise DataError(f"{self.name} is empty: give a dataset of at least one item")
         super().__init__(len(dataset), Schema({}), "")
         self._dataset, self._names = dataset, columns
+        self.allocate: Allocate = np.empty
         self._label: str | None = "label"
         self._has_stored_labels = False  # in an attribute of the dataset, checked against its items
 
     def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         check_ids(ids, len(self))
         columns = self.schema.columns
-        rows = {name: empty_column(column, len(ids)) for name, column in columns.items()}
-        for position, item in enumerate(self._items(ids)):
-            self._check_item(item, f"item {ids[position]}")
-            for name, value in item.items():
-                rows[name][position] = value.astype(columns[name].dtype) if columns[name].is_ragged else value
+        rows = {name: empty_column(column, len(ids), self.allocate) for name, column in columns.items()}
+        items = self._items(ids)
+        if not all(item.keys() == columns.keys() for item in items):
+            self._check_items(ids, items)
+        for name, column in columns.items():
+            values = [item[name] for item in items]
+            if values and not column.in_objects and _are_like(values, column):
+                np.stack(values, out=rows[name])
+                continue
+            self._check_items(ids, items)
+            for position, value in enumerate(values):
+                rows[name][position] = value.astype(column.dtype) if column.is_ragged else value
         self._check_labels(ids, rows)
         return rows
 
@@ -150,10 +160,16 @@ class ItemSource(DescribedSource):
         for position, item in zip(positions, items, strict=True):
             try:
                 values = named_values(item, self._names)
+                if self._names is None and not isinstance(item, Mapping):
+                    self._names = tuple(values)  # found once, because the default names need a look at the values
                 columns.append({name: self._row(name, value) for name, value in values.items()})
             except DataError as error:
                 raise DataError(f"{self.name} item {position} {error}") from None
         return columns
+
+    def _check_items(self, ids: np.ndarray, items: Sequence[dict[str, Any]]) -> None:
+        for sample, item in zip(ids, items, strict=True):
+            self._check_item(item, f"item {sample}")
 
     def _check_item(self, item: dict[str, Any], item_name: str) -> None:
         """Refuse an item whose columns, shapes or dtypes do not fit those of the schema."""
@@ -276,6 +292,14 @@ class ItemColumns(ItemSource):
 
     def _no_labels(self) -> str:
         return NO_LABELS
+
+
+def _are_like(values: Sequence[Any], column: Column) -> bool:
+    """Return whether all values are arrays of a dense column's very shape and dtype."""
+    dtype = np.dtype(column.dtype)
+    return all(
+        isinstance(value, np.ndarray) and value.shape == column.shape and value.dtype == dtype for value in values
+    )
 
 
 def _are_equal(first: Any, second: Any) -> bool:

@@ -9,6 +9,7 @@ Shapes: B rows of a batch on this rank.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from collections.abc import Iterator
@@ -17,11 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rayprune.engine.data.batch import Batch
 from rayprune.engine.scoring.messages import PlanPass, RankRows
 from rayprune.sources import SampleSource
+from rayprune.sources.items import ItemSource
 
 # A batch to read: a seed and ids (B,).
 _Task = tuple[int, NDArray[np.int64]]
@@ -83,14 +86,30 @@ class _Tasks(Sampler[_Task]):
 
 
 class _TaskReader(Dataset[Any]):
-    """Reads a task; the DataLoader makes tensors of the columns, which travel in shared memory."""
+    """Reads a task; its columns travel in shared memory, where those of items are filled at once."""
 
     def __init__(self, source: SampleSource) -> None:
         self._source = source
 
-    def __getitem__(self, task: _Task) -> tuple[dict[str, NDArray[Any]], int]:
+    def __getitem__(self, task: _Task) -> tuple[dict[str, NDArray[Any] | Tensor], int]:
         seed, ids = task
         random.seed(seed)
         np.random.set_bit_generator(np.random.MT19937(seed))  # type: ignore[attr-defined]  # what np.random.rand and the like draw from
         torch.manual_seed(seed)
-        return self._source.read(ids)
+        if isinstance(self._source, ItemSource):
+            self._source.allocate = _shared_array  # this process has a copy of the source
+        columns, num_bytes = self._source.read(ids)
+        return {name: _as_tensor(column) for name, column in columns.items()}, num_bytes
+
+
+def _shared_array(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+    """Return an array in shared memory, whose `base` is a tensor."""
+    like = torch.from_numpy(np.empty(0, dtype))
+    num_bytes = math.prod(shape) * like.element_size()
+    storage = torch.UntypedStorage._new_shared(num_bytes)
+    return like.new(storage).view(like.dtype).reshape(shape).numpy() if num_bytes else np.empty(shape, dtype)
+
+
+def _as_tensor(column: NDArray[Any]) -> NDArray[Any] | Tensor:
+    """Return the tensor that an array is a view of, or the array if there is none."""
+    return column.base if isinstance(column.base, Tensor) else column
