@@ -131,36 +131,28 @@ def prune(
         trainer.fit()
         print(pruned.scores()["loss"])
     """
-    is_dataset = isinstance(source, ray.data.Dataset)
-    if is_dataset and stream == "device":
-        raise ConfigError("stream='device' reads samples by id, and a ray.data.Dataset is filtered: leave stream out")
-    if is_dataset and last_batch == "drop":
-        raise ConfigError("last_batch='drop' needs a plan, and a ray.data.Dataset is filtered without one: use 'pad'")
     if world_size is not None:
-        check_divisible(batch_size, world_size)
-    if not ray.is_initialized():
-        ray.init()  # as a trainer would: the loop's own prints must show
-    samples: SampleSource
-    if is_dataset:
-        # A copy with its own context: two prunes of one Dataset must not share a token.
-        source = ray.data.Dataset.copy(source, _deep_copy=True)
-        check_options("a ray.data.Dataset", source_options, ["label_column"])
-        samples = IdColumn(source, id_column, _needs_labels(method), **source_options)
-    else:
-        samples = as_source(source, **source_options)
+        check_divisible(_checked_batch_size(batch_size), world_size)
+    settings: dict[str, Any] = {
+        "method": method,
+        "num_epochs": num_epochs,
+        "batch_size": batch_size,
+        "seed": seed,
+        "run": run,
+    }
+    if isinstance(source, ray.data.Dataset):
+        _check_filtered(last_batch, stream, num_workers)
+        return _filtered(source, id_column, settings, source_options)
+    samples = as_source(source, **source_options)
     _check_stream(stream, ("ray", "local", "device"), samples, num_workers)
-    spec = _score_spec(samples, method, num_epochs, batch_size, seed=seed, last_batch=last_batch)
+    spec = _score_spec(samples, last_batch=last_batch, origin=(type(source).__name__, stream), **settings)
+    _start_ray()
     spec = replace(spec, task_rows=task_rows(samples, ray.cluster_resources().get("CPU", 1.0)))
-    spec = _with_run(spec, run, type(source).__name__, stream)
-    if not is_dataset:
-        samples = in_object_store(samples)
-    name = f"rayprune-loop-{uuid.uuid4().hex[:8]}"
-    scores, _HANDLES[name] = LoopClient.start(spec, name)
-    if is_dataset:
-        return PrunedData(_filtered_dataset(source, scores, id_column), scores, len(samples), FILTERED_GUARANTEES)
-    guarantees = f"stream {stream}; plans, order and resume inside epochs are exact, bit for bit"
+    scores = _start_actor(spec)
+    samples = in_object_store(samples)
     ragged = tuple(name for name, column in samples.schema.columns.items() if column.is_ragged)
     token = _Token(scores, stream, None if stream == "ray" else samples, num_workers, ragged)
+    guarantees = f"stream {stream}; plans, order and resume inside epochs are exact, bit for bit"
     return PrunedData(_planned_dataset(samples, token), scores, len(samples), guarantees)
 
 
@@ -276,15 +268,21 @@ def local_loader(
     """
     samples = as_source(source, **source_options)
     _check_stream(stream, ("local", "device"), samples, num_workers)
-    spec = _score_spec(samples, method, num_epochs, batch_size, seed=seed, last_batch=last_batch)
-    spec = _with_run(spec, run, type(source).__name__, stream)
+    settings: dict[str, Any] = {
+        "method": method,
+        "num_epochs": num_epochs,
+        "batch_size": batch_size,
+        "seed": seed,
+        "run": run,
+    }
+    spec = _score_spec(samples, last_batch=last_batch, origin=(type(source).__name__, stream), **settings)
     target = None if device is None else torch.device(device)
     if target is not None and target.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {str(device)!r}: torch finds no GPU here: leave device out, or install its driver")
     token = _Token(LoopClient.in_process(spec), stream, samples, num_workers)
-    settings = token.scores.settings()
-    session = ScoringSession(token.scores, next(_local_generations), 0, 1, settings.signals)
-    return Shard(session, _transport(token, settings, None, target), settings, target)
+    loop_settings = token.scores.settings()
+    session = ScoringSession(token.scores, next(_local_generations), 0, 1, loop_settings.signals)
+    return Shard(session, _transport(token, loop_settings, None, target), loop_settings, target)
 
 
 @dataclass(frozen=True)
@@ -310,10 +308,29 @@ def _transport(token: _Token, settings: LoopSettings, iterator: Any, device: tor
     return DeviceStream(sources, device or torch.device("cpu")) if token.stream == "device" else LocalStream(sources)
 
 
-def _filtered_dataset(dataset: Any, scores: LoopClient, id_column: str) -> Any:
+def _start_ray() -> None:
+    if not ray.is_initialized():
+        ray.init()  # as a trainer would: the loop's own prints must show
+
+
+def _start_actor(spec: ScoreSpec) -> LoopClient:
+    name = f"rayprune-loop-{uuid.uuid4().hex[:8]}"
+    scores, _HANDLES[name] = LoopClient.start(spec, name)
+    return scores
+
+
+def _filtered(dataset: Any, id_column: str, settings: dict[str, Any], options: dict[str, Any]) -> PrunedData:
+    """Prune a ray.data.Dataset by a filter on its ids."""
+    check_options("a ray.data.Dataset", options, ["label_column"])
+    _start_ray()
+    # A copy with its own context: two prunes of one Dataset must not share a token.
+    dataset = ray.data.Dataset.copy(dataset, _deep_copy=True)
+    samples = IdColumn(dataset, id_column, _needs_labels(settings["method"]), **options)
+    scores = _start_actor(_score_spec(samples, last_batch="pad", origin=("ray.data.Dataset", "filtered"), **settings))
     dataset.context.set_config(_TOKEN, _Token(scores, "filtered"))
     keep = KeepWantedRows(scores, id_column)
-    return dataset.map_batches(keep, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
+    kept = dataset.map_batches(keep, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
+    return PrunedData(kept, scores, len(samples), FILTERED_GUARANTEES)
 
 
 def _planned_dataset(samples: SampleSource, token: _Token) -> Any:
@@ -347,12 +364,36 @@ def _check_stream(stream: str, streams: tuple[str, ...], samples: SampleSource, 
         check_columns(samples.schema)
 
 
-def _score_spec(
-    samples: SampleSource, method: Method, num_epochs: int, batch_size: int, *, seed: int, last_batch: LastBatch
-) -> ScoreSpec:
-    """Check the arguments of a loop and return what its ScoreActor is built from."""
+def _check_filtered(last_batch: str, stream: str, num_workers: int) -> None:
+    if stream != "ray" or num_workers:
+        given = f"num_workers {num_workers}" if stream == "ray" else f"stream={stream!r}"
+        raise ConfigError(f"{given} reads samples by id, and a ray.data.Dataset is filtered: leave it out")
+    if last_batch == "drop":
+        raise ConfigError("last_batch='drop' needs a plan, and a ray.data.Dataset is filtered without one: use 'pad'")
+
+
+def _checked_batch_size(batch_size: Any) -> int:
     if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise ConfigError(f"batch_size {batch_size!r} must be an integer of at least 1: it is the global batch")
+    return int(batch_size)
+
+
+def _score_spec(
+    samples: SampleSource,
+    *,
+    method: Method,
+    num_epochs: int,
+    batch_size: int,
+    seed: int,
+    run: str | Path | None,
+    last_batch: LastBatch,
+    origin: tuple[str, str],
+) -> ScoreSpec:
+    """Check the arguments of a loop and return what its ScoreActor is built from.
+
+    `origin` names the data and the stream, for the run folder.
+    """
+    batch_size = _checked_batch_size(batch_size)
     if last_batch not in ("pad", "drop"):
         raise ConfigError(f"last_batch {last_batch!r} must be 'pad' or 'drop'")
     if batch_size > len(samples):
@@ -360,14 +401,14 @@ def _score_spec(
     labeled, num_checked = _needs_labels(method), min(len(samples), _CHECKED_SAMPLES)
     labels = samples.labels[:num_checked] if labeled else None
     Selector(method, num_checked, num_epochs, seed, labels=labels)  # refuses a bad method, number of epochs or seed
-    return ScoreSpec(
+    spec = ScoreSpec(
         method=method,
         source=SourceMetadata(samples, labeled=labeled),
         num_validation=0,
         # Plain ints, so that saved states load with weights_only.
         num_epochs=int(num_epochs),
         seed=int(seed),
-        batch_size=int(batch_size),
+        batch_size=batch_size,
         last_batch=last_batch,
         row_bytes=samples.schema.row_bytes,
         run_folder=None,
@@ -375,6 +416,7 @@ def _score_spec(
         labeled=labeled,
         chosen=read_selection_for(method.path, samples).selection(len(samples)) if isinstance(method, Fixed) else None,
     )
+    return _with_run(spec, run, *origin)
 
 
 def _with_run(spec: ScoreSpec, folder: str | Path | None, source_name: str, stream: str) -> ScoreSpec:

@@ -29,6 +29,7 @@ from rayprune.engine.scoring.messages import EpochSnapshot, Moment, PlanHeader, 
 from rayprune.engine.scoring.session import ScoringSession
 from rayprune.engine.user_loop.batch_sampler import ShardBatchSampler
 from rayprune.engine.user_loop.collate import BatchFormat, CollateFn, collated
+from rayprune.engine.user_loop.epoch_log import EpochLog
 from rayprune.engine.user_loop.unweighed import UnweighedRows
 from rayprune.errors import ConfigError, UsageError
 from rayprune.nn.signals import TokenAxis, losses_per_sample, signals_per_sample, weighted_mean
@@ -252,7 +253,7 @@ class Shard:
         snapshot = self._snapshot("close", epoch.step, with_state=with_state)
         self._selector = _tensors(snapshot)
         if self._settings.has_run and self.rank == 0:
-            self._session.client.log_epoch(epoch._metrics(snapshot, self.world_size))
+            self._session.client.log_epoch(epoch._line(snapshot, self.world_size))
         self._current = None
         self._epoch, self._resume_step = self._epoch + 1, 0
         self._session.start_epoch(self._epoch)
@@ -295,9 +296,7 @@ class Epoch:
         self.step = self.start_step
         self._unweighed = UnweighedRows(f"epoch {self.index} on rank {session.rank}")
         self._is_iterated = self._is_exhausted = self._is_swept = self._has_ended = False
-        # For the run folder.
-        self._logged: dict[str, Any] = {}
-        self._started, self._sweep_s = time.perf_counter(), 0.0
+        self._log = EpochLog(header)
         if header.num_steps == 0:
             logger.warning(
                 "epoch %d keeps %d samples, less than a batch, and last_batch is 'drop': nothing is trained",
@@ -434,21 +433,13 @@ class Epoch:
         """Add numbers to this epoch's line in the run folder; without one, or on other ranks than 0, do nothing.
 
         Args:
-            **metrics: reports show `val_accuracy`, `train_accuracy` (in [0, 1]), `val_loss` and `lr`; other names are
-                written as they are.
+            **metrics: numbers or text. Reports show `val_accuracy`, `train_accuracy` (in [0, 1]), `val_loss` and `lr`.
 
         Raises:
-            ConfigError: rayprune writes a number of this name itself.
+            ConfigError: rayprune writes a metric of this name itself, a value is neither a number nor text, or an
+                accuracy is not in [0, 1].
         """
-        if taken := metrics.keys() & {
-            *self._counts(1),
-            "train_loss",
-            "selection",
-            "score_quantiles",
-            "nonfinite_losses",
-        }:
-            raise ConfigError(f"rayprune writes {', '.join(sorted(taken))} itself: log it under another name")
-        self._logged |= {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+        self._log.add(metrics)
 
     def sweep(self, score: Callable[[Any], Any], **batch_format: Any) -> int:
         """See Shard.sweep."""
@@ -471,7 +462,7 @@ class Epoch:
                 outputs = _task_outputs(loop_batch, {name: results.get(name) for name in _TASK_OUTPUTS})
                 self._record(batch, losses_B, outputs, signals)
                 num_scored += int(batch.real.sum())
-        self._sweep_s = time.perf_counter() - start
+        self._log.forward_only_s = time.perf_counter() - start
         return num_scored
 
     def _step_to_save(self) -> int:
@@ -502,40 +493,10 @@ class Epoch:
         if num_taken < len(self):
             logger.warning("epoch %d ended after %d of %d batches", self.index, num_taken, len(self))
 
-    def _metrics(self, snapshot: EpochSnapshot, world_size: int) -> dict[str, Any]:
-        """Return the epoch's line of metrics.jsonl, with its own counts and seconds."""
-        line = self._counts(world_size)
-        line["seconds"]["select"] = snapshot.select_s
-        return {
-            **line,
-            "selection": dict(self._header.facts),
-            "score_quantiles": dict(snapshot.score_quantiles),
-            "nonfinite_losses": snapshot.num_nonfinite,
-            **self._logged,
-        }
-
-    def _counts(self, world_size: int) -> dict[str, Any]:
-        header = self._header
-        rows = self.step * header.batch_rows * world_size
-        trained, forwarded = min(rows, header.num_rows), header.num_forward_only if self._is_swept else 0
-        seconds = time.perf_counter() - self._started
-        return {
-            "epoch": self.index,
-            "requested_prune_ratio": header.requested,
-            "pruned_fraction": header.realised,
-            "kept": header.num_kept,
-            "mean_weight": header.mean_weight,
-            "lr_scale": header.lr_scale,
-            "num_samples": header.num_samples,
-            "samples_trained": trained,
-            "samples_padded": rows - trained,
-            "samples_forwarded": forwarded,
-            "compute": round(rows + forwarded / 3, 1),
-            "world_size": world_size,
-            "plan_hash": header.hash,
-            "wall_time": seconds,
-            "seconds": {"epoch": seconds, "forward_only": self._sweep_s},
-        }
+    def _line(self, snapshot: EpochSnapshot, world_size: int) -> dict[str, Any]:
+        """Return the epoch's line for the run folder."""
+        num_forwarded = self._header.num_forward_only if self._is_swept else 0
+        return self._log.line(snapshot, self.step, num_forwarded, world_size)
 
     def _start_iteration(self) -> None:
         if self._is_iterated:

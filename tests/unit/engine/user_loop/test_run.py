@@ -118,6 +118,20 @@ def test_another_run_in_the_folder_is_never_overwritten(tmp_path: Path) -> None:
         shard_in(tmp_path / "engine")
 
 
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        ({"val_accuracy": 97.5}, r"val_accuracy 97.5: give a fraction in \[0, 1\]"),
+        ({"mine": [1, 2]}, "mine of type list: give a number or text"),
+    ],
+)
+def test_metrics_that_cannot_be_shown_are_refused(metrics: dict[str, Any], words: str, tmp_path: Path) -> None:
+    epoch = next(shard_in(tmp_path / "run").epochs())
+    with pytest.raises(ValueError, match=words):
+        epoch.log(**metrics)
+    epoch.log(a=np.float32(0.5), b=torch.tensor(2), c=np.array([3]), d="text", e=None, f=True)
+
+
 def test_names_that_rayprune_writes_cannot_be_logged(tmp_path: Path) -> None:
     epoch = next(shard_in(tmp_path / "run").epochs())
     with pytest.raises(ValueError, match="rayprune writes train_loss itself"):
