@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,19 +135,13 @@ def prune(
     """
     if world_size is not None:
         check_divisible(_checked_batch_size(batch_size), world_size)
-    settings: dict[str, Any] = {
-        "method": method,
-        "num_epochs": num_epochs,
-        "batch_size": batch_size,
-        "seed": seed,
-        "run": run,
-    }
+    spec_of = partial(_score_spec, method=method, num_epochs=num_epochs, batch_size=batch_size, seed=seed, run=run)
     if isinstance(source, ray.data.Dataset):
         _check_filtered(last_batch, stream, num_workers)
-        return _filtered(source, id_column, settings, source_options)
+        return _filtered(source, id_column, method, spec_of, source_options)
     samples = as_source(source, **source_options)
     _check_stream(stream, ("ray", "local", "device"), samples, num_workers)
-    spec = _score_spec(samples, last_batch=last_batch, origin=(type(source).__name__, stream), **settings)
+    spec = spec_of(samples, last_batch=last_batch, origin=(type(source).__name__, stream))
     _start_ray()
     spec = replace(spec, task_rows=task_rows(samples, ray.cluster_resources().get("CPU", 1.0)))
     scores = _start_actor(spec)
@@ -268,14 +264,8 @@ def local_loader(
     """
     samples = as_source(source, **source_options)
     _check_stream(stream, ("local", "device"), samples, num_workers)
-    settings: dict[str, Any] = {
-        "method": method,
-        "num_epochs": num_epochs,
-        "batch_size": batch_size,
-        "seed": seed,
-        "run": run,
-    }
-    spec = _score_spec(samples, last_batch=last_batch, origin=(type(source).__name__, stream), **settings)
+    spec_of = partial(_score_spec, method=method, num_epochs=num_epochs, batch_size=batch_size, seed=seed, run=run)
+    spec = spec_of(samples, last_batch=last_batch, origin=(type(source).__name__, stream))
     target = None if device is None else torch.device(device)
     if target is not None and target.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {str(device)!r}: torch finds no GPU here: leave device out, or install its driver")
@@ -319,14 +309,16 @@ def _start_actor(spec: ScoreSpec) -> LoopClient:
     return scores
 
 
-def _filtered(dataset: Any, id_column: str, settings: dict[str, Any], options: dict[str, Any]) -> PrunedData:
+def _filtered(
+    dataset: Any, id_column: str, method: Method, spec_of: Callable[..., ScoreSpec], options: dict[str, Any]
+) -> PrunedData:
     """Prune a ray.data.Dataset by a filter on its ids."""
     check_options("a ray.data.Dataset", options, ["label_column"])
     _start_ray()
     # A copy with its own context: two prunes of one Dataset must not share a token.
     dataset = ray.data.Dataset.copy(dataset, _deep_copy=True)
-    samples = IdColumn(dataset, id_column, _needs_labels(settings["method"]), **options)
-    scores = _start_actor(_score_spec(samples, last_batch="pad", origin=("ray.data.Dataset", "filtered"), **settings))
+    samples = IdColumn(dataset, id_column, _needs_labels(method), **options)
+    scores = _start_actor(spec_of(samples, last_batch="pad", origin=("ray.data.Dataset", "filtered")))
     dataset.context.set_config(_TOKEN, _Token(scores, "filtered"))
     keep = KeepWantedRows(scores, id_column)
     kept = dataset.map_batches(keep, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
