@@ -91,7 +91,8 @@ class Collected:
     @property
     def gallery_note(self) -> str:
         """Which finished runs have no notable samples, in one line; "" if all have some."""
-        names = [run.name for run in self.runs if run.scores is not None and run.gallery is None]
+        finished = [run for run in self.runs if run.scores is not None and not run.is_own_loop]
+        names = [run.name for run in finished if run.gallery is None]
         if not names:
             return ""
         prefix = "" if len(self.runs) == 1 else ", ".join(names[:3]) + (", …" if len(names) > 3 else "") + ": "

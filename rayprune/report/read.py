@@ -26,6 +26,7 @@ from rayprune.sources.score_files import ScoreFile, read_scores
 if TYPE_CHECKING:
     from rayprune.report.gallery import Gallery
 
+OWN_LOOP = "own loop"  # the model in config.yaml of a loop of the user's own
 RUN_SCHEMA = 1  # the newest environment.json and gallery.json that this version reads
 
 
@@ -91,6 +92,11 @@ class RunRecord:
     def full_visits(self) -> int:
         """Sample visits of full training over the epochs so far; 0 if unknown."""
         return (self.metrics[-1].num_samples or 0) * (self.metrics[-1].epoch + 1)
+
+    @property
+    def is_own_loop(self) -> bool:
+        """Whether a loop of the user's own wrote the folder."""
+        return bool(self.setting("model", "name") == OWN_LOOP)
 
     @property
     def num_epochs(self) -> int:

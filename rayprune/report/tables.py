@@ -91,10 +91,8 @@ def headline(run: RunRecord) -> list[str]:
     epochs = count_of(last.epoch + 1, "epoch")
     reached = f"Validation accuracy {share(last.val_accuracy)} after epoch {last.epoch + 1}"
     if method == "full":
-        return [
-            f"{run.progress.capitalize()} on all samples.",
-            f"{reached}. What pruning would save: rayprune compare.",
-        ]
+        cure = "train the loop with another method" if run.is_own_loop else "rayprune compare"
+        return [f"{run.progress.capitalize()} on all samples.", f"{reached}. What pruning would save: {cure}."]
     lines = []
     if run.saved is not None:
         amount = f"{share(abs(run.saved), 1)} {'more than' if run.saved < 0 else 'of'}"
@@ -105,7 +103,8 @@ def headline(run: RunRecord) -> list[str]:
         f"Compute, padding included: {share(run.compute_share, 1)} of training on all samples. Selection took "
         f"{number(run.seconds(*_SELECTION), '.2f')} of {number(run.training_seconds, '.1f')} train s."
     )
-    lines.append(f"{reached}. Only a run on all samples shows what pruning did to it: rayprune compare trains both.")
+    cure = "train the loop with rayprune.Full(), too" if run.is_own_loop else "rayprune compare trains both"
+    lines.append(f"{reached}. Only a run on all samples shows what pruning did to it: {cure}.")
     return lines
 
 

@@ -140,3 +140,12 @@ def test_names_that_rayprune_writes_cannot_be_logged(tmp_path: Path) -> None:
     for name in read_metrics(tmp_path / "other")[0].keys() - {"val_accuracy", "lr", "mine"}:
         with pytest.raises(ValueError, match=f"rayprune writes {name} itself"):
             epoch.log(**{name: 0})
+
+
+def test_the_report_advises_what_a_loop_can_do(tmp_path: Path) -> None:
+    train(shard_in(tmp_path / "own"))
+    reported = CliRunner().invoke(cli, ["report", str(tmp_path / "own")], catch_exceptions=False)
+    assert "gallery" not in reported.output
+    page = (tmp_path / "own" / "report.html").read_text()
+    assert "train the loop with rayprune.Full(), too" in page
+    assert "rayprune compare trains both" not in page
