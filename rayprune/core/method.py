@@ -139,7 +139,7 @@ class Method:
         """
         length = self.collect_epochs
         if context.num_epochs < length:
-            cure = "lower it, or raise train.epochs"
+            cure = "lower it, or train longer"
             raise ConfigError(
                 f"{field} {length} needs at least {length} epochs, the run has {context.num_epochs}: {cure}"
             )

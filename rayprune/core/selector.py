@@ -68,7 +68,10 @@ class Selector:
         visits_collected: int = 0,
     ) -> None:
         if not isinstance(method, Method):
-            raise ConfigError(f"method must be a rayprune method such as InfoBatch(), got {short_repr(method)}")
+            raise ConfigError(
+                f"method must be a rayprune method such as InfoBatch(), got {short_repr(method)}: give an instance, or "
+                "build_method(name)"
+            )
         for name, value, least in (("num_samples", num_samples, 1), ("num_epochs", num_epochs, 1), ("seed", seed, 0)):
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
                 raise ConfigError(f"{name} {value!r} must be an integer of at least {least}")

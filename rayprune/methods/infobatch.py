@@ -101,7 +101,7 @@ class InfoBatch(Method):
         elif context.epoch == 0 and end <= 1 and self._requests_pruning(context.num_epochs):
             warn_once(
                 f"infobatch never prunes with num_epochs = {context.num_epochs}: epoch 0 is full, and from epoch {end} "
-                f"on (anneal_start {self.anneal_start:g}) all data is used; raise train.epochs or anneal_start"
+                f"on (anneal_start {self.anneal_start:g}) all data is used: raise anneal_start, or train longer"
             )
         if not 0 < context.epoch < end:
             return Selection.full(context.num_samples)
@@ -140,7 +140,7 @@ class InfoBatch(Method):
         if target > max_saving:
             raise ConfigError(
                 f"target_saving {target:g} cannot be reached: {max(0, end - 1)} of {num_epochs} epochs may "
-                f"prune, which saves at most {max_saving:.3f}; lower it, or raise anneal_start or train.epochs"
+                f"prune, which saves at most {max_saving:.3f}; lower it, raise anneal_start, or train longer"
             )
 
 

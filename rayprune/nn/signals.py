@@ -83,11 +83,17 @@ def losses_per_sample(
         (B,) of the losses' dtype; 0 for a sample whose mask is all 0.
 
     Raises:
-        ConfigError: a scalar, another number of rows, axes that are not declared, or a mask of another shape.
+        ConfigError: not a tensor, a scalar, another number of rows, axes that are not declared, or a mask of another
+            shape.
 
     >>> losses_per_sample(torch.tensor([[1.0, 3.0], [5.0, 0.0]]), 2, torch.tensor([[1, 1], [1, 0]]))
     tensor([2., 5.])
     """
+    if not isinstance(losses, Tensor):
+        raise ConfigError(
+            f"weigh needs losses as a tensor (B,) and got {type(losses).__name__}: give the result of a loss function "
+            "with reduction='none', without .item() or .numpy()"
+        )
     if losses.ndim == 0:
         raise ConfigError(
             "weigh needs one loss per sample and got a scalar: compute the loss with reduction='none' "

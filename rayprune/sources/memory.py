@@ -78,7 +78,7 @@ class MemorySource(DescribedSource):
         self._columns = {name: _as_array(name, values) for name, values in columns.items()}
         lengths = {name: len(values) if values.ndim else 0 for name, values in self._columns.items()}
         if len(set(lengths.values())) != 1:
-            raise DataError(f"columns must be arrays of one length, got {lengths}")
+            raise DataError(f"columns must be arrays of one length, got {lengths}: give each a row per sample")
         num_samples = next(iter(lengths.values()))
         if num_samples == 0:
             raise DataError(f"columns {', '.join(self._columns)} have no rows: give at least one sample")

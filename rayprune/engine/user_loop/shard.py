@@ -485,7 +485,7 @@ class Epoch:
         num_taken, num_weighed = self.step - self.start_step, self._unweighed.num_weighed
         if num_taken > num_weighed and self._settings.signals:
             logger.warning(
-                "epoch %d: weigh was called for %d of %d batches; the method learns nothing of the others",
+                "epoch %d: weigh was called for %d of %d batches; call it for each, or the method learns nothing of it",
                 self.index,
                 num_weighed,
                 num_taken,
@@ -500,7 +500,9 @@ class Epoch:
 
     def _start_iteration(self) -> None:
         if self._is_iterated:
-            raise UsageError(f"epoch {self.index} was iterated already: its samples are trained on once")
+            raise UsageError(
+                f"epoch {self.index} was iterated already: iterate each one once; num_epochs sets how many there are"
+            )
         self._is_iterated = True
 
     def _batches(self, header: PlanHeader) -> Iterator[Batch]:

@@ -209,8 +209,8 @@ def _host_ids(ids: Any) -> NDArray[np.int64]:
     array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ConfigError(
-            f"weigh got ids of shape {array.shape} and dtype {array.dtype}: give it batches with `id` as they came, "
-            "(B,) integers"
+            f"weigh got ids of shape {array.shape} and dtype {array.dtype}: call weigh(batch, losses) with `id` as it "
+            "came, (B,) integers"
         )
     return array.astype(np.int64, copy=False)
 

@@ -209,7 +209,7 @@ def test_an_incomplete_state_changes_nothing(prefix: str, changes: dict[str, NDA
 
 @pytest.mark.parametrize("method", ["infobatch", None, type(build_method("infobatch")), {"name": "infobatch"}])
 def test_only_a_method_is_accepted(method: Any) -> None:
-    with pytest.raises(ValueError, match=r"method must be a rayprune method such as InfoBatch\(\), got") as caught:
+    with pytest.raises(ValueError, match=r"method must be a rayprune method .*: give an instance") as caught:
         Selector(method, 6, 8)
     assert "\n" not in str(caught.value)
 

@@ -74,6 +74,8 @@ def test_a_mask_can_weigh_positions() -> None:
     ("losses", "mask", "words"),
     [
         (torch.tensor(1.0), None, r"one loss per sample and got a scalar.*reduction='none'"),
+        (np.ones(4, np.float32), None, r"a tensor \(B,\) and got ndarray"),
+        (1.0, None, r"a tensor \(B,\) and got float: .*without \.item\(\)"),
         (torch.zeros(3), None, r"shape \(3,\) for a batch of 4"),
         (torch.zeros(4, 2), torch.ones(4), "must have the same shape"),
     ],

@@ -25,7 +25,7 @@ from tests.unit.engine.user_loop.loops import Loop, N, X, local_shard
         ({"last_batch": "keep"}, "'pad' or 'drop'"),
         ({"last_batch": "drop", "batch_size": 512}, "more than the 301 samples"),
         ({"batch_size": 302}, "batch_size 302 is more than the 301 samples"),
-        ({"source": {"x": X, "y": X[:3]}}, "one length"),
+        ({"source": {"x": X, "y": X[:3]}}, "one length.*: give each a row per sample"),
         ({"source": {"x": X, "id": np.arange(N)}}, "a name that rayprune adds itself"),
         ({"source": {"x": [1, "a"]}}, "column 'x' has numbers in some rows and str in others"),
         ({"source": {"x": [[1], [1, 2]]}, "stream": "device"}, "column 'x' is ragged, .*: use stream local, with a"),

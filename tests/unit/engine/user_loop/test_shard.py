@@ -154,7 +154,7 @@ MISUSES: dict[str, tuple[Callable[[Any, Any], None], str]] = {
         "name all axes but the first",
     ),
     "scalar": (lambda epoch, batch: epoch.weigh(batch, batch["x"].sum()), "reduction='none'"),
-    "again": (lambda epoch, batch: next(epoch.iter_torch_batches()), "iterated already"),
+    "again": (lambda epoch, batch: next(epoch.iter_torch_batches()), "iterated already: iterate each one once"),
 }
 
 

@@ -178,7 +178,7 @@ def another_number_of_losses(shard: Shard) -> None:
         (never_given, "32 of 32 ids that do not wait in epoch 0"),
         (without_ids, "dict without ids"),
         (a_tuple_that_was_copied, "give weigh the ids"),
-        (float_ids, "dtype float32"),
+        (float_ids, r"dtype float32: call weigh\(batch, losses\)"),
         (another_number_of_losses, r"shape \(32,\) for a batch of 5"),
     ],
 )
