@@ -10,7 +10,12 @@ import ray
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cluster() -> Iterator[None]:
+def cluster(ray_cluster: None) -> None:
+    """Start Ray for every test; a module of which most tests need none replaces this fixture."""
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
     """Start Ray as `start_ray` does, but with four CPUs."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
