@@ -170,6 +170,10 @@ class PrunedData:
     def __repr__(self) -> str:
         return f"PrunedData({self.num_samples} samples; {self._guarantees})"
 
+    def __getattr__(self, name: str) -> Any:
+        hint = f": use pruned.dataset.{name}" if hasattr(ray.data.Dataset, name) else ""
+        raise AttributeError(f"PrunedData has no attribute {name!r}{hint}")
+
     def __call__(self) -> Any:
         """Return the dataset, which Ray Train asks of any callable among its datasets."""
         return self.dataset

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
 import rayprune
+from rayprune.engine.user_loop.api import PrunedData
 from tests.unit.engine.user_loop.loops import Loop, N, X, local_shard
 
 
@@ -73,3 +75,11 @@ def test_a_batch_size_that_the_workers_cannot_share_is_refused_before_ray_starts
     with pytest.raises(ValueError, match=r"batch_size 32 is not a multiple of 3 workers: give prune\(batch_size=33\)"):
         rayprune.prune({"x": X}, rayprune.Full(), num_epochs=1, batch_size=32, world_size=3)
     assert ray.is_initialized() == running
+
+
+def test_methods_of_a_dataset_are_those_of_the_pruned_dataset() -> None:
+    pruned = PrunedData(None, cast(Any, None), 8, "")
+    with pytest.raises(AttributeError, match=r"no attribute 'map_batches': use pruned\.dataset\.map_batches"):
+        pruned.map_batches(lambda batch: batch)
+    assert not hasattr(pruned, "nothing")
+    assert pickle.loads(pickle.dumps(pruned)).num_samples == 8
