@@ -134,7 +134,8 @@ def weighted_mean(losses_B: Tensor, weights_B: Tensor, batch_rows: int) -> Tenso
     DDP's mean over the ranks is then the weighted mean over the global batch, and every sample of an epoch counts by
     its weight alone.
     """
-    losses_B = losses_B.float()  # the sum of many float16 losses would overflow before it is divided
+    if losses_B.dtype != torch.float64:
+        losses_B = losses_B.float()  # the sum of many float16 losses would overflow before it is divided
     # A NaN loss of a padding row stays out of the mean (its gradient, where logits are NaN, cannot be kept out).
     weighted_B = torch.where(weights_B > 0, losses_B * weights_B, torch.zeros_like(losses_B))
     return weighted_B.sum() / batch_rows

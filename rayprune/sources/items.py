@@ -251,7 +251,8 @@ class ItemColumns(ItemSource):
 
     def __init__(self, dataset: Any, columns: tuple[str, ...] | None = None, label_column: str | None = None) -> None:
         super().__init__(dataset, columns)
-        ids = spaced_ids(len(self), FINGERPRINT_ITEMS)
+        # With the last item, which may be a shorter rest of a text.
+        ids = np.union1d(spaced_ids(len(self), FINGERPRINT_ITEMS), [len(self) - 1])
         items = self._items(ids)
         self._schema = Schema({name: Column((), "object") for name in items[0]})
         for sample, item in zip(ids, items, strict=True):

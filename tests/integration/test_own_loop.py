@@ -114,6 +114,24 @@ def test_batches_do_not_depend_on_workers(alone: Path, together: tuple[Path, dic
     assert epoch.plan_hash == one_rank[0][1]
 
 
+class Items:
+    """The data as a map-style Dataset, large enough for Ray's object store."""
+
+    def __len__(self) -> int:
+        return own_loops.N
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"x": own_loops.X[index], "label": own_loops.DATA["label"][index], "extra": np.zeros(500)}
+
+
+def test_reading_in_processes_gives_the_same_batches(alone: Path, tmp_path: Path) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    data = prune(Items(), stream="local", num_workers=2)
+    fit(data, tmp_path, 0)
+    assert batches_by_step(tmp_path, 1) == batches_by_step(alone, 1)
+    data.close()
+
+
 def test_two_workers_write_one_run_folder(together: tuple[Path, dict[str, np.ndarray]]) -> None:
     folder, scores = together
     lines = read_metrics(folder / "run")

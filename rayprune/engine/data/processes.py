@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from rayprune.engine.data.batch import Batch
 from rayprune.engine.scoring.messages import PlanPass, RankRows
 from rayprune.sources import SampleSource
+from rayprune.sources.columns import NUMBERS
 from rayprune.sources.items import ItemSource
 
 # A batch to read: a seed and ids (B,).
@@ -52,9 +53,14 @@ class ProcessStream:
             persistent_workers=True,
             # A fixed generator, so that starting the processes draws no number from the user's.
             generator=torch.Generator(),
+            collate_fn=_unchanged,
         )
         # Start them here, in the main thread: a process that is forked by a thread fails when it ends.
-        iter(self._loader)
+        self._iterate()
+
+    def _iterate(self) -> Iterator[Any]:
+        with torch.device("cpu"):  # whatever the default device: the generator is on the host
+            return iter(self._loader)
 
     def batches(self, plan_pass: PlanPass, spans: Iterator[RankRows], batch_rows: int) -> Iterator[Batch]:
         """See Transport."""
@@ -69,10 +75,14 @@ class ProcessStream:
                     yield int(np.random.SeedSequence(entropy).generate_state(1)[0]), ids[rows]
 
         self._tasks.current = tasks()
-        for columns, num_bytes in self._loader:
+        for columns, num_bytes in self._iterate():
             ids, weights, real = waiting.popleft()
             arrays = {name: value.numpy() if torch.is_tensor(value) else value for name, value in columns.items()}
             yield Batch(arrays, ids, weights, real, num_bytes)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 class _Tasks(Sampler[_Task]):
@@ -111,5 +121,7 @@ def _shared_array(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
 
 
 def _as_tensor(column: NDArray[Any]) -> NDArray[Any] | Tensor:
-    """Return the tensor that an array is a view of, or the array if there is none."""
-    return column.base if isinstance(column.base, Tensor) else column
+    """Return numbers as the tensor that they are a view of, or as a new one; and anything else as it is."""
+    if isinstance(column.base, Tensor):
+        return column.base
+    return torch.from_numpy(column) if column.dtype.kind in NUMBERS else column

@@ -199,14 +199,17 @@ class ObjectStoreSource(DescribedSource):
 
     Args:
         source: a source that is large when pickled, such as rows in memory.
+
+    Attributes:
+        reference: of the source.
     """
 
     def __init__(self, source: SampleSource) -> None:
         super().__init__(len(source), source.schema, source.fingerprint)
-        self._reference, self._row_cost, self._groups = ray.put(source), source.row_cost, source.groups
+        self.reference, self._row_cost, self._groups = ray.put(source), source.row_cost, source.groups
 
     def _read_labels(self) -> np.ndarray:
-        return _fetch(self._reference).labels
+        return _fetch(self.reference).labels
 
     @property
     def row_cost(self) -> RowCost:
@@ -217,16 +220,21 @@ class ObjectStoreSource(DescribedSource):
         return self._groups
 
     def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        return _fetch(self._reference).take(ids)
+        return _fetch(self.reference).take(ids)
 
     def read(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
-        return _fetch(self._reference).read(ids)
+        return _fetch(self.reference).read(ids)
 
 
 @functools.lru_cache(maxsize=4)
 def _fetch(reference: ray.ObjectRef) -> SampleSource:
     source: SampleSource = ray.get(reference)
     return source
+
+
+def fetched(source: SampleSource) -> SampleSource:
+    """Return a source that reads without Ray, whose connection a forked process would share with its parent."""
+    return _fetch(source.reference) if isinstance(source, ObjectStoreSource) else source
 
 
 def in_object_store(source: SampleSource) -> SampleSource:

@@ -7,6 +7,7 @@ rows on the device, is in `rayprune.engine.data.device`.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -184,7 +185,7 @@ def prefetch(items: Iterator[T], depth: int, name: str, *, join: bool = True) ->
         join: if the consumer stops early, wait for the current fetch and close `items`. Pass False if an item may never
             come.
     """
-    end = object()
+    end, is_finalizing = object(), sys.is_finalizing  # a local name: those of modules go while the interpreter exits
     pool = ThreadPoolExecutor(1, thread_name_prefix=name)
     pending: deque[Future[object]] = deque(pool.submit(next, items, end) for _ in range(depth))
     try:
@@ -192,6 +193,7 @@ def prefetch(items: Iterator[T], depth: int, name: str, *, join: bool = True) ->
             pending.append(pool.submit(next, items, end))
             yield item  # type: ignore[misc]  # everything but `end` is a T
     finally:
-        pool.shutdown(wait=join, cancel_futures=True)
-        if join and isinstance(items, Generator):
-            items.close()
+        if not is_finalizing():
+            pool.shutdown(wait=join, cancel_futures=True)
+            if join and isinstance(items, Generator):
+                items.close()

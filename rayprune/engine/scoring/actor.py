@@ -419,15 +419,21 @@ class LoopActor(ScoreActor):
         if self._spec.loop_run is not None and epoch < self._spec.num_epochs:
             self._spec.loop_run.open(epoch, resumed=state is not None)
 
-    def log_epoch(self, line: Mapping[str, Any]) -> None:
-        """Append the last closed epoch's line to the run folder; after the last epoch, write the scores there."""
+    def log_epoch(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        """Append the last closed epoch's line to the run folder; after the last epoch, write the scores there.
+
+        Returns:
+            The line with its train_loss, to be sent again with further metrics.
+        """
         spec, selector = self._spec, self._selector
         assert spec.loop_run is not None
         assert selector is not None
-        spec.loop_run.log({**line, "train_loss": self._closed_loss})
+        line = {"train_loss": self._closed_loss, **line}
+        spec.loop_run.log(line)
         if line["epoch"] + 1 == spec.num_epochs:
             labels = spec.source.labels if spec.labeled else None
             write_scores(Path(spec.loop_run.folder), selector, labels, spec.source.fingerprint)
+        return line
 
     def observe(self, key: AttemptKey, push: Push) -> None:
         """Fold one push into the table, once, and add up its losses."""

@@ -226,8 +226,8 @@ class LoopClient(ScoreClient):
     def restore(self, generation: int, epoch: int, state: Mapping[str, NDArray[Any]] | None) -> None:
         self._call(LoopActor.restore, generation, epoch, state)
 
-    def log_epoch(self, line: Mapping[str, Any]) -> None:
-        self._call(LoopActor.log_epoch, line)
+    def log_epoch(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        return self._call(LoopActor.log_epoch, line)
 
     def wanted_rows(self, known: tuple[Any, ...] | None) -> WantedRows | None:
         return self._call(LoopActor.wanted_rows, known)

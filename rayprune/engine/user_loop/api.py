@@ -31,6 +31,7 @@ from rayprune.engine.data.ray_data import (
     IdColumn,
     KeepWantedRows,
     SourceMetadata,
+    fetched,
     in_object_store,
     plan_dataset,
     task_rows,
@@ -40,7 +41,7 @@ from rayprune.engine.scoring.actor import LoopSettings, ScoreSpec
 from rayprune.engine.scoring.client import LoopClient
 from rayprune.engine.scoring.session import ScoringSession
 from rayprune.engine.storage.loop_run import LoopRun
-from rayprune.engine.user_loop.shard import Shard, check_divisible
+from rayprune.engine.user_loop.shard import Shard, check_divisible, check_one_process
 from rayprune.errors import ConfigError
 from rayprune.methods import Method, build_method
 from rayprune.methods.fixed import Fixed
@@ -253,7 +254,7 @@ def local_loader(
         The Shard, whose `epochs()` the loop iterates.
 
     Raises:
-        ConfigError: as for `prune`, or there is no such device.
+        ConfigError: as for `prune`, there is no such device, or several processes train together (torchrun, DDP).
         DataError: the source cannot be read.
         RunFolderError: the run folder cannot be written, or holds another run.
 
@@ -266,6 +267,7 @@ def local_loader(
     >>> sorted(shard.scores())
     ['last_visit', 'loss', 'times_pruned']
     """
+    check_one_process()
     samples = as_source(source, **source_options)
     _check_stream(stream, ("local", "device"), samples, num_workers)
     spec_of = partial(_score_spec, method=method, num_epochs=num_epochs, batch_size=batch_size, seed=seed, run=run)
@@ -297,7 +299,7 @@ def _transport(token: _Token, settings: LoopSettings, iterator: Any, device: tor
         return RayStream(iterator, ragged=token.ragged)
     assert token.source is not None
     if token.num_workers:
-        return ProcessStream(token.source, token.num_workers, settings.identity["seed"])
+        return ProcessStream(fetched(token.source), token.num_workers, settings.identity["seed"])
     sources = {"train": token.source}
     return DeviceStream(sources, device or torch.device("cpu")) if token.stream == "device" else LocalStream(sources)
 

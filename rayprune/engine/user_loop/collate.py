@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,7 @@ class BatchFormat:
 
 def collated(batches: Iterator[Batch], batch_format: BatchFormat, num_prefetched: int) -> Iterator[tuple[Batch, Any]]:
     """Yield each batch with the loop's batch, made in a thread up to `num_prefetched` batches ahead."""
+    is_finalizing = sys.is_finalizing  # a local name: those of modules go while the interpreter exits
     pairs = ((batch, batch_format(batch)) for batch in batches)
     if num_prefetched < 1:
         yield from pairs
@@ -80,7 +82,7 @@ def collated(batches: Iterator[Batch], batch_format: BatchFormat, num_prefetched
     try:
         yield from prefetch(pairs, num_prefetched, "rayprune-batch")
     finally:  # a loop that stops early also ends the readers behind the batches
-        if isinstance(batches, Generator):
+        if not is_finalizing() and isinstance(batches, Generator):
             batches.close()
 
 

@@ -22,6 +22,7 @@ class EpochLog:
         header: of the epoch's plan.
 
     Attributes:
+        metrics: the user's.
         forward_only_s: seconds of the forward-only pass.
     """
 
@@ -37,7 +38,7 @@ class EpochLog:
             "num_samples": header.num_samples,
             "plan_hash": header.hash,
         }
-        self._logged: dict[str, Any] = {}
+        self.metrics: dict[str, Any] = {}
         self.forward_only_s = 0.0
 
     def add(self, metrics: Mapping[str, Any]) -> None:
@@ -50,7 +51,7 @@ class EpochLog:
                 raise ConfigError(f"log got {name} of type {type(value).__name__}: give a number or text")
             if name in _FRACTIONS and isinstance(number, int | float) and not 0 <= number <= 1:
                 raise ConfigError(f"log got {name} {number:g}: give a fraction in [0, 1]")
-            self._logged[name] = number
+            self.metrics[name] = number
 
     def line(self, snapshot: EpochSnapshot, step: int, num_forwarded: int, world_size: int) -> dict[str, Any]:
         """Return the line, with the counts and seconds of this epoch alone.
@@ -75,5 +76,5 @@ class EpochLog:
             "selection": dict(self._header.facts),
             "score_quantiles": dict(snapshot.score_quantiles),
             "nonfinite_losses": snapshot.num_nonfinite,
-            **self._logged,
+            **self.metrics,
         }

@@ -14,6 +14,7 @@ Shapes: B rows of a batch on this rank.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -52,6 +53,18 @@ def check_divisible(batch_size: int, num_workers: int) -> None:
         )
 
 
+def check_one_process() -> None:
+    """Raise ConfigError in one of several processes that train together, where every one would train on all rows."""
+    count = int(os.environ.get("WORLD_SIZE") or 1)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        count = torch.distributed.get_world_size()
+    if count > 1:
+        raise ConfigError(
+            f"local_loader is for one process, and here {count} train together: use rayprune.prune with Ray Train, "
+            "which gives each its own rows"
+        )
+
+
 class Shard:
     """One rank's part of every epoch of a pruned dataset; `get_dataset_shard` and `local_loader` return it.
 
@@ -75,10 +88,10 @@ class Shard:
         check_divisible(settings.batch_size, session.world_size)
         self.rank, self.world_size, self.device = session.rank, session.world_size, device
         self._session, self._transport, self._settings = session, transport, settings
-        self._epoch, self._resume_step = 0, 0
+        self._epoch, self._resume_step, self._resume_progress = 0, 0, 0.0
         # The Selector's newest state, if rank 0 has it: as loaded, or from the last barrier.
         self._selector: Mapping[str, Tensor] | None = None
-        self._is_open = False
+        self._is_open = self._is_unweighed_loop = False
         self._current: Epoch | None = None
 
     @property
@@ -97,7 +110,7 @@ class Shard:
 
         It is what a learning-rate schedule needs: an epoch's number of steps changes with its selection.
         """
-        inside = 0.0 if self._current is None else self._current.progress
+        inside = self._resume_progress if self._current is None else self._current.progress
         return min(1.0, (self._epoch + inside) / self.num_epochs)
 
     def __iter__(self) -> Iterator[Epoch]:
@@ -114,8 +127,9 @@ class Shard:
             raise UsageError("epochs() can be iterated once: get a new shard for another pass")
         self._open()
         while self._epoch < self.num_epochs:
-            self._selector = None
+            self._selector, self._resume_progress = None, 0.0
             self._current = Epoch(self._session, self._transport, self._settings, self.device)
+            self._current._is_unweighed_loop = self._is_unweighed_loop
             yield self._current
             self._close(with_state=self._epoch + 1 == self.num_epochs)
 
@@ -202,6 +216,7 @@ class Shard:
             "about": dict(self._settings.identity),
             "epoch": self._epoch,
             "step": step,
+            "progress": 0.0 if epoch is None else step / max(1, epoch.num_steps),
             "selector": dict(self._selector or {}) if self.rank == 0 else {},
         }
 
@@ -231,8 +246,11 @@ class Shard:
         if not state["selector"]:
             raise ConfigError("the state holds no scores because another rank than 0 saved it: load rank 0's state")
         self._epoch, self._resume_step, self._selector = int(state["epoch"]), int(state["step"]), state["selector"]
+        self._resume_progress = float(state.get("progress", 0.0))
 
     def _open(self) -> None:
+        if self._session.client.is_local:
+            check_one_process()
         self._is_open = True
         client, generation = self._session.client, self._session.generation
         if self.rank == 0:
@@ -250,10 +268,11 @@ class Shard:
         if epoch is None:
             return
         epoch._end()
+        self._is_unweighed_loop = epoch.step > epoch.start_step and not epoch._unweighed.rows_weighed
         snapshot = self._snapshot("close", epoch.step, with_state=with_state)
         self._selector = _tensors(snapshot)
         if self._settings.has_run and self.rank == 0:
-            self._session.client.log_epoch(epoch._line(snapshot, self.world_size))
+            epoch._written = self._session.client.log_epoch(epoch._line(snapshot, self.world_size))
         self._current = None
         self._epoch, self._resume_step = self._epoch + 1, 0
         self._session.start_epoch(self._epoch)
@@ -296,7 +315,9 @@ class Epoch:
         self.step = self.start_step
         self._unweighed = UnweighedRows(f"epoch {self.index} on rank {session.rank}")
         self._is_iterated = self._is_exhausted = self._is_swept = self._has_ended = False
+        self._is_unweighed_loop = False  # the Shard knows
         self._log = EpochLog(header)
+        self._written: dict[str, Any] | None = None  # the line in the run folder
         if header.num_steps == 0:
             logger.warning(
                 "epoch %d keeps %d samples, less than a batch, and last_batch is 'drop': nothing is trained",
@@ -313,12 +334,12 @@ class Epoch:
     def progress(self) -> float:
         """The fraction of this epoch's planned visits that were made, in [0, 1].
 
-        A visit is made when its batch is weighed. In a loop that does not call `weigh`, every batch but the newest
-        counts.
+        A visit is made when its batch is weighed. In a loop that weighed nothing in the epoch before, every batch but
+        the newest counts.
         """
         if self._has_ended or not self.num_steps:
             return 1.0
-        if self._unweighed.rows_weighed:
+        if not self._is_unweighed_loop or self._unweighed.rows_weighed:
             steps = self.start_step + self._unweighed.num_weighed
         else:
             steps = self.step if self._is_exhausted else max(self.start_step, self.step - 1)
@@ -440,6 +461,8 @@ class Epoch:
                 accuracy is not in [0, 1].
         """
         self._log.add(metrics)
+        if self._written is not None:  # state_dict() has ended the epoch; of two lines, the later one counts
+            self._written = self._session.client.log_epoch({**self._written, **self._log.metrics})
 
     def sweep(self, score: Callable[[Any], Any], **batch_format: Any) -> int:
         """See Shard.sweep."""
@@ -447,6 +470,8 @@ class Epoch:
             return 0
         if self._is_swept:
             raise UsageError(f"epoch {self.index} was swept already: its samples are scored once")
+        if not self._is_exhausted and len(self):
+            raise UsageError("call sweep after the epoch's batches: it scores with the network that they have trained")
         self._is_swept, start = True, time.perf_counter()
         device = self._device(batch_format.pop("device", "auto"))
         num_prefetched = batch_format.pop("prefetch_batches", 1)
@@ -474,6 +499,13 @@ class Epoch:
         if self._unweighed.is_inside_batch:
             raise UsageError("call state_dict() after weigh: only a part of the newest batch was weighed")
         if self._unweighed.rows_weighed:
+            if self._unweighed.num_skipped and self._settings.signals:
+                logger.warning(
+                    "epoch %d: state_dict() was called with %d batches that were not weighed and come before one that "
+                    "was: a resumed run does not train on them",
+                    self.index,
+                    self._unweighed.num_skipped,
+                )
             return self.step - self._unweighed.num_ahead
         if self.step > self.start_step and self._settings.signals:
             raise UsageError("call state_dict() after weigh: the state would lack the last batch")

@@ -89,7 +89,7 @@ class UnweighedRows:
         # Copies of whole batches are found by a hash of their ids, other rows in the index.
         self._hashes: dict[int, int] = {}
         # Number → what the batch is recognized by, and id() of that → number. Kept objects keep their id().
-        self._tokens: dict[int, Any] = {}
+        self._tokens: dict[int, tuple[Any, int]] = {}  # with the version of a tensor
         self._numbers: dict[int, int] = {}
         self._objects: deque[int] = deque()
 
@@ -100,7 +100,7 @@ class UnweighedRows:
         self._hashes[_hash(batch.ids)] = number
         ids = _ids_in(loop_batch)
         token = loop_batch if ids is None else ids
-        self._tokens[number], self._numbers[id(token)] = token, number
+        self._tokens[number], self._numbers[id(token)] = (token, _version(token)), number
         if ids is None:
             self._objects.append(number)
             if len(self._objects) > _MAX_OBJECTS:
@@ -120,7 +120,7 @@ class UnweighedRows:
         ids = _ids_in(loop_batch)
         token = loop_batch if ids is None else ids
         number = self._numbers.get(id(token), -1)
-        if number in self._whole:
+        if number in self._whole and self._is_unchanged(token, number):
             return FoundRows(self._whole[number], number)
         if ids is None:
             raise ConfigError(
@@ -152,6 +152,11 @@ class UnweighedRows:
         return self._num_given - 1 - self._newest_weighed
 
     @property
+    def num_skipped(self) -> int:
+        """Batches with rows that wait, given out before the newest one with a weighed row."""
+        return sum(number < self._newest_weighed for number in self._rows_left)
+
+    @property
     def is_inside_batch(self) -> bool:
         """Whether the newest batch with a weighed row also has rows that wait."""
         return self._newest_weighed in self._rows_left
@@ -169,9 +174,15 @@ class UnweighedRows:
         self._forget_token(number)
 
     def _forget_token(self, number: int) -> None:
-        token = self._tokens.pop(number, None)
+        token, _ = self._tokens.pop(number, (None, 0))
         if token is not None and self._numbers.get(id(token)) == number:
             del self._numbers[id(token)]
+
+    def _is_unchanged(self, token: Any, number: int) -> bool:
+        """Return whether a batch's ids were not changed in place."""
+        if isinstance(token, np.ndarray):
+            return np.array_equal(token, self._whole[number].ids)
+        return _version(token) == self._tokens[number][1]
 
     def _by_value(self, ids: NDArray[np.int64]) -> FoundRows:
         number = self._hashes.get(_hash(ids), -1)
@@ -201,8 +212,15 @@ def _ids_in(loop_batch: Any) -> Any:
     """Return the ids of a batch as they are: its `id`, or itself if it is ids alone; None if it has none."""
     if isinstance(loop_batch, Mapping):
         return loop_batch.get("id")
+    if isinstance(loop_batch, list) and loop_batch and all(isinstance(each, int | np.integer) for each in loop_batch):
+        return loop_batch
     is_array = isinstance(loop_batch, torch.Tensor | np.ndarray)
     return loop_batch if is_array and loop_batch.ndim == 1 else None
+
+
+def _version(token: Any) -> int:
+    """Return the counter of a tensor's in-place changes; 0 for anything that has none."""
+    return token._version if isinstance(token, torch.Tensor) and not token.is_inference() else 0
 
 
 def _host_ids(ids: Any) -> NDArray[np.int64]:

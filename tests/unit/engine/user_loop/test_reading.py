@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,6 +85,39 @@ def test_random_transforms_depend_neither_on_the_number_of_processes_nor_on_a_re
     again.load_state_dict(state)
     assert equal(first + list(batches_of(again)), one)
     assert not equal(list(batches_of(shard_of(Rows(noise=True), num_workers=1, num_epochs=2, seed=6))), one)
+
+
+def test_columns_that_tensors_cannot_hold_travel_too() -> None:
+    data = {
+        "x": X,
+        "day": np.arange(N).astype("datetime64[D]"),
+        "text": np.array([f"row {i}" for i in range(N)], object),
+    }
+    for batch in next(shard_of(data, num_workers=1).epochs()):
+        assert batch["text"][0] == f"row {batch['id'][0]}"
+        assert batch["day"][0] == data["day"][batch["id"][0]]
+
+
+def test_a_shorter_last_item_is_seen_at_the_start() -> None:
+    class Text(Rows):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"tokens": torch.arange(16 if index < N - 1 else 9)}
+
+    for batch in next(shard_of(Text()).epochs()).iter_torch_batches(collate_fn=lambda columns: columns):
+        assert batch["tokens"].dtype == object
+
+
+def test_nothing_is_printed_when_the_interpreter_ends_inside_an_epoch() -> None:
+    program = """
+import numpy as np, rayprune
+for workers in (0, 1):
+    shard = rayprune.local_loader({"x": np.zeros(99)}, rayprune.Full(), 2, 8, num_workers=workers)
+    batches = iter(next(shard.epochs()))
+    kept = [batches, next(batches)]
+    globals()[f"kept_{workers}"] = kept
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_error_of_an_item_is_raised_in_the_loop() -> None:

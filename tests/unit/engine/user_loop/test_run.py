@@ -132,6 +132,23 @@ def test_metrics_that_cannot_be_shown_are_refused(metrics: dict[str, Any], words
     epoch.log(a=np.float32(0.5), b=torch.tensor(2), c=np.array([3]), d="text", e=None, f=True)
 
 
+def test_metrics_may_follow_the_state_of_the_epochs_end(tmp_path: Path) -> None:
+    """Train, save, validate, log is a common order."""
+    shard = shard_in(tmp_path / "run")
+    for epoch in shard:
+        for batch in epoch:
+            epoch.weigh(batch, batch["x"].square().sum(1))
+        assert shard.state_dict()["epoch"] == epoch.index + 1
+        epoch.log(val_accuracy=0.25)
+        epoch.log(more=epoch.index)
+    lines = read_metrics(tmp_path / "run")
+    assert [(line["val_accuracy"], line["more"]) for line in lines] == [(0.25, 0), (0.25, 1), (0.25, 2)]
+    train(shard_in(tmp_path / "other"))
+    for ours, theirs in zip(lines, read_metrics(tmp_path / "other"), strict=True):
+        names = ours.keys() & theirs.keys() - {"wall_time", "seconds", "val_accuracy"}
+        assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
+
+
 def test_names_that_rayprune_writes_cannot_be_logged(tmp_path: Path) -> None:
     epoch = next(shard_in(tmp_path / "run").epochs())
     with pytest.raises(ValueError, match="rayprune writes train_loss itself"):

@@ -340,5 +340,57 @@ def test_progress_goes_on_after_a_resume_and_without_weigh() -> None:
     careless = local_shard(method=rayprune.Full())
     for epoch in careless:
         steps = [epoch.progress * epoch.num_steps for _ in epoch]
-        assert steps == pytest.approx(range(epoch.num_steps))
-        assert epoch.progress == 1.0
+        # The first epoch cannot know that nothing will be weighed.
+        assert steps == pytest.approx([0.0] * epoch.num_steps if epoch.index == 0 else range(epoch.num_steps))
+    assert careless.progress == 1.0
+
+
+@pytest.mark.parametrize("method", [METHOD, rayprune.Full()], ids=["infobatch", "full"])
+def test_progress_does_not_jump_with_a_loader_that_fetches_ahead(method: rayprune.Method) -> None:
+    for epoch in (shard := local_shard(method=method, num_epochs=3)):
+        seen = []
+        for batch in list(epoch):
+            seen.append(epoch.progress)
+            epoch.weigh(batch, batch["x"].sum(1))
+        assert seen == pytest.approx([step / epoch.num_steps for step in range(epoch.num_steps)])
+    assert shard.progress == 1.0
+
+
+def test_progress_of_a_loaded_state_is_that_of_the_saved_run() -> None:
+    first, state = Loop(local_shard()), {}
+    first.run((1, 3), lambda: state.update(first.shard.state_dict()))
+    again = local_shard()
+    again.load_state_dict(state)
+    assert again.progress == first.shard.progress > 0.2
+    next(again.epochs())
+    assert again.progress == first.shard.progress
+
+
+def test_a_sweep_before_the_last_batch_is_refused() -> None:
+    method = rayprune.build_method({"name": f"{USER_CODE}:LowerHalf", "looks": 7})
+    shard = local_shard(method=method, num_epochs=2)
+    for epoch in shard:
+        batches = iter(epoch)
+        first = next(batches)
+        if epoch.index == 1:
+            with pytest.raises(rayprune.UsageError, match="call sweep after the epoch's batches"):
+                shard.sweep(lambda batch: batch["x"].sum(1))
+        for batch in (first, *batches):
+            epoch.weigh(batch, batch["x"].sum(1))
+    assert shard.progress == 1.0
+
+
+def test_one_of_several_processes_is_told_to_use_ray_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = local_shard()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for call in (local_shard, lambda: next(shard.epochs())):
+        with pytest.raises(ValueError, match="local_loader is for one process, and here 2 train together"):
+            call()
+
+
+def test_a_state_that_skips_batches_warns(caplog: pytest.LogCaptureFixture) -> None:
+    shard = local_shard()
+    batches = list(epoch := next(shard.epochs()))
+    epoch.weigh(batches[2], batches[2]["x"].sum(1))
+    assert shard.state_dict()["step"] == 3
+    assert "2 batches that were not weighed and come before one that was" in caplog.text

@@ -188,6 +188,26 @@ def test_wrong_ids_are_refused_at_once_in_one_line(act: Any, words: str) -> None
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("as_numpy", [False, True])
+def test_ids_that_were_permuted_in_place_lead_to_their_own_rows(as_numpy: bool) -> None:
+    shard = shard_of_values()
+    for epoch in shard:
+        for batch in epoch.iter_torch_batches(collate_fn=dict if as_numpy else None):
+            order = np.random.default_rng(0).permutation(len(batch["id"]))
+            for column in batch.values():
+                column[:] = column[order]
+            epoch.weigh(batch, torch.as_tensor(batch["v"]))
+    visited = shard.scores()["last_visit"] == 2
+    assert np.array_equal(shard.scores()["loss"][visited], VALUES[visited])
+
+
+def test_a_list_of_ids_is_enough() -> None:
+    for epoch in (shard := shard_of_values()):
+        for batch in epoch:
+            epoch.weigh(batch["id"].tolist(), batch["v"])
+    assert np.isfinite(shard.scores()["loss"]).all()
+
+
 def test_a_refused_batch_can_be_weighed_afterwards() -> None:
     epoch = next(shard_of_values().epochs())
     batch = next(epoch.iter_torch_batches())
