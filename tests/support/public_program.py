@@ -25,7 +25,9 @@ class KeepFirst(rayprune.Method):
 
     def select(self, table: rayprune.ScoreTable, context: rayprune.EpochContext) -> rayprune.Selection:
         """Keep the lower half of the ids."""
-        return rayprune.Selection.of_ids(np.arange(context.num_samples // 2), context.num_samples)
+        num_samples, drops = context.num_samples, context.num_samples // 2
+        kept = np.arange(num_samples - drops)
+        return rayprune.Selection.of_ids(kept, num_samples, requested=0.5, expected_drops=drops)
 
 
 METHODS: list[rayprune.Method] = [

@@ -211,9 +211,9 @@ class ScoreActor:
         return self._plan.rank_rows(rank, plan_pass.world_size, start_step, stop_step)
 
     def blocks(self) -> tuple[Phase | None, list[PlanBlock]]:
-        """Return the phase of the current pass and its blocks for Ray Data; (None, []) before the first pass."""
+        """Return the phase of the current pass and its blocks for Ray Data; no blocks before the first pass."""
         if self._pass is None or self._plan is None:
-            return "train" if self._was_announced else None, []
+            return "train", []
         current, plan = self._pass, self._plan
         blocks = plan.blocks(current.world_size, self._spec.row_bytes, current.start_step, self._spec.task_rows)
         rows = [plan.rank_rows(b.rank, current.world_size, b.start_step, b.stop_step)[:2] for b in blocks]
@@ -418,6 +418,10 @@ class LoopActor(ScoreActor):
         self._start_epoch()
         if self._spec.loop_run is not None and epoch < self._spec.num_epochs:
             self._spec.loop_run.open(epoch, resumed=state is not None)
+
+    def blocks(self) -> tuple[Phase | None, list[PlanBlock]]:
+        """As for ScoreActor, but (None, []) before the first pass, which a loop that forgot its Shard never makes."""
+        return super().blocks() if self._was_announced else (None, [])
 
     def log_epoch(self, line: Mapping[str, Any]) -> dict[str, Any]:
         """Append the last closed epoch's line to the run folder; after the last epoch, write the scores there.

@@ -146,14 +146,14 @@ def test_ragged_items_are_kept_in_memory_only():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda position: {"x": np.zeros(2 if position < 299 else 3)}, r"item 299 column 'x' is float64 \(3,\)"),
-        (lambda position: {"x": 1 if position < 299 else 1.5}, r"item 299 column 'x' is float64 \(\)"),
-        (lambda position: {"x": 1} if position < 299 else {"y": 1}, r"item 299 has columns \['y'\] and item 0"),
+        (lambda position: {"x": np.zeros(2 if position != 293 else 3)}, r"item 293 column 'x' is float64 \(3,\)"),
+        (lambda position: {"x": 1 if position != 293 else 1.5}, r"item 293 column 'x' is float64 \(\)"),
+        (lambda position: {"x": 1} if position != 293 else {"y": 1}, r"item 293 has columns \['y'\] and item 0"),
         (lambda position: {"id": 1, "x": 2}, "item 0 has a column 'id', .*: rename it, or leave it out with columns"),
         (lambda position: {"x": 1 if position else "a"}, "Items column 'x' has numbers in some rows and str"),
     ],
 )
 def test_unsuitable_items_are_refused(make, message):
     with pytest.raises(ValueError, match=message) as caught:
-        columns_from_torch(Items(make, 300)).take(np.array([299]))
+        columns_from_torch(Items(make, 300)).take(np.array([293]))
     assert "\n" not in str(caught.value)

@@ -21,7 +21,7 @@ from rayprune.engine.data.ray_data import (
 )
 from rayprune.engine.data.transport import RayStream
 from rayprune.engine.scoring.actor import ScoreSpec
-from rayprune.engine.scoring.client import ScoreClient
+from rayprune.engine.scoring.client import LoopClient, ScoreClient
 from rayprune.engine.scoring.messages import PlanPass
 from rayprune.errors import DataError, PlanMismatch
 from rayprune.sources import MemorySource, open_data
@@ -64,7 +64,8 @@ def test_read_tasks_return_the_planned_rows_in_order(monkeypatch: pytest.MonkeyP
     spec = ScoreSpec({"name": "full"}, SOURCE, 37, 3, 5, 32, "pad", SOURCE.schema.row_bytes, None, 0, task_rows=64)
     scores = ScoreClient.in_process(spec)
     datasource = PlanDatasource(scores, {"train": SOURCE})
-    (refusing,) = datasource.get_read_tasks(2)
+    assert datasource.get_read_tasks(2) == [], "there is no plan before the first pass"
+    (refusing,) = PlanDatasource(LoopClient.in_process(spec), {"train": SOURCE}).get_read_tasks(2)
     with pytest.raises(RuntimeError, match=r"replace ray\.train\.get_dataset_shard by rayprune\.get_dataset_shard"):
         list(refusing())
     scores.announce(pass_of(0, "train", 1))

@@ -141,7 +141,7 @@ def test_a_restarted_actor_makes_the_same_plan(tmp_path: Path) -> None:
 def test_blocks_hold_the_plan_from_the_first_pass_on() -> None:
     source = open_data("digits", limit=301).train
     actor = ScoreActor(ScoreSpec({"name": "full"}, source, 37, 3, 5, 8, "pad", 72, None, 0))
-    assert actor.blocks() == (None, [])
+    assert actor.blocks() == ("train", [])
     actor.announce(pass_of(0, "train", 2, start_step=2))
     phase, blocks = actor.blocks()
     assert phase == "train"
