@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -32,8 +33,11 @@ def debug() -> bool:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split the arguments of a command into config files and key=value overrides."""
-    return [word for word in arguments if "=" not in word], [word for word in arguments if "=" in word]
+    """Split the arguments of a command into config files, which may have = in their paths, and key=value overrides."""
+    configs = [
+        word for word in arguments if "=" not in word or (word.endswith((".yaml", ".yml")) and Path(word).is_file())
+    ]
+    return configs, [word for word in arguments if word not in configs]
 
 
 def single_config(arguments: Sequence[str], example: str) -> tuple[str, list[str]]:

@@ -32,15 +32,20 @@ def init(name: str | None, path: str | None) -> None:
         say("\nrayprune init NAME copies one to NAME.yaml; rayprune train NAME runs it as it is.")
         return
     text = configs[name].read_text(encoding="utf-8")
-    file = Path(path or ".")
+    file = Path(path or ".").expanduser()
     if file.suffix not in {".yaml", ".yml"}:
         file = file / f"{name}.yaml"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{file.parent} can't be made ({error.strerror}): name a .yaml file or a folder") from None
     try:
         with file.open("x", encoding="utf-8") as stream:
             stream.write(text)
     except FileExistsError:
         raise ConfigError(f"{file} exists: delete it, or name another place: rayprune init {name} PATH") from None
+    except OSError as error:
+        raise ConfigError(f"{file} can't be written ({error.strerror}): name a .yaml file or a folder") from None
     say(f"wrote {file}")
     say(f"next: {_usage(text, name).replace(name, shlex.quote(str(file)), 1)}")
 

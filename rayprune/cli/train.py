@@ -44,7 +44,8 @@ def train(arguments: tuple[str, ...]) -> None:
     configs = [load_config(path, overrides) for path in paths]  # check all of them before any training starts
     folders = [Path(config.run.storage_path) / str(config.run.name) for config in configs]
     if len(set(folders)) < len(folders):
-        raise ConfigError(f"two of the configs train in the same folder, {folders[0]}: leave run.name out")
+        cure = "leave run.name out" if any(word.startswith("run.name=") for word in overrides) else "name each once"
+        raise ConfigError(f"two of the configs train in the same folder, {folders[0]}: {cure}")
     results = [(Path(path).stem, _train_one(config)) for path, config in zip(paths, configs, strict=True)]
     _say_summary(results)
     say()

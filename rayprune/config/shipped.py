@@ -20,7 +20,7 @@ def find_config(path: str | Path) -> Path:
     The user's files come first: `digits_full` is ./digits_full, or ./digits_full.yaml, or the shipped digits_full.
     """
     file = Path(path)
-    candidates = [file] if file.suffix else [file, Path(f"{path}.yaml")]
+    candidates = [file] if file.suffix in {".yaml", ".yml"} else [file, Path(f"{path}.yaml")]
     found = next((own for own in candidates if own.is_file()), None)
     return found or shipped_configs().get(str(path), file)
 

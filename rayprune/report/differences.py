@@ -40,7 +40,8 @@ def from_each_other(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def _settings(run: RunRecord) -> dict[str, Any]:
-    return flatten_settings({key: value for key, value in run.config.items() if key not in _LEFT_OUT})
+    without = _LEFT_OUT if run.metrics[-1].samples_collected else _LEFT_OUT | {"collect"}  # of a scoring run only
+    return flatten_settings({key: value for key, value in run.config.items() if key not in without})
 
 
 def _defaults(run: RunRecord) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def _sections(runs: Sequence[RunRecord]) -> list[Section]:
     if not runs:
         return []
     plots, missing = sample_plots(runs)
-    text = "Lines: validation samples. Dots: training samples, in the epoch that trained on them."
+    text = "Solid: validation samples. Dotted: training samples, in the epoch that trained on them."
     sections = [
         Section("Loss and accuracy", curve_plots(runs), text),
         Section("Pruning and its cost", [pruning_plot(runs), seconds_plot(runs)]),

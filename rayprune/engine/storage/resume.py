@@ -74,7 +74,18 @@ def finished_unread(config: Config) -> Path | None:
         return None
     stored = read_config(folder / "config.yaml")
     start = newest_checkpoint(folder) if stored.digest() == config.digest() and stored.data == config.data else None
-    return folder if start is not None and _is_finished(config, start) else None
+    if start is None or not _is_finished(config, start):
+        return None
+    return None if _is_newer(config.data.model_dump().get("path"), folder / "scores.parquet") else folder
+
+
+def _is_newer(path: Any, results: Path) -> bool:
+    """Return whether a file, or a folder or one of its entries, was written after the results."""
+    if not isinstance(path, str) or not Path(path).expanduser().exists():
+        return False
+    data = Path(path).expanduser()
+    entries = [data, *data.iterdir()] if data.is_dir() else [data]
+    return max(entry.stat().st_mtime for entry in entries) > results.stat().st_mtime
 
 
 def _is_finished(config: Config, newest: Path) -> bool:

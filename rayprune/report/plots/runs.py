@@ -52,7 +52,7 @@ def curve_plots(runs: Sequence[RunRecord]) -> list[Plot]:
 
 def pruning_plot(runs: Sequence[RunRecord]) -> Plot:
     """Return requested and realized pruning by epoch."""
-    note = "Dots: the requested prune ratio. Lines: the fraction of all samples that was left out."
+    note = "Dotted: the requested prune ratio. Solid: the fraction of all samples that was left out."
     return Plot("pruning", "Requested and realized pruning", partial(_draw_pruning, runs), note=note)
 
 

@@ -27,7 +27,7 @@ def sample_plots(runs: Sequence[RunRecord]) -> tuple[list[Plot], list[str]]:
     missing: list[str] = []
     names = list(dict.fromkeys(name for run in runs for name in score_names(run)))
     for number, name in enumerate(names[:_MAX_SCORES]):
-        note = "All samples, at the end of the run." if number == 0 else ""
+        note = "The last score of every sample that has one." if number == 0 else ""
         plots.append(Plot(f"score_{number}", f"Distribution of {name}", partial(_draw_score, runs, name), note=note))
     if len(names) > _MAX_SCORES:
         missing.append(f"Not shown: {', '.join(names[_MAX_SCORES:])} (see scores.parquet).")

@@ -67,3 +67,16 @@ def test_an_unknown_name_gets_the_list_and_the_closest_name() -> None:
     assert isinstance(done.exception, ConfigError)
     assert "did you mean 'digits_infobatch'?" in str(done.exception)
     assert all(name in done.output for name in shipped_configs())
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere"])
+def test_a_place_that_cannot_be_written_is_named(place: str) -> None:
+    Path("file").touch()
+    with pytest.raises(ConfigError, match="can't be made"):
+        run("digits_full", place)
+
+
+def test_the_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    run("digits_full", "~/mine.yaml")
+    assert (tmp_path / "home" / "mine.yaml").is_file()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rayprune.cli import main as command_line
+from rayprune.cli.console import split_arguments
 from tests.support.command_line import environment, loaded_modules, rayprune
 from tests.support.paths import ROOT
 
@@ -76,3 +77,9 @@ def test_the_readmes_python_runs() -> None:
     for block in blocks:
         done = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
+
+
+def test_a_config_may_have_an_equals_sign_in_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lr=1.yaml").touch()
+    assert split_arguments(["lr=1.yaml", "run.name=a.yaml"]) == (["lr=1.yaml"], ["run.name=a.yaml"])

@@ -57,3 +57,9 @@ def test_a_missing_config_is_named_with_the_cure(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"config '{path}' can't be read: .*{cure}"):
         read_config(path)
+
+
+def test_a_name_with_a_dot_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("v1.2.yaml").write_text("method: full\n")
+    assert find_config("v1.2") == Path("v1.2.yaml")

@@ -18,7 +18,7 @@ import pytest
 
 from rayprune.config import Config
 from rayprune.engine.storage.checkpoint import SCHEMA, checkpoint_path, newest_checkpoint
-from rayprune.engine.storage.resume import finished_unread
+from rayprune.engine.storage.resume import _is_newer, finished_unread
 from rayprune.engine.storage.run_folder import read_metrics
 from rayprune.engine.train.driver import RunResult, train
 from tests.support.runs import assert_same_run, run_config, user
@@ -99,6 +99,13 @@ def test_a_finished_run_is_recognized_without_its_data(finished: tuple[Config, R
     longer = config.train.model_copy(update={"epochs": EPOCHS + 1})
     for other in (never, config.model_copy(update={"data": elsewhere}), config.model_copy(update={"train": longer})):
         assert finished_unread(other) is None
+    assert not _is_newer("s3://bucket/data", result.folder / "scores.parquet")
+    older = result.folder.parent / "data"
+    older.mkdir()
+    os.utime(older, (0, 0))
+    assert not _is_newer(str(older), result.folder / "scores.parquet")
+    (older / "new.npy").touch()
+    assert _is_newer(str(older), result.folder / "scores.parquet"), "the data were changed in place"
     lines = (result.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (result.folder / "metrics.jsonl").write_text("".join(lines[:-1]))
     assert finished_unread(config) is None, "the last line is missing"
