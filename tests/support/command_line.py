@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -31,10 +32,19 @@ def loaded_modules(names: Sequence[str], *words: str, cwd: Path = ROOT) -> tuple
 
 
 def start_group(*words: str) -> subprocess.Popen[str]:
-    """Start a command as a shell does in a terminal: in a process group of its own, which Ctrl-C signals."""
+    """Start a command as a shell does in a terminal: in a process group of its own, which Ctrl-C signals.
+
+    SIGINT has its default action, even if these tests run in the background, where shells ignore it.
+    """
     command = [sys.executable, "-u", "-m", "rayprune", *words]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=ROOT, text=True, env=environment(), start_new_session=True, **pipes)
+    return subprocess.Popen(
+        command, cwd=ROOT, text=True, env=environment(), start_new_session=True, preexec_fn=_default_sigint, **pipes
+    )
+
+
+def _default_sigint() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def rayprune(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
