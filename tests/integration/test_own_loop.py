@@ -166,7 +166,7 @@ def test_a_killed_worker_and_a_killed_score_actor_restart_the_loop_from_its_own_
     weights, whole_weights = (torch.load(folder / "final.pt", weights_only=True) for folder in (tmp_path, whole))
     assert all(torch.equal(weights[name], whole_weights[name]) for name in whole_weights)
     killed_scores = data.scores()
-    assert all(np.array_equal(killed_scores[name], scores[name], equal_nan=True) for name in scores)
+    assert all(np.array_equal(killed_scores[name], scores[name], equal_nan=True) for name in killed_scores)
     data.close()
 
 

@@ -97,7 +97,7 @@ def sweep(base: Config, folder: Path, listeners: SweepListeners | None = None, *
         DataError: the samples can't be decoded, or the cache can't be written.
         RunFolderError: the folder is another sweep's, is in use, or can't be written.
         ClusterError: no Ray cluster answers, or it has too few resources for a trial.
-        KeyboardInterrupt: SIGINT or SIGTERM arrived; the same call continues the sweep.
+        KeyboardInterrupt, TrainingPaused: SIGINT or SIGTERM arrived; the same call continues the sweep.
     """
     listeners = listeners or SweepListeners()
     points, section = check_space(base), base.sweep
@@ -124,8 +124,8 @@ def sweep(base: Config, folder: Path, listeners: SweepListeners | None = None, *
         rows = mark_front([result_row(folder, state, section.amortise) for state in read_states(folder).values()])
         if rows:  # none if the sweep was interrupted immediately
             write_results(folder, base, rows)
-    if not complete:
-        raise KeyboardInterrupt
+        if not complete:
+            raise KeyboardInterrupt
     return SweepResult(folder, rows)
 
 
