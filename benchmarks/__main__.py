@@ -11,7 +11,19 @@ import ray
 from benchmarks.harness import HEADER, machine
 
 NAMES = (
-    *("plan", "actor", "recording", "saving", "boundary", "stream", "sources", "own_dataset", "decoding", "tdds", "l2w"),
+    *(
+        "plan",
+        "actor",
+        "recording",
+        "saving",
+        "boundary",
+        "stream",
+        "sources",
+        "own_dataset",
+        "decoding",
+        "tdds",
+        "l2w",
+    ),
     *("host", "overhead", "plain", "start", "psp", "scaling", "gpu"),
 )
 # Long or memory-hungry: they run only when named.

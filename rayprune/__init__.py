@@ -33,10 +33,13 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
         UsageError,
     )
     from rayprune.methods.dynams import DynaMS
+    from rayprune.methods.entropy import Entropy  # noqa: F401
     from rayprune.methods.fixed import Fixed
     from rayprune.methods.full import Full
+    from rayprune.methods.grand import GraNd  # noqa: F401
     from rayprune.methods.infobatch import InfoBatch
     from rayprune.methods.least_confidence import LeastConfidence
+    from rayprune.methods.margin import Margin  # noqa: F401
     from rayprune.methods.random_epoch import RandomEpoch
     from rayprune.methods.random_subset import Random
     from rayprune.methods.registry import build_method
@@ -118,7 +121,12 @@ if not TYPE_CHECKING:  # a type checker that saw it would accept any name
         if name not in _MODULES:
             import difflib
 
-            by_lower = {public.lower(): public for public in (*_MODULES, *_SUBMODULES)}
+            from rayprune import methods
+
+            if name in vars(methods) and name in {cls.__name__ for cls in methods.METHODS.values()}:
+                return getattr(methods, name)
+            names = (*_MODULES, *_SUBMODULES, *(cls.__name__ for cls in methods.METHODS.values()))
+            by_lower = {public.lower(): public for public in names}
             match = difflib.get_close_matches(name.lower(), by_lower, n=1)
             hint = f": did you mean rayprune.{by_lower[match[0]]}?" if match else ""
             raise AttributeError(f"module 'rayprune' has no attribute {name!r}{hint}")
@@ -126,4 +134,6 @@ if not TYPE_CHECKING:  # a type checker that saw it would accept any name
 
 
 def __dir__() -> list[str]:
-    return __all__
+    from rayprune.methods import METHODS
+
+    return sorted({*__all__, *(cls.__name__ for cls in METHODS.values())})

@@ -201,9 +201,11 @@ def _drawn(name: str, epoch: int, num: int) -> NDArray[np.float32]:
             drawn = rng.exponential(size=(num, NUM_CLASSES))
         case "embedding":
             drawn = rng.normal(size=(num, 3))
+        case "logit_gradient":
+            drawn = rng.dirichlet(np.ones(NUM_CLASSES), size=num) - np.eye(NUM_CLASSES)[labels_of(num)]
         case "correct":
             drawn = rng.random(num) < 0.6
-        case "confidence" | "prob_label":
+        case "confidence" | "prob_label" | "top_gap":
             drawn = rng.random(num)
         case "margin":
             drawn = rng.uniform(-1, 1, num)

@@ -73,7 +73,10 @@ class Method:
         check_share("class_floor", self.class_floor)
 
     def columns(self) -> Mapping[str, Any]:
-        """Return the table's columns, name → dtype: by default one float32 per signal, its last value."""
+        """Return the table's columns, name → dtype: by default one float32 per signal, its last value.
+
+        The value can also be (dtype, row shape), or a VectorColumn for long vectors of a forward-only pass.
+        """
         return dict.fromkeys((*self.signals, *self.sweep_signals), np.float32)
 
     @property
@@ -106,8 +109,18 @@ class Method:
         """Write the `sweep_signals` of a forward-only pass: by default the last value."""
         for name in self.sweep_signals:
             values = signals[name]
+            if name in table.vectors:
+                table.vectors[name].put(ids, values)
+                continue
             column = table.widen(name, values.shape[1]) if values.ndim == 2 else table[name]
             column[ids] = values
+
+    def condense(self, table: ScoreTable, context: EpochContext) -> None:
+        """Turn `table.vectors` into columns after the forward-only pass of the context's epoch; then they are deleted.
+
+        A pure function of the vectors, the columns and the context. Only methods with a VectorColumn need it.
+        """
+        raise TypeError(f"{type(self).__name__} declares vectors and defines no condense()")
 
     def select(self, table: ScoreTable, context: EpochContext) -> Selection:
         """Choose an epoch's samples; a pure function of table and context."""
@@ -173,6 +186,7 @@ class EpochContext:
         class_floor: the least share of every class that the epoch keeps; 0 = no floor.
         visits_before: samples kept in all earlier epochs together.
         chosen: the selection of a method that reads one from a file, or None.
+        recalls: (C,) recall of each class on validation data in the scoring run, or None.
     """
 
     epoch: int
@@ -183,6 +197,7 @@ class EpochContext:
     class_floor: float = 0.0
     visits_before: int = 0
     chosen: Selection | None = None
+    recalls: NDArray[np.float64] | None = None
 
     @cached_property
     def rng(self) -> np.random.Generator:

@@ -17,7 +17,7 @@ from rayprune.methods.registry import build_method, register
 
 _PERMUTATION = 2  # keeps the permutation's generator apart from the inner method's
 _INNER_ATTRIBUTES = ("signals", "unbiased", "fixed", "needs_labels", "sweep_signals", "sweep_part")
-_INNER_METHODS = ("columns", "step", "check", "fold", "fold_sweep", "scores")
+_INNER_METHODS = ("columns", "step", "check", "fold", "fold_sweep", "condense", "scores")
 
 
 @register("shuffled")

@@ -14,6 +14,7 @@ import torch
 from rayprune.config import Config
 from rayprune.core.references import closest
 from rayprune.core.selector import Selector
+from rayprune.core.vectors import VectorColumn
 from rayprune.engine.train.build import (
     InputSpec,
     StepSettings,
@@ -105,6 +106,8 @@ def check_memory(method: Method, num_classes: int, num_samples: int) -> None:
     """
     row_bytes = 0
     for spec in method.columns().values():
+        if isinstance(spec, VectorColumn):  # on the disk, which is checked when the first vectors come
+            continue
         dtype, shape = spec if isinstance(spec, tuple) else (spec, ())
         # A vector of unknown length has an entry per class.
         row_size = math.prod(num_classes if length is None else length for length in shape)

@@ -101,9 +101,21 @@ def _collected_scores(config: Config, source: SampleSource, folder: Path) -> Sel
     record = recorded_signals(scoring, input_spec(scoring, source))
     collected = Selector(scoring.build_method(), *run, labels, record=record)
     collected.load_state_dict(load_selector_state(folder, method.collect_epochs))
-    selector = Selector(method, *run, labels, record=record)
+    selector = Selector(method, *run, labels, record=record, recalls=_recalls(folder))
     selector.table.load_arrays(collected.table.to_arrays())
     return selector
+
+
+def _recalls(folder: Path) -> NDArray[np.float64] | None:
+    """Return the scoring run's last accuracy on each class of the validation data, their mean where a class has none.
+
+    None without validation data.
+    """
+    validated = [line["val_class_accuracy"] for line in read_metrics(folder) if line.get("val_class_accuracy")]
+    if not validated:
+        return None
+    recalls = np.array([np.nan if recall is None else recall for recall in validated[-1]], dtype=np.float64)
+    return np.where(np.isnan(recalls), np.nanmean(recalls), recalls)
 
 
 def _collected_cost(config: Config, source: SampleSource, folder: Path) -> PriorCost:

@@ -163,9 +163,10 @@ def test_large_seeds_and_epochs_work(method: Method) -> None:
         for epoch in range(1, method.collect_epochs):
             run.observe(everything, epoch)
     if method.sweep_signals:
-        with pytest.raises(ValueError, match="have no distance"):
+        with pytest.raises(ValueError, match="have no "):
             run.selector.begin_epoch(70_000)
-        run.sweep(dataclasses.replace(Selection.full(NUM_SAMPLES), sweep="all"), 0)
+        newest = max(method.collect_epochs - 1, 0)
+        run.sweep(dataclasses.replace(Selection.full(NUM_SAMPLES), sweep="all"), newest)
     selection = run.selector.begin_epoch(np.int64(70_000))  # type: ignore[arg-type]
     check_selection(selection, NUM_SAMPLES, "epoch 70000")
     restored = SyntheticRun(method, num_epochs=100_000, seed=2**40 + 1)
