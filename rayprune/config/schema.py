@@ -286,6 +286,11 @@ class CollectSection(Section):
 
     fresh: bool = Field(True, description="train a new network on the subset; false continues the one that scored")
     trajectories: str | None = Field(None, description="score logged E_Output.npy, E_Index.npy in this folder instead")
+    runs: int = Field(1, ge=1, description="scoring runs, with the seeds train.seed, +1, …; their scores are averaged")
+    embedder: str | None = Field(
+        None,
+        description="a pretrained network for the embeddings, torchvision:NAME or module:function, instead of training",
+    )
     data: dict[str, Any] = Field(default_factory=dict, description="keys of data that differ while scoring")
     model: dict[str, Any] = Field(default_factory=dict, description="keys of model that differ while scoring")
     train: dict[str, Any] = Field(default_factory=dict, description="keys of train that differ while scoring")
@@ -301,6 +306,7 @@ class CollectSection(Section):
         changed = [f"collect.{name}.{key}" for name, keys in self.changes.items() for key in keys]
         if self.trajectories is not None:
             changed = ["collect.trajectories", *changed]
+        changed += [f"collect.{name}" for name in ("runs", "embedder") if getattr(self, name) not in (1, None)]
         if not self.fresh and changed:
             raise ConfigError(f"collect.fresh = False makes no scoring run: leave out {', '.join(changed)}")
         if self.trajectories is not None and len(changed) > 1:

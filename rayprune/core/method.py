@@ -16,7 +16,7 @@ Shapes: N samples, B observed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -187,6 +187,7 @@ class EpochContext:
         visits_before: samples kept in all earlier epochs together.
         chosen: the selection of a method that reads one from a file, or None.
         recalls: (C,) recall of each class on validation data in the scoring run, or None.
+        averaged: name → (N,) scores averaged over several scoring runs, instead of the table's; usually empty.
     """
 
     epoch: int
@@ -198,6 +199,7 @@ class EpochContext:
     visits_before: int = 0
     chosen: Selection | None = None
     recalls: NDArray[np.float64] | None = None
+    averaged: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     @cached_property
     def rng(self) -> np.random.Generator:

@@ -43,6 +43,7 @@ class Selector:
         record: signals whose mean over the visits, `NAME_mean`, is added to the method's scores.
         visits_collected: samples trained by an earlier run that scored them; they count in `budget_so_far`.
         recalls: (C,) recall of each class on validation data in that run, for the balance `drop`.
+        averaged: name → (N,) scores averaged over several such runs, which replace the table's.
 
     Raises:
         ConfigError: `method` is not a method, a number is out of range, labels do not fit, or labels are needed.
@@ -68,6 +69,7 @@ class Selector:
         record: tuple[str, ...] = (),
         visits_collected: int = 0,
         recalls: NDArray[np.float64] | None = None,
+        averaged: Mapping[str, NDArray[Any]] | None = None,
     ) -> None:
         if not isinstance(method, Method):
             raise ConfigError(
@@ -89,7 +91,7 @@ class Selector:
         if chosen is not None and chosen.num_samples != self.num_samples:
             raise ConfigError(f"the chosen selection is over {chosen.num_samples} samples, not {self.num_samples}")
         self.chosen, self.record, self.visits_collected = chosen, tuple(record), visits_collected
-        self.recalls = recalls
+        self.recalls, self.averaged = recalls, averaged or {}
         columns = {**method.columns(), **mean_columns(self.record)}
         self.table = ScoreTable(self.num_samples, columns, self.num_epochs)
         self.epoch = -1
@@ -140,7 +142,9 @@ class Selector:
 
     def _context(self, epoch: int, visits_before: int) -> EpochContext:
         run = (epoch, self.num_epochs, self.num_samples, self.seed, self.labels)
-        return EpochContext(*run, self.method.class_floor, visits_before, self.chosen, self.recalls)
+        return EpochContext(
+            *run, self.method.class_floor, visits_before, self.chosen, recalls=self.recalls, averaged=self.averaged
+        )
 
     def _select(self, epoch: int, visits_before: int) -> Selection:
         floor, context = self.method.class_floor, self._context(epoch, visits_before)
@@ -238,7 +242,8 @@ class Selector:
     def scores(self) -> dict[str, NDArray[Any]]:
         """Return the method's scores and the recorded means, name → (N,) copy; NaN where a sample was never visited."""
         means = {name: self.table[name] for name in mean_columns(self.record)}
-        return {name: np.array(column) for name, column in {**self.method.scores(self.table), **means}.items()}
+        scores = {**self.method.scores(self.table), **self.averaged, **means}
+        return {name: np.array(column) for name, column in scores.items()}
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Return the whole state as arrays by name, not copied and free of pickle: table and current Selection."""

@@ -147,7 +147,8 @@ class ScoredMethod(StaticMethod):
         self, table: ScoreTable, context: EpochContext, count: int
     ) -> tuple[Ids, NDArray[np.float32] | None, dict[str, Any]]:
         """Choose by the scores; among equal ones the lower ids are kept."""
-        scores, rule = self.score(table), self.rule or self.keep
+        name, rule = self.score_name or self.name, self.rule or self.keep
+        scores = context.averaged[name] if name in context.averaged else self.score(table)
         most = context.num_samples - num_pruned(self.drop_hardest, context.num_samples)
         if count > most:
             raise ConfigError(
@@ -168,5 +169,5 @@ class ScoredMethod(StaticMethod):
             drop_bottom=0.0 if hardest_are_high else self.drop_hardest,
         ).ids
         edge = float(scores[ids].min() if rule == "top" else scores[ids].max())
-        facts = {"score": self.score_name or self.name}
+        facts = {"score": name}
         return ids, None, facts | ({"threshold": edge} if rule in ("top", "bottom") else {})

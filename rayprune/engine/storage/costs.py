@@ -32,6 +32,13 @@ class PriorCost:
     wall_time: float = 0.0
     seconds: Mapping[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def sum(cls, costs: Sequence[PriorCost]) -> PriorCost:
+        """Add up the costs of several scoring runs."""
+        totals = {name: sum(getattr(cost, name) for cost in costs) for name in vars(cls()) if name != "seconds"}
+        phases = dict.fromkeys(phase for cost in costs for phase in cost.seconds)
+        return cls(**totals, seconds={phase: sum(cost.seconds.get(phase, 0.0) for cost in costs) for phase in phases})
+
     @property
     def counts(self) -> dict[str, int]:
         """The counts that the run adds its own to."""

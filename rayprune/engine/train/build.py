@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import nn
 
 from rayprune.config import Config
-from rayprune.config.schema import TrainSection
 from rayprune.core.references import closest
 from rayprune.core.selection import Selection
 from rayprune.engine.scoring.client import ScoreClient
@@ -23,9 +22,11 @@ from rayprune.nn.boundary import last_linear
 from rayprune.nn.early_exit import count_exits
 from rayprune.nn.models import build_model
 from rayprune.nn.optim import build_optimizer, learning_rate
-from rayprune.nn.signals import BOUNDARY_SIGNALS
+from rayprune.nn.signals import BOUNDARY_SIGNALS, EMBEDDING_SIGNALS
 from rayprune.nn.steps import COMPILED_STEPS, MULTI_EXIT_STEPS, SEEDED_STEPS, STEPS, TrainStep
 from rayprune.nn.steps.l2w import exit_weight_names
+
+_HEAD_SIGNALS = (*BOUNDARY_SIGNALS, *EMBEDDING_SIGNALS)
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,20 @@ class StepSettings:
     sweep_part: str
 
     @classmethod
-    def of(cls, method: Method, train: TrainSection, record: tuple[str, ...] = ()) -> StepSettings:
-        """Return the settings for a method and the config's section `train`.
+    def of(cls, method: Method, config: Config, record: tuple[str, ...] = ()) -> StepSettings:
+        """Return the settings for a method and a config.
 
         Args:
             method: the selection method.
-            train: the config's section.
+            config: its `train.step`, and for a scoring run its `collect.embedder`.
             record: further signals to record in training.
 
         Raises:
             ConfigError: the method names an unknown step, or has its own step and `train.step` names another.
         """
+        train = config.train
+        if method.collect_epochs and config.collect.embedder is not None:
+            return cls("embed", {"embedder": config.collect.embedder}, (), method.sweep_signals, "model")
         name, options = method.step()
         if name not in STEPS:
             raise ConfigError(f"unknown train step {name!r} of method {method.name!r}: {closest(name, STEPS)}")
@@ -86,12 +90,19 @@ class StepSettings:
         signals = tuple(dict.fromkeys((*method.signals, *record)))
         return cls(name, options, signals, method.sweep_signals or signals, method.sweep_part)
 
+    @property
+    def trains(self) -> bool:
+        """Whether the step trains a network, and does not only embed the samples with a pretrained one."""
+        return self.name != "embed"
+
     def fit_to(self, num_exits: int) -> tuple[str, dict[str, Any]]:
         """Return the step's name and options for a network with so many exits.
 
         Raises:
             ConfigError: the step or a signal does not work with such a network.
         """
+        if not self.trains:
+            return self.name, self.options
         if num_exits == 1:
             if self.name in MULTI_EXIT_STEPS:
                 raise ConfigError(
@@ -99,10 +110,10 @@ class StepSettings:
                     "use train.step=plain, or a model that returns a list of logits"
                 )
             return self.name, self.options
-        if signals := [signal for signal in (*self.signals, *self.sweep_signals) if signal in BOUNDARY_SIGNALS]:
+        if signals := [signal for signal in (*self.signals, *self.sweep_signals) if signal in _HEAD_SIGNALS]:
             raise ConfigError(
-                f"signal {signals[0]!r} needs the decision boundaries of one last layer, and the model has {num_exits} "
-                "exits: use a method or train.record without it"
+                f"signal {signals[0]!r} needs one last layer, and the model has {num_exits} exits: use a method or "
+                "train.record without it"
             )
         name = "exits" if self.name == "plain" else self.name
         if name not in MULTI_EXIT_STEPS:
@@ -249,7 +260,9 @@ def build_step(
     if name in SEEDED_STEPS:
         options = {**options, "seed": train.seed}
     step = STEPS[name]
-    needs_head = any(signal in BOUNDARY_SIGNALS for signal in (*settings.signals, *settings.sweep_signals))
+    needs_head = settings.trains and any(
+        signal in _HEAD_SIGNALS for signal in (*settings.signals, *settings.sweep_signals)
+    )
     head = last_linear(network, torch.zeros(2, *spec.shape, device=device)) if needs_head else None
     module = step.module_of(network, spec.shape, **options)
     if train.compile:

@@ -65,6 +65,7 @@ from rayprune.engine.train.worker import Worker
 from rayprune.errors import ConfigError, TrainingFailed, TrainingPaused, TrainingStopped
 from rayprune.methods import Method
 from rayprune.methods.fixed import Fixed
+from rayprune.nn.augment import Augment
 from rayprune.nn.device import pin_column
 from rayprune.nn.signals import check_signals
 from rayprune.sources import SampleSource, Splits, open_data
@@ -258,16 +259,18 @@ def _score(config: Config, splits: Splits, listeners: Listeners) -> Scored:
     """Score the samples by a scoring run, or by the logits of another program."""
     if config.collect.trajectories is not None:
         check_memory(config.build_method(), input_spec(config, splits.train).num_classes, len(splits.train))
-        return score_samples(config, splits.train, None)
-    scoring = config.scoring()
-    check_folder(scoring)
-    scoring_splits = _splits(scoring)
-    if scoring_splits.train.fingerprint != splits.train.fingerprint:
-        raise ConfigError("collect.data changes which samples there are: only how they are augmented may differ")
-    setup = SelectionSetup(scoring.build_method(), max(scoring.train.epochs, scoring.last_epoch + 1))
-    _check_setup(scoring, scoring_splits, setup)
-    result = _run(scoring, scoring_splits, setup, listeners)
-    return score_samples(config, splits.train, result.folder)
+        return score_samples(config, splits.train, ())
+    folders = []
+    for number in range(config.collect.runs):
+        scoring = config.scoring(number)
+        check_folder(scoring)
+        scoring_splits = _splits(scoring)
+        if scoring_splits.train.fingerprint != splits.train.fingerprint:
+            raise ConfigError("collect.data changes which samples there are: only how they are augmented may differ")
+        setup = SelectionSetup(scoring.build_method(), max(scoring.train.epochs, scoring.last_epoch + 1))
+        _check_setup(scoring, scoring_splits, setup)
+        folders.append(_run(scoring, scoring_splits, setup, listeners).folder)
+    return score_samples(config, splits.train, folders)
 
 
 def _run(config: Config, splits: Splits, setup: SelectionSetup, listeners: Listeners) -> RunResult:
@@ -384,17 +387,19 @@ class Run:
         else:
             name = f"rayprune-scores-{uuid.uuid4().hex[:8]}"
             self.scores, self._handle = ScoreClient.start(score_spec, name)
+        step = StepSettings.of(method, config, record)
         self._worker_spec = WorkerSpec(
             config=config,
             scores=self.scores,
-            input=spec,
-            step=StepSettings.of(method, config.train, record),
+            # A pretrained network has statistics of its own.
+            input=spec if step.trains else replace(spec, augment=Augment()),
+            step=step,
             fingerprint=splits.train.fingerprint,
             shuffle=shuffle_name(splits.train),
             run_folder=str(folder),
             use_gpu=resources.use_gpu,
             threads=resources.threads,
-            num_validation=score_spec.num_validation,
+            num_validation=score_spec.num_validation if step.trains else 0,
             prior_cost=setup.prior_cost,
         )
 

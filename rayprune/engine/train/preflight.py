@@ -157,17 +157,24 @@ def _check_output(name: str, output: Any, num_classes: int) -> None:
 
 def _check_step(config: Config, model: torch.nn.Module, spec: InputSpec, method: Method) -> None:
     """Send a batch of zeros through each part of the method's train step."""
-    settings = StepSettings.of(method, config.train, recorded_signals(config, spec))
-    signals = tuple(dict.fromkeys((*settings.signals, *settings.sweep_signals)))
+    settings = StepSettings.of(method, config, recorded_signals(config, spec))
     try:
         if settings.name == "l2w":
             _check_halves(config, model, spec)
-        step = build_step(config, model, spec, settings, device=torch.device("cpu"), compiled=False)
-        zeros, targets = torch.zeros(2, *spec.shape), torch.zeros(2, dtype=torch.int64)
-        for part in step.parts:
-            step.evaluate(zeros, targets, smoothed=True, signals=signals, part=part)
+        _try_signals(config, model, spec, settings)
     except ValueError as error:
         raise ConfigError(f"method {method.name!r} can't train model {config.model.name!r}: {error}") from None
+
+
+def _try_signals(
+    config: Config, model: torch.nn.Module, spec: InputSpec, settings: StepSettings
+) -> dict[str, torch.Tensor]:
+    """Return the step's signals for a batch of two zeros, after trying all its parts."""
+    signals = tuple(dict.fromkeys((*settings.signals, *settings.sweep_signals)))
+    step = build_step(config, model, spec, settings, device=torch.device("cpu"), compiled=False)
+    zeros, targets = torch.zeros(2, *spec.shape), torch.zeros(2, dtype=torch.int64)
+    parts = [step.evaluate(zeros, targets, smoothed=True, signals=signals, part=part) for part in step.parts]
+    return parts[0]
 
 
 def _check_halves(config: Config, model: torch.nn.Module, spec: InputSpec) -> None:
@@ -211,8 +218,19 @@ def notices(config: Config, spec: InputSpec, num_samples: int, method: Method, u
         )
     if line := _negative_weights(config, spec):
         lines.append(line)
+    vectors = {name: column for name, column in method.columns().items() if isinstance(column, VectorColumn)}
+    lengths: dict[str, int] = {}
+    if vectors:
+        signals = _try_signals(config, new_model(config, spec), spec, StepSettings.of(method, config))
+        lengths = {name: signals[name][0].numel() for name in vectors}
+    for name, column in vectors.items():
+        size = num_samples * lengths[name] * np.dtype(column.storage).itemsize / 2**20
+        lines.append(
+            f"the {name} of each sample, {lengths[name]} numbers in {column.storage}, takes {size:,.1f} MiB in the "
+            "temporary folder of the ScoreActor's machine ($TMPDIR) until the subset is chosen"
+        )
     for name in (*method.signals, *method.sweep_signals):
-        floats = signal_floats(name, spec.num_classes)
+        floats = lengths.get(name) or signal_floats(name, spec.num_classes)
         if floats > 1 and config.scaling.num_workers != 0:
             size = num_samples * floats * 4 / 2**20
             lines.append(

@@ -133,8 +133,10 @@ class Worker:
         header = self._session.announce()
         self._trigger.start_epoch(train_step_of(self._resume_step, header.meta_every))
         self._seconds["select"] += header.select_s
-        with self._timed("train"):
-            sums, lr = self._train(epoch, header)
+        sums, lr = MetricSums(self._device).total(1), 0.0
+        if self._spec.step.trains:
+            with self._timed("train"):
+                sums, lr = self._train(epoch, header)
         forwarded: Tensor | None = None
         if header.num_forward_only:
             with self._timed("forward_only"):

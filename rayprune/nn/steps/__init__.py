@@ -1,5 +1,6 @@
 """Train steps: one optimization step that returns per-sample signals."""
 
+from rayprune.nn.steps.embed import EmbedStep
 from rayprune.nn.steps.exits import ExitStep
 from rayprune.nn.steps.l2w import L2wStep
 from rayprune.nn.steps.plain import PlainStep
@@ -9,7 +10,13 @@ from rayprune.nn.steps.psp import PspStep
 TrainStep = PlainStep
 
 # The steps by the name that a method's step() or train.step gives.
-STEPS: dict[str, type[PlainStep]] = {"plain": PlainStep, "psp": PspStep, "exits": ExitStep, "l2w": L2wStep}
+STEPS: dict[str, type[PlainStep]] = {
+    "plain": PlainStep,
+    "psp": PspStep,
+    "exits": ExitStep,
+    "l2w": L2wStep,
+    "embed": EmbedStep,
+}
 # For networks with several exits; they take the number of exits as num_exits.
 MULTI_EXIT_STEPS = ("exits", "l2w")
 # With parameters of their own, drawn from the seed that they take.
@@ -22,6 +29,7 @@ __all__ = [
     "MULTI_EXIT_STEPS",
     "SEEDED_STEPS",
     "STEPS",
+    "EmbedStep",
     "ExitStep",
     "L2wStep",
     "PlainStep",

@@ -60,7 +60,13 @@ class ExitStep(PlainStep):
         return torch.stack([per_sample_loss(exit_BC, targets_B, label_smoothing=label_smoothing) for exit_BC in logits])
 
     def _compute_signals(
-        self, names: tuple[str, ...], logits: Tensor, targets_B: Tensor, losses_B: Tensor, part: str = "model"
+        self,
+        names: tuple[str, ...],
+        logits: Tensor,
+        targets_B: Tensor,
+        losses_B: Tensor,
+        part: str = "model",
+        embeddings_BD: Tensor | None = None,
     ) -> dict[str, Tensor]:
         hits = [compute_signals(("correct",), exit_BC, targets_B, losses_B[0])["correct"] for exit_BC in logits]
         losses_KB = losses_B.detach().float()

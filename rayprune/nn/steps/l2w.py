@@ -252,7 +252,13 @@ class L2wStep(ExitStep):
         return center(values_HK, self.options.normalise, real_H, None if alone else self._scope)
 
     def _compute_signals(
-        self, names: tuple[str, ...], logits: Tensor, targets_B: Tensor, losses_B: Tensor, part: str = "model"
+        self,
+        names: tuple[str, ...],
+        logits: Tensor,
+        targets_B: Tensor,
+        losses_B: Tensor,
+        part: str = "model",
+        embeddings_BD: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return the signals of a pass without an update, and the weights that its rows alone would get."""
         others = tuple(name for name in names if name not in self._weight_names)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rayprune.core.references import closest
 from rayprune.errors import ConfigError
 from rayprune.nn.boundary import PairDistances
-from rayprune.nn.signals import BOUNDARY_SIGNALS, compute_signals, per_sample_loss
+from rayprune.nn.signals import BOUNDARY_SIGNALS, EMBEDDING_SIGNALS, compute_signals, per_sample_loss
 
 # The metrics of every run are made of these, whatever the method needs.
 _METRIC_SIGNALS = ("loss", "correct")
@@ -33,7 +33,10 @@ class PlainStep:
         clip_norm: largest gradient norm, or None.
         autocast: dtype of mixed precision, or None for full precision.
         head: name in the network of the nn.Linear whose output the logits are, as `last_linear` finds it; signals of
-            decision boundaries need it.
+            decision boundaries and of embeddings need it.
+
+    Raises:
+        ConfigError: signals of embeddings in training; only `evaluate` has them.
 
     Attributes:
         num_exits: K of a network with several exits, whose step also returns `exit_loss` and `exit_correct`, (B, K);
@@ -58,6 +61,11 @@ class PlainStep:
         autocast: torch.dtype | None = None,
         head: str | None = None,
     ) -> None:
+        if embedded := [name for name in signals if name in EMBEDDING_SIGNALS]:
+            raise ConfigError(
+                f"signal {embedded[0]!r} needs a forward-only pass: name it in sweep_signals, not in signals or "
+                "train.record"
+            )
         self.model, self.optimizer = model, optimizer
         # Without DDP: an evaluation has no gradients to synchronize.
         self._module: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -122,13 +130,18 @@ class PlainStep:
         """
         self._set_mode(training=False)
         needs_distances = any(name in BOUNDARY_SIGNALS for name in signals)
-        precise = self._precise_head() if needs_distances else contextlib.nullcontext()
-        with self._mixed(inputs), precise:
+        needs_embeddings = any(name in EMBEDDING_SIGNALS for name in signals)
+        embeddings: list[Tensor] = []
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._mixed(inputs))
+            if needs_distances:
+                stack.enter_context(self._precise_head())
+            if needs_embeddings:
+                stack.enter_context(self._head_inputs(embeddings))
             logits = self._eval_logits(inputs, self._check_part(part))
         losses = self._losses(logits, targets_B, self._label_smoothing if smoothed else 0.0)
-        return self._compute_signals(
-            tuple(dict.fromkeys((*_METRIC_SIGNALS, *signals))), logits, targets_B, losses, part
-        )
+        names = tuple(dict.fromkeys((*_METRIC_SIGNALS, *signals)))
+        return self._compute_signals(names, logits, targets_B, losses, part, embeddings[0] if embeddings else None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state beyond network and optimizer, not copied, in types that weights_only loading takes: none."""
@@ -188,6 +201,20 @@ class PlainStep:
         finally:
             handle.remove()
 
+    @contextlib.contextmanager
+    def _head_inputs(self, found: list[Tensor]) -> Iterator[None]:
+        """Add the inputs of the last layer, (B, D), to a list."""
+        if self._head is None:
+            yield
+            return
+        layer = self._network.get_submodule(self._head)
+        handle = layer.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].detach()))
+        try:
+            with torch.compiler.set_stance("force_eager"):  # a compiled network would not run the hook
+                yield
+        finally:
+            handle.remove()
+
     def _logits(self, output: Any) -> Tensor:
         """Return the model's output as one tensor."""
         return output
@@ -225,14 +252,22 @@ class PlainStep:
         return logits, losses
 
     def _compute_signals(
-        self, names: tuple[str, ...], logits: Tensor, targets_B: Tensor, losses_B: Tensor, part: str = "model"
+        self,
+        names: tuple[str, ...],
+        logits: Tensor,
+        targets_B: Tensor,
+        losses_B: Tensor,
+        part: str = "model",
+        embeddings_BD: Tensor | None = None,
     ) -> dict[str, Tensor]:
         distances_CC = None
         if self._head is not None and any(name in BOUNDARY_SIGNALS for name in names):
             weight = self._network.get_submodule(self._head).weight
             assert isinstance(weight, Tensor)
             distances_CC = self._pair_distances[part](weight)
-        return compute_signals(names, logits, targets_B, losses_B, distances_CC=distances_CC)
+        return compute_signals(
+            names, logits, targets_B, losses_B, distances_CC=distances_CC, embeddings_BD=embeddings_BD
+        )
 
     def _check_part(self, part: str) -> str:
         if part not in self.parts:
