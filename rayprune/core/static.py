@@ -21,6 +21,7 @@ from rayprune.core.method import EpochContext, Method
 from rayprune.core.selection import Selection
 from rayprune.core.table import Ids, ScoreTable, Signals
 from rayprune.core.validation import check_share
+from rayprune.core.vectors import VectorColumn
 from rayprune.errors import ConfigError
 
 
@@ -49,6 +50,16 @@ class StaticMethod(Method):
         self._check_one_ratio(self.prune_ratio)
         if self.collect_epochs < 1:
             raise ConfigError(f"{self._length_field} {self.collect_epochs!r} must be at least 1")
+
+    @property
+    def cost(self) -> str:
+        """The scoring run, and what comes after it."""
+        parts = [f"{self.collect_epochs} epoch{'s' * (self.collect_epochs > 1)} on all samples"]
+        if self.sweep_signals:
+            parts.append("a forward pass")
+        if vectors := [name for name, column in self.columns().items() if isinstance(column, VectorColumn)]:
+            parts.append(f"{' and '.join(vectors)} on the disk")
+        return ", ".join(parts)
 
     def check(self, table: ScoreTable, ids: Ids, signals: Signals, epoch: int) -> NDArray[np.bool_] | None:
         """Mask visits after the scoring run, which must not change the subset."""

@@ -48,6 +48,11 @@ class Shuffled(Method):
         object.__setattr__(self, "class_floor", max(self.class_floor, inner.class_floor))
 
     @property
+    def cost(self) -> str:
+        """That of the inner method."""
+        return str(self.of.cost)
+
+    @property
     def collect_epochs(self) -> int:
         return int(self.of.collect_epochs)
 

@@ -12,11 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from rayprune.nn.signals import BOUNDARY_SIGNALS, SIGNALS, check_signals, compute_signals, per_sample_loss
+from rayprune.nn.signals import (
+    BOUNDARY_SIGNALS,
+    EMBEDDING_SIGNALS,
+    SIGNALS,
+    check_signals,
+    compute_signals,
+    per_sample_loss,
+)
 from tests.support.paths import GOLDEN
 
-# The boundary signals are tested in test_boundary.py.
-OF_LOGITS = [name for name in SIGNALS if name not in BOUNDARY_SIGNALS]
+# The boundary signals are tested in test_boundary.py, those of embeddings with the scoring runs.
+OF_LOGITS = [name for name in SIGNALS if name not in (*BOUNDARY_SIGNALS, *EMBEDDING_SIGNALS)]
 STORED_SIGNALS = GOLDEN / "deepcore_signals.npz"
 
 
@@ -38,6 +45,8 @@ def naive_signals(logits: list[float], target: int) -> dict[str, float | list[fl
         "el2n": math.sqrt(sum((p - (c == target)) ** 2 for c, p in enumerate(probs))),
         "margin": probs[target] - max(p for c, p in enumerate(probs) if c != target),
         "probs": probs,
+        "logit_gradient": [p - (c == target) for c, p in enumerate(probs)],
+        "top_gap": sorted(probs)[-1] - sorted(probs)[-2],
     }
 
 
@@ -111,5 +120,5 @@ def test_an_unknown_signal_is_refused_with_the_closest_name() -> None:
     check_signals(SIGNALS)
     with pytest.raises(ValueError, match=r"unknown signal 'el2m': did you mean 'el2n'\?"):
         compute_signals(["loss", "el2m"], torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), torch.zeros(1))
-    with pytest.raises(ValueError, match="unknown signal 'embedding'"):
-        check_signals(["embedding"])
+    with pytest.raises(ValueError, match="unknown signal 'embedings': did you mean 'embedding'"):
+        check_signals(["embedings"])

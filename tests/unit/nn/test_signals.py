@@ -101,10 +101,11 @@ def test_a_nan_loss_of_padding_stays_out_of_the_mean() -> None:
 def test_class_targets_give_the_signals_of_the_train_steps() -> None:
     scores, targets = logits(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
     losses = functional.cross_entropy(scores, targets, reduction="none")
-    head = torch.nn.Linear(3, 5)
-    expected = compute_signals(SIGNALS, scores, targets, losses, distances_CC=pair_distances(head.weight))
+    head, inputs = torch.nn.Linear(3, 5), torch.rand(6, 3)
+    distances = pair_distances(head.weight)
+    expected = compute_signals(SIGNALS, scores, targets, losses, distances_CC=distances, embeddings_BD=inputs)
     for layer in (head, head.weight):
-        signals = signals_per_sample(SIGNALS, losses, logits=scores, targets=targets, head=layer)
+        signals = signals_per_sample(SIGNALS, losses, logits=scores, targets=targets, embeddings=inputs, head=layer)
         assert all(torch.equal(signals[name], expected[name]) for name in SIGNALS)
 
 
