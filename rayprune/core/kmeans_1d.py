@@ -33,10 +33,12 @@ def kmeans_1d(values: NDArray[np.float32], num_groups: int) -> NDArray[np.uint8]
     >>> kmeans_1d(np.array([0.1, 9.0, 0.2, 5.0, 5.5], dtype=np.float32), 3).tolist()
     [0, 2, 0, 1, 1]
     """
+    if not values.size:
+        return np.zeros(0, dtype=np.uint8)
     bin_of, num_bins = _binning(values)
     counts, sums, squares = np.zeros((3, num_bins))
     # Small numbers instead of large ones with small differences, whose squares would cancel.
-    center = values.mean(dtype=np.float64) if values.size else 0.0
+    center = values.mean(dtype=np.float64)
     for rows in chunks(values.size):
         bins, centered = bin_of(values[rows]), values[rows].astype(np.float64) - center
         counts += np.bincount(bins, minlength=num_bins)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from rayprune.core.choosing import choose, num_kept, num_pruned, quotas
+from rayprune.core.choosing import capped_quotas, choose, num_kept, num_pruned, quotas
 
 RULES = ["top", "bottom", "middle", "strata"]
 BALANCES = ["none", "proportional", "even"]
@@ -171,3 +171,19 @@ def test_ids_beyond_float32_are_exact() -> None:
     scores = np.zeros((1 << 24) + 4, dtype=np.float16)
     scores[[(1 << 24) + 1, (1 << 24) + 3]] = 1
     assert choose(scores, 2).ids.tolist() == [(1 << 24) + 1, (1 << 24) + 3]
+
+
+def test_capped_quotas_are_proportional_and_never_above_the_sizes() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        sizes = rng.integers(0, 30, 6)
+        shares = rng.exponential(size=6) * (rng.random(6) < 0.8)
+        count = int(rng.integers(0, sizes.sum() + 1))
+        quota = capped_quotas(sizes, shares, count)
+        assert quota.sum() == count
+        assert (quota <= sizes).all()
+        free = (quota < sizes) & (shares > 0)
+        if free.any():  # classes with room are within rounding of one common ratio, and nobody full is above it
+            ratio = quota[free] / shares[free]
+            assert (ratio.max() - ratio.min()) <= (2.0 / shares[free]).max() + 1e-9
+            assert (quota[shares == 0] == 0).all()
