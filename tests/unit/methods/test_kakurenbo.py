@@ -94,6 +94,14 @@ def test_a_class_floor_takes_hidden_samples_back_and_out_of_the_pass() -> None:
     assert sorted([*selection.ids, *selection.forward_only_ids]) == list(range(10))
 
 
+def test_samples_without_a_loss_are_no_candidates() -> None:
+    selector = Selector(build_method({"name": "kakurenbo", "prune_ratio": 0.9, "milestones": [], "factors": []}), 10, 9)
+    selector.observe([2, 5, 7], {"loss": [1.0, 2.0, 3.0], "correct": np.ones(3), "confidence": np.ones(3)}, 0)
+    selection = selector.begin_epoch(1)
+    assert selection.forward_only_ids.tolist() == [2, 5, 7]
+    assert selection.facts["candidates"] == 3
+
+
 def test_partly_correct_predictions_of_dense_tasks_are_not_correct() -> None:
     assert selection_of([0.0, 1.0], [0.99, 1.0], [1.0, 1.0], prune_ratio=0.5).realised == 0.0
 

@@ -28,13 +28,12 @@ def candidates(selector_losses: list[tuple[list[int], list[float]]], epoch: int,
 
 
 def test_losses_are_compared_within_their_epoch_only() -> None:
-    everyone = ([0, 1, 2, 3], [1.0, 2.0, 9.0, 10.0])
-    assert candidates([everyone], 1, 4) == {0, 1}
-    # Sample 0 was dropped in epoch 1. The others' losses have fallen: their mean is 1, below the old loss of 0.
-    newest = ([1, 2, 3], [0.5, 0.5, 2.0])
-    assert candidates([everyone, newest], 2, 4) == {0, 1, 2}
-    # With the mean of all last losses, 1.0, sample 0 would not be a candidate.
-    assert np.mean([1.0, 0.5, 0.5, 2.0]) <= 1.0
+    assert candidates([([0, 1, 2, 3], [1.0, 2.0, 9.0, 10.0])], 1, 4) == {0, 1}
+    newest = ([1, 2, 3], [0.5, 0.9, 2.0])  # their mean is 1.13
+    # Sample 0 was dropped in epoch 1: a candidate, though its old loss is above the mean of the newest ones.
+    assert candidates([([0, 1, 2, 3], [4.0, 2.0, 9.0, 10.0]), newest], 2, 4) == {0, 1, 2}
+    # The mean of all last losses is 0.875, below the 0.9 of sample 2.
+    assert candidates([([0, 1, 2, 3], [0.1, 2.0, 9.0, 10.0]), newest], 2, 4) == {0, 1, 2}
 
 
 def test_equal_losses_drop_nothing() -> None:
