@@ -34,17 +34,27 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
     )
     from rayprune.methods.dynams import DynaMS
     from rayprune.methods.entropy import Entropy  # noqa: F401
+    from rayprune.methods.epsilon_greedy import EpsilonGreedy  # noqa: F401
+    from rayprune.methods.eswp import ESWP  # noqa: F401
     from rayprune.methods.fixed import Fixed
     from rayprune.methods.full import Full
     from rayprune.methods.grand import GraNd  # noqa: F401
+    from rayprune.methods.ies import IES  # noqa: F401
     from rayprune.methods.infobatch import InfoBatch
+    from rayprune.methods.kakurenbo import Kakurenbo  # noqa: F401
     from rayprune.methods.least_confidence import LeastConfidence
     from rayprune.methods.margin import Margin  # noqa: F401
+    from rayprune.methods.orderdp import OrderDP  # noqa: F401
+    from rayprune.methods.pdd import PDD  # noqa: F401
     from rayprune.methods.random_epoch import RandomEpoch
     from rayprune.methods.random_subset import Random
+    from rayprune.methods.rcap import RCAP  # noqa: F401
     from rayprune.methods.registry import build_method
+    from rayprune.methods.repb import RePB  # noqa: F401
+    from rayprune.methods.seta import SeTa  # noqa: F401
     from rayprune.methods.shuffled import Shuffled
     from rayprune.methods.tdds import TDDS
+    from rayprune.methods.ucb import UCB  # noqa: F401
 
 __version__ = "0.1.0"
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from rayprune.core.choosing import choose, drop_quotas, num_kept, num_pruned, quotas
+from rayprune.core.choosing import capped_quotas, choose, drop_quotas, num_kept, num_pruned, quotas
 
 RULES = ["top", "bottom", "middle", "strata"]
 BALANCES = ["none", "proportional", "even"]
@@ -211,3 +211,19 @@ def test_the_balance_drop_needs_the_recalls() -> None:
         choose(scores, 3, labels=labels, balance="drop")
     with pytest.raises(ValueError, match=r"recalls .* are not shares in \[0, 1\]"):
         drop_quotas(np.array([3]), np.array([1.5]), 1)
+
+
+def test_capped_quotas_are_proportional_and_never_above_the_sizes() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        sizes = rng.integers(0, 30, 6)
+        shares = rng.exponential(size=6) * (rng.random(6) < 0.8)
+        count = int(rng.integers(0, sizes.sum() + 1))
+        quota = capped_quotas(sizes, shares, count)
+        assert quota.sum() == count
+        assert (quota <= sizes).all()
+        free = (quota < sizes) & (shares > 0)
+        if free.any():  # classes with room are within rounding of one common ratio, and nobody full is above it
+            ratio = quota[free] / shares[free]
+            assert (ratio.max() - ratio.min()) <= (2.0 / shares[free]).max() + 1e-9
+            assert (quota[shares == 0] == 0).all()
