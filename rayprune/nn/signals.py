@@ -4,9 +4,9 @@ A signal is one registered function of `Outputs`. The train steps call `compute_
 user's loop calls `signals_per_sample`, which also takes dense and multi-label targets.
 
 Probabilities are computed once per batch, in float32 whatever the logits' dtype. EL2N is the error norm of Paul,
-Ganguli, Dziugaite (NeurIPS 2021, arXiv 2107.07075). `margin` is the probability gap whose mean over epochs is the AUM
-of Pleiss et al. (NeurIPS 2020, arXiv 2001.10528), in probabilities instead of logits as in CCS (Zheng et al., ICLR
-2023, arXiv 2210.15809). The boundary signals are the distances of `rayprune.nn.boundary`, clipped to finite values.
+Ganguli, Dziugaite (NeurIPS 2021, arXiv 2107.07075). The mean of `logit_margin` over epochs is the AUM of Pleiss et al.
+(NeurIPS 2020, arXiv 2001.10528); `margin` is the same gap in probabilities, as in CCS (Zheng et al., ICLR 2023, arXiv
+2210.15809). The boundary signals are the distances of `rayprune.nn.boundary`, clipped to finite values.
 
 Shapes: B batch, C classes, P positions of a sample (tokens, pixels).
 """
@@ -463,6 +463,14 @@ def margin(outputs: Outputs) -> Tensor:
     """Return the label's probability minus the largest other one, in [-1, 1]."""
     others_BC = outputs.probs_BC.scatter(1, outputs.targets_B[:, None], -1.0)
     return outputs.prob_label_B - others_BC.amax(dim=1)
+
+
+@register_signal
+def logit_margin(outputs: Outputs) -> Tensor:
+    """Return the label's logit minus the largest other one."""
+    logits_BC, label_B1 = _wide(outputs.logits_BC), outputs.targets_B[:, None]
+    others_BC = logits_BC.scatter(1, label_B1, -math.inf)
+    return logits_BC.gather(1, label_B1).squeeze(1) - others_BC.amax(dim=1)
 
 
 @register_signal
