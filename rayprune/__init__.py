@@ -32,11 +32,17 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
         TrainingStopped,
         UsageError,
     )
+    from rayprune.methods.aum import AUM  # noqa: F401
+    from rayprune.methods.ccs import CCS  # noqa: F401
+    from rayprune.methods.dual import DUAL  # noqa: F401
+    from rayprune.methods.dyn_unc import DynUnc  # noqa: F401
     from rayprune.methods.dynams import DynaMS
+    from rayprune.methods.el2n import EL2N  # noqa: F401
     from rayprune.methods.entropy import Entropy  # noqa: F401
     from rayprune.methods.epsilon_greedy import EpsilonGreedy  # noqa: F401
     from rayprune.methods.eswp import ESWP  # noqa: F401
     from rayprune.methods.fixed import Fixed
+    from rayprune.methods.forgetting import Forgetting  # noqa: F401
     from rayprune.methods.full import Full
     from rayprune.methods.grand import GraNd  # noqa: F401
     from rayprune.methods.ies import IES  # noqa: F401

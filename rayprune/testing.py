@@ -209,7 +209,7 @@ def _drawn(name: str, epoch: int, num: int) -> NDArray[np.float32]:
             drawn = rng.random(num)
         case "margin":
             drawn = rng.uniform(-1, 1, num)
-        case "boundary_label":
+        case "boundary_label" | "logit_margin":
             drawn = rng.normal(size=num)
         case _:
             drawn = rng.exponential(size=num)
