@@ -32,10 +32,13 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
         TrainingStopped,
         UsageError,
     )
+    from rayprune.methods.craig import CRAIG  # noqa: F401
     from rayprune.methods.dynams import DynaMS
     from rayprune.methods.entropy import Entropy  # noqa: F401
     from rayprune.methods.fixed import Fixed
     from rayprune.methods.full import Full
+    from rayprune.methods.glister import GLISTER  # noqa: F401
+    from rayprune.methods.gradmatch import GradMatch  # noqa: F401
     from rayprune.methods.grand import GraNd  # noqa: F401
     from rayprune.methods.infobatch import InfoBatch
     from rayprune.methods.least_confidence import LeastConfidence
