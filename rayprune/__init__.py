@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
     import rayprune.sources
     import rayprune.testing
     import rayprune.torch  # noqa: F401
+    from rayprune.core.in_batch import BatchContext, InBatchMethod, StepContext
     from rayprune.core.method import EpochContext, Method
     from rayprune.core.plan import Plan
     from rayprune.core.schedule import Schedule
@@ -32,17 +33,22 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
         TrainingStopped,
         UsageError,
     )
+    from rayprune.methods.divbs import DivBS  # noqa: F401
     from rayprune.methods.dynams import DynaMS
     from rayprune.methods.entropy import Entropy  # noqa: F401
+    from rayprune.methods.evolved_sampling import EvolvedSampling  # noqa: F401
     from rayprune.methods.fixed import Fixed
     from rayprune.methods.full import Full
     from rayprune.methods.grand import GraNd  # noqa: F401
     from rayprune.methods.infobatch import InfoBatch
     from rayprune.methods.least_confidence import LeastConfidence
     from rayprune.methods.margin import Margin  # noqa: F401
+    from rayprune.methods.ordered_sgd import OrderedSGD  # noqa: F401
     from rayprune.methods.random_epoch import RandomEpoch
     from rayprune.methods.random_subset import Random
     from rayprune.methods.registry import build_method
+    from rayprune.methods.rho import RHOLoss  # noqa: F401
+    from rayprune.methods.selective_backprop import SelectiveBackprop  # noqa: F401
     from rayprune.methods.shuffled import Shuffled
     from rayprune.methods.tdds import TDDS
 
@@ -52,6 +58,7 @@ _HOME = {
     "core.plan": ("Plan",),
     "core.schedule": ("Schedule",),
     "core.selection": ("Selection",),
+    "core.in_batch": ("BatchContext", "InBatchMethod", "StepContext"),
     "core.method": ("EpochContext", "Method"),
     "core.selector": ("Selector",),
     "core.table": ("ScoreTable",),
@@ -77,6 +84,7 @@ _MODULES = {name: f"rayprune.{module}" for module, names in _HOME.items() for na
 
 __all__ = [
     "TDDS",
+    "BatchContext",
     "ClusterError",
     "ConfigError",
     "DataError",
@@ -85,6 +93,7 @@ __all__ = [
     "EpochContext",
     "Fixed",
     "Full",
+    "InBatchMethod",
     "InfoBatch",
     "LeastConfidence",
     "Method",
@@ -100,6 +109,7 @@ __all__ = [
     "Selector",
     "Shard",
     "Shuffled",
+    "StepContext",
     "TrainingFailed",
     "TrainingPaused",
     "TrainingStopped",
