@@ -12,6 +12,8 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
     import rayprune.sources
     import rayprune.testing
     import rayprune.torch
+    import rayprune.torch
+    from rayprune.core.in_batch import BatchContext, InBatchMethod, StepContext
     from rayprune.core.method import EpochContext, Method
     from rayprune.core.plan import Plan
     from rayprune.core.schedule import Schedule
@@ -35,6 +37,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
     from rayprune.methods.aum import AUM
     from rayprune.methods.ccs import CCS
     from rayprune.methods.craig import CRAIG
+    from rayprune.methods.divbs import DivBS
     from rayprune.methods.dual import DUAL
     from rayprune.methods.dyn_unc import DynUnc
     from rayprune.methods.dynams import DynaMS
@@ -42,6 +45,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
     from rayprune.methods.entropy import Entropy
     from rayprune.methods.epsilon_greedy import EpsilonGreedy
     from rayprune.methods.eswp import ESWP
+    from rayprune.methods.evolved_sampling import EvolvedSampling
     from rayprune.methods.fixed import Fixed
     from rayprune.methods.forgetting import Forgetting
     from rayprune.methods.full import Full
@@ -54,12 +58,15 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
     from rayprune.methods.least_confidence import LeastConfidence
     from rayprune.methods.margin import Margin
     from rayprune.methods.orderdp import OrderDP
+    from rayprune.methods.ordered_sgd import OrderedSGD
     from rayprune.methods.pdd import PDD
     from rayprune.methods.random_epoch import RandomEpoch
     from rayprune.methods.random_subset import Random
     from rayprune.methods.rcap import RCAP
     from rayprune.methods.registry import build_method
     from rayprune.methods.repb import RePB
+    from rayprune.methods.rho import RHOLoss
+    from rayprune.methods.selective_backprop import SelectiveBackprop
     from rayprune.methods.seta import SeTa
     from rayprune.methods.shuffled import Shuffled
     from rayprune.methods.tdds import TDDS
@@ -71,6 +78,7 @@ _HOME = {
     "core.plan": ("Plan",),
     "core.schedule": ("Schedule",),
     "core.selection": ("Selection",),
+    "core.in_batch": ("BatchContext", "InBatchMethod", "StepContext"),
     "core.method": ("EpochContext", "Method"),
     "core.selector": ("Selector",),
     "core.table": ("ScoreTable",),
@@ -96,6 +104,7 @@ _MODULES = {name: f"rayprune.{module}" for module, names in _HOME.items() for na
 
 __all__ = [
     "TDDS",
+    "BatchContext",
     "ClusterError",
     "ConfigError",
     "DataError",
@@ -104,6 +113,7 @@ __all__ = [
     "EpochContext",
     "Fixed",
     "Full",
+    "InBatchMethod",
     "InfoBatch",
     "LeastConfidence",
     "Method",
@@ -119,6 +129,7 @@ __all__ = [
     "Selector",
     "Shard",
     "Shuffled",
+    "StepContext",
     "TrainingFailed",
     "TrainingPaused",
     "TrainingStopped",

@@ -17,6 +17,7 @@ from rayprune.core.references import absolute_reference, closest
 from rayprune.core.step_options import step_config
 from rayprune.core.validation import check_keys, mismatch
 from rayprune.errors import ConfigError
+from rayprune.methods.registry import method_class
 
 Auto = Literal["auto"]
 TRACKERS = ("mlflow", "wandb")
@@ -36,8 +37,11 @@ AutoCount = Annotated[Auto | int, AfterValidator(_check_auto_count)]
 def absolute_method(method: Mapping[str, Any]) -> dict[str, Any]:
     """Return a method's config with absolute paths, as actors run in other folders."""
     absolute = {**method, "name": absolute_reference(method["name"])}
-    if isinstance(path := method.get("path"), str) and path and "://" not in path:
-        absolute["path"] = str(Path(path).expanduser().absolute())
+    for field in method_class(absolute["name"]).path_fields:
+        if isinstance(path := method.get(field), str) and path and "://" not in path:
+            absolute[field] = str(Path(path).expanduser().absolute())
+    if isinstance(inner := method.get("of"), Mapping) and isinstance(inner.get("name"), str):
+        absolute["of"] = absolute_method(inner)
     return absolute
 
 
@@ -135,7 +139,9 @@ class TrainSection(Section):
     channels_last: Auto | bool = Field("auto", description="memory layout of images; auto: true")
     compile: bool = Field(False, description="torch.compile the network, which slows the first epoch")
     validate_every: int = Field(1, ge=1, description="epochs between validations; the last epoch always validates")
-    step: str | dict[str, Any] = Field("plain", description="plain, exits or l2w, or {name: …} with its options")
+    step: str | dict[str, Any] = Field(
+        "plain", description="plain, exits, l2w or file.py:Class, or {name: …} with its options"
+    )
     stop_after: int | None = Field(None, ge=1, description="stop after so many epochs; schedules still span all epochs")
     record: tuple[str, ...] = Field((), description="signals whose mean over the visits goes to scores.parquet")
     max_nonfinite: int = Field(100, ge=0, description="NaN or infinite losses in a run before training stops")
@@ -143,7 +149,8 @@ class TrainSection(Section):
     @field_validator("step")
     @classmethod
     def _resolve_step(cls, value: str | dict[str, Any]) -> dict[str, Any]:
-        return step_config(value)
+        resolved = step_config(value)
+        return {**resolved, "name": absolute_reference(resolved["name"])}
 
     @property
     def step_name(self) -> str:

@@ -30,7 +30,7 @@ from rayprune.core.thinning import thin, thin_with_class_floor
 from rayprune.core.validation import check_fields, check_ratio, check_share, fields_to_yaml, mismatch, short_repr
 from rayprune.errors import ConfigError
 
-Kind = Literal["baseline", "dynamic", "static", "control"]
+Kind = Literal["baseline", "dynamic", "static", "in_batch", "control"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,8 @@ class Method:
 
     Class attributes:
         name: the registered name (external classes: their reference).
-        kind: baseline | dynamic (chooses again every epoch) | static (one subset) | control.
+        kind: baseline | dynamic (chooses again every epoch) | static (one subset) | in_batch (chooses inside every
+            batch) | control.
         keeps: which samples it keeps, in a few words.
         paper: authors, venue, arXiv number.
         signals: the signals that workers report for each visited sample.
@@ -49,6 +50,7 @@ class Method:
         sweep_signals: the signals of forward-only passes if other than `signals`; `fold_sweep` takes them.
         sweep_part: the part of the network for forward-only passes, one of the train step's `parts`.
         selection_fields: hyperparameters that affect the selection but not the scores.
+        path_fields: hyperparameters that are paths of files; a config makes them absolute.
 
     Args:
         class_floor: least share of every class that each epoch keeps, in [0, 1]; 0 = no floor.
@@ -65,6 +67,7 @@ class Method:
     sweep_signals: ClassVar[tuple[str, ...]] = ()
     sweep_part: ClassVar[str] = "model"
     selection_fields: ClassVar[tuple[str, ...]] = ()
+    path_fields: ClassVar[tuple[str, ...]] = ("path",)
 
     class_floor: float = 0.0
 

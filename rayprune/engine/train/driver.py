@@ -48,6 +48,7 @@ from rayprune.engine.train.build import (
     SelectionSetup,
     StepSettings,
     WorkerSpec,
+    in_batch_method,
     pick_device,
     recorded_signals,
 )
@@ -259,7 +260,9 @@ def _check_setup(config: Config, splits: Splits, setup: SelectionSetup) -> None:
 
 def _check_training(config: Config, splits: Splits, method: Method) -> None:
     check_trackers(config)
-    check_signals((*method.signals, *method.sweep_signals, *config.train.record))
+    picking = in_batch_method(method)
+    scored = () if picking is None else picking.batch_signals
+    check_signals((*method.signals, *method.sweep_signals, *scored, *config.train.record))
     check_sizes(config, len(splits.train))
     check_model(config, input_spec(config, splits.train), method)
 

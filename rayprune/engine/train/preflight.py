@@ -19,10 +19,12 @@ from rayprune.engine.train.build import (
     InputSpec,
     StepSettings,
     build_step,
+    in_batch_method,
     model_exits,
     network_optimizer,
     new_model,
     rate_at,
+    read_column,
     recorded_signals,
 )
 from rayprune.errors import ConfigError
@@ -32,6 +34,7 @@ from rayprune.nn.augment import Augment
 from rayprune.nn.early_exit import num_exits_of
 from rayprune.nn.flops import num_macs
 from rayprune.nn.signals import signal_floats
+from rayprune.nn.steps.in_batch import InBatchStep
 from rayprune.nn.steps.l2w import weight_range
 from rayprune.sources import SampleSource, default_augment, input_statistics
 
@@ -56,7 +59,7 @@ def input_spec(config: Config, source: SampleSource) -> InputSpec:
         height, width, channels = shape
         shape = (channels, height, width)
     augment = Augment(**keys, mean=mean, std=std)
-    return InputSpec(schema.input, tuple(shape), schema.num_classes, augment)
+    return InputSpec(schema.input, tuple(shape), schema.num_classes, augment, len(source))
 
 
 def check_sizes(config: Config, num_samples: int) -> None:
@@ -92,6 +95,11 @@ def check_method(config: Config, source: SampleSource, method: Method, num_epoch
         )
     if isinstance(method, Fixed):
         return  # its file has been read and covers all samples
+    if (picking := in_batch_method(method)) is not None:
+        for column in picking.file_columns():
+            file, _ = read_column(picking, column, len(source))
+            if file.fingerprint not in (None, source.fingerprint):
+                raise ConfigError(f"{file.path} has scores of other data than data.source: score these samples")
     num_tried = min(len(source), _TRIAL_SAMPLES)
     labels = source.labels[:num_tried] if method.class_floor > 0 or method.needs_labels else None
     with contextlib.suppress(RuntimeError):  # nothing may be left to keep of so few samples
@@ -170,8 +178,9 @@ def _try_signals(
     config: Config, model: torch.nn.Module, spec: InputSpec, settings: StepSettings
 ) -> dict[str, torch.Tensor]:
     """Return the step's signals for a batch of two zeros, after trying all its parts."""
-    signals = tuple(dict.fromkeys((*settings.signals, *settings.sweep_signals)))
     step = build_step(config, model, spec, settings, device=torch.device("cpu"), compiled=False)
+    scored = step.scored_signals if isinstance(step, InBatchStep) else ()
+    signals = tuple(dict.fromkeys((*settings.signals, *settings.sweep_signals, *scored)))
     zeros, targets = torch.zeros(2, *spec.shape), torch.zeros(2, dtype=torch.int64)
     parts = [step.evaluate(zeros, targets, smoothed=True, signals=signals, part=part) for part in step.parts]
     return parts[0]

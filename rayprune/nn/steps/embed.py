@@ -16,8 +16,10 @@ from rayprune.errors import ConfigError
 from rayprune.nn.boundary import last_linear
 from rayprune.nn.flops import num_macs
 from rayprune.nn.steps.plain import PlainStep
+from rayprune.nn.steps.registry import register_step
 
 
+@register_step("embed")
 class EmbedStep(PlainStep):
     """Embed the samples of a forward-only pass.
 
@@ -25,6 +27,9 @@ class EmbedStep(PlainStep):
         embedder: as `load_embedder` takes it.
         model, optimizer, **options: as for PlainStep; the network is not used.
     """
+
+    options_class = None
+    compilable = False
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, embedder: str, **options: Any) -> None:
         super().__init__(model, optimizer, **options)
