@@ -12,7 +12,6 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
     import rayprune.sources
     import rayprune.testing
     import rayprune.torch
-    import rayprune.torch
     from rayprune.core.in_batch import BatchContext, InBatchMethod, StepContext
     from rayprune.core.method import EpochContext, Method
     from rayprune.core.plan import Plan

@@ -72,6 +72,11 @@ class IES(DynamicMethod):
             means[rows][np.isnan(losses[rows, 0])] = np.nan
         return {"second_difference": means}
 
+    @property
+    def cost(self) -> str:
+        """The re-scoring."""
+        return "forward passes over the dropped samples"
+
     def prune(self, table: ScoreTable, context: EpochContext) -> Selection:
         """Drop the mastered samples, and score them again after the epoch."""
         means = self.scores(table)["second_difference"]

@@ -74,6 +74,11 @@ class Kakurenbo(DynamicMethod):
         factor = (1.0, *self.factors)[reached]
         return Schedule.of(self.prune_ratio)(context.epoch, context.num_epochs) * factor
 
+    @property
+    def cost(self) -> str:
+        """The re-scoring."""
+        return "forward passes over the hidden samples"
+
     def prune(self, table: ScoreTable, context: EpochContext) -> Selection:
         """Hide the candidates that pass, and score them again after the epoch."""
         fraction, num = self.fraction(context), context.num_samples

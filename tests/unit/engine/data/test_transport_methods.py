@@ -17,6 +17,7 @@ from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import PlanPass, Push, pack
 from rayprune.methods import METHODS, build_method, method_fields
 from rayprune.sources import SampleSource, Subset, open_data
+from rayprune.testing import signals_of
 from tests.support.runs import close_epoch, pass_of, stream_pass
 
 DIGITS = open_data("digits").train
@@ -102,7 +103,8 @@ def drawn(rng: np.random.Generator, signal: str, rows: int) -> np.ndarray:
     """Return made-up numbers of a signal."""
     if signal == "probs":
         return rng.dirichlet(np.ones(10), rows).astype(np.float32)
-    return rng.exponential(size=rows).astype(np.float32)
+    vector = signals_of((signal,), np.zeros(1, np.int64), 0)[signal].shape[1:]
+    return rng.exponential(size=(rows, *vector)).astype(np.float32)
 
 
 def test_no_samples_give_no_steps() -> None:
