@@ -32,18 +32,25 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
         TrainingStopped,
         UsageError,
     )
+    from rayprune.methods.d2 import D2  # noqa: F401
     from rayprune.methods.dynams import DynaMS
     from rayprune.methods.entropy import Entropy  # noqa: F401
     from rayprune.methods.fixed import Fixed
     from rayprune.methods.full import Full
     from rayprune.methods.grand import GraNd  # noqa: F401
+    from rayprune.methods.herding import Herding  # noqa: F401
     from rayprune.methods.infobatch import InfoBatch
+    from rayprune.methods.infomax import InfoMax  # noqa: F401
+    from rayprune.methods.k_center import KCenter  # noqa: F401
     from rayprune.methods.least_confidence import LeastConfidence
     from rayprune.methods.margin import Margin  # noqa: F401
+    from rayprune.methods.moderate import Moderate  # noqa: F401
     from rayprune.methods.random_epoch import RandomEpoch
     from rayprune.methods.random_subset import Random
     from rayprune.methods.registry import build_method
+    from rayprune.methods.semdedup import SemDeDup  # noqa: F401
     from rayprune.methods.shuffled import Shuffled
+    from rayprune.methods.ssp import SSP  # noqa: F401
     from rayprune.methods.tdds import TDDS
 
 __version__ = "0.1.0"

@@ -356,6 +356,7 @@ def _global_random_state(method: Method, num_epochs: int) -> None:
 def _purity(method: Method, num_epochs: int) -> None:
     run = SyntheticRun(method, num_epochs)
     for epoch in range(run.num_epochs):
+        run.selector.end_sweep()
         table, context = run.selector.table, run.context(epoch)
         before = _table_bytes(table)
         one = run.selector.method.select(table, context)

@@ -112,7 +112,9 @@ class ScoredMethod(StaticMethod):
     # The rule of the method's paper, and the score's name in scores.parquet.
     keep: ClassVar[Literal["top", "bottom", "middle"]] = "top"
     score_name: ClassVar[str] = ""
-    selection_fields = ("prune_ratio", "class_floor", "rule", "drop_hardest", "balance", "num_strata")
+    selection_fields: ClassVar[tuple[str, ...]] = (
+        *("prune_ratio", "class_floor", "rule", "drop_hardest", "balance", "num_strata"),
+    )
 
     score_epochs: int = 10
     _: KW_ONLY
