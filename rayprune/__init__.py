@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
     from rayprune.methods.aum import AUM
     from rayprune.methods.ccs import CCS
     from rayprune.methods.craig import CRAIG
+    from rayprune.methods.d2 import D2
     from rayprune.methods.divbs import DivBS
     from rayprune.methods.dual import DUAL
     from rayprune.methods.dyn_unc import DynUnc
@@ -51,11 +52,15 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
     from rayprune.methods.glister import GLISTER
     from rayprune.methods.gradmatch import GradMatch
     from rayprune.methods.grand import GraNd
+    from rayprune.methods.herding import Herding
     from rayprune.methods.ies import IES
     from rayprune.methods.infobatch import InfoBatch
+    from rayprune.methods.infomax import InfoMax
+    from rayprune.methods.k_center import KCenter
     from rayprune.methods.kakurenbo import Kakurenbo
     from rayprune.methods.least_confidence import LeastConfidence
     from rayprune.methods.margin import Margin
+    from rayprune.methods.moderate import Moderate
     from rayprune.methods.orderdp import OrderDP
     from rayprune.methods.ordered_sgd import OrderedSGD
     from rayprune.methods.pdd import PDD
@@ -66,8 +71,10 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
     from rayprune.methods.repb import RePB
     from rayprune.methods.rho import RHOLoss
     from rayprune.methods.selective_backprop import SelectiveBackprop
+    from rayprune.methods.semdedup import SemDeDup
     from rayprune.methods.seta import SeTa
     from rayprune.methods.shuffled import Shuffled
+    from rayprune.methods.ssp import SSP
     from rayprune.methods.tdds import TDDS
     from rayprune.methods.ucb import UCB
 
