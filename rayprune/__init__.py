@@ -157,8 +157,8 @@ if not TYPE_CHECKING:  # a type checker that saw it would accept any name
         if name not in _MODULES:
             import difflib
 
-            from rayprune import methods
-
+            # `from rayprune import methods` would come back here for as long as the package is not loaded.
+            methods = importlib.import_module("rayprune.methods")
             if name in vars(methods) and name in {cls.__name__ for cls in methods.METHODS.values()}:
                 return getattr(methods, name)
             names = (*_MODULES, *_SUBMODULES, *(cls.__name__ for cls in methods.METHODS.values()))

@@ -569,10 +569,7 @@ def _picks(method: Method, num_epochs: int) -> None:
         }
         for (kind, signals), step in product(cases.items(), range(3)):
             _require(isinstance(method.picks(batches.context(ids, step)), bool), "picks() returns no bool")
-            kept = {name: array.tobytes() for name, array in signals.items()}
             picked, where = batches.pick(ids, step, signals), f"of {size} rows with {kind} signals"
-            same = all(array.tobytes() == kept[name] for name, array in signals.items())
-            _require(same, f"{where}, pick() changes the signals")
             _require(picked == batches.pick(ids, step, signals), f"{where}, it picks others when asked again")
             keep = getattr(method, "keep", None)
             if isinstance(keep, float):
@@ -580,31 +577,6 @@ def _picks(method: Method, num_epochs: int) -> None:
                 _require(len(picked) == count, f"{where}, it picks {len(picked)}, and keep {keep:g} means {count}")
     _require(pickle.dumps(np.random.get_state()) == before[0], "it uses NumPy's global generator")  # noqa: NPY002
     _require(random.getstate() == before[1], "it uses the global generator of the module `random`")
-
-
-@_check("pick() gets the candidates in the order of their ids: use nothing but its arguments")
-def _order_of_rows(method: Method, num_epochs: int) -> None:
-    if isinstance(method, InBatchMethod):
-        for size, seed in product(_BATCHES, range(3)):
-            batches, ids = SyntheticBatches(method, seed), np.arange(NUM_SAMPLES)[:size]
-            shuffled = np.random.default_rng(seed).permutation(ids)
-            same = batches.pick(ids) == batches.pick(shuffled)
-            _require(same, f"rows in another order change what it picks of {size}")
-
-
-@_check("compute from the rows that pick() gets; those with NaN or infinite signals are left out before")
-def _diverged_rows(method: Method, num_epochs: int) -> None:
-    if isinstance(method, InBatchMethod):
-        batches, ids = SyntheticBatches(method), np.arange(NUM_SAMPLES)
-        for number in (np.nan, np.inf):
-            signals = batches.signals(ids)
-            for array in signals.values():
-                array[::3] = number
-            _require(all(id % 3 for id in batches.pick(ids, 0, signals)), f"it picks rows whose signals are {number}")
-            same = batches.pick(ids, 0, signals) == batches.pick(ids[ids % 3 > 0])
-            _require(same, f"rows whose signals are {number} change what it picks of the others")
-            empty = {name: np.full_like(array, number) for name, array in signals.items()}
-            _require(not batches.pick(ids, 0, empty), f"it picks a row although all signals are {number}")
 
 
 @_check("update() returns a finite number per candidate, (B,), for each name in state_columns(), and for no other")

@@ -195,8 +195,8 @@ class Candidates:
             usable = usable & np.isfinite(array).reshape(context.num_rows, -1).all(axis=1)
         rows = np.flatnonzero(usable)
         self.rows: Ids = rows[np.argsort(context.ids[rows], kind="stable")]
-        self.signals = {name: array[self.rows] for name, array in signals.items()}
-        columns = {name: column[self.rows] for name, column in context.columns.items()}
+        self.signals = {name: _taken(array, self.rows) for name, array in signals.items()}
+        columns = {name: _taken(column, self.rows) for name, column in context.columns.items()}
         self.context = replace(context, ids=context.ids[self.rows], labels=context.labels[self.rows], columns=columns)
 
     def pick(self, method: InBatchMethod, *, permuted: bool = False) -> tuple[Ids, NDArray[np.float32]]:
@@ -214,8 +214,8 @@ class Candidates:
         signals, context = self.signals, self.context
         if permuted:
             order = context.derived_rng(_PERMUTATION).permutation(self.rows.size)
-            signals = {name: array[order] for name, array in signals.items()}
-            columns = {name: column[order] for name, column in context.columns.items()}
+            signals = {name: _taken(array, order) for name, array in signals.items()}
+            columns = {name: _taken(column, order) for name, column in context.columns.items()}
             context = replace(context, columns=columns)
         places, weights = checked(method.pick(signals, context), self.rows.size, method.name or type(method).__name__)
         order = np.argsort(self.rows[places])
@@ -224,6 +224,13 @@ class Candidates:
     def update(self, method: InBatchMethod) -> Mapping[str, NDArray[Any]]:
         """Return the new values of the candidates' state columns, name → (B,)."""
         return method.update(self.signals, self.context) if self.rows.size else {}
+
+
+def _taken(array: NDArray[Any], rows: Ids) -> NDArray[Any]:
+    """Return rows of an array, read-only: `pick` must not change what `update` gets."""
+    taken: NDArray[Any] = array[rows]
+    taken.flags.writeable = False
+    return taken
 
 
 def checked(picked: Picked, num_rows: int, name: str) -> tuple[Ids, NDArray[np.float32]]:
