@@ -37,7 +37,7 @@ class EpsilonGreedy(PruneRatioMethod):
         anneal_start: δ in [0, 1]; from epoch floor(δE) on the run trains on all samples; 1 = never.
     """
 
-    keeps = "the highest losses, and some at random"
+    keeps = "the highest losses, some random ones"
     paper = "Raju et al., 2021, arXiv 2111.12621"
     folds_once = True
 

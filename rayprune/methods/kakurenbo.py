@@ -45,7 +45,7 @@ class Kakurenbo(DynamicMethod):
         anneal_start: δ in [0, 1]; from epoch floor(δE) on the run trains on all samples; 1 = never.
     """
 
-    keeps = "all but low losses, correct and confident"
+    keeps = "all but low losses predicted well"
     paper = "Nguyen et al., NeurIPS 2023, arXiv 2310.10102"
     signals = ("loss", "correct", "confidence")
 

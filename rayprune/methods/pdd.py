@@ -2,8 +2,8 @@
 
 Shriram M S et al., "Progressive Data Dropout: An Embarrassingly Simple Approach to Faster Training", NeurIPS 2025,
 arXiv 2505.22342. Three variants: DBPD keeps the samples with p_y < τ = 0.3, the label's probability (τ = 0: the
-misclassified ones); SRD keeps a random share γ^e in epoch e, with γ = 0.99; SMRD keeps as many random samples as DBPD
-would. The last epoch, 29 of 30 from 0, is full. Weights are 1: biased.
+misclassified ones); SRD keeps ceil(γ^e·N) random ones in epoch e, with γ = 0.99; SMRD keeps as many random samples as
+DBPD would. The last epoch, 29 of 30 from 0, is full. Weights are 1: biased.
 
 The original decides in every batch after forwarding it, so it forwards all samples in every epoch, and kept ones twice,
 in train mode; its "effective epochs" count backward passes only. Ours is the same rule once per epoch: p_y is that of
@@ -45,7 +45,7 @@ class PDD(DynamicMethod):
         anneal_start: δ in [0, 1]; from epoch floor(δE) on the run trains on all samples; 1 = never.
     """
 
-    keeps = "those predicted poorly, fewer and fewer"
+    keeps = "those still predicted poorly"
     paper = "Shriram M S et al., NeurIPS 2025, arXiv 2505.22342"
 
     variant: Literal["dbpd", "srd", "smrd"] = "dbpd"

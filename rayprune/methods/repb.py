@@ -46,7 +46,7 @@ class RePB(DynamicMethod):
         anneal_start: δ in [0, 1]; from epoch floor(δE) on the run trains on all samples; 1 = never.
     """
 
-    keeps = "all above the epoch's mean loss, some below"
+    keeps = "above the newest mean loss, some below"
     paper = "Zhou et al., ICLR 2026 (RePB)"
 
     prune_ratio: float | Schedule = 0.5

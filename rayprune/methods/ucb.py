@@ -36,7 +36,7 @@ class UCB(PruneRatioMethod):
         anneal_start: δ in [0, 1]; from epoch floor(δE) on the run trains on all samples; 1 = never.
     """
 
-    keeps = "the highest mean plus variance of the loss"
+    keeps = "the highest mean + variance of loss"
     paper = "Raju et al., 2021, arXiv 2111.12621"
     folds_once = True
 
