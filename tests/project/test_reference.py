@@ -14,13 +14,14 @@ import rayprune.sources
 from rayprune.cli.schema import Key, all_choices, config_schema, keys_of
 from rayprune.config import Config, load_config, make_config
 from rayprune.config.schema import Augmentation
+from rayprune.config.shipped import shipped_configs
 from rayprune.config.yaml import read_yaml
 from rayprune.methods import METHODS
 from tests.project.test_docs import blocks
 from tests.support.paths import ROOT
 
 REFERENCE = ROOT / "docs" / "reference"
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = list(shipped_configs().values())
 
 
 def generator() -> ModuleType:
