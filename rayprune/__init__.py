@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same list for the running program
     import rayprune.sources
     import rayprune.testing
-    import rayprune.torch  # noqa: F401
+    import rayprune.torch
     from rayprune.core.in_batch import BatchContext, InBatchMethod, StepContext
     from rayprune.core.method import EpochContext, Method
     from rayprune.core.plan import Plan
@@ -33,24 +33,50 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
         TrainingStopped,
         UsageError,
     )
-    from rayprune.methods.divbs import DivBS  # noqa: F401
+    from rayprune.methods.aum import AUM
+    from rayprune.methods.ccs import CCS
+    from rayprune.methods.craig import CRAIG
+    from rayprune.methods.d2 import D2
+    from rayprune.methods.divbs import DivBS
+    from rayprune.methods.dual import DUAL
+    from rayprune.methods.dyn_unc import DynUnc
     from rayprune.methods.dynams import DynaMS
-    from rayprune.methods.entropy import Entropy  # noqa: F401
-    from rayprune.methods.evolved_sampling import EvolvedSampling  # noqa: F401
+    from rayprune.methods.el2n import EL2N
+    from rayprune.methods.entropy import Entropy
+    from rayprune.methods.epsilon_greedy import EpsilonGreedy
+    from rayprune.methods.eswp import ESWP
+    from rayprune.methods.evolved_sampling import EvolvedSampling
     from rayprune.methods.fixed import Fixed
+    from rayprune.methods.forgetting import Forgetting
     from rayprune.methods.full import Full
-    from rayprune.methods.grand import GraNd  # noqa: F401
+    from rayprune.methods.glister import GLISTER
+    from rayprune.methods.gradmatch import GradMatch
+    from rayprune.methods.grand import GraNd
+    from rayprune.methods.herding import Herding
+    from rayprune.methods.ies import IES
     from rayprune.methods.infobatch import InfoBatch
+    from rayprune.methods.infomax import InfoMax
+    from rayprune.methods.k_center import KCenter
+    from rayprune.methods.kakurenbo import Kakurenbo
     from rayprune.methods.least_confidence import LeastConfidence
-    from rayprune.methods.margin import Margin  # noqa: F401
-    from rayprune.methods.ordered_sgd import OrderedSGD  # noqa: F401
+    from rayprune.methods.margin import Margin
+    from rayprune.methods.moderate import Moderate
+    from rayprune.methods.orderdp import OrderDP
+    from rayprune.methods.ordered_sgd import OrderedSGD
+    from rayprune.methods.pdd import PDD
     from rayprune.methods.random_epoch import RandomEpoch
     from rayprune.methods.random_subset import Random
+    from rayprune.methods.rcap import RCAP
     from rayprune.methods.registry import build_method
-    from rayprune.methods.rho import RHOLoss  # noqa: F401
-    from rayprune.methods.selective_backprop import SelectiveBackprop  # noqa: F401
+    from rayprune.methods.repb import RePB
+    from rayprune.methods.rho import RHOLoss
+    from rayprune.methods.selective_backprop import SelectiveBackprop
+    from rayprune.methods.semdedup import SemDeDup
+    from rayprune.methods.seta import SeTa
     from rayprune.methods.shuffled import Shuffled
+    from rayprune.methods.ssp import SSP
     from rayprune.methods.tdds import TDDS
+    from rayprune.methods.ucb import UCB
 
 __version__ = "0.1.0"
 

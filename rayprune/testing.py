@@ -211,7 +211,7 @@ def _drawn(name: str, epoch: int, num: int) -> NDArray[np.float32]:
             drawn = rng.random(num)
         case "margin":
             drawn = rng.uniform(-1, 1, num)
-        case "boundary_label":
+        case "boundary_label" | "logit_margin":
             drawn = rng.normal(size=num)
         case _:
             drawn = rng.exponential(size=num)
@@ -358,6 +358,7 @@ def _global_random_state(method: Method, num_epochs: int) -> None:
 def _purity(method: Method, num_epochs: int) -> None:
     run = SyntheticRun(method, num_epochs)
     for epoch in range(run.num_epochs):
+        run.selector.end_sweep()  # which may write columns
         table, context = run.selector.table, run.context(epoch)
         before = _table_bytes(table)
         one = run.selector.method.select(table, context)

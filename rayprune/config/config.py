@@ -137,7 +137,7 @@ class Config(Strict):
         return make_config(tree)
 
     def _check_collect(self, method: Method) -> None:
-        """Refuse what the method cannot use: several scoring runs, or an embedder."""
+        """Refuse what the method cannot use: several scoring runs, or an embedder; or what it lacks."""
         if self.collect.runs > 1 and not isinstance(method, ScoredMethod):
             raise ConfigError(
                 f"collect.runs = {self.collect.runs}: averages the scores of methods such as el2n, and "

@@ -289,15 +289,35 @@ def drop_quotas(sizes: NDArray[np.integer[Any]], recalls: NDArray[np.floating[An
     >>> drop_quotas(np.array([50, 100, 200]), np.array([0.5, 0.8, 0.9]), 140).tolist()
     [50, 45, 45]
     """
-    sizes = np.asarray(sizes, dtype=np.int64)
     if not np.isfinite(recalls).all() or recalls.min(initial=0.0) < 0.0 or recalls.max(initial=0.0) > 1.0:
         raise ConfigError(f"recalls {np.asarray(recalls).tolist()} are not shares in [0, 1]")
+    return capped_quotas(sizes, sizes * (1.0 - recalls), count)
+
+
+def capped_quotas(sizes: NDArray[np.integer[Any]], shares: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """Divide a count among classes in proportion to shares; classes that are too small are kept whole.
+
+    The other classes divide what is left, again in proportion. Classes of share 0 divide by size what the others cannot
+    take. The largest remainders get one more, lower classes first.
+
+    Args:
+        sizes: (C,) integers, the number of samples of each class.
+        shares: (C,) finite, at least 0; only their proportions matter.
+        count: the number to keep in total, in [0, sum of sizes].
+
+    Returns:
+        (C,) int64, at most the sizes, with sum `count`.
+
+    >>> capped_quotas(np.array([10, 100, 100]), np.array([2.0, 1.0, 1.0]), 60).tolist()
+    [10, 25, 25]
+    """
+    sizes = np.asarray(sizes, dtype=np.int64)
     if not 0 <= count <= sizes.sum():
         raise ConfigError(f"count {count} is outside 0..{sizes.sum()}, the number of samples in all classes")
     quota = np.zeros(sizes.size, dtype=np.float64)
-    for shares in (sizes * (1.0 - recalls), sizes.astype(np.float64)):
-        while (rest := count - quota.sum()) > 1e-9 and (free := (quota < sizes) & (shares > 0.0)).any():
-            quota[free] += rest * shares[free] / shares[free].sum()
+    for by in (shares, sizes.astype(np.float64)):
+        while (rest := count - quota.sum()) > 1e-9 and (free := (quota < sizes) & (by > 0.0)).any():
+            quota[free] += rest * by[free] / by[free].sum()
             over = quota >= sizes
             if not (over & free).any():
                 break

@@ -126,6 +126,11 @@ class InBatchMethod(Method):
                 "class: leave it out"
             )
 
+    @property
+    def cost(self) -> str:
+        """The scoring of the candidates."""
+        return "a forward pass over every batch"
+
     def step(self) -> tuple[str, dict[str, Any]]:
         return "in_batch", {"method": self.to_config()}
 

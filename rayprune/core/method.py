@@ -87,6 +87,11 @@ class Method:
         """Epochs on all samples that the method scores before it chooses its one subset; 0 for dynamic methods."""
         return 0
 
+    @property
+    def cost(self) -> str:
+        """What scoring costs beside training on the kept samples, in words; "" if their training gives the scores."""
+        return ""
+
     def chosen_at(self, context: EpochContext) -> int:
         """Return the epoch whose choice this epoch trains on: itself, or an earlier one if the choice holds longer."""
         return 0 if self.fixed else context.epoch

@@ -21,6 +21,7 @@ from rayprune.core.method import EpochContext, Method
 from rayprune.core.selection import Selection
 from rayprune.core.table import Ids, ScoreTable, Signals
 from rayprune.core.validation import check_share
+from rayprune.core.vectors import VectorColumn
 from rayprune.errors import ConfigError
 
 
@@ -43,6 +44,8 @@ class StaticMethod(Method):
 
     # The hyperparameter that sets `collect_epochs`, for messages.
     _length_field: ClassVar[str] = "score_epochs"
+    # Whether the scores need each of a sample's T visits, and not only the last one.
+    every_visit: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,9 +53,54 @@ class StaticMethod(Method):
         if self.collect_epochs < 1:
             raise ConfigError(f"{self._length_field} {self.collect_epochs!r} must be at least 1")
 
+    @property
+    def cost(self) -> str:
+        """The scoring run, and what comes after it."""
+        parts = [f"{self.collect_epochs} epoch{'s' * (self.collect_epochs > 1)} on all samples"]
+        if self.sweep_signals:
+            parts.append("a forward pass")
+        if vectors := [name for name, column in self.columns().items() if isinstance(column, VectorColumn)]:
+            parts.append(f"{' and '.join(vectors)} on the disk")
+        return ", ".join(parts)
+
     def check(self, table: ScoreTable, ids: Ids, signals: Signals, epoch: int) -> NDArray[np.bool_] | None:
-        """Mask visits after the scoring run, which must not change the subset."""
-        return np.full(ids.size, epoch < self.collect_epochs)
+        """Mask visits after the scoring run, which must not change the subset.
+
+        With `every_visit`, repeats within an epoch are masked as well.
+
+        Raises:
+            ConfigError: with `every_visit`, a sample missed an epoch, comes in a past one, or comes twice in an epoch
+                with different values.
+        """
+        scoring = epoch < self.collect_epochs
+        if not self.every_visit:
+            return np.full(ids.size, scoring)
+        last_B = table.last_visit[ids]
+        self._check_order(last_B, ids, epoch)
+        repeated_B: NDArray[np.bool_] = last_B == epoch
+        if scoring and repeated_B.any():
+            repeats = {name: array[repeated_B] for name, array in signals.items()}
+            self._check_repeats(table, ids[repeated_B], repeats, epoch)
+        return ~repeated_B & scoring
+
+    def _check_order(self, last_visit: NDArray[np.int32], ids: Ids, epoch: int) -> None:
+        """Raise ConfigError if a sample misses its visit in the epoch before, or was visited in a later epoch."""
+        gap = last_visit < min(epoch, self.collect_epochs) - 1
+        if gap.any():
+            row = int(np.argmax(gap))
+            history = f"last visited in epoch {last_visit[row]}" if last_visit[row] >= 0 else "never visited before"
+            raise ConfigError(f"id {ids[row]} was {history} and now comes in epoch {epoch}: {self._visit_cure}")
+        past = last_visit > epoch
+        if past.any() and epoch < self.collect_epochs:
+            row = int(np.argmax(past))
+            raise ConfigError(
+                f"id {ids[row]} comes in epoch {epoch} and came in epoch {last_visit[row]} before: sort them"
+            )
+
+    def _check_repeats(self, table: ScoreTable, ids: Ids, signals: Signals, epoch: int) -> None:
+        """Raise ConfigError if second visits in an epoch differ from the first, by default from the last values."""
+        for name in self.signals:
+            check_equal(ids, signals[name].astype(np.float32), table[name][ids], name, epoch)
 
     def num_kept(self, num_samples: int) -> int:
         """Return M = N − floor(r·N), at least 1."""
@@ -112,7 +160,14 @@ class ScoredMethod(StaticMethod):
     # The rule of the method's paper, and the score's name in scores.parquet.
     keep: ClassVar[Literal["top", "bottom", "middle"]] = "top"
     score_name: ClassVar[str] = ""
-    selection_fields = ("prune_ratio", "class_floor", "rule", "drop_hardest", "balance", "num_strata")
+    selection_fields: ClassVar[tuple[str, ...]] = (
+        "prune_ratio",
+        "class_floor",
+        "rule",
+        "drop_hardest",
+        "balance",
+        "num_strata",
+    )
 
     score_epochs: int = 10
     _: KW_ONLY
@@ -171,3 +226,12 @@ class ScoredMethod(StaticMethod):
         edge = float(scores[ids].min() if rule == "top" else scores[ids].max())
         facts = {"score": name}
         return ids, None, facts | ({"threshold": edge} if rule in ("top", "bottom") else {})
+
+
+def check_equal(ids: Ids, new: NDArray[Any], old: NDArray[Any], what: str, epoch: int) -> None:
+    """Raise ConfigError unless the values of second visits in an epoch, (B,) or (B, C), are those of the first."""
+    differ = np.flatnonzero((new != old).reshape(ids.size, -1).any(axis=1))
+    if differ.size:
+        cure = "a sampler that pads repeats samples, and two samples may share an id: give every sample its own"
+        twice = f"id {ids[differ[0]]} was observed twice in epoch {epoch}"
+        raise ConfigError(f"{twice} with different {what}: {cure}")

@@ -51,6 +51,11 @@ class Shuffled(Method):
             raise ConfigError(f"class_floor = {self.class_floor}: {inner.name} chooses inside batches: leave it out")
 
     @property
+    def cost(self) -> str:
+        """That of the inner method."""
+        return str(self.of.cost)
+
+    @property
     def collect_epochs(self) -> int:
         return int(self.of.collect_epochs)
 

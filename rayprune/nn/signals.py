@@ -4,9 +4,9 @@ A signal is one registered function of `Outputs`. The train steps call `compute_
 user's loop calls `signals_per_sample`, which also takes dense and multi-label targets.
 
 Probabilities are computed once per batch, in float32 whatever the logits' dtype. EL2N is the error norm of Paul,
-Ganguli, Dziugaite (NeurIPS 2021, arXiv 2107.07075). `margin` is the probability gap whose mean over epochs is the AUM
-of Pleiss et al. (NeurIPS 2020, arXiv 2001.10528), in probabilities instead of logits as in CCS (Zheng et al., ICLR
-2023, arXiv 2210.15809). The boundary signals are the distances of `rayprune.nn.boundary`, clipped to finite values.
+Ganguli, Dziugaite (NeurIPS 2021, arXiv 2107.07075). The mean of `logit_margin` over epochs is the AUM of Pleiss et al.
+(NeurIPS 2020, arXiv 2001.10528); `margin` is the same gap in probabilities, as in CCS (Zheng et al., ICLR 2023, arXiv
+2210.15809). The boundary signals are the distances of `rayprune.nn.boundary`, clipped to finite values.
 
 Shapes: B batch, C classes, P positions of a sample (tokens, pixels).
 """
@@ -227,11 +227,9 @@ def check_signals(names: Iterable[str], valid: Iterable[str] = SIGNALS) -> None:
     Raises:
         ConfigError: a name is not among the valid ones.
 
-    >>> check_signals(["loss", "entrpy"])
+    >>> check_signals(["loss", "entrpy"], ("entropy", "loss"))
     Traceback (most recent call last):
-    rayprune.errors.ConfigError: unknown signal 'entrpy': did you mean 'entropy'? (valid: boundary, \
-boundary_classes, boundary_label, boundary_label_unsigned, confidence, correct, el2n, entropy, loss, \
-margin, prob_label, probs)
+    rayprune.errors.ConfigError: unknown signal 'entrpy': did you mean 'entropy'? (valid: entropy, loss)
     """
     for name in names:
         if name not in valid:
@@ -463,6 +461,14 @@ def margin(outputs: Outputs) -> Tensor:
     """Return the label's probability minus the largest other one, in [-1, 1]."""
     others_BC = outputs.probs_BC.scatter(1, outputs.targets_B[:, None], -1.0)
     return outputs.prob_label_B - others_BC.amax(dim=1)
+
+
+@register_signal
+def logit_margin(outputs: Outputs) -> Tensor:
+    """Return the label's logit minus the largest other one."""
+    logits_BC, label_B1 = _wide(outputs.logits_BC), outputs.targets_B[:, None]
+    others_BC = logits_BC.scatter(1, label_B1, -math.inf)
+    return logits_BC.gather(1, label_B1).squeeze(1) - others_BC.amax(dim=1)
 
 
 @register_signal

@@ -25,6 +25,7 @@ from ray.train.torch import TorchTrainer
 from rayprune.config import Config
 from rayprune.core.references import USER_MODULE_PREFIX
 from rayprune.core.selector import Selector
+from rayprune.core.static import ScoredMethod
 from rayprune.engine.cluster import Resources, resolve_resources, start_ray
 from rayprune.engine.data.device import DeviceStream, check_room
 from rayprune.engine.data.ray_data import plan_dataset, task_rows
@@ -233,6 +234,14 @@ def _splits(config: Config) -> Splits:
 def _checked_setup(config: Config, splits: Splits) -> SelectionSetup | None:
     """Check everything before a run starts; return how it selects, or None if the samples must be scored first."""
     method = config.build_method()
+    if isinstance(method, ScoredMethod) and method.balance == "drop":
+        left_out = [
+            f"collect.{name}" for name in ("fresh", "trajectories") if getattr(config.collect, name) not in (True, None)
+        ]
+        if left_out:
+            raise ConfigError(f"balance 'drop' needs the recalls of a scoring run: leave out {left_out[0]}")
+        if splits.validation is None:
+            raise ConfigError("balance 'drop' needs validation data, to measure each class's recall: add a split")
     if method.collect_epochs and config.collect.fresh:
         _check_training(config, splits, Fixed())
         return None
