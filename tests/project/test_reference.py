@@ -55,6 +55,15 @@ def test_every_key_has_a_meaning() -> None:
     assert [f"{section}.{key.name}" for section, of in keys.items() for key in of if not key.meaning.strip()] == []
 
 
+def test_the_readme_and_the_comparison_of_all_name_every_method() -> None:
+    readme = (ROOT / "README.md").read_text().partition("## Methods")[2]
+    assert [name for name in METHODS if f"`{name}`" not in readme] == []
+    compared = {
+        method["name"] for method in load_config(ROOT / "configs" / "digits_methods.yaml").compare.method_configs
+    }
+    assert set(METHODS) - compared == {"full", "fixed", "rho", "shuffled"}
+
+
 def test_every_key_and_every_public_name_is_on_its_page() -> None:
     config, api = (REFERENCE / "config.md").read_text(), (REFERENCE / "api.md").read_text()
     for name, method in METHODS.items():
