@@ -22,12 +22,13 @@ NAMES = (
         "own_dataset",
         "decoding",
         "tdds",
+        "geometry",
         "l2w",
     ),
     *("host", "overhead", "plain", "start", "psp", "scaling", "gpu"),
 )
 # Long or memory-hungry: they run only when named.
-BY_NAME = ("soak", "billion", "verdicts")
+BY_NAME = ("soak", "billion", "verdicts", "k_center")
 
 
 def main() -> int:

@@ -128,8 +128,7 @@ if not TYPE_CHECKING:  # a type checker that saw it would accept any name
         if name not in _MODULES:
             import difflib
 
-            from rayprune import methods
-
+            methods = importlib.import_module("rayprune.methods")  # `from rayprune import` would come back here
             if name in vars(methods) and name in {cls.__name__ for cls in methods.METHODS.values()}:
                 return getattr(methods, name)
             names = (*_MODULES, *_SUBMODULES, *(cls.__name__ for cls in methods.METHODS.values()))
