@@ -23,12 +23,13 @@ NAMES = (
         "decoding",
         "tdds",
         "gradients",
+        "geometry",
         "l2w",
     ),
     *("host", "overhead", "plain", "start", "psp", "scaling", "gpu"),
 )
 # Long or memory-hungry: they run only when named.
-BY_NAME = ("soak", "billion", "verdicts", "gradients_million")
+BY_NAME = ("soak", "billion", "verdicts", "gradients_million", "k_center")
 
 
 def main() -> int:
