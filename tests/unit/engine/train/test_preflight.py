@@ -48,7 +48,7 @@ BEFORE = {
     ),
     "an unknown train step": (
         {"method": {"name": user("TrainsBy"), "train_step": "spp"}},
-        r"unknown train step 'spp' of method '.*': did you mean 'psp'\?",
+        r"method '.*': unknown train step 'spp': did you mean 'psp'\?",
     ),
 }
 
