@@ -2,6 +2,7 @@
 
 config.md            every key of a config: from the sections' fields, and the docstrings of what they name
 config.schema.json   the same for editors, as `rayprune schema` prints it
+methods.md           every selection method: from the class attributes
 api.md               the public names: from their signatures and docstrings
 """
 
@@ -22,10 +23,12 @@ import rayprune
 import rayprune.sources
 import rayprune.testing
 import rayprune.torch
+from rayprune.cli.methods import KINDS
 from rayprune.cli.schema import REQUIRED, Choices, Key, all_choices, docstring_parts, keys_of, schema_text
 from rayprune.config import Config
 from rayprune.config.schema import Augmentation
 from rayprune.core.validation import in_words
+from rayprune.methods import METHODS
 from rayprune.nn.signals import SIGNALS, signal_floats
 
 FOLDER = Path(__file__).parent / "reference"
@@ -52,7 +55,28 @@ def pages() -> dict[Path, str]:
         FOLDER / "config.md": config_page(),
         FOLDER / "config.schema.json": schema_text(),
         FOLDER / "api.md": api_page(),
+        FOLDER / "methods.md": methods_page(),
     }
+
+
+def methods_page() -> str:
+    """Return the page of all selection methods."""
+    parts = [
+        f"# Selection methods\n\n{GENERATED}",
+        "`rayprune methods NAME` describes one; its [options](config.md#method) are keys of `method`. *Scoring costs* "
+        "is what a method needs beside training on the samples that it keeps, with its defaults; a forward pass costs "
+        "a third of training. Names with * are unbiased: the mean of the weighted gradients is that of all samples.\n",
+    ]
+    for kind, explained in KINDS.items():
+        rows = ["| name | keeps | scoring costs | paper |", "|---|---|---|---|"]
+        for name, cls in sorted(METHODS.items()):
+            method = cls()
+            if method.kind == kind:
+                star = r"\*" if method.unbiased else ""
+                link = f"[`{name}`](config.md#methodname-{name}){star}"
+                rows.append(f"| {link} | {method.keeps} | {method.cost or '–'} | {method.paper} |")
+        parts.append(f"## {kind}: {explained}\n\n" + "\n".join(rows) + "\n")
+    return "\n".join(parts)
 
 
 def config_page() -> str:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same list for the running program
     import rayprune.sources
     import rayprune.testing
-    import rayprune.torch  # noqa: F401
+    import rayprune.torch
+    from rayprune.core.in_batch import BatchContext, InBatchMethod, StepContext
     from rayprune.core.method import EpochContext, Method
     from rayprune.core.plan import Plan
     from rayprune.core.schedule import Schedule
@@ -32,16 +33,50 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
         TrainingStopped,
         UsageError,
     )
+    from rayprune.methods.aum import AUM
+    from rayprune.methods.ccs import CCS
+    from rayprune.methods.craig import CRAIG
+    from rayprune.methods.d2 import D2
+    from rayprune.methods.divbs import DivBS
+    from rayprune.methods.dual import DUAL
+    from rayprune.methods.dyn_unc import DynUnc
     from rayprune.methods.dynams import DynaMS
+    from rayprune.methods.el2n import EL2N
+    from rayprune.methods.entropy import Entropy
+    from rayprune.methods.epsilon_greedy import EpsilonGreedy
+    from rayprune.methods.eswp import ESWP
+    from rayprune.methods.evolved_sampling import EvolvedSampling
     from rayprune.methods.fixed import Fixed
+    from rayprune.methods.forgetting import Forgetting
     from rayprune.methods.full import Full
+    from rayprune.methods.glister import GLISTER
+    from rayprune.methods.gradmatch import GradMatch
+    from rayprune.methods.grand import GraNd
+    from rayprune.methods.herding import Herding
+    from rayprune.methods.ies import IES
     from rayprune.methods.infobatch import InfoBatch
+    from rayprune.methods.infomax import InfoMax
+    from rayprune.methods.k_center import KCenter
+    from rayprune.methods.kakurenbo import Kakurenbo
     from rayprune.methods.least_confidence import LeastConfidence
+    from rayprune.methods.margin import Margin
+    from rayprune.methods.moderate import Moderate
+    from rayprune.methods.orderdp import OrderDP
+    from rayprune.methods.ordered_sgd import OrderedSGD
+    from rayprune.methods.pdd import PDD
     from rayprune.methods.random_epoch import RandomEpoch
     from rayprune.methods.random_subset import Random
+    from rayprune.methods.rcap import RCAP
     from rayprune.methods.registry import build_method
+    from rayprune.methods.repb import RePB
+    from rayprune.methods.rho import RHOLoss
+    from rayprune.methods.selective_backprop import SelectiveBackprop
+    from rayprune.methods.semdedup import SemDeDup
+    from rayprune.methods.seta import SeTa
     from rayprune.methods.shuffled import Shuffled
+    from rayprune.methods.ssp import SSP
     from rayprune.methods.tdds import TDDS
+    from rayprune.methods.ucb import UCB
 
 __version__ = "0.1.0"
 
@@ -49,6 +84,7 @@ _HOME = {
     "core.plan": ("Plan",),
     "core.schedule": ("Schedule",),
     "core.selection": ("Selection",),
+    "core.in_batch": ("BatchContext", "InBatchMethod", "StepContext"),
     "core.method": ("EpochContext", "Method"),
     "core.selector": ("Selector",),
     "core.table": ("ScoreTable",),
@@ -74,6 +110,7 @@ _MODULES = {name: f"rayprune.{module}" for module, names in _HOME.items() for na
 
 __all__ = [
     "TDDS",
+    "BatchContext",
     "ClusterError",
     "ConfigError",
     "DataError",
@@ -82,6 +119,7 @@ __all__ = [
     "EpochContext",
     "Fixed",
     "Full",
+    "InBatchMethod",
     "InfoBatch",
     "LeastConfidence",
     "Method",
@@ -97,6 +135,7 @@ __all__ = [
     "Selector",
     "Shard",
     "Shuffled",
+    "StepContext",
     "TrainingFailed",
     "TrainingPaused",
     "TrainingStopped",
@@ -118,7 +157,13 @@ if not TYPE_CHECKING:  # a type checker that saw it would accept any name
         if name not in _MODULES:
             import difflib
 
-            by_lower = {public.lower(): public for public in (*_MODULES, *_SUBMODULES)}
+            # `from rayprune import methods` would come back here for as long as the package is not loaded.
+            methods = importlib.import_module("rayprune.methods")
+            methods = importlib.import_module("rayprune.methods")  # `from rayprune import` would come back here
+            if name in vars(methods) and name in {cls.__name__ for cls in methods.METHODS.values()}:
+                return getattr(methods, name)
+            names = (*_MODULES, *_SUBMODULES, *(cls.__name__ for cls in methods.METHODS.values()))
+            by_lower = {public.lower(): public for public in names}
             match = difflib.get_close_matches(name.lower(), by_lower, n=1)
             hint = f": did you mean rayprune.{by_lower[match[0]]}?" if match else ""
             raise AttributeError(f"module 'rayprune' has no attribute {name!r}{hint}")
@@ -126,4 +171,6 @@ if not TYPE_CHECKING:  # a type checker that saw it would accept any name
 
 
 def __dir__() -> list[str]:
-    return __all__
+    from rayprune.methods import METHODS
+
+    return sorted({*__all__, *(cls.__name__ for cls in METHODS.values())})

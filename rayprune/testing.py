@@ -21,11 +21,13 @@ import pickle
 import random
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
+from itertools import product
 from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.core.in_batch import BatchContext, Candidates, InBatchMethod, StepContext, num_picked
 from rayprune.core.method import EpochContext, Kind, Method
 from rayprune.core.schedule import Schedule
 from rayprune.core.selection import Selection
@@ -201,13 +203,15 @@ def _drawn(name: str, epoch: int, num: int) -> NDArray[np.float32]:
             drawn = rng.exponential(size=(num, NUM_CLASSES))
         case "embedding":
             drawn = rng.normal(size=(num, 3))
+        case "logit_gradient":
+            drawn = rng.dirichlet(np.ones(NUM_CLASSES), size=num) - np.eye(NUM_CLASSES)[labels_of(num)]
         case "correct":
             drawn = rng.random(num) < 0.6
-        case "confidence" | "prob_label":
+        case "confidence" | "prob_label" | "top_gap":
             drawn = rng.random(num)
         case "margin":
             drawn = rng.uniform(-1, 1, num)
-        case "boundary_label":
+        case "boundary_label" | "logit_margin":
             drawn = rng.normal(size=num)
         case _:
             drawn = rng.exponential(size=num)
@@ -354,6 +358,7 @@ def _global_random_state(method: Method, num_epochs: int) -> None:
 def _purity(method: Method, num_epochs: int) -> None:
     run = SyntheticRun(method, num_epochs)
     for epoch in range(run.num_epochs):
+        run.selector.end_sweep()  # which may write columns
         table, context = run.selector.table, run.context(epoch)
         before = _table_bytes(table)
         one = run.selector.method.select(table, context)
@@ -421,6 +426,10 @@ def _labels(method: Method, num_epochs: int) -> None:
 
 @_check("thin at random with context.thin(), which keeps the floor, and leave the rest to the Selector")
 def _class_floor(method: Method, num_epochs: int) -> None:
+    if method.step()[0] == "in_batch":
+        return  # it refuses a floor, as a batch may lack a class
+    if method.step()[0] == "in_batch":
+        return  # it refuses a floor, as a batch may lack a class
     for floor in (0.3, 0.9, 1.0):
         floored = dataclasses.replace(method, class_floor=floor)
         least_C = np.ceil(np.bincount(labels_of(NUM_SAMPLES)) * floor - 1e-9)
@@ -497,3 +506,88 @@ def _check_means(method: Method, num_epochs: int) -> None:
     close = np.abs(mean_V - values_VN.sum(axis=1)) <= 4.5 * error_V + 1e-6 * values_VN.sum(axis=1)
     ratio = mean_V[0] / num
     _require(close.all(), f"it is declared unbiased, and its weights sum to {ratio:.3f}·N over {num_draws} draws")
+
+
+class SyntheticBatches:
+    """An in-batch method on batches of a run with random signals.
+
+    Args:
+        method: the method; its columns from files are random, too.
+        seed: of the run.
+    """
+
+    def __init__(self, method: InBatchMethod, seed: int = 3) -> None:
+        self.method, self._seed = method, seed
+        drawn = signals_of(method.file_columns(), np.arange(NUM_SAMPLES), 0)
+        states = method.state_columns(NUM_SAMPLES)
+        self.columns = {name: np.full(NUM_SAMPLES, value, dtype=np.float32) for name, value in states.items()} | drawn
+        run = SyntheticRun(method, seed=seed)
+        run.run(range(2))
+        self._facts = run.selector.begin_epoch(2).facts
+
+    def context(self, ids: NDArray[np.int64], step: int) -> BatchContext:
+        """Return the context of a batch of step `step` of 10 in epoch 2 of 4."""
+        context = StepContext(
+            epoch=2, num_epochs=4, step=step, num_steps=10, num_samples=NUM_SAMPLES, seed=self._seed, facts=self._facts
+        )
+        columns = {name: column[ids] for name, column in self.columns.items()}
+        return context.with_rows(ids, labels_of(NUM_SAMPLES)[ids], columns)
+
+    def signals(self, ids: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+        """Return the signals of a batch."""
+        return signals_of(self.method.batch_signals, ids, 2)
+
+    def pick(
+        self, ids: NDArray[np.int64], step: int = 0, signals: Mapping[str, NDArray[Any]] | None = None
+    ) -> dict[int, float]:
+        """Return the picked ids with their weights."""
+        signals = self.signals(ids) if signals is None else signals
+        rows, weights = Candidates(signals, self.context(ids, step)).pick(self.method)
+        return dict(zip(ids[rows].tolist(), weights.tolist(), strict=True))
+
+
+_BATCHES = (1, 2, 7, NUM_SAMPLES)
+
+
+@_check(
+    "pick() returns distinct rows in 0..B-1, as many as `keep` says, for any B ≥ 1 and any finite signals, and weights "
+    "or None; it draws from context.rng and changes nothing that it gets"
+)
+def _picks(method: Method, num_epochs: int) -> None:
+    if not isinstance(method, InBatchMethod):
+        return
+    batches = SyntheticBatches(method)
+    before = pickle.dumps(np.random.get_state()), random.getstate()  # noqa: NPY002
+    for size in _BATCHES:
+        ids = np.random.default_rng(size).permutation(NUM_SAMPLES)[:size]
+        drawn = batches.signals(ids)
+        cases = {
+            "random": drawn,
+            "equal": {name: np.ones_like(array) for name, array in drawn.items()},
+            "zero": {name: np.zeros_like(array) for name, array in drawn.items()},
+            "huge": {name: array * np.float32(1e30) for name, array in drawn.items()},
+        }
+        for (kind, signals), step in product(cases.items(), range(3)):
+            _require(isinstance(method.picks(batches.context(ids, step)), bool), "picks() returns no bool")
+            picked, where = batches.pick(ids, step, signals), f"of {size} rows with {kind} signals"
+            _require(picked == batches.pick(ids, step, signals), f"{where}, it picks others when asked again")
+            keep = getattr(method, "keep", None)
+            if isinstance(keep, float):
+                count = num_picked(keep, size)
+                _require(len(picked) == count, f"{where}, it picks {len(picked)}, and keep {keep:g} means {count}")
+    _require(pickle.dumps(np.random.get_state()) == before[0], "it uses NumPy's global generator")  # noqa: NPY002
+    _require(random.getstate() == before[1], "it uses the global generator of the module `random`")
+
+
+@_check("update() returns a finite number per candidate, (B,), for each name in state_columns(), and for no other")
+def _state_columns(method: Method, num_epochs: int) -> None:
+    if isinstance(method, InBatchMethod):
+        batches, ids = SyntheticBatches(method), np.arange(0, NUM_SAMPLES, 2)
+        states = sorted(method.state_columns(NUM_SAMPLES))
+        for step in range(3):
+            updated = Candidates(batches.signals(ids), batches.context(ids, step)).update(method)
+            _require(sorted(updated) == states, f"update() returns {sorted(updated)}, not {states}")
+            for name, values in updated.items():
+                fits = np.shape(values) == ids.shape and np.isfinite(values).all()
+                _require(fits, f"update() returns {name!r} of shape {np.shape(values)}, or with NaN")
+                batches.columns[name][ids] = values

@@ -182,7 +182,7 @@ class RunDisplay:
         self.epochs_s += line["seconds"]["epoch"]
         self._kept += line["kept"]
         before = line.get("samples_collected", 0) if self._samples_before is None else self._samples_before
-        say(epoch_row(line, self._num_epochs, before, self._kept))
+        say(epoch_row(line, self._num_epochs, before, self._kept - line.get("samples_skipped", 0)))
         self._samples_before = line["samples_trained"]
 
     def progress(self, epoch: int, observed: int, planned: int) -> None:
@@ -202,7 +202,8 @@ def epoch_row(line: Mapping[str, Any], num_epochs: int, samples_before: int, kep
         line: its line of metrics.jsonl.
         num_epochs: E.
         samples_before: samples trained in all earlier epochs, and by a scoring run.
-        kept: samples kept in this epoch and all before it; rows that `last_batch: drop` leaves out are not saved.
+        kept: samples kept in this epoch and all before it, without those skipped inside batches; rows that `last_batch:
+            drop` leaves out are not saved.
     """
     seconds = training_seconds(line["seconds"])
     rate = (line["samples_trained"] - samples_before) / seconds if seconds else None

@@ -28,6 +28,7 @@ from rayprune.config.schema import (
 from rayprune.config.shipped import config_hint, find_config
 from rayprune.config.yaml import merge, parse_overrides, read_yaml
 from rayprune.core.references import closest
+from rayprune.core.static import ScoredMethod
 from rayprune.core.validation import short_repr
 from rayprune.errors import ConfigError
 from rayprune.methods import Method, build_method
@@ -37,6 +38,7 @@ from rayprune.methods.registry import method_fields
 _NEUTRAL: dict[str, dict[str, Any]] = {
     "train": {"record": (), "compile": False, "step": {"name": "plain"}},
     "data": {"hold_out": None},
+    "collect": {"runs": 1, "embedder": None},
 }
 
 
@@ -95,8 +97,11 @@ class Config(Strict):
         """Return the method that the config names."""
         return build_method(self.method)
 
-    def scoring(self) -> Config:
+    def scoring(self, number: int = 0) -> Config:
         """Return the config of a static method's scoring run: the first epochs, on all samples.
+
+        Args:
+            number: which of the `collect.runs`, from 0.
 
         Raises:
             ConfigError: a key of `collect` is wrong.
@@ -109,6 +114,7 @@ class Config(Strict):
                 if key not in fields:
                     raise ConfigError(f"unknown key {f'collect.{name}.{key}'!r}: {closest(key, fields)}")
         method = self.build_method()
+        self._check_collect(method)
         tree = self.model_dump(mode="json", exclude={"collect", "compare", "sweep"})
         tree["train"].pop("validate_every")
         tree = merge(tree, self.collect.changes)
@@ -121,17 +127,37 @@ class Config(Strict):
         # Validating the scoring run would cost time and change nothing.
         tree["train"] = {"validate_every": needed, **tree["train"], "stop_after": needed}
         folder = str(Path(self.run.storage_path) / str(self.run.name))
-        tree["run"] |= {"storage_path": folder, "name": "collect", "resume": "auto"}
+        name = "collect" if number == 0 else f"collect_{number + 1}"
+        tree["run"] |= {"storage_path": folder, "name": name, "resume": "auto"}
+        tree["train"]["seed"] += number
+        tree["collect"] = {"embedder": self.collect.embedder}
         # Scores do not depend on the selection made from them, so that another ratio can reuse the scoring run.
         defaults = method_fields(type(method))
         tree["method"] |= {name: defaults[name] for name in method.selection_fields}
         return make_config(tree)
 
+    def _check_collect(self, method: Method) -> None:
+        """Refuse what the method cannot use: several scoring runs, or an embedder; or what it lacks."""
+        if self.collect.runs > 1 and not isinstance(method, ScoredMethod):
+            raise ConfigError(
+                f"collect.runs = {self.collect.runs}: averages the scores of methods such as el2n, and "
+                f"{method.name} chooses by no single score: leave it out"
+            )
+        if self.collect.embedder is None:
+            return
+        if method.sweep_signals != ("embedding",) or set(method.signals) - {"loss"}:
+            raise ConfigError(
+                f"collect.embedder gives embeddings alone, and method {method.name!r} also needs others: use a method "
+                "such as k_center, or leave it out"
+            )
+        if method.collect_epochs != 1:
+            raise ConfigError("collect.embedder makes one forward pass and trains nothing: set method.score_epochs=1")
+
     def identity(self) -> dict[str, Any]:
         """Return the settings that affect the result, nested and in plain types; paths on this machine do not."""
         excluded: Any = dict.fromkeys(("scaling", "run", "compare", "sweep"), True)
         # Runs compare the data's fingerprint instead of its paths, and a higher stop_after continues a run.
-        excluded |= {"data": {"path", "cache", "cache_dir", "buffer_bytes"}, "train": {"stop_after"}}
+        excluded |= {"data": {"path", "cache", "cache_dir", "buffer_bytes"}, "train": {"stop_after"}, "collect": set()}
         for section, values in _NEUTRAL.items():
             excluded[section] |= {key for key, value in values.items() if getattr(getattr(self, section), key) == value}
         if not self.build_method().collect_epochs:

@@ -17,6 +17,7 @@ from rayprune.core.references import absolute_reference, closest
 from rayprune.core.step_options import step_config
 from rayprune.core.validation import check_keys, mismatch
 from rayprune.errors import ConfigError
+from rayprune.methods.registry import method_class
 
 Auto = Literal["auto"]
 TRACKERS = ("mlflow", "wandb")
@@ -36,8 +37,11 @@ AutoCount = Annotated[Auto | int, AfterValidator(_check_auto_count)]
 def absolute_method(method: Mapping[str, Any]) -> dict[str, Any]:
     """Return a method's config with absolute paths, as actors run in other folders."""
     absolute = {**method, "name": absolute_reference(method["name"])}
-    if isinstance(path := method.get("path"), str) and path and "://" not in path:
-        absolute["path"] = str(Path(path).expanduser().absolute())
+    for field in method_class(absolute["name"]).path_fields:
+        if isinstance(path := method.get(field), str) and path and "://" not in path:
+            absolute[field] = str(Path(path).expanduser().absolute())
+    if isinstance(inner := method.get("of"), Mapping) and isinstance(inner.get("name"), str):
+        absolute["of"] = absolute_method(inner)
     return absolute
 
 
@@ -64,10 +68,16 @@ class Augmentation:
     Args:
         crop: pixels of zero padding on each side before a random crop to the original size; 0: none.
         flip: flip half of the images horizontally.
+        resized_crop: side of the network's input, in pixels, to which a random part of each image is resized;
+            validation takes the central square of this side. Store images at about 8/7 of it (data.image_size=256 for
+            224); 0: none.
+        scale: the smallest and the largest share of the image's area in that part.
     """
 
     crop: int = 0
     flip: bool = False
+    resized_crop: int = 0
+    scale: tuple[float, float] = (0.08, 1.0)
 
 
 class DataSection(Section, extra="allow"):
@@ -82,7 +92,7 @@ class DataSection(Section, extra="allow"):
         "auto", description="where to keep decoded samples; auto: on disk if there is room"
     )
     augment: Auto | dict[str, Any] = Field(
-        "auto", description="crop (pixels), flip; auto: the usual one of the dataset"
+        "auto", description="crop (pixels), flip, resized_crop (pixels), scale; auto: the usual one of the dataset"
     )
 
     @model_validator(mode="before")
@@ -95,8 +105,14 @@ class DataSection(Section, extra="allow"):
     def _check_augmentation(cls, value: Any) -> Any:
         if value != "auto":
             check_keys(Augmentation, value, "data.augment", "the augmentation")
-            if value.get("crop", 0) < 0:
-                raise ConfigError(f"data.augment.crop = {value['crop']}: must be at least 0 pixels")
+            for key in ("crop", "resized_crop"):
+                if value.get(key, 0) < 0:
+                    raise ConfigError(f"data.augment.{key} = {value[key]}: must be at least 0 pixels")
+            if value.get("crop") and value.get("resized_crop"):
+                raise ConfigError("data.augment.crop and resized_crop exclude each other: leave one out")
+            low, high = value.get("scale", (1, 1))
+            if not 0 < low <= high <= 1:
+                raise ConfigError(f"data.augment.scale = {[low, high]}: must ascend above 0 and to at most 1")
         return value
 
     @property
@@ -135,7 +151,9 @@ class TrainSection(Section):
     channels_last: Auto | bool = Field("auto", description="memory layout of images; auto: true")
     compile: bool = Field(False, description="torch.compile the network, which slows the first epoch")
     validate_every: int = Field(1, ge=1, description="epochs between validations; the last epoch always validates")
-    step: str | dict[str, Any] = Field("plain", description="plain, exits or l2w, or {name: …} with its options")
+    step: str | dict[str, Any] = Field(
+        "plain", description="plain, exits, l2w or file.py:Class, or {name: …} with its options"
+    )
     stop_after: int | None = Field(None, ge=1, description="stop after so many epochs; schedules still span all epochs")
     record: tuple[str, ...] = Field((), description="signals whose mean over the visits goes to scores.parquet")
     max_nonfinite: int = Field(100, ge=0, description="NaN or infinite losses in a run before training stops")
@@ -143,7 +161,8 @@ class TrainSection(Section):
     @field_validator("step")
     @classmethod
     def _resolve_step(cls, value: str | dict[str, Any]) -> dict[str, Any]:
-        return step_config(value)
+        resolved = step_config(value)
+        return {**resolved, "name": absolute_reference(resolved["name"])}
 
     @property
     def step_name(self) -> str:
@@ -286,6 +305,11 @@ class CollectSection(Section):
 
     fresh: bool = Field(True, description="train a new network on the subset; false continues the one that scored")
     trajectories: str | None = Field(None, description="score logged E_Output.npy, E_Index.npy in this folder instead")
+    runs: int = Field(1, ge=1, description="scoring runs, with the seeds train.seed, +1, …; their scores are averaged")
+    embedder: str | None = Field(
+        None,
+        description="a pretrained network for the embeddings, torchvision:NAME or module:function, instead of training",
+    )
     data: dict[str, Any] = Field(default_factory=dict, description="keys of data that differ while scoring")
     model: dict[str, Any] = Field(default_factory=dict, description="keys of model that differ while scoring")
     train: dict[str, Any] = Field(default_factory=dict, description="keys of train that differ while scoring")
@@ -301,6 +325,7 @@ class CollectSection(Section):
         changed = [f"collect.{name}.{key}" for name, keys in self.changes.items() for key in keys]
         if self.trajectories is not None:
             changed = ["collect.trajectories", *changed]
+        changed += [f"collect.{name}" for name in ("runs", "embedder") if getattr(self, name) not in (1, None)]
         if not self.fresh and changed:
             raise ConfigError(f"collect.fresh = False makes no scoring run: leave out {', '.join(changed)}")
         if self.trajectories is not None and len(changed) > 1:

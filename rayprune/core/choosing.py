@@ -25,7 +25,7 @@ from rayprune.core.validation import check_share
 from rayprune.errors import ConfigError, DataError
 
 Rule = Literal["top", "bottom", "middle", "strata"]
-Balance = Literal["none", "proportional", "even"]
+Balance = Literal["none", "proportional", "even", "drop"]
 
 
 def choose(
@@ -35,6 +35,7 @@ def choose(
     *,
     labels: NDArray[np.integer[Any]] | None = None,
     balance: Balance = "none",
+    recalls: NDArray[np.floating[Any]] | None = None,
     rng: np.random.Generator | None = None,
     num_strata: int = 50,
     drop_bottom: float = 0.0,
@@ -50,6 +51,7 @@ def choose(
             "strata" draws from the whole range of scores.
         labels: (N,) integers, needed to balance.
         balance: "none", or how `quotas` divides the count among classes; the rule then applies to each class.
+        recalls: (C,) recall of each class on validation data, in [0, 1], for the balance "drop".
         rng: the generator of "strata"; the other rules draw nothing.
         num_strata: S, for "strata".
         drop_bottom, drop_top: shares of all N in [0, 1), rounded down, of the lowest and the highest scores, which are
@@ -72,7 +74,7 @@ def choose(
     num_candidates = scores.size - num_lowest - num_pruned(drop_top, scores.size)
     _check_count(count, num_candidates, scores.size)
     candidates = _block(np.argsort(scores, kind="stable"), scores, num_lowest, num_candidates)
-    groups = _groups(candidates, count, labels, balance)
+    groups = _groups(candidates, count, labels, balance, recalls)
     if rule == "strata":
         draw = _strata_generator(rng, scores, num_strata)
         parts = [draw_strata(rows, scores[rows], quota, num_strata, draw, reweigh=reweigh) for rows, quota in groups]
@@ -127,16 +129,27 @@ def _strata_generator(rng: np.random.Generator | None, scores: NDArray[Any], num
 
 
 def _groups(
-    candidates: Ids, count: int, labels: NDArray[np.integer[Any]] | None, balance: Balance
+    candidates: Ids,
+    count: int,
+    labels: NDArray[np.integer[Any]] | None,
+    balance: Balance,
+    recalls: NDArray[np.floating[Any]] | None,
 ) -> list[tuple[Ids, int]]:
     """Return (rows, quota) of all samples, or of each class; rows sorted as the candidates are."""
     if balance == "none" or labels is None:
         return [(candidates, count)]
-    _, classes = np.unique(labels[candidates], return_inverse=True)
+    present, classes = np.unique(labels[candidates], return_inverse=True)
     sizes = np.bincount(classes)
     # Few classes fit in one or two bytes, which NumPy sorts in linear time.
     order = np.argsort(classes.astype(np.min_scalar_type(sizes.size - 1)), kind="stable")
     by_class = np.split(candidates[order], np.cumsum(sizes)[:-1])
+    if balance == "drop":
+        if recalls is None or recalls.size <= present[-1]:
+            raise ConfigError(
+                "balance 'drop' needs the recall of each class on validation data, which the scoring run of rayprune "
+                "train measures: use it there, with a validation split"
+            )
+        return list(zip(by_class, drop_quotas(sizes, recalls[present], count).tolist(), strict=True))
     return list(zip(by_class, quotas(sizes, count, balance).tolist(), strict=True))
 
 
@@ -256,6 +269,64 @@ def quotas(sizes: NDArray[np.integer[Any]], count: int, balance: Balance) -> NDA
         order = np.flatnonzero(sizes > quota)
     quota[order[: count - int(quota.sum())]] += 1
     return quota
+
+
+def drop_quotas(sizes: NDArray[np.integer[Any]], recalls: NDArray[np.floating[Any]], count: int) -> NDArray[np.int64]:
+    """Divide a count among classes as DRoP does: more of those that are recognized less often.
+
+    Vysogorets, Ahuja, Kempe, "DRoP: Distributionally Robust Data Pruning", ICLR 2025, arXiv 2404.05579: quotas in
+    proportion to N_k·(1 − recall_k); a class that is too small is kept whole, and the others share the rest. Ours: the
+    quotas are whole numbers with an exact sum, and classes of recall 1 share what the others cannot take by size.
+
+    Args:
+        sizes: (C,) N_k.
+        recalls: (C,) in [0, 1].
+        count: the number to keep in total, in [0, sum of sizes].
+
+    Returns:
+        (C,) int64, at most the sizes, with sum `count`.
+
+    >>> drop_quotas(np.array([50, 100, 200]), np.array([0.5, 0.8, 0.9]), 140).tolist()
+    [50, 45, 45]
+    """
+    if not np.isfinite(recalls).all() or recalls.min(initial=0.0) < 0.0 or recalls.max(initial=0.0) > 1.0:
+        raise ConfigError(f"recalls {np.asarray(recalls).tolist()} are not shares in [0, 1]")
+    return capped_quotas(sizes, sizes * (1.0 - recalls), count)
+
+
+def capped_quotas(sizes: NDArray[np.integer[Any]], shares: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """Divide a count among classes in proportion to shares; classes that are too small are kept whole.
+
+    The other classes divide what is left, again in proportion. Classes of share 0 divide by size what the others cannot
+    take. The largest remainders get one more, lower classes first.
+
+    Args:
+        sizes: (C,) integers, the number of samples of each class.
+        shares: (C,) finite, at least 0; only their proportions matter.
+        count: the number to keep in total, in [0, sum of sizes].
+
+    Returns:
+        (C,) int64, at most the sizes, with sum `count`.
+
+    >>> capped_quotas(np.array([10, 100, 100]), np.array([2.0, 1.0, 1.0]), 60).tolist()
+    [10, 25, 25]
+    """
+    sizes = np.asarray(sizes, dtype=np.int64)
+    if not 0 <= count <= sizes.sum():
+        raise ConfigError(f"count {count} is outside 0..{sizes.sum()}, the number of samples in all classes")
+    quota = np.zeros(sizes.size, dtype=np.float64)
+    for by in (shares, sizes.astype(np.float64)):
+        while (rest := count - quota.sum()) > 1e-9 and (free := (quota < sizes) & (by > 0.0)).any():
+            quota[free] += rest * by[free] / by[free].sum()
+            over = quota >= sizes
+            if not (over & free).any():
+                break
+            # Start again with the classes that are too small kept whole.
+            quota = np.where(over, sizes, 0.0)
+    whole = np.floor(quota + 1e-9).astype(np.int64)
+    order = np.argsort(np.where(whole < sizes, whole - quota, np.inf), kind="stable")
+    whole[order[: count - int(whole.sum())]] += 1
+    return whole
 
 
 def draw_strata(

@@ -16,7 +16,7 @@ Shapes: N samples, B observed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -30,7 +30,7 @@ from rayprune.core.thinning import thin, thin_with_class_floor
 from rayprune.core.validation import check_fields, check_ratio, check_share, fields_to_yaml, mismatch, short_repr
 from rayprune.errors import ConfigError
 
-Kind = Literal["baseline", "dynamic", "static", "control"]
+Kind = Literal["baseline", "dynamic", "static", "in_batch", "control"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,8 @@ class Method:
 
     Class attributes:
         name: the registered name (external classes: their reference).
-        kind: baseline | dynamic (chooses again every epoch) | static (one subset) | control.
+        kind: baseline | dynamic (chooses again every epoch) | static (one subset) | in_batch (chooses inside every
+            batch) | control.
         keeps: which samples it keeps, in a few words.
         paper: authors, venue, arXiv number.
         signals: the signals that workers report for each visited sample.
@@ -49,6 +50,7 @@ class Method:
         sweep_signals: the signals of forward-only passes if other than `signals`; `fold_sweep` takes them.
         sweep_part: the part of the network for forward-only passes, one of the train step's `parts`.
         selection_fields: hyperparameters that affect the selection but not the scores.
+        path_fields: hyperparameters that are paths of files; a config makes them absolute.
 
     Args:
         class_floor: least share of every class that each epoch keeps, in [0, 1]; 0 = no floor.
@@ -65,6 +67,7 @@ class Method:
     sweep_signals: ClassVar[tuple[str, ...]] = ()
     sweep_part: ClassVar[str] = "model"
     selection_fields: ClassVar[tuple[str, ...]] = ()
+    path_fields: ClassVar[tuple[str, ...]] = ("path",)
 
     class_floor: float = 0.0
 
@@ -73,13 +76,21 @@ class Method:
         check_share("class_floor", self.class_floor)
 
     def columns(self) -> Mapping[str, Any]:
-        """Return the table's columns, name → dtype: by default one float32 per signal, its last value."""
+        """Return the table's columns, name → dtype: by default one float32 per signal, its last value.
+
+        The value can also be (dtype, row shape), or a VectorColumn for long vectors of a forward-only pass.
+        """
         return dict.fromkeys((*self.signals, *self.sweep_signals), np.float32)
 
     @property
     def collect_epochs(self) -> int:
         """Epochs on all samples that the method scores before it chooses its one subset; 0 for dynamic methods."""
         return 0
+
+    @property
+    def cost(self) -> str:
+        """What scoring costs beside training on the kept samples, in words; "" if their training gives the scores."""
+        return ""
 
     def chosen_at(self, context: EpochContext) -> int:
         """Return the epoch whose choice this epoch trains on: itself, or an earlier one if the choice holds longer."""
@@ -106,8 +117,18 @@ class Method:
         """Write the `sweep_signals` of a forward-only pass: by default the last value."""
         for name in self.sweep_signals:
             values = signals[name]
+            if name in table.vectors:
+                table.vectors[name].put(ids, values)
+                continue
             column = table.widen(name, values.shape[1]) if values.ndim == 2 else table[name]
             column[ids] = values
+
+    def condense(self, table: ScoreTable, context: EpochContext) -> None:
+        """Turn `table.vectors` into columns after the forward-only pass of the context's epoch; then they are deleted.
+
+        A pure function of the vectors, the columns and the context. Only methods with a VectorColumn need it.
+        """
+        raise TypeError(f"{type(self).__name__} declares vectors and defines no condense()")
 
     def select(self, table: ScoreTable, context: EpochContext) -> Selection:
         """Choose an epoch's samples; a pure function of table and context."""
@@ -173,6 +194,8 @@ class EpochContext:
         class_floor: the least share of every class that the epoch keeps; 0 = no floor.
         visits_before: samples kept in all earlier epochs together.
         chosen: the selection of a method that reads one from a file, or None.
+        recalls: (C,) recall of each class on validation data in the scoring run, or None.
+        averaged: name → (N,) scores averaged over several scoring runs, instead of the table's; usually empty.
     """
 
     epoch: int
@@ -183,6 +206,8 @@ class EpochContext:
     class_floor: float = 0.0
     visits_before: int = 0
     chosen: Selection | None = None
+    recalls: NDArray[np.float64] | None = None
+    averaged: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     @cached_property
     def rng(self) -> np.random.Generator:

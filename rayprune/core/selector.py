@@ -42,6 +42,8 @@ class Selector:
         chosen: the selection of a method that reads one from a file (`Fixed`).
         record: signals whose mean over the visits, `NAME_mean`, is added to the method's scores.
         visits_collected: samples trained by an earlier run that scored them; they count in `budget_so_far`.
+        recalls: (C,) recall of each class on validation data in that run, for the balance `drop`.
+        averaged: name → (N,) scores averaged over several such runs, which replace the table's.
 
     Raises:
         ConfigError: `method` is not a method, a number is out of range, labels do not fit, or labels are needed.
@@ -66,6 +68,8 @@ class Selector:
         chosen: Selection | None = None,
         record: tuple[str, ...] = (),
         visits_collected: int = 0,
+        recalls: NDArray[np.float64] | None = None,
+        averaged: Mapping[str, NDArray[Any]] | None = None,
     ) -> None:
         if not isinstance(method, Method):
             raise ConfigError(
@@ -87,6 +91,7 @@ class Selector:
         if chosen is not None and chosen.num_samples != self.num_samples:
             raise ConfigError(f"the chosen selection is over {chosen.num_samples} samples, not {self.num_samples}")
         self.chosen, self.record, self.visits_collected = chosen, tuple(record), visits_collected
+        self.recalls, self.averaged = recalls, averaged or {}
         columns = {**method.columns(), **mean_columns(self.record)}
         self.table = ScoreTable(self.num_samples, columns, self.num_epochs)
         self.epoch = -1
@@ -109,6 +114,7 @@ class Selector:
             return self._selection
         if epoch < self.epoch:
             raise ConfigError(f"epoch {epoch} is over: epoch {self.epoch} has begun")
+        self.end_sweep()
         visits_before = self.visits_before + (self._selection.num_kept if self.epoch >= 0 else 0)
         selection = self._select(epoch, visits_before)
         self.epoch, self.visits_before, self._selection = epoch, visits_before, selection
@@ -121,11 +127,27 @@ class Selector:
             raise ConfigError(f"epoch {epoch!r} is not an integer in [0, {self.num_epochs})")
         return int(epoch)
 
-    def _select(self, epoch: int, visits_before: int) -> Selection:
-        floor = self.method.class_floor
-        context = EpochContext(
-            epoch, self.num_epochs, self.num_samples, self.seed, self.labels, floor, visits_before, self.chosen
+    def end_sweep(self) -> None:
+        """Let the method condense the vectors of the current epoch's forward-only pass, if there are any.
+
+        `begin_epoch` of the next epoch does it, too.
+
+        Raises:
+            ConfigError: a sample has no vector.
+        """
+        if any(not vectors.is_empty for vectors in self.table.vectors.values()):
+            self.method.condense(self.table, self._context(self.epoch, self.visits_before))
+            for vectors in self.table.vectors.values():
+                vectors.clear()
+
+    def _context(self, epoch: int, visits_before: int) -> EpochContext:
+        run = (epoch, self.num_epochs, self.num_samples, self.seed, self.labels)
+        return EpochContext(
+            *run, self.method.class_floor, visits_before, self.chosen, recalls=self.recalls, averaged=self.averaged
         )
+
+    def _select(self, epoch: int, visits_before: int) -> Selection:
+        floor, context = self.method.class_floor, self._context(epoch, visits_before)
         selection = self.method.select(self.table, context)
         if selection.num_samples != self.num_samples:
             raise RuntimeError(f"the selection is over {selection.num_samples} samples, not {self.num_samples}")
@@ -134,7 +156,7 @@ class Selector:
                 f"epoch {epoch}: the method meant to drop {selection.expected_drops:.0f} samples at prune ratio "
                 f"{selection.requested:g} and dropped none"
             )
-        if selection.num_kept == 0:
+        if selection.num_kept == 0 and not selection.num_scored:
             raise RuntimeError(f"epoch {epoch}: no sample is kept at prune ratio {selection.requested:g}: lower it")
         if floor > 0:
             assert self.labels is not None
@@ -220,7 +242,8 @@ class Selector:
     def scores(self) -> dict[str, NDArray[Any]]:
         """Return the method's scores and the recorded means, name → (N,) copy; NaN where a sample was never visited."""
         means = {name: self.table[name] for name in mean_columns(self.record)}
-        return {name: np.array(column) for name, column in {**self.method.scores(self.table), **means}.items()}
+        scores = {**self.method.scores(self.table), **self.averaged, **means}
+        return {name: np.array(column) for name, column in scores.items()}
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Return the whole state as arrays by name, not copied and free of pickle: table and current Selection."""

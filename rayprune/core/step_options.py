@@ -1,4 +1,7 @@
-"""The train steps that `train.step` can name, and their options; importing them needs no torch."""
+"""The train steps that `train.step` can name, and their options; importing them needs no torch.
+
+A step of the user's own is named by `module:Class` or `path/to/file.py:Class`; its class says what its options are.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from rayprune.core.references import closest
+from rayprune.core.references import closest, is_reference, load_object
 from rayprune.core.validation import check_keys, plain, short_repr
 from rayprune.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class PlainOptions:
-    """The network's usual step; for a network with several exits, `exits` with its defaults."""
+class StepOptions:
+    """The options of a train step, as keys of `train.step`; subclasses are frozen dataclasses with defaults."""
 
     # For `rayprune methods`: the paper, the cost of a sample in plain steps, and the published gain.
     paper: ClassVar[str] = ""
     cost: ClassVar[str] = "1"
     gain: ClassVar[str] = ""
+
+
+@dataclass(frozen=True)
+class PlainOptions(StepOptions):
+    """The network's usual step; for a network with several exits, `exits` with its defaults."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,26 @@ class L2wOptions(ExitsOptions):
                 raise ConfigError(f"train.step.{name} = {getattr(self, name)}: must be at least 0")
 
 
-STEP_OPTIONS: dict[str, type[PlainOptions]] = {"plain": PlainOptions, "exits": ExitsOptions, "l2w": L2wOptions}
+STEP_OPTIONS: dict[str, type[StepOptions]] = {"plain": PlainOptions, "exits": ExitsOptions, "l2w": L2wOptions}
+
+
+def options_class(name: Any) -> type[StepOptions]:
+    """Return the class of the options of a step that `train.step` names.
+
+    Raises:
+        ConfigError: an unknown name, or a reference to something other than a train step with options.
+    """
+    if not isinstance(name, str) or not is_reference(name):
+        if name not in STEP_OPTIONS:
+            raise ConfigError(f"unknown train.step {short_repr(name)}: {closest(str(name), STEP_OPTIONS)}")
+        return STEP_OPTIONS[name]
+    options = getattr(load_object(name), "options_class", None)
+    if not (isinstance(options, type) and issubclass(options, StepOptions) and dataclasses.is_dataclass(options)):
+        raise ConfigError(
+            f"train.step {name!r} is not a train step with options: subclass rayprune.nn.steps.PlainStep, and set "
+            "options_class to a frozen dataclass that subclasses StepOptions"
+        )
+    return options
 
 
 def step_config(step: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -111,8 +138,6 @@ def step_config(step: str | Mapping[str, Any]) -> dict[str, Any]:
     name = keys.pop("name", None)
     if name is None:
         raise ConfigError("train.step has no name: write train.step: {name: exits}, or train.step: exits")
-    if name not in STEP_OPTIONS:
-        raise ConfigError(f"unknown train.step {short_repr(name)}: {closest(str(name), STEP_OPTIONS)}")
-    options = STEP_OPTIONS[name]
+    options = options_class(name)
     check_keys(options, keys, "train.step", f"train step {name!r}")
     return {"name": name, **dataclasses.asdict(options(**{key: plain(value) for key, value in keys.items()}))}

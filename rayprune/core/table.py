@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.core.vectors import VectorColumn, Vectors
 from rayprune.errors import ConfigError, RunFolderError
 
 Ids = NDArray[np.int64]
@@ -47,13 +48,20 @@ class ScoreTable:
     Args:
         num_samples: N.
         columns: column name → NumPy dtype, or (dtype, row shape) for vectors; a row shape (None,) is a vector whose
-            length the first observation sets (`widen`).
+            length the first observation sets (`widen`). A VectorColumn is kept apart, in `vectors`.
         num_epochs: E, which sizes the counter of prunings.
+
+    Attributes:
+        vectors: name → the vectors of the current forward-only pass; they are in no checkpoint.
     """
 
     def __init__(self, num_samples: int, columns: Mapping[str, Any], num_epochs: int) -> None:
         self.columns: MutableMapping[str, NDArray[Any]] = {}
+        self.vectors: dict[str, Vectors] = {}
         for name, spec in columns.items():
+            if isinstance(spec, VectorColumn):
+                self.vectors[name] = Vectors(name, num_samples, spec.storage)
+                continue
             dtype, shape = spec if isinstance(spec, tuple) else (spec, ())
             row_shape = tuple(0 if length is None else length for length in shape)
             self.columns[name] = np.full((num_samples, *row_shape), _missing(dtype), dtype=dtype)

@@ -30,7 +30,7 @@ from rayprune.config import Config, make_config
 from rayprune.config.yaml import read_yaml
 from rayprune.engine.cluster import TrialResources
 from rayprune.engine.monitoring import error_line, kept_handlers
-from rayprune.engine.storage.resume import SCORING, run_folder_of
+from rayprune.engine.storage.resume import is_scoring_run, run_folder_of
 from rayprune.engine.storage.run_folder import read_metrics
 from rayprune.engine.train.driver import Start, train
 from rayprune.errors import TrainingStopped
@@ -191,7 +191,7 @@ class Trial(tune.Trainable):
             self._records.put(None)
 
     def _on_start(self, start: Start) -> None:
-        self._is_scoring = start.folder.name == SCORING  # its epochs are part of the cost of the run that follows
+        self._is_scoring = is_scoring_run(start.folder)  # its epochs are part of the cost of the run that follows
 
     def _on_epoch(self, record: dict[str, Any]) -> None:
         if not self._is_scoring and not self._is_last(record):  # reported when the run has ended

@@ -103,6 +103,12 @@ class DynaMS(Method):
         object.__setattr__(self, "sweep_part", "model" if self.proxy_width is None else "proxy")
         object.__setattr__(self, "needs_labels", self.balance == "even")
 
+    @property
+    def cost(self) -> str:
+        """The scoring of each block."""
+        epochs = self.block_epochs or "10"
+        return f"a forward pass every {epochs} epochs" + (", the proxy's training" if self.proxy_width else "")
+
     def step(self) -> tuple[str, dict[str, Any]]:
         """Return the step that also trains the proxy if there is one."""
         proxy = {"width": self.proxy_width, "weight": self.proxy_weight}

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.core.dynamic import warn_once
 from rayprune.core.method import EpochContext, Method
 from rayprune.core.schedule import Schedule, epoch_at
 from rayprune.core.selection import Selection
@@ -164,9 +164,3 @@ def _buckets(loss: NDArray[np.float32], thresholds: NDArray[np.float64]) -> NDAr
             # Comparisons with NaN are False, so a sample without a score is never a candidate.
             buckets[rows][loss[rows].astype(np.float64) < thresholds[code - 1]] = code
     return buckets
-
-
-@cache
-def warn_once(line: str) -> None:
-    """Log a warning once per process: a run tries its method out before it starts."""
-    logger.warning("%s", line)

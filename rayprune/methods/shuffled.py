@@ -1,7 +1,8 @@
 """The control arm: any method with its scores permuted across samples.
 
 It prunes as much as the inner method, by the same rule and with the same weights, but the scores belong to other
-samples. The inner method's gain over this arm is the value of its scores.
+samples. The inner method's gain over this arm is the value of its scores. For a method that picks inside batches, the
+signals of every batch are permuted across its rows.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from rayprune.methods.registry import build_method, register
 
 _PERMUTATION = 2  # keeps the permutation's generator apart from the inner method's
 _INNER_ATTRIBUTES = ("signals", "unbiased", "fixed", "needs_labels", "sweep_signals", "sweep_part")
-_INNER_METHODS = ("columns", "step", "check", "fold", "fold_sweep", "scores")
+_INNER_METHODS = ("columns", "check", "fold", "fold_sweep", "condense", "scores")
 
 
 @register("shuffled")
@@ -46,10 +47,22 @@ class Shuffled(Method):
             if getattr(type(self), name) is getattr(Shuffled, name):
                 object.__setattr__(self, name, getattr(inner, name))
         object.__setattr__(self, "class_floor", max(self.class_floor, inner.class_floor))
+        if inner.kind == "in_batch" and self.class_floor > 0:
+            raise ConfigError(f"class_floor = {self.class_floor}: {inner.name} chooses inside batches: leave it out")
+
+    @property
+    def cost(self) -> str:
+        """That of the inner method."""
+        return str(self.of.cost)
 
     @property
     def collect_epochs(self) -> int:
         return int(self.of.collect_epochs)
+
+    def step(self) -> tuple[str, dict[str, Any]]:
+        """Return the inner method's step; one that picks inside batches gets permuted signals."""
+        name, options = self.of.step()
+        return name, {**options, "permuted": True} if name == "in_batch" else options
 
     def select(self, table: ScoreTable, context: EpochContext) -> Selection:
         """Select on a permuted copy of the table; a choice that holds for several epochs keeps its permutation."""

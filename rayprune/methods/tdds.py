@@ -28,9 +28,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.choosing import choose, num_pruned
-from rayprune.core.method import EpochContext, Method
+from rayprune.core.choosing import choose
+from rayprune.core.method import EpochContext
 from rayprune.core.selection import Selection
+from rayprune.core.static import StaticMethod, check_equal
 from rayprune.core.table import Ids, ScoreTable, Signals, chunks
 from rayprune.errors import ConfigError
 from rayprune.methods.registry import register
@@ -44,7 +45,7 @@ _SUM_TOLERANCE = 1e-3
 
 @register("tdds")
 @dataclass(frozen=True)
-class TDDS(Method):
+class TDDS(StaticMethod):
     """Keep the samples whose probabilities changed most unevenly in the first T epochs.
 
     Args:
@@ -59,14 +60,13 @@ class TDDS(Method):
             default is off.
     """
 
-    kind = "static"
     keeps = "the most uneven in their predictions"
     paper = "Zhang et al., CVPR 2024, arXiv 2311.13613"
     signals = ("probs",)
-    fixed = True
+    every_visit = True
     selection_fields = ("prune_ratio", "batch_mean_weights", "class_floor")
+    _length_field = "trajectory_len"
 
-    prune_ratio: float | Any = 0.5  # Any: __post_init__ refuses a schedule with its own message
     trajectory_len: int = 10
     window_size: int = 10
     decay: float = 0.9
@@ -76,7 +76,6 @@ class TDDS(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_one_ratio(self.prune_ratio)
         if not 0.0 < self.decay <= 1.0:
             raise ConfigError(f"decay {self.decay!r} is outside (0, 1]: 1 uses the last window alone")
         _check_pairs(self._pairs)
@@ -106,32 +105,15 @@ class TDDS(Method):
         scores = dict.fromkeys(self._column_of.values(), "float32")
         return {"previous": (self.storage, (None,)), "changes": ("float32", (max(self._longest) - 1,)), **scores}
 
-    def check(self, table: ScoreTable, ids: Ids, signals: Signals, epoch: int) -> NDArray[np.bool_]:
+    def check(self, table: ScoreTable, ids: Ids, signals: Signals, epoch: int) -> NDArray[np.bool_] | None:
         """Refuse invalid probabilities and visits out of order; mask repeats and visits after the trajectory."""
-        last_B, probs_BC = table.last_visit[ids], signals["probs"]
-        self._check_order(last_B, ids, epoch)
-        if epoch >= self.collect_epochs:
-            return np.zeros(ids.size, dtype=bool)
-        _check_probs(ids, probs_BC, table["previous"].shape[1])
-        repeated: NDArray[np.bool_] = last_B == epoch
-        if repeated.any():
-            new_BC, old_BC = encode_probs(probs_BC[repeated], self.storage), table["previous"][ids[repeated]]
-            _check_repeats(ids[repeated], new_BC, old_BC, epoch)
-        return ~repeated
+        if epoch < self.collect_epochs:
+            _check_probs(ids, signals["probs"], table["previous"].shape[1])
+        return super().check(table, ids, signals, epoch)
 
-    def _check_order(self, last_visit: NDArray[np.int32], ids: Ids, epoch: int) -> None:
-        """Raise ConfigError if a sample misses its visit in the epoch before, or was visited in a later epoch."""
-        gap = last_visit < min(epoch, self.collect_epochs) - 1
-        if gap.any():
-            row = int(np.argmax(gap))
-            history = f"last visited in epoch {last_visit[row]}" if last_visit[row] >= 0 else "never visited before"
-            raise ConfigError(f"id {ids[row]} was {history} and now comes in epoch {epoch}: {self._visit_cure}")
-        past = last_visit > epoch
-        if past.any() and epoch < self.collect_epochs:
-            row = int(np.argmax(past))
-            raise ConfigError(
-                f"id {ids[row]} comes in epoch {epoch} and came in epoch {last_visit[row]} before: sort them"
-            )
+    def _check_repeats(self, table: ScoreTable, ids: Ids, signals: Signals, epoch: int) -> None:
+        new_BC = encode_probs(signals["probs"], self.storage)
+        check_equal(ids, new_BC, table["previous"][ids], "probabilities", epoch)
 
     def fold(self, table: ScoreTable, ids: Ids, signals: Signals, epoch: int) -> None:
         """Update changes and scores with this epoch's (B, C) probabilities, and store these for the next epoch."""
@@ -167,18 +149,20 @@ class TDDS(Method):
 
     def select(self, table: ScoreTable, context: EpochContext) -> Selection:
         """Keep all samples for T epochs, which must visit each of them, then the N − floor(r·N) highest scores."""
-        # `check` has made sure of the visits before the last.
-        self._check_scored("trajectory_len", table.last_visit, context)
+        selection = super().select(table, context)
         if context.epoch < self.collect_epochs:
-            return Selection.full(context.num_samples)
-        scores, num = self.scores(table)["tdds"], context.num_samples
-        drops = min(num_pruned(self.prune_ratio, num), num - 1)
-        ids = choose(scores, num - drops).ids
-        weights = _min_max_normalize(scores)[ids] if self.batch_mean_weights else None
-        selection = Selection.of_ids(ids, num, weights=weights, requested=self.prune_ratio, expected_drops=drops)
-        pair = {"trajectory_len": self.trajectory_len, "window_size": self.window_size}
-        selection = selection.with_facts(score="tdds", threshold=float(scores[ids].min()), **pair)
+            return selection
         return replace(selection, batch_mean_weights=self.batch_mean_weights)
+
+    def subset(
+        self, table: ScoreTable, context: EpochContext, count: int
+    ) -> tuple[Ids, NDArray[np.float32] | None, dict[str, Any]]:
+        """Choose the highest scores."""
+        scores = self.scores(table)["tdds"]
+        ids = choose(scores, count).ids
+        weights = _min_max_normalize(scores)[ids].astype(np.float32) if self.batch_mean_weights else None
+        pair = {"trajectory_len": self.trajectory_len, "window_size": self.window_size}
+        return ids, weights, {"score": "tdds", "threshold": float(scores[ids].min()), **pair}
 
 
 def changes(now: NDArray[np.float32], before: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -264,12 +248,3 @@ def _check_probs(ids: Ids, probs: NDArray[Any], num_classes: int) -> None:
         values = f"lie in {row.min():.4g} … {row.max():.4g} and sum to {row.sum(dtype=np.float64):.6g}"
         cure = "they must be at least 0 and sum to 1; of logits take softmax(logits.float())"
         raise ConfigError(f"probs of id {ids[wrong][0]} {values}: {cure}")
-
-
-def _check_repeats(ids: Ids, new: NDArray[Any], old: NDArray[Any], epoch: int) -> None:
-    """Raise ConfigError if a sample's second visit in an epoch has other (encoded) probabilities than the first."""
-    differ = np.flatnonzero((new != old).any(axis=1))
-    if differ.size:
-        cure = "a sampler that pads repeats samples, and two samples may share an id: give every sample its own"
-        twice = f"id {ids[differ[0]]} was observed twice in epoch {epoch}"
-        raise ConfigError(f"{twice} with different probabilities: {cure}")

@@ -4,9 +4,9 @@ A signal is one registered function of `Outputs`. The train steps call `compute_
 user's loop calls `signals_per_sample`, which also takes dense and multi-label targets.
 
 Probabilities are computed once per batch, in float32 whatever the logits' dtype. EL2N is the error norm of Paul,
-Ganguli, Dziugaite (NeurIPS 2021, arXiv 2107.07075). `margin` is the probability gap whose mean over epochs is the AUM
-of Pleiss et al. (NeurIPS 2020, arXiv 2001.10528), in probabilities instead of logits as in CCS (Zheng et al., ICLR
-2023, arXiv 2210.15809). The boundary signals are the distances of `rayprune.nn.boundary`, clipped to finite values.
+Ganguli, Dziugaite (NeurIPS 2021, arXiv 2107.07075). The mean of `logit_margin` over epochs is the AUM of Pleiss et al.
+(NeurIPS 2020, arXiv 2001.10528); `margin` is the same gap in probabilities, as in CCS (Zheng et al., ICLR 2023, arXiv
+2210.15809). The boundary signals are the distances of `rayprune.nn.boundary`, clipped to finite values.
 
 Shapes: B batch, C classes, P positions of a sample (tokens, pixels).
 """
@@ -33,6 +33,8 @@ TokenAxis = int | tuple[int, ...] | None
 DIRECT_SIGNALS = ("loss", "embedding")
 # These need the distances between the last layer's rows besides the logits.
 BOUNDARY_SIGNALS = ("boundary", "boundary_classes", "boundary_label", "boundary_label_unsigned")
+# These need the inputs of the last layer.
+EMBEDDING_SIGNALS = ("embedding", "grand")
 
 # A sweep uses the same layer for every batch.
 _HEAD_DISTANCES = PairDistances()
@@ -150,12 +152,14 @@ class Outputs:
         targets_B: (B,) int64 class indices.
         losses_B: (B,) the training loss of every sample.
         distances_CC: (C, C) float32 of `rayprune.nn.boundary.pair_distances`, for BOUNDARY_SIGNALS.
+        embeddings_BD: (B, D) the inputs of the last layer, for EMBEDDING_SIGNALS.
     """
 
     logits_BC: Tensor
     targets_B: Tensor
     losses_B: Tensor
     distances_CC: Tensor | None = None
+    embeddings_BD: Tensor | None = None
 
     @cached_property
     def probs_BC(self) -> Tensor:
@@ -166,6 +170,25 @@ class Outputs:
     def prob_label_B(self) -> Tensor:
         """The probability of the label, (B,) float32."""
         return self.probs_BC.gather(1, self.targets_B[:, None]).squeeze(1)
+
+    @cached_property
+    def errors_BC(self) -> Tensor:
+        """The probabilities minus the one-hot label, (B, C) float32: the loss's gradient with respect to the logits."""
+        return self.probs_BC.scatter(1, self.targets_B[:, None], (self.prob_label_B - 1.0)[:, None])
+
+    @property
+    def known_embeddings_BD(self) -> Tensor:
+        """The embeddings as (B, D) float32.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        if self.embeddings_BD is None:
+            raise ConfigError(
+                "signals of embeddings need the last layer's inputs: give a train step head=last_linear(…), weigh and "
+                "compute_signals embeddings"
+            )
+        return self.embeddings_BD.flatten(1).float()
 
     @property
     def pair_distances_CC(self) -> Tensor:
@@ -204,25 +227,24 @@ def check_signals(names: Iterable[str], valid: Iterable[str] = SIGNALS) -> None:
     Raises:
         ConfigError: a name is not among the valid ones.
 
-    >>> check_signals(["loss", "entrpy"])
+    >>> check_signals(["loss", "entrpy"], ("entropy", "loss"))
     Traceback (most recent call last):
-    rayprune.errors.ConfigError: unknown signal 'entrpy': did you mean 'entropy'? (valid: boundary, \
-boundary_classes, boundary_label, boundary_label_unsigned, confidence, correct, el2n, entropy, loss, \
-margin, prob_label, probs)
+    rayprune.errors.ConfigError: unknown signal 'entrpy': did you mean 'entropy'? (valid: entropy, loss)
     """
     for name in names:
         if name not in valid:
             raise ConfigError(f"unknown signal {name!r}: {closest(name, valid)}")
 
 
-def signal_floats(name: str, num_classes: int) -> int:
-    """Return how many float32 a signal holds for one sample.
+def signal_floats(name: str, num_classes: int, num_features: int = 1) -> int:
+    """Return how many float32 a signal holds for one sample, with D features in an embedding.
 
     >>> signal_floats("loss", 10), signal_floats("probs", 10)
     (1, 10)
     """
     distances_CC = torch.ones(1, 1).expand(num_classes, num_classes)  # without the memory of C² numbers
-    outputs = Outputs(torch.zeros(1, num_classes), torch.zeros(1, dtype=torch.int64), torch.zeros(1), distances_CC)
+    one = (torch.zeros(1, num_classes), torch.zeros(1, dtype=torch.int64), torch.zeros(1))
+    outputs = Outputs(*one, distances_CC, torch.zeros(1, num_features))
     return SIGNALS[name](outputs).numel()
 
 
@@ -234,6 +256,7 @@ def compute_signals(
     losses_B: Tensor,
     *,
     distances_CC: Tensor | None = None,
+    embeddings_BD: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Compute the named signals of a batch.
 
@@ -243,16 +266,19 @@ def compute_signals(
         targets_B: (B,) int64 class indices in [0, C), on the logits' device.
         losses_B: (B,) the training loss of every sample.
         distances_CC: (C, C) float32 of `rayprune.nn.boundary.pair_distances`; BOUNDARY_SIGNALS need it.
+        embeddings_BD: (B, D) inputs of the last layer; EMBEDDING_SIGNALS need them.
 
     Returns:
-        name → detached float32 tensor on the logits' device, (B,), or (B, C) for `probs` and `boundary_classes`.
+        name → detached float32 tensor on the logits' device: (B,), (B, C) for `probs`, `logit_gradient` and
+        `boundary_classes`, (B, D) for `embedding`.
 
     Raises:
-        ConfigError: a name is not in SIGNALS, or distances_CC is missing or of another shape.
+        ConfigError: a name is not in SIGNALS, distances_CC is missing or of another shape, or embeddings are missing.
     """
     names = tuple(names)
     check_signals(names)
-    outputs = Outputs(logits_BC.detach(), targets_B, losses_B.detach(), distances_CC)
+    embeddings_BD = None if embeddings_BD is None else embeddings_BD.detach()
+    outputs = Outputs(logits_BC.detach(), targets_B, losses_B.detach(), distances_CC, embeddings_BD)
     return {name: SIGNALS[name](outputs).float() for name in names}
 
 
@@ -296,20 +322,26 @@ def signals_per_sample(
             raise ConfigError(f"the method needs {', '.join(derived)}: give weigh(logits=) beside the losses")
         if targets is None:
             raise ConfigError("the method needs the targets: give weigh(targets=), or a batch with a column 'label'")
-        signals |= _derived_signals(derived, losses_B.detach(), logits.detach(), targets, head)
+        signals |= _derived_signals(derived, losses_B.detach(), logits.detach(), targets, head, embeddings)
     return {name: signals[name] for name in names}
 
 
 def _derived_signals(
-    names: tuple[str, ...], losses_B: Tensor, logits: Tensor, targets: Tensor, head: nn.Linear | Tensor | None
+    names: tuple[str, ...],
+    losses_B: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    head: nn.Linear | Tensor | None,
+    embeddings: Tensor | None,
 ) -> dict[str, Tensor]:
     rows, multi_label = losses_B.shape[0], targets.is_floating_point()
     if logits.ndim < 2 or logits.shape[0] != rows:
         raise ConfigError(f"weigh(logits=) has shape {tuple(logits.shape)}: it must be ({rows}, classes, …)")
     boundaries = [name for name in names if name in BOUNDARY_SIGNALS]
-    if boundaries and (multi_label or logits.ndim != 2):
+    of_one_class = [name for name in names if name in (*BOUNDARY_SIGNALS, *EMBEDDING_SIGNALS)]
+    if of_one_class and (multi_label or logits.ndim != 2):
         raise ConfigError(
-            f"{', '.join(boundaries)} need one class per sample, got targets {tuple(targets.shape)} and logits "
+            f"{', '.join(of_one_class)} need one class per sample, got targets {tuple(targets.shape)} and logits "
             f"{tuple(logits.shape)}: choose a method that uses other signals"
         )
     if multi_label:
@@ -326,13 +358,13 @@ def _derived_signals(
     if logits.ndim > 2:
         return _dense_signals(names, losses_B, logits, targets)
     if not boundaries:
-        return compute_signals(names, logits, targets, losses_B)
+        return compute_signals(names, logits, targets, losses_B, embeddings_BD=embeddings)
     if head is None:
         raise ConfigError(
             f"the method needs {', '.join(boundaries)}: give weigh(head=model.fc), the nn.Linear that gives the logits"
         )
     distances_CC = _HEAD_DISTANCES(head if isinstance(head, Tensor) else head.weight)
-    return compute_signals(names, logits, targets, losses_B, distances_CC=distances_CC)
+    return compute_signals(names, logits, targets, losses_B, distances_CC=distances_CC, embeddings_BD=embeddings)
 
 
 def _dense_signals(names: tuple[str, ...], losses_B: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -350,10 +382,12 @@ def _multi_label_signals(
     rows, labels = logits.shape
     binary = torch.stack([torch.zeros_like(logits), logits], dim=2).reshape(-1, 2)
     classes = (targets.reshape(-1) >= 0.5).long()
-    scalars = tuple(name for name in names if name != "probs")
+    scalars = tuple(name for name in names if name not in ("probs", "logit_gradient"))
     signals = compute_signals(scalars, binary, classes, losses_B.repeat_interleave(labels))
     means = {name: values.reshape(rows, labels).mean(1) for name, values in signals.items()}
-    return means | ({"probs": logits.float().sigmoid()} if "probs" in names else {})
+    probs = logits.float().sigmoid()
+    vectors = {"probs": probs, "logit_gradient": probs - targets}
+    return means | {name: vectors[name] for name in names if name in vectors}
 
 
 @register_signal
@@ -391,8 +425,35 @@ def entropy(outputs: Outputs) -> Tensor:
 @register_signal
 def el2n(outputs: Outputs) -> Tensor:
     """Return the Euclidean distance of the probabilities from the one-hot label."""
-    errors_BC = outputs.probs_BC.scatter(1, outputs.targets_B[:, None], (outputs.prob_label_B - 1.0)[:, None])
-    return torch.linalg.vector_norm(errors_BC, dim=1)
+    return torch.linalg.vector_norm(outputs.errors_BC, dim=1)
+
+
+@register_signal
+def logit_gradient(outputs: Outputs) -> Tensor:
+    """Return the gradient of the plain cross entropy with respect to the logits, p − onehot(y), (B, C)."""
+    return outputs.errors_BC
+
+
+@register_signal
+def embedding(outputs: Outputs) -> Tensor:
+    """Return the inputs of the last layer, (B, D)."""
+    return outputs.known_embeddings_BD
+
+
+@register_signal
+def grand(outputs: Outputs) -> Tensor:
+    """Return the norm of the last layer's gradient, weight and bias: ‖p − onehot(y)‖·sqrt(1 + ‖h‖²)."""
+    squares_B = outputs.known_embeddings_BD.square().sum(dim=1)
+    return el2n(outputs) * (1.0 + squares_B).sqrt()
+
+
+@register_signal
+def top_gap(outputs: Outputs) -> Tensor:
+    """Return the largest minus the second largest probability, in [0, 1]; 1 with one class."""
+    if outputs.logits_BC.shape[1] < 2:
+        return outputs.probs_BC[:, 0]
+    first_B, second_B = outputs.probs_BC.topk(2, dim=1).values.unbind(dim=1)
+    return first_B - second_B
 
 
 @register_signal
@@ -400,6 +461,14 @@ def margin(outputs: Outputs) -> Tensor:
     """Return the label's probability minus the largest other one, in [-1, 1]."""
     others_BC = outputs.probs_BC.scatter(1, outputs.targets_B[:, None], -1.0)
     return outputs.prob_label_B - others_BC.amax(dim=1)
+
+
+@register_signal
+def logit_margin(outputs: Outputs) -> Tensor:
+    """Return the label's logit minus the largest other one."""
+    logits_BC, label_B1 = _wide(outputs.logits_BC), outputs.targets_B[:, None]
+    others_BC = logits_BC.scatter(1, label_B1, -math.inf)
+    return logits_BC.gather(1, label_B1).squeeze(1) - others_BC.amax(dim=1)
 
 
 @register_signal

@@ -74,10 +74,12 @@ class RunRecord:
     def saved(self) -> float | None:
         """Fraction of the sample visits of full training over the same epochs that was saved; negative if it took more.
 
-        A scoring run counts. Rows that `last_batch: drop` leaves out are not saved.
+        A scoring run counts. Rows that a method skipped inside batches are saved, although a forward pass scored them.
+        Rows that `last_batch: drop` leaves out are not saved.
         """
         last, kept = self.metrics[-1], [line.kept for line in self.metrics]
-        visits = None if None in kept else sum(count or 0 for count in kept) + (last.samples_collected or 0)
+        others = (last.samples_collected or 0) - (last.samples_skipped or 0)
+        visits = None if None in kept else sum(count or 0 for count in kept) + others
         if len(self.metrics) <= last.epoch:  # without lost lines, the sum of kept samples is incomplete
             visits = last.samples_trained
         return None if visits is None or not self.full_visits else 1.0 - visits / self.full_visits
@@ -227,6 +229,7 @@ class EpochMetrics(StoredModel):
     samples_padded: Count = None
     samples_forwarded: Count = None
     samples_meta: Count = None
+    samples_skipped: Count = None
     compute: Number = None
     train_loss: Number = None
     train_accuracy: Number = None

@@ -99,6 +99,11 @@ def headline(run: RunRecord) -> list[str]:
         verb = "took" if run.saved < 0 else "saved"
         so_far = "" if run.finished else ", so far"
         lines.append(f"{method} {verb} {amount} the sample visits of full training over the same {epochs}{so_far}.")
+    if last.samples_skipped:
+        lines.append(
+            f"It skipped {last.samples_skipped:,} rows inside batches, after a forward pass. Forward passes alone: "
+            f"{number(last.samples_forwarded, ',d')} rows, each a third of a trained one in compute."
+        )
     lines.append(
         f"Compute, padding included: {share(run.compute_share, 1)} of training on all samples. Selection took "
         f"{number(run.seconds(*_SELECTION), '.2f')} of {number(run.training_seconds, '.1f')} train s."
@@ -130,8 +135,11 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
             ", ".join(f"{name} {versions[name]}" for name in ("rayprune", "torch", "ray") if name in versions),
         ),
     ]
+    if last.samples_forwarded:
+        pairs.append(("rows", f"{number(last.samples_trained, ',d')} trained on, {last.samples_forwarded:,} forwarded"))
     if budget := last.selection.budget_so_far:
-        pairs.append(("kept so far", f"{share(budget, 1)} of the sample visits of a full run"))
+        skipped = (last.samples_skipped or 0) / ((last.num_samples or 0) * run.num_epochs or 1)
+        pairs.append(("kept so far", f"{share(budget - skipped, 1)} of the sample visits of a full run"))
     return pairs
 
 

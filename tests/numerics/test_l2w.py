@@ -34,7 +34,7 @@ def configured_step(tmp_path: Path, step: Mapping[str, Any], **model: Any) -> L2
     )
     spec = InputSpec("features", (6,), 6, Augment(mean=(0.0,), std=(1.0,)))
     network = build_network(config, spec, CPU)
-    settings = StepSettings.of(config.build_method(), config.train)
+    settings = StepSettings.of(config.build_method(), config)
     l2w = build_step(config, network, spec, settings, device=CPU)
     assert isinstance(l2w, L2wStep)
     return l2w

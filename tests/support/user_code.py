@@ -19,7 +19,10 @@ import torch
 from torch import nn
 
 from rayprune.core import ScoreTable, Selection
+from rayprune.core.choosing import choose
 from rayprune.core.method import EpochContext
+from rayprune.core.static import StaticMethod
+from rayprune.core.vectors import VectorColumn
 from rayprune.engine.scoring import recorder
 from rayprune.methods import Method
 from rayprune.nn.models import build_model
@@ -234,6 +237,55 @@ class TrainsBy(Method):
     def select(self, table: ScoreTable, context: EpochContext) -> Selection:
         """Keep everything."""
         return Selection.full(context.num_samples)
+
+
+@dataclass(frozen=True)
+class NearTheMean(StaticMethod):
+    """Keep the samples whose embeddings are nearest to the mean embedding after T epochs.
+
+    Args:
+        score_epochs: T.
+        storage: of the embeddings.
+    """
+
+    paper = "none"
+    sweep_signals = ("embedding",)
+
+    score_epochs: int = 1
+    storage: str = "float32"
+
+    @property
+    def collect_epochs(self) -> int:
+        """T."""
+        return self.score_epochs
+
+    def columns(self) -> dict[str, object]:
+        """Return the distance to the mean; the embeddings are deleted before the next epoch."""
+        return {"loss": np.float32, "distance": np.float32, "embedding": VectorColumn(self.storage)}
+
+    def condense(self, table: ScoreTable, context: EpochContext) -> None:
+        """Compute the distances."""
+        embeddings = np.array(table.vectors["embedding"].array, dtype=np.float64)
+        table["distance"][:] = np.linalg.norm(embeddings - embeddings.mean(axis=0), axis=1)
+
+    def subset(
+        self, table: ScoreTable, context: EpochContext, count: int
+    ) -> tuple[np.ndarray, None, dict[str, object]]:
+        """Choose the nearest."""
+        return choose(table["distance"], count, "bottom").ids, None, {}
+
+
+class Doubled(nn.Module):
+    """Return twice the inputs as embeddings."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Double."""
+        return 2.0 * inputs.flatten(1)
+
+
+def embedder() -> nn.Module:
+    """Return a network for collect.embedder."""
+    return Doubled()
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from rayprune import (
     ScoreTable,
     Selection,
 )
+from rayprune.core.in_batch import BatchContext, InBatchMethod, Picked, num_picked
 from rayprune.core.table import Ids, Signals
 from rayprune.errors import ConfigError
 from rayprune.testing import CHECKS, check_method
@@ -287,7 +288,79 @@ class Constant(Good):
     unbiased = True
 
 
+@dataclass(frozen=True)
+class GoodInBatch(InBatchMethod):
+    """Train on the lower half of every batch; the other classes break it."""
+
+    paper = "none"
+    keep: float = 0.5
+
+    def pick(self, signals: Signals, context: BatchContext) -> Picked:
+        return np.arange(num_picked(self.keep, context.num_rows)), None
+
+
+class PicksTwice(GoodInBatch):
+    """Picks a row twice."""
+
+    def pick(self, signals: Signals, context: BatchContext) -> Picked:
+        return np.zeros(num_picked(self.keep, context.num_rows), dtype=int), None
+
+
+class PicksMore(GoodInBatch):
+    """Picks all rows of small batches."""
+
+    def pick(self, signals: Signals, context: BatchContext) -> Picked:
+        return np.arange(max(min(2, context.num_rows), context.num_rows // 2)), None
+
+
+class PicksWhenUnequal(GoodInBatch):
+    """Picks the rows above the mean, as many as there are."""
+
+    def pick(self, signals: Signals, context: BatchContext) -> Picked:
+        return np.flatnonzero(signals["loss"] > signals["loss"].mean()), None
+
+
+class PicksByCoin(GoodInBatch):
+    """Draws from a generator without a seed."""
+
+    def pick(self, signals: Signals, context: BatchContext) -> Picked:
+        rows, _ = super().pick(signals, context)
+        return np.random.default_rng().permutation(context.num_rows)[: rows.size], None
+
+
+class PicksAndWrites(GoodInBatch):
+    """Sorts the signals in place."""
+
+    def pick(self, signals: Signals, context: BatchContext) -> Picked:
+        signals["loss"].sort()
+        return super().pick(signals, context)
+
+
+class UpdatesOthers(GoodInBatch):
+    """Updates a column that it does not declare."""
+
+    def update(self, signals: Signals, context: BatchContext) -> Mapping[str, NDArray[Any]]:
+        return {"last": signals["loss"]}
+
+
+class UpdatesOne(GoodInBatch):
+    """Updates a column by a single number."""
+
+    def state_columns(self, num_samples: int) -> Mapping[str, float]:
+        return {"last": 0.0}
+
+    def update(self, signals: Signals, context: BatchContext) -> Mapping[str, NDArray[Any]]:
+        return {"last": signals["loss"].mean()}
+
+
 BROKEN: dict[type[Method], str] = {
+    PicksTwice: r"picked a row twice.*: pick\(\) returns distinct rows",
+    PicksMore: "of 2 rows with random signals, it picks 2, and keep 0.5 means 1",
+    PicksWhenUnequal: r"picked rows .* of shape \(0,\) instead of one or more integers",
+    PicksByCoin: "it picks others when asked again",
+    PicksAndWrites: "raised ValueError .*read-only.*and changes nothing that it gets",
+    UpdatesOthers: r"update\(\) returns \['last'\], not \[\]",
+    UpdatesOne: r"update\(\) returns 'last' of shape \(\), or with NaN",
     NoPaper: "paper is empty: set the class attributes",
     NoDataclass: r"share is not a field of a dataclass: put @dataclass\(frozen=True\)",
     Unhashable: "check 'hyperparameters' raised TypeError .*unhashable.*: put @dataclass",
@@ -330,6 +403,7 @@ def test_a_broken_method_is_caught(broken: type[Method]) -> None:
     "good",
     [
         Good,
+        GoodInBatch,
         Good(class_floor=0.2),
         InfoBatch(prune_ratio=0.3),
         RandomEpoch(prune_ratio=0.01),

@@ -293,6 +293,7 @@ class ScoreActor:
             folder = Path(self._spec.run_folder)
             write_selection(folder, epoch, self._selector.begin_epoch(epoch), self._spec.keep_selections)
         start = time.perf_counter()
+        self._selector.end_sweep()
         if epoch + 1 < self._spec.num_epochs:
             self._selector.begin_epoch(epoch + 1)
             self._start_epoch()

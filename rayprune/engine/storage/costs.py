@@ -17,7 +17,8 @@ class PriorCost:
     """The cost of the run that scored a run's samples before it began; zero where there was none.
 
     Attributes:
-        samples_trained, samples_forwarded, samples_padded, bytes_read, samples_meta: as in metrics.jsonl.
+        samples_trained, samples_forwarded, samples_padded, bytes_read, samples_meta, samples_skipped: as in
+            metrics.jsonl.
         compute: in samples trained.
         wall_time: seconds.
         seconds: phase → seconds, summed over the epochs.
@@ -28,15 +29,23 @@ class PriorCost:
     samples_padded: int = 0
     bytes_read: int = 0
     samples_meta: int = 0
+    samples_skipped: int = 0
     compute: float = 0.0
     wall_time: float = 0.0
     seconds: Mapping[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def sum(cls, costs: Sequence[PriorCost]) -> PriorCost:
+        """Add up the costs of several scoring runs."""
+        totals = {name: sum(getattr(cost, name) for cost in costs) for name in vars(cls()) if name != "seconds"}
+        phases = dict.fromkeys(phase for cost in costs for phase in cost.seconds)
+        return cls(**totals, seconds={phase: sum(cost.seconds.get(phase, 0.0) for cost in costs) for phase in phases})
+
     @property
     def counts(self) -> dict[str, int]:
         """The counts that the run adds its own to."""
-        names = ("samples_trained", "samples_forwarded", "samples_padded", "bytes_read", "samples_meta")
-        return {name: getattr(self, name) for name in names}
+        samples = ("trained", "forwarded", "padded", "meta", "skipped")
+        return {name: getattr(self, name) for name in ("bytes_read", *(f"samples_{kind}" for kind in samples))}
 
     @property
     def metrics(self) -> dict[str, Any]:

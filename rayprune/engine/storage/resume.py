@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from rayprune.sources import SampleSource
 from rayprune.sources.base import shuffle_name
 
 _FREE = {"scaling", "run", "compare", "sweep"}  # sections that do not affect a run's result
-SCORING = "collect"  # the folder, inside a run's, of the run that scored its samples
+SCORING = "collect"  # the folder, inside a run's, of the first run that scored its samples
 
 
 def run_folder_of(config: Config) -> Path:
@@ -100,7 +101,7 @@ def _is_finished(config: Config, newest: Path) -> bool:
 
 def where_stopped(config: Config, folder: Path, epoch: int, step: int) -> str:
     """Return the line on a run that Ctrl-C has stopped."""
-    run = " of the scoring run" if folder.name == SCORING else ""
+    run = " of the scoring run" if is_scoring_run(folder) else ""
     if epoch >= config.last_epoch:
         return f"stopped after the last epoch{run}: the same command continues from there"
     if (epoch, step) == (0, 0):
@@ -109,17 +110,24 @@ def where_stopped(config: Config, folder: Path, epoch: int, step: int) -> str:
 
 
 def adopt_scoring(config: Config) -> None:
-    """Copy the scoring run of the run that `run.resume` names, unless this run has one: its scores are paid for."""
-    own, path = run_folder_of(config) / SCORING, _resume_path(config)
-    if path is None or own.exists():
+    """Copy the scoring runs of the run that `run.resume` names, unless this run has them: their scores are paid for."""
+    own, path = run_folder_of(config), _resume_path(config)
+    if path is None or (own / SCORING).exists():
         return
     for run in (path, *path.parents[1:2]):  # a run folder, or one of its checkpoints
-        if (run / SCORING / "config.yaml").exists():
-            partial = own.with_name(f"{SCORING}.partial")
+        found = [folder for folder in run.glob(f"{SCORING}*") if is_scoring_run(folder)]
+        for folder in sorted(found, reverse=True):  # the first one last: it says that all are there
+            partial = own / f"{folder.name}.partial"
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(run / SCORING, partial)
-            partial.replace(own)
+            shutil.copytree(folder, partial)
+            partial.replace(own / folder.name)
+        if found:
             return
+
+
+def is_scoring_run(folder: Path) -> bool:
+    """Return whether a folder, inside a run's, is that of a scoring run: `collect`, `collect_2`, …"""
+    return re.fullmatch(rf"{SCORING}(_\d+)?", folder.name) is not None and (folder / "config.yaml").exists()
 
 
 @contextlib.contextmanager

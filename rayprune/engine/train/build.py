@@ -6,26 +6,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from rayprune.config import Config
-from rayprune.config.schema import TrainSection
-from rayprune.core.references import closest
+from rayprune.core.in_batch import InBatchMethod
 from rayprune.core.selection import Selection
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.storage.costs import PriorCost
 from rayprune.errors import ConfigError
-from rayprune.methods import Method
+from rayprune.methods import Method, build_method
 from rayprune.nn.augment import Augment
 from rayprune.nn.boundary import last_linear
 from rayprune.nn.early_exit import count_exits
 from rayprune.nn.models import build_model
 from rayprune.nn.optim import build_optimizer, learning_rate
-from rayprune.nn.signals import BOUNDARY_SIGNALS
-from rayprune.nn.steps import COMPILED_STEPS, MULTI_EXIT_STEPS, SEEDED_STEPS, STEPS, TrainStep
+from rayprune.nn.signals import BOUNDARY_SIGNALS, EMBEDDING_SIGNALS
+from rayprune.nn.steps import TrainStep, step_class
+from rayprune.nn.steps.in_batch import PICKED
 from rayprune.nn.steps.l2w import exit_weight_names
+from rayprune.sources.score_files import ScoreFile, read_scores
+
+_HEAD_SIGNALS = (*BOUNDARY_SIGNALS, *EMBEDDING_SIGNALS)
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,14 @@ class InputSpec:
         shape: (C, H, W) of an image, (F,) of features.
         num_classes: the number of classes.
         augment: the batched augmentation, with the statistics of the training split.
+        num_samples: of the training split.
     """
 
     column: str
     shape: tuple[int, ...]
     num_classes: int
     augment: Augment
+    num_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,8 @@ class StepSettings:
     """The train step that a method and `train.step` ask for, in plain values: workers may not have the method's code.
 
     Attributes:
-        name, options: a key of `STEPS` and the step's options; "plain" becomes "exits" for a network with several.
+        name, options: a key of `STEPS` or a reference, and the step's options; "plain" becomes "exits" for a network
+            with several.
         signals, sweep_signals: the signals of training visits and of forward-only passes.
         sweep_part: the part of the network that forward-only passes use.
     """
@@ -62,20 +69,25 @@ class StepSettings:
     sweep_part: str
 
     @classmethod
-    def of(cls, method: Method, train: TrainSection, record: tuple[str, ...] = ()) -> StepSettings:
-        """Return the settings for a method and the config's section `train`.
+    def of(cls, method: Method, config: Config, record: tuple[str, ...] = ()) -> StepSettings:
+        """Return the settings for a method and a config.
 
         Args:
             method: the selection method.
-            train: the config's section.
+            config: its `train.step`, and for a scoring run its `collect.embedder`.
             record: further signals to record in training.
 
         Raises:
             ConfigError: the method names an unknown step, or has its own step and `train.step` names another.
         """
+        train = config.train
+        if method.collect_epochs and config.collect.embedder is not None:
+            return cls("embed", {"embedder": config.collect.embedder}, (), method.sweep_signals, "model")
         name, options = method.step()
-        if name not in STEPS:
-            raise ConfigError(f"unknown train step {name!r} of method {method.name!r}: {closest(name, STEPS)}")
+        try:
+            step_class(name)
+        except ConfigError as error:
+            raise ConfigError(f"method {method.name!r}: {error}") from None
         if name == "plain":
             name, options = train.step_name, train.step_options
         elif train.step_name not in ("plain", name):
@@ -86,26 +98,33 @@ class StepSettings:
         signals = tuple(dict.fromkeys((*method.signals, *record)))
         return cls(name, options, signals, method.sweep_signals or signals, method.sweep_part)
 
+    @property
+    def trains(self) -> bool:
+        """Whether the step trains a network, and does not only embed the samples with a pretrained one."""
+        return self.name != "embed"
+
     def fit_to(self, num_exits: int) -> tuple[str, dict[str, Any]]:
         """Return the step's name and options for a network with so many exits.
 
         Raises:
             ConfigError: the step or a signal does not work with such a network.
         """
+        if not self.trains:
+            return self.name, self.options
         if num_exits == 1:
-            if self.name in MULTI_EXIT_STEPS:
+            if step_class(self.name).multi_exit:
                 raise ConfigError(
                     f"train.step {self.name} is for a network with several exits, and the model returns one tensor: "
                     "use train.step=plain, or a model that returns a list of logits"
                 )
             return self.name, self.options
-        if signals := [signal for signal in (*self.signals, *self.sweep_signals) if signal in BOUNDARY_SIGNALS]:
+        if signals := [signal for signal in (*self.signals, *self.sweep_signals) if signal in _HEAD_SIGNALS]:
             raise ConfigError(
-                f"signal {signals[0]!r} needs the decision boundaries of one last layer, and the model has {num_exits} "
-                "exits: use a method or train.record without it"
+                f"signal {signals[0]!r} needs one last layer, and the model has {num_exits} exits: use a method or "
+                "train.record without it"
             )
         name = "exits" if self.name == "plain" else self.name
-        if name not in MULTI_EXIT_STEPS:
+        if not step_class(name).multi_exit:
             raise ConfigError(f"train step {name!r} is for a network with one exit, and the model has {num_exits}")
         return name, {"num_exits": num_exits, **self.options}
 
@@ -201,9 +220,52 @@ def model_exits(config: Config, spec: InputSpec) -> int:
 
 def recorded_signals(config: Config, spec: InputSpec) -> tuple[str, ...]:
     """Return the signals whose means go to scores.parquet: `train.record` and those of the train step."""
-    if config.train.step_name != "l2w":
-        return config.train.record
-    return (*config.train.record, *exit_weight_names(model_exits(config, spec)))
+    names = config.train.record
+    if config.build_method().step()[0] == "in_batch":
+        names = (*names, PICKED)
+    if config.train.step_name == "l2w":
+        names = (*names, *exit_weight_names(model_exits(config, spec)))
+    return names
+
+
+def in_batch_method(method: Method) -> InBatchMethod | None:
+    """Return the method that picks in the train step of a method or control; None if none does."""
+    name, options = method.step()
+    if name != "in_batch":
+        return None
+    picking = build_method(options["method"])
+    if not isinstance(picking, InBatchMethod):
+        raise ConfigError(f"method {picking.name!r} can't pick inside batches: it is no InBatchMethod")
+    return picking
+
+
+def read_column(method: InBatchMethod, column: str, num_samples: int) -> tuple[ScoreFile, NDArray[np.float32]]:
+    """Read a column of an in-batch method, (N,).
+
+    Args:
+        method: the method.
+        column: one of its `file_columns`.
+        num_samples: N.
+
+    Raises:
+        RunFolderError: the file cannot be read.
+        ConfigError: there is no file, it is of other data, or a sample has no finite value.
+    """
+    path, name = method.file_columns()[column]
+    if not path:
+        raise ConfigError(f"method {method.name!r} needs a file: set method.{column}=scores.parquet")
+    file = read_scores(path)
+    values = file.scores[file.score_name(name)]
+    if file.num_samples != num_samples:
+        raise ConfigError(
+            f"{file.path} has {file.num_samples} samples, the training split {num_samples}: give a score for each"
+        )
+    if (missing := np.flatnonzero(~np.isfinite(values))).size:
+        raise ConfigError(
+            f"{file.path} has no finite {file.score_name(name)} for {missing.size} samples, first ids "
+            f"{missing[:5].tolist()}: score them, too"
+        )
+    return file, values.astype(np.float32)
 
 
 def network_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
@@ -246,14 +308,21 @@ def build_step(
     """
     train = config.train
     name, options = settings.fit_to(count_exits(network, spec.shape))
-    if name in SEEDED_STEPS:
-        options = {**options, "seed": train.seed}
-    step = STEPS[name]
-    needs_head = any(signal in BOUNDARY_SIGNALS for signal in (*settings.signals, *settings.sweep_signals))
+    step = step_class(name)
+    facts = {"seed": train.seed, "num_epochs": train.epochs, "num_samples": spec.num_samples}
+    options = {**options, **{fact: facts[fact] for fact in step.run_facts}}
+    signals = (*settings.signals, *settings.sweep_signals)
+    if name == "in_batch":
+        method = build_method(options["method"])
+        assert isinstance(method, InBatchMethod)
+        columns = {column: read_column(method, column, spec.num_samples)[1] for column in method.file_columns()}
+        options = {**options, "method": method, "columns": columns}
+        signals = (*signals, *method.batch_signals)
+    needs_head = settings.trains and any(signal in _HEAD_SIGNALS for signal in signals)
     head = last_linear(network, torch.zeros(2, *spec.shape, device=device)) if needs_head else None
     module = step.module_of(network, spec.shape, **options)
     if train.compile:
-        if name not in COMPILED_STEPS:
+        if not step.compilable:
             raise ConfigError(f"train.compile = True: train step {name!r} cannot be compiled: leave it out")
         if compiled:
             module.compile()  # type: ignore[no-untyped-call]  # in place: the names in checkpoints stay

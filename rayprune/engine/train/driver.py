@@ -25,6 +25,7 @@ from ray.train.torch import TorchTrainer
 from rayprune.config import Config
 from rayprune.core.references import USER_MODULE_PREFIX
 from rayprune.core.selector import Selector
+from rayprune.core.static import ScoredMethod
 from rayprune.engine.cluster import Resources, resolve_resources, start_ray
 from rayprune.engine.data.device import DeviceStream, check_room
 from rayprune.engine.data.ray_data import plan_dataset, task_rows
@@ -47,6 +48,7 @@ from rayprune.engine.train.build import (
     SelectionSetup,
     StepSettings,
     WorkerSpec,
+    in_batch_method,
     pick_device,
     recorded_signals,
 )
@@ -65,6 +67,7 @@ from rayprune.engine.train.worker import Worker
 from rayprune.errors import ConfigError, TrainingFailed, TrainingPaused, TrainingStopped
 from rayprune.methods import Method
 from rayprune.methods.fixed import Fixed
+from rayprune.nn.augment import Augment
 from rayprune.nn.device import pin_column
 from rayprune.nn.signals import check_signals
 from rayprune.sources import SampleSource, Splits, open_data
@@ -231,6 +234,14 @@ def _splits(config: Config) -> Splits:
 def _checked_setup(config: Config, splits: Splits) -> SelectionSetup | None:
     """Check everything before a run starts; return how it selects, or None if the samples must be scored first."""
     method = config.build_method()
+    if isinstance(method, ScoredMethod) and method.balance == "drop":
+        left_out = [
+            f"collect.{name}" for name in ("fresh", "trajectories") if getattr(config.collect, name) not in (True, None)
+        ]
+        if left_out:
+            raise ConfigError(f"balance 'drop' needs the recalls of a scoring run: leave out {left_out[0]}")
+        if splits.validation is None:
+            raise ConfigError("balance 'drop' needs validation data, to measure each class's recall: add a split")
     if method.collect_epochs and config.collect.fresh:
         _check_training(config, splits, Fixed())
         return None
@@ -249,7 +260,9 @@ def _check_setup(config: Config, splits: Splits, setup: SelectionSetup) -> None:
 
 def _check_training(config: Config, splits: Splits, method: Method) -> None:
     check_trackers(config)
-    check_signals((*method.signals, *method.sweep_signals, *config.train.record))
+    picking = in_batch_method(method)
+    scored = () if picking is None else picking.batch_signals
+    check_signals((*method.signals, *method.sweep_signals, *scored, *config.train.record))
     check_sizes(config, len(splits.train))
     check_model(config, input_spec(config, splits.train), method)
 
@@ -258,16 +271,18 @@ def _score(config: Config, splits: Splits, listeners: Listeners) -> Scored:
     """Score the samples by a scoring run, or by the logits of another program."""
     if config.collect.trajectories is not None:
         check_memory(config.build_method(), input_spec(config, splits.train).num_classes, len(splits.train))
-        return score_samples(config, splits.train, None)
-    scoring = config.scoring()
-    check_folder(scoring)
-    scoring_splits = _splits(scoring)
-    if scoring_splits.train.fingerprint != splits.train.fingerprint:
-        raise ConfigError("collect.data changes which samples there are: only how they are augmented may differ")
-    setup = SelectionSetup(scoring.build_method(), max(scoring.train.epochs, scoring.last_epoch + 1))
-    _check_setup(scoring, scoring_splits, setup)
-    result = _run(scoring, scoring_splits, setup, listeners)
-    return score_samples(config, splits.train, result.folder)
+        return score_samples(config, splits.train, ())
+    folders = []
+    for number in range(config.collect.runs):
+        scoring = config.scoring(number)
+        check_folder(scoring)
+        scoring_splits = _splits(scoring)
+        if scoring_splits.train.fingerprint != splits.train.fingerprint:
+            raise ConfigError("collect.data changes which samples there are: only how they are augmented may differ")
+        setup = SelectionSetup(scoring.build_method(), max(scoring.train.epochs, scoring.last_epoch + 1))
+        _check_setup(scoring, scoring_splits, setup)
+        folders.append(_run(scoring, scoring_splits, setup, listeners).folder)
+    return score_samples(config, splits.train, folders)
 
 
 def _run(config: Config, splits: Splits, setup: SelectionSetup, listeners: Listeners) -> RunResult:
@@ -384,17 +399,19 @@ class Run:
         else:
             name = f"rayprune-scores-{uuid.uuid4().hex[:8]}"
             self.scores, self._handle = ScoreClient.start(score_spec, name)
+        step = StepSettings.of(method, config, record)
         self._worker_spec = WorkerSpec(
             config=config,
             scores=self.scores,
-            input=spec,
-            step=StepSettings.of(method, config.train, record),
+            # A pretrained network has statistics of its own.
+            input=spec if step.trains else replace(spec, augment=Augment()),
+            step=step,
             fingerprint=splits.train.fingerprint,
             shuffle=shuffle_name(splits.train),
             run_folder=str(folder),
             use_gpu=resources.use_gpu,
             threads=resources.threads,
-            num_validation=score_spec.num_validation,
+            num_validation=score_spec.num_validation if step.trains else 0,
             prior_cost=setup.prior_cost,
         )
 

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from rayprune.engine.data.batch import PlacedRows
 from rayprune.engine.storage.costs import PriorCost
-from rayprune.nn.steps import TrainStep
+from rayprune.nn.steps import RowCounts, TrainStep
 
-# Entries of the sums: loss, correct, rows with a finite loss, real rows, padding rows, bytes read (exact up to 2^53).
-LOSS, CORRECT, FINITE, REAL, PADDED, BYTES = range(6)
+# Entries of the sums: loss, correct, rows with a finite loss, real rows, rows of weight 0, bytes read, rows trained on,
+# and rows that a training step scored by a forward pass (exact up to 2^53).
+LOSS, CORRECT, FINITE, REAL, PADDED, BYTES, TRAINED, SCORED = range(8)
+_NUM_ENTRIES = 8
 _NUM_ON_DEVICE = 3  # the first entries; the host counts the others
 
 
@@ -36,10 +38,11 @@ class MetricSums:
     def __init__(
         self, device: torch.device, num_classes: int = 0, num_exits: int = 1, stored: Sequence[float] = ()
     ) -> None:
-        size = 6 + 2 * num_classes + (3 * num_exits if num_exits > 1 else 0)
+        size = _NUM_ENTRIES + 2 * num_classes + (3 * num_exits if num_exits > 1 else 0)
         values = [*stored, *[0.0] * (size - len(stored))]
-        self._counts = values[_NUM_ON_DEVICE:6]
-        self._sums = torch.tensor([*values[:_NUM_ON_DEVICE], *values[6:]], dtype=torch.float64, device=device)
+        self._counts = values[_NUM_ON_DEVICE:_NUM_ENTRIES]
+        on_device = [*values[:_NUM_ON_DEVICE], *values[_NUM_ENTRIES:]]
+        self._sums = torch.tensor(on_device, dtype=torch.float64, device=device)
         self._num_classes = num_classes
 
     def add(
@@ -49,6 +52,7 @@ class MetricSums:
         real: NDArray[np.bool_],
         num_bytes: int,
         labels_B: Tensor | None = None,
+        counts: RowCounts | None = None,
     ) -> None:
         """Add a batch.
 
@@ -58,9 +62,12 @@ class MetricSums:
             real: (B,) bool, `rows.real` on the host.
             num_bytes: bytes read from storage for the batch.
             labels_B: int64 in [0, C), needed to count per class and exit.
+            counts: what a training step did with the rows; None: trained on the real ones, or none of them.
         """
         num_real = int(np.count_nonzero(real))
-        for entry, count in enumerate((num_real, real.size - num_real, num_bytes)):
+        counts = counts or RowCounts(num_real, real.size - num_real)
+        numbers = (num_real, counts.padded, num_bytes, counts.trained, counts.forwarded)
+        for entry, count in enumerate(numbers):
             self._counts[entry] += count
         losses_B, correct_B = (signals.get(f"metric_{name}", signals[name]) for name in ("loss", "correct"))
         # Padding and tolerated NaN losses are masked out, not multiplied by 0 (0 · NaN is NaN).
@@ -79,10 +86,10 @@ class MetricSums:
             self._sums[stop:] += _exit_sums(signals, rows.real)
 
     def total(self, world_size: int) -> Tensor:
-        """Return the sums over all ranks, (6 + 2C + 3K,) float64 on the device, and wait for the device.
+        """Return the sums over all ranks, (8 + 2C + 3K,) float64 on the device, and wait for the device.
 
-        The six entries come first, then correct rows and real rows per class; then, for several exits, loss, rows with
-        a finite loss, and correct rows per exit. Waiting makes the seconds of a pass its own.
+        The eight entries come first, then correct rows and real rows per class; then, for several exits, loss, rows
+        with a finite loss, and correct rows per exit. Waiting makes the seconds of a pass its own.
         """
         counts = torch.tensor(self._counts, dtype=torch.float64, device=self._sums.device)
         total = torch.cat([self._sums[:_NUM_ON_DEVICE], counts, self._sums[_NUM_ON_DEVICE:]])
@@ -142,7 +149,7 @@ def validated(sums: Tensor | None, num_exits: int = 1) -> dict[str, Any]:
         return dict.fromkeys(("val_loss", "val_accuracy", "val_class_accuracy", *exit_names))
     loss, accuracy = means(sums)
     stop = sums.numel() - (3 * num_exits if exit_names else 0)
-    correct_C, real_C = sums[6:stop].reshape(2, -1).tolist()
+    correct_C, real_C = sums[_NUM_ENTRIES:stop].reshape(2, -1).tolist()
     by_class = [round(correct / real, 6) if real else None for correct, real in zip(correct_C, real_C, strict=True)]
     results: dict[str, Any] = {"val_loss": loss, "val_accuracy": accuracy, "val_class_accuracy": by_class}
     if exit_names:

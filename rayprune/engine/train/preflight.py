@@ -12,25 +12,29 @@ import psutil
 import torch
 
 from rayprune.config import Config
-from rayprune.core.references import closest
 from rayprune.core.selector import Selector
+from rayprune.core.validation import plain
+from rayprune.core.vectors import VectorColumn
 from rayprune.engine.train.build import (
     InputSpec,
     StepSettings,
     build_step,
+    in_batch_method,
     model_exits,
     network_optimizer,
     new_model,
     rate_at,
+    read_column,
     recorded_signals,
 )
 from rayprune.errors import ConfigError
 from rayprune.methods import Method
 from rayprune.methods.fixed import Fixed
-from rayprune.nn.augment import Augment
+from rayprune.nn.augment import Augment, channels_first
 from rayprune.nn.early_exit import num_exits_of
 from rayprune.nn.flops import num_macs
 from rayprune.nn.signals import signal_floats
+from rayprune.nn.steps.in_batch import InBatchStep
 from rayprune.nn.steps.l2w import weight_range
 from rayprune.sources import SampleSource, default_augment, input_statistics
 
@@ -47,15 +51,9 @@ def input_spec(config: Config, source: SampleSource) -> InputSpec:
     shape = schema.columns[schema.input].shape
     mean, std = input_statistics(source)
     keys = default_augment(config.data.source) if config.data.augment == "auto" else dict(config.data.augment)
-    valid = ("crop", "flip")
-    for key in keys:
-        if key not in valid:
-            raise ConfigError(f"unknown key 'data.augment.{key}': {closest(key, valid)}")
-    if len(shape) == 3:
-        height, width, channels = shape
-        shape = (channels, height, width)
-    augment = Augment(**keys, mean=mean, std=std)
-    return InputSpec(schema.input, tuple(shape), schema.num_classes, augment)
+    augment = Augment(**{key: plain(value) for key, value in keys.items()}, mean=mean, std=std)
+    shape = augment.output_shape(channels_first(shape))
+    return InputSpec(schema.input, shape, schema.num_classes, augment, len(source))
 
 
 def check_sizes(config: Config, num_samples: int) -> None:
@@ -91,6 +89,11 @@ def check_method(config: Config, source: SampleSource, method: Method, num_epoch
         )
     if isinstance(method, Fixed):
         return  # its file has been read and covers all samples
+    if (picking := in_batch_method(method)) is not None:
+        for column in picking.file_columns():
+            file, _ = read_column(picking, column, len(source))
+            if file.fingerprint not in (None, source.fingerprint):
+                raise ConfigError(f"{file.path} has scores of other data than data.source: score these samples")
     num_tried = min(len(source), _TRIAL_SAMPLES)
     labels = source.labels[:num_tried] if method.class_floor > 0 or method.needs_labels else None
     with contextlib.suppress(RuntimeError):  # nothing may be left to keep of so few samples
@@ -105,6 +108,8 @@ def check_memory(method: Method, num_classes: int, num_samples: int) -> None:
     """
     row_bytes = 0
     for spec in method.columns().values():
+        if isinstance(spec, VectorColumn):  # on the disk, which is checked when the first vectors come
+            continue
         dtype, shape = spec if isinstance(spec, tuple) else (spec, ())
         # A vector of unknown length has an entry per class.
         row_size = math.prod(num_classes if length is None else length for length in shape)
@@ -154,17 +159,25 @@ def _check_output(name: str, output: Any, num_classes: int) -> None:
 
 def _check_step(config: Config, model: torch.nn.Module, spec: InputSpec, method: Method) -> None:
     """Send a batch of zeros through each part of the method's train step."""
-    settings = StepSettings.of(method, config.train, recorded_signals(config, spec))
-    signals = tuple(dict.fromkeys((*settings.signals, *settings.sweep_signals)))
+    settings = StepSettings.of(method, config, recorded_signals(config, spec))
     try:
         if settings.name == "l2w":
             _check_halves(config, model, spec)
-        step = build_step(config, model, spec, settings, device=torch.device("cpu"), compiled=False)
-        zeros, targets = torch.zeros(2, *spec.shape), torch.zeros(2, dtype=torch.int64)
-        for part in step.parts:
-            step.evaluate(zeros, targets, smoothed=True, signals=signals, part=part)
+        _try_signals(config, model, spec, settings)
     except ValueError as error:
         raise ConfigError(f"method {method.name!r} can't train model {config.model.name!r}: {error}") from None
+
+
+def _try_signals(
+    config: Config, model: torch.nn.Module, spec: InputSpec, settings: StepSettings
+) -> dict[str, torch.Tensor]:
+    """Return the step's signals for a batch of two zeros, after trying all its parts."""
+    step = build_step(config, model, spec, settings, device=torch.device("cpu"), compiled=False)
+    scored = step.scored_signals if isinstance(step, InBatchStep) else ()
+    signals = tuple(dict.fromkeys((*settings.signals, *settings.sweep_signals, *scored)))
+    zeros, targets = torch.zeros(2, *spec.shape), torch.zeros(2, dtype=torch.int64)
+    parts = [step.evaluate(zeros, targets, smoothed=True, signals=signals, part=part) for part in step.parts]
+    return parts[0]
 
 
 def _check_halves(config: Config, model: torch.nn.Module, spec: InputSpec) -> None:
@@ -208,8 +221,19 @@ def notices(config: Config, spec: InputSpec, num_samples: int, method: Method, u
         )
     if line := _negative_weights(config, spec):
         lines.append(line)
+    vectors = {name: column for name, column in method.columns().items() if isinstance(column, VectorColumn)}
+    lengths: dict[str, int] = {}
+    if vectors:
+        signals = _try_signals(config, new_model(config, spec), spec, StepSettings.of(method, config))
+        lengths = {name: signals[name][0].numel() for name in vectors}
+    for name, column in vectors.items():
+        size = num_samples * lengths[name] * np.dtype(column.storage).itemsize / 2**20
+        lines.append(
+            f"the {name} of each sample, {lengths[name]} numbers in {column.storage}, takes {size:,.1f} MiB in the "
+            "temporary folder of the ScoreActor's machine ($TMPDIR) until the subset is chosen"
+        )
     for name in (*method.signals, *method.sweep_signals):
-        floats = signal_floats(name, spec.num_classes)
+        floats = lengths.get(name) or signal_floats(name, spec.num_classes)
         if floats > 1 and config.scaling.num_workers != 0:
             size = num_samples * floats * 4 / 2**20
             lines.append(

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,29 +58,36 @@ class Scored:
         return SelectionSetup(method, config.train.epochs, self.selection, self.prior_cost, columns)
 
 
-def score_samples(config: Config, source: SampleSource, folder: Path | None) -> Scored:
-    """Score the samples and select the subset, after a scoring run or from the logits in `collect.trajectories`.
+def score_samples(config: Config, source: SampleSource, folders: Sequence[Path]) -> Scored:
+    """Score the samples and select the subset, after scoring runs or from the logits in `collect.trajectories`.
 
     Args:
         config: the whole run's config.
         source: the training source.
-        folder: the finished scoring run's folder; None to read logits.
+        folders: of the finished scoring runs; none to read logits.
 
     Raises:
         ConfigError: the method cannot be scored this way.
         DataError: the logits cannot be used.
     """
     labels = np.asarray(source.labels)
-    if folder is None:
+    folder = run_folder_of(config) / SCORING
+    if not folders:
         selector, prior_cost = _imported_scores(config, labels), PriorCost()
-        folder = run_folder_of(config) / SCORING
         folder.mkdir(parents=True, exist_ok=True)
     else:
-        selector, prior_cost = _collected_scores(config, source, folder), _collected_cost(config, source, folder)
+        selectors = [_collected_scores(config, source, number, path) for number, path in enumerate(folders)]
+        selector = selectors[0]
+        if len(selectors) > 1:
+            scores = [each.method.scores(each.table) for each in selectors]
+            selector.averaged = {name: np.mean([each[name] for each in scores], axis=0) for name in scores[0]}
+            recalls = [each.recalls for each in selectors if each.recalls is not None]
+            selector.recalls = np.mean(recalls, axis=0) if recalls else None
+        prior_cost = PriorCost.sum([_collected_cost(config, source, path) for path in folders])
     selection = selector.begin_epoch(config.build_method().collect_epochs)
     selector.table.times_pruned[:] = 0  # scoring prunes nothing
-    scores = write_scores(folder, selector, labels, source.fingerprint)
-    return Scored(scores, selection, prior_cost, imported=config.collect.trajectories is not None)
+    written = write_scores(folder, selector, labels, source.fingerprint)
+    return Scored(written, selection, prior_cost, imported=config.collect.trajectories is not None)
 
 
 def _imported_scores(config: Config, labels: NDArray[Any]) -> Selector:
@@ -94,16 +101,28 @@ def _imported_scores(config: Config, labels: NDArray[Any]) -> Selector:
     return score_trajectories(config.build_method(), logits, len(labels), config.train.seed, labels)
 
 
-def _collected_scores(config: Config, source: SampleSource, folder: Path) -> Selector:
-    """Return the method's Selector with the table of the scoring run."""
-    scoring, method, labels = config.scoring(), config.build_method(), np.asarray(source.labels)
+def _collected_scores(config: Config, source: SampleSource, number: int, folder: Path) -> Selector:
+    """Return the method's Selector with the table of a scoring run."""
+    scoring, method, labels = config.scoring(number), config.build_method(), np.asarray(source.labels)
     run = (len(source), max(scoring.train.epochs, method.collect_epochs + 1), scoring.train.seed)
     record = recorded_signals(scoring, input_spec(scoring, source))
     collected = Selector(scoring.build_method(), *run, labels, record=record)
     collected.load_state_dict(load_selector_state(folder, method.collect_epochs))
-    selector = Selector(method, *run, labels, record=record)
+    selector = Selector(method, *run, labels, record=record, recalls=_recalls(folder))
     selector.table.load_arrays(collected.table.to_arrays())
     return selector
+
+
+def _recalls(folder: Path) -> NDArray[np.float64] | None:
+    """Return the scoring run's last accuracy on each class of the validation data, their mean where a class has none.
+
+    None without validation data.
+    """
+    validated = [line["val_class_accuracy"] for line in read_metrics(folder) if line.get("val_class_accuracy")]
+    if not validated:
+        return None
+    recalls = np.array([np.nan if recall is None else recall for recall in validated[-1]], dtype=np.float64)
+    return np.where(np.isnan(recalls), np.nanmean(recalls), recalls)
 
 
 def _collected_cost(config: Config, source: SampleSource, folder: Path) -> PriorCost:

@@ -34,6 +34,8 @@ from rayprune.engine.train.metrics import (
     BYTES,
     PADDED,
     REAL,
+    SCORED,
+    TRAINED,
     CorrectRows,
     MetricSums,
     compute,
@@ -41,7 +43,8 @@ from rayprune.engine.train.metrics import (
     validated,
 )
 from rayprune.errors import TrainingPaused, TrainingStopped
-from rayprune.nn.augment import seed_generators, step_seed
+from rayprune.nn.augment import channels_first, seed_generators, step_seed
+from rayprune.nn.steps import BatchPlace
 
 _SECONDS = ("epoch", "train", "data_wait", "select", "record", "forward_only", "validate", "checkpoint")
 # Mistakes in a program: restarted workers would meet them again.
@@ -133,8 +136,10 @@ class Worker:
         header = self._session.announce()
         self._trigger.start_epoch(train_step_of(self._resume_step, header.meta_every))
         self._seconds["select"] += header.select_s
-        with self._timed("train"):
-            sums, lr = self._train(epoch, header)
+        sums, lr = MetricSums(self._device).total(1), 0.0
+        if self._spec.step.trains:
+            with self._timed("train"):
+                sums, lr = self._train(epoch, header)
         forwarded: Tensor | None = None
         if header.num_forward_only:
             with self._timed("forward_only"):
@@ -181,9 +186,14 @@ class Worker:
             if meta is not None:  # the training batches are a selection: the weights are learned from all samples
                 meta_placed, meta_inputs = self._augmented(meta, epoch)
                 options["meta"] = (meta_inputs, meta_placed.targets)
+            if self._step.takes_place:
+                steps = (epoch, step, header.num_train_steps)
+                options["place"] = BatchPlace(*steps, placed.rows.ids, batch.real, header.facts)
             signals = self._step(inputs, placed.targets, placed.rows.weights, **options)
             self._record(batch, signals)
-            sums.add(signals, placed.rows, batch.real, batch.num_bytes + (meta.num_bytes if meta else 0))
+            num_bytes = batch.num_bytes + (meta.num_bytes if meta else 0)
+            counts = self._step.row_counts(int(batch.real.sum()), batch.real.size)
+            sums.add(signals, placed.rows, batch.real, num_bytes, counts=counts)
         return sums.total(self.world_size), lr
 
     def _forward(self, phase: Phase, *, record: bool, keep_rows: bool = False) -> Tensor:
@@ -226,7 +236,8 @@ class Worker:
 
     def _augmented(self, batch: Batch, epoch: int) -> tuple[DeviceBatch, Tensor]:
         spec, seed = self._spec.input, self._config.train.seed
-        placed = self._place(batch, spec.augment.draws(batch.ids, spec.shape, seed=seed, epoch=epoch))
+        shape = channels_first(batch.columns[spec.column].shape[1:])
+        placed = self._place(batch, spec.augment.draws(batch.ids, shape, seed=seed, epoch=epoch))
         return placed, spec.augment.train(placed.inputs, placed.draws)
 
     def _record(self, batch: Batch, signals: dict[str, Tensor]) -> None:
@@ -262,17 +273,19 @@ class Worker:
         num_forwarded = int(forwarded[REAL]) if forwarded is not None else 0
         num_bytes = sum(int(part[BYTES]) for part in phases if part is not None)
         num_meta = num_meta_batches(header.num_train_steps, self._meta_interval) * self._config.train.batch_size
+        num_skipped = int(sums[REAL] - sums[TRAINED])
         counts = self._saver.add_counts(
-            samples_trained=int(sums[REAL]),
-            samples_forwarded=num_forwarded,
+            samples_trained=int(sums[TRAINED]),
+            samples_forwarded=num_forwarded + int(sums[SCORED]),
             samples_padded=int(sums[PADDED]),
             bytes_read=num_bytes,
             samples_meta=num_meta,
+            samples_skipped=num_skipped,
         )
         return {
             "epoch": epoch,
             "requested_prune_ratio": header.requested,
-            "pruned_fraction": header.realised,
+            "pruned_fraction": header.realised + num_skipped / header.num_samples,
             "kept": header.num_kept,
             "mean_weight": header.mean_weight,
             "lr_scale": header.lr_scale,

@@ -396,6 +396,11 @@ def _score_spec(
         raise ConfigError(f"last_batch {last_batch!r} must be 'pad' or 'drop'")
     if batch_size > len(samples):
         raise ConfigError(f"batch_size {batch_size} is more than the {len(samples)} samples: give at most that many")
+    if isinstance(method, Method) and method.step()[0] == "in_batch":
+        raise ConfigError(
+            f"method {method.name!r} picks rows inside the train step of rayprune train: in a loop of your own, use "
+            "another method"
+        )
     labeled, num_checked = _needs_labels(method), min(len(samples), _CHECKED_SAMPLES)
     labels = samples.labels[:num_checked] if labeled else None
     Selector(method, num_checked, num_epochs, seed, labels=labels)  # refuses a bad method, number of epochs or seed

@@ -24,6 +24,7 @@ from rayprune.config import Config, make_config
 from rayprune.config.experiments import BASELINES, compared_method
 from rayprune.config.schema import TrainSection
 from rayprune.config.yaml import merge
+from rayprune.core.in_batch import InBatchMethod
 from rayprune.core.schedule import epoch_at
 from rayprune.errors import ConfigError
 from rayprune.experiments.compare.statistics import RunOutcome
@@ -157,7 +158,11 @@ def unpruned(method: Mapping[str, Any]) -> dict[str, Any] | None:
     if isinstance(inner, Mapping):
         without = unpruned(inner)
         return None if without is None else {**method, "of": without}
-    fields = method_fields(type(build_method(method)))
+    built = build_method(method)
+    fields = method_fields(type(built))
+    if isinstance(built, InBatchMethod):
+        whole = {"keep": 1.0, "prune_ratio": 0.0}
+        return {**method, **{name: whole[name] for name in whole if name in fields}} if "keep" in fields else None
     if "prune_ratio" not in fields:
         return None
     # Reset the settings that replace the ratio to their defaults.

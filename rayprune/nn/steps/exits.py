@@ -5,18 +5,21 @@ Shapes: B rows of this worker's part of the batch, C classes, K exits.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from rayprune.core.step_options import ExitsOptions, StepOptions
 from rayprune.errors import ConfigError
 from rayprune.nn.signals import compute_signals, max_probability, per_sample_loss
 from rayprune.nn.steps.plain import PlainStep
+from rayprune.nn.steps.registry import register_step
 
 Score = int | Literal["last", "mean", "depth"]
 
 
+@register_step("exits")
 class ExitStep(PlainStep):
     """Take one optimization step on Σ_k mean_b(w_b · l_bk).
 
@@ -35,6 +38,9 @@ class ExitStep(PlainStep):
     Raises:
         ConfigError: the network has no such exit.
     """
+
+    options_class: ClassVar[type[StepOptions] | None] = ExitsOptions
+    multi_exit = True
 
     def __init__(
         self,
@@ -60,7 +66,13 @@ class ExitStep(PlainStep):
         return torch.stack([per_sample_loss(exit_BC, targets_B, label_smoothing=label_smoothing) for exit_BC in logits])
 
     def _compute_signals(
-        self, names: tuple[str, ...], logits: Tensor, targets_B: Tensor, losses_B: Tensor, part: str = "model"
+        self,
+        names: tuple[str, ...],
+        logits: Tensor,
+        targets_B: Tensor,
+        losses_B: Tensor,
+        part: str = "model",
+        embeddings_BD: Tensor | None = None,
     ) -> dict[str, Tensor]:
         hits = [compute_signals(("correct",), exit_BC, targets_B, losses_B[0])["correct"] for exit_BC in logits]
         losses_KB = losses_B.detach().float()

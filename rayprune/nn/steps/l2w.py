@@ -37,6 +37,7 @@ from rayprune.nn.steps.meta_gradient import (
     gradients_of,
     slopes_along,
 )
+from rayprune.nn.steps.registry import register_step
 
 Normalise = Literal["row", "col", "mat"]
 
@@ -44,6 +45,7 @@ Normalise = Literal["row", "col", "mat"]
 _META_COST = {"jvp": 8 / 3, "second_order": 11.3 / 3}
 
 
+@register_step("l2w")
 class L2wStep(ExitStep):
     """Take two optimization steps, one on each half of a batch, with learned weights.
 
@@ -63,6 +65,10 @@ class L2wStep(ExitStep):
     Raises:
         ConfigError: an option outside its range, another optimizer, micro-batches.
     """
+
+    options_class = L2wOptions
+    run_facts = ("seed",)
+    compilable = False
 
     def __init__(
         self,
@@ -252,7 +258,13 @@ class L2wStep(ExitStep):
         return center(values_HK, self.options.normalise, real_H, None if alone else self._scope)
 
     def _compute_signals(
-        self, names: tuple[str, ...], logits: Tensor, targets_B: Tensor, losses_B: Tensor, part: str = "model"
+        self,
+        names: tuple[str, ...],
+        logits: Tensor,
+        targets_B: Tensor,
+        losses_B: Tensor,
+        part: str = "model",
+        embeddings_BD: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return the signals of a pass without an update, and the weights that its rows alone would get."""
         others = tuple(name for name in names if name not in self._weight_names)

@@ -6,21 +6,55 @@ Shapes: B rows of this worker's part of the batch, C classes, W workers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rayprune.core.references import closest
+from rayprune.core.step_options import PlainOptions, StepOptions
 from rayprune.errors import ConfigError
 from rayprune.nn.boundary import PairDistances
-from rayprune.nn.signals import BOUNDARY_SIGNALS, compute_signals, per_sample_loss
+from rayprune.nn.signals import BOUNDARY_SIGNALS, EMBEDDING_SIGNALS, compute_signals, per_sample_loss
+from rayprune.nn.steps.registry import register_step
 
 # The metrics of every run are made of these, whatever the method needs.
 _METRIC_SIGNALS = ("loss", "correct")
 
 
+@dataclass(frozen=True)
+class BatchPlace:
+    """Which rows of the run a training step gets, for steps that set `takes_place`.
+
+    Attributes:
+        epoch, step, num_steps: 0-based epoch, and 0-based step of the epoch's training steps.
+        ids: (B,) int64 on the device, this rank's rows in the order of the global batch.
+        real: (B,) bool on the host, False for padding.
+        facts: what the method reports about the epoch's selection.
+    """
+
+    epoch: int
+    step: int
+    num_steps: int
+    ids: Tensor
+    real: NDArray[np.bool_]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """How many rows a training step trained, how many of weight 0, and how many it scored by a forward pass alone."""
+
+    trained: int
+    padded: int
+    forwarded: int = 0
+
+
+@register_step("plain")
 class PlainStep:
     """Take one optimization step on a weighted batch.
 
@@ -33,16 +67,32 @@ class PlainStep:
         clip_norm: largest gradient norm, or None.
         autocast: dtype of mixed precision, or None for full precision.
         head: name in the network of the nn.Linear whose output the logits are, as `last_linear` finds it; signals of
-            decision boundaries need it.
+            decision boundaries and of embeddings need it.
+
+    Raises:
+        ConfigError: signals of embeddings in training; only `evaluate` has them.
+
+    Class attributes:
+        options_class: of its options in `train.step`, which it gets as keywords; None if only methods name it.
+        run_facts: what else it gets as keywords: seed, num_epochs, num_samples (of the training split).
+        takes_place: whether a call gets a BatchPlace as the keyword `place`.
+        multi_exit: whether it is for networks with several exits, whose number it gets as num_exits.
+        compilable: whether the network may be compiled: the step calls it as a whole and computes none of its
+            derivatives by hand.
+        parts: networks that `evaluate` can run; "model" is always the first.
 
     Attributes:
         num_exits: K of a network with several exits, whose step also returns `exit_loss` and `exit_correct`, (B, K);
             1 otherwise.
-        parts: networks that `evaluate` can run; "model" is always the first.
         train_cost: of a training step per sample, relative to a plain one.
         meta_cost: additional cost per sample that weights are learned from.
     """
 
+    options_class: ClassVar[type[StepOptions] | None] = PlainOptions
+    run_facts: ClassVar[tuple[str, ...]] = ()
+    takes_place: ClassVar[bool] = False
+    multi_exit: ClassVar[bool] = False
+    compilable: ClassVar[bool] = True
     parts: tuple[str, ...] = ("model",)
     num_exits = 1
 
@@ -58,6 +108,11 @@ class PlainStep:
         autocast: torch.dtype | None = None,
         head: str | None = None,
     ) -> None:
+        if embedded := [name for name in signals if name in EMBEDDING_SIGNALS]:
+            raise ConfigError(
+                f"signal {embedded[0]!r} needs a forward-only pass: name it in sweep_signals, not in signals or "
+                "train.record"
+            )
         self.model, self.optimizer = model, optimizer
         # Without DDP: an evaluation has no gradients to synchronize.
         self._module: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -121,14 +176,34 @@ class PlainStep:
             ConfigError: an unknown part or signal.
         """
         self._set_mode(training=False)
+        return self._forward_only(inputs, targets_B, smoothed=smoothed, signals=signals, part=part)
+
+    def _forward_only(
+        self, inputs: Tensor, targets_B: Tensor, *, smoothed: bool, signals: tuple[str, ...], part: str = "model"
+    ) -> dict[str, Tensor]:
+        """Return the signals of `evaluate` in the network's current mode."""
         needs_distances = any(name in BOUNDARY_SIGNALS for name in signals)
-        precise = self._precise_head() if needs_distances else contextlib.nullcontext()
-        with self._mixed(inputs), precise:
+        needs_embeddings = any(name in EMBEDDING_SIGNALS for name in signals)
+        embeddings: list[Tensor] = []
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._mixed(inputs))
+            if needs_distances:
+                stack.enter_context(self._precise_head())
+            if needs_embeddings:
+                stack.enter_context(self._head_inputs(embeddings))
             logits = self._eval_logits(inputs, self._check_part(part))
         losses = self._losses(logits, targets_B, self._label_smoothing if smoothed else 0.0)
-        return self._compute_signals(
-            tuple(dict.fromkeys((*_METRIC_SIGNALS, *signals))), logits, targets_B, losses, part
-        )
+        names = tuple(dict.fromkeys((*_METRIC_SIGNALS, *signals)))
+        return self._compute_signals(names, logits, targets_B, losses, part, embeddings[0] if embeddings else None)
+
+    def row_counts(self, num_real: int, num_rows: int) -> RowCounts:
+        """Return what the last training step did with this rank's rows.
+
+        Args:
+            num_real: rows without padding.
+            num_rows: B.
+        """
+        return RowCounts(num_real, num_rows - num_real)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state beyond network and optimizer, not copied, in types that weights_only loading takes: none."""
@@ -188,6 +263,20 @@ class PlainStep:
         finally:
             handle.remove()
 
+    @contextlib.contextmanager
+    def _head_inputs(self, found: list[Tensor]) -> Iterator[None]:
+        """Add the inputs of the last layer, (B, D), to a list."""
+        if self._head is None:
+            yield
+            return
+        layer = self._network.get_submodule(self._head)
+        handle = layer.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].detach()))
+        try:
+            with torch.compiler.set_stance("force_eager"):  # a compiled network would not run the hook
+                yield
+        finally:
+            handle.remove()
+
     def _logits(self, output: Any) -> Tensor:
         """Return the model's output as one tensor."""
         return output
@@ -207,13 +296,13 @@ class PlainStep:
         inputs: Tensor,
         targets_B: Tensor,
         weights_B: Tensor,
-        rows: int,
+        rows: float,
         *,
         synchronize: bool,
         factor: float = 1.0,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Go forward and backward once, with the module's `options` and the loss times `factor`."""
+        """Go forward and backward once, with the module's `options` and the loss Σ(w·l)/rows times `factor`."""
         context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if not synchronize and isinstance(self.model, nn.parallel.DistributedDataParallel):
             context = self.model.no_sync()
@@ -225,14 +314,22 @@ class PlainStep:
         return logits, losses
 
     def _compute_signals(
-        self, names: tuple[str, ...], logits: Tensor, targets_B: Tensor, losses_B: Tensor, part: str = "model"
+        self,
+        names: tuple[str, ...],
+        logits: Tensor,
+        targets_B: Tensor,
+        losses_B: Tensor,
+        part: str = "model",
+        embeddings_BD: Tensor | None = None,
     ) -> dict[str, Tensor]:
         distances_CC = None
         if self._head is not None and any(name in BOUNDARY_SIGNALS for name in names):
             weight = self._network.get_submodule(self._head).weight
             assert isinstance(weight, Tensor)
             distances_CC = self._pair_distances[part](weight)
-        return compute_signals(names, logits, targets_B, losses_B, distances_CC=distances_CC)
+        return compute_signals(
+            names, logits, targets_B, losses_B, distances_CC=distances_CC, embeddings_BD=embeddings_BD
+        )
 
     def _check_part(self, part: str) -> str:
         if part not in self.parts:

@@ -34,6 +34,7 @@ from rayprune.errors import ConfigError
 from rayprune.nn.boundary import PairDistances, eval_mode, last_linear
 from rayprune.nn.flops import example_input, num_macs
 from rayprune.nn.steps.plain import PlainStep
+from rayprune.nn.steps.registry import register_step
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -41,6 +42,7 @@ _SLICEABLE: tuple[type[Any], ...] = (*CONVOLUTIONS, nn.Linear, *BATCH_NORMS, nn.
 _WITHOUT_PROXY = "set method.proxy_width=null to select with the whole network"
 
 
+@register_step("psp")
 class PspStep(PlainStep):
     """Take one optimization step on a weighted batch for a network and its proxy.
 
@@ -55,6 +57,8 @@ class PspStep(PlainStep):
         ConfigError: the weight is outside its range.
     """
 
+    options_class = None
+    compilable = False
     parts = ("model", "proxy")
 
     def __init__(

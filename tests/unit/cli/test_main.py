@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import signal
 import subprocess
@@ -57,7 +58,8 @@ def test_help_and_methods_load_nothing_slow(words: list[str]) -> None:
 def test_ctrl_c_during_the_imports_is_one_line_and_exit_130(tmp_path: Path) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "rayprune", "train", "configs/digits_full.yaml"]
     command += ["scaling.num_workers=0", f"run.storage_path={tmp_path}"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment())
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background shell ignores it
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment(), preexec_fn=heed)
     assert process.stderr is not None
     lines = []
     for line in process.stderr:  # each import prints a line

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from rayprune.core.choosing import choose, num_kept, num_pruned, quotas
+from rayprune.core.choosing import capped_quotas, choose, drop_quotas, num_kept, num_pruned, quotas
 
 RULES = ["top", "bottom", "middle", "strata"]
 BALANCES = ["none", "proportional", "even"]
@@ -171,3 +171,59 @@ def test_ids_beyond_float32_are_exact() -> None:
     scores = np.zeros((1 << 24) + 4, dtype=np.float16)
     scores[[(1 << 24) + 1, (1 << 24) + 3]] = 1
     assert choose(scores, 2).ids.tolist() == [(1 << 24) + 1, (1 << 24) + 3]
+
+
+def test_drop_gives_more_to_classes_that_are_recognized_less_often() -> None:
+    """The numbers of the paper's rule: quotas in proportion to N_k·(1 − recall_k), full classes kept whole."""
+    hundred = np.array([100, 100, 100])
+    recalls = np.array([0.9, 0.8, 0.5])
+    assert drop_quotas(hundred * 160, recalls, 24_000).tolist() == [3_000, 6_000, 15_000]
+    assert (drop_quotas(hundred * 600, recalls, 108_000) / 60_000).tolist() == pytest.approx(
+        [0.266667, 0.533333, 1.0], abs=1e-4
+    )
+    assert drop_quotas(np.array([50, 100, 200]), np.array([0.5, 0.8, 0.9]), 140).tolist() == [50, 45, 45]
+    assert drop_quotas(hundred, np.ones(3), 150).tolist() == [50, 50, 50]
+    assert drop_quotas(hundred, np.array([1.0, 1.0, 0.0]), 150).tolist() == [25, 25, 100]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.sampled_from([0.0, 0.3, 0.9, 1.0])), min_size=1, max_size=8), st.data()
+)
+def test_drop_quotas_add_up_and_fit(classes: list[tuple[int, float]], data: st.DataObject) -> None:
+    sizes, recalls = np.array([size for size, _ in classes]), np.array([recall for _, recall in classes])
+    count = data.draw(st.integers(0, int(sizes.sum())))
+    quota = drop_quotas(sizes, recalls, count)
+    assert quota.sum() == count
+    assert (quota >= 0).all()
+    assert (quota <= sizes).all()
+    # A class of zero recall never gets a smaller share than one of the same size that is recognized better.
+    for low in range(len(classes)):
+        for high in range(len(classes)):
+            if sizes[low] == sizes[high] and recalls[low] < recalls[high]:
+                assert quota[low] >= quota[high] - 1
+
+
+def test_the_balance_drop_needs_the_recalls() -> None:
+    scores, labels = np.arange(6.0), np.array([0, 0, 0, 2, 2, 2])
+    chosen = choose(scores, 3, labels=labels, balance="drop", recalls=np.array([0.5, np.nan, 1.0])[[0, 0, 2]])
+    assert chosen.ids.tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="balance 'drop' needs the recall of each class"):
+        choose(scores, 3, labels=labels, balance="drop")
+    with pytest.raises(ValueError, match=r"recalls .* are not shares in \[0, 1\]"):
+        drop_quotas(np.array([3]), np.array([1.5]), 1)
+
+
+def test_capped_quotas_are_proportional_and_never_above_the_sizes() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        sizes = rng.integers(0, 30, 6)
+        shares = rng.exponential(size=6) * (rng.random(6) < 0.8)
+        count = int(rng.integers(0, sizes.sum() + 1))
+        quota = capped_quotas(sizes, shares, count)
+        assert quota.sum() == count
+        assert (quota <= sizes).all()
+        free = (quota < sizes) & (shares > 0)
+        if free.any():  # classes with room are within rounding of one common ratio, and nobody full is above it
+            ratio = quota[free] / shares[free]
+            assert (ratio.max() - ratio.min()) <= (2.0 / shares[free]).max() + 1e-9
+            assert (quota[shares == 0] == 0).all()

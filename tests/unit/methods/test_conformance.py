@@ -16,11 +16,13 @@ import yaml
 
 import rayprune
 from rayprune.core import Schedule, Selection, Selector
+from rayprune.core.in_batch import Candidates, InBatchMethod
 from rayprune.methods import METHODS, Method, build_method
 from rayprune.testing import (
     CHECKS,
     NUM_EPOCHS,
     NUM_SAMPLES,
+    SyntheticBatches,
     SyntheticRun,
     check_selection,
     fingerprint,
@@ -51,6 +53,8 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
 
 VARIANTS = dict(variants())
 every_method = pytest.mark.parametrize("method", [build_method(c) for c in VARIANTS.values()], ids=list(VARIANTS))
+IN_BATCH = {name: method for name, config in VARIANTS.items() if (method := build_method(config)).kind == "in_batch"}
+every_in_batch = pytest.mark.parametrize("method", IN_BATCH.values(), ids=list(IN_BATCH))
 every_class = pytest.mark.parametrize("cls", [METHODS[n] for n in sorted(METHODS)], ids=sorted(METHODS))
 
 
@@ -117,6 +121,10 @@ def test_a_repeated_observation_counts_once(cls: type[Method]) -> None:
 
 @every_method
 def test_a_class_floor_without_labels_is_refused(method: Method) -> None:
+    if method.step()[0] == "in_batch":
+        with pytest.raises(ValueError, match="chooses inside batches"):
+            dataclasses.replace(method, class_floor=0.5)
+        return
     floored = dataclasses.replace(method, class_floor=0.5)
     with pytest.raises(ValueError, match=r"class_floor 0\.5 needs labels"):
         Selector(floored, NUM_SAMPLES, NUM_EPOCHS)
@@ -163,15 +171,48 @@ def test_large_seeds_and_epochs_work(method: Method) -> None:
         for epoch in range(1, method.collect_epochs):
             run.observe(everything, epoch)
     if method.sweep_signals:
-        with pytest.raises(ValueError, match="have no distance"):
+        with pytest.raises(ValueError, match="have no "):
             run.selector.begin_epoch(70_000)
-        run.sweep(dataclasses.replace(Selection.full(NUM_SAMPLES), sweep="all"), 0)
+        newest = max(method.collect_epochs - 1, 0)
+        run.sweep(dataclasses.replace(Selection.full(NUM_SAMPLES), sweep="all"), newest)
     selection = run.selector.begin_epoch(np.int64(70_000))  # type: ignore[arg-type]
     check_selection(selection, NUM_SAMPLES, "epoch 70000")
     restored = SyntheticRun(method, num_epochs=100_000, seed=2**40 + 1)
     restored.selector.load_state_dict(through_a_file(run.selector))
     assert fingerprint(restored.selector.begin_epoch(70_000)) == fingerprint(selection)
     assert int(run.selector.table.times_pruned.max()) <= 1
+
+
+@every_in_batch
+@pytest.mark.parametrize("size", [1, 2, 7, NUM_SAMPLES])
+def test_rows_in_another_order_are_picked_all_the_same(method: InBatchMethod, size: int) -> None:
+    for seed in range(5):
+        batches, ids = SyntheticBatches(method, seed), np.arange(size)
+        picked = batches.pick(ids, step=seed)
+        assert picked
+        assert batches.pick(np.random.default_rng(seed).permutation(ids), step=seed) == picked
+
+
+@every_in_batch
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_diverged_rows_are_never_picked_and_change_no_pick(method: InBatchMethod, number: float) -> None:
+    batches, ids = SyntheticBatches(method), np.arange(NUM_SAMPLES)
+    signals = batches.signals(ids)
+    for array in signals.values():
+        array[::3] = number
+    picked = batches.pick(ids, signals=signals)
+    assert all(id % 3 for id in picked)
+    assert picked == batches.pick(ids[ids % 3 > 0])
+    assert not batches.pick(ids, signals={name: np.full_like(array, number) for name, array in signals.items()})
+
+
+@every_in_batch
+def test_padding_is_never_picked(method: InBatchMethod) -> None:
+    batches, ids = SyntheticBatches(method), np.arange(NUM_SAMPLES)
+    real = ids >= NUM_SAMPLES - 9
+    candidates = Candidates(batches.signals(ids), batches.context(ids, 0), real)
+    rows, weights = candidates.pick(method)
+    assert dict(zip(ids[rows].tolist(), weights.tolist(), strict=True)) == batches.pick(ids[real])
 
 
 def test_the_synthetic_classes_are_unbalanced() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from rayprune.core import Selector
+from rayprune.core.dynamic import warn_once
 from rayprune.methods import build_method
-from rayprune.methods.infobatch import warn_once
 
 
 def warnings_of_a_full_run(caplog: pytest.LogCaptureFixture, num_epochs: int, options: dict[str, Any]) -> list[str]:

@@ -101,10 +101,11 @@ def test_a_nan_loss_of_padding_stays_out_of_the_mean() -> None:
 def test_class_targets_give_the_signals_of_the_train_steps() -> None:
     scores, targets = logits(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
     losses = functional.cross_entropy(scores, targets, reduction="none")
-    head = torch.nn.Linear(3, 5)
-    expected = compute_signals(SIGNALS, scores, targets, losses, distances_CC=pair_distances(head.weight))
+    head, embeddings = torch.nn.Linear(3, 5), logits(6, 3)
+    distances = pair_distances(head.weight)
+    expected = compute_signals(SIGNALS, scores, targets, losses, distances_CC=distances, embeddings_BD=embeddings)
     for layer in (head, head.weight):
-        signals = signals_per_sample(SIGNALS, losses, logits=scores, targets=targets, head=layer)
+        signals = signals_per_sample(SIGNALS, losses, logits=scores, targets=targets, head=layer, embeddings=embeddings)
         assert all(torch.equal(signals[name], expected[name]) for name in SIGNALS)
 
 
@@ -132,7 +133,7 @@ def test_boundary_signals_need_the_last_layer_and_one_class_per_sample(name: str
 def test_signals_of_dense_targets_are_means_over_the_positions() -> None:
     scores, targets = logits(2, 3, 4, 5), torch.from_numpy(GENERATOR.integers(0, 3, (2, 4, 5)))
     losses = losses_per_sample(functional.cross_entropy(scores, targets, reduction="none"), 2, token_axis=(1, 2))
-    names = ("correct", "entropy", "el2n", "margin", "prob_label", "probs")
+    names = ("correct", "entropy", "el2n", "margin", "logit_margin", "prob_label", "probs")
     signals = signals_per_sample(names, losses, logits=scores, targets=targets)
     for row in range(2):
         flat = scores[row].flatten(1).T
@@ -143,8 +144,9 @@ def test_signals_of_dense_targets_are_means_over_the_positions() -> None:
 
 def test_each_of_several_labels_is_a_decision_between_two_classes() -> None:
     scores, targets = logits(3, 4), torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]])
-    names = ("correct", "prob_label", "entropy", "probs")
+    names = ("correct", "prob_label", "entropy", "probs", "logit_margin")
     signals = signals_per_sample(names, torch.zeros(3), logits=scores, targets=targets)
+    assert torch.allclose(signals["logit_margin"], torch.where(targets > 0, scores, -scores).mean(1), atol=1e-6)
     p = scores.sigmoid()
     of_label = torch.where(targets > 0, p, 1 - p)
     assert torch.allclose(signals["prob_label"], of_label.mean(1), atol=1e-6)

@@ -15,18 +15,15 @@ from rayprune.engine.data.transport import LocalStream
 from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import PlanPass, Push, pack
-from rayprune.methods import METHODS, build_method
+from rayprune.methods import METHODS, build_method, method_fields
 from rayprune.sources import SampleSource, Subset, open_data
+from rayprune.testing import signals_of
 from tests.support.runs import close_epoch, pass_of, stream_pass
 
 DIGITS = open_data("digits").train
 EPOCHS = 5
 # What a method needs for a run as short as this one.
-SHORT = {
-    "tdds": {"trajectory_len": 3, "window_size": 3},
-    "least_confidence": {"score_epochs": 3},
-    "fixed": {"path": "chosen.parquet"},
-}
+SHORT = {"trajectory_len": 3, "window_size": 3, "score_epochs": 3, "path": "chosen.parquet"}
 
 
 def source_of(num_samples: int) -> SampleSource:
@@ -51,7 +48,8 @@ def test_ranks_share_every_epoch_of_every_method(
     name: str, num_samples: int, share: int, world_size: int, last_batch: str, seed: int
 ) -> None:
     batch, source = share * world_size, source_of(num_samples)
-    config = {"name": name, **SHORT.get(name, {})}
+    fields = method_fields(METHODS[name])
+    config = {"name": name, **{key: value for key, value in SHORT.items() if key in fields}}
     method = build_method(config)
     last_batch = "pad" if method.collect_epochs else last_batch  # such a method misses no sample
     chosen = Selection.of_ids(np.arange(0, num_samples, 2), num_samples)
@@ -103,9 +101,11 @@ def swept(scores: ScoreClient, source: SampleSource, plan_pass: PlanPass) -> np.
 
 def drawn(rng: np.random.Generator, signal: str, rows: int) -> np.ndarray:
     """Return made-up numbers of a signal."""
-    if signal == "probs":
-        return rng.dirichlet(np.ones(10), rows).astype(np.float32)
-    return rng.exponential(size=rows).astype(np.float32)
+    if signal in ("probs", "logit_gradient"):
+        probs = rng.dirichlet(np.ones(10), rows).astype(np.float32)
+        return probs - np.eye(10, dtype=np.float32)[rng.integers(10, size=rows)] * (signal != "probs")
+    vector = signals_of((signal,), np.zeros(1, np.int64), 0)[signal].shape[1:]
+    return rng.exponential(size=(rows, *vector)).astype(np.float32)
 
 
 def test_no_samples_give_no_steps() -> None:

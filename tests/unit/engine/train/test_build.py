@@ -27,7 +27,7 @@ SOURCE = open_data("digits").train
 
 def settings(folder: Path, **sections: Any) -> StepSettings:
     config = run_config(folder, **sections)
-    return StepSettings.of(config.build_method(), config.train)
+    return StepSettings.of(config.build_method(), config)
 
 
 def test_without_a_gpu_everything_is_full_precision_on_the_cpu() -> None:
@@ -78,7 +78,7 @@ def test_a_compiled_step_keeps_the_names_in_checkpoints(tmp_path: Path) -> None:
     for compiled in (False, True):
         config = run_config(tmp_path, train={"compile": compiled})
         spec = input_spec(config, SOURCE)
-        chosen = StepSettings.of(config.build_method(), config.train)
+        chosen = StepSettings.of(config.build_method(), config)
         network = build_network(config, spec, CPU)
         build_step(config, network, spec, chosen, device=CPU)
         names.append(list(network.state_dict()))

@@ -124,7 +124,7 @@ REFUSED = {
     ),
     "boundaries": (
         {"model": {"name": f"{MULTI_EXIT_MODELS}:tower"}, "train": {"record": ["boundary"]}},
-        "signal 'boundary' needs the decision boundaries of one last layer",
+        "signal 'boundary' needs one last layer",
     ),
     "a proxy of several exits": (
         {"model": {"name": f"{MULTI_EXIT_MODELS}:tower"}, "method": {"name": user("TrainsBy"), "train_step": "psp"}},
