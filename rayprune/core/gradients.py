@@ -221,8 +221,6 @@ class GradientMethod(StaticMethod):
     def condense(self, table: ScoreTable, context: EpochContext) -> None:
         """Write the weights of the chosen samples, 0 for the others."""
         arrays = [table.vectors[name].array for name in self.sweep_signals]
-        if any(array.ndim != 2 for array in arrays):
-            raise ConfigError(f"{', '.join(self.sweep_signals)} must be one vector per sample")
         weights = np.zeros(context.num_samples, dtype=np.float64)
         rng = context.derived_rng(_PARTS, epoch=self.collect_epochs)
         for ids, count, label in self._parts(context, rng):
