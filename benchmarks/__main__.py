@@ -22,12 +22,14 @@ NAMES = (
         "own_dataset",
         "decoding",
         "tdds",
+        "gradients",
+        "geometry",
         "l2w",
     ),
     *("host", "overhead", "plain", "start", "psp", "scaling", "gpu"),
 )
 # Long or memory-hungry: they run only when named.
-BY_NAME = ("soak", "billion", "verdicts")
+BY_NAME = ("soak", "billion", "verdicts", "gradients_million", "k_center")
 
 
 def main() -> int:

@@ -37,7 +37,7 @@ class EngineSteps:
         self._spec, self._seed = input_spec(config, source), config.train.seed
         batch_size, row_bytes = config.train.batch_size, source.schema.row_bytes
         network, method = build_network(config, self._spec, device), InfoBatch(prune_ratio=0.0)
-        self._step = build_step(config, network, self._spec, StepSettings.of(method, config.train), device=device)
+        self._step = build_step(config, network, self._spec, StepSettings.of(method, config), device=device)
         spec = ScoreSpec(method.to_config(), source, 0, _EPOCHS, 0, batch_size, "pad", row_bytes, None, 0)
         self._via = DeviceStream({"train": source}, device)
         self._place, self._sums = DevicePlacer(self._spec.column, device), MetricSums(device)

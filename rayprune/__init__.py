@@ -159,6 +159,7 @@ if not TYPE_CHECKING:  # a type checker that saw it would accept any name
 
             # `from rayprune import methods` would come back here for as long as the package is not loaded.
             methods = importlib.import_module("rayprune.methods")
+            methods = importlib.import_module("rayprune.methods")  # `from rayprune import` would come back here
             if name in vars(methods) and name in {cls.__name__ for cls in methods.METHODS.values()}:
                 return getattr(methods, name)
             names = (*_MODULES, *_SUBMODULES, *(cls.__name__ for cls in methods.METHODS.values()))

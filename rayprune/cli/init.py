@@ -21,17 +21,17 @@ def init(name: str | None, path: str | None) -> None:
 
     PATH is a .yaml file or a folder. A file that exists is not overwritten.
     """
-    from rayprune.config.shipped import config_hint, shipped_configs
+    from rayprune.config.shipped import config_hint, find_shipped, shipped_configs
 
-    configs = shipped_configs()
-    if name not in configs:
-        for line in aligned([(key, _first_line(file)) for key, file in configs.items()], words=(0, 1)):
+    shipped = None if name is None else find_shipped(name)
+    if shipped is None:
+        for line in aligned([(key, _first_line(file)) for key, file in shipped_configs().items()], words=(0, 1)):
             say(line)
         if name is not None:
             raise ConfigError(f"no shipped config is named {name!r}: {config_hint(name)}")
         say("\nrayprune init NAME copies one to NAME.yaml; rayprune train NAME runs it as it is.")
         return
-    text = configs[name].read_text(encoding="utf-8")
+    text, name = shipped.read_text(encoding="utf-8"), shipped.stem
     file = Path(path or ".").expanduser()
     if file.suffix not in {".yaml", ".yml"}:
         file = file / f"{name}.yaml"

@@ -68,10 +68,16 @@ class Augmentation:
     Args:
         crop: pixels of zero padding on each side before a random crop to the original size; 0: none.
         flip: flip half of the images horizontally.
+        resized_crop: side of the network's input, in pixels, to which a random part of each image is resized;
+            validation takes the central square of this side. Store images at about 8/7 of it (data.image_size=256 for
+            224); 0: none.
+        scale: the smallest and the largest share of the image's area in that part.
     """
 
     crop: int = 0
     flip: bool = False
+    resized_crop: int = 0
+    scale: tuple[float, float] = (0.08, 1.0)
 
 
 class DataSection(Section, extra="allow"):
@@ -86,7 +92,7 @@ class DataSection(Section, extra="allow"):
         "auto", description="where to keep decoded samples; auto: on disk if there is room"
     )
     augment: Auto | dict[str, Any] = Field(
-        "auto", description="crop (pixels), flip; auto: the usual one of the dataset"
+        "auto", description="crop (pixels), flip, resized_crop (pixels), scale; auto: the usual one of the dataset"
     )
 
     @model_validator(mode="before")
@@ -99,8 +105,14 @@ class DataSection(Section, extra="allow"):
     def _check_augmentation(cls, value: Any) -> Any:
         if value != "auto":
             check_keys(Augmentation, value, "data.augment", "the augmentation")
-            if value.get("crop", 0) < 0:
-                raise ConfigError(f"data.augment.crop = {value['crop']}: must be at least 0 pixels")
+            for key in ("crop", "resized_crop"):
+                if value.get(key, 0) < 0:
+                    raise ConfigError(f"data.augment.{key} = {value[key]}: must be at least 0 pixels")
+            if value.get("crop") and value.get("resized_crop"):
+                raise ConfigError("data.augment.crop and resized_crop exclude each other: leave one out")
+            low, high = value.get("scale", (1, 1))
+            if not 0 < low <= high <= 1:
+                raise ConfigError(f"data.augment.scale = {[low, high]}: must ascend above 0 and to at most 1")
         return value
 
     @property

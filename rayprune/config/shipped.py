@@ -1,4 +1,7 @@
-"""The configs that come with rayprune, by name: the files of `configs/`, which the wheel carries in the package."""
+"""The configs that come with rayprune, by name: the files of `configs/`, which the wheel carries in the package.
+
+`configs/recipes/` holds published settings. A recipe is named like any other config, with or without its subfolder.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,20 @@ from pathlib import Path
 
 # In a checkout, a link to the folder at its root.
 _FOLDER = Path(__file__).parents[1] / "configs"
+_SUBFOLDERS = ("", "recipes")  # configs/cluster holds other files
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Return name → file of every shipped config, sorted by name."""
-    return {file.stem: file for file in sorted(_FOLDER.glob("*.yaml"))}
+    """Return name → file of every shipped config: the examples sorted by name, then the recipes."""
+    return {file.stem: file for folder in _SUBFOLDERS for file in sorted((_FOLDER / folder).glob("*.yaml"))}
+
+
+def find_shipped(name: str) -> Path | None:
+    """Return the shipped config of a name, with or without its subfolder: cifar10_dynams or recipes/cifar10_dynams."""
+    for stem, file in shipped_configs().items():
+        if name in (stem, file.relative_to(_FOLDER).with_suffix("").as_posix()):
+            return file
+    return None
 
 
 def find_config(path: str | Path) -> Path:
@@ -22,7 +34,7 @@ def find_config(path: str | Path) -> Path:
     file = Path(path)
     candidates = [file] if file.suffix in {".yaml", ".yml"} else [file, Path(f"{path}.yaml")]
     found = next((own for own in candidates if own.is_file()), None)
-    return found or shipped_configs().get(str(path), file)
+    return found or find_shipped(str(path)) or file
 
 
 def config_hint(path: str | Path) -> str:

@@ -118,33 +118,37 @@ class RankedMethod(EmbeddingMethod):
         return {**super().columns(), "rank": np.int32}
 
     @abc.abstractmethod
-    def order(self, points: Points, count: int, table: ScoreTable) -> Ids:
-        """Return `count` positions among the points in the order in which the rule takes them."""
+    def order(self, points: Points, count: int, values: NDArray[np.float64]) -> Ids:
+        """Return `count` positions among n points in the order in which the rule takes them, by (n,) `values`."""
 
-    def orders(self, points: Points, shares: list[tuple[Ids, int]], table: ScoreTable) -> Iterator[Ids]:
+    def orders(self, points: Points, shares: list[tuple[Ids, int]], values: NDArray[np.float64]) -> Iterator[Ids]:
         """Yield the positions taken from each share of the points, in order."""
         for positions, count in shares:
-            yield positions[self.order(points.subset(positions), count, table)]
+            yield positions[self.order(points.subset(positions), count, values[positions])]
 
     def work(self, size: int, count: int, width: int) -> float:
         """Return the multiplications for `count` of `size` samples in one part, about."""
         return float(size) * count * width
 
-    def candidates(self, table: ScoreTable) -> Ids:
+    def values(self, table: ScoreTable) -> NDArray[np.float64]:
+        """Return what the rule uses besides the embeddings, (N,)."""
+        return np.broadcast_to(np.float64(0.0), len(table))
+
+    def candidates(self, values: NDArray[np.float64]) -> Ids:
         """Return the ascending ids of the samples that may be kept."""
-        return np.arange(len(table))
+        return np.arange(values.size)
 
     def condense_embeddings(
         self, embeddings: NDArray[Any], table: ScoreTable, context: EpochContext
     ) -> dict[str, NDArray[Any]]:
         """Return the rank: the place of each kept sample in the order of its class and part, from 1; 0 for others."""
-        rank, rng = np.zeros(len(table), dtype=np.int32), self.draw(context)
-        groups = by_class(self.candidates(table), self.num_kept(len(table)), context.labels, self.balance)
+        rank, values, rng = np.zeros(len(table), dtype=np.int32), self.values(table), self.draw(context)
+        groups = by_class(self.candidates(values), self.num_kept(len(table)), context.labels, self.balance)
         work = sum(self.work(ids.size, count, embeddings.shape[1]) for ids, count in groups)
         num_parts = self.parts or max(1, math.ceil(work / self.max_work))
         for ids, count in groups:
             points = Points(embeddings, ids)
-            for positions in self.orders(points, at_random(ids.size, count, num_parts, rng), table):
+            for positions in self.orders(points, at_random(ids.size, count, num_parts, rng), values[ids]):
                 rank[ids[positions]] = np.arange(1, positions.size + 1)
         return {"rank": rank}
 

@@ -61,7 +61,7 @@ class Points:
         """Return the vectors at positions in [0, n), (A, d)."""
         vectors = np.array(self.array[where if self.rows is None else self.rows[where]], dtype=np.float64)
         if self.unit:
-            vectors /= np.where((lengths := np.sqrt(_squares(vectors))) > 0, lengths, 1.0)[:, None]
+            vectors /= np.where((lengths := np.sqrt(squared_lengths(vectors))) > 0, lengths, 1.0)[:, None]
         return vectors
 
     def as_unit(self) -> Points:
@@ -89,7 +89,7 @@ class Points:
         """Return the Euclidean distance of every point to one vector, (n,)."""
         distances = np.empty(len(self), dtype=np.float32)
         for rows in self.blocks():
-            distances[rows] = single(np.sqrt(_squares(self.read(rows) - center)))
+            distances[rows] = single(np.sqrt(squared_lengths(self.read(rows) - center)))
         return distances
 
 
@@ -108,7 +108,7 @@ def nearest(left: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[Ids,
     >>> nearest(np.array([[0.0, 1.0]]), np.array([[3.0, 1.0], [0.0, 3.0]]))
     (array([1]), array([2.], dtype=float32))
     """
-    left_A, right_B = _squares(left), _squares(right)
+    left_A, right_B = squared_lengths(left), squared_lengths(right)
     where_A = np.zeros(left_A.size, dtype=np.int64)
     best_A = np.full(left_A.size, np.inf)
     for start in range(0, right_B.size, _COLUMNS):
@@ -122,23 +122,19 @@ def nearest(left: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[Ids,
     return where_A, _distance(best_A + left_A, left_A, right_B[where_A], left.shape[1])
 
 
-def distances_between(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Return the distances of all pairs, (A, d) and (B, d) → (A, B)."""
-    left_A, right_B = _squares(left), _squares(right)
-    squares_AB = left @ (-2.0 * right).T
-    squares_AB += left_A[:, None]
-    squares_AB += right_B
-    return _distance(squares_AB, left_A[:, None], right_B, left.shape[1])
+def distances_to_row(vectors: NDArray[np.float64], squares: NDArray[np.float64], row: int) -> NDArray[np.float32]:
+    """Return the distances of (A, d) vectors, whose squared lengths are known, to one of them, (A,)."""
+    apart = squares + squares[row] - 2.0 * (vectors @ vectors[row])
+    return _distance(apart, squares, squares[row], vectors.shape[1])
 
 
-def _squares(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+def squared_lengths(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the squared lengths of (A, d) vectors, (A,)."""
     squares: NDArray[np.float64] = np.einsum("ad,ad->a", vectors, vectors)
     return squares
 
 
-def _distance(
-    squares: NDArray[np.float64], left: NDArray[np.float64], right: NDArray[np.float64], width: int
-) -> NDArray[np.float32]:
+def _distance(squares: NDArray[np.float64], left: NDArray[np.float64], right: Any, width: int) -> NDArray[np.float32]:
     """Return the square roots of squared distances; 0 where they are within the product's rounding error."""
     return single(np.sqrt(np.where(squares > _error(left, right, width), squares, 0.0)))
 
@@ -186,13 +182,13 @@ def nearest_cosines(points: Points, count: int) -> tuple[NDArray[np.int32], NDAr
 
 def _neighbors_of(points: Points, rows: slice, count: int) -> tuple[Ids, NDArray[np.float32]]:
     left = points.read(rows)
-    left_A = _squares(left)
+    left_A = squared_lengths(left)
     # The k nearest among the columns so far, in ascending (distance, position).
     best_Ak = np.full((left_A.size, count), np.inf, dtype=np.float32)
     ids_Ak = np.full((left_A.size, count), len(points), dtype=np.int64)
     for start in range(0, len(points), _COLUMNS):
         right = points.read(slice(start, min(start + _COLUMNS, len(points))))
-        right_B = _squares(right)
+        right_B = squared_lengths(right)
         partial_AB = left @ (-2.0 * right).T
         partial_AB += right_B
         limit_A = best_Ak[:, -1].astype(np.float64) ** 2 - left_A
@@ -295,11 +291,11 @@ def _spread(vectors: NDArray[np.float64], count: int, rng: np.random.Generator) 
     """Draw k rows one by one, in proportion to the squared distance to the nearest drawn one (k-means++)."""
     chosen = np.zeros(count, dtype=np.int64)
     chosen[0] = rng.integers(len(vectors))
-    squares = np.full(len(vectors), np.inf)
+    lengths, apart = squared_lengths(vectors), np.full(len(vectors), np.inf)
     for number in range(1, count):
-        distances = distances_between(vectors, vectors[chosen[number - 1], None])[:, 0]
-        squares = np.minimum(squares, distances.astype(np.float64) ** 2)
-        total = np.cumsum(squares)
+        distances = distances_to_row(vectors, lengths, int(chosen[number - 1]))
+        apart = np.minimum(apart, distances.astype(np.float64) ** 2)
+        total = np.cumsum(apart)
         # Where all rows equal drawn ones, the last row is drawn again and its cluster stays empty.
         position = int(np.searchsorted(total, rng.random() * total[-1], side="right"))
         chosen[number] = min(position, len(vectors) - 1)

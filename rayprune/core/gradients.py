@@ -25,6 +25,7 @@ from rayprune.core.table import Ids, ScoreTable, chunks
 from rayprune.core.vectors import Storage, VectorColumn
 from rayprune.errors import ConfigError
 
+_GRID = 2.0**24
 _ROWS = 256  # rows of a block of the Gram matrix
 _ROUNDING = 1e-13  # of a squared distance, relative to the squared norms
 _JITTER = 1e-12
@@ -77,7 +78,8 @@ class Gradients:
     def distances(self) -> NDArray[np.float32]:
         """Return the Euclidean distances of all pairs over an upper bound of the largest, (n, n) in [0, 1].
 
-        They are computed in float64; a distance that rounding cannot tell from 0 is 0.
+        They are multiples of 2⁻²⁴: their differences are exact in float32 and sums of these in float64, so that equal
+        sums are equal numbers, in any order and on any machine. A distance that rounding cannot tell from 0 is 0.
         """
         wide, squares = self._wide(), self.squared_norms()
         scale = 2.0 * float(np.sqrt(squares.max(initial=0.0))) or 1.0
@@ -89,7 +91,9 @@ class Gradients:
             block += sums
             block[block <= _ROUNDING * sums] = 0.0
             np.sqrt(block, out=block)
-            block /= scale
+            block *= _GRID / scale
+            np.rint(block, out=block)
+            block /= _GRID
             matrix[rows, rest] = block
             matrix[rest, rows] = matrix[rows, rest].T
         return matrix
@@ -98,20 +102,17 @@ class Gradients:
         """Return vectors with the same inner products, (n, D) with D at most max(n, C)."""
         wide = self._wide()
         if wide.inputs is None:
-            vectors: NDArray[Any] = wide.errors
-            return vectors
+            return wide.errors
         if wide.errors.shape[1] * (wide.inputs.shape[1] + 1) <= len(self):
             extended = np.concatenate([wide.inputs, np.ones((len(self), 1))], axis=1)
-            vectors = (wide.errors[:, :, None] * extended[:, None, :]).reshape(len(self), -1)
-            return vectors
+            return np.asarray(wide.errors[:, :, None] * extended[:, None, :]).reshape(len(self), -1)
         gram = wide.gram(slice(None), slice(None))
         largest = float(gram.diagonal().max())
         if largest == 0.0:
             return np.zeros((len(self), 1))
         # The Gram matrix may be singular.
         gram.flat[:: len(self) + 1] += _JITTER * largest
-        vectors = np.linalg.cholesky(gram)
-        return vectors
+        return np.asarray(np.linalg.cholesky(gram), dtype=np.float64)
 
     def total(self) -> NDArray[np.float64]:
         """Return the sum of the gradients, (C, 1) or (C, d+1) with the bias last.

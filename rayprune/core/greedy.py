@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayprune.core.choosing import Balance, quotas
-from rayprune.core.geometry import Points, distances_between, nearest, rows_by_label, single
+from rayprune.core.geometry import Points, distances_to_row, nearest, rows_by_label, single, squared_lengths
 from rayprune.core.table import Ids
 
 _POOL_NUMBERS = 1 << 19  # of float64 in the pool of farthest-first traversal: 4 MiB
@@ -99,13 +99,14 @@ def farthest_first(points: Points, count: int, start: int | None = None) -> tupl
             size = pool_size
             continue
         before, block, current = taken, points.read(pool), bound[pool]
+        squares = squared_lengths(block)
         while taken < count:
             best = int(current.argmax())
             if current[best] < outside or (current[best] == outside and pool[best] > rival):
                 break
             order[taken], radii[taken] = pool[best], current[best]
             taken += 1
-            current = np.minimum(current, distances_between(block, block[best, None])[:, 0])
+            current = np.minimum(current, distances_to_row(block, squares, best))
             current[best] = _TAKEN
         bound[pool], known[pool] = current, taken
         # Most bounds are out of date when none of the pool is far enough: bring more of them up to date at once.
@@ -158,7 +159,7 @@ def herding(points: Points, shares: list[tuple[Ids, int]]) -> Iterator[Ids]:
     rest = np.zeros(points.width)  # i·μ less the sum of the taken points
     for rows, count in shares:
         block = points.read(rows) - mean
-        squares = np.einsum("nd,nd->n", block, block)
+        squares = squared_lengths(block)
         order = np.empty(count, dtype=np.int64)
         for position in range(count):
             best = int(np.argmin(single(np.sqrt(np.maximum(squares - 2.0 * (block @ rest) + rest @ rest, 0.0)))))

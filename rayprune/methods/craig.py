@@ -67,7 +67,7 @@ def facility_location(distances: NDArray[np.float32], count: int) -> Ids:
     """Choose samples greedily, so that the distances of all samples to the nearest chosen one become small.
 
     Args:
-        distances: (n, n), symmetric, at least 0.
+        distances: (n, n), symmetric, at least 0; with those of `Gradients.distances`, gains are exact.
         count: k in [1, n].
 
     Returns:
@@ -80,7 +80,7 @@ def facility_location(distances: NDArray[np.float32], count: int) -> Ids:
     num = distances.shape[0]
     nearest = np.full(num, distances.max(), dtype=np.float32)
     saved = np.empty(num, dtype=np.float32)
-    gains = [np.maximum(nearest - distances[rows], 0.0).sum(axis=1) for rows in chunks(num, num)]
+    gains = [np.maximum(nearest - distances[rows], 0.0).sum(axis=1, dtype=np.float64) for rows in chunks(num, num)]
     # Gains only shrink as more samples are chosen: an old gain is an upper bound.
     heap = list(zip((-np.concatenate(gains)).tolist(), range(num), strict=True))
     heapq.heapify(heap)
@@ -95,7 +95,7 @@ def facility_location(distances: NDArray[np.float32], count: int) -> Ids:
             continue
         np.subtract(nearest, distances[position], out=saved)
         np.maximum(saved, 0.0, out=saved)
-        heapq.heapreplace(heap, (-float(saved.sum()), position))
+        heapq.heapreplace(heap, (-float(saved.sum(dtype=np.float64)), position))
         evaluated_at[position] = len(chosen)
     return np.array(chosen, dtype=np.int64)
 

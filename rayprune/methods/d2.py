@@ -94,7 +94,7 @@ class D2(RankedMethod):
         table["num_margins"][ids] += 1
         return None
 
-    def difficulties(self, table: ScoreTable) -> NDArray[np.float64]:
+    def values(self, table: ScoreTable) -> NDArray[np.float64]:
         """Return s, (N,) at least 0."""
         if self.difficulty != "aum":
             return np.asarray(table[self.difficulty], dtype=np.float64)
@@ -102,20 +102,20 @@ class D2(RankedMethod):
         difficulties: NDArray[np.float64] = np.max(aum) - aum
         return difficulties
 
-    def candidates(self, table: ScoreTable) -> Ids:
+    def candidates(self, values: NDArray[np.float64]) -> Ids:
         """Return the ids of all but the hardest; of equally hard samples the higher ids are dropped."""
-        order = np.argsort(self.difficulties(table), kind="stable")
+        order = np.argsort(values, kind="stable")
         return np.sort(order[: order.size - num_pruned(self.drop_hardest, order.size)])
 
     def work(self, size: int, count: int, width: int) -> float:
         """Return the multiplications of a search for all neighbors."""
         return float(size) * size * width
 
-    def order(self, points: Points, count: int, table: ScoreTable) -> Ids:
+    def order(self, points: Points, count: int, values: NDArray[np.float64]) -> Ids:
         """Return the order of forward and reverse message passing."""
         near, distances = nearest_neighbors(points, self.neighbors)
-        difficulty, far = self.difficulties(table)[points.ids], distances.astype(np.float64)
-        values = difficulty + (np.exp(-far) * difficulty[near]).sum(axis=1)
+        far = distances.astype(np.float64)
+        forward = values + (np.exp(-far) * values[near]).sum(axis=1)
         starts = np.arange(len(points) + 1) * near.shape[1]
         discounts = np.exp(-self.gamma * far)
-        return highest_with_discounts(values, count, starts, near.ravel(), discounts.ravel(), relative=True)
+        return highest_with_discounts(forward, count, starts, near.ravel(), discounts.ravel(), relative=True)

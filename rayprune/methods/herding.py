@@ -16,10 +16,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rayprune.core.embeddings import RankedMethod
 from rayprune.core.geometry import Points
 from rayprune.core.greedy import herding
-from rayprune.core.table import Ids, ScoreTable
+from rayprune.core.table import Ids
 from rayprune.methods.registry import register
 
 
@@ -46,10 +49,10 @@ class Herding(RankedMethod):
         """Return N·M·d, with at least 1,000 for M, as the embeddings of a part are in memory."""
         return super().work(size, max(count, 1000), width)
 
-    def order(self, points: Points, count: int, table: ScoreTable) -> Ids:
+    def order(self, points: Points, count: int, values: NDArray[np.float64]) -> Ids:
         """Return the order of one share."""
         return next(herding(points, [(points.ids, count)]))
 
-    def orders(self, points: Points, shares: list[tuple[Ids, int]], table: ScoreTable) -> Iterator[Ids]:
+    def orders(self, points: Points, shares: list[tuple[Ids, int]], values: NDArray[np.float64]) -> Iterator[Ids]:
         """Yield the order of each share, which goes on from those before it."""
         return herding(points, shares)

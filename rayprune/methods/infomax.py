@@ -66,13 +66,15 @@ class InfoMax(RankedMethod):
         """Return the multiplications of a search for all neighbors."""
         return float(size) * size * width
 
-    def order(self, points: Points, count: int, table: ScoreTable) -> Ids:
-        """Return the order in which samples of the largest gain are taken."""
+    def values(self, table: ScoreTable) -> NDArray[np.float64]:
+        """Return I, (N,) in [0, 1]."""
         scores = table[self.score].astype(np.float64)
+        return scores / max(float(scores.max()), 1e-300)
+
+    def order(self, points: Points, count: int, values: NDArray[np.float64]) -> Ids:
+        """Return the order in which samples of the largest gain are taken."""
         near, cosines = nearest_cosines(points, self.neighbors)
-        edges = _symmetric(near, np.maximum(cosines.astype(np.float64), 0.0))
-        values = scores[points.ids] / max(float(scores.max()), 1e-300)
-        starts, neighbors, similar = edges
+        starts, neighbors, similar = _symmetric(near, np.maximum(cosines.astype(np.float64), 0.0))
         return highest_with_discounts(values, count, starts, neighbors, 2.0 * self.alpha * similar, relative=False)
 
 

@@ -15,10 +15,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rayprune.core.embeddings import RankedMethod
 from rayprune.core.geometry import Points
 from rayprune.core.greedy import farthest_first
-from rayprune.core.table import Ids, ScoreTable
+from rayprune.core.table import Ids
 from rayprune.methods.registry import register
 
 
@@ -40,6 +43,6 @@ class KCenter(RankedMethod):
     keeps = "samples spread over all embeddings"
     paper = "Sener, Savarese, ICLR 2018, arXiv 1708.00489"
 
-    def order(self, points: Points, count: int, table: ScoreTable) -> Ids:
+    def order(self, points: Points, count: int, values: NDArray[np.float64]) -> Ids:
         """Return the traversal from the point nearest the mean."""
         return farthest_first(points, count)[0]

@@ -36,7 +36,7 @@ class Moderate(EmbeddingMethod, ScoredMethod):
         center: the center of a class: the median of each coordinate, or the mean.
     """
 
-    keeps = "a median distance from the class center"
+    keeps = "a median distance from its class"
     paper = "Xia et al., ICLR 2023 (Moderate)"
     needs_labels = True
     keep = "middle"

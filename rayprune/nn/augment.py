@@ -10,7 +10,14 @@ The augmentation is the usual one for small images (He et al., arXiv 1512.03385,
 zero padding and crop: the distribution is the same, and the crop is then one gather of whole rows. Padding is 0 in
 pixel values, so black, not the mean as when images are normalized first.
 
-Shapes: B batch, H height, W width, C channels, F features.
+For ImageNet it is the random-resized crop of Szegedy et al. (arXiv 1409.4842, section 6): a rectangle of 8 to 100 % of
+the area and of a ratio of sides between 3/4 and 4/3, resized to a square. The rectangle is drawn as torchvision's
+RandomResizedCrop draws it: up to ten times, then the largest central one. Deviations: it is cut out of the stored
+image, which is the central square of the original where the source has an `image_size`; resizing is bilinear without
+antialiasing and without rounding to bytes. With images stored at 8/7 of the network's size, such as 256 for 224, no
+rectangle shrinks by more than 8/7, and evaluation sees the usual central square.
+
+Shapes: B batch, H height, W width, C channels, F features, S side of the resized crop.
 """
 
 from __future__ import annotations
@@ -31,6 +38,17 @@ MASK64 = 2**64 - 1
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 MULTIPLIER_1 = 0xBF58476D1CE4E5B9
 MULTIPLIER_2 = 0x94D049BB133111EB
+RATIO = (3 / 4, 4 / 3)  # width to height of a random-resized crop
+ATTEMPTS = 10
+
+
+def channels_first(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape (C, H, W) of stored images (H, W, C); any other shape as it is.
+
+    >>> channels_first((32, 24, 3)), channels_first((10,))
+    ((3, 32, 24), (10,))
+    """
+    return (shape[2], shape[0], shape[1]) if len(shape) == 3 else tuple(shape)
 
 
 def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
@@ -90,6 +108,9 @@ class Augment:
     Args:
         crop: pixels of zero padding on each side before a random crop back to the size; 0 for none.
         flip: mirror a random half of the images.
+        resized_crop: side of the square to which a random part of each image is resized, and which evaluation cuts out
+            of the middle; 0 for none.
+        scale: the smallest and the largest share of the image's area in that part, in (0, 1].
         mean: of each channel, or one for all, of pixels scaled to [0, 1] (for features: of the raw values); empty: 0.
         std: of each channel, or one for all, above 0; empty: 1.
 
@@ -99,16 +120,44 @@ class Augment:
 
     crop: int = 0
     flip: bool = False
+    resized_crop: int = 0
+    scale: tuple[float, float] = (0.08, 1.0)
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.crop, bool) or not isinstance(self.crop, int) or self.crop < 0:
-            raise ConfigError(f"crop must be an integer of at least 0, got {self.crop!r}")
+        for name, value in (("crop", self.crop), ("resized_crop", self.resized_crop)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigError(f"{name} must be an integer of at least 0, got {value!r}")
+        if self.crop and self.resized_crop:
+            raise ConfigError(
+                f"crop {self.crop} and resized_crop {self.resized_crop} exclude each other: leave one out"
+            )
+        if not 0.0 < self.scale[0] <= self.scale[1] <= 1.0:
+            raise ConfigError(f"scale must ascend in (0, 1], got {list(self.scale)}")
         if not all(math.isfinite(value) for value in self.mean):
             raise ConfigError(f"mean must be finite, got {self.mean}")
         if not all(value > 0.0 and math.isfinite(value) for value in self.std):
             raise ConfigError(f"std must be above 0, got {self.std}")
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the network's input for stored rows of a shape, (C, H, W) or (F,).
+
+        Raises:
+            ConfigError: a resized crop of features, or of images that are smaller than the crop.
+        """
+        if not self.resized_crop:
+            return shape
+        if len(shape) != 3:
+            raise ConfigError(
+                f"resized_crop = {self.resized_crop} is for images, and the data has features: leave it out"
+            )
+        if min(shape[1:]) < self.resized_crop:
+            raise ConfigError(
+                f"resized_crop = {self.resized_crop} is more than the side of images of {shape[1]}×{shape[2]}: set "
+                f"data.image_size={round(self.resized_crop * 8 / 7)}, or a smaller resized_crop"
+            )
+        return (shape[0], self.resized_crop, self.resized_crop)
 
     def draws(
         self, ids_B: NDArray[np.int64], shape: tuple[int, ...], *, seed: int, epoch: int
@@ -117,24 +166,27 @@ class Augment:
 
         Args:
             ids_B: (B,) int64 sample ids.
-            shape: of the network's input: (C, H, W), or (F,) for features.
+            shape: of the stored rows, channels first: (C, H, W), or (F,) for features.
             seed: of the run.
             epoch: from 0.
 
         Returns:
-            (B,) int64: the pixel at which each sample's crop starts, in its padded image followed by the mirrored one;
-            None if nothing is random.
+            (B,) int64: the pixel at which each sample's crop starts, in its padded image followed by the mirrored one.
+            For resized crops (B, 4) int64: top, left, height and width, with a negative width to mirror. None if
+            nothing is random.
 
         Raises:
             ConfigError: ids of another dtype or shape.
         """
         if ids_B.dtype != np.int64 or ids_B.ndim != 1:
             raise ConfigError(f"ids must be int64, one per sample, got {ids_B.dtype} {ids_B.shape}")
-        if len(shape) != 3 or not (self.crop or self.flip):
+        if len(shape) != 3 or not (self.crop or self.flip or self.resized_crop):
             return None
         words_B = hash_ids(ids_B, hash_key(seed, epoch))
+        if self.resized_crop:
+            return self._boxes(ids_B, words_B, (shape[1], shape[2]), seed=seed, epoch=epoch)
         rows, width = (size + 2 * self.crop for size in shape[1:])
-        starts_B = _offsets(words_B, self.crop) * width + _offsets(words_B >> np.uint64(31), self.crop)
+        starts_B = _below(words_B, 2 * self.crop + 1) * width + _below(words_B >> np.uint64(31), 2 * self.crop + 1)
         return starts_B + (words_B >> np.uint64(63)).astype(np.int64) * (rows * width) if self.flip else starts_B
 
     @torch.no_grad()
@@ -153,14 +205,16 @@ class Augment:
         """
         if draws_B is not None:
             _check_images(images_BHWC)
-            if draws_B.shape != images_BHWC.shape[:1]:
+            if draws_B.shape[:1] != images_BHWC.shape[:1]:
                 raise ConfigError(f"draws for {len(draws_B)} samples do not fit a batch of {len(images_BHWC)}")
+            if self.resized_crop:
+                return self._resize_boxes(images_BHWC, draws_B)
             images_BHWC = self._flip_and_crop(images_BHWC, draws_B)
-        return self.evaluate(images_BHWC)
+        return self._normalize(images_BHWC)
 
     @torch.no_grad()
     def evaluate(self, images_BHWC: Tensor) -> Tensor:
-        """Normalize a batch, without random changes.
+        """Normalize a batch, without random changes; with `resized_crop`, the central square of that side.
 
         Args:
             images_BHWC: (B, H, W, C) uint8, or features (B, F) of any real dtype.
@@ -171,10 +225,14 @@ class Augment:
         Raises:
             ConfigError: a wrong shape or dtype, or a mean or std of another length.
         """
+        if self.resized_crop and images_BHWC.ndim == 4:
+            top, left = (round((side - self.resized_crop) / 2) for side in images_BHWC.shape[1:3])
+            images_BHWC = images_BHWC[:, top : top + self.resized_crop, left : left + self.resized_crop]
+        return self._normalize(images_BHWC)
+
+    def _normalize(self, images_BHWC: Tensor) -> Tensor:
         channels, device = images_BHWC.shape[-1], images_BHWC.device
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) not in (0, 1, channels):
-                raise ConfigError(f"{name} must have 1 or {channels} values for {channels} channels, got {len(values)}")
+        self._check_channels(channels)
         if images_BHWC.ndim == 2:
             factor, term = _affine(self, 1.0, channels, 1, device)
             return images_BHWC.to(torch.float32, copy=True).mul_(factor).add_(term)
@@ -184,6 +242,50 @@ class Augment:
         factor, term = _affine(self, 255.0, channels, width, device)
         rows = images_BHWC.reshape(batch, height, width * channels).float().mul_(factor).add_(term)
         return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+    def _check_channels(self, channels: int) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (0, 1, channels):
+                raise ConfigError(f"{name} must have 1 or {channels} values for {channels} channels, got {len(values)}")
+
+    def _boxes(
+        self, ids_B: NDArray[np.int64], words_B: NDArray[np.uint64], sides: tuple[int, int], *, seed: int, epoch: int
+    ) -> NDArray[np.int64]:
+        """Draw the part of each image that is resized: (B, 4) as `draws` returns."""
+        height, width = sides
+        boxes_B4 = np.empty((ids_B.size, 4), dtype=np.int64)
+        boxes_B4[:, 2:] = _largest_box(height, width)
+        pending = np.arange(ids_B.size)
+        for attempt in range(ATTEMPTS):
+            # The third part of the key keeps these words apart from those of the position and the flip.
+            size_words = hash_ids(ids_B[pending], hash_key(seed, epoch, attempt))
+            area = height * width * _uniform(size_words, *self.scale)
+            ratio = np.exp(_uniform(size_words >> np.uint64(31), *map(math.log, RATIO)))
+            rows, columns = np.rint(np.sqrt(area / ratio)), np.rint(np.sqrt(area * ratio))
+            fits = (rows >= 1) & (rows <= height) & (columns >= 1) & (columns <= width)
+            boxes_B4[pending[fits], 2:] = np.stack((rows, columns), axis=1)[fits]
+            pending = pending[~fits]
+            if not pending.size:
+                break
+        boxes_B4[:, 0] = _below(words_B, height - boxes_B4[:, 2] + 1)
+        boxes_B4[:, 1] = _below(words_B >> np.uint64(31), width - boxes_B4[:, 3] + 1)
+        boxes_B4[pending, :2] = (np.array(sides) - boxes_B4[pending, 2:]) // 2
+        if self.flip:
+            boxes_B4[:, 3] *= 1 - 2 * (words_B >> np.uint64(63)).astype(np.int64)
+        return boxes_B4
+
+    def _resize_boxes(self, images_BHWC: Tensor, boxes_B4: Tensor) -> Tensor:
+        """Return the parts of the images, resized and normalized, (B, C, S, S)."""
+        _, height, width, channels = images_BHWC.shape
+        self._check_channels(channels)
+        tops_B, lefts_B, heights_B, widths_B = boxes_B4.float().unbind(1)
+        ys_BS = _sampled(tops_B, heights_B, self.resized_crop) * (2 / height) - 1
+        xs_BS = _sampled(lefts_B, widths_B, self.resized_crop) * (2 / width) - 1
+        grid_BSS2 = torch.stack(torch.broadcast_tensors(xs_BS[:, None, :], ys_BS[:, :, None]), dim=3)
+        images_BCHW = images_BHWC.permute(0, 3, 1, 2).float()
+        resized = functional.grid_sample(images_BCHW, grid_BSS2, padding_mode="border", align_corners=False)
+        factor, term = (values[:, None, None] for values in _affine(self, 255.0, channels, 1, images_BHWC.device))
+        return resized.mul_(factor).add_(term).contiguous(memory_format=torch.channels_last)
 
     def _flip_and_crop(self, images_BHWC: Tensor, draws_B: Tensor) -> Tensor:
         batch, height, width, channels = images_BHWC.shape
@@ -201,9 +303,35 @@ class Augment:
         return runs.index_select(0, rows_BH.view(-1)).view(batch, height, width, channels)
 
 
-def _offsets(words_B: NDArray[np.uint64], crop: int) -> NDArray[np.int64]:
-    """Map the low 31 bits to 0..2·crop, uniformly."""
-    return ((words_B & np.uint64(0x7FFFFFFF)).astype(np.int64) * (2 * crop + 1)) >> 31
+def _below(words_B: NDArray[np.uint64], bounds: int | NDArray[np.int64]) -> NDArray[np.int64]:
+    """Map the low 31 bits to 0..bounds − 1, uniformly."""
+    return ((words_B & np.uint64(0x7FFFFFFF)).astype(np.int64) * bounds) >> 31
+
+
+def _uniform(words_B: NDArray[np.uint64], low: float, high: float) -> NDArray[np.float64]:
+    """Map the low 31 bits to [low, high), uniformly."""
+    return low + (high - low) * ((words_B & np.uint64(0x7FFFFFFF)).astype(np.float64) / 2.0**31)
+
+
+def _largest_box(height: int, width: int) -> tuple[int, int]:
+    """Return the height and width of the largest part of an image with a ratio of sides in RATIO.
+
+    >>> _largest_box(256, 256), _largest_box(90, 300), _largest_box(300, 90)
+    ((256, 256), (90, 120), (120, 90))
+    """
+    return min(height, round(width / RATIO[0])), min(width, round(height * RATIO[1]))
+
+
+def _sampled(starts_B: Tensor, lengths_B: Tensor, side: int) -> Tensor:
+    """Return where bilinear resizing reads along one axis, (B, side), in pixels from the image's edge.
+
+    A box is |length| pixels from the start on, and mirrored if the length is negative. Nothing beyond its outer pixels'
+    centers is read, as if the box were cut out first.
+    """
+    centers = (torch.arange(side, device=starts_B.device) + 0.5) / side
+    sizes_B1 = lengths_B.abs()[:, None]
+    inside_BS = torch.where(lengths_B[:, None] < 0, 1 - centers, centers) * sizes_B1
+    return starts_B[:, None] + inside_BS.clamp(min=0.5).minimum(sizes_B1 - 0.5)
 
 
 @lru_cache(maxsize=16)

@@ -75,9 +75,11 @@ def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_has_every_file_of_the_package_and_no_other(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     package = [path.relative_to(ROOT) for path in (ROOT / "rayprune").rglob("*.*") if path.suffix != ".pyc"]
-    configs = [Path("rayprune") / path.relative_to(ROOT) for path in (ROOT / "configs").glob("*.yaml")]
+    shipped = [path for pattern in ("*.yaml", "recipes/*.yaml") for path in (ROOT / "configs").glob(pattern)]
+    configs = [Path("rayprune") / path.relative_to(ROOT) for path in shipped]
     assert names == {path.as_posix() for path in [*package, *configs] if (ROOT / path).is_file()}
     assert {"rayprune/py.typed", "rayprune/report/page.html.j2", "rayprune/configs/digits_full.yaml"} <= names
+    assert "rayprune/configs/recipes/cifar10_infobatch.yaml" in names
 
 
 def test_an_sdist_gives_the_same_wheel(tree: Path, wheel: Path, tmp_path: Path) -> None:

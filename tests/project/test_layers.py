@@ -46,7 +46,7 @@ KNOWS: dict[str, set[str]] = {
     "engine.train": _LOOPS,
     "experiments": _EXPERIMENTS,
     "report": {"core", "config", "sources"},
-    "cli": _EXPERIMENTS | {"experiments", "report"},
+    "cli": _EXPERIMENTS | {"experiments", "report", "testing"},
     "torch": _LOOPS | {"engine.user_loop"},
     "testing": _NUMPY | {"methods"},
     "__main__": {"cli"},

@@ -14,13 +14,14 @@ import rayprune.sources
 from rayprune.cli.schema import Key, all_choices, config_schema, keys_of
 from rayprune.config import Config, load_config, make_config
 from rayprune.config.schema import Augmentation
+from rayprune.config.shipped import shipped_configs
 from rayprune.config.yaml import read_yaml
 from rayprune.methods import METHODS
 from tests.project.test_docs import blocks
 from tests.support.paths import ROOT
 
 REFERENCE = ROOT / "docs" / "reference"
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = list(shipped_configs().values())
 
 
 def generator() -> ModuleType:
@@ -52,6 +53,15 @@ def test_every_key_has_a_meaning() -> None:
         keys[section] = choices.shared
     assert sum(map(len, keys.values())) > 200
     assert [f"{section}.{key.name}" for section, of in keys.items() for key in of if not key.meaning.strip()] == []
+
+
+def test_the_readme_and_the_comparison_of_all_name_every_method() -> None:
+    readme = (ROOT / "README.md").read_text().partition("## Methods")[2]
+    assert [name for name in METHODS if f"`{name}`" not in readme] == []
+    compared = {
+        method["name"] for method in load_config(ROOT / "configs" / "digits_methods.yaml").compare.method_configs
+    }
+    assert set(METHODS) - compared == {"full", "fixed", "rho", "shuffled"}
 
 
 def test_every_key_and_every_public_name_is_on_its_page() -> None:

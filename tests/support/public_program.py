@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, assert_type
 
@@ -30,7 +30,25 @@ class KeepFirst(rayprune.Method):
         return rayprune.Selection.of_ids(kept, num_samples, requested=0.5, expected_drops=drops)
 
 
+@dataclass(frozen=True)
+class FirstHalf(rayprune.InBatchMethod):
+    """An in-batch method of the user's own."""
+
+    paper = "none"
+
+    def picks(self, context: rayprune.StepContext) -> bool:
+        """Pick in the second half of training."""
+        return context.progress >= 0.5
+
+    def pick(
+        self, signals: Mapping[str, NDArray[Any]], context: rayprune.BatchContext
+    ) -> tuple[NDArray[np.int64], NDArray[Any] | None]:
+        """Keep the lower half of the ids."""
+        return np.arange((context.num_rows + 1) // 2), None
+
+
 METHODS: list[rayprune.Method] = [
+    FirstHalf(),
     rayprune.Full(),
     rayprune.Random(prune_ratio=0.5),
     rayprune.RandomEpoch(prune_ratio=rayprune.Schedule.of(0.5)),

@@ -44,7 +44,7 @@ class DeviceBatch:
         inputs: (B, …) as the source delivers them.
         targets: (B,) int64.
         rows: the batch's rows of the plan.
-        draws: (B,) int64, the augmentation's random draws, if it made any.
+        draws: (B, …) int64, the augmentation's random draws, if it made any.
     """
 
     inputs: Tensor
@@ -65,7 +65,7 @@ class DevicePlacer:
         self._column, self._copies = column, Copies(device)
 
     def __call__(self, batch: Batch, draws: NDArray[np.int64] | None = None) -> DeviceBatch:
-        """Return the batch and its draws (B,) on the device; a batch that a transport has put there is not copied."""
+        """Return the batch and its draws on the device; a batch that a transport has put there is not copied."""
         inputs, targets = (host_tensor(batch.columns[name]) for name in (self._column, "label"))
         host_draws = [] if draws is None else [torch.from_numpy(draws)]
         if batch.placed is not None:

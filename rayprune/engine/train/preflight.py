@@ -12,8 +12,8 @@ import psutil
 import torch
 
 from rayprune.config import Config
-from rayprune.core.references import closest
 from rayprune.core.selector import Selector
+from rayprune.core.validation import plain
 from rayprune.core.vectors import VectorColumn
 from rayprune.engine.train.build import (
     InputSpec,
@@ -30,7 +30,7 @@ from rayprune.engine.train.build import (
 from rayprune.errors import ConfigError
 from rayprune.methods import Method
 from rayprune.methods.fixed import Fixed
-from rayprune.nn.augment import Augment
+from rayprune.nn.augment import Augment, channels_first
 from rayprune.nn.early_exit import num_exits_of
 from rayprune.nn.flops import num_macs
 from rayprune.nn.signals import signal_floats
@@ -51,15 +51,9 @@ def input_spec(config: Config, source: SampleSource) -> InputSpec:
     shape = schema.columns[schema.input].shape
     mean, std = input_statistics(source)
     keys = default_augment(config.data.source) if config.data.augment == "auto" else dict(config.data.augment)
-    valid = ("crop", "flip")
-    for key in keys:
-        if key not in valid:
-            raise ConfigError(f"unknown key 'data.augment.{key}': {closest(key, valid)}")
-    if len(shape) == 3:
-        height, width, channels = shape
-        shape = (channels, height, width)
-    augment = Augment(**keys, mean=mean, std=std)
-    return InputSpec(schema.input, tuple(shape), schema.num_classes, augment, len(source))
+    augment = Augment(**{key: plain(value) for key, value in keys.items()}, mean=mean, std=std)
+    shape = augment.output_shape(channels_first(shape))
+    return InputSpec(schema.input, shape, schema.num_classes, augment, len(source))
 
 
 def check_sizes(config: Config, num_samples: int) -> None:

@@ -43,7 +43,7 @@ from rayprune.engine.train.metrics import (
     validated,
 )
 from rayprune.errors import TrainingPaused, TrainingStopped
-from rayprune.nn.augment import seed_generators, step_seed
+from rayprune.nn.augment import channels_first, seed_generators, step_seed
 from rayprune.nn.steps import BatchPlace
 
 _SECONDS = ("epoch", "train", "data_wait", "select", "record", "forward_only", "validate", "checkpoint")
@@ -236,7 +236,8 @@ class Worker:
 
     def _augmented(self, batch: Batch, epoch: int) -> tuple[DeviceBatch, Tensor]:
         spec, seed = self._spec.input, self._config.train.seed
-        placed = self._place(batch, spec.augment.draws(batch.ids, spec.shape, seed=seed, epoch=epoch))
+        shape = channels_first(batch.columns[spec.column].shape[1:])
+        placed = self._place(batch, spec.augment.draws(batch.ids, shape, seed=seed, epoch=epoch))
         return placed, spec.augment.train(placed.inputs, placed.draws)
 
     def _record(self, batch: Batch, signals: dict[str, Tensor]) -> None:

@@ -49,6 +49,11 @@ def test_it_copies_a_config_and_names_the_next_command(name: str) -> None:
         assert words[1].startswith("data.path=/path/to/")
 
 
+def test_a_recipe_may_be_named_with_its_folder() -> None:
+    assert run("recipes/cifar10_infobatch").startswith("wrote cifar10_infobatch.yaml\n")
+    assert list(Path.cwd().iterdir()) == [Path.cwd() / "cifar10_infobatch.yaml"]
+
+
 def test_it_writes_to_another_place() -> None:
     assert "rayprune train 'my config.yaml'" in run("digits_full", "my config.yaml")
     assert "wrote one/two/digits_full.yaml" in run("digits_full", "one/two")

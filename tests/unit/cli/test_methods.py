@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from click.testing import CliRunner
 
+from rayprune.cli.console import console
 from rayprune.cli.methods import methods
 from rayprune.methods import METHODS
 
@@ -23,8 +25,9 @@ def test_methods_are_listed_with_paper_and_defaults() -> None:
     assert "AdamW" not in run("full")
 
 
-def test_methods_say_in_a_line_what_they_keep() -> None:
-    listed = CliRunner(env={"COLUMNS": "160"}).invoke(methods, catch_exceptions=False).output.splitlines()
+def test_methods_say_in_a_line_what_they_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_width", 200)
+    listed = CliRunner().invoke(methods, catch_exceptions=False).output.splitlines()
     for name, method in METHODS.items():
         (line,) = [line for line in listed if line.strip() and line.split()[0].rstrip("*") == name]
         assert method.keeps in line

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from rayprune.config import Config, load_config, make_config
+from rayprune.config.shipped import shipped_configs
 from rayprune.config.yaml import read_yaml
 from tests.support.paths import ROOT
 
 DIGITS = {"data": {"source": "digits"}}
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = list(shipped_configs().values())
 DIGITS_FULL = ROOT / "configs" / "digits_full.yaml"
 
 
@@ -76,6 +77,10 @@ def test_a_mistake_is_one_line_with_the_cure(tree: dict[str, Any], words: list[s
         (["train.channels_last=3"], "train.channels_last = 3: must be auto, true or false"),
         (["data.augment={flip: 3}"], "data.augment.flip = 3: must be true or false"),
         (["data.augment={crop: -1}"], "data.augment.crop = -1: must be at least 0"),
+        (["data.augment={resized_crop: -8}"], "data.augment.resized_crop = -8: must be at least 0"),
+        (["data.augment={crop: 4, resized_crop: 224}"], "data.augment.crop and resized_crop exclude each other"),
+        (["data.augment={scale: [0.5, 0.1]}"], "data.augment.scale = [0.5, 0.1]: must ascend above 0"),
+        (["data.augment={scale: 0.5}"], "data.augment.scale = 0.5: must be a list of 2 numbers"),
         (["data.augment={flop: true}"], "unknown key 'data.augment.flop' of the augmentation: did you mean 'flip'"),
         (["data.augment={1: 2}"], "data.augment = {1: 2}: must be auto or a mapping of keys"),
         (["data.augment=crop"], "data.augment = 'crop': must be auto or a mapping of keys"),

@@ -12,7 +12,10 @@ from tests.support.paths import ROOT
 
 
 def test_every_config_of_the_checkout_is_shipped() -> None:
-    assert [file.resolve() for file in shipped_configs().values()] == sorted((ROOT / "configs").glob("*.yaml"))
+    examples, recipes = (sorted((ROOT / "configs").glob(pattern)) for pattern in ("*.yaml", "recipes/*.yaml"))
+    assert len(recipes) > 10
+    # A name shared by an example and a recipe would leave out one of them.
+    assert [file.resolve() for file in shipped_configs().values()] == [*examples, *recipes]
 
 
 @pytest.mark.parametrize("name", shipped_configs())
@@ -27,6 +30,18 @@ def test_every_config_is_found_and_valid_in_any_folder(
     assert load_config(copied, ["data.path=here"]) == shipped
     assert shipped.run.name.startswith(name)
     assert shipped.run.name.endswith(f"-{shipped.digest()}")
+
+
+def test_a_recipe_is_found_with_and_without_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = shipped_configs()["cifar10_infobatch"]
+    assert recipe.parent.name == "recipes"
+    assert find_config("cifar10_infobatch") == find_config("recipes/cifar10_infobatch") == recipe
+    assert find_config("recipes/digits_full") == Path("recipes/digits_full")
+    assert load_config("recipes/cifar10_infobatch") == load_config("cifar10_infobatch")
+    Path("recipes").mkdir()
+    Path("recipes/cifar10_infobatch.yaml").write_text("train: {epochs: 7}")
+    assert read_config("recipes/cifar10_infobatch").train.epochs == 7
 
 
 def test_a_file_of_the_user_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +63,7 @@ def test_a_file_of_the_user_comes_first(tmp_path: Path, monkeypatch: pytest.Monk
         ("nope.yaml", "No such file or directory: rayprune init lists the shipped configs"),
         ("digits_infobach", "did you mean 'digits_infobatch'?"),
         ("configs/digits_full.yaml", "named 'digits_full'.* rayprune init digits_full"),
+        ("configs/recipes/cifar10_dynams.yaml", "named 'cifar10_dynams'.* rayprune init cifar10_dynams"),
         ("digits_full.yaml", "named 'digits_full'.* rayprune init digits_full"),
     ],
 )

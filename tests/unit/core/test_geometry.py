@@ -5,6 +5,7 @@ Shapes: N vectors, d numbers each, k neighbors or clusters.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -191,7 +192,7 @@ def test_a_round_of_lloyd_never_raises_the_cost() -> None:
     for rounds in range(8):
         centers = k_means(Points(vectors), 7, np.random.default_rng(1), rounds)
         costs.append(float(np.square(assign(Points(vectors), centers)[1].astype(float)).sum()))
-    assert all(after <= before + 1e-3 for before, after in zip(costs, costs[1:], strict=False))
+    assert all(after <= before + 1e-3 for before, after in pairwise(costs))
     assert costs[-1] < 0.9 * costs[0]
 
 

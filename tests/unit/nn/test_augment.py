@@ -5,11 +5,15 @@ Shapes: B batch, H height, W width, C channels.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torchvision.transforms import CenterCrop, RandomResizedCrop
 
 from rayprune.nn.augment import Augment, hash_ids, hash_key, seed_generators, step_seed
 
@@ -117,6 +121,99 @@ def test_draws_are_uniform_and_independent() -> None:
     assert 161 - 5 * 18 < chi_square < 161 + 5 * 18  # 161 degrees of freedom, deviation sqrt(2·161) = 18
 
 
+def naive_box(sample: int, seed: int, epoch: int, sides: tuple[int, int], scale: tuple[float, float]) -> list[int]:
+    """Draw the top, left, height and width of one image's random-resized crop, as torchvision does."""
+    height, width = sides
+    position = naive_word(sample, seed, epoch)
+    for attempt in range(10):
+        key = 0
+        for part in (seed, epoch, attempt):
+            key = naive_splitmix64((key + part) % 2**64)
+        word = naive_splitmix64((key + sample * 0x9E3779B97F4A7C15) % 2**64)
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * (word % 2**31 / 2**31))
+        low, high = math.log(3 / 4), math.log(4 / 3)
+        ratio = math.exp(low + (high - low) * (word // 2**31 % 2**31 / 2**31))
+        rows, columns = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < rows <= height and 0 < columns <= width:
+            top = position % 2**31 * (height - rows + 1) // 2**31
+            left = position // 2**31 % 2**31 * (width - columns + 1) // 2**31
+            return [top, left, rows, columns]
+    rows, columns = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    return [(height - rows) // 2, (width - columns) // 2, rows, columns]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("sides", "scale", "flip"),
+    [
+        ((12, 10), (0.08, 1.0), True),
+        ((16, 16), (0.08, 1.0), False),
+        ((9, 40), (0.9, 1.0), True),  # nine tenths of so wide an image never fit
+    ],
+)
+def test_a_resized_crop_equals_a_naive_transcription(
+    sides: tuple[int, int], scale: tuple[float, float], flip: bool, device: str
+) -> None:
+    images, ids = make_images(40, *sides), np.arange(40) * 977 + 3
+    augment = Augment(resized_crop=7, scale=scale, flip=flip, mean=MEAN, std=STD)
+    batch = augment_batch(augment, images.to(device), ids, seed=5, epoch=2)
+    assert batch.dtype == torch.float32
+    assert batch.shape == (40, *augment.output_shape((3, *sides))) == (40, 3, 7, 7)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    for image, sample, result in zip(images, ids.tolist(), batch.cpu(), strict=True):
+        top, left, rows, columns = naive_box(sample, 5, 2, sides, scale)
+        part = image[top : top + rows, left : left + columns].permute(2, 0, 1).double()
+        if flip and naive_word(sample, 5, 2) >> 63:
+            part = part.flip(2)
+        resized = functional.interpolate(part[None], size=(7, 7), mode="bilinear", align_corners=False)[0]
+        mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (MEAN, STD))
+        torch.testing.assert_close(result.double(), (resized / 255 - mean) / std, rtol=0, atol=1e-4)
+
+
+def test_the_parts_have_the_sizes_of_torchvisions() -> None:
+    draws = Augment(resized_crop=224).draws(np.arange(4000), (3, 256, 256), seed=1, epoch=0)
+    assert draws is not None
+    torch.manual_seed(0)
+    image = torch.empty(3, 256, 256)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)])
+    for column, (ours_N, theirs_N) in enumerate(zip(draws.T, theirs.T, strict=True)):
+        error = math.hypot(ours_N.std(), theirs_N.std()) / math.sqrt(4000)
+        assert abs(ours_N.mean() - theirs_N.mean()) < 4 * error, column
+        assert ours_N.std() == pytest.approx(theirs_N.std(), rel=0.06)
+    assert np.corrcoef(draws[:, 2], draws[:, 3])[0, 1] == pytest.approx(
+        np.corrcoef(theirs[:, 2], theirs[:, 3])[0, 1], abs=0.03
+    )
+
+
+def test_a_resized_crop_does_not_depend_on_the_batch() -> None:
+    images, ids_B = make_images(40, 20, 16), torch.arange(100, 140)
+    augment = Augment(resized_crop=12, flip=True, mean=(0.5,), std=(0.25,))
+    whole = augment_batch(augment, images, ids_B, seed=0, epoch=3)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(augment_batch(augment, images[order], ids_B[order], seed=0, epoch=3), whole[order])
+    halves = [augment_batch(augment, images[part], ids_B[part], seed=0, epoch=3) for part in (slice(13), slice(13, 40))]
+    assert torch.equal(torch.cat(halves), whole)
+    assert not torch.equal(augment_batch(augment, images, ids_B, seed=0, epoch=4), whole)
+
+
+@pytest.mark.parametrize("side", [7, 8])
+def test_evaluation_takes_the_central_square(side: int) -> None:
+    images = make_images(3, 12, 10)
+    batch = Augment(resized_crop=side, mean=MEAN, std=STD).evaluate(images)
+    expected = Augment(mean=MEAN, std=STD).evaluate(CenterCrop(side)(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    assert torch.equal(batch, expected)
+
+
+def test_a_resized_crop_needs_images_that_are_large_enough() -> None:
+    augment = Augment(resized_crop=224)
+    assert augment.output_shape((3, 256, 300)) == (3, 224, 224)
+    assert Augment(crop=4).output_shape((3, 32, 32)) == (3, 32, 32)
+    with pytest.raises(ValueError, match=r"more than the side of images of 300×200: set data\.image_size=256"):
+        augment.output_shape((3, 300, 200))
+    with pytest.raises(ValueError, match="resized_crop = 224 is for images, and the data has features"):
+        augment.output_shape((10,))
+
+
 def test_evaluation_only_normalizes() -> None:
     images = make_images(3)
     batch = Augment(crop=4, flip=True, mean=MEAN, std=STD).evaluate(images)
@@ -150,6 +247,10 @@ def test_constants_cached_in_inference_mode_work_in_training() -> None:
     [
         ({"crop": -1}, "crop must be an integer of at least 0, got -1"),
         ({"crop": 1.5}, "crop must be"),
+        ({"resized_crop": -1}, "resized_crop must be an integer of at least 0, got -1"),
+        ({"resized_crop": 8, "crop": 1}, "crop 1 and resized_crop 8 exclude each other"),
+        ({"scale": (0.0, 1.0)}, r"scale must ascend in \(0, 1\], got \[0.0, 1.0\]"),
+        ({"scale": (0.5, 0.4)}, "scale must ascend"),
         ({"std": (0.0,)}, r"std must be above 0, got \(0.0,\)"),
         ({"mean": (float("nan"),)}, "mean must be finite"),
     ],

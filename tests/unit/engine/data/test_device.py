@@ -133,10 +133,10 @@ def test_a_run_resumes_inside_an_epoch(tmp_path: Path, monkeypatch: pytest.Monke
 def _fails_after(steps: int) -> Any:
     calls, add = iter(range(steps)), MetricSums.add
 
-    def counted(*args: Any) -> None:
+    def counted(*args: Any, **options: Any) -> None:
         if next(calls, None) is None:
             raise OSError("pulled the plug")
-        add(*args)
+        add(*args, **options)
 
     return counted
 

@@ -101,8 +101,9 @@ def swept(scores: ScoreClient, source: SampleSource, plan_pass: PlanPass) -> np.
 
 def drawn(rng: np.random.Generator, signal: str, rows: int) -> np.ndarray:
     """Return made-up numbers of a signal."""
-    if signal == "probs":
-        return rng.dirichlet(np.ones(10), rows).astype(np.float32)
+    if signal in ("probs", "logit_gradient"):
+        probs = rng.dirichlet(np.ones(10), rows).astype(np.float32)
+        return probs - np.eye(10, dtype=np.float32)[rng.integers(10, size=rows)] * (signal != "probs")
     vector = signals_of((signal,), np.zeros(1, np.int64), 0)[signal].shape[1:]
     return rng.exponential(size=(rows, *vector)).astype(np.float32)
 

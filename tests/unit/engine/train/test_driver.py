@@ -189,6 +189,29 @@ def test_label_smoothing_is_part_of_the_stored_loss(tmp_path: Path) -> None:
     assert not np.allclose(stored, plain, rtol=1e-2)
 
 
+@pytest.mark.parametrize("stream", ["local", "device"])
+def test_a_network_sees_resized_crops_of_the_stored_images(tmp_path: Path, stream: str) -> None:
+    config = run_config(
+        tmp_path,
+        data={"augment": {"resized_crop": 6, "scale": [0.3, 1.0], "flip": True}},
+        train={"epochs": 1, "batch_size": NUM_SAMPLES},
+        scaling={"stream": stream},
+    )
+    result = train(config)
+    source = open_data("digits", limit=NUM_SAMPLES).train
+    spec, ids = input_spec(config, source), np.arange(NUM_SAMPLES)
+    assert spec.shape == (1, 6, 6)
+    torch.manual_seed(0)
+    model = build_model("mlp", num_classes=10, input_shape=spec.shape)
+    draws = spec.augment.draws(ids, (1, 8, 8), seed=0, epoch=0)
+    assert draws is not None
+    columns = source.take(ids)
+    with torch.no_grad():
+        logits = model(spec.augment.train(torch.from_numpy(columns["image"]), torch.from_numpy(draws)))
+    expected = functional.cross_entropy(logits, torch.from_numpy(columns["label"]), reduction="none")
+    np.testing.assert_allclose(scores_of(result.folder)["loss"], expected, rtol=1e-4)
+
+
 def outputs(config: Config, source: Any, weights: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return an MLP's logits of a whole source in eval mode, and the labels."""
     spec = input_spec(config, open_data("digits", limit=NUM_SAMPLES).train)

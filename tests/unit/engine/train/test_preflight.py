@@ -18,6 +18,10 @@ BEFORE = {
         "train.batch_size 5000 would be mostly padding",
     ),
     "no whole batch": ({"train": {"batch_size": 302, "last_batch": "drop"}}, "more than the 301 training samples"),
+    "images smaller than their crop": (
+        {"data": {"augment": {"resized_crop": 9}}},
+        "resized_crop = 9 is more than the side of images of 8×8: set data.image_size=10",
+    ),
     "momentum": ({"optim": {"momentum": 0, "nesterov": True}}, "[Nn]esterov"),
     "a saving out of reach": ({"method": {"name": "infobatch", "target_saving": 0.95}}, "target_saving 0.95 cannot be"),
     "an input the model can't take": ({"model": {"name": user("wants_rgb")}}, "can't take a batch of 2 × "),
@@ -44,7 +48,7 @@ BEFORE = {
     ),
     "an unknown train step": (
         {"method": {"name": user("TrainsBy"), "train_step": "spp"}},
-        r"unknown train step 'spp' of method '.*': did you mean 'psp'\?",
+        r"method '.*': unknown train step 'spp': did you mean 'psp'\?",
     ),
 }
 

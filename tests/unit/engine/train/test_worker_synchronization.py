@@ -160,7 +160,9 @@ def test_a_step_does_not_synchronize_with_the_device(
 
 
 def test_a_synchronization_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def synchronizing(sums: MetricSums, signals: dict[str, torch.Tensor], rows: PlacedRows, *rest: Any) -> None:
+    def synchronizing(
+        sums: MetricSums, signals: dict[str, torch.Tensor], rows: PlacedRows, *rest: Any, **more: Any
+    ) -> None:
         assert signals["loss"].mean().item() > 0
         assert len(signals["loss"][rows.real])
 

@@ -321,7 +321,7 @@ def test_the_result_of_a_budget_matches_inference_with_early_exit(trained: Path)
 
 def test_the_code_of_the_documentation_runs(trained: Path) -> None:
     page = ROOT / "docs" / "early_exit.md"
-    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    *_, block = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     run = open_run(trained, CPU)
     names = {"network": run.network, "inputs": torch.zeros(2, *run.input.shape)}
     exec(block.replace("runs/NAME", str(trained)), names)
