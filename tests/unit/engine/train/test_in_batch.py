@@ -20,6 +20,7 @@ from rayprune.engine.train.driver import RunResult, train
 from rayprune.experiments.compare.arms import unpruned
 from rayprune.report.read import read_run
 from rayprune.report.tables import facts, headline
+from tests.support.paths import ROOT
 from tests.support.runs import assert_same_run, results, run_config, same_weights, scores_of, user
 
 NUM, BATCH, EPOCHS = 301, 32, 3
@@ -199,6 +200,18 @@ def test_a_loop_of_ones_own_refuses_them() -> None:
 
 
 # Train steps of the user's own
+
+
+def test_the_example_of_a_step_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    epochs, example = {"epochs": 2, "batch_size": BATCH}, "examples/focal_step.py:FocalStep"
+    plain = train(run_config(tmp_path, "plain", train=epochs))
+    same, focal = (
+        train(run_config(tmp_path, f"focal{gamma}", train={**epochs, "step": {"name": example, "gamma": gamma}}))
+        for gamma in (0, 2)
+    )
+    assert same_weights(same.folder, plain.folder)
+    assert focal.metrics[0]["train_loss"] < plain.metrics[0]["train_loss"]
 
 
 def test_a_step_of_ones_own_trains_with_its_options(tmp_path: Path) -> None:
