@@ -132,7 +132,7 @@ def all_choices() -> dict[str, Choices]:
     from rayprune.sources import SOURCES
 
     method = Key("name", str, REQUIRED, "a built-in method, or file.py:Class")
-    step = Key("name", str, REQUIRED, "the train step")
+    step = Key("name", str, REQUIRED, "a built-in train step, or file.py:Class")
     schedule = Key("schedule", str, REQUIRED, "the schedule")
     found: dict[str, Choices] = {}
 
@@ -146,7 +146,7 @@ def all_choices() -> dict[str, Choices]:
     add("data", "source", keys_of(DataSection), SOURCES)
     add("model", "name", keys_of(ModelSection), MODELS)
     add("method", "name", [method, *keys_of(Method)], METHODS)
-    add("train.step", "name", [step], STEP_OPTIONS, references=False)
+    add("train.step", "name", [step], STEP_OPTIONS)
     add("method.prune_ratio", "schedule", [schedule], SCHEDULES, references=False)
     return found
 

@@ -10,7 +10,7 @@ order of the rows.
     class HardestHalf(InBatchMethod):
         keeps, paper = "the higher losses of every batch", "…"
         def pick(self, signals, context):
-            return highest(signals["loss"], context.num_rows // 2 or 1), None
+            return np.argsort(-signals["loss"], kind="stable")[: context.num_rows // 2 or 1], None
 
 Shapes: N samples, R rows of a global batch, B of them candidates, M chosen.
 """
@@ -34,7 +34,6 @@ from rayprune.errors import ConfigError
 
 # NumPy pads a seed with zeros: the last number keeps these generators apart from those of epochs and plans.
 _STEP_PURPOSE, _PERMUTATION = 4, 5
-_SMALLEST = 1e-300  # an exponential number divided by it is finite
 
 Picked = tuple[Ids, NDArray[Any] | None]
 
@@ -271,33 +270,6 @@ def num_picked(keep: float, num_rows: int) -> int:
     (32, 3, 1)
     """
     return num_kept(float(keep), num_rows)
-
-
-def highest(scores: NDArray[Any], count: int) -> Ids:
-    """Return the rows of the highest scores, the highest first; the lower row wins a tie.
-
-    >>> highest(np.array([1.0, 3.0, 3.0]), 2).tolist()
-    [1, 2]
-    """
-    return np.argsort(-scores.astype(np.float64), kind="stable")[:count]
-
-
-def draw(weights: NDArray[Any], count: int, rng: np.random.Generator) -> Ids:
-    """Draw distinct rows one after the other, each with a probability proportional to its weight among the rest.
-
-    Rows of weight 0 come last, in random order. (Efraimidis, Spirakis, "Weighted random sampling with a reservoir",
-    Information Processing Letters 2006: the rows with the lowest ratios of an exponential number to their weight.)
-
-    Args:
-        weights: (B,) finite, at least 0.
-        count: M, at most B.
-        rng: draws B numbers, whatever the weights.
-
-    Returns:
-        (M,) rows in the order of the draws.
-    """
-    scaled = weights.astype(np.float64) / max(float(weights.max(initial=0.0)), _SMALLEST)
-    return np.argsort(rng.standard_exponential(weights.size) / np.maximum(scaled, _SMALLEST), kind="stable")[:count]
 
 
 def check_keep(keep: float) -> None:

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rayprune.core.in_batch import BatchContext, InBatchMethod, Picked, StepContext, highest, num_picked
+from rayprune.core.draws import highest
+from rayprune.core.in_batch import BatchContext, InBatchMethod, Picked, StepContext, num_picked
 from rayprune.core.method import EpochContext
 from rayprune.core.selection import Selection
 from rayprune.core.table import ScoreTable, Signals
@@ -73,4 +74,4 @@ class OrderedSGD(InBatchMethod):
         return bool(context.facts["share"] < 1.0)
 
     def pick(self, signals: Signals, context: BatchContext) -> Picked:
-        return highest(signals["loss"], num_picked(context.facts["share"], context.num_rows)), None
+        return np.flatnonzero(highest(signals["loss"], num_picked(context.facts["share"], context.num_rows))), None

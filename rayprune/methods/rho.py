@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rayprune.core.in_batch import BatchContext, InBatchMethod, Picked, check_keep, highest, num_picked
+from rayprune.core.draws import highest
+from rayprune.core.in_batch import BatchContext, InBatchMethod, Picked, check_keep, num_picked
 from rayprune.core.table import Signals
 from rayprune.methods.registry import register
 
@@ -50,4 +51,4 @@ class RHOLoss(InBatchMethod):
 
     def pick(self, signals: Signals, context: BatchContext) -> Picked:
         reducible = signals["loss"].astype(np.float64) - context.columns["irreducible"]
-        return highest(reducible, num_picked(self.keep, context.num_rows)), None
+        return np.flatnonzero(highest(reducible, num_picked(self.keep, context.num_rows))), None

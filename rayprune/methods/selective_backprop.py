@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.core.draws import draw_weighted
 from rayprune.core.in_batch import (
     BatchContext,
     InBatchMethod,
@@ -26,7 +27,6 @@ from rayprune.core.in_batch import (
     StepContext,
     check_keep,
     check_window,
-    draw,
     num_picked,
 )
 from rayprune.core.table import Signals
@@ -68,7 +68,7 @@ class SelectiveBackprop(InBatchMethod):
 
     def pick(self, signals: Signals, context: BatchContext) -> Picked:
         weights = rank_weights(signals["loss"], self.keep)
-        return draw(weights, num_picked(self.keep, context.num_rows), context.rng), None
+        return np.flatnonzero(draw_weighted(weights, num_picked(self.keep, context.num_rows), context.rng)), None
 
 
 def rank_weights(losses: NDArray[np.floating], keep: float) -> NDArray[np.float64]:

@@ -101,8 +101,8 @@ def headline(run: RunRecord) -> list[str]:
         lines.append(f"{method} {verb} {amount} the sample visits of full training over the same {epochs}{so_far}.")
     if last.samples_skipped:
         lines.append(
-            f"It skipped {last.samples_skipped:,} rows inside batches, after a forward pass. Forward passes alone: "
-            f"{number(last.samples_forwarded, ',d')} rows, each a third of a trained one in compute."
+            f"It skipped {last.samples_skipped:,} rows inside batches. {number(last.samples_forwarded, ',d')} rows had "
+            "a forward pass alone, each a third of a trained one in compute; its time is in the train s."
         )
     lines.append(
         f"Compute, padding included: {share(run.compute_share, 1)} of training on all samples. Selection took "

@@ -192,6 +192,29 @@ def test_an_error_in_a_worker_ends_the_run_in_one_line(tmp_path: Path) -> None:
         train(config)
 
 
+PICKING = {"method": {"name": "es", "start": 0.0, "keep": 0.3}}
+
+
+def test_rows_picked_inside_batches_are_the_same_with_two_workers(tmp_path: Path) -> None:
+    alone, two = (train(workers_config(tmp_path, f"with_{num}", num, **PICKING)) for num in (0, 2))
+    counts = ("samples_trained", "samples_forwarded", "samples_skipped", "plan_hash", "lr")
+    assert results(two.metrics, counts) == results(alone.metrics, counts)
+    assert two.metrics[-1]["samples_skipped"] > 0
+    ours, theirs = scores_of(two.folder), scores_of(alone.folder)
+    assert ours["picked_mean"].tolist() == theirs["picked_mean"].tolist()
+    assert ours["loss"].to_numpy() == pytest.approx(theirs["loss"].to_numpy(), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.scenario
+def test_rows_picked_inside_batches_survive_a_dead_worker(tmp_path: Path) -> None:
+    """The checkpoint inside the epoch restores the moving averages of all samples."""
+    model = {"name": user("faulty"), "die_at": 18, "marker": str(tmp_path / "died")}
+    run = {"checkpoint_steps": 3}
+    killed = train(workers_config(tmp_path, "killed", 2, "ray", model=model, run=run, **PICKING))
+    assert (tmp_path / "died").exists()
+    assert_same_run(killed, train(workers_config(tmp_path, "whole", 2, **PICKING)))
+
+
 @pytest.mark.scenario
 def test_lost_vectors_restart_the_run_from_its_checkpoint(tmp_path: Path) -> None:
     """Workers keep no copy of probabilities. When the actor dies with them, the steps since the checkpoint are lost."""

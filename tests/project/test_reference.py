@@ -17,6 +17,7 @@ from rayprune.config.schema import Augmentation
 from rayprune.config.shipped import shipped_configs
 from rayprune.config.yaml import read_yaml
 from rayprune.methods import METHODS
+from rayprune.testing import run_check
 from tests.project.test_docs import blocks
 from tests.support.paths import ROOT
 
@@ -94,6 +95,8 @@ def test_configs_and_resolved_configs_fit_the_schema(path: Any) -> None:
         {"data": {"source": "arrays", "path": "x", "limit": 3, "augment": {"crop": 1}}},
         {"model": {"name": "torchvision:resnet18", "weights": None}},
         {"train": {"step": {"name": "l2w", "p": 3}}},
+        {"train": {"step": {"name": "examples/focal_step.py:FocalStep", "gamma": 1}}},
+        {"train": {"step": "examples/focal_step.py:FocalStep"}},
         {"compare": {"methods": ["infobatch", {"name": "random"}]}},
     ],
 )
@@ -144,3 +147,5 @@ def test_the_page_of_contracts_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for code in blocks(REFERENCE / "contracts.md", "python"):
         exec(compile(code, "contracts.md", "exec"), defined)
     assert {"small", "TwoExits", "stripes", "check_method"} <= defined.keys()
+    for check in ("picks", "state_columns", "selections"):
+        run_check(check, defined["AboveTheMean"]())

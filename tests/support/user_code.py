@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -24,8 +25,10 @@ from rayprune.core.method import EpochContext
 from rayprune.core.static import StaticMethod
 from rayprune.core.vectors import VectorColumn
 from rayprune.engine.scoring import recorder
+from rayprune.errors import ConfigError
 from rayprune.methods import Method
 from rayprune.nn.models import build_model
+from rayprune.nn.steps import BatchPlace, PlainStep, StepOptions
 from rayprune.sources import SampleSource, Schema, Splits, open_data
 
 
@@ -237,6 +240,54 @@ class TrainsBy(Method):
     def select(self, table: ScoreTable, context: EpochContext) -> Selection:
         """Keep everything."""
         return Selection.full(context.num_samples)
+
+
+@dataclass(frozen=True)
+class ScaledOptions(StepOptions):
+    """The plain step on scaled losses.
+
+    Args:
+        factor: of the losses, above 0.
+    """
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.factor <= 0:
+            raise ConfigError(f"train.step.factor = {self.factor}: must be above 0")
+
+
+class Scaled(PlainStep):
+    """Scale the losses, and check what the run tells the step."""
+
+    options_class = ScaledOptions
+    run_facts = ("seed", "num_epochs", "num_samples")
+    takes_place = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        factor: float,
+        seed: int,
+        num_epochs: int,
+        num_samples: int,
+        **recipe: Any,
+    ) -> None:
+        super().__init__(model, optimizer, **recipe)
+        assert seed == 0
+        self._factor, self._num_epochs, self._num_samples = factor, num_epochs, num_samples
+
+    def __call__(  # type: ignore[override]
+        self, inputs: torch.Tensor, targets_B: torch.Tensor, weights_B: torch.Tensor, place: BatchPlace
+    ) -> dict[str, torch.Tensor]:
+        """Train on the scaled losses."""
+        assert 0 <= place.step < place.num_steps
+        assert 0 <= place.epoch < self._num_epochs
+        assert int(place.ids.max()) < self._num_samples
+        assert place.real.tolist() == (weights_B > 0).tolist()
+        return super().__call__(inputs, targets_B, weights_B * self._factor)
 
 
 @dataclass(frozen=True)

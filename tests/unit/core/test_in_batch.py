@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,6 @@ from rayprune.core.in_batch import (
     Picked,
     StepContext,
     checked,
-    draw,
-    highest,
     num_picked,
 )
 from rayprune.core.table import Signals
@@ -39,7 +36,7 @@ class Highest(InBatchMethod):
     """Pick the higher half by loss, with its place in the order of losses as weight."""
 
     def pick(self, signals: Signals, context: BatchContext) -> Picked:
-        rows = highest(signals["loss"], num_picked(0.5, context.num_rows))
+        rows = np.argsort(-signals["loss"], kind="stable")[: num_picked(0.5, context.num_rows)]
         return rows, np.arange(1.0, rows.size + 1)
 
 
@@ -129,26 +126,3 @@ def test_a_class_floor_is_refused() -> None:
 def test_a_method_without_pick_says_so() -> None:
     with pytest.raises(TypeError, match=r"InBatchMethod defines no pick\(\)"):
         Candidates({"loss": np.ones(2)}, of_rows(range(2))).pick(InBatchMethod())
-
-
-def test_draws_are_those_one_after_the_other_without_replacement() -> None:
-    """Every ordered pair of four rows has its probability p_a · p_b / (1 − p_a)."""
-    weights, rng, num_draws = np.array([1.0, 2.0, 3.0, 4.0]), np.random.default_rng(0), 20_000
-    counts: dict[tuple[int, ...], int] = {}
-    for _ in range(num_draws):
-        pair = tuple(draw(weights, 2, rng).tolist())
-        counts[pair] = counts.get(pair, 0) + 1
-    shares = weights / weights.sum()
-    for one, other in permutations(range(4), 2):
-        expected = shares[one] * shares[other] / (1 - shares[one])
-        error = np.sqrt(expected * (1 - expected) / num_draws)
-        assert abs(counts[one, other] / num_draws - expected) < 4.5 * error
-
-
-def test_rows_of_weight_zero_come_last_and_at_random() -> None:
-    weights, rng = np.array([0.0, 1e-30, 0.0, 1e30, 0.0]), np.random.default_rng(1)
-    orders = [draw(weights, 5, rng).tolist() for _ in range(300)]
-    assert all(order[:2] == [3, 1] for order in orders)
-    assert len({tuple(order) for order in orders}) == 6
-    assert len({tuple(draw(np.zeros(3), 3, rng).tolist()) for _ in range(300)}) == 6
-    assert draw(np.array([0.0]), 1, rng).tolist() == [0]

@@ -156,3 +156,9 @@ def test_numpy_hyperparameters_become_python_numbers(number: Any) -> None:
         assert build_method(config) == build_method(spec)
         assert hash(build_method(config)) == hash(build_method(spec))
     assert build_method({"name": "infobatch", "prune_ratio": number}).prune_ratio(0, 2) == 0.25  # type: ignore[attr-defined]
+
+
+def test_the_class_of_a_method_can_be_the_first_name_that_a_program_imports() -> None:
+    code = "from rayprune import SelectiveBackprop; print(SelectiveBackprop().name)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "selective_backprop", done.stderr[-500:]

@@ -70,6 +70,17 @@ def test_the_headline_of_a_run_says_what_was_saved_at_what_cost_and_against_what
     assert "Validation accuracy 87.50% after epoch 2. Only a run on all samples shows" in lines[2]
 
 
+def test_rows_that_are_skipped_inside_batches_are_saved_and_their_forward_passes_told() -> None:
+    run = record(kept=100, samples_trained=150, samples_skipped=50, samples_forwarded=100, compute=183.3)
+    assert run.saved == pytest.approx(0.25)
+    lines = headline(run)
+    assert lines[0] == "infobatch saved 25.0% of the sample visits of full training over the same 2 epochs."
+    assert lines[1].startswith("It skipped 50 rows inside batches. 100 rows had a forward pass alone")
+    assert dict(facts(run))["rows"] == "150 trained on, 100 forwarded"
+    budget = record(kept=100, samples_trained=150, samples_skipped=50, selection={"budget_so_far": 1.0})
+    assert dict(facts(budget))["kept so far"] == "75.0% of the sample visits of a full run"
+
+
 def test_the_headline_of_an_unfinished_run_says_so() -> None:
     run = record()
     unfinished = RunRecord(Path("run"), "run", {**run.config, "train": {"epochs": 9}}, {}, run.metrics)

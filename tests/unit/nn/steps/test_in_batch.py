@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rayprune.core.in_batch import BatchContext, InBatchMethod, Picked, StepContext, highest, num_picked
+from rayprune.core.in_batch import BatchContext, InBatchMethod, Picked, StepContext, num_picked
 from rayprune.core.table import Signals
 from rayprune.methods import build_method
 from rayprune.nn.models import build_model
@@ -36,7 +36,7 @@ class Highest(InBatchMethod):
     weighted: bool = False
 
     def pick(self, signals: Signals, context: BatchContext) -> Picked:
-        rows = np.sort(highest(signals["loss"], num_picked(self.keep, context.num_rows)))
+        rows = np.sort(np.argsort(-signals["loss"], kind="stable")[: num_picked(self.keep, context.num_rows)])
         return rows, np.arange(2.0, 2.0 + rows.size) if self.weighted else None
 
 

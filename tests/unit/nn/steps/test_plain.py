@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rayprune.core.step_options import STEP_OPTIONS, step_config
+from rayprune.errors import ConfigError
 from rayprune.nn.boundary import boundary_distance, pair_distances
 from rayprune.nn.models import build_model
 from rayprune.nn.signals import BOUNDARY_SIGNALS, per_sample_loss
-from rayprune.nn.steps import STEPS, ExitStep, L2wStep, PlainStep, PspStep, TrainStep
+from rayprune.nn.steps import (
+    STEPS,
+    L2wStep,
+    PlainStep,
+    PspStep,
+    StepOptions,
+    TrainStep,
+    register_step,
+    registry,
+    step_class,
+)
 from rayprune.nn.steps.psp import Proxy, WithProxy
 
 SHAPE, CLASSES = (3, 8, 8), 4
@@ -79,9 +92,71 @@ def test_a_step_has_the_interface_of_train_steps(make: Any) -> None:
         step.load_state_dict({"else": torch.zeros(1)})
 
 
+@dataclass(frozen=True)
+class NoisyOptions(StepOptions):
+    """Options of a step of the user's own."""
+
+    noise: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.noise < 0:
+            raise ConfigError("train.step.noise must be at least 0")
+
+
+class Noisy(PlainStep):
+    """A step of the user's own."""
+
+    options_class = NoisyOptions
+
+
+class NoOptions(PlainStep):
+    """A step that only methods name."""
+
+    options_class = None
+
+
+def test_steps_are_found_by_reference_with_their_options() -> None:
+    reference = f"{__name__}:Noisy"
+    assert step_class(reference) is Noisy
+    assert step_config(reference) == {"name": reference, "noise": 0.5}
+    assert step_config({"name": reference, "noise": 2}) == {"name": reference, "noise": 2}
+    for step, message in (
+        ({"name": reference, "nois": 1}, r"unknown key 'train.step.nois' of train step .*did you mean 'noise'\?"),
+        ({"name": reference, "noise": "loud"}, "train.step.noise = 'loud'"),
+        ({"name": reference, "noise": -1}, "train.step.noise must be at least 0"),
+        (f"{__name__}:NoOptions", "is not a train step with options: subclass rayprune.nn.steps.PlainStep"),
+        (f"{__name__}:resnet", "is not a train step with options"),
+        (f"{__name__}:Nosy", "has no 'Nosy': did you mean 'Noisy'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            step_config(step)
+    for name, message in ((f"{__name__}:resnet", "is not a subclass of"), ("plan", r"did you mean 'plain'\?")):
+        with pytest.raises(ValueError, match=message):
+            step_class(name)
+
+
+def test_a_registered_step_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "STEPS", dict(STEPS))
+    monkeypatch.setitem(STEP_OPTIONS, "noisy", PlainStep)  # so that what the registration adds ends with the test
+    del STEP_OPTIONS["noisy"]
+    assert register_step("noisy")(Noisy) is Noisy
+    assert step_class("noisy") is Noisy
+    assert step_config("noisy") == {"name": "noisy", "noise": 0.5}
+    assert register_step("silent")(NoOptions) is NoOptions
+    assert step_class("silent") is NoOptions
+    with pytest.raises(ValueError, match=r"unknown train\.step 'silent'"):
+        step_config("silent")
+    with pytest.raises(ValueError, match="'plain' is registered twice: PlainStep, Noisy"):
+        register_step("plain")(Noisy)
+
+
 def test_steps_are_found_by_name() -> None:
-    assert {"plain": PlainStep, "psp": PspStep, "exits": ExitStep, "l2w": L2wStep}.items() <= STEPS.items()
-    assert set(STEPS) - {"plain", "psp", "exits", "l2w"} == {"embed", "in_batch"}
+    assert {"plain", "psp", "exits", "l2w", "embed", "in_batch"} == STEPS.keys()
+    assert (step_class("plain"), step_class("psp"), step_class("l2w")) == (PlainStep, PspStep, L2wStep)
+    assert {name for name, step in STEPS.items() if step.options_class is not None} == STEP_OPTIONS.keys()
+    assert {name: step.options_class for name, step in STEPS.items() if name in STEP_OPTIONS} == STEP_OPTIONS
+    assert {name for name, step in STEPS.items() if step.multi_exit} == {"exits", "l2w"}
+    assert {name for name, step in STEPS.items() if step.compilable} == {"plain", "exits"}
     network = mlp()
     assert STEPS["plain"].module_of(network, SHAPE) is network
 
