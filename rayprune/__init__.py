@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
     import rayprune.sources
     import rayprune.testing
     import rayprune.torch
-    from rayprune.core.in_batch import BatchContext, InBatchMethod, StepContext
+    from rayprune.core.bases.in_batch import BatchContext, InBatchMethod, StepContext
     from rayprune.core.method import EpochContext, Method
     from rayprune.core.plan import Plan
     from rayprune.core.schedule import Schedule
@@ -84,7 +84,7 @@ _HOME = {
     "core.plan": ("Plan",),
     "core.schedule": ("Schedule",),
     "core.selection": ("Selection",),
-    "core.in_batch": ("BatchContext", "InBatchMethod", "StepContext"),
+    "core.bases.in_batch": ("BatchContext", "InBatchMethod", "StepContext"),
     "core.method": ("EpochContext", "Method"),
     "core.selector": ("Selector",),
     "core.table": ("ScoreTable",),

@@ -27,7 +27,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.in_batch import BatchContext, Candidates, InBatchMethod, StepContext, num_picked
+from rayprune.core.bases.in_batch import BatchContext, Candidates, InBatchMethod, StepContext, num_picked
 from rayprune.core.method import EpochContext, Kind, Method
 from rayprune.core.schedule import Schedule
 from rayprune.core.selection import Selection

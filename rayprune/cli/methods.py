@@ -66,7 +66,7 @@ def _saves(method: Method) -> str:
     """Return the share of the visits that a method drops by itself, measured in a short run on random signals."""
     import numpy as np
 
-    from rayprune.core.in_batch import InBatchMethod
+    from rayprune.core.bases.in_batch import InBatchMethod
     from rayprune.testing import SyntheticRun
 
     if isinstance(method, InBatchMethod):

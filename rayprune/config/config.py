@@ -27,8 +27,8 @@ from rayprune.config.schema import (
 )
 from rayprune.config.shipped import config_hint, find_config
 from rayprune.config.yaml import merge, parse_overrides, read_yaml
+from rayprune.core.bases.static import ScoredMethod
 from rayprune.core.references import closest
-from rayprune.core.static import ScoredMethod
 from rayprune.core.validation import short_repr
 from rayprune.errors import ConfigError
 from rayprune.methods import Method, build_method

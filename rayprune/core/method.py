@@ -27,8 +27,7 @@ from rayprune.core.schedule import Schedule
 from rayprune.core.selection import Selection
 from rayprune.core.table import Ids, ScoreTable, Signals
 from rayprune.core.thinning import thin, thin_with_class_floor
-from rayprune.core.validation import check_fields, check_ratio, check_share, fields_to_yaml, mismatch, short_repr
-from rayprune.errors import ConfigError
+from rayprune.core.validation import check_fields, check_share, fields_to_yaml
 
 Kind = Literal["baseline", "dynamic", "static", "in_batch", "control"]
 
@@ -141,41 +140,6 @@ class Method:
     def _set_schedule(self, field: str) -> None:
         """Replace a ratio field by its Schedule; for `__post_init__` of a frozen dataclass."""
         object.__setattr__(self, field, Schedule.of(getattr(self, field), f"method.{field}"))
-
-    def _check_one_ratio(self, prune_ratio: Any) -> None:
-        """Raise ConfigError unless a ratio is a number in [0, 1), for a method that chooses one subset."""
-        if mismatch(prune_ratio, float):
-            raise ConfigError(
-                f"prune_ratio = {short_repr(prune_ratio)}: one subset takes no schedule: give a number in [0, 1)"
-            )
-        check_ratio("prune_ratio", prune_ratio)
-
-    def _check_scored(self, field: str, last_visit: NDArray[np.int32], context: EpochContext) -> None:
-        """Raise ConfigError if the run is shorter than the scoring run, or its newest epoch did not visit all samples.
-
-        Args:
-            field: the hyperparameter that sets `collect_epochs`.
-            last_visit: (N,) the epoch of each sample's last visit, −1 for none.
-            context: the epoch to select for.
-        """
-        length = self.collect_epochs
-        if context.num_epochs < length:
-            cure = "lower it, or train longer"
-            raise ConfigError(
-                f"{field} {length} needs at least {length} epochs, the run has {context.num_epochs}: {cure}"
-            )
-        needed = min(context.epoch, length) - 1
-        missing = np.flatnonzero(last_visit < needed)
-        if missing.size:
-            count = f"{missing.size} of {last_visit.size} samples were not visited in epoch {needed}"
-            raise ConfigError(f"{count}, ids {missing[:5].tolist()}: {self._visit_cure}")
-
-    @property
-    def _visit_cure(self) -> str:
-        return (
-            f"every sample must be visited in each of the first {self.collect_epochs} epochs; train.last_batch=drop "
-            "leaves some out (use pad), and so do NaN logits (lower optim.lr)"
-        )
 
     def to_config(self) -> dict[str, Any]:
         """Return `name` and the hyperparameters in plain YAML types, as `build_method` takes them."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rayprune.core.dynamics import MeanMethod
+from rayprune.core.bases.visits import MeanMethod
 from rayprune.methods.registry import register
 
 

@@ -1,7 +1,7 @@
 """CRAIG: keep the samples whose gradients represent those of all others.
 
 Mirzasoleiman, Bilmes, Leskovec, "Coresets for Data-efficient Training of Machine Learning Models", ICML 2020, arXiv
-1906.01827. With d_ij the Euclidean distance of the last-layer gradients of samples i and j (`rayprune.core.gradients`)
+1906.01827. With d_ij the Euclidean distance of the last-layer gradients of samples i and j (`core.bases.gradients`)
 and D the largest distance, the kept set S maximizes the facility location Σ_i max_{j∈S} (D − d_ij), which minimizes the
 distance of every sample to its nearest kept one. Greedy choice reaches 1 − 1/e of the optimum; it is evaluated lazily
 (Minoux 1978), which changes nothing but the time. The weight of a kept sample is the number of samples that it
@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.gradients import GradientMethod, Gradients
+from rayprune.core.bases.gradients import GradientMethod, Gradients
 from rayprune.core.table import Ids, chunks
 from rayprune.methods.registry import register
 

@@ -26,10 +26,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.core.algorithms.geometry import Points, nearest_neighbors
+from rayprune.core.algorithms.greedy import highest_with_discounts
+from rayprune.core.bases.embeddings import RankedMethod
 from rayprune.core.choosing import num_pruned
-from rayprune.core.embeddings import RankedMethod
-from rayprune.core.geometry import Points, nearest_neighbors
-from rayprune.core.greedy import highest_with_discounts
 from rayprune.core.table import Ids, ScoreTable, Signals
 from rayprune.core.validation import check_share
 from rayprune.errors import ConfigError

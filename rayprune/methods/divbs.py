@@ -25,7 +25,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.in_batch import BatchContext, InBatchMethod, Picked, check_keep, num_picked
+from rayprune.core.bases.in_batch import BatchContext, InBatchMethod, Picked, check_keep, num_picked
 from rayprune.core.table import Ids, Signals
 from rayprune.methods.registry import register
 

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.core.bases.static import ScoredMethod
+from rayprune.core.bases.visits import WindowMethod, add_to_mean
 from rayprune.core.choosing import choose
-from rayprune.core.dynamics import WindowMethod, add_to_mean
 from rayprune.core.method import EpochContext
-from rayprune.core.static import ScoredMethod
 from rayprune.core.table import Ids, ScoreTable, Signals
 from rayprune.errors import ConfigError
 from rayprune.methods.registry import register

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.dynamics import WindowMethod
+from rayprune.core.bases.visits import WindowMethod
 from rayprune.methods.registry import register
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rayprune.core.dynamics import MeanMethod
+from rayprune.core.bases.visits import MeanMethod
 from rayprune.errors import ConfigError
 from rayprune.methods.registry import register
 

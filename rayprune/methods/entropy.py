@@ -11,7 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from rayprune.core.static import ScoredMethod
+from rayprune.core.bases.static import ScoredMethod
 from rayprune.core.table import ScoreTable
 from rayprune.methods.registry import register
 

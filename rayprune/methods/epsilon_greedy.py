@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.core.bases.dynamic import PruneRatioMethod, check_ema, fold_moving_average
 from rayprune.core.choosing import num_pruned
 from rayprune.core.draws import draw_uniform, highest
-from rayprune.core.dynamic import PruneRatioMethod, check_ema, fold_moving_average
 from rayprune.core.method import EpochContext
 from rayprune.core.table import Ids, ScoreTable, Signals
 from rayprune.core.validation import check_share

@@ -19,8 +19,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.core.bases.dynamic import PruneRatioMethod
 from rayprune.core.draws import draw_weighted, highest
-from rayprune.core.dynamic import PruneRatioMethod
 from rayprune.core.method import EpochContext
 from rayprune.core.schedule import epoch_at
 from rayprune.core.table import Ids, ScoreTable, Signals

@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.draws import draw_weighted
-from rayprune.core.in_batch import (
+from rayprune.core.bases.in_batch import (
     BatchContext,
     InBatchMethod,
     Picked,
@@ -31,6 +30,7 @@ from rayprune.core.in_batch import (
     check_window,
     num_picked,
 )
+from rayprune.core.draws import draw_weighted
 from rayprune.core.table import Signals
 from rayprune.core.validation import check_share
 from rayprune.methods.registry import register

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.static import ScoredMethod
+from rayprune.core.bases.static import ScoredMethod
 from rayprune.core.table import Ids, ScoreTable, Signals
 from rayprune.errors import ConfigError
 from rayprune.methods.registry import register

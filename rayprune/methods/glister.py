@@ -1,7 +1,7 @@
 """GLISTER: keep the samples whose gradients lower the loss on held-out samples.
 
 Killamsetty, Sivasubramanian, Ramakrishnan, Iyer, "GLISTER: Generalization based Data Subset Selection for Efficient and
-Robust Learning", AAAI 2021, arXiv 2012.10630. With the last-layer gradients g_i (`rayprune.core.gradients`) and the
+Robust Learning", AAAI 2021, arXiv 2012.10630. With the last-layer gradients g_i (`core.bases.gradients`) and the
 mean gradient ḡ of the validation samples, a step of rate η on sample i lowers the validation loss by η⟨g_i, ḡ⟩ to first
 order. The sample with the largest ⟨g_i, ḡ⟩ is kept, the last layer takes its step −η·g_i, which moves the validation
 samples' logits, and ḡ is computed again, until M are kept. Weights are 1. η is 0.01, a usual learning rate: the paper's
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.gradients import GradientMethod, Gradients, first_largest
+from rayprune.core.bases.gradients import GradientMethod, Gradients, first_largest
 from rayprune.core.table import Ids
 from rayprune.errors import ConfigError
 from rayprune.methods.registry import register

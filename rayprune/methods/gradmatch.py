@@ -2,7 +2,7 @@
 
 Killamsetty, Sivasubramanian, Ramakrishnan, De, Iyer, "GRAD-MATCH: Gradient Matching based Data Subset Selection for
 Efficient Deep Model Training", ICML 2021, arXiv 2103.00123. With the last-layer gradients g_i of a class
-(`rayprune.core.gradients`) and their sum b, orthogonal matching pursuit minimizes ‖b − Σ w_i g_i‖² + λ‖w‖² over w ≥ 0
+(`core.bases.gradients`) and their sum b, orthogonal matching pursuit minimizes ‖b − Σ w_i g_i‖² + λ‖w‖² over w ≥ 0
 with M weights above 0: it adds the sample with the largest ⟨g_i, b − Σ w g⟩ (not normalized by ‖g_i‖), and fits the
 weights of the chosen ones again by non-negative least squares. λ is 0.5, as in the authors' experiments.
 
@@ -35,8 +35,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.gradients import GradientMethod, Gradients, first_largest
-from rayprune.core.pursuit import pursue
+from rayprune.core.algorithms.pursuit import pursue
+from rayprune.core.bases.gradients import GradientMethod, Gradients, first_largest
 from rayprune.errors import ConfigError
 from rayprune.methods.registry import register
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.embeddings import RankedMethod
-from rayprune.core.geometry import Points
-from rayprune.core.greedy import herding
+from rayprune.core.algorithms.geometry import Points
+from rayprune.core.algorithms.greedy import herding
+from rayprune.core.bases.embeddings import RankedMethod
 from rayprune.core.table import Ids
 from rayprune.methods.registry import register
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.dynamic import DynamicMethod, drop_mastered
+from rayprune.core.bases.dynamic import DynamicMethod, drop_mastered
 from rayprune.core.method import EpochContext
 from rayprune.core.selection import Selection
 from rayprune.core.table import Ids, ScoreTable, Signals, chunks

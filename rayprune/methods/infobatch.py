@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.dynamic import warn_once
+from rayprune.core.bases.dynamic import warn_once
 from rayprune.core.method import EpochContext, Method
 from rayprune.core.schedule import Schedule, epoch_at
 from rayprune.core.selection import Selection

@@ -21,9 +21,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.embeddings import RankedMethod
-from rayprune.core.geometry import Points, nearest_cosines
-from rayprune.core.greedy import highest_with_discounts
+from rayprune.core.algorithms.geometry import Points, nearest_cosines
+from rayprune.core.algorithms.greedy import highest_with_discounts
+from rayprune.core.bases.embeddings import RankedMethod
 from rayprune.core.table import Ids, ScoreTable
 from rayprune.errors import ConfigError
 from rayprune.methods.registry import register

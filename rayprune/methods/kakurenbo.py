@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from rayprune.core.bases.dynamic import DynamicMethod
 from rayprune.core.choosing import num_pruned
 from rayprune.core.draws import highest
-from rayprune.core.dynamic import DynamicMethod
 from rayprune.core.method import EpochContext
 from rayprune.core.schedule import Schedule, epoch_at
 from rayprune.core.selection import Selection

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.embeddings import EmbeddingMethod
-from rayprune.core.geometry import Center, Points, class_center, rows_by_label
+from rayprune.core.algorithms.geometry import Center, Points, class_center, rows_by_label
+from rayprune.core.bases.embeddings import EmbeddingMethod
+from rayprune.core.bases.static import ScoredMethod
 from rayprune.core.method import EpochContext
-from rayprune.core.static import ScoredMethod
 from rayprune.core.table import ScoreTable
 from rayprune.methods.registry import register
 

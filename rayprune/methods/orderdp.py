@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.core.bases.dynamic import PruneRatioMethod
 from rayprune.core.choosing import num_kept
 from rayprune.core.draws import draw_uniform, highest
-from rayprune.core.dynamic import PruneRatioMethod
 from rayprune.core.method import EpochContext
 from rayprune.core.schedule import Schedule
 from rayprune.core.table import ScoreTable

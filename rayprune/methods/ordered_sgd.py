@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rayprune.core.bases.in_batch import BatchContext, InBatchMethod, Picked, StepContext, num_picked
 from rayprune.core.draws import highest
-from rayprune.core.in_batch import BatchContext, InBatchMethod, Picked, StepContext, num_picked
 from rayprune.core.method import EpochContext
 from rayprune.core.selection import Selection
 from rayprune.core.table import ScoreTable, Signals

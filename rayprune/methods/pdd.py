@@ -19,9 +19,9 @@ from typing import Literal
 
 import numpy as np
 
+from rayprune.core.bases.dynamic import DynamicMethod, drop_mastered
 from rayprune.core.choosing import num_pruned
 from rayprune.core.draws import draw_uniform
-from rayprune.core.dynamic import DynamicMethod, drop_mastered
 from rayprune.core.method import EpochContext
 from rayprune.core.selection import Selection
 from rayprune.core.table import ScoreTable

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.core.bases.dynamic import PruneRatioMethod
 from rayprune.core.choosing import capped_quotas
 from rayprune.core.draws import draw_keys, highest_by_class
-from rayprune.core.dynamic import PruneRatioMethod
 from rayprune.core.method import EpochContext
 from rayprune.core.table import ScoreTable, chunks
 from rayprune.errors import ConfigError

@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.dynamic import DynamicMethod
+from rayprune.core.bases.dynamic import DynamicMethod
 from rayprune.core.method import EpochContext
 from rayprune.core.schedule import Schedule
 from rayprune.core.selection import Selection

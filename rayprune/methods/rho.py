@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rayprune.core.bases.in_batch import BatchContext, InBatchMethod, Picked, check_keep, num_picked
 from rayprune.core.draws import highest
-from rayprune.core.in_batch import BatchContext, InBatchMethod, Picked, check_keep, num_picked
 from rayprune.core.table import Signals
 from rayprune.methods.registry import register
 

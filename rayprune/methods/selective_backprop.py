@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.draws import draw_weighted
-from rayprune.core.in_batch import (
+from rayprune.core.bases.in_batch import (
     BatchContext,
     InBatchMethod,
     Picked,
@@ -29,6 +28,7 @@ from rayprune.core.in_batch import (
     check_window,
     num_picked,
 )
+from rayprune.core.draws import draw_weighted
 from rayprune.core.table import Signals
 from rayprune.errors import ConfigError
 from rayprune.methods.registry import register

@@ -22,10 +22,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.embeddings import EmbeddingMethod
-from rayprune.core.geometry import Points, assign, k_means, largest_cosines_before, rows_by_label
+from rayprune.core.algorithms.geometry import Points, assign, k_means, largest_cosines_before, rows_by_label
+from rayprune.core.bases.embeddings import EmbeddingMethod
+from rayprune.core.bases.static import ScoredMethod
 from rayprune.core.method import EpochContext
-from rayprune.core.static import ScoredMethod
 from rayprune.core.table import ScoreTable
 from rayprune.errors import ConfigError
 from rayprune.methods.registry import register

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rayprune.core.algorithms.kmeans_1d import kmeans_1d
+from rayprune.core.bases.dynamic import DynamicMethod
 from rayprune.core.choosing import num_pruned
 from rayprune.core.draws import draw_uniform
-from rayprune.core.dynamic import DynamicMethod
-from rayprune.core.kmeans_1d import kmeans_1d
 from rayprune.core.method import EpochContext
 from rayprune.core.schedule import Schedule
 from rayprune.core.selection import Selection

@@ -20,11 +20,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.core.algorithms.geometry import Points, cosine_distances, k_means, rows_by_label
+from rayprune.core.bases.embeddings import EmbeddingMethod
+from rayprune.core.bases.static import ScoredMethod
 from rayprune.core.choosing import choose
-from rayprune.core.embeddings import EmbeddingMethod
-from rayprune.core.geometry import Points, cosine_distances, k_means, rows_by_label
 from rayprune.core.method import EpochContext
-from rayprune.core.static import ScoredMethod
 from rayprune.core.table import Ids, ScoreTable
 from rayprune.core.validation import check_share
 from rayprune.errors import ConfigError

@@ -28,10 +28,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.core.bases.static import StaticMethod, check_equal
 from rayprune.core.choosing import choose
 from rayprune.core.method import EpochContext
 from rayprune.core.selection import Selection
-from rayprune.core.static import StaticMethod, check_equal
 from rayprune.core.table import Ids, ScoreTable, Signals, chunks
 from rayprune.errors import ConfigError
 from rayprune.methods.registry import register

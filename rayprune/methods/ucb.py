@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.core.bases.dynamic import PruneRatioMethod, check_ema, fold_moving_average
 from rayprune.core.draws import highest
-from rayprune.core.dynamic import PruneRatioMethod, check_ema, fold_moving_average
 from rayprune.core.method import EpochContext
 from rayprune.core.table import Ids, ScoreTable, Signals
 from rayprune.errors import ConfigError

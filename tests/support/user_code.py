@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from rayprune.core import ScoreTable, Selection
+from rayprune.core.bases.static import StaticMethod
 from rayprune.core.choosing import choose
 from rayprune.core.method import EpochContext
-from rayprune.core.static import StaticMethod
 from rayprune.core.vectors import VectorColumn
 from rayprune.engine.scoring import recorder
 from rayprune.errors import ConfigError

@@ -24,7 +24,7 @@ from rayprune import (
     ScoreTable,
     Selection,
 )
-from rayprune.core.in_batch import BatchContext, InBatchMethod, Picked, num_picked
+from rayprune.core.bases.in_batch import BatchContext, InBatchMethod, Picked, num_picked
 from rayprune.core.table import Ids, Signals
 from rayprune.errors import ConfigError
 from rayprune.testing import CHECKS, check_method

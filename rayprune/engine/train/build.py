@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from rayprune.config import Config
-from rayprune.core.in_batch import InBatchMethod
+from rayprune.core.bases.in_batch import InBatchMethod
 from rayprune.core.selection import Selection
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.storage.costs import PriorCost

@@ -23,9 +23,9 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from rayprune.config import Config
+from rayprune.core.bases.static import ScoredMethod
 from rayprune.core.references import USER_MODULE_PREFIX
 from rayprune.core.selector import Selector
-from rayprune.core.static import ScoredMethod
 from rayprune.engine.cluster import Resources, resolve_resources, start_ray
 from rayprune.engine.data.device import DeviceStream, check_room
 from rayprune.engine.data.ray_data import plan_dataset, task_rows

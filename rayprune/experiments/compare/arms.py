@@ -24,7 +24,7 @@ from rayprune.config import Config, make_config
 from rayprune.config.experiments import BASELINES, compared_method
 from rayprune.config.schema import TrainSection
 from rayprune.config.yaml import merge
-from rayprune.core.in_batch import InBatchMethod
+from rayprune.core.bases.in_batch import InBatchMethod
 from rayprune.core.schedule import epoch_at
 from rayprune.errors import ConfigError
 from rayprune.experiments.compare.statistics import RunOutcome

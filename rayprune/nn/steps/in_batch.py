@@ -1,7 +1,7 @@
 """The step that trains on some rows of every batch: a forward pass scores the candidates, and a method picks.
 
 The decision is made once for the global batch. All ranks gather the signals of all rows, in the order of the global
-batch, and each of them makes the same decision (`rayprune.core.in_batch`). Then each rank trains on its own picked
+batch, and each of them makes the same decision (`core.bases.in_batch`). Then each rank trains on its own picked
 rows, in a second forward pass and a backward pass. A rank without picked rows goes along with one row of weight 0, so
 that DDP's collective operations match.
 
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rayprune.core.in_batch import Candidates, InBatchMethod, StepContext
+from rayprune.core.bases.in_batch import Candidates, InBatchMethod, StepContext
 from rayprune.core.table import Ids
 from rayprune.errors import ConfigError
 from rayprune.nn.collectives import Ranks

@@ -16,7 +16,7 @@ import yaml
 
 import rayprune
 from rayprune.core import Schedule, Selection, Selector
-from rayprune.core.in_batch import Candidates, InBatchMethod
+from rayprune.core.bases.in_batch import Candidates, InBatchMethod
 from rayprune.methods import METHODS, Method, build_method
 from rayprune.testing import (
     CHECKS,

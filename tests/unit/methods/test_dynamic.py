@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from rayprune.core import Selection, Selector
-from rayprune.core.dynamic import DynamicMethod, warn_once
+from rayprune.core.bases.dynamic import DynamicMethod, warn_once
 from rayprune.core.schedule import Schedule
 from rayprune.methods import METHODS, Method, build_method
 

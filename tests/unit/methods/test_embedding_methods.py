@@ -81,8 +81,8 @@ def test_herding_equals_the_textbook_and_not_the_argmax() -> None:
 
 
 def test_k_center_equals_the_reference_from_the_same_start() -> None:
-    from rayprune.core.geometry import Points
-    from rayprune.core.greedy import farthest_first
+    from rayprune.core.algorithms.geometry import Points
+    from rayprune.core.algorithms.greedy import farthest_first
 
     stored = golden("deepcore_geometry")
     order, _ = farthest_first(Points(stored["X"]), 11, start=3)

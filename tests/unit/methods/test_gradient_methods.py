@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 
 import rayprune.methods.glister
 from rayprune import Selection, Selector
+from rayprune.core.algorithms.pursuit import pursue
+from rayprune.core.bases.gradients import GradientMethod, Gradients
 from rayprune.core.choosing import quotas
-from rayprune.core.gradients import GradientMethod, Gradients
-from rayprune.core.pursuit import pursue
 from rayprune.methods import METHODS, build_method
 from rayprune.methods.craig import CRAIG, cluster_sizes, facility_location
 from rayprune.methods.glister import GLISTER, taylor_greedy
 from rayprune.methods.gradmatch import GradMatch, match_sum
 from rayprune.testing import check_method
-from tests.unit.core.test_gradients import outer_products, random_gradients
-from tests.unit.core.test_pursuit import naive_pursuit
+from tests.unit.core.algorithms.test_pursuit import naive_pursuit
+from tests.unit.core.bases.test_gradients import outer_products, random_gradients
 
 NAMES = ["craig", "gradmatch", "glister"]
 every_name = pytest.mark.parametrize("name", NAMES)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rayprune import DivBS, EvolvedSampling, OrderedSGD, RHOLoss, SelectiveBackprop, Selector
-from rayprune.core.in_batch import BatchContext, StepContext
+from rayprune.core.bases.in_batch import BatchContext, StepContext
 from rayprune.methods import build_method
 from rayprune.methods.divbs import span_mean
 from rayprune.methods.selective_backprop import rank_weights

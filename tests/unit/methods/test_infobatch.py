@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rayprune.core import Selector
-from rayprune.core.dynamic import warn_once
+from rayprune.core.bases.dynamic import warn_once
 from rayprune.methods import build_method
 
 

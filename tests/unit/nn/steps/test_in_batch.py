@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rayprune.core.in_batch import BatchContext, InBatchMethod, Picked, StepContext, num_picked
+from rayprune.core.bases.in_batch import BatchContext, InBatchMethod, Picked, StepContext, num_picked
 from rayprune.core.table import Signals
 from rayprune.methods import build_method
 from rayprune.nn.models import build_model

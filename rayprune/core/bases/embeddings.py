@@ -18,10 +18,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.geometry import Points
-from rayprune.core.greedy import at_random, by_class
+from rayprune.core.algorithms.geometry import Points
+from rayprune.core.algorithms.greedy import at_random, by_class
+from rayprune.core.bases.static import StaticMethod
 from rayprune.core.method import EpochContext
-from rayprune.core.static import StaticMethod
 from rayprune.core.table import Ids, ScoreTable
 from rayprune.core.vectors import Storage, VectorColumn
 from rayprune.errors import ConfigError

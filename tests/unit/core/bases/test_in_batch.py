@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rayprune.core.in_batch import (
+from rayprune.core.bases.in_batch import (
     BatchContext,
     Candidates,
     InBatchMethod,

@@ -18,9 +18,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.core.bases.static import StaticMethod
 from rayprune.core.choosing import quotas
 from rayprune.core.method import EpochContext
-from rayprune.core.static import StaticMethod
 from rayprune.core.table import Ids, ScoreTable, chunks
 from rayprune.core.vectors import Storage, VectorColumn
 from rayprune.errors import ConfigError

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.static import ScoredMethod, check_equal
+from rayprune.core.bases.static import ScoredMethod, check_equal
 from rayprune.core.table import Ids, ScoreTable, Signals, chunks
 from rayprune.errors import ConfigError
 

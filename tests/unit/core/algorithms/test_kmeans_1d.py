@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 
-from rayprune.core.kmeans_1d import kmeans_1d
+from rayprune.core.algorithms.kmeans_1d import kmeans_1d
 
 
 def sum_of_squares(values: NDArray[np.float32], groups: NDArray[np.uint8]) -> float:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rayprune.core import greedy
-from rayprune.core.geometry import Points
-from rayprune.core.greedy import at_random, by_class, farthest_first, herding, highest_with_discounts
+from rayprune.core.algorithms import greedy
+from rayprune.core.algorithms.geometry import Points
+from rayprune.core.algorithms.greedy import at_random, by_class, farthest_first, herding, highest_with_discounts
 
 
 def naive_traversal(vectors: NDArray[Any], count: int, start: int) -> list[int]:

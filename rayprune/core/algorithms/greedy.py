@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.core.algorithms.geometry import Points, distances_to_row, nearest, rows_by_label, single, squared_lengths
 from rayprune.core.choosing import Balance, quotas
-from rayprune.core.geometry import Points, distances_to_row, nearest, rows_by_label, single, squared_lengths
 from rayprune.core.table import Ids
 
 _POOL_NUMBERS = 1 << 19  # of float64 in the pool of farthest-first traversal: 4 MiB

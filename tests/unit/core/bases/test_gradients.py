@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rayprune.core.gradients import Gradients, first_largest
+from rayprune.core.bases.gradients import Gradients, first_largest
 
 
 def random_gradients(num: int, num_classes: int, num_inputs: int | None, seed: int = 0) -> Gradients:

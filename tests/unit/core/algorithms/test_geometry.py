@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from rayprune.core import geometry
-from rayprune.core.geometry import (
+from rayprune.core.algorithms import geometry
+from rayprune.core.algorithms.geometry import (
     Points,
     assign,
     class_center,

@@ -20,7 +20,7 @@ from rayprune.core.choosing import Balance, Rule, choose, num_pruned
 from rayprune.core.method import EpochContext, Method
 from rayprune.core.selection import Selection
 from rayprune.core.table import Ids, ScoreTable, Signals
-from rayprune.core.validation import check_share
+from rayprune.core.validation import check_ratio, check_share, mismatch, short_repr
 from rayprune.core.vectors import VectorColumn
 from rayprune.errors import ConfigError
 
@@ -49,7 +49,10 @@ class StaticMethod(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_one_ratio(self.prune_ratio)
+        if mismatch(self.prune_ratio, float):
+            given = short_repr(self.prune_ratio)
+            raise ConfigError(f"prune_ratio = {given}: one subset takes no schedule: give a number in [0, 1)")
+        check_ratio("prune_ratio", self.prune_ratio)
         if self.collect_epochs < 1:
             raise ConfigError(f"{self._length_field} {self.collect_epochs!r} must be at least 1")
 
@@ -112,8 +115,8 @@ class StaticMethod(Method):
         Raises:
             ConfigError: the run is shorter than T epochs, or a sample was not visited in the last of them.
         """
-        self._check_scored(self._length_field, table.last_visit, context)
         num = context.num_samples
+        self._check_visited(table.last_visit, context)
         if context.epoch < self.collect_epochs:
             selection = Selection.full(num)
             if self.sweep_signals and context.epoch == self.collect_epochs - 1:
@@ -124,6 +127,25 @@ class StaticMethod(Method):
         ids, weights, facts = self.subset(table, context, count)
         selection = Selection.of_ids(ids, num, weights=weights, requested=self.prune_ratio, expected_drops=num - count)
         return selection.with_facts(**facts)
+
+    def _check_visited(self, last_visit: NDArray[np.int32], context: EpochContext) -> None:
+        """Raise ConfigError if the run is shorter than the scoring run, or its newest epoch missed samples."""
+        length = self.collect_epochs
+        if context.num_epochs < length:
+            needed = f"{self._length_field} {length} needs at least {length} epochs, the run has {context.num_epochs}"
+            raise ConfigError(f"{needed}: lower it, or train longer")
+        newest = min(context.epoch, length) - 1
+        missing = np.flatnonzero(last_visit < newest)
+        if missing.size:
+            count = f"{missing.size} of {last_visit.size} samples were not visited in epoch {newest}"
+            raise ConfigError(f"{count}, ids {missing[:5].tolist()}: {self._visit_cure}")
+
+    @property
+    def _visit_cure(self) -> str:
+        return (
+            f"every sample must be visited in each of the first {self.collect_epochs} epochs; train.last_batch=drop "
+            "leaves some out (use pad), and so do NaN logits (lower optim.lr)"
+        )
 
     def _check_swept(self, table: ScoreTable, epoch: int) -> None:
         for name in self.sweep_signals:

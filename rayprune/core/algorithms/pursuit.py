@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.gradients import first_largest
+from rayprune.core.bases.gradients import first_largest
 
 _LEAST_RIDGE = 1e-8  # of the largest squared norm; rank-one updates lose their digits below
 _SMALL_RIDGE = 1e-5  # of the largest squared norm

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from rayprune.core.pursuit import pursue
+from rayprune.core.algorithms.pursuit import pursue
 
 
 def naive_pursuit(features: NDArray[Any], target: NDArray[Any], count: int, ridge: float) -> NDArray[Any]:

@@ -1,0 +1,1 @@
+"""Algorithms on vectors and numbers that know nothing of methods."""

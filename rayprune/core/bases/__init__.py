@@ -1,0 +1,1 @@
+"""Base classes of the methods: by kind, and by what they read."""
