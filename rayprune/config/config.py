@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from rayprune.config.experiments import CompareSection, SweepSection
+from rayprune.config.experiments import AuditSection, CompareSection, SweepSection
 from rayprune.config.schema import (
     CollectSection,
     DataSection,
@@ -41,6 +41,9 @@ _NEUTRAL: dict[str, dict[str, Any]] = {
     "collect": {"runs": 1, "embedder": None},
 }
 
+# The method of an audit's runs; a reference, because only an audit uses it.
+CROSS_FIT = "rayprune.core.audit.cross_fit:CrossFit"
+
 
 class Config(Strict):
     """Hold a whole run's configuration."""
@@ -55,6 +58,7 @@ class Config(Strict):
     scaling: ScalingSection = ScalingSection()
     run: RunSection = RunSection()
     collect: CollectSection = CollectSection()
+    audit: AuditSection = AuditSection()
     compare: CompareSection = CompareSection()
     sweep: SweepSection = SweepSection()
 
@@ -115,7 +119,7 @@ class Config(Strict):
                     raise ConfigError(f"unknown key {f'collect.{name}.{key}'!r}: {closest(key, fields)}")
         method = self.build_method()
         self._check_collect(method)
-        tree = self.model_dump(mode="json", exclude={"collect", "compare", "sweep"})
+        tree = self.model_dump(mode="json", exclude={"collect", "compare", "sweep", "audit"})
         tree["train"].pop("validate_every")
         tree = merge(tree, self.collect.changes)
         epochs, needed = tree["train"]["epochs"], method.collect_epochs
@@ -134,6 +138,29 @@ class Config(Strict):
         # Scores do not depend on the selection made from them, so that another ratio can reuse the scoring run.
         defaults = method_fields(type(method))
         tree["method"] |= {name: defaults[name] for name in method.selection_fields}
+        return make_config(tree)
+
+    def auditing(self, left_out: int) -> Config:
+        """Return the config of one run of an audit, which leaves out one fold of `audit.folds`.
+
+        Raises:
+            ConfigError: a key of `audit` is wrong.
+        """
+        audit = self.audit
+        for name, keys in (("train", audit.train), ("optim", audit.optim)):
+            fields = type(getattr(self, name)).model_fields
+            for key in keys:
+                if key not in fields:
+                    raise ConfigError(f"unknown key {f'audit.{name}.{key}'!r}: {closest(key, fields)}")
+        tree = self.model_dump(mode="json", exclude={"collect", "compare", "sweep", "audit"})
+        tree["train"].pop("validate_every")
+        tree = merge(tree, {"train": audit.train, "optim": audit.optim})
+        tree["train"] = {"validate_every": tree["train"]["epochs"], **tree["train"], "stop_after": None, "record": []}
+        skip = tree["train"]["epochs"] // 2
+        fold = {"folds": audit.folds, "left_out": left_out, "window": audit.window, "skip": skip}
+        tree["method"] = {"name": CROSS_FIT, **fold}
+        folder = str(Path(self.run.storage_path) / str(self.run.name))
+        tree["run"] |= {"storage_path": folder, "name": f"fold_{left_out + 1}", "resume": "auto"}
         return make_config(tree)
 
     def _check_collect(self, method: Method) -> None:
@@ -155,7 +182,7 @@ class Config(Strict):
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that affect the result, nested and in plain types; paths on this machine do not."""
-        excluded: Any = dict.fromkeys(("scaling", "run", "compare", "sweep"), True)
+        excluded: Any = dict.fromkeys(("scaling", "run", "compare", "sweep", "audit"), True)
         # Runs compare the data's fingerprint instead of its paths, and a higher stop_after continues a run.
         excluded |= {"data": {"path", "cache", "cache_dir", "buffer_bytes"}, "train": {"stop_after"}, "collect": set()}
         for section, values in _NEUTRAL.items():

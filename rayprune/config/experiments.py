@@ -25,7 +25,7 @@ from rayprune.methods import build_method
 Form = Literal["choice", "grid", "uniform", "loguniform", "quniform"]
 _FORMS: tuple[str, ...] = get_args(Form)
 # Sections that a sweep sets for its trials: they do not affect results, or say where a trial writes.
-_SET_BY_SWEEP = {"run", "scaling", "sweep", "compare"}
+_SET_BY_SWEEP = {"run", "scaling", "sweep", "compare", "audit"}
 
 # The baselines that a method has to beat, and two arms that isolate the sources of its gains and costs.
 BASELINES = {
@@ -40,6 +40,23 @@ BASELINES = {
     "ratio_0": "the method with nothing to prune: the cost of its machinery",
 }
 _SHARED_BY_ARMS = ("train", "optim", "data", "model", "scaling", "epochs", "batch_size")
+
+
+AUDIT_RULES = ("ensemble", "held_out", "probability", "margin", "loss_mixture", "confident_joint", "agreement")
+
+
+class AuditSection(Section):
+    """How `rayprune audit` scores the samples, and what counts as a suspect."""
+
+    folds: int = Field(
+        4, ge=1, description="runs that each leave out one part of the samples and predict it; 1: one run on all"
+    )
+    window: int = Field(5, ge=1, description="last epochs whose predictions of the part left out are averaged")
+    rule: Literal[AUDIT_RULES] = Field("ensemble", description="how the probability of a wrong label is estimated")  # type: ignore[valid-type]
+    at: float = Field(0.5, gt=0, lt=1, description="the probability from which on a label counts as a suspect")
+    duplicates: bool = Field(True, description="search near-duplicates, in the validation data as well")
+    train: dict[str, Any] = Field(default_factory=dict, description="keys of train that differ in the audit's runs")
+    optim: dict[str, Any] = Field(default_factory=dict, description="keys of optim that differ in the audit's runs")
 
 
 class SweepSection(Section):

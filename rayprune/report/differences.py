@@ -11,7 +11,7 @@ from rayprune.config.yaml import flatten_settings
 from rayprune.errors import ConfigError
 from rayprune.report.read import RunRecord, as_mapping
 
-_LEFT_OUT = {"run", "compare", "sweep"}  # sections that change neither the training nor its speed
+_LEFT_OUT = {"run", "compare", "sweep", "audit"}  # sections that change neither the training nor its speed
 _MISSING = object()
 
 

@@ -25,7 +25,7 @@ from rayprune.errors import ConfigError, RunFolderError
 from rayprune.sources import SampleSource
 from rayprune.sources.base import shuffle_name
 
-_FREE = {"scaling", "run", "compare", "sweep"}  # sections that do not affect a run's result
+_FREE = {"scaling", "run", "compare", "sweep", "audit"}  # sections that do not affect a run's result
 SCORING = "collect"  # the folder, inside a run's, of the first run that scored its samples
 
 

@@ -1,0 +1,167 @@
+"""From what the runs of an audit have observed to the probability that each label is wrong.
+
+The default, `ensemble`, ranks the samples by the noise model's probability and by the margin during training, and gives
+the k-th sample of this order the k-th largest of the model's probabilities: so the noise rate stays that of the model,
+and the order is that of both. It was chosen by synthetic label noise (docs/auditing.md).
+
+Shapes: N samples, C classes, R runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayprune.core.audit.noise_model import NoiseModel, fit_noise
+
+_FIT = 5  # keeps the generator of the fit apart from others of the seed
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What the runs of an audit have observed.
+
+    Attributes:
+        labels: (N,) the given labels.
+        held_out: (N, C) probabilities of networks that did not train on the sample.
+        probs: (N, C) mean probabilities over the training visits.
+        losses, margins: (R, N) means over the training visits of each run, NaN where it left the sample out.
+        correct: (N,) the share of training visits in which the label was predicted.
+    """
+
+    labels: NDArray[np.int64]
+    held_out: NDArray[np.float32]
+    probs: NDArray[np.float32]
+    losses: NDArray[np.float32]
+    margins: NDArray[np.float32]
+    correct: NDArray[np.float32]
+
+    @classmethod
+    def of_runs(cls, labels: NDArray[np.int64], runs: list[Mapping[str, NDArray[Any]]]) -> Evidence:
+        """Merge the columns of the runs' score tables (`rayprune.core.audit.cross_fit`).
+
+        Every sample is left out of one run; with a single run, which leaves none out, the training visits stand for the
+        predictions.
+        """
+        probs = _mean([run["probs"] for run in runs])
+        held_out = probs if len(runs) == 1 else _mean([run["held_out"] for run in runs])
+        losses, margins = (np.stack([run[name] for run in runs]) for name in ("loss", "margin"))
+        return cls(labels, held_out, probs, losses, margins, _mean([run["correct"] for run in runs]))
+
+
+@dataclass(frozen=True, eq=False)
+class Suspects:
+    """How probable it is that each label is wrong.
+
+    Attributes:
+        p_wrong: (N,) float32 in [0, 1].
+        suggested: (N,) int64, the most probable other class.
+        model: the fitted noise model; its `noise_rate` and `joint` are the estimates for the whole data.
+        statistics: name → (N,) float32: `held_out_probability` and `held_out_margin` of the label, `probability`,
+            `loss` and `margin` in training, `correct`.
+    """
+
+    p_wrong: NDArray[np.float32]
+    suggested: NDArray[np.int64]
+    model: NoiseModel
+    statistics: dict[str, NDArray[np.float32]]
+
+
+def find_suspects(evidence: Evidence, rule: str = "ensemble", seed: int = 0) -> Suspects:
+    """Estimate the probability that each label is wrong.
+
+    Args:
+        evidence: what the runs have observed.
+        rule: a key of RULES, by which the samples are ranked.
+        seed: of the draw of samples to fit, where there are very many.
+    """
+    labels, rows = evidence.labels, np.arange(evidence.labels.size)
+    model = fit_noise(evidence.held_out, labels, np.random.default_rng([seed, 0, _FIT]))
+    posterior = model.posterior(evidence.held_out, labels)
+    by_model = 1.0 - posterior[rows, labels].astype(np.float64)
+    posterior[rows, labels] = -1.0
+    statistics = {
+        "held_out_probability": evidence.held_out[rows, labels],
+        "held_out_margin": label_margins(evidence.held_out, labels),
+        "probability": evidence.probs[rows, labels],
+        "loss": _mean(evidence.losses),
+        "margin": _mean(evidence.margins),
+        "correct": evidence.correct,
+    }
+    ranking = RULES[rule](evidence, by_model)
+    p_wrong = np.empty(labels.size, dtype=np.float32)
+    p_wrong[np.argsort(ranking, kind="stable")] = np.sort(by_model)
+    return Suspects(np.clip(p_wrong, 0.0, 1.0), posterior.argmax(axis=1), model, statistics)
+
+
+def label_margins(probs: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return the probability of each label minus the largest other one, (N,) in [-1, 1]; 1 with a single class."""
+    rows = np.arange(labels.size)
+    others = probs.copy()
+    others[rows, labels] = -1.0
+    return probs[rows, labels] - np.maximum(others.max(axis=1), 0.0)
+
+
+def _ensemble(evidence: Evidence, by_model: NDArray[np.float64]) -> NDArray[np.float64]:
+    return normal_scores(by_model) + normal_scores(-_mean(evidence.margins))
+
+
+def _held_out(evidence: Evidence, by_model: NDArray[np.float64]) -> NDArray[np.float64]:
+    return by_model
+
+
+def _probability(evidence: Evidence, by_model: NDArray[np.float64]) -> NDArray[np.float64]:
+    return -evidence.probs[np.arange(evidence.labels.size), evidence.labels].astype(np.float64)
+
+
+def _margin(evidence: Evidence, by_model: NDArray[np.float64]) -> NDArray[np.float64]:
+    return -_mean(evidence.margins).astype(np.float64)
+
+
+def _confident_joint(evidence: Evidence, by_model: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Confident learning's order: the margins of the label, those that disagree with the joint's class first."""
+    return -label_margins(evidence.held_out, evidence.labels).astype(np.float64)
+
+
+def _agreement(evidence: Evidence, by_model: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The lowest rank of the loss among the runs: a suspect has a high loss in all of them."""
+    ranks = np.stack([normal_scores(np.nan_to_num(losses, nan=np.inf)) for losses in evidence.losses])
+    return ranks.min(axis=0)
+
+
+def normal_scores(values: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the normal quantiles of the ranks of (N,) values; equal values have their mean rank.
+
+    >>> normal_scores(np.array([5.0, 1.0, 5.0])).round(2).tolist()
+    [0.43, -0.97, 0.43]
+    """
+    from scipy.special import ndtri
+
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    middle_ranks = np.cumsum(counts) - counts / 2.0
+    scores: NDArray[np.float64] = ndtri(middle_ranks / values.size)[inverse]
+    return scores
+
+
+def _mean(columns: Sequence[NDArray[Any]] | NDArray[Any]) -> NDArray[np.float32]:
+    """Return the mean over the first axis of what is not NaN; NaN where all are."""
+    values = np.stack(list(columns))
+    known = ~np.isnan(values)
+    count = known.sum(axis=0)
+    total = np.where(known, values, 0).sum(axis=0, dtype=np.float64)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
+
+
+# How samples are ranked by each rule: the higher, the more probably wrong.
+RULES: dict[str, Callable[[Evidence, NDArray[np.float64]], NDArray[np.float64]]] = {
+    "ensemble": _ensemble,
+    "held_out": _held_out,
+    "probability": _probability,
+    "margin": _margin,
+    "confident_joint": _confident_joint,
+    "agreement": _agreement,
+}
