@@ -247,6 +247,15 @@ def test_d2_drops_the_hardest_and_balances() -> None:
     assert sorted(own[expected].tolist()) == [i for i in even if labels[i] == 1]
 
 
+def test_d2_names_samples_without_a_margin() -> None:
+    selector = Selector(D2(score_epochs=1), 6, 3)
+    selector.begin_epoch(0)
+    selector.observe(np.arange(5), {"margin": np.array([0.1, 0.2, np.nan, 0.3, 0.4])}, 0)
+    selector.observe(np.arange(6), {"embedding": np.eye(6)}, 0, sweep=True)
+    with pytest.raises(ValueError, match=r"2 samples \(ids \[2, 5\]\) have no margin: every sample must be visited"):
+        selector.begin_epoch(1)
+
+
 def pair_matrix(vectors: NDArray[Any], neighbors: int) -> NDArray[np.float64]:
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     cosines = unit @ unit.T
