@@ -147,6 +147,16 @@ def test_ssp_keeps_a_share_of_every_class() -> None:
     assert whole.tolist() == [10, 4, 0, 1]
 
 
+def test_ssp_keeps_a_share_of_every_class_by_the_average_of_several_runs() -> None:
+    rng = np.random.default_rng(0)
+    labels, method = np.repeat([0, 1], 20), once(SSP, prune_ratio=0.7, class_share=0.5)
+    one, other = (scored(method, rng.normal(size=(40, 4)), labels) for _ in range(2))
+    both = Selector(method, 40, 3, 0, labels, averaged=other.scores())
+    both.table.load_arrays(one.table.to_arrays())
+    ids = [selector.begin_epoch(1).ids.tolist() for selector in (one, other, both)]
+    assert ids[0] != ids[1] == ids[2]
+
+
 def test_semdedup_by_hand() -> None:
     angles = np.radians([0, 10, 20, 90])
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1)
