@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 RECIPES = {name: file for name, file in shipped_configs().items() if file.parent.name == "recipes"}
 # Dataset → classes, side of the network's input; of the two steps: samples, side of the stored images.
 DATASETS = {"cifar10": (10, 32, 4, 16), "cifar100": (100, 32, 4, 16), "imagenet": (1000, 224, 4, 48)}
-# Keys of methods with which they select from the second epoch on, or score in three.
+# Keys of methods with which they select from the second epoch on, or score in three where they compare epochs.
 SHORT = {"anneal_start": 1.0, "block_epochs": 1, "score_epochs": 3, "trajectory_len": 3, "window_size": 3, "also": []}
 SHORT |= {"clusters": 2}
 
@@ -104,7 +104,7 @@ def test_a_recipe_trains_and_selects(name: str, tmp_path: Path) -> None:
         case "ies" | "kakurenbo" | "pdd" | "repb" | "seta":  # so few samples or epochs need not have one to drop
             assert kept[0] == num_samples >= kept[1] > 0
         case "divbs" | "selective_backprop":  # rows of the batch of the last epoch
-            assert kept[-1] == int(config.method["keep"] * num_samples) < num_samples
+            assert kept[-1] == num_samples - int((1 - config.method["keep"]) * num_samples) < num_samples
         case _:
             assert kept[-1] == num_samples - int(config.method["prune_ratio"] * num_samples) < num_samples
 
@@ -125,6 +125,8 @@ def stand_in(name: str, folder: Path) -> Config:
     if tree["model"]["name"] == "ranet_imagenet":
         tree["model"] |= {"step": 2, "growth_rate": 8}  # 131 M parameters would take a quarter of this file's time
     tree["method"] |= {key: value for key, value in SHORT.items() if key in tree["method"]}
+    if "score_epochs" in tree["method"] and "window_size" not in tree["method"]:
+        tree["method"]["score_epochs"] = 1
     # L2W takes a step on each half of a batch.
     tree["train"]["epochs"] = 1 if tree["train"]["step"]["name"] == "l2w" else 2
     if scoring := make_config({"method": tree["method"]}).build_method().collect_epochs:

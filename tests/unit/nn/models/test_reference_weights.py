@@ -186,8 +186,9 @@ def test_the_names_and_shapes_of_ranet_are_those_of_the_published_program() -> N
 def test_a_ranet_takes_published_weights() -> None:
     model = build_model("ranet", num_classes=100, input_shape=(3, 32, 32))
     draw = torch.Generator().manual_seed(0)
+    # Weights of the order 1 / fan-in, and positive variances.
     state = {
-        name: torch.rand(shape, generator=draw) if shape else torch.tensor(7)  # random variances are positive, too
+        name: (torch.rand(shape, generator=draw) + 0.5) / max(np.prod(shape[1:]), 1) if shape else torch.tensor(7)
         for name, shape in CIFAR_RANET.items()
     }
     load_reference(model, {"state_dict": {f"module.{name}": own for name, own in state.items()}})
