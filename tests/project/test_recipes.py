@@ -126,7 +126,7 @@ def stand_in(name: str, folder: Path) -> Config:
         tree["model"] |= {"step": 2, "growth_rate": 8}  # 131 M parameters would take a quarter of this file's time
     tree["method"] |= {key: value for key, value in SHORT.items() if key in tree["method"]}
     if "score_epochs" in tree["method"] and "window_size" not in tree["method"]:
-        tree["method"]["score_epochs"] = 1
+        tree["method"]["score_epochs"] = 2 if tree["method"]["name"] == "forgetting" else 1
     # L2W takes a step on each half of a batch.
     tree["train"]["epochs"] = 1 if tree["train"]["step"]["name"] == "l2w" else 2
     if scoring := make_config({"method": tree["method"]}).build_method().collect_epochs:
