@@ -53,9 +53,9 @@ def reference_names(model: nn.Module) -> dict[str, str]:
     'scale_flows.1.0.layers.1.conv_up.net.3.weight'
     """
     if isinstance(model, MSDNet):
-        name_of, stem_name = _msdnet_name, "blocks.0.0"
+        stem_name = "blocks.0.0"
     elif isinstance(model, RANet):
-        name_of, stem_name = _ranet_name, "FirstLayer"
+        stem_name = "FirstLayer"
     else:
         raise ConfigError(
             f"only the names of the published MSDNet and RANet are known, and the model is a {type(model).__name__}"
@@ -71,7 +71,7 @@ def reference_names(model: nn.Module) -> dict[str, str]:
             layer, inner = rest.split(".", 1)
             names[name] = f"classifier.{first}.{'linear' if layer == str(_LINEAR) else f'm.{layer}.net'}.{inner}"
         else:
-            names[name] = name_of(first, rest)
+            names[name] = (_msdnet_name if isinstance(model, MSDNet) else _ranet_name)(first, rest)
     return names
 
 
