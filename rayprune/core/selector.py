@@ -242,8 +242,8 @@ class Selector:
     def scores(self) -> dict[str, NDArray[Any]]:
         """Return the method's scores and the recorded means, name → (N,) copy; NaN where a sample was never visited."""
         means = {name: self.table[name] for name in mean_columns(self.record)}
-        scores = {**self.method.scores(self.table), **self.averaged, **means}
-        return {name: np.array(column) for name, column in scores.items()}
+        scores = {name: self.averaged.get(name, column) for name, column in self.method.scores(self.table).items()}
+        return {name: np.array(column) for name, column in {**scores, **means}.items()}
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Return the whole state as arrays by name, not copied and free of pickle: table and current Selection."""

@@ -5,7 +5,8 @@ Mirzasoleiman, Bilmes, Leskovec, "Coresets for Data-efficient Training of Machin
 and D the largest distance, the kept set S maximizes the facility location Σ_i max_{j∈S} (D − d_ij), which minimizes the
 distance of every sample to its nearest kept one. Greedy choice reaches 1 − 1/e of the optimum; it is evaluated lazily
 (Minoux 1978), which changes nothing but the time. The weight of a kept sample is the number of samples that it
-represents: the weights sum to N, and training gets them over their mean, so that they sum to M.
+represents: the weights sum to N, less the classes and parts of which none is kept. Training gets them over their mean,
+so that they sum to M.
 
 Deliberate deviations: one subset after T epochs, where the paper chooses again every epoch. Every kept sample
 represents itself, so that no weight is 0 where gradients are equal; a sample between two kept ones goes to the lower

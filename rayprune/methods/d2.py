@@ -95,9 +95,15 @@ class D2(RankedMethod):
         return None
 
     def values(self, table: ScoreTable) -> NDArray[np.float64]:
-        """Return s, (N,) at least 0."""
+        """Return s, (N,) at least 0.
+
+        Raises:
+            ConfigError: a sample has no margin of any visit.
+        """
         if self.difficulty != "aum":
             return np.asarray(table[self.difficulty], dtype=np.float64)
+        if (missing := np.flatnonzero(table["num_margins"] == 0)).size:
+            raise ConfigError(f"{missing.size} samples (ids {missing[:5].tolist()}) have no margin: {self._visit_cure}")
         aum = np.asarray(table["margin_sum"], dtype=np.float64) / table["num_margins"]
         difficulties: NDArray[np.float64] = np.max(aum) - aum
         return difficulties

@@ -74,13 +74,17 @@ class DUAL(WindowMethod):
         super().fold(table, ids, signals, epoch)
         add_to_mean(table["mean_prob"], ids, signals["prob_label"], epoch + 1)
 
+    def to_average(self, table: ScoreTable) -> dict[str, NDArray[Any]]:
+        """Return S and P."""
+        return {**super().to_average(table), "mean_prob": table["mean_prob"]}
+
     def subset(
         self, table: ScoreTable, context: EpochContext, count: int
     ) -> tuple[Ids, NDArray[np.float32] | None, dict[str, Any]]:
         """Choose by the scores, or draw by them."""
         if not self.beta_sampling:
             return super().subset(table, context, count)
-        scores, prob_N = self.score(table), table["mean_prob"]
+        scores, prob_N = self.final_score(table, context), context.averaged.get("mean_prob", table["mean_prob"])
         a, b = beta_parameters(prob_N, scores, self.prune_ratio, self.beta_power)
         # The highest of log w plus Gumbel noise are a draw without replacement in proportion to w.
         noise_N = context.rng_of(self.collect_epochs).gumbel(size=scores.size)

@@ -60,7 +60,7 @@ class DynaMS(Method):
             misclassified) or without.
         balance: `even` keeps the same number of every label, `none` the nearest of all, `base` fills each class's quota
             by the distance to that class's boundary.
-        proxy_width: share of each layer's channels in the proxy, in (0, 1); null scores with the full network.
+        proxy_width: share of each layer's channels in the proxy, in (0, 1]; null scores with the full network.
         proxy_weight: weight of the proxy's loss; the full network's has weight 1.
     """
 

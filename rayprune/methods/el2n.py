@@ -6,7 +6,7 @@ the epochs first_epoch … last_epoch − 1.
 
 Programs differ in the epochs: that of CCS (arXiv 2210.15809) sums epochs 0 … 9, that of DUAL (arXiv 2502.06905) takes
 epoch 20 alone. The defaults are those of CCS, up to its factor 10: one epoch of one network is a noisy score, which the
-paper averages over ten networks (`score_runs`), and ten epochs of one network cost less. For epoch 20 alone, set
+paper averages over ten networks (`collect.runs`), and ten epochs of one network cost less. For epoch 20 alone, set
 first_epoch 20 and score_epochs 21.
 """
 

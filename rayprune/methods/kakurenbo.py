@@ -3,9 +3,9 @@
 Nguyen et al., "KAKURENBO: Adaptively Hiding Samples in Deep Neural Network Training", NeurIPS 2023, arXiv 2310.10102.
 The floor(F_e·N) samples with the lowest losses are candidates; a candidate is hidden if its last prediction was correct
 with a largest probability of at least τ = 0.7, otherwise it moves back. F_e is F = 0.3 times 1, 0.8, 0.6 and 0.4 from
-epochs 0, 30, 60 and 80 of 90 on (CIFAR: 0, 60, 120 and 160 of 200). Hidden samples are scored again after the epoch, by
-a forward pass in eval mode. The learning rate is multiplied by 1/(1 − F_e), with the scheduled F_e, not with the share
-that is really hidden. Weights are 1.
+epochs 0, 30, 60 and 80 of 90 on, which is the default (CIFAR: 0, 60, 120 and 160 of 200, milestones 0.3, 0.6 and 0.8).
+Hidden samples are scored again after the epoch, by a forward pass in eval mode. The learning rate is multiplied by
+1/(1 − F_e), with the scheduled F_e, not with the share that is really hidden. Weights are 1.
 
 Deliberate deviations from the reference program: probabilities sum to 1 over the classes (there, over the batch), and
 the forward pass is in eval mode (there, in train mode); epoch 0 hides nothing and keeps its learning rate (there, it is

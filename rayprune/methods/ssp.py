@@ -86,7 +86,7 @@ class SSP(EmbeddingMethod, ScoredMethod):
         """Choose each class's own share first, then the rest among all other samples."""
         if not self.class_share or context.labels is None:
             return super().subset(table, context, count)
-        scores, rule, chosen = self.score(table), self.rule or "top", np.zeros(len(table), dtype=bool)
+        scores, rule, chosen = self.final_score(table, context), self.rule or "top", np.zeros(len(table), dtype=bool)
         for rows in rows_by_label(context.labels):
             if own := math.floor(self.class_share * count * rows.size / len(table) + 1e-9):
                 chosen[rows[choose(scores[rows], own, rule).ids]] = True

@@ -1,7 +1,7 @@
 """Every published setting in configs/recipes: its comment, its network at full size, and two steps on random images.
 
-For time's sake, networks run at their full size without data (on torch's meta device), and ImageNet's then train on 40
-pixels instead of 224. The steps are the engine's own, without the run around them.
+For time's sake, networks run at their full size without data (on torch's meta device), and then train on 16 pixels
+instead of CIFAR's 32, and on 40 instead of ImageNet's 224. The steps are the engine's own, without the run around them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from rayprune.engine.train.build import StepSettings, build_network, build_step,
 from rayprune.engine.train.preflight import input_spec
 from rayprune.nn.augment import channels_first
 from rayprune.nn.models import build_model
+from rayprune.nn.steps.in_batch import PICKED
+from rayprune.nn.steps.plain import BatchPlace
 from rayprune.sources import SOURCES, SampleSource, open_data
 from tests.support.paths import ROOT
 from tests.support.sources import random_bytes
@@ -30,9 +32,10 @@ from tests.support.sources import random_bytes
 CPU = torch.device("cpu")
 RECIPES = {name: file for name, file in shipped_configs().items() if file.parent.name == "recipes"}
 # Dataset → classes, side of the network's input; of the two steps: samples, side of the stored images.
-DATASETS = {"cifar10": (10, 32, 4, 32), "cifar100": (100, 32, 4, 32), "imagenet": (1000, 224, 4, 48)}
-# Keys of methods with which they select from the second epoch on, or score in three.
+DATASETS = {"cifar10": (10, 32, 4, 16), "cifar100": (100, 32, 4, 16), "imagenet": (1000, 224, 4, 48)}
+# Keys of methods with which they select from the second epoch on, or score in three where they compare epochs.
 SHORT = {"anneal_start": 1.0, "block_epochs": 1, "score_epochs": 3, "trajectory_len": 3, "window_size": 3, "also": []}
+SHORT |= {"clusters": 2}
 
 
 def dataset(name: str) -> str:
@@ -98,8 +101,10 @@ def test_a_recipe_trains_and_selects(name: str, tmp_path: Path) -> None:
             assert kept == [num_samples, round(0.2 * num_samples)]  # together 60 % of two epochs
         case "infobatch":
             assert kept[0] == num_samples > kept[1]
-        case "kakurenbo" | "seta":  # so few samples need not have one to hide, or groups of losses
+        case "ies" | "kakurenbo" | "pdd" | "repb" | "seta":  # so few samples or epochs need not have one to drop
             assert kept[0] == num_samples >= kept[1] > 0
+        case "divbs" | "selective_backprop":  # rows of the batch of the last epoch
+            assert kept[-1] == num_samples - int((1 - config.method["keep"]) * num_samples) < num_samples
         case _:
             assert kept[-1] == num_samples - int(config.method["prune_ratio"] * num_samples) < num_samples
 
@@ -120,6 +125,8 @@ def stand_in(name: str, folder: Path) -> Config:
     if tree["model"]["name"] == "ranet_imagenet":
         tree["model"] |= {"step": 2, "growth_rate": 8}  # 131 M parameters would take a quarter of this file's time
     tree["method"] |= {key: value for key, value in SHORT.items() if key in tree["method"]}
+    if "score_epochs" in tree["method"] and "window_size" not in tree["method"]:
+        tree["method"]["score_epochs"] = 2 if tree["method"]["name"] == "forgetting" else 1
     # L2W takes a step on each half of a batch.
     tree["train"]["epochs"] = 1 if tree["train"]["step"]["name"] == "l2w" else 2
     if scoring := make_config({"method": tree["method"]}).build_method().collect_epochs:
@@ -131,7 +138,7 @@ def train(config: Config) -> tuple[dict[str, torch.Tensor], torch.nn.Module, lis
     """Train on the selected samples of each epoch in one batch.
 
     Returns:
-        The initial state, the trained network, and the numbers of samples that the epochs kept.
+        The initial state, the trained network, and the numbers of samples that the epochs trained on.
     """
     source = open_data(config.data.source, hold_out=config.data.hold_out, **config.data.source_keys).train
     method, spec = config.build_method(), input_spec(config, source)
@@ -151,7 +158,13 @@ def train(config: Config) -> tuple[dict[str, torch.Tensor], torch.nn.Module, lis
         for group in step.optimizer.param_groups:
             group["lr"] = rate_at(config, epoch, 0, 1, 1.0)
         inputs = spec.augment.train(images, torch.from_numpy(draws))
-        signals = step(inputs, labels, torch.from_numpy(selection.weights))
+        weights, place = torch.from_numpy(selection.weights), ()
+        if step.takes_place:
+            real = np.ones(len(labels), dtype=np.bool_)
+            place = (BatchPlace(epoch, 0, 1, torch.from_numpy(selection.ids), real),)
+        signals = step(inputs, labels, weights, *place)
+        if PICKED in signals:
+            kept[-1] = int(signals[PICKED].sum())
         selector.observe(selection.ids, arrays_of(signals, settings.signals), epoch)
         if selection.num_scored:
             scored = np.arange(len(source)) if selection.scored_ids is None else selection.scored_ids

@@ -159,13 +159,14 @@ def herding(points: Points, shares: list[tuple[Ids, int]]) -> Iterator[Ids]:
     rest = np.zeros(points.width)  # i·μ less the sum of the taken points
     for rows, count in shares:
         block = points.read(rows) - mean
-        squares = squared_lengths(block)
+        squares, taken = squared_lengths(block), np.zeros(rows.size, dtype=bool)
         order = np.empty(count, dtype=np.int64)
         for position in range(count):
-            best = int(np.argmin(single(np.sqrt(np.maximum(squares - 2.0 * (block @ rest) + rest @ rest, 0.0)))))
-            order[position] = rows[best]
+            apart = single(np.sqrt(np.maximum(squares - 2.0 * (block @ rest) + rest @ rest, 0.0)))
+            apart[taken] = np.inf  # above the largest number, to which `single` rounds
+            best = int(np.argmin(apart))
+            order[position], taken[best] = rows[best], True
             rest -= block[best]
-            squares[best] = np.inf
         yield order
 
 

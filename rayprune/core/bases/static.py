@@ -220,12 +220,20 @@ class ScoredMethod(StaticMethod):
         """Return the score under its name."""
         return {self.score_name or self.name: self.score(table)}
 
+    def to_average(self, table: ScoreTable) -> dict[str, NDArray[Any]]:
+        """Return what several scoring runs average, name → (N,): the score, and what else `subset` reads."""
+        return self.scores(table)
+
+    def final_score(self, table: ScoreTable, context: EpochContext) -> NDArray[Any]:
+        """Return the scores to choose by, (N,): the table's, or their averages over several scoring runs."""
+        average = context.averaged.get(self.score_name or self.name)
+        return self.score(table) if average is None else average
+
     def subset(
         self, table: ScoreTable, context: EpochContext, count: int
     ) -> tuple[Ids, NDArray[np.float32] | None, dict[str, Any]]:
         """Choose by the scores; among equal ones the lower ids are kept."""
-        name, rule = self.score_name or self.name, self.rule or self.keep
-        scores = context.averaged[name] if name in context.averaged else self.score(table)
+        name, rule, scores = self.score_name or self.name, self.rule or self.keep, self.final_score(table, context)
         most = context.num_samples - num_pruned(self.drop_hardest, context.num_samples)
         if count > most:
             raise ConfigError(

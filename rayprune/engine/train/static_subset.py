@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rayprune.config import Config
+from rayprune.core.bases.static import ScoredMethod
 from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
 from rayprune.engine.storage.checkpoint import load_selector_state
@@ -79,7 +80,9 @@ def score_samples(config: Config, source: SampleSource, folders: Sequence[Path])
         selectors = [_collected_scores(config, source, number, path) for number, path in enumerate(folders)]
         selector = selectors[0]
         if len(selectors) > 1:
-            scores = [each.method.scores(each.table) for each in selectors]
+            method = selector.method
+            assert isinstance(method, ScoredMethod)  # Config refuses several runs of other methods
+            scores = [method.to_average(each.table) for each in selectors]
             selector.averaged = {name: np.mean([each[name] for each in scores], axis=0) for name in scores[0]}
             recalls = [each.recalls for each in selectors if each.recalls is not None]
             selector.recalls = np.mean(recalls, axis=0) if recalls else None

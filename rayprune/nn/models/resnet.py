@@ -3,7 +3,8 @@
 He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, CVPR 2016, arXiv 1512.03385. The stages are the
 paper's. The stem is the 3×3 convolution of its CIFAR networks (section 4.2) without max-pooling, in resnet18, 34 and 50
 too, so that an 8×8 image still has an 8×8 map after it. Deviations: shortcuts that change the shape are projections
-(the paper's option B) in resnet8 as well; a bottleneck strides in its 3×3 convolution, as torchvision's does.
+(the paper's option B) in resnet8 and resnet56 as well; a bottleneck strides in its 3×3 convolution, as torchvision's
+does.
 
 Shapes: B batch, C classes, H height, W width, D embedding.
 """
@@ -108,6 +109,13 @@ def resnet8(*, num_classes: int, input_shape: tuple[int, ...]) -> ResNet:
     """Build the 8-layer network of the CIFAR family, n = 1: widths 16, 32, 64."""
     channels = image_channels("resnet8", input_shape)
     return ResNet(BasicBlock, (1, 1, 1), (16, 32, 64), in_channels=channels, num_classes=num_classes)
+
+
+@register_model
+def resnet56(*, num_classes: int, input_shape: tuple[int, ...]) -> ResNet:
+    """Build ResNet-56 of the CIFAR family, n = 9: widths 16, 32, 64."""
+    channels = image_channels("resnet56", input_shape)
+    return ResNet(BasicBlock, (9, 9, 9), (16, 32, 64), in_channels=channels, num_classes=num_classes)
 
 
 @register_model

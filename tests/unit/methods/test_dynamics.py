@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from rayprune import DUAL
 from rayprune.core import Selector
 from rayprune.methods import METHODS, build_method
 from rayprune.testing import check_method
@@ -147,6 +148,21 @@ def test_beta_sampling_of_equal_and_saturated_samples_keeps_the_lower_ids(value:
     values_TN = np.full((3, num_samples), value)
     ids = scored("dual", values_TN, window_size=2, beta_sampling=True, prune_ratio=0.4).begin_epoch(3).ids
     assert ids.tolist() == list(range(num_samples - int(0.4 * num_samples)))
+
+
+def test_beta_sampling_draws_by_the_averages_of_several_runs() -> None:
+    rng, options = np.random.default_rng(0), {"window_size": 3, "beta_sampling": True, "prune_ratio": 0.7}
+    one, other = (scored("dual", rng.random((5, 60)), **options) for _ in range(2))
+    method = one.method
+    assert isinstance(method, DUAL)
+    averages = method.to_average(other.table)
+    assert list(averages) == ["dual", "mean_prob"]
+    both = Selector(method, 60, 8, averaged=averages)
+    both.table.load_arrays(one.table.to_arrays())
+    drawn = [selector.begin_epoch(5) for selector in (one, other, both)]
+    assert drawn[0].ids.tolist() != drawn[1].ids.tolist() == drawn[2].ids.tolist()
+    assert drawn[0].facts["beta_a"] != drawn[1].facts["beta_a"] == drawn[2].facts["beta_a"]
+    assert list(both.scores()) == ["dual"]
 
 
 def test_beta_sampling_goes_with_balanced_classes() -> None:

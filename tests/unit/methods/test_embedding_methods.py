@@ -147,6 +147,16 @@ def test_ssp_keeps_a_share_of_every_class() -> None:
     assert whole.tolist() == [10, 4, 0, 1]
 
 
+def test_ssp_keeps_a_share_of_every_class_by_the_average_of_several_runs() -> None:
+    rng = np.random.default_rng(0)
+    labels, method = np.repeat([0, 1], 20), once(SSP, prune_ratio=0.7, class_share=0.5)
+    one, other = (scored(method, rng.normal(size=(40, 4)), labels) for _ in range(2))
+    both = Selector(method, 40, 3, 0, labels, averaged=other.scores())
+    both.table.load_arrays(one.table.to_arrays())
+    ids = [selector.begin_epoch(1).ids.tolist() for selector in (one, other, both)]
+    assert ids[0] != ids[1] == ids[2]
+
+
 def test_semdedup_by_hand() -> None:
     angles = np.radians([0, 10, 20, 90])
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -245,6 +255,15 @@ def test_d2_drops_the_hardest_and_balances() -> None:
     values = el2n.astype(np.float32).astype(np.float64)[own]
     expected = naive_d2(vectors[own].astype(np.float32).astype(np.float64), values, count, 5, 0.1)
     assert sorted(own[expected].tolist()) == [i for i in even if labels[i] == 1]
+
+
+def test_d2_names_samples_without_a_margin() -> None:
+    selector = Selector(D2(score_epochs=1), 6, 3)
+    selector.begin_epoch(0)
+    selector.observe(np.arange(5), {"margin": np.array([0.1, 0.2, np.nan, 0.3, 0.4])}, 0)
+    selector.observe(np.arange(6), {"embedding": np.eye(6)}, 0, sweep=True)
+    with pytest.raises(ValueError, match=r"2 samples \(ids \[2, 5\]\) have no margin: every sample must be visited"):
+        selector.begin_epoch(1)
 
 
 def pair_matrix(vectors: NDArray[Any], neighbors: int) -> NDArray[np.float64]:

@@ -80,6 +80,12 @@ def test_herding_is_exact_and_ties_go_to_the_lower() -> None:
     assert next(herding(Points(np.ones((5, 2), np.float32)), [(np.arange(5), 3)])).tolist() == [0, 1, 2]
 
 
+def test_herding_takes_no_point_twice_beyond_the_range_of_float32() -> None:
+    vectors = np.repeat([3e38, -3e38], 10)[:, None].astype(np.float32) * np.ones(3, np.float32)
+    (order,) = herding(Points(vectors), [(np.arange(20), 14)])
+    assert len(set(order.tolist())) == 14
+
+
 def test_shares_of_herding_make_up_for_each_other() -> None:
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(600, 8)).astype(np.float32)

@@ -17,7 +17,13 @@ from rayprune.nn.models import MODELS, build_model
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("resnet8", 78_042), ("resnet18", 11_173_962), ("resnet34", 21_282_122), ("resnet50", 23_520_842)],
+    [
+        ("resnet8", 78_042),
+        ("resnet56", 855_770),
+        ("resnet18", 11_173_962),
+        ("resnet34", 21_282_122),
+        ("resnet50", 23_520_842),
+    ],
 )
 def test_parameter_counts_are_the_published_ones(name: str, count: int) -> None:
     with torch.device("meta"):
