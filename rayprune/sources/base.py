@@ -358,7 +358,9 @@ class Concatenated(SampleSource):
     def __init__(self, first: SampleSource, second: SampleSource) -> None:
         if dict(first.schema.columns) != dict(second.schema.columns):
             shapes = [{name: column.shape for name, column in each.schema.columns.items()} for each in (first, second)]
-            raise DataError(f"rows of {shapes[0]} and of {shapes[1]} cannot be read together: give both the same columns")
+            raise DataError(
+                f"rows of {shapes[0]} and of {shapes[1]} cannot be read together: give both the same columns"
+            )
         self._parts = (first, second)
 
     def __len__(self) -> int:

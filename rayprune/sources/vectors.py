@@ -113,7 +113,7 @@ class VectorView(SampleSource):
             rows = np.ascontiguousarray(inputs[0])
         elif self.kind == "text":
             texts = [hashed_ngrams(list(column), _TEXT_WIDTH) for column in inputs]
-            rows = np.sum(texts, axis=0, dtype=np.float32) / np.float32(math.sqrt(len(texts)))
+            rows = np.asarray(sum(texts) / np.float32(math.sqrt(len(texts))))
         else:
             rows = np.concatenate([column.reshape(len(ids), -1) for column in inputs], axis=1).astype(np.float32)
         label = columns[self._label] if self._has_classes and self._label else np.zeros(len(ids))

@@ -236,7 +236,9 @@ def _project(points: Points, rng: np.random.Generator) -> tuple[NDArray[np.uint6
 def _check_finite(vectors: NDArray[np.float64], ids: Ids) -> None:
     bad = ids[~np.isfinite(vectors).all(axis=1)]
     if bad.size:
-        raise DataError(f"the vectors of samples {bad[:5].tolist()} are NaN or infinite: leave them out or correct them")
+        raise DataError(
+            f"the vectors of samples {bad[:5].tolist()} are NaN or infinite: leave them out or correct them"
+        )
 
 
 def _principal_directions(sample: NDArray[np.float64], count: int, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -438,11 +440,12 @@ def _blocks_of_pairs(starts: Ids, cells_U: Ids, bits_KU: NDArray[np.uint8]) -> I
         later = _set_rows(bits_KU[cell], end, len(cells_U))
         edges = np.searchsorted(later, starts[cell + 1 :])
         together = [own]
-        for other, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True), start=cell + 1):
-            if (high - low) * own.size >= _SEPARATE:
-                yield from _tiles(_set_rows(bits_KU[other], begin, end), later[low:high])
-            elif high > low:
-                together.append(later[low:high])
+        for place in np.flatnonzero(np.diff(edges)):
+            rows = later[edges[place] : edges[place + 1]]
+            if rows.size * own.size >= _SEPARATE:
+                yield from _tiles(_set_rows(bits_KU[cell + 1 + place], begin, end), rows)
+            else:
+                together.append(rows)
         yield from _tiles(own, np.concatenate(together))
 
 
@@ -498,7 +501,7 @@ def robust_z(values: NDArray[Any], labels: NDArray[np.integer[Any]] | None = Non
     Where the deviation is 0, the mean absolute deviation takes its place, and 0 stands for equal values. Classes of
     fewer than 20 samples are measured against all samples.
 
-    >>> robust_z(np.array([1.0, 2.0, 3.0, 4.0, 100.0])).round(2).tolist()
+    >>> robust_z(np.array([1.0, 2.0, 3.0, 4.0, 100.0])).astype(float).round(2).tolist()
     [-1.35, -0.67, 0.0, 0.67, 65.43]
     """
     whole = _z(values)

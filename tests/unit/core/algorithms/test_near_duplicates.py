@@ -26,7 +26,7 @@ from rayprune.errors import ConfigError, DataError
 
 
 def brute(vectors: NDArray[Any], radius: float, parts: NDArray[Any]) -> tuple[list[int], list[float], list[int]]:
-    """Lowest id of each component, distance to the nearest duplicate, and the other parts that are within the radius."""
+    """Lowest id of each component, distance to the nearest duplicate, and other parts within the radius."""
     vectors = vectors.astype(np.float64)
     num = len(vectors)
     first, nearest, sees = list(range(num)), [np.inf] * num, [0] * num
@@ -65,7 +65,9 @@ def crowd(seed: int, num: int, width: int, dtype: Any = np.float32) -> NDArray[A
     vectors = rng.normal(size=(10, width))[rng.integers(10, size=num)] + 0.5 * rng.normal(size=(num, width))
     copies = rng.integers(num, size=num // 3)
     noise = rng.normal(size=(copies.size, width)) / np.sqrt(width)
-    vectors[rng.permutation(num)[: copies.size]] = vectors[copies] + rng.choice([0, 0.05, 0.3], (copies.size, 1)) * noise
+    vectors[rng.permutation(num)[: copies.size]] = (
+        vectors[copies] + rng.choice([0, 0.05, 0.3], (copies.size, 1)) * noise
+    )
     return vectors.astype(dtype)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from rayprune.core.algorithms.ngrams import hashed_ngrams, tokens_of
 
 def cosine(one: list[Any], other: list[Any]) -> float:
     """The cosine of bags of tokens and of neighboring pairs, without hashing."""
-    bags = [Counter([*row, *zip(row[:-1], row[1:], strict=True)]) for row in (one, other)]
+    bags = [Counter([*row, *pairwise(row)]) for row in (one, other)]
     product = sum(bags[0][key] * bags[1][key] for key in bags[0])
     return float(product / np.sqrt(np.prod([sum(count**2 for count in bag.values()) for bag in bags])))
 
