@@ -24,12 +24,13 @@ NAMES = (
         "tdds",
         "gradients",
         "geometry",
+        "near_duplicates",
         "l2w",
     ),
     *("host", "overhead", "plain", "start", "psp", "scaling", "gpu"),
 )
 # Long or memory-hungry: they run only when named.
-BY_NAME = ("soak", "billion", "verdicts", "gradients_million", "k_center")
+BY_NAME = ("soak", "billion", "verdicts", "gradients_million", "k_center", "near_duplicates_million")
 
 
 def main() -> int:

@@ -345,6 +345,75 @@ class Subset(_View):
         return np.unique(np.searchsorted(self._rows, groups)).astype(np.int64)
 
 
+class Concatenated(SampleSource):
+    """The samples of one source and then those of another, such as training and validation data.
+
+    Args:
+        first, second: sources with the same columns.
+
+    Raises:
+        DataError: the columns differ.
+    """
+
+    def __init__(self, first: SampleSource, second: SampleSource) -> None:
+        if dict(first.schema.columns) != dict(second.schema.columns):
+            shapes = [{name: column.shape for name, column in each.schema.columns.items()} for each in (first, second)]
+            raise DataError(
+                f"rows of {shapes[0]} and of {shapes[1]} cannot be read together: give both the same columns"
+            )
+        self._parts = (first, second)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    @property
+    def schema(self) -> Schema:
+        return self._parts[0].schema
+
+    @property
+    def fingerprint(self) -> str:
+        return digest("concatenated", *(part.fingerprint for part in self._parts))
+
+    @property
+    def labels(self) -> np.ndarray:
+        return np.concatenate([part.labels for part in self._parts])
+
+    def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        return self.read(ids)[0]
+
+    def read(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
+        check_ids(ids, len(self))
+        first, second = self._parts
+        in_second = ids >= len(first)
+        if not in_second.any():
+            return first.read(ids)
+        if in_second.all():
+            return second.read(ids - len(first))
+        parts = [first.read(ids[~in_second]), second.read(ids[in_second] - len(first))]
+        back = np.argsort(np.argsort(in_second, kind="stable"))
+        columns = {name: np.concatenate([part[name] for part, _ in parts])[back] for name in self.schema.columns}
+        return columns, sum(num_bytes for _, num_bytes in parts)
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        groups = [part.groups for part in self._parts]
+        if all(each is None for each in groups):
+            return None
+        # Rows that can be read one by one are one group where those of the other part are not.
+        first, second = (
+            np.array([0, len(part)]) if each is None else each for part, each in zip(self._parts, groups, strict=True)
+        )
+        return np.concatenate([first, second[1:] + len(self._parts[0])])
+
+    @property
+    def row_cost(self) -> RowCost:
+        return "expensive" if any(part.row_cost == "expensive" for part in self._parts) else "cheap"
+
+    def prepare(self) -> None:
+        for part in self._parts:
+            part.prepare()
+
+
 def holdout(source: SampleSource, fraction: float, seed: int = 0) -> Splits:
     """Split off a stratified validation part.
 

@@ -190,6 +190,27 @@ def score(config: Config, *, debug: bool = False, **listeners: Any) -> Scored:
     return _score(config, splits, Listeners(**listeners))
 
 
+def forward_pass(config: Config, splits: Splits, listeners: Listeners, *, debug: bool = False) -> Path:
+    """Make the forward-only pass of a method that needs nothing else, and return its run folder, with scores.parquet.
+
+    Args:
+        config: of one epoch, with a method of one scoring epoch and `collect.embedder`.
+        splits: its data; validation data are not read.
+        listeners, debug: as for `train`.
+
+    Raises:
+        As `train`.
+    """
+    splits = Splits(splits.train, None)
+    setup = SelectionSetup(config.build_method(), config.last_epoch + 1)
+    check_folder(config)
+    _check_setup(config, splits, setup)
+    if (folder := finished_folder(config, splits.train)) is not None:
+        return folder
+    _connect(config, debug)
+    return _run(config, splits, setup, listeners).folder
+
+
 def check(config: Config, splits: Splits) -> None:
     """Check a config against its data; nothing is started or written.
 

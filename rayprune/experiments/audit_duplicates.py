@@ -1,0 +1,104 @@
+"""Near-duplicates and outliers in the data of a run, by one forward-only pass over training and validation data.
+
+<run>/duplicates/    the pass, a run folder of its own; its scores.parquet has a row per sample: training samples first
+
+The pass is a run like any other: with workers, Ray Data streams the samples; it resumes after an interruption, and a
+finished one is only read. Images are compared by `rayprune.nn.descriptors`, features by standardized differences, texts
+and token ids by hashed n-grams.
+
+Shapes: N training samples, V validation samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayprune.config import Config
+from rayprune.config.config import make_config
+from rayprune.core.algorithms.near_duplicates import Duplicates
+from rayprune.engine.storage.resume import run_folder_of
+from rayprune.engine.train.driver import Listeners, forward_pass
+from rayprune.sources.base import Concatenated, Splits
+from rayprune.sources.score_files import read_scores
+from rayprune.sources.vectors import Kind, VectorView
+
+FOLDER = "duplicates"
+# The largest distance of near-duplicates, for vectors whose lengths are about 1; docs/audit.md shows the measurement.
+RADIUS: dict[Kind, float] = {"image": 0.15, "features": 1e-3, "text": 0.45}
+
+_METHOD = "rayprune.core.near_duplicates:NearDuplicates"
+_EMBEDDER = "rayprune.nn.descriptors:embedder"
+_MODEL = "rayprune.nn.descriptors:placeholder"
+
+
+@dataclass(frozen=True, eq=False)
+class DuplicateScan:
+    """The result of a pass over all data.
+
+    Attributes:
+        duplicates: the near-duplicates among N + V samples.
+        outlier: (N + V,) float32, how far a sample is from others: a robust z-score in its class.
+        radius: the largest distance of near-duplicates.
+        kind: how the samples were compared.
+        folder: the folder of the pass.
+    """
+
+    duplicates: Duplicates
+    outlier: NDArray[np.float32]
+    radius: float
+    kind: Kind
+    folder: Path
+
+
+def find_in_data(
+    config: Config, splits: Splits, *, radius: float | None = None, debug: bool = False, **listeners: Any
+) -> DuplicateScan:
+    """Find near-duplicates and outliers in training and validation data.
+
+    Args:
+        config: of a run, with `run.name` set; its data, scaling and run sections count.
+        splits: the data. Any columns will do: an image, texts, token ids, or numbers.
+        radius: the largest distance of near-duplicates; by default that of RADIUS.
+        debug: show Ray's own logs.
+        **listeners: on_epoch, on_progress, on_start, on_notice, pause, as for `train`.
+
+    Raises:
+        ConfigError, DataError: the data cannot be compared.
+        RunFolderError: the folder holds a pass over other data, or with another radius.
+        TrainingPaused, TrainingFailed, KeyboardInterrupt: as for `train`.
+    """
+    both = splits.train if splits.validation is None else Concatenated(splits.train, splits.validation)
+    view, num_train = VectorView(both), len(splits.train)
+    radius = RADIUS[view.kind] if radius is None else radius
+    scan = scan_config(config, view.kind, num_train, radius)
+    folder = forward_pass(scan, Splits(view, None), Listeners(**listeners), debug=debug)
+    columns = read_scores(folder / "scores.parquet").scores
+    duplicates = Duplicates(
+        columns["duplicate_of"].astype(np.int64),
+        columns["duplicate_split"].astype(np.int8),
+        columns["duplicate_similarity"].astype(np.float32),
+        num_train,
+    )
+    return DuplicateScan(duplicates, columns["outlier"].astype(np.float32), radius, view.kind, folder)
+
+
+def scan_config(config: Config, kind: Kind, num_train: int, radius: float) -> Config:
+    """Return the config of the pass."""
+    tree = config.model_dump(mode="json", include={"data", "scaling", "run"})
+    tree["data"]["augment"] = {"crop": 0, "flip": False}
+    tree["run"] |= {"storage_path": str(run_folder_of(config)), "name": FOLDER, "resume": "auto", "trackers": []}
+    train = {"epochs": 1, "precision": "fp32", "seed": config.train.seed, "batch_size": config.train.batch_size}
+    method = {
+        "name": _METHOD,
+        "radius": radius,
+        "num_train": num_train,
+        "standardize": kind == "features",
+        "storage": "float32" if kind == "features" else "float16",
+    }
+    collect = {"embedder": _EMBEDDER}
+    return make_config(tree | {"model": {"name": _MODEL}, "method": method, "train": train, "collect": collect})

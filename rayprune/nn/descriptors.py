@@ -1,0 +1,127 @@
+"""Descriptors that show near-duplicates without a trained network.
+
+The descriptor of an image has two parts, each of a fixed length. Edges: how strong the luminance rises in each of eight
+directions, averaged over the cells of a grid, as in histograms of oriented gradients (Dalal and Triggs, CVPR 2005).
+Colors: the luminance and two differences of colors, averaged over the same cells, relative to the mean luminance.
+Averages over large, soft cells change little with JPEG compression, noise, and shifts by a pixel or two of 32; the
+lengths take out brightness and contrast.
+
+A flip permutes both parts. With s and a the sum and the difference of a descriptor and its permutation, a flip keeps s
+and changes the sign of a; (s, |Wa|) with a matrix W of twice as many orthonormal rows as columns is the same for both.
+As W keeps lengths and | | never lengthens a distance, other changes move (s, |Wa|) by no more than the descriptor.
+
+Shapes: B batch, C channels, H height, W width, G cells on each side, M maps, F features, D numbers of a descriptor.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+SIDE, CELLS, DIRECTIONS = 32, 4, 8
+EDGE_WEIGHT = 0.5  # share of the edges in the squared length
+_BLUR = 4  # pixels on each side of the box filter, applied twice
+_LUMA = (0.299, 0.587, 0.114)
+
+
+def image_descriptor(images_BCHW: Tensor) -> Tensor:
+    """Return the descriptors of images, (B, D) of length 1; 0 for an image of one color.
+
+    Args:
+        images_BCHW: values in [0, 1]; of other than three channels, their mean is the luminance.
+    """
+    images = images_BCHW.float()
+    if images.shape[-2:] != (SIDE, SIDE):
+        images = functional.interpolate(images, (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=True)
+    luma_B1HW, chroma_BMHW = _luma_and_chroma(images)
+    edges_BMGG = _cells(_edges(luma_B1HW)).sqrt()
+    edges_BMGG = edges_BMGG - edges_BMGG.mean(dim=(2, 3), keepdim=True)
+    colors_BMGG = _cells(torch.cat([luma_B1HW - luma_B1HW.mean(dim=(1, 2, 3), keepdim=True), chroma_BMHW], dim=1))
+    mirror = [(DIRECTIONS // 2 - k) % DIRECTIONS for k in range(DIRECTIONS)]
+    edges, colors = _halves(edges_BMGG, mirror), _halves(colors_BMGG, list(range(colors_BMGG.shape[1])))
+    weights = (math.sqrt(EDGE_WEIGHT), math.sqrt(1.0 - EDGE_WEIGHT))
+    parts = [weight * _unit(torch.cat(part, dim=1)) for part, weight in zip((edges, colors), weights, strict=True)]
+    sums, differences = zip(*(part.chunk(2, dim=1) for part in parts), strict=True)
+    difference_BD = torch.cat(differences, dim=1)
+    frame = _frame(difference_BD.shape[1]).to(difference_BD.device)
+    return _unit(torch.cat([*sums, (difference_BD @ frame).abs()], dim=1))
+
+
+def _luma_and_chroma(images: Tensor) -> tuple[Tensor, Tensor]:
+    if images.shape[1] != 3:
+        luma = images.mean(dim=1, keepdim=True)
+        return luma, luma[:, :0]
+    red, green, blue = images.split(1, dim=1)
+    luma = _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+    return luma, torch.cat([red - green, (red + green) / 2 - blue], dim=1)
+
+
+def _edges(luma_B1HW: Tensor) -> Tensor:
+    """Return how much the luminance rises in each direction, (B, 8, H, W)."""
+    smooth = functional.avg_pool2d(luma_B1HW, 3, stride=1, padding=1, count_include_pad=False)
+    padded = functional.pad(smooth, (1, 1, 1, 1), mode="replicate")
+    across = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
+    down = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
+    angles = [2 * math.pi * k / DIRECTIONS for k in range(DIRECTIONS)]
+    rises = [across * math.cos(angle) + down * math.sin(angle) for angle in angles]
+    return torch.cat(rises, dim=1).clamp_min(0.0)
+
+
+def _cells(maps_BMHW: Tensor) -> Tensor:
+    """Return soft averages, (B, M, G, G)."""
+    pooling = _pooling().to(maps_BMHW.device)
+    return pooling @ maps_BMHW @ pooling.T
+
+
+@lru_cache
+def _pooling() -> Tensor:
+    """Return the weights of each row in each row of cells, (G, H): a mean after two box filters."""
+    rows = torch.eye(SIDE)[None]
+    for _ in range(2):
+        rows = functional.avg_pool1d(rows, 2 * _BLUR + 1, stride=1, padding=_BLUR, count_include_pad=False)
+    return functional.adaptive_avg_pool1d(rows, CELLS)[0].T.contiguous()
+
+
+def _halves(maps_BMGG: Tensor, mirror: list[int]) -> tuple[Tensor, Tensor]:
+    """Return sum and difference of each number and the one in its place in the flipped image."""
+    flipped = maps_BMGG[:, mirror].flip(3)
+    left, right = maps_BMGG[..., : CELLS // 2], flipped[..., : CELLS // 2]
+    return (left + right).flatten(1), (left - right).flatten(1)
+
+
+def _unit(vectors_BD: Tensor) -> Tensor:
+    return vectors_BD / vectors_BD.norm(dim=1, keepdim=True).clamp_min(1e-6)
+
+
+@lru_cache
+def _frame(size: int) -> Tensor:
+    """Return a fixed (size, 2·size) matrix with orthonormal rows."""
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(2 * size, size, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(random)[0].T.float().contiguous()
+
+
+class ImageDescriptor(nn.Module):
+    """`image_descriptor` of images; features and other vectors as they are."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return image_descriptor(inputs) if inputs.ndim == 4 else inputs
+
+
+def embedder() -> nn.Module:
+    """Return the network for `collect.embedder`."""
+    return ImageDescriptor()
+
+
+def placeholder(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    """Return a small network for runs that train nothing; it takes images or features of any shape."""
+    return nn.Sequential(_ChannelMeans(), nn.Linear(input_shape[0], num_classes))
+
+
+class _ChannelMeans(nn.Module):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs.flatten(2).mean(dim=2) if inputs.ndim == 4 else inputs
