@@ -1,13 +1,14 @@
-"""The command `rayprune select`: select samples by their scores, into a file for `rayprune train`."""
+"""The command `rayprune select`: select samples by their scores or an audit, into a file for `rayprune train`."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from rayprune.cli.console import aligned, debug_option, say
 from rayprune.errors import ConfigError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from rayprune.core import Selection
+    from rayprune.sources.audit_files import AuditTable
     from rayprune.sources.score_files import ScoreFile
 
 _MAX_CLASSES = 12  # to list one by one; of more, only those with the smallest and the largest share
@@ -26,7 +28,7 @@ _SHARE = click.FloatRange(min=0, max=1, max_open=True)
 @click.command()
 @click.argument("scores_path", metavar="SCORES")
 @click.option("--by", metavar="NAME", help="The score to select by; not needed where there is only one.")
-@click.option("--keep", required=True, metavar="SHARE|COUNT", help="0.3 keeps 30 %, rounded up; 1000 keeps 1000.")
+@click.option("--keep", metavar="SHARE|COUNT", help="0.3 keeps 30 %, rounded up; 1000 keeps 1000.  [required]")
 @click.option(
     "--rule",
     default="top",
@@ -75,6 +77,16 @@ _SHARE = click.FloatRange(min=0, max=1, max_open=True)
     metavar="N",
     help="Seed of the rule strata's draw.",
 )
+@click.option("--drop-suspects", is_flag=True, help="Of an audit: drop the samples whose label is probably wrong.")
+@click.option(
+    "--at",
+    default=0.5,
+    show_default=True,
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    metavar="PROBABILITY",
+    help="Of --drop-suspects: drop from this probability of a wrong label on.",
+)
+@click.option("--drop-duplicates", is_flag=True, help="Of an audit: keep one sample of each group of duplicates.")
 @click.option(
     "--out",
     multiple=True,
@@ -83,33 +95,135 @@ _SHARE = click.FloatRange(min=0, max=1, max_open=True)
 )
 @click.option("--force", is_flag=True, help="Overwrite files that exist.")
 @debug_option
-def select(scores_path: str, by: str | None, keep: str, out: tuple[str, ...], force: bool, **options: Any) -> None:
+def select(
+    scores_path: str,
+    by: str | None,
+    keep: str | None,
+    out: tuple[str, ...],
+    force: bool,
+    drop_suspects: bool,
+    at: float,
+    drop_duplicates: bool,
+    **options: Any,
+) -> None:
     """Select samples by their SCORES: a scores.parquet, a run's folder, or a Parquet or CSV file with id and score.
+
+    With --drop-suspects or --drop-duplicates, SCORES is the audit.parquet of rayprune audit, or its run's folder.
 
     Train on them with: rayprune train CONFIG method.name=fixed method.path=FILE
     """
+    context = click.get_current_context()
+    if drop_suspects or drop_duplicates:
+        _check_audit_options(context, drop_suspects)
+        _select_by_audit(scores_path, at if drop_suspects else None, drop_duplicates, out, force)
+        return
+    if context.get_parameter_source("at") == ParameterSource.COMMANDLINE:
+        raise ConfigError("--at goes with --drop-suspects: add it, or leave --at out")
+    if keep is None:
+        raise click.MissingParameter(ctx=context, param=next(each for each in select.params if each.name == "keep"))
     from rayprune.sources.score_files import read_scores
-    from rayprune.sources.selection_files import check_selection_path, write_selection_file
 
     stored = read_scores(scores_path)
     name = stored.score_name(by)
-    paths = [Path(path) for path in out] or [stored.path.with_name("chosen.parquet")]
-    for path in paths:
-        check_selection_path(path)
-        if path.exists() and (not force or path.samefile(stored.path)):
-            cure = "give another --out" + ("" if force else ", or --force to overwrite it")
-            raise ConfigError(f"{path} exists{' and holds the scores' if force else ''}: {cure}")
+    paths = _paths(out, stored.path, force)
     share_or_count = _share_or_count(keep)
     selection, num_missing = _select(stored, name, share_or_count, **options)
     about = {"scores": stored.path.name, "by": name, "keep": share_or_count, **options}
     about["method"] = stored.about.get("method")
+    lines = _summary(stored, name, selection, num_missing, options)
+    _write(paths, selection, stored.fingerprint, about, lines)
+
+
+def _paths(out: Sequence[str], source: Path, force: bool, content: str = "scores") -> list[Path]:
+    """Return the files to write, none of which may exist without --force."""
+    from rayprune.sources.selection_files import check_selection_path
+
+    paths = [Path(path) for path in out] or [source.with_name("chosen.parquet")]
     for path in paths:
-        write_selection_file(path, selection, stored.fingerprint, about)
-    for line in _summary(stored, name, selection, num_missing, options):
+        check_selection_path(path)
+        if path.exists() and (not force or path.samefile(source)):
+            cure = "give another --out" + ("" if force else ", or --force to overwrite it")
+            raise ConfigError(f"{path} exists{f' and holds the {content}' if force else ''}: {cure}")
+    return paths
+
+
+def _write(
+    paths: Sequence[Path],
+    selection: Selection,
+    fingerprint: str | None,
+    about: Mapping[str, Any],
+    lines: Iterator[str],
+) -> None:
+    """Write the selection, and print its facts and the command that trains on it."""
+    from rayprune.sources.selection_files import write_selection_file
+
+    for path in paths:
+        write_selection_file(path, selection, fingerprint, about)
+    for line in lines:
         say(line)
     for path in paths:
         say(f"wrote    {path}")
     say(f"train    rayprune train CONFIG method.name=fixed {shlex.quote(f'method.path={paths[0]}')}")
+
+
+_OF_AUDITS = {"scores_path", "drop_suspects", "at", "drop_duplicates", "out", "force"}
+
+
+def _check_audit_options(context: click.Context, drop_suspects: bool) -> None:
+    """Refuse options that choose by scores, and --at without --drop-suspects."""
+    given = [name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+    if "at" in given and not drop_suspects:
+        raise ConfigError("--at goes with --drop-suspects: add it, or leave --at out")
+    if others := [name for name in given if name not in _OF_AUDITS]:
+        option = next(each.opts[0] for each in context.command.params if each.name == others[0])
+        flag = "--drop-suspects" if drop_suspects else "--drop-duplicates"
+        raise ConfigError(f"{flag} chooses by the audit, and {option} by scores: leave one out")
+
+
+def _select_by_audit(path: str, at: float | None, drop_duplicates: bool, out: Sequence[str], force: bool) -> None:
+    """Keep the samples that an audit does not suspect."""
+    from rayprune.core.selection import Selection
+    from rayprune.sources.audit_files import read_audit
+
+    stored = read_audit(path)
+    paths = _paths(out, stored.path, force, "audit")
+    kept = stored.table.kept(at, drop_duplicates)
+    if not kept.any():
+        raise ConfigError(f"--at {at:g} drops every sample of {stored.path}: raise it")
+    num_dropped = int(kept.size - kept.sum())
+    selection = Selection.of_mask(kept, num_dropped / kept.size, num_dropped)
+    about = {"audit": stored.path.name, "drop_suspects": at is not None, "at": at, "drop_duplicates": drop_duplicates}
+    _write(paths, selection, stored.fingerprint, about, _audit_summary(stored.table, kept, at))
+
+
+def _audit_summary(table: AuditTable, kept: np.ndarray, at: float | None) -> Iterator[str]:
+    """Yield what was dropped and why, and the kept share of each class, a line each."""
+    num_samples, num_kept = kept.size, int(kept.sum())
+    num_suspects = num_samples - int(table.kept(at).sum())
+    yield f"kept     {num_kept:,} of {num_samples:,} ({share(num_kept / num_samples, 1)})"
+    reasons = [] if at is None else [f"{num_suspects:,} with p_wrong of at least {at:g}"]
+    if repeated := num_samples - num_kept - num_suspects:
+        reasons.append(f"{repeated:,} duplicates of kept samples")
+    yield f"dropped  {num_samples - num_kept:,}: {', '.join(reasons) or 'no duplicates'}"
+    yield from _dropped_lines(table.label, kept)
+
+
+def _dropped_lines(labels: np.ndarray, kept: np.ndarray) -> Iterator[str]:
+    """Yield the dropped share of each class; of many classes, only the extremes."""
+    import numpy as np
+
+    classes, inverse = np.unique(labels, return_inverse=True)
+    sizes = np.bincount(inverse)
+    dropped = np.bincount(inverse[~kept], minlength=classes.size)
+    shares = dropped / sizes
+    if classes.size > _MAX_CLASSES:
+        yield _extremes(classes, shares)
+        return
+    rows = [("class", "dropped", "of", "share")]
+    for label, count, size in zip(classes, dropped, sizes, strict=True):
+        rows.append((str(label), f"{count:,}", f"{size:,}", share(count / size, 1)))
+    for line in aligned(rows, words=()):
+        yield f"{'':9}{line}"
 
 
 def _share_or_count(text: str) -> float:
@@ -180,11 +294,7 @@ def _class_lines(labels: np.ndarray, ids: np.ndarray, scores: np.ndarray) -> Ite
     kept = np.bincount(inverse[ids], minlength=classes.size)
     shares = kept / sizes
     if classes.size > _MAX_CLASSES:
-        least, most = int(shares.argmin()), int(shares.argmax())
-        yield (
-            f"classes  {classes.size}: from {share(shares[least], 1)} of class {classes[least]} "
-            f"to {share(shares[most], 1)} of class {classes[most]}"
-        )
+        yield _extremes(classes, shares)
         return
     rows = [("class", "kept", "of", "share", "from", "to")]
     for index, label in enumerate(classes):
@@ -193,3 +303,11 @@ def _class_lines(labels: np.ndarray, ids: np.ndarray, scores: np.ndarray) -> Ite
         rows.append((str(label), f"{kept[index]:,}", f"{sizes[index]:,}", share(shares[index], 1), *span))
     for line in aligned(rows, words=()):
         yield f"{'':9}{line}"
+
+
+def _extremes(classes: np.ndarray, shares: np.ndarray) -> str:
+    least, most = int(shares.argmin()), int(shares.argmax())
+    return (
+        f"classes  {classes.size}: from {share(shares[least], 1)} of class {classes[least]} "
+        f"to {share(shares[most], 1)} of class {classes[most]}"
+    )

@@ -37,7 +37,7 @@ from rayprune.methods.registry import method_fields
 # Keys left out of the digest at these default values, so that adding the key did not rename the runs of a config.
 _NEUTRAL: dict[str, dict[str, Any]] = {
     "train": {"record": (), "compile": False, "step": {"name": "plain"}},
-    "data": {"hold_out": None},
+    "data": {"hold_out": None, "relabel": None, "relabel_at": 0.5},
     "collect": {"runs": 1, "embedder": None},
 }
 

@@ -88,6 +88,12 @@ class DataSection(Section, extra="allow"):
     hold_out: float | None = Field(
         None, gt=0, lt=1, description="share of the training samples to validate on, instead of the validation part"
     )
+    relabel: str | None = Field(
+        None, description="an audit.parquet of the training samples, or its run folder: train on its suggested labels"
+    )
+    relabel_at: float = Field(
+        0.5, gt=0, le=1, description="replace labels that are wrong with at least this probability, by data.relabel"
+    )
     cache: Literal["auto", "memory", "disk", "none"] = Field(
         "auto", description="where to keep decoded samples; auto: on disk if there is room"
     )
@@ -99,6 +105,17 @@ class DataSection(Section, extra="allow"):
     @classmethod
     def _absolute_paths(cls, values: Any) -> Any:
         return {k: absolute_reference(v) for k, v in values.items()} if isinstance(values, Mapping) else values
+
+    @field_validator("relabel")
+    @classmethod
+    def _absolute_audit(cls, value: str | None) -> str | None:
+        return None if value is None else str(Path(value).expanduser().absolute())
+
+    @model_validator(mode="after")
+    def _check_relabel(self) -> DataSection:
+        if self.relabel is None and self.relabel_at != 0.5:
+            raise ConfigError(f"data.relabel_at = {self.relabel_at} needs an audit: set data.relabel=RUN/audit.parquet")
+        return self
 
     @field_validator("augment")
     @classmethod

@@ -414,6 +414,63 @@ class Concatenated(SampleSource):
             part.prepare()
 
 
+class Relabeled(_View):
+    """All samples of a source, with other labels.
+
+    Labels that are those of the source keep its fingerprint, so that scores of the source still fit.
+
+    Args:
+        source: any source whose samples have a class.
+        labels: (N,) integers in 0..num_classes-1.
+
+    Raises:
+        DataError: there is not one label for each sample, or one is no class of the source.
+    """
+
+    def __init__(self, source: SampleSource, labels: np.ndarray) -> None:
+        num_classes = source.schema.num_classes or 0
+        if labels.shape != (len(source),) or labels.dtype.kind not in "iu":
+            raise DataError(f"new labels are {labels.dtype} of shape {labels.shape}: give {len(source)} integers")
+        outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
+        if outside.size:
+            raise DataError(f"sample {outside[0]} gets label {labels[outside[0]]}, outside 0..{num_classes - 1}")
+        super().__init__(source, slice(None))
+        # Every read task carries a pickle: only what changes goes along.
+        self._changed = np.flatnonzero(labels != source.labels)
+        self._new = labels[self._changed].astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    @property
+    def num_changed(self) -> int:
+        """The number of samples whose label differs from the source's."""
+        return len(self._changed)
+
+    @property
+    def labels(self) -> np.ndarray:
+        labels = self._source.labels.copy()
+        labels[self._changed] = self._new
+        return labels
+
+    @property
+    def fingerprint(self) -> str:
+        whole = self._source.fingerprint
+        return digest("relabeled", whole, self._changed, self._new) if self.num_changed else whole
+
+    def read(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
+        columns, num_bytes = self._source.read(ids)
+        places = np.searchsorted(self._changed, ids)
+        rows = np.flatnonzero(np.append(self._changed, -1)[places] == ids)
+        labels = columns["label"].copy()  # the source's own array, perhaps
+        labels[rows] = self._new[places[rows]]
+        return {**columns, "label": labels}, num_bytes
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        return self._source.groups
+
+
 def holdout(source: SampleSource, fraction: float, seed: int = 0) -> Splits:
     """Split off a stratified validation part.
 

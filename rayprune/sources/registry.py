@@ -17,7 +17,8 @@ from rayprune.core.plan import rows_of_groups
 from rayprune.core.references import call_object, closest, is_reference, load_object
 from rayprune.core.validation import check_keys, plain
 from rayprune.errors import ConfigError, DataError
-from rayprune.sources.base import Limited, SampleSource, Splits, holdout, spaced_ids
+from rayprune.sources.audit_files import read_audit_for
+from rayprune.sources.base import Limited, Relabeled, SampleSource, Splits, holdout, spaced_ids
 
 SOURCES: dict[str, type[Any]] = {}
 NO_AUGMENT = {"crop": 0, "flip": False}
@@ -55,7 +56,13 @@ def default_augment(source_name: str) -> dict[str, Any]:
 
 
 def open_data(
-    source: str, limit: int | None = None, cache: str | None = None, hold_out: float | None = None, **keys: Any
+    source: str,
+    limit: int | None = None,
+    cache: str | None = None,
+    hold_out: float | None = None,
+    relabel: str | None = None,
+    relabel_at: float = 0.5,
+    **keys: Any,
 ) -> Splits:
     """Open a source and check its labels.
 
@@ -65,6 +72,9 @@ def open_data(
         limit: use only the first samples of the training part.
         cache: `auto`, `memory`, `disk` or `none`; ignored by sources that do not decode.
         hold_out: share of the training part, in (0, 1), that validates in place of the source's validation part.
+        relabel: the audit of the training part, after `limit` and `hold_out`; its suggested labels replace the given
+            ones in the training part.
+        relabel_at: replace them where the probability of a wrong label is at least this.
         **keys: the source's own keys.
 
     Raises:
@@ -72,6 +82,7 @@ def open_data(
             that can't be called or returns something else.
         DataError: an empty part, labels that are missing or outside 0..num_classes-1, parts that differ, or data that
             the source can't use.
+        RunFolderError: the audit can't be read, or is of other data.
     """
     splits = _call_function(source, keys) if is_reference(source) else _open_registered(source, cache, keys)
     _check_part("training", splits.train)
@@ -84,6 +95,9 @@ def open_data(
         splits = holdout(splits.train, hold_out)  # its seed is fixed: the samples must not change with the run's seed
         if splits.validation is None:
             raise DataError(f"data.hold_out {hold_out:g} leaves nothing: no class has two samples")
+    if relabel is not None:  # after the holdout, so that an audit of the training part never saw what validates
+        labels = read_audit_for(relabel, splits.train).corrected(relabel_at)
+        splits = Splits(Relabeled(splits.train, labels), splits.validation)
     return splits
 
 

@@ -143,7 +143,7 @@ def read_scores(path: str | Path) -> ScoreFile:
     metadata = table_metadata(table, file, SCORES_SCHEMA)
     if metadata.get("kind") == "selection":
         raise RunFolderError(f"{file} is a selection, made from scores: give the scores")
-    order = _id_order(table, file)
+    order = id_order(table, file)
     columns = {name: _numbers(table.column(name), order) for name in table.column_names if name != "id"}
     labels = columns.pop("label", None)
     scores = {name: column for name, column in columns.items() if column is not None}
@@ -229,7 +229,7 @@ def _check_column_names(table: pa.Table, file: Path) -> pa.Table:
     return table
 
 
-def _id_order(table: pa.Table, file: Path) -> NDArray[np.int64] | None:
+def id_order(table: pa.Table, file: Path) -> NDArray[np.int64] | None:
     """Return the order that sorts the rows by id; None if they are sorted already."""
     if "id" not in table.column_names:
         raise RunFolderError(f"{file} has no column 'id': give each row its sample's id, 0..N-1")

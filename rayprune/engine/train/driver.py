@@ -71,7 +71,7 @@ from rayprune.nn.augment import Augment
 from rayprune.nn.device import pin_column
 from rayprune.nn.signals import check_signals
 from rayprune.sources import SampleSource, Splits, open_data
-from rayprune.sources.base import shuffle_name
+from rayprune.sources.base import Relabeled, shuffle_name
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +249,8 @@ def _connect(config: Config, debug: bool) -> None:
 
 def _splits(config: Config) -> Splits:
     data = config.data
-    return open_data(data.source, limit=data.limit, cache=data.cache, hold_out=data.hold_out, **data.source_keys)
+    common = ("limit", "cache", "hold_out", "relabel", "relabel_at")
+    return open_data(data.source, **{key: getattr(data, key) for key in common}, **data.source_keys)
 
 
 def _checked_setup(config: Config, splits: Splits) -> SelectionSetup | None:
@@ -323,6 +324,9 @@ def _run(config: Config, splits: Splits, setup: SelectionSetup, listeners: Liste
         if start_epoch < config.last_epoch:
             for line in notices(config, spec, len(splits.train), setup.method, resources.use_gpu):
                 listeners.on_notice(line)
+            if isinstance(splits.train, Relabeled):
+                changed = f"{splits.train.num_changed:,} of {len(splits.train):,}"
+                listeners.on_notice(f"data.relabel replaces the labels of {changed} training samples")
             try:
                 is_whole = Run(config, splits, spec, setup, resources=resources, folder=folder).fit(listeners)
             finally:  # also if training has failed

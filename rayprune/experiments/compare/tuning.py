@@ -36,6 +36,8 @@ def why_not_tuned(config: Config, num_samples: int) -> str:
         return "compare.tune is off"
     if config.data.hold_out is not None:
         reason = "the samples of data.hold_out judge the arms"
+    elif config.data.relabel is not None:
+        reason = "the audit of data.relabel is of all training samples, so none can be held out"
     elif config.collect.trajectories is not None or any(method["name"] == "fixed" for method in methods):
         reason = "a selection file or trajectories are of all training samples, so none can be held out"
     elif section.tune == "auto" and held_out < _LEAST_HELD_OUT:

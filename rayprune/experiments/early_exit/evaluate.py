@@ -333,7 +333,7 @@ def _open_data(config: Config, folder: Path, fingerprint: str) -> tuple[Splits, 
         splits = open_splits(config)
         validation = splits.validation
         if config.data.hold_out is not None:
-            data = config.data.model_copy(update={"hold_out": None})
+            data = config.data.model_copy(update={"hold_out": None, "relabel": None})  # the audit is of one part
             validation = open_splits(config.model_copy(update={"data": data})).validation
     except (OSError, ValueError) as error:
         raise DataError(

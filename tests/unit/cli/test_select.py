@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from rayprune.cli import main as cli
 from rayprune.cli.select import select
 from rayprune.core.choosing import choose
+from rayprune.sources.audit_files import AuditTable, write_audit
 from rayprune.sources.score_files import write_scores
 from rayprune.sources.selection_files import read_selection_file
 from tests.support.paths import ROOT
@@ -192,3 +193,65 @@ def test_selecting_loads_neither_ray_nor_torch(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
     assert "LOADED []" in done.stdout, done.stderr
     assert (tmp_path / "chosen.parquet").exists()
+
+
+def audit_in(folder: Path) -> Path:
+    """An audit of 40 samples: those below 10 are suspects, from 0.5 to 0.95, and 20 to 23 show the same."""
+    p_wrong = np.where(np.arange(40) < 10, 0.5 + 0.05 * np.arange(40), 0.1)
+    of, split = np.full(40, -1), np.full(40, "", dtype=object)
+    of[21:24], split[21:24] = 20, "train"
+    table = AuditTable(LABELS, p_wrong, duplicate_of=of, duplicate_split=split)
+    return write_audit(folder, table, "ab")
+
+
+@pytest.mark.parametrize("by_folder", [True, False])
+def test_suspects_are_dropped_by_an_audit(tmp_path: Path, by_folder: bool) -> None:
+    file = audit_in(tmp_path)
+    printed = run(tmp_path if by_folder else file, "--drop-suspects")
+    stored = read_selection_file(tmp_path / "chosen.parquet", 40)
+    assert stored.ids.tolist() == list(range(10, 40))
+    assert (stored.fingerprint, stored.about["at"]) == ("ab", 0.5)
+    assert "kept     30 of 40 (75.0%)" in printed
+    assert "dropped  10: 10 with p_wrong of at least 0.5\n" in printed
+    rows = re.findall(r"^ +(\d) +(\d+) +10 +(\S+)%$", printed, flags=re.MULTILINE)
+    assert rows == [("0", "3", "30.0"), ("1", "3", "30.0"), ("2", "2", "20.0"), ("3", "2", "20.0")]
+    assert f"rayprune train CONFIG method.name=fixed method.path={tmp_path}/chosen.parquet" in printed
+
+
+def test_duplicates_are_dropped_by_an_audit(tmp_path: Path) -> None:
+    audit_in(tmp_path)
+    out = tmp_path / "new.txt"
+    printed = run(tmp_path, "--drop-suspects", "--at", "0.9", "--drop-duplicates", "--out", out)
+    assert read_selection_file(out).ids.tolist() == [*range(8), *range(10, 21), *range(24, 40)]
+    assert "dropped  5: 2 with p_wrong of at least 0.9, 3 duplicates of kept samples" in printed
+    run(tmp_path, "--drop-duplicates", "--out", out, "--force")
+    assert read_selection_file(out).ids.tolist() == [*range(21), *range(24, 40)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--drop-suspects", "--keep", "0.5"], "--drop-suspects chooses by the audit, and --keep by scores"),
+        (["--drop-suspects", "--rule", "top"], "--drop-suspects chooses by the audit, and --rule by scores"),
+        (["--drop-duplicates", "--per-class"], "--drop-duplicates chooses by the audit, and --balance by scores"),
+        (["--drop-duplicates", "--at", "0.6"], "--at goes with --drop-suspects"),
+        (["--keep", "0.5", "--at", "0.6"], "--at goes with --drop-suspects"),
+        (["--drop-suspects", "--at", "1.5"], "--at"),
+        ([], "Missing option '--keep'"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    audit_in(tmp_path)
+    assert message in refused(capsys, tmp_path, *words)
+    assert not (tmp_path / "chosen.parquet").exists()
+
+
+def test_an_audit_that_would_leave_nothing_or_is_missing_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "does not exist: rayprune audit CONFIG writes it" in refused(capsys, tmp_path, "--drop-suspects")
+    file = audit_in(tmp_path)
+    assert "drops every sample" in refused(capsys, tmp_path, "--drop-suspects", "--at", "0.01")
+    assert "holds the audit" in refused(capsys, file, "--drop-suspects", "--out", file, "--force")

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rayprune.config import Config, load_config, make_config
 from rayprune.config.shipped import shipped_configs
 from rayprune.config.yaml import read_yaml
+from rayprune.errors import ConfigError
 from tests.support.paths import ROOT
 
 DIGITS = {"data": {"source": "digits"}}
@@ -168,6 +170,22 @@ def test_the_path_of_a_data_sets_function_becomes_absolute(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     config = make_config({"data": {"source": "torch_dataset", "dataset": "mine.py:make", "path": "images"}})
     assert config.data.source_keys == {"dataset": f"{tmp_path}/mine.py:make", "path": "images"}
+
+
+def test_the_path_of_an_audit_becomes_absolute_and_names_other_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = make_config({"data": {"relabel": "runs/a/audit.parquet"}})
+    assert config.data.relabel == f"{tmp_path}/runs/a/audit.parquet"
+    assert make_config(yaml.safe_load(config.to_yaml())) == config
+    at = make_config({"data": {"relabel": "runs/a/audit.parquet", "relabel_at": 0.9}})
+    assert len({config.digest(), at.digest(), make_config({}).digest()}) == 3
+    assert "relabel" not in str(make_config({}).identity())
+    with pytest.raises(ConfigError, match=r"data.relabel_at = 0.9 needs an audit: set data.relabel="):
+        make_config({"data": {"relabel_at": 0.9}})
+    with pytest.raises(ConfigError, match=r"data.relabel_at = 0: "):
+        make_config({"data": {"relabel": "a", "relabel_at": 0}})
 
 
 def test_another_train_step_drops_the_old_ones_options(tmp_path: Path) -> None:

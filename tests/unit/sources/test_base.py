@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rayprune.sources import Limited, Schema, Subset, holdout
-from rayprune.sources.base import count_classes
+from rayprune.sources.base import Relabeled, count_classes
 from rayprune.sources.memory import RowSource
 from tests.support.sources import make_source
 
@@ -59,6 +59,37 @@ def test_groups_are_those_of_the_remaining_rows():
     assert Subset(source, np.array([5, 1])).groups is None
     assert plain.groups is None
     assert Limited(plain, 5).groups is None
+
+
+def test_relabeled_samples_keep_everything_but_their_labels():
+    source = make_source([0, 1, 2, 0, 1])
+    view = Relabeled(source, np.array([0, 2, 2, 0, 0]))
+    assert (len(view), view.num_changed, view.schema, view.row_cost) == (5, 2, source.schema, source.row_cost)
+    for each in (view, pickle.loads(pickle.dumps(view))):
+        assert each.labels.tolist() == [0, 2, 2, 0, 0]
+        assert each.fingerprint == view.fingerprint
+        taken = each.take(np.array([4, 1, 1, 3]))
+        assert taken["label"].tolist() == [0, 2, 2, 0]
+        assert taken["label"].dtype == np.int64
+        assert taken["features"].ravel().tolist() == [4, 1, 1, 3]
+        assert each.take(np.array([], dtype=np.int64))["label"].tolist() == []
+    assert source.labels.tolist() == [0, 1, 2, 0, 1]
+    assert source.take(np.arange(5))["label"].tolist() == [0, 1, 2, 0, 1]
+    assert Relabeled(Subset(source, np.array([4, 2])), np.array([0, 2])).take(np.arange(2))["label"].tolist() == [0, 2]
+
+
+def test_the_fingerprint_of_relabeled_samples_depends_on_the_new_labels():
+    source = make_source([0, 1, 2, 0, 1])
+    variants = [[0, 2, 2, 0, 1], [0, 0, 2, 0, 1], [0, 1, 2, 0, 2], [0, 1, 2, 0, 1]]
+    prints = [Relabeled(source, np.array(labels)).fingerprint for labels in variants]
+    assert len(set(prints)) == 4
+    assert prints[-1] == source.fingerprint
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [0, 1, 2, 0, 3], [0, 1, 2, 0, -1], [0.0, 1, 2, 0, 1]])
+def test_labels_that_do_not_fit_the_source_are_refused(labels):
+    with pytest.raises(ValueError, match=r"give 5 integers|sample 4 gets label (3|-1), outside 0\.\.2"):
+        Relabeled(make_source([0, 1, 2, 0, 1]), np.array(labels))
 
 
 def test_the_fingerprint_changes_with_order_and_labels():

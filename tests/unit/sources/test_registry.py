@@ -8,7 +8,9 @@ import sys
 import numpy as np
 import pytest
 
+from rayprune.errors import RunFolderError
 from rayprune.sources import SOURCES, Splits, default_augment, input_statistics, open_data
+from rayprune.sources.audit_files import AuditTable, write_audit
 from tests.support.sources import all_rows, make_source
 
 
@@ -39,6 +41,25 @@ def test_hold_out_takes_the_place_of_the_validation_part() -> None:
     again = open_data("digits", limit=400, hold_out=0.25)
     assert again.validation is not None
     assert again.validation.fingerprint == splits.validation.fingerprint
+
+
+def test_an_audit_replaces_labels_of_the_training_part_alone(tmp_path) -> None:
+    keys = {"limit": 400, "hold_out": 0.25}
+    plain = open_data("digits", **keys)
+    labels = plain.train.labels
+    p_wrong = np.where(np.arange(300) < 20, 0.7, 0.2)
+    write_audit(tmp_path, AuditTable(labels, p_wrong, suggested_label=(labels + 1) % 10), plain.train.fingerprint)
+    splits = open_data("digits", **keys, relabel=str(tmp_path))
+    assert splits.train.labels[:20].tolist() == ((labels[:20] + 1) % 10).tolist()
+    assert splits.train.labels[20:].tolist() == labels[20:].tolist()
+    assert splits.train.fingerprint != plain.train.fingerprint
+    assert splits.validation.fingerprint == plain.validation.fingerprint
+    assert open_data("digits", **keys, relabel=str(tmp_path), relabel_at=0.71).train.fingerprint == (
+        plain.train.fingerprint
+    )
+    for other in ({"limit": 400}, {"limit": 300}, {}):
+        with pytest.raises(RunFolderError, match=r"of other data .* with the same data.limit and data.hold_out"):
+            open_data("digits", **other, relabel=str(tmp_path))
 
 
 def test_unknown_sources_have_no_default_augmentation():

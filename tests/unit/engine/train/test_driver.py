@@ -22,10 +22,11 @@ from rayprune.core.table import QUANTILES
 from rayprune.engine.storage.run_folder import read_selection, read_validation
 from rayprune.engine.train.driver import RunResult, train
 from rayprune.engine.train.preflight import input_spec
-from rayprune.errors import TrainingFailed
+from rayprune.errors import RunFolderError, TrainingFailed
 from rayprune.nn.models import build_model
 from rayprune.nn.steps import PlainStep
 from rayprune.sources import open_data
+from rayprune.sources.audit_files import AuditTable, write_audit
 from tests.support.runs import (
     RESULT_KEYS,
     assert_same_run,
@@ -337,3 +338,22 @@ def test_each_epoch_has_score_quantiles(tmp_path: Path) -> None:
         assert loss == sorted(loss)
     scores = scores_of(result.folder)["loss"]
     assert loss == pytest.approx(np.quantile(scores, QUANTILES), abs=1e-5)
+
+
+def test_a_run_trains_on_the_labels_that_an_audit_suggests(tmp_path: Path, infobatch: RunResult) -> None:
+    source = open_data("digits", limit=NUM_SAMPLES).train
+    p_wrong = np.where(np.arange(NUM_SAMPLES) % 3 == 0, 0.9, 0.1)
+    suggested = (source.labels + 1) % 10
+    audit = write_audit(tmp_path, AuditTable(source.labels, p_wrong, suggested_label=suggested), source.fingerprint)
+    notices: list[str] = []
+    local = train(run_config(tmp_path, data={"relabel": str(audit)}), on_notice=notices.append)
+    assert f"data.relabel replaces the labels of 101 of {NUM_SAMPLES} training samples" in notices
+    assert scores_of(local.folder)["label"].tolist() == np.where(p_wrong > 0.5, suggested, source.labels).tolist()
+    assert results(local.metrics) != results(infobatch.metrics)
+    for name, data, scaling in (("device", {}, {"stream": "device"}), ("cache", {"cache": "disk"}, {})):
+        other = run_config(tmp_path, name, data={"relabel": str(audit), **data}, scaling=scaling)
+        assert_same_run(local, train(other))
+    with pytest.raises(RunFolderError, match="data"):
+        train(run_config(tmp_path))  # the same folder, the labels as given
+    with pytest.raises(RunFolderError, match="of other data"):
+        train(run_config(tmp_path, "limited", data={"relabel": str(audit), "limit": 300}))

@@ -18,6 +18,7 @@ from rayprune.errors import ConfigError, RunFolderError, TrainingFailed
 from rayprune.experiments.compare.arms import Arm, ArmSettings
 from rayprune.experiments.compare.runner import CompareListeners, compare
 from rayprune.experiments.compare.statistics import RunOutcome, paired_difference
+from rayprune.experiments.compare.tuning import why_not_tuned
 from rayprune.sources import open_data
 from tests.support.runs import run_config as tiny
 from tests.support.runs import same_weights
@@ -364,6 +365,12 @@ def test_a_learning_rate_that_diverges_is_not_chosen(tmp_path: Path) -> None:
         assert arm["learning_rate"] == config_of(tmp_path).optim.lr, "the factor 1, not one of the others"
     with pytest.raises(TrainingFailed, match=r"no learning rate works for full: .*NaN or infinite"):
         compare(config_of(tmp_path / "all", **keys, lr_factors=[1e30, 1e31]))
+
+
+def test_relabeled_samples_are_not_held_out(tmp_path: Path) -> None:
+    config = config_of(tmp_path, seeds=1, baselines=["full"])
+    config = config.model_copy(update={"data": config.data.model_copy(update={"relabel": "audit.parquet"})})
+    assert "the audit of data.relabel is of all training samples" in why_not_tuned(config, 10_000)
 
 
 def test_tuning_needs_samples_that_do_not_judge(tmp_path: Path) -> None:
