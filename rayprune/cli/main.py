@@ -19,6 +19,7 @@ import click
 import psutil
 
 from rayprune import __version__
+from rayprune.cli.audit import audit
 from rayprune.cli.compare import compare
 from rayprune.cli.console import debug_option, errors
 from rayprune.cli.doctor import doctor
@@ -35,7 +36,7 @@ from rayprune.errors import TrainingPaused, one_line
 # click 8.2 and newer raises this for `rayprune` without arguments; its message is the help.
 _NO_ARGUMENTS = getattr(click.exceptions, "NoArgsIsHelpError", ())
 _INTERRUPTED = 130  # exit code of a command that Ctrl-C has ended, as in shells
-_CONTINUING = {"train", "score", "compare", "sweep"}
+_CONTINUING = {"train", "score", "compare", "sweep", "audit"}
 
 
 def main() -> None:
@@ -118,7 +119,7 @@ def cli() -> None:
     """Train each epoch only on the samples worth training on."""
 
 
-for command in (init, train, score, select, evaluate, compare, sweep, report, show, methods, schema, doctor):
+for command in (init, train, score, audit, select, evaluate, compare, sweep, report, show, methods, schema, doctor):
     cli.add_command(command)
 
 

@@ -13,7 +13,7 @@ from rayprune.engine.storage.run_folder import read_config, write_whole
 from rayprune.errors import RunFolderError
 
 # File that holds the config → kind of the folder.
-KINDS = {"config.yaml": "run", "sweep.yaml": "sweep", "compare.yaml": "comparison"}
+KINDS = {"config.yaml": "run", "sweep.yaml": "sweep", "compare.yaml": "comparison", "audit.yaml": "audit"}
 
 
 @dataclass(frozen=True)

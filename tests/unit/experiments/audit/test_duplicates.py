@@ -10,7 +10,7 @@ import pytest
 
 from rayprune.core.algorithms.near_duplicates import ACROSS, WITHIN
 from rayprune.errors import DataError, RunFolderError
-from rayprune.experiments.audit_duplicates import find_in_data
+from rayprune.experiments.audit.duplicates import find_in_data
 from rayprune.sources import MemorySource, Splits, Subset, open_data
 from tests.support.runs import run_config
 from tests.support.sources import make_source

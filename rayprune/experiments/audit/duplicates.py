@@ -31,7 +31,7 @@ FOLDER = "duplicates"
 # The largest distance of near-duplicates, for vectors whose lengths are about 1; docs/audit.md shows the measurement.
 RADIUS: dict[Kind, float] = {"image": 0.15, "features": 1e-3, "text": 0.45}
 
-_METHOD = "rayprune.core.near_duplicates:NearDuplicates"
+_METHOD = "rayprune.core.audit.near_duplicates:NearDuplicates"
 _EMBEDDER = "rayprune.nn.descriptors:embedder"
 _MODEL = "rayprune.nn.descriptors:placeholder"
 

@@ -1,0 +1,78 @@
+"""The command `rayprune audit`: find wrong labels, near-duplicates and outliers in the training data."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rayprune.cli.console import debug, debug_option, elapsed, say, say_table, single_config
+from rayprune.cli.train import RunDisplay
+from rayprune.report.text import share
+
+if TYPE_CHECKING:
+    from rayprune.experiments.audit.runner import Audit
+
+_GROUPS = {
+    "wrong_label": "labels that are probably wrong",
+    "leak": "near-duplicates of validation samples",
+    "duplicate": "near-duplicates of other training samples",
+    "outlier": "outliers",
+    "never_learned": "samples that were never predicted correctly",
+    "easy": "trivially easy samples, predicted from early on, and out of fold",
+}
+_MAX_PAIRS = 5
+
+
+@click.command()
+@click.argument("arguments", nargs=-1, required=True, metavar="CONFIG [key=value]...")
+@debug_option
+def audit(arguments: tuple[str, ...]) -> None:
+    """Find what is wrong with the training data of CONFIG: labels, near-duplicates, leaks, outliers.
+
+    Trains audit.folds networks, each on all samples but one part, and predicts that part. Writes audit.parquet, a row
+    per sample, and audit.json. Run the same command again to continue where it stopped.
+    """
+    start = time.perf_counter()
+    from rayprune.config import read_config
+
+    path, overrides = single_config(arguments, "rayprune audit digits_full")
+    config = read_config(path, overrides)
+    from rayprune.experiments.audit.runner import audit as run
+    from rayprune.experiments.audit.runner import digest_of
+
+    if config.run.name is None:
+        named = config.run.model_copy(update={"name": f"{Path(path).stem}-audit-{digest_of(config)}"})
+        config = config.model_copy(update={"run": named})
+    with RunDisplay() as display:
+        result = run(config, debug=debug(), **display.listeners)
+    _say_findings(result)
+    say(f"\ndone in {elapsed(start)}: {result.folder}")
+
+
+def _say_findings(result: Audit) -> None:
+    summary, file = result.summary, result.folder / "audit.parquet"
+    num, names = summary["num_samples"], summary["class_names"]
+
+    def named(label: int) -> str:
+        return str(names[label]) if label < len(names) else str(label)
+
+    say()
+    say(f"{share(summary['noise_rate'], 1)} of {num:,} labels are wrong, by estimate")
+    if pairs := [pair for pair in summary["pairs"] if pair["count"]][:_MAX_PAIRS]:
+        rows: list[tuple[Any, ...]] = [("label", "likely", "suspects", "share of the label")]
+        rows += [
+            (named(pair["label"]), named(pair["suggested"]), f"{pair['count']:,}", share(pair["rate"], 1))
+            for pair in pairs
+        ]
+        say_table(rows, words=(0, 1))
+    say()
+    say_table(
+        [("samples", ""), *((f"{summary['groups'].get(name, 0):,}", text) for name, text in _GROUPS.items())], (1,)
+    )
+    say()
+    say(f"look at them    rayprune report {result.folder}")
+    say(f"leave them out  rayprune select {file} --drop-suspects")
+    say(f"correct them    rayprune train CONFIG data.relabel={file}")
