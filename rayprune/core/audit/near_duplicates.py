@@ -6,7 +6,7 @@ Shapes: N samples, d numbers of an embedding.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,9 +35,9 @@ class NearDuplicates(EmbeddingMethod):
     """
 
     keeps = "one of each group of near-duplicates"
+    paper = "ours: an exact search"
 
     prune_ratio: float | Any = 0.0
-    _: KW_ONLY
     radius: float = 0.2
     num_train: int | None = None
     standardize: bool = False
