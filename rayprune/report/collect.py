@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rayprune.errors import RunFolderError, one_line
+from rayprune.report.audit import read_audit_section
 from rayprune.report.gallery import read_gallery
 from rayprune.report.plots.experiments import intervals_plot, pareto_plot
 from rayprune.report.plots.style import Plot
@@ -175,8 +176,9 @@ def _labels(folders: Sequence[Path]) -> dict[Path, str]:
 
 
 def _read_whole_run(folder: Path, name: str) -> RunRecord:
-    """Read a run with its gallery and its evaluations."""
-    return replace(read_run(folder, name), gallery=read_gallery(folder), exits=read_exits(folder))
+    """Read a run with its gallery, its audit and its evaluations."""
+    run = read_run(folder, name)
+    return replace(run, gallery=read_gallery(folder), audit=read_audit_section(folder), exits=read_exits(folder))
 
 
 def _read_comparison(folder: Path, name: str, suffix: str) -> Group:

@@ -38,8 +38,8 @@ class Sample(StoredModel):
     @property
     def caption(self) -> str:
         """The label and the prediction, with their class names if known."""
-        label = _class_text(self.label, self.label_name)
-        return label if self.prediction is None else f"{label} → {_class_text(self.prediction, self.prediction_name)}"
+        label = class_text(self.label, self.label_name)
+        return label if self.prediction is None else f"{label} → {class_text(self.prediction, self.prediction_name)}"
 
     @property
     def lines(self) -> list[str]:
@@ -83,7 +83,7 @@ def read_gallery(run_folder: Path) -> Gallery | None:
     try:
         stored = Gallery.model_validate(content)
         kinds = {
-            title: [sample.model_copy(update={"image": _data_uri(file.parent, sample.image)}) for sample in samples]
+            title: [sample.model_copy(update={"image": data_uri(file.parent, sample.image)}) for sample in samples]
             for kind, title in _TITLES.items()
             if (samples := stored.kinds[kind])
         }
@@ -93,11 +93,11 @@ def read_gallery(run_folder: Path) -> Gallery | None:
     return stored.model_copy(update={"kinds": kinds})
 
 
-def _class_text(index: int, name: str | None) -> str:
+def class_text(index: int, name: str | None) -> str:
     return str(index) if name in (None, "", str(index)) else f"{name} ({index})"
 
 
-def _data_uri(folder: Path, name: str | None) -> str | None:
+def data_uri(folder: Path, name: str | None) -> str | None:
     """Return a thumbnail as a data URI; None without a valid file."""
     if not name or Path(name).name != name or not (folder / name).is_file():
         return None

@@ -24,6 +24,7 @@ from rayprune.report.text import count_of
 from rayprune.sources.score_files import ScoreFile, read_scores
 
 if TYPE_CHECKING:
+    from rayprune.report.audit import Audit
     from rayprune.report.gallery import Gallery
 
 OWN_LOOP = "own loop"  # the model in config.yaml of a loop of the user's own
@@ -43,6 +44,7 @@ class RunRecord:
         scores: scores.parquet; None until the run has finished.
         notes: what is missing or damaged, a sentence each.
         gallery: its notable samples; read for a page only.
+        audit: the audit of its data; read for a page only.
         exits: name → evaluation of its exits; read for a page only.
     """
 
@@ -54,6 +56,7 @@ class RunRecord:
     scores: ScoreFile | None = None
     notes: Sequence[str] = ()
     gallery: Gallery | None = None
+    audit: Audit | None = None
     exits: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
     def setting(self, section: str, key: str) -> Any:

@@ -83,7 +83,7 @@ def _write(config: Config, source: SampleSource, spec: InputSpec, folder: Path, 
         "often_pruned": often_pruned,
         "probably_mislabelled": _mislabeled(entries, hard),
     }
-    images = _thumbnails(source, spec, sorted({sample for samples in kinds.values() for sample in samples}), target)
+    images = write_thumbnails(source, sorted({sample for samples in kinds.values() for sample in samples}), target)
     for sample, entry in entries.items():
         entry["times_pruned"] = int(times_pruned[sample])
         entry["image"] = images.get(sample)
@@ -180,16 +180,17 @@ def _entry(source: SampleSource, sample: int, probs_C: NDArray[np.float64]) -> d
     }
 
 
-def _thumbnails(source: SampleSource, spec: InputSpec, ids: list[int], folder: Path) -> dict[int, str]:
-    """Write a PNG file per sample if the samples are images; return id → file name."""
-    column = source.schema.columns[spec.column]
+def write_thumbnails(source: SampleSource, ids: list[int], folder: Path, prefix: str = "") -> dict[int, str]:
+    """Write a PNG file per sample if the samples are images; return id → file name, which starts with the prefix."""
+    name = source.schema.input
+    column = source.schema.columns[name]
     if column.dtype != "uint8" or len(column.shape) != 3 or column.shape[2] not in (1, 3) or not ids:
         return {}
     names = {}
-    for sample, image_HWC in zip(ids, source.take(np.array(ids, dtype=np.int64))[spec.column], strict=True):
+    for sample, image_HWC in zip(ids, source.take(np.array(ids, dtype=np.int64))[name], strict=True):
         picture = Image.fromarray(image_HWC[:, :, 0] if image_HWC.shape[2] == 1 else image_HWC)
         picture.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
-        names[sample] = f"{sample}.png"
+        names[sample] = f"{prefix}{sample}.png"
         picture.save(folder / names[sample], optimize=True)
     return names
 

@@ -106,7 +106,7 @@ def test_a_failing_gallery_does_not_fail_the_run(tmp_path: Path, run: Path, monk
     def broken(*_: object) -> None:
         raise OSError("no space\nleft")
 
-    monkeypatch.setattr(gallery, "_thumbnails", broken)
+    monkeypatch.setattr(gallery, "write_thumbnails", broken)
     notices: list[str] = []
     method = {"name": "infobatch", "prune_ratio": 0.6}
     result = train(run_config(tmp_path, method=method, train={"epochs": 5}), on_notice=notices.append)
