@@ -25,6 +25,8 @@ Shapes: N samples, C classes.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,12 +86,12 @@ def fit_noise(probs: NDArray[Any], labels: NDArray[np.integer[Any]], rng: np.ran
 
     def likelihood(log_sharpness: float) -> float:
         if log_sharpness not in fits:
-            fits[log_sharpness] = _fit_transition(_softmax(logs * np.exp(log_sharpness)), given)
+            fits[log_sharpness] = _fit_transition(_softmax(logs * math.exp(log_sharpness)), given)
         return fits[log_sharpness][0]
 
-    best = _maximum(likelihood, 0.0, float(np.log(_SHARPEST)))
+    best = _maximum(likelihood, 0.0, math.log(_SHARPEST))
     _, transition, joint = fits[best]
-    return NoiseModel(float(np.exp(best)), transition, joint)
+    return NoiseModel(math.exp(best), transition, joint)
 
 
 def _fit_transition(
@@ -130,9 +132,9 @@ def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     return softmax
 
 
-def _maximum(function: Any, low: float, high: float) -> float:
+def _maximum(function: Callable[[float], float], low: float, high: float) -> float:
     """Return where a function with one maximum in an interval is largest, by golden sections."""
-    ratio = (np.sqrt(5.0) - 1.0) / 2.0
+    ratio = (math.sqrt(5.0) - 1.0) / 2.0
     left, right = high - ratio * (high - low), low + ratio * (high - low)
     while high - low > _TOLERANCE:
         if function(left) >= function(right):
@@ -165,4 +167,5 @@ def confident_joint(probs: NDArray[Any], labels: NDArray[np.integer[Any]]) -> ND
     empty = counts.sum(axis=1) == 0
     counts[empty, empty] = 1.0
     joint = counts / counts.sum(axis=1, keepdims=True) * sizes[:, None]
-    return joint / max(1, labels.size)
+    shares: NDArray[np.float64] = joint / max(1, labels.size)
+    return shares

@@ -103,7 +103,8 @@ def label_margins(probs: NDArray[np.float32], labels: NDArray[np.int64]) -> NDAr
     rows = np.arange(labels.size)
     others = probs.copy()
     others[rows, labels] = -1.0
-    return probs[rows, labels] - np.maximum(others.max(axis=1), 0.0)
+    margins: NDArray[np.float32] = probs[rows, labels] - np.maximum(others.max(axis=1), 0.0)
+    return margins
 
 
 def _ensemble(evidence: Evidence, by_model: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -130,7 +131,8 @@ def _confident_joint(evidence: Evidence, by_model: NDArray[np.float64]) -> NDArr
 def _agreement(evidence: Evidence, by_model: NDArray[np.float64]) -> NDArray[np.float64]:
     """The lowest rank of the loss among the runs: a suspect has a high loss in all of them."""
     ranks = np.stack([normal_scores(np.nan_to_num(losses, nan=np.inf)) for losses in evidence.losses])
-    return ranks.min(axis=0)
+    lowest: NDArray[np.float64] = ranks.min(axis=0)
+    return lowest
 
 
 def normal_scores(values: NDArray[Any]) -> NDArray[np.float64]:

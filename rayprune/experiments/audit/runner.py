@@ -204,9 +204,7 @@ def _summary(
         "folds": config.audit.folds,
         "at": config.audit.at,
         "noise_rate": round(model.noise_rate, 6),
-        "noise_rate_confident_joint": round(
-            1.0 - float(np.trace(confident_joint(evidence.held_out, evidence.labels))), 6
-        ),
+        "noise_rate_confident_joint": round(1.0 - float(np.trace(counted)), 6),
         "sharpness": round(model.sharpness, 4),
         "pairs": [
             {
