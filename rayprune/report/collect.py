@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rayprune.errors import RunFolderError, one_line
-from rayprune.report.audit import read_audit_section
+from rayprune.report.audit import Audit, read_audit_section
 from rayprune.report.gallery import read_gallery
 from rayprune.report.plots.experiments import intervals_plot, pareto_plot
 from rayprune.report.plots.style import Plot
@@ -19,6 +19,7 @@ from rayprune.report.tables import Table, arms_table, explanation, sweep_lines, 
 
 _COMPARISON, _SWEEP = ("compare.yaml", "compare.json"), ("sweep.yaml", "results.parquet")  # either file is enough
 _RUN = ("metrics.jsonl", "config.yaml")
+_AUDIT = ("audit.parquet",)
 _MAX_RUNS = 8  # of a group
 
 
@@ -50,6 +51,14 @@ class Group:
 
 
 @dataclass(frozen=True)
+class NamedAudit:
+    """A data audit, and its name among others."""
+
+    name: str
+    audit: Audit
+
+
+@dataclass(frozen=True)
 class Collected:
     """The contents of a report.
 
@@ -58,12 +67,19 @@ class Collected:
         named_runs: the runs that the user named.
         groups: the sweeps and comparisons.
         omissions: what was left out and why, a sentence each.
+        named_audits: the audits in folders that hold no run.
     """
 
     title: str
     named_runs: Sequence[RunRecord]
     groups: Sequence[Group]
     omissions: Sequence[str]
+    named_audits: Sequence[NamedAudit] = ()
+
+    @property
+    def audits(self) -> Sequence[NamedAudit]:
+        """All audits, those of the runs' own data included."""
+        return [*self.named_audits, *(NamedAudit(run.name, run.audit) for run in self.runs if run.audit is not None)]
 
     @property
     def runs(self) -> Sequence[RunRecord]:
@@ -111,6 +127,7 @@ def collect(folders: Sequence[Path]) -> Collected:
     members = _members(folders)
     groups: list[Group] = []
     runs: list[RunRecord] = []
+    audits: list[NamedAudit] = []
     omissions: list[str] = []
     labels = _labels([folder for folder in members if _is_group(folder)])
     labels |= _labels([folder for folder in members if folder not in labels])
@@ -119,8 +136,12 @@ def collect(folders: Sequence[Path]) -> Collected:
             if _is_group(folder):
                 read_group = _read_comparison if _has(folder, _COMPARISON) else _read_sweep
                 groups.append(read_group(folder, name, str(len(groups) or "")))
-            else:
+            elif _has(folder, _RUN):
                 runs.append(_read_whole_run(folder, name))
+            elif (found := read_audit_section(folder)) is not None:
+                audits.append(NamedAudit(name, found))
+            else:
+                runs.append(_read_whole_run(folder, name))  # raises, and says what is missing
         except (OSError, ValueError) as error:
             reason = str(error)
             if isinstance(error, OSError):
@@ -128,11 +149,11 @@ def collect(folders: Sequence[Path]) -> Collected:
             if members[folder]:
                 raise RunFolderError(reason) from None
             omissions.append(f"{name} was left out: {reason}")
-    if not groups and not runs:
+    if not groups and not runs and not audits:
         raise RunFolderError(f"{folders[0]} has nothing that can be shown; {omissions[0]}")
     names = list(dict.fromkeys(folder.resolve().name for folder in folders))
     title = " and ".join(names) if len(folders) <= 2 else f"{len(folders)} results"
-    return Collected(title, runs, groups, omissions)
+    return Collected(title, runs, groups, omissions, audits)
 
 
 def _members(folders: Sequence[Path]) -> dict[Path, bool]:
@@ -151,7 +172,7 @@ def _members(folders: Sequence[Path]) -> dict[Path, bool]:
 def _is_result(folder: Path) -> bool:
     """Return whether a folder is that of a run or a group; False if its permissions do not allow to look."""
     try:
-        return folder.is_dir() and (_has(folder, _RUN) or _is_group(folder))
+        return folder.is_dir() and (_has(folder, (*_RUN, *_AUDIT)) or _is_group(folder))
     except OSError:  # folders of other users, such as lost+found
         return False
 

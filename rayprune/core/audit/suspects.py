@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.core.algorithms.mixture import fit_mixture
 from rayprune.core.audit.noise_model import NoiseModel, fit_noise
 
 _FIT = 5  # keeps the generator of the fit apart from others of the seed
@@ -123,6 +124,16 @@ def _margin(evidence: Evidence, by_model: NDArray[np.float64]) -> NDArray[np.flo
     return -_mean(evidence.margins).astype(np.float64)
 
 
+def _loss_mixture(evidence: Evidence, by_model: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The probability of the upper component of the losses of the same label (Arazo et al., ICML 2019)."""
+    losses = _mean(evidence.losses).astype(np.float64)
+    upper = np.zeros(losses.size)
+    for label in np.unique(evidence.labels):
+        rows = np.flatnonzero(evidence.labels == label)
+        upper[rows] = fit_mixture(losses[rows]).posterior(losses[rows])
+    return upper + 1e-9 * normal_scores(losses)  # among equal ones, the higher loss
+
+
 def _confident_joint(evidence: Evidence, by_model: NDArray[np.float64]) -> NDArray[np.float64]:
     """Confident learning's order: the margins of the label, those that disagree with the joint's class first."""
     return -label_margins(evidence.held_out, evidence.labels).astype(np.float64)
@@ -164,6 +175,7 @@ RULES: dict[str, Callable[[Evidence, NDArray[np.float64]], NDArray[np.float64]]]
     "held_out": _held_out,
     "probability": _probability,
     "margin": _margin,
+    "loss_mixture": _loss_mixture,
     "confident_joint": _confident_joint,
     "agreement": _agreement,
 }

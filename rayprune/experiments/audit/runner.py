@@ -4,6 +4,7 @@
 <run>/fold_1/ …        the runs that score the samples, each a run folder of its own
 <run>/duplicates/      the pass that compares the samples
 <run>/audit.parquet    a row per training sample (`rayprune.sources.audit_files`)
+<run>/audit_gallery/   pictures, or texts and numbers, of the samples to look at
 <run>/audit.json       the noise rate, overall and for each pair of classes, and the numbers of samples in each group
 
 Each part resumes as any run does, so that the same command continues an interrupted audit.
@@ -29,6 +30,7 @@ from rayprune.core.audit.suspects import Evidence, Suspects, find_suspects
 from rayprune.engine.storage.checkpoint import load_selector_state
 from rayprune.engine.storage.resume import run_folder_of
 from rayprune.engine.storage.run_folder import read_metrics, write_whole
+from rayprune.engine.train.audit_gallery import write_audit_gallery
 from rayprune.engine.train.driver import open_splits, train
 from rayprune.errors import ConfigError
 from rayprune.experiments.audit.duplicates import DuplicateScan, find_in_data
@@ -82,7 +84,9 @@ def audit(config: Config, *, debug: bool = False, **listeners: Any) -> Audit:
             np.asarray(source.labels, dtype=np.int64), [_columns(result.folder) for result in runs]
         )
         scan = find_in_data(config, splits, debug=debug, **listeners) if config.audit.duplicates else None
-        return write_findings(config, source, evidence, scan, [result.folder for result in runs])
+        found = write_findings(config, source, evidence, scan, [result.folder for result in runs])
+        write_audit_gallery(splits, found.table, found.folder)
+        return found
 
 
 def digest_of(config: Config) -> str:
