@@ -8,25 +8,25 @@ take out brightness and contrast. Before, the image is moved and zoomed so that 
 are always the same, which takes out about half of a larger shift.
 
 A flip permutes both parts. With s and a the sum and the difference of a descriptor and its permutation, a flip keeps s
-and changes the sign of a; (s, |Wa|) with a matrix W of twice as many orthonormal rows as columns is the same for both.
-As W keeps lengths and | | never lengthens a distance, other changes move (s, |Wa|) by no more than the descriptor.
+and changes the sign of a; (s, |Wa|) is the same for both. W has orthonormal columns and twice as many rows: it keeps
+lengths, and | | never lengthens a distance, so that other changes move (s, |Wa|) by no more than the descriptor.
 
-The radius 0.2 comes from CIFAR-10 (50,000 and 10,000 images, JPEG files of some 300 bytes), with changed copies of 500
-images. The share of copies within a radius, and the share of test images with a training image within it:
+The radius 0.2 comes from CIFAR-10 (50,000 and 10,000 images), with changed copies of 500 images. The share of copies
+within a radius, and the share of test images with a training image within it:
 
     radius                                     0.15     0.2      0.25     0.28
     JPEG of quality 80 / 60                    1 / 1    1 / 1    1 / 1    1 / 1
     flip; noise of 3 gray levels               1; 1     1; 1     1; 1     1; 1
     10 % brighter / darker; contrast × 1.2     ≥ 0.98   ≥ 0.99   ≥ 0.99   ≥ 0.99
-    shift by 1 / 2 pixels, also diagonally     .66/.21  .85/.43  .92/.63  .94/.72
-    cut to 92 % and resized                    .08      .27      .41      .52
+    shift by 1 / 2 pixels, also diagonally     .64/.20  .84/.40  .90/.61  .93/.70
+    cut to 92 % and resized                    .09      .28      .45      .55
     brighter, flipped, shifted and JPEG        .42      .68      .83      .88
     test images with a training image near     1.0 %    1.9 %    3.1 %    4.1 %
 
-Looked at by eye, the 40 closest pairs of a test and a training image are all near-duplicates, and so are about 10, 8, 9,
-6 and 7 of ten pairs at the distances 0.15, 0.175, 0.2, 0.225 and 0.25. About 3.3 % of the test images have one in the
-training data (Barz and Denzler, 2020, arXiv 1902.00423, by a trained network and by eye): at 0.2, about half of those
-are found; most of those that are cut or stretched are not.
+Looked at by eye, the 40 closest pairs of a test and a training image are all near-duplicates, and so are about 10, 8,
+9, 6 and 7 of ten pairs at the distances 0.15, 0.175, 0.2, 0.225 and 0.25. About 3.3 % of the test images have one in
+the training data (Barz and Denzler, 2020, arXiv 1902.00423, by a trained network and by eye): at 0.2, by these counts,
+about half of those are found; most of those that are cut or stretched are not.
 
 Shapes: B batch, C channels, H height, W width, G cells on each side, M maps, F features, D numbers of a descriptor.
 """
