@@ -9,7 +9,7 @@ from rayprune.sources import (  # noqa: F401  # registers the sources
     torchvision,
 )
 from rayprune.sources.adapt import as_source
-from rayprune.sources.base import Column, Concatenated, Limited, SampleSource, Schema, Splits, Subset, holdout
+from rayprune.sources.base import Column, Limited, SampleSource, Schema, Splits, Subset, holdout
 from rayprune.sources.cache import cached_arrays
 from rayprune.sources.huggingface import from_huggingface
 from rayprune.sources.huggingface_columns import columns_from_huggingface
@@ -23,7 +23,6 @@ from rayprune.sources.webdataset import source as _webdataset  # noqa: F401
 __all__ = [
     "SOURCES",
     "Column",
-    "Concatenated",
     "Limited",
     "MemorySource",
     "SampleSource",

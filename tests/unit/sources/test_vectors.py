@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rayprune.errors import DataError
-from rayprune.sources import Concatenated, MemorySource, Schema, Subset, open_data
-from rayprune.sources.base import Column
+from rayprune.sources import MemorySource, Schema, Subset, open_data
+from rayprune.sources.base import Column, Concatenated
 from rayprune.sources.vectors import VectorView, compared_columns
 from tests.support.sources import make_source
 
