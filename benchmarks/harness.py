@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -52,6 +53,53 @@ class Figure:
         name = f"{self.name:<{NAME_WIDTH}} {len(self.values):>3}"
         return f"{name} {self.median:>10.4g}   {spread:<22} {self.goal:<8} {self.holds}"
 
+    def cell(self) -> str:
+        """Return the median, with the spread in parentheses unless all values are equal; NO marks a missed goal."""
+        low, high = min(self.values), max(self.values)
+        spread = f" ({low:.3g} … {high:.3g})" if low < high else ""
+        return f"{self.median:.3g}{spread}" + (f" NO: {self.goal}" if self.holds == "NO" else "")
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head of a Markdown table.
+
+    Attributes:
+        columns: of the rows that follow.
+        holds: "", as a head has no goal.
+    """
+
+    columns: Sequence[str]
+    holds: str = ""
+
+    def row(self) -> str:
+        """Return the head's two lines."""
+        return f"\n| {' | '.join(self.columns)} |\n|{'---|' * len(self.columns)}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Several measured quantities of one subject, as a row of a Markdown table.
+
+    Attributes:
+        name: the subject.
+        figures: one per column; None leaves the cell empty.
+    """
+
+    name: str
+    figures: Sequence[Figure | None]
+
+    @property
+    def holds(self) -> str:
+        """ "NO" if one of the figures misses its goal, "yes" if all hold, or "" without a goal."""
+        verdicts = {figure.holds for figure in self.figures if figure is not None}
+        return next((verdict for verdict in ("NO", "yes") if verdict in verdicts), "")
+
+    def row(self) -> str:
+        """Return the figures' cells after the name."""
+        cells = [self.name, *("" if figure is None else figure.cell() for figure in self.figures)]
+        return f"| {' | '.join(cells)} |"
+
 
 HEADER = f"{'figure':<{NAME_WIDTH}} {'n':>3} {'median':>10}   {'spread':<22} {'goal':<8} holds"
 
@@ -84,11 +132,14 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[f
     return [a / b for a, b in zip(numerators, denominators, strict=True)]
 
 
-def peak_bytes() -> int:
-    """Return the peak memory of this process."""
+def peak_bytes(*, reset: bool = False) -> int:
+    """Return the peak memory of this process; `reset` sets it to the present memory first, where Linux permits."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if reset:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
     # Not ru_maxrss: in a child process it starts at the parent's peak.
     return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
 
