@@ -9,9 +9,10 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -109,6 +110,27 @@ def seconds(action: Callable[[], object]) -> float:
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
+
+
+def cpu_seconds(action: Callable[[], object]) -> float:
+    """Return the CPU seconds of this process, all threads together, that one call takes."""
+    start = time.process_time()
+    action()
+    return time.process_time() - start
+
+
+def one_thread(module: str, *arguments: str) -> Iterator[str]:
+    """Yield the lines that a module prints in a process of its own, which multiplies matrices in one thread.
+
+    Its CPU seconds are thus those of one core that has nothing else to do, whatever else the machine does.
+    """
+    threads = dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1")
+    command = [sys.executable, "-m", module, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | threads) as process:
+        assert process.stdout is not None
+        yield from process.stdout
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
 def repeat(action: Callable[[], object], count: int, warm_up: int = 1) -> list[float]:

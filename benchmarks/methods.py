@@ -5,18 +5,22 @@ heavy tails and grows over the epochs, and all signals follow from it. In each e
 of 65,536 rows sorted by id. A static method chooses after its scoring run, the others in the middle of a run. For
 methods that choose inside batches, the choice in a global batch of 1,024 candidates is measured instead, with the new
 values of their columns. Methods that read vectors are in `benchmarks.vectors`.
+
+Times are CPU seconds with one thread in matrix products.
 """
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.harness import Figure, Head, Row, repeat, seconds
+from benchmarks.harness import Figure, Head, Row, cpu_seconds, one_thread
 from rayprune import Selection, Selector
 from rayprune.core.bases.in_batch import Candidates, InBatchMethod, StepContext
 from rayprune.core.method import EpochContext, Method
@@ -33,8 +37,18 @@ GOAL_S, GOAL_BYTES = "≤ 2", "≤ 64"
 
 def figures() -> Iterator[Head | Row]:
     """Yield a row per method: first those that choose an epoch's samples, then those that choose inside batches."""
+    for line in one_thread("benchmarks.methods"):
+        values = json.loads(line)
+        if "columns" in values:
+            yield Head(values["columns"])
+        else:
+            yield Row(values["name"], [figure and Figure(**figure) for figure in values["figures"]])
+
+
+def measure() -> Iterator[Head | Row]:
+    """Measure the rows in this process."""
     methods = [METHODS[name]() for name in sorted(METHODS)]
-    yield Head(("method", "fold, s", "fold of a sweep, s", "choose, s", "table, B/sample", "choosing, peak B/sample"))
+    yield Head(("method", "fold, s", "fold of a sweep, s", "choose, s", "table, B/sample", "peak, B/sample"))
     for method in methods:
         if not isinstance(method, InBatchMethod) and not reads_vectors(method):
             yield _epoch_row(method)
@@ -58,21 +72,19 @@ def table_bytes(selector: Selector) -> float:
 
 def _epoch_row(method: Method) -> Row:
     selector, folds, sweeps = _observed(method)
-    context = {"num_samples": NUM_SAMPLES, "seed": 0, "labels": selector.labels, "chosen": selector.chosen}
     epoch = selector.num_epochs // 2
+    run = (epoch, selector.num_epochs, NUM_SAMPLES, selector.seed, selector.labels)
 
     def choose() -> Selection:
-        return method.select(
-            selector.table,
-            EpochContext(epoch, selector.num_epochs, visits_before=epoch * NUM_SAMPLES, **context),
-        )
+        context = EpochContext(*run, visits_before=epoch * NUM_SAMPLES, chosen=selector.chosen)
+        return method.select(selector.table, context)
 
     assert (choose().num_kept < NUM_SAMPLES) == (method.name != "full")
     tracemalloc.start()
     choose()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    times = repeat(choose, REPETITIONS)
+    times = [cpu_seconds(choose) for _ in range(REPETITIONS + 1)][1:]
     return Row(
         method.name,
         (
@@ -111,14 +123,14 @@ def _batch_row(method: InBatchMethod, num_classes: int | None) -> Row:
             candidates.update(method)
         assert 0 < rows.size < BATCH
 
-    times = [taken / NUM_PICKS * 1e6 for taken in repeat(choose, REPETITIONS)]
+    times = [cpu_seconds(choose) / NUM_PICKS * 1e6 for _ in range(REPETITIONS + 1)][1:]
     num_bytes = table_bytes(selector) + 4 * len(columns)
     name = method.name if num_classes is None else f"{method.name}, {num_classes:,} classes × {WIDTH}"
     return Row(name, (Figure("fold", folds), Figure("choose", times), Figure("columns", [num_bytes])))
 
 
 def _observed(method: Method) -> tuple[Selector, list[float], list[float]]:
-    """Return a selector that has observed half of a run, and the seconds of each epoch's folds but the first's.
+    """Return a selector that has observed half of a run, and the CPU seconds of each epoch's folds but the first's.
 
     The last of these epochs is observed by forward-only passes, too, so often that they make a median.
     """
@@ -133,14 +145,14 @@ def _observed(method: Method) -> tuple[Selector, list[float], list[float]]:
 
 
 def _fold(selector: Selector, epoch: int, *, sweep: bool = False) -> float:
-    """Return the seconds to fold one observation of every sample."""
+    """Return the CPU seconds to fold one observation of every sample."""
     names, taken = selector.method.sweep_signals if sweep else selector.method.signals, 0.0
     for ids in _pushes():
         if "probs" in names:
             signals = {"probs": _stored_probs(epoch)[: ids.size]}
         else:
             signals = {name: _signals(epoch)[name][ids] for name in names}
-        taken += seconds(lambda signals=signals, ids=ids: selector.observe(ids, signals, epoch, sweep=sweep))
+        taken += cpu_seconds(lambda signals=signals, ids=ids: selector.observe(ids, signals, epoch, sweep=sweep))
     return taken
 
 
@@ -204,3 +216,8 @@ def _batch_signal(name: str, ids: NDArray[np.int64], epoch: int, num_classes: in
         gradients[np.arange(ids.size), _labels()[ids] % num_classes] -= 1.0
         return gradients.astype(np.float32)
     return _signals(epoch)[name][ids]
+
+
+if __name__ == "__main__":
+    for line in measure():
+        print(json.dumps(asdict(line)), flush=True)
