@@ -5,6 +5,7 @@ Machines drift, so alternatives are measured in alternation within one process.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import resource
@@ -57,8 +58,12 @@ class Figure:
     def cell(self) -> str:
         """Return the median, with the spread in parentheses unless all values are equal; NO marks a missed goal."""
         low, high = min(self.values), max(self.values)
-        spread = f" ({low:.3g} … {high:.3g})" if low < high else ""
-        return f"{self.median:.3g}{spread}" + (f" NO: {self.goal}" if self.holds == "NO" else "")
+        spread = f" ({_short(low)} … {_short(high)})" if low < high else ""
+        return f"{_short(self.median)}{spread}" + (f" NO: {self.goal}" if self.holds == "NO" else "")
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
 @dataclass(frozen=True)
@@ -160,7 +165,8 @@ def peak_bytes(*, reset: bool = False) -> int:
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if reset:
-        with suppress(OSError):
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # memory that is free but not yet returned would hide what comes next
             Path("/proc/self/clear_refs").write_text("5")
     # Not ru_maxrss: in a child process it starts at the parent's peak.
     return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))

@@ -55,6 +55,7 @@ def test_a_row_shows_medians_and_says_no_where_a_goal_is_missed() -> None:
     assert row.holds == "NO"
     assert Row("full", figures[1:]).holds == "yes"
     assert Row("full", [None, Figure("s", [1.0])]).holds == ""
+    assert Row("divbs", [Figure("µs", [15_600.4, 999.6])]).row() == "| divbs | 8,300 (1,000 … 15,600) |"
     head = Head(("method", "s", "sweep, s", "bytes"))
     assert head.row().splitlines() == ["", "| method | s | sweep, s | bytes |", "|---|---|---|---|"]
     assert not head.holds
