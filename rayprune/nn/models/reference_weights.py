@@ -26,7 +26,7 @@ rest:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,7 +52,6 @@ def reference_names(model: nn.Module) -> dict[str, str]:
     >>> names["sub_networks.1.blocks.0.layers.1.up.3.weight"]
     'scale_flows.1.0.layers.1.conv_up.net.3.weight'
     """
-    name_of: Callable[[str, str], str]
     if isinstance(model, MSDNet):
         stem_name = "blocks.0.0"
     elif isinstance(model, RANet):
