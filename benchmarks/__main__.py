@@ -1,14 +1,18 @@
-"""Run benchmarks by name, or all but the long ones: `python -m benchmarks [plan actor recording …]`."""
+"""Run benchmarks by name, or all but the long ones: `python -m benchmarks [plan actor recording …]`.
+
+A name is a module of this folder, whose `figures` are printed, or MODULE.FUNCTION for other rows of it.
+"""
 
 from __future__ import annotations
 
 import importlib
 import sys
 import time
+from collections.abc import Iterator
 
 import ray
 
-from benchmarks.harness import HEADER, machine
+from benchmarks.harness import HEADER, Figure, Head, Row, machine
 
 NAMES = (
     *(
@@ -22,15 +26,32 @@ NAMES = (
         "own_dataset",
         "decoding",
         "tdds",
-        "gradients",
-        "geometry",
+        "methods",
+        "vectors",
         "near_duplicates",
         "l2w",
     ),
     *("host", "overhead", "plain", "start", "psp", "scaling", "gpu"),
 )
 # Long or memory-hungry: they run only when named.
-BY_NAME = ("soak", "billion", "verdicts", "gradients_million", "k_center", "near_duplicates_million")
+BY_NAME = (
+    "soak",
+    "billion",
+    "verdicts",
+    "vectors.slow",
+    "vectors.k_center",
+    "vectors.craig",
+    "near_duplicates.million",
+)
+
+
+def figures_of(name: str) -> Iterator[Figure | Head | Row]:
+    """Return the rows of one benchmark."""
+    module, _, function = name.partition(".")
+    rows: Iterator[Figure | Head | Row] = getattr(
+        importlib.import_module(f"benchmarks.{module}"), function or "figures"
+    )()
+    return rows
 
 
 def main() -> int:
@@ -44,7 +65,7 @@ def main() -> int:
     missed = False
     for name in names:
         start = time.perf_counter()
-        for figure in importlib.import_module(f"benchmarks.{name}").figures():
+        for figure in figures_of(name):
             print(figure.row(), flush=True)
             missed |= figure.holds == "NO"
         ray.shutdown()  # the next benchmark gets the whole machine and a Ray of its own

@@ -1,8 +1,8 @@
 """Digits with wrong labels and duplicates, to try `rayprune audit` on; docs/auditing.md walks through it.
 
-    python examples/noisy_digits.py noisy_digits.npz
-    rayprune audit digits_audit data.path=noisy_digits.npz run.name=noisy_digits
-    python examples/noisy_digits.py noisy_digits.npz runs/noisy_digits
+python examples/noisy_digits.py noisy_digits.npz
+rayprune audit digits_audit data.path=noisy_digits.npz run.name=noisy_digits
+python examples/noisy_digits.py noisy_digits.npz runs/noisy_digits
 """
 
 import sys

@@ -11,18 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import vectors
 from benchmarks.__main__ import BY_NAME, NAMES, main
-from benchmarks.harness import HEADER, Figure, alternate
+from benchmarks.harness import HEADER, Figure, Head, Row, alternate
 from benchmarks.images import VARIABLE, load
+from benchmarks.methods import reads_vectors
 from benchmarks.soak import fit_trends
+from rayprune.methods import METHODS
 from rayprune.sources import open_data
 
 
 @pytest.mark.parametrize("name", [*NAMES, *BY_NAME])
 def test_every_name_has_figures(name: str) -> None:
-    module = importlib.import_module(f"benchmarks.{name}")
-    assert not inspect.signature(module.figures).parameters
-    assert module.__doc__
+    module, _, function = name.partition(".")
+    of = importlib.import_module(f"benchmarks.{module}")
+    assert not inspect.signature(getattr(of, function or "figures")).parameters
+    assert of.__doc__
 
 
 def test_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,6 +46,35 @@ def test_the_median_decides(goal: str, holds: str) -> None:
     assert row.startswith("seconds ")
     assert "0.1 … 99" in row
     assert row.index("  3 ") == HEADER.index("  n ")
+
+
+def test_a_row_shows_medians_and_says_no_where_a_goal_is_missed() -> None:
+    figures = Figure("s", [0.1, 0.3, 0.2], "≤ 0.1"), None, Figure("bytes", [4.0], "≤ 8")
+    row = Row("infobatch", figures)
+    assert row.row() == "| infobatch | 0.2 (0.1 … 0.3) NO: ≤ 0.1 |  | 4 |"
+    assert row.holds == "NO"
+    assert Row("full", figures[1:]).holds == "yes"
+    assert Row("full", [None, Figure("s", [1.0])]).holds == ""
+    assert Row("divbs", [Figure("µs", [15_600.4, 999.6])]).row() == "| divbs | 8,300 (1,000 … 15,600) |"
+    head = Head(("method", "s", "sweep, s", "bytes"))
+    assert head.row().splitlines() == ["", "| method | s | sweep, s | bytes |", "|---|---|---|---|"]
+    assert not head.holds
+
+
+def test_every_method_has_a_row() -> None:
+    scalars = {name for name, cls in METHODS.items() if not reads_vectors(cls())}
+    cases = Counter(case.method["name"] for case in (*vectors.CASES, *vectors.SLOW))
+    assert cases.keys() == METHODS.keys() - scalars
+    assert set(cases.values()) == {1}
+    assert scalars >= {"infobatch", "tdds", "divbs"}
+
+
+@pytest.mark.parametrize("name", ["moderate", "infomax", "glister"])
+def test_a_vector_method_is_measured_at_any_size(name: str) -> None:
+    values = vectors.measure(vectors.Case({"name": name}, num_samples=300, num_classes=5, width=4))
+    assert list(values) == list(vectors.COLUMNS[1:])
+    assert values["disk, B/sample"] == 4 * {"glister": 5}.get(name, 4)
+    assert all(value >= 0 for value in values.values())
 
 
 def test_measurements_alternate_and_warm_up_rounds_are_dropped() -> None:

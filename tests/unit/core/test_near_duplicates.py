@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from rayprune.core.near_duplicates import NearDuplicates
 
 from rayprune.core.algorithms.near_duplicates import ACROSS, NONE, WITHIN
-from rayprune.core.near_duplicates import NearDuplicates
 from rayprune.core.selector import Selector
 from rayprune.errors import ConfigError
 from rayprune.methods import METHODS, build_method
