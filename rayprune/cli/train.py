@@ -158,7 +158,8 @@ class RunDisplay:
         stop = config.train.stop_after
         length = f", {stop} of {config.train.epochs} epochs" if stop else ""
         say(
-            f"{start.folder.name}: {config.method['name']} on {config.data.source}, {config.model.name}{length}, "
+            f"{start.folder.name}: {short_name(config.method['name'])} on {short_name(config.data.source)}, "
+            f"{short_name(config.model.name)}{length}, "
             f"{workers if most else 'in this process'}, stream {resources.stream} ({resources.stream_reason})"
         )
         before = [line for line in read_metrics(start.folder) if line["epoch"] < first]
@@ -190,6 +191,11 @@ class RunDisplay:
         if planned:
             done = epoch + observed / planned
             self._bar.update(self._task, completed=done, description=f"epoch {epoch + 1}/{self._num_epochs}")
+
+
+def short_name(name: str) -> str:
+    """Return a built-in name, or what a reference names."""
+    return name.rpartition(":")[2]
 
 
 EPOCH_HEAD = "epoch  requested  pruned  train loss  val acc  samples/s  train s   saved"

@@ -35,7 +35,6 @@ from rayprune.report.plots.style import (
     with_looks,
 )
 from rayprune.report.read import RunRecord
-from rayprune.report.text import count_of
 
 _DASHES = {"-": "none", "--": "6 3", "-.": "9 3 2 3"}  # of an SVG line
 
@@ -129,7 +128,8 @@ def _lead(collected: Collected) -> str:
     """Return a description of the page: its groups and runs with their data and models."""
     parts = [(f"a {group.kind}", _trained_on(group.runs)) for group in collected.groups]
     if collected.named_audits:
-        parts.append((count_of(len(collected.named_audits), "data audit"), ""))
+        number = len(collected.named_audits)
+        parts.append(("a data audit" if number == 1 else f"{number} data audits", ""))
     if runs := collected.named_runs:
         name = f"{runs[0].setting('method', 'name')}, {runs[0].progress}"
         one = f"a run of {name}" if collected.groups or collected.named_audits else name

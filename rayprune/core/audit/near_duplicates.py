@@ -5,6 +5,7 @@ Shapes: N samples, d numbers of an embedding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ class NearDuplicates(EmbeddingMethod):
         num_train: how many samples, from the first on, are training samples; the others validate. null for all.
         standardize: give each number of the embeddings the same variance, as for features; else embeddings are divided
             by their lengths.
+        relative: τ is at most this share of the median distance to the k-th nearest sample, so that data that are all
+            alike, such as digits, are not all duplicates; null for no such bound.
         neighbor: k of the distance to the k-th nearest sample, by which outliers are measured.
     """
 
@@ -41,12 +44,15 @@ class NearDuplicates(EmbeddingMethod):
     radius: float = 0.2
     num_train: int | None = None
     standardize: bool = False
+    relative: float | None = None
     neighbor: int = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.radius >= 0:
             raise ConfigError(f"radius {self.radius} must be at least 0")
+        if self.relative is not None and not self.relative > 0:
+            raise ConfigError(f"relative {self.relative} must be above 0, or null")
         if self.neighbor < 1:
             raise ConfigError(f"neighbor {self.neighbor} must be at least 1")
 
@@ -66,8 +72,9 @@ class NearDuplicates(EmbeddingMethod):
         """Return the columns of `Duplicates`, and the outlier score, a robust z-score in the sample's class."""
         points = Standardized(embeddings) if self.standardize else Points(embeddings, unit=True)
         num_train = len(points) if self.num_train is None else self.num_train
-        found = duplicates_of(points, num_train, self.radius)
         distances = knn_distance(points, self.neighbor, seed=context.seed)
+        bound = math.inf if self.relative is None else self.relative * float(np.nanmedian(distances))
+        found = duplicates_of(points, num_train, min(self.radius, bound))
         return {
             "duplicate_of": found.of,
             "duplicate_split": found.split,

@@ -31,6 +31,8 @@ FOLDER = "duplicates"
 # The largest distance of near-duplicates, for vectors whose lengths are about 1. That of images is measured (see
 # `rayprune.nn.descriptors`). Rows of numbers are equal but for rounding. Of texts, 9 of 10 words and word pairs agree.
 RADIUS: dict[Kind, float] = {"image": 0.2, "features": 1e-3, "text": 0.45}
+# Images of one data set may all be alike. In CIFAR-10, 0.2 is this share of the median distance to the 10th neighbor.
+RELATIVE = 0.26
 
 _METHOD = "rayprune.core.audit.near_duplicates:NearDuplicates"
 _EMBEDDER = "rayprune.nn.descriptors:embedder"
@@ -99,6 +101,7 @@ def scan_config(config: Config, kind: Kind, num_train: int, radius: float) -> Co
         "radius": radius,
         "num_train": num_train,
         "standardize": kind == "features",
+        "relative": RELATIVE if kind == "image" else None,
         "storage": "float32" if kind == "features" else "float16",
     }
     collect = {"embedder": _EMBEDDER}

@@ -174,7 +174,7 @@ def _texts(
         own, learned = statistics["held_out_probability"][row], statistics["correct"][row]
         if group[row] == "wrong_label":
             likely = named(int(suspects.suggested[row]))
-            texts[row] = f"{named(int(labels[row]))} has {own:.2f} out of fold, {likely} is likely"
+            texts[row] = f"{named(int(labels[row]))} has probability {own:.2f} out of fold, {likely} is likely"
         elif group[row] in ("leak", "duplicate"):
             texts[row] = f"similarity {statistics['similarity'][row]:.3f}"
         elif group[row] == "outlier":
