@@ -80,13 +80,17 @@ def audit(config: Config, *, debug: bool = False, **listeners: Any) -> Audit:
     folder = ExperimentFolder(run_folder_of(config), "audit.yaml", digest_of)
     with folder.open(config):
         runs = [train(config.auditing(number), debug=debug, **listeners) for number in range(config.audit.folds)]
-        evidence = Evidence.of_runs(
-            np.asarray(source.labels, dtype=np.int64), [_columns(result.folder) for result in runs]
-        )
+        evidence = evidence_of(config, np.asarray(source.labels))
         scan = find_in_data(config, splits, debug=debug, **listeners) if config.audit.duplicates else None
         found = write_findings(config, source, evidence, scan, [result.folder for result in runs])
         write_audit_gallery(splits, found.table, found.folder)
         return found
+
+
+def evidence_of(config: Config, labels: NDArray[np.integer[Any]]) -> Evidence:
+    """Return what the finished runs of an audit have observed of samples with these labels, (N,)."""
+    folders = [run_folder_of(config.auditing(number)) for number in range(config.audit.folds)]
+    return Evidence.of_runs(labels.astype(np.int64), [_columns(folder) for folder in folders])
 
 
 def digest_of(config: Config) -> str:
