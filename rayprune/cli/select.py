@@ -253,8 +253,8 @@ def _select(
     if num_missing and not drop_missing:
         first = np.flatnonzero(np.isnan(scores))[:5].tolist()
         raise ConfigError(
-            f"{num_missing} of {stored.num_samples} samples have no {name}, first ids {first}, perhaps never visited: "
-            "leave them out with --drop-missing"
+            f"{num_missing} of {stored.num_samples} samples have no {name}, first ids {first}, perhaps never visited "
+            "or not kept by the method: leave them out with --drop-missing"
         )
     if count > scored.size:
         raise ConfigError(f"--keep {keep} means {count} samples, but only {scored.size} have a {name}: keep fewer")

@@ -95,18 +95,28 @@ class Vectors:
         self._file, self.seen = None, np.zeros(0, dtype=bool)
 
     def _make(self, length: int) -> NDArray[Any]:
-        folder, size = tempfile.gettempdir(), self._num_samples * length * np.dtype(self._storage).itemsize
-        free = shutil.disk_usage(folder).free
+        size, folder = check_disk(self.name, self._num_samples, length, self._storage), tempfile.gettempdir()
         text = f"{self.name} of {self._num_samples:,} samples, {length} numbers each, in {self._storage}"
-        if size > free:
-            half = ", or method.storage=float16" if self._storage == "float32" else ""
-            raise ConfigError(
-                f"{text}, takes {size / 2**30:.1f} GiB, and {folder} has {free / 2**30:.1f} GiB free: set TMPDIR to a "
-                f"folder with more room{half}"
-            )
         logger.info("%s: %.1f MiB in %s", text, size / 2**20, folder)
         # Without a name on the disk, so that it goes with the process, however that ends.
         with tempfile.TemporaryFile(dir=folder) as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows now, not as a SIGBUS later
             return np.memmap(file, dtype=self._storage, mode="w+", shape=(self._num_samples, length))
+
+
+def check_disk(name: str, num_samples: int, length: int, storage: Storage) -> int:
+    """Return the bytes of one vector per sample.
+
+    Raises:
+        ConfigError: the temporary folder of this machine has less room.
+    """
+    folder, size = tempfile.gettempdir(), num_samples * length * np.dtype(storage).itemsize
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        half = ", or method.storage=float16" if storage == "float32" else ""
+        raise ConfigError(
+            f"{name} of {num_samples:,} samples, {length} numbers each, in {storage}, takes {size / 2**30:.1f} GiB, "
+            f"and {folder} has {free / 2**30:.1f} GiB free: set TMPDIR to a folder with more room{half}"
+        )
+    return size

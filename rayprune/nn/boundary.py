@@ -77,8 +77,9 @@ def last_linear(model: nn.Module, example: Tensor) -> str:
     last = next(reversed(outputs), None)
     reason = f"the output of its last one, {last!r}, is changed afterwards" if last is not None else "it calls none"
     raise ConfigError(
-        f"the model's logits are not the output of an nn.Linear ({reason}): boundaries and proxies need one, so let "
-        "forward() return that layer's output unchanged, or choose signals and options that need none"
+        f"the model's logits are not the output of an nn.Linear ({reason}): boundaries, embeddings, "
+        "last-layer gradients and proxies need one, so let forward() return that layer's output unchanged, or choose "
+        "signals and options that need none"
     )
 
 

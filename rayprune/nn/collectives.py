@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -42,3 +44,13 @@ class Ranks:
         parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.number)]
         torch.distributed.all_gather(parts, tensor.detach().contiguous())
         return torch.cat(parts)
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors with those of rank 0, in one operation; all ranks pass the same dtype and shapes."""
+        own = list(tensors)
+        if self.number == 1 or not own:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in own])
+        torch.distributed.broadcast(flat, src=0)
+        for tensor, part in zip(own, flat.split([tensor.numel() for tensor in own]), strict=True):
+            tensor.copy_(part.view_as(tensor))

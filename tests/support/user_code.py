@@ -339,6 +339,38 @@ def embedder() -> nn.Module:
     return Doubled()
 
 
+class Faulty(nn.Module):
+    """Return what `make` makes of the inputs."""
+
+    def __init__(self, make: Callable[[torch.Tensor], object]) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, inputs: torch.Tensor) -> object:
+        """Make."""
+        return self.make(inputs)
+
+
+def flat_embedder() -> nn.Module:
+    """Return one number, and no vector, for each sample."""
+    return Faulty(lambda inputs: inputs.flatten(1).sum(1))
+
+
+def empty_embedder() -> nn.Module:
+    """Return vectors of length 0."""
+    return Faulty(lambda inputs: inputs.flatten(1)[:, :0])
+
+
+def nan_embedder() -> nn.Module:
+    """Return NaN for the first sample."""
+    return Faulty(lambda inputs: inputs.flatten(1).index_fill(0, torch.tensor([0]), float("nan")))
+
+
+def picky_embedder() -> nn.Module:
+    """Take no inputs."""
+    return Faulty(lambda inputs: torch.einsum("bcdef->bc", inputs))
+
+
 @dataclass(frozen=True)
 class BrokenFold(Method):
     """Fail on the first observation."""

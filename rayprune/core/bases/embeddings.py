@@ -165,8 +165,9 @@ class RankedMethod(EmbeddingMethod):
             raise ConfigError(
                 f"the scoring run ranked {ids.size} samples, not {count}: score again with this prune_ratio"
             )
-        return ids, None, {"score": f"{self.name}_rank"}
+        return ids, None, {"score": f"{self.name}_priority"}
 
     def scores(self, table: ScoreTable) -> dict[str, NDArray[Any]]:
-        """Return the rank; NaN for samples that are not kept."""
-        return {f"{self.name}_rank": np.where(table["rank"] > 0, table["rank"], np.float32(np.nan))}
+        """Return the priority: 1 for the last sample taken and higher for earlier ones; NaN for those not kept."""
+        rank = table["rank"].astype(np.float32)
+        return {f"{self.name}_priority": np.where(rank > 0, rank.max(initial=0.0) + 1.0 - rank, np.float32(np.nan))}

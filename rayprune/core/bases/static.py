@@ -172,8 +172,8 @@ class ScoredMethod(StaticMethod):
         score_epochs: T ≥ 1, the number of epochs of the scoring run.
         rule: which scores to keep: the highest (top), the lowest (bottom), those around the median (middle), or a draw
             from num_strata bins of equal width (strata); null for the method's own.
-        drop_hardest: share of all samples, in [0, 1), never kept: the end of the scores that the method's own rule
-            keeps first (CCS calls it the mislabeled share); with it, the rule applies to the rest.
+        drop_hardest: share of all samples, at most prune_ratio, never kept: the end of the scores that the method's own
+            rule keeps first (CCS calls it the mislabeled share); with it, the rule applies to the rest.
         balance: `proportional` keeps the same share of every class, `even` the same number, `drop` more of the classes
             with a low recall on validation data (DRoP); `none` ignores classes.
         num_strata: S, for the rule strata.
@@ -201,6 +201,8 @@ class ScoredMethod(StaticMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share("drop_hardest", self.drop_hardest)
+        if self.drop_hardest > self.prune_ratio:
+            raise ConfigError(f"drop_hardest {self.drop_hardest} is above prune_ratio {self.prune_ratio}: lower it")
         if self.num_strata < 1:
             raise ConfigError(f"num_strata {self.num_strata} is below 1")
         if self.drop_hardest and self.keep == "middle":
@@ -234,12 +236,6 @@ class ScoredMethod(StaticMethod):
     ) -> tuple[Ids, NDArray[np.float32] | None, dict[str, Any]]:
         """Choose by the scores; among equal ones the lower ids are kept."""
         name, rule, scores = self.score_name or self.name, self.rule or self.keep, self.final_score(table, context)
-        most = context.num_samples - num_pruned(self.drop_hardest, context.num_samples)
-        if count > most:
-            raise ConfigError(
-                f"drop_hardest {self.drop_hardest} leaves {most} samples and prune_ratio {self.prune_ratio} keeps "
-                f"{count}: lower drop_hardest"
-            )
         hardest_are_high = self.keep == "top"
         ids = choose(
             scores,

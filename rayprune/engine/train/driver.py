@@ -58,6 +58,7 @@ from rayprune.engine.train.preflight import (
     check_method,
     check_model,
     check_sizes,
+    check_vectors,
     forward_flops,
     input_spec,
     notices,
@@ -322,6 +323,7 @@ def _run(config: Config, splits: Splits, setup: SelectionSetup, listeners: Liste
         if listeners.on_start is not None:
             listeners.on_start(Start(config, resources, folder, start_epoch))
         if start_epoch < config.last_epoch:
+            check_vectors(config, spec, len(splits.train), setup.method)
             for line in notices(config, spec, len(splits.train), setup.method, resources.use_gpu):
                 listeners.on_notice(line)
             if isinstance(splits.train, Relabeled):

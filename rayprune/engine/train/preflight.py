@@ -14,7 +14,7 @@ import torch
 from rayprune.config import Config
 from rayprune.core.selector import Selector
 from rayprune.core.validation import plain
-from rayprune.core.vectors import VectorColumn
+from rayprune.core.vectors import VectorColumn, check_disk
 from rayprune.engine.train.build import (
     InputSpec,
     StepSettings,
@@ -27,7 +27,7 @@ from rayprune.engine.train.build import (
     read_column,
     recorded_signals,
 )
-from rayprune.errors import ConfigError
+from rayprune.errors import ConfigError, RaypruneError, one_line
 from rayprune.methods import Method
 from rayprune.methods.fixed import Fixed
 from rayprune.nn.augment import Augment, channels_first
@@ -108,7 +108,7 @@ def check_memory(method: Method, num_classes: int, num_samples: int) -> None:
     """
     row_bytes = 0
     for spec in method.columns().values():
-        if isinstance(spec, VectorColumn):  # on the disk, which is checked when the first vectors come
+        if isinstance(spec, VectorColumn):  # on the disk
             continue
         dtype, shape = spec if isinstance(spec, tuple) else (spec, ())
         # A vector of unknown length has an entry per class.
@@ -164,8 +164,20 @@ def _check_step(config: Config, model: torch.nn.Module, spec: InputSpec, method:
         if settings.name == "l2w":
             _check_halves(config, model, spec)
         _try_signals(config, model, spec, settings)
-    except ValueError as error:
+    except Exception as error:
+        if settings.name == "embed":
+            raise _embedder_error(config, spec, error) from error
+        if not isinstance(error, ValueError):
+            raise
         raise ConfigError(f"method {method.name!r} can't train model {config.model.name!r}: {error}") from None
+
+
+def _embedder_error(config: Config, spec: InputSpec, error: Exception) -> Exception:
+    """Return rayprune's own error as it is, and any other with the embedder's name."""
+    if isinstance(error, RaypruneError):
+        return error
+    what = f"collect.embedder {config.collect.embedder!r}"
+    return ConfigError(f"{what} can't take a batch of 2 × {spec.shape}: {type(error).__name__}: {one_line(error)}")
 
 
 def _try_signals(
@@ -221,11 +233,7 @@ def notices(config: Config, spec: InputSpec, num_samples: int, method: Method, u
         )
     if line := _negative_weights(config, spec):
         lines.append(line)
-    vectors = {name: column for name, column in method.columns().items() if isinstance(column, VectorColumn)}
-    lengths: dict[str, int] = {}
-    if vectors:
-        signals = _try_signals(config, new_model(config, spec), spec, StepSettings.of(method, config))
-        lengths = {name: signals[name][0].numel() for name in vectors}
+    vectors, lengths = _vectors(config, spec, method)
     for name, column in vectors.items():
         size = num_samples * lengths[name] * np.dtype(column.storage).itemsize / 2**20
         lines.append(
@@ -241,6 +249,29 @@ def notices(config: Config, spec: InputSpec, num_samples: int, method: Method, u
                 "the ScoreActor dies, the run resumes from its last checkpoint"
             )
     return lines
+
+
+def check_vectors(config: Config, spec: InputSpec, num_samples: int, method: Method) -> None:
+    """Refuse vectors that do not fit on this machine's disk, where the ScoreActor is if there are no workers.
+
+    With workers, the ScoreActor checks its own machine when the first vectors come.
+
+    Raises:
+        ConfigError: names the size and the cure.
+    """
+    if config.scaling.num_workers == 0:
+        vectors, lengths = _vectors(config, spec, method)
+        for name, column in vectors.items():
+            check_disk(name, num_samples, lengths[name], column.storage)
+
+
+def _vectors(config: Config, spec: InputSpec, method: Method) -> tuple[dict[str, VectorColumn], dict[str, int]]:
+    """Return a method's columns of vectors, and how many numbers each vector has."""
+    vectors = {name: column for name, column in method.columns().items() if isinstance(column, VectorColumn)}
+    if not vectors:
+        return {}, {}
+    signals = _try_signals(config, new_model(config, spec), spec, StepSettings.of(method, config))
+    return vectors, {name: signals[name][0].numel() for name in vectors}
 
 
 def _negative_weights(config: Config, spec: InputSpec) -> str:

@@ -56,13 +56,20 @@ class EmbedStep(PlainStep):
             self._relative_cost = num_macs(self._embedder, inputs[:1]) / max(1, num_macs(network, inputs[:1]))
         with self._mixed(inputs):
             embeddings = self._embedder(inputs)
-        if not isinstance(embeddings, Tensor) or embeddings.shape[:1] != inputs.shape[:1]:
+        is_tensor = isinstance(embeddings, Tensor) and embeddings.ndim > 1 and embeddings.numel() > 0
+        if not is_tensor or embeddings.shape[:1] != inputs.shape[:1]:
             got = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
             raise ConfigError(
                 f"collect.embedder {self._name!r} returned {got} for {inputs.shape[0]} samples: return (B, D)"
             )
+        embeddings_BD = embeddings.detach().flatten(1).float()
+        if faulty := int((~embeddings_BD.isfinite().all(dim=1)).sum()):
+            raise ConfigError(
+                f"collect.embedder {self._name!r} returned NaN or infinite numbers for {faulty} of "
+                f"{inputs.shape[0]} samples: correct the network, or use another one"
+            )
         zeros_B = torch.zeros(inputs.shape[0], device=embeddings.device)
-        return {"loss": zeros_B, "correct": zeros_B, "embedding": embeddings.detach().flatten(1).float()}
+        return {"loss": zeros_B, "correct": zeros_B, "embedding": embeddings_BD}
 
     def relative_cost(self, part: str = "model") -> float:
         """Return the embedder's multiply-adds relative to the network's."""

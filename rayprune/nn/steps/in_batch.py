@@ -162,6 +162,9 @@ class InBatchStep(PlainStep):
         """Return the signals of this rank's real rows, (B, …) with 0 for padding."""
         in_eval_mode = self._method.candidates_in_eval_mode
         self._set_mode(training=not in_eval_mode)
+        if in_eval_mode:
+            # Ranks have running statistics of their own until DDP's next training pass; a resumed run has rank 0's.
+            self._ranks.broadcast(buffer for buffer in self._module.buffers() if buffer.is_floating_point())
         scored = np.flatnonzero(real_B)
         least = 1 if in_eval_mode else self._least_rows
         if scored.size < least:

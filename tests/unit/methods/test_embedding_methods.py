@@ -67,10 +67,11 @@ def once(cls: Any, **options: Any) -> Any:
 def test_herding_equals_the_textbook_and_not_the_argmax() -> None:
     stored = golden("deepcore_geometry")
     selector = scored(once(Herding, prune_ratio=50 / 60), stored["X"])
-    rank = selector.scores()["herding_rank"]
-    order = np.argsort(rank)[:10]
+    priority = selector.scores()["herding_priority"]
+    order = np.argsort(-priority)[:10]
     assert order.tolist() == stored["herding_argmin_order"].tolist()
-    assert np.isnan(rank).sum() == 50
+    assert np.isnan(priority).sum() == 50
+    assert np.nanmin(priority) == 1
     assert sorted(order.tolist()) != stored["herding_deepcore_argmax"].tolist()
     # The argmax keeps outliers, whose mean is far off.
     mean = stored["X"].mean(axis=0)
@@ -188,7 +189,7 @@ def test_d2_by_hand() -> None:
     options = {"difficulty": "el2n", "neighbors": 1, "gamma": 1.0}
     selector = scored(once(D2, prune_ratio=0.25, **options), vectors, swept={"el2n": np.array(difficulty)})
     assert selector.begin_epoch(1).ids.tolist() == [0, 2, 3]
-    assert selector.scores()["d2_rank"].tolist()[::2] == [1, 2]
+    assert selector.scores()["d2_priority"].tolist()[::2] == [3, 2]
     # Without messages, the most difficult are kept.
     hardest = kept(once(D2, prune_ratio=0.25, difficulty="el2n", neighbors=0), vectors, swept={"el2n": difficulty})
     assert hardest == [0, 1, 2]
@@ -236,8 +237,8 @@ def test_d2_equals_a_naive_transcription(neighbors: int, gamma: float) -> None:
         ids = selector.begin_epoch(3).ids
         aum = margin.astype(np.float64).mean(axis=0)
         expected = naive_d2(vectors.astype(np.float64), aum.max() - aum, 16, min(neighbors, 39), gamma)
-        rank = selector.scores()["d2_rank"]
-        assert ids[np.argsort(rank[ids])].tolist() == expected
+        priority = selector.scores()["d2_priority"]
+        assert ids[np.argsort(-priority[ids])].tolist() == expected
 
 
 def test_d2_drops_the_hardest_and_balances() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rayprune.config import Config
 from rayprune.engine.train.build import build_network
 from rayprune.engine.train.driver import RunResult, open_splits, train
 from rayprune.engine.train.preflight import input_spec
-from rayprune.errors import TrainingPaused
+from rayprune.errors import ConfigError, TrainingPaused
 from rayprune.nn.boundary import last_linear
 from rayprune.nn.steps.embed import load_embedder
 from rayprune.sources.selection_files import read_selection_file
@@ -85,6 +86,19 @@ def test_embeddings_are_condensed_and_in_no_checkpoint(tmp_path: Path, storage: 
     assert f"the embedding of each sample, {inputs.shape[1]} numbers in {storage}, takes" in line
 
 
+def test_vectors_that_do_not_fit_on_the_disk_are_refused_before_the_scoring_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    config, lines = static(tmp_path, user("NearTheMean")), list[dict[str, Any]]()
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda folder: usage(100, 90, 10))
+        with pytest.raises(ConfigError, match=r"embedding of .*: set TMPDIR to a folder with more room"):
+            train(config, on_epoch=lines.append)
+    assert not lines
+    train(config)
+
+
 def test_a_paused_scoring_run_with_vectors_ends_as_if_it_had_not_paused(tmp_path: Path) -> None:
     slow = {"model": {"name": user("faulty"), "pause_s": 0.05}, "method": {"score_epochs": 2}}
     whole = train(static(tmp_path / "whole", user("NearTheMean"), **slow))
@@ -132,6 +146,20 @@ def test_a_pretrained_network_embeds_without_training(tmp_path: Path) -> None:
             {},
             {"embedder": "torchvision:resnet"},
             "unknown torchvision model 'resnet': did you mean",
+        ),
+        (
+            user("NearTheMean"),
+            {},
+            {"embedder": user("flat_embedder")},
+            r"returned \(2,\) for 2 samples: return \(B, D\)",
+        ),
+        (user("NearTheMean"), {}, {"embedder": user("empty_embedder")}, r"returned \(2, 0\) for 2 samples: return"),
+        (user("NearTheMean"), {}, {"embedder": user("nan_embedder")}, "returned NaN or infinite numbers for 1 of 2"),
+        (
+            user("NearTheMean"),
+            {},
+            {"embedder": user("picky_embedder")},
+            r"^collect\.embedder '.*picky_embedder' can't take a batch of 2 × \(.*\): RuntimeError: einsum",
         ),
         (
             user("NearTheMean"),

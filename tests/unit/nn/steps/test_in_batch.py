@@ -371,9 +371,24 @@ def one_rank(rank: int, world_size: int, folder: str) -> None:
         torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     results = {name: steps_on(rank, world_size, name, mlp()) for name in METHODS}
     results["normed"] = steps_on(rank, world_size, "rho", WithHead())
+    results["losses"] = losses_with_own_statistics(rank, world_size)
     torch.save(results, f"{folder}/{world_size}-{rank}.pt")
     if world_size > 1:
         torch.distributed.destroy_process_group()
+
+
+def losses_with_own_statistics(rank: int, world_size: int) -> list[float]:
+    """Return the scored losses of this rank's rows, with running statistics that are its own."""
+    network = WithHead()
+    for buffer in network.buffers():
+        if buffer.is_floating_point():
+            buffer += rank
+    wrapped = nn.parallel.DistributedDataParallel(network, init_sync=False) if world_size > 1 else network
+    method = build_method({"name": "rho", **METHODS["rho"]})
+    assert isinstance(method, InBatchMethod)
+    size = 12 // world_size
+    step = step_of(wrapped, method, columns=columns_of(method), head="fc")
+    return take(step, batch(), slice(rank * size, (rank + 1) * size))["loss"].tolist()
 
 
 def steps_on(rank: int, world_size: int, name: str, network: nn.Module) -> dict[str, Any]:
@@ -437,3 +452,9 @@ def test_ranks_without_rows_go_along_with_batch_normalization(ranks: dict[int, l
         assert value.isfinite().all()
         if "running" not in key:  # those of rank 0 are validated and saved
             torch.testing.assert_close(value, second["network"][key], rtol=1e-9, atol=1e-12)
+
+
+def test_candidates_are_scored_with_the_running_statistics_of_rank_0(ranks: dict[int, list[dict[str, Any]]]) -> None:
+    alone = ranks[1][0]["losses"]
+    for size in (2, 3):
+        assert [loss for rank in ranks[size] for loss in rank["losses"]] == pytest.approx(alone, rel=1e-6)
