@@ -71,8 +71,8 @@ def test_a_dropped_sample_comes_back_when_its_loss_falls() -> None:
     losses = np.full((6, 10), 0.5, dtype=np.float32)
     losses[0, 4] = losses[3:, 7] = 4.0
     losses[1:, 4] = 0.0
-    found = selections(losses, noise_rate=0.1, ramp_epochs=1)
-    assert [dropped(selection) for selection in found] == [[], [4], [4], [9], [7], [7]]
+    found = selections(losses, noise_rate=0.1, ramp_epochs=1, ema=1.0)
+    assert [dropped(selection) for selection in found] == [[], [4], [9], [9], [7], [7]]
 
 
 def noisy_losses(num: int, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -134,16 +134,16 @@ def test_wrong_hyperparameters_are_refused(options: dict[str, Any], message: str
 # Trainings on digits, some of whose labels are wrong
 
 
-def run_on(folder: Path, name: str, wrong_share: float, seed: int, **method: Any) -> tuple[RunResult, np.ndarray]:
+def run_on(folder: Path, run: str, wrong_share: float, seed: int, **method: Any) -> tuple[RunResult, np.ndarray]:
     """Train on digits with wrong labels, and return the run and which are wrong."""
     source, rng = open_data("digits").train, np.random.default_rng(seed)
     wrong = rng.random(len(source)) < wrong_share
     labels = np.where(wrong, (source.labels + rng.integers(1, 10, len(source))) % 10, source.labels)
     table = AuditTable(source.labels, wrong, suggested_label=labels)
-    audit = write_audit(folder / f"{name}.parquet", table, source.fingerprint)
+    audit = write_audit(folder / f"{run}.parquet", table, source.fingerprint)
     config = run_config(
         folder,
-        name,
+        run,
         data={"limit": None, "relabel": str(audit)},
         train={"epochs": 20, "batch_size": 64, "seed": seed, "validate_every": 20},
         optim={"lr": 0.05},
