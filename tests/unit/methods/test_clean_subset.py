@@ -144,8 +144,8 @@ def run_on(folder: Path, run: str, wrong_share: float, seed: int, **method: Any)
     config = run_config(
         folder,
         run,
-        data={"limit": None, "relabel": str(audit)},
-        train={"epochs": 20, "batch_size": 64, "seed": seed, "validate_every": 20},
+        data={"limit": None, "relabel": str(audit), "augment": {}},
+        train={"epochs": 40, "batch_size": 64, "seed": seed, "validate_every": 40},
         optim={"lr": 0.05},
     )
     return train(config.model_copy(update={"method": build_method(method).to_config()})), wrong
@@ -158,7 +158,7 @@ def test_most_wrong_labels_are_dropped_and_accuracy_rises(tmp_path: Path, option
         full, _ = run_on(tmp_path, f"full{seed}", 0.4, seed, name="full")
         clean, wrong = run_on(tmp_path, f"clean{seed}", 0.4, seed, name="clean_subset", **options)
         gains.append(clean.metrics[-1]["val_accuracy"] - full.metrics[-1]["val_accuracy"])
-        selection = read_selection(clean.folder, 19)
+        selection = read_selection(clean.folder, 39)
         assert selection.facts["noise_rate"] == pytest.approx(wrong.mean(), abs=0.1)
         drops = selection.codes == 0
         assert drops[wrong].mean() > 0.8
