@@ -51,7 +51,8 @@ class CleanSubset(DynamicMethod):
     Args:
         noise_rate: τ in [0, 1), the share of wrong labels; null estimates it from the losses after the warm-up.
         ramp_epochs: T_k, the epochs until the whole share τ is dropped, at least 1.
-        warmup_epochs: epochs on all samples before the noise rate is estimated, at least 1; not used with a number.
+        warmup_epochs: epochs on all samples before the noise rate is estimated, at least 1; the network must have
+            learned most clean samples by then, or the estimate is too high. Not used with a number.
         per_class: estimate and drop a share of each class for itself; a number is then the share of every class.
         ema: a in (0, 1], the share of the newest loss in the moving average; 1 = the last loss.
         anneal_start: δ in [0, 1]; from epoch floor(δE) on the run trains on all samples; 1 = never.
@@ -63,7 +64,7 @@ class CleanSubset(DynamicMethod):
 
     noise_rate: float | None = None
     ramp_epochs: int = 10
-    warmup_epochs: int = 5
+    warmup_epochs: int = 10
     per_class: bool = False
     ema: float = 0.5
 

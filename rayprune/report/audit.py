@@ -127,7 +127,7 @@ class Audit:
     Attributes:
         verdict: the findings in a sentence or two.
         counts: the number of samples of each group.
-        pairs: the most frequent pairs of labels; None for none.
+        pairs: the most frequent pairs of labels, with their share of the given label; None for none.
         groups: the samples to show.
     """
 
@@ -199,7 +199,7 @@ def _pairs_table(table: AuditTable, summary: _Summary) -> Table | None:
 
     pairs = sorted(pairs, key=lambda pair: (-pair.count, pair.label, pair.suggested))[:_MAX_PAIRS]
     rows = [(text(pair.label), text(pair.suggested), f"{pair.count:,}", share(pair.rate, 1)) for pair in pairs]
-    return Table(("given label", "likely label", "samples", "of the given label"), rows, words=(0, 1))
+    return Table(("given label", "likely label", "samples", "share"), rows, words=(0, 1))
 
 
 def _group(name: str, stored: Sequence[Suspect], folder: Path) -> AuditGroup:

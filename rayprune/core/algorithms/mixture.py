@@ -68,7 +68,8 @@ class Mixture:
                 posterior[rows] = np.where(np.isnan(numbers), np.nan, self.weights[1])
                 continue
             joint = _log_joint(_inside(numbers, self.family), *parameters, self.family)
-            posterior[rows] = np.exp(joint[1] - np.logaddexp(joint[0], joint[1]))
+            with np.errstate(invalid="ignore"):  # NaN stays NaN
+                posterior[rows] = np.exp(joint[1] - np.logaddexp(joint[0], joint[1]))
         return posterior
 
 
