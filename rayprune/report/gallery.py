@@ -94,6 +94,7 @@ def read_gallery(run_folder: Path) -> Gallery | None:
 
 
 def class_text(index: int, name: str | None) -> str:
+    """Return a class with its name, if that is another than its index."""
     return str(index) if name in (None, "", str(index)) else f"{name} ({index})"
 
 
