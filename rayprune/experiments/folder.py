@@ -1,4 +1,4 @@
-"""The folder of a sweep or a comparison: create it or check that it belongs to the same one, and lock it during use."""
+"""The folder of a sweep, comparison or audit: create it or check that it belongs to the same one, and lock it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ExperimentFolder:
 
     Attributes:
         path: path of the folder.
-        stored: name of the file with the config, "sweep.yaml" or "compare.yaml".
-        digest: returns a short hash of the settings that must not change when the sweep or comparison continues.
+        stored: name of the file with the config, a key of KINDS.
+        digest: returns a short hash of the settings that must not change when the experiment continues.
     """
 
     path: Path
@@ -31,7 +31,7 @@ class ExperimentFolder:
     digest: Callable[[Config], str]
 
     def check(self, config: Config) -> None:
-        """Check that the folder is empty or of the same sweep or comparison, without changing it.
+        """Check that the folder is empty or of the same experiment, without changing it.
 
         Raises:
             RunFolderError: it holds something else.
@@ -39,7 +39,7 @@ class ExperimentFolder:
         own = KINDS[self.stored]
         for file, kind in KINDS.items():
             if file != self.stored and (self.path / file).exists():
-                raise RunFolderError(f"{self.path} holds a {kind}, not a {own}: choose another run.name")
+                raise RunFolderError(f"{self.path} holds {_one(kind)}, not {_one(own)}: choose another run.name")
         if not (self.path / self.stored).exists():
             return
         before, now = self.digest(read_config(self.path / self.stored)), self.digest(config)
@@ -75,3 +75,7 @@ class ExperimentFolder:
                     f"folder {self.path} can't be written ({error.strerror}): set run.storage_path"
                 ) from None
             yield
+
+
+def _one(kind: str) -> str:
+    return f"an {kind}" if kind.startswith("a") else f"a {kind}"

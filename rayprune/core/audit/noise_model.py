@@ -148,12 +148,16 @@ def confident_joint(probs: NDArray[Any], labels: NDArray[np.integer[Any]]) -> ND
     """Return the joint distribution of given labels (rows) and true classes (columns) by confident learning, (C, C).
 
     Rows are calibrated to the numbers of given labels; a class whose samples are all unconfident counts as correct.
+    Samples with NaN are left out.
 
     >>> probs = np.array([[0.9, 0.1], [0.8, 0.2], [0.1, 0.9], [0.2, 0.8]])
     >>> confident_joint(probs, np.array([0, 0, 0, 1])).tolist()
     [[0.5, 0.25], [0.0, 0.25]]
     """
     num_classes = probs.shape[1]
+    known = np.isfinite(probs).all(axis=1)
+    if not known.all():
+        probs, labels = probs[known], labels[known]
     own = np.take_along_axis(probs, labels[:, None], axis=1)[:, 0].astype(np.float64)
     sizes = np.bincount(labels, minlength=num_classes)
     sums = np.bincount(labels, weights=own, minlength=num_classes)

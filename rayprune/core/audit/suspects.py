@@ -53,6 +53,13 @@ class Evidence:
         losses, margins = (np.stack([run[name] for run in runs]) for name in ("loss", "margin"))
         return cls(labels, held_out, probs, losses, margins, _mean([run["correct"] for run in runs]))
 
+    def part(self, rows: NDArray[np.bool_]) -> Evidence:
+        """Return the evidence on the samples of an (N,) mask."""
+        if rows.all():
+            return self
+        runs = self.losses[:, rows], self.margins[:, rows]
+        return Evidence(self.labels[rows], self.held_out[rows], self.probs[rows], *runs, self.correct[rows])
+
 
 @dataclass(frozen=True, eq=False)
 class Suspects:
@@ -75,6 +82,8 @@ class Suspects:
 def find_suspects(evidence: Evidence, rule: str = "ensemble", seed: int = 0) -> Suspects:
     """Estimate the probability that each label is wrong.
 
+    A sample without predictions, such as one whose logits were never finite, gets the share of its label that is wrong.
+
     Args:
         evidence: what the runs have observed.
         rule: a key of RULES, by which the samples are ranked.
@@ -83,8 +92,6 @@ def find_suspects(evidence: Evidence, rule: str = "ensemble", seed: int = 0) -> 
     labels, rows = evidence.labels, np.arange(evidence.labels.size)
     model = fit_noise(evidence.held_out, labels, np.random.default_rng([seed, 0, _FIT]))
     posterior = model.posterior(evidence.held_out, labels)
-    by_model = 1.0 - posterior[rows, labels].astype(np.float64)
-    posterior[rows, labels] = -1.0
     statistics = {
         "held_out_probability": evidence.held_out[rows, labels],
         "held_out_margin": label_margins(evidence.held_out, labels),
@@ -93,10 +100,26 @@ def find_suspects(evidence: Evidence, rule: str = "ensemble", seed: int = 0) -> 
         "margin": _mean(evidence.margins),
         "correct": evidence.correct,
     }
-    ranking = RULES[rule](evidence, by_model)
-    p_wrong = np.empty(labels.size, dtype=np.float32)
-    p_wrong[np.argsort(ranking, kind="stable")] = np.sort(by_model)
-    return Suspects(np.clip(p_wrong, 0.0, 1.0), posterior.argmax(axis=1), model, statistics)
+    known = np.isfinite(evidence.held_out).all(axis=1) & np.isfinite(statistics["margin"])
+    posterior[~known] = (model.joint / np.maximum(model.joint.sum(axis=1, keepdims=True), 1e-300))[labels[~known]]
+    by_model = 1.0 - posterior[rows, labels].astype(np.float64)
+    posterior[rows, labels] = -1.0
+    p_wrong = by_model.copy()
+    p_wrong[known] = _in_order(by_model[known], RULES[rule](evidence.part(known), by_model[known]))
+    return Suspects(np.clip(p_wrong, 0.0, 1.0).astype(np.float32), posterior.argmax(axis=1), model, statistics)
+
+
+def _in_order(values: NDArray[np.float64], ranking: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the values in the order of a ranking, the lowest to the lowest; equal ranks share their mean.
+
+    >>> _in_order(np.array([0.9, 0.1, 0.5]), np.array([1.0, 2.0, 2.0])).round(2).tolist()
+    [0.1, 0.7, 0.7]
+    """
+    _, inverse, counts = np.unique(ranking, return_inverse=True, return_counts=True)
+    ordered = np.sort(values)
+    sums = np.add.reduceat(ordered, np.cumsum(counts) - counts) if ordered.size else ordered
+    shared: NDArray[np.float64] = (sums / counts)[inverse]
+    return shared
 
 
 def label_margins(probs: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.float32]:

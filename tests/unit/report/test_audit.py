@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +111,35 @@ def test_the_summary_is_shown(tmp_path: Path) -> None:
 def test_the_page_holds_the_pictures_and_escapes_texts(run: Path) -> None:
     audited(run, *digits_audit())
     page = render(collect([run]))
-    section = page[page.index("<h2>Data audit</h2>") : page.index("<h2>Details</h2>")]
+    section = page[page.index("<h2>Data audit</h2>") : page.index("<h2>Result</h2>")]
     assert section.count("<img src=") == PICTURES_OF_A_GROUP + 2 * 4 + 2 * 2 + 2
     assert section.count('<li class="pair"><div><img') == 6
     assert "&lt;b&gt;5 of 5&lt;/b&gt; networks" in section
     assert not re.search(r"(src|href)=\"(?!data:)", section)
+
+
+def test_an_audit_alone_has_a_page(tmp_path: Path, run: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    audited(folder, *digits_audit())
+    page = render(collect([folder]))
+    assert "a data audit" in page
+    assert page.count("<h2>Data audit</h2>") == 1
+    assert page.count("<img src=") == PICTURES_OF_A_GROUP + 2 * 4 + 2 * 2 + 2
+    together = collect([folder, run])
+    assert [named.name for named in together.audits] == ["mine"]
+    assert len(together.runs) == 1
+    assert "Data audit" in render(together)
+
+
+def test_the_runs_of_an_audit_are_no_runs_of_its_page(tmp_path: Path, run: Path) -> None:
+    folder = tmp_path / "all" / "mine"
+    shutil.copytree(run, folder / "fold_1")
+    audited(folder, *digits_audit())
+    for named in (folder, folder.parent):
+        collected = collect([named])
+        assert [audit.name for audit in collected.audits] == ["mine"]
+        assert collected.runs == []
 
 
 def test_data_without_pictures_are_tables(run: Path) -> None:

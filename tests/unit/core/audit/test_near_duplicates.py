@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from rayprune.core.near_duplicates import NearDuplicates
 
 from rayprune.core.algorithms.near_duplicates import ACROSS, NONE, WITHIN
+from rayprune.core.audit.near_duplicates import NearDuplicates
 from rayprune.core.selector import Selector
 from rayprune.errors import ConfigError
 from rayprune.methods import METHODS, build_method
 from rayprune.testing import check_method
 
-REFERENCE = "rayprune.core.near_duplicates:NearDuplicates"
+REFERENCE = "rayprune.core.audit.near_duplicates:NearDuplicates"
 
 
 def swept(method: NearDuplicates, vectors: np.ndarray) -> Selector:
