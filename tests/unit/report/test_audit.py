@@ -110,7 +110,7 @@ def test_the_summary_is_shown(tmp_path: Path) -> None:
 def test_the_page_holds_the_pictures_and_escapes_texts(run: Path) -> None:
     audited(run, *digits_audit())
     page = render(collect([run]))
-    section = page[page.index("<h2>Data audit</h2>") : page.index("<h2>Details</h2>")]
+    section = page[page.index("<h2>Data audit</h2>") : page.index("<h2>Result</h2>")]
     assert section.count("<img src=") == PICTURES_OF_A_GROUP + 2 * 4 + 2 * 2 + 2
     assert section.count('<li class="pair"><div><img') == 6
     assert "&lt;b&gt;5 of 5&lt;/b&gt; networks" in section
