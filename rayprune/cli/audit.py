@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rayprune.cli.console import debug, debug_option, elapsed, say, say_table, single_config
+from rayprune.cli.console import debug, debug_option, elapsed, say, say_table, single_config, warn
 from rayprune.cli.train import RunDisplay
+from rayprune.report.audit import TRAINED
 from rayprune.report.text import share
 
 if TYPE_CHECKING:
@@ -27,18 +28,32 @@ _MAX_PAIRS = 5
 
 
 @click.command()
-@click.argument("arguments", nargs=-1, required=True, metavar="CONFIG [key=value]...")
+@click.argument("arguments", nargs=-1, required=True, metavar="CONFIG|RUN [key=value]...")
 @debug_option
 def audit(arguments: tuple[str, ...]) -> None:
     """Find what is wrong with the training data of CONFIG: labels, near-duplicates, leaks, outliers.
 
     Trains audit.folds networks, each on all samples but one part, and predicts that part. Writes audit.parquet, a row
     per sample, and audit.json. Run the same command again to continue where it stopped.
+
+    With RUN, the folder of a finished run, nothing is trained: its network predicts the samples that it has trained on.
     """
     start = time.perf_counter()
-    from rayprune.config import read_config
+    from rayprune.config.shipped import find_config
 
     path, overrides = single_config(arguments, "rayprune audit digits_full")
+    folder = Path(path).expanduser()
+    is_run = folder.is_dir() and ((folder / "config.yaml").exists() or not find_config(path).is_file())
+    result = _audit_run(folder, overrides) if is_run else _audit_config(path, overrides)
+    _say_findings(result)
+    if result.summary["predictions"] == "trained_network":
+        warn(f"\n{TRAINED}")
+    say(f"\ndone in {elapsed(start)}: {result.folder}")
+
+
+def _audit_config(path: str, overrides: list[str]) -> Audit:
+    from rayprune.config import read_config
+
     config = read_config(path, overrides)
     from rayprune.experiments.audit.runner import audit as run
     from rayprune.experiments.audit.runner import digest_of
@@ -47,9 +62,15 @@ def audit(arguments: tuple[str, ...]) -> None:
         named = config.run.model_copy(update={"name": f"{Path(path).stem}-audit-{digest_of(config)}"})
         config = config.model_copy(update={"run": named})
     with RunDisplay() as display:
-        result = run(config, debug=debug(), **display.listeners)
-    _say_findings(result)
-    say(f"\ndone in {elapsed(start)}: {result.folder}")
+        return run(config, debug=debug(), **display.listeners)
+
+
+def _audit_run(folder: Path, overrides: list[str]) -> Audit:
+    from rayprune.experiments.audit.of_run import audit_run, run_config
+
+    config = run_config(folder, overrides)
+    with RunDisplay() as display:
+        return audit_run(config, debug=debug(), **display.listeners)
 
 
 def _say_findings(result: Audit) -> None:

@@ -22,6 +22,15 @@ from rayprune.report.text import count_of, share
 from rayprune.sources.audit_files import AUDIT_NAME, GROUPS, AuditTable, read_audit
 
 _MAX_PAIRS = 12
+TRAINED = (
+    "The network has trained on these labels, so errors that it has memorized are not seen: rayprune audit CONFIG, "
+    "which leaves parts of the samples out, finds more."
+)
+_IN_TRAINING = (
+    "The networks were training on these labels, so errors that they have memorized are not seen: rayprune audit "
+    "CONFIG with audit.folds of at least 2 finds more."
+)
+_CAVEATS = {"trained_network": TRAINED, "training_visits": _IN_TRAINING}
 Stored = TypeVar("Stored", bound=StoredModel)
 _TITLES = {
     "wrong_label": (
@@ -101,6 +110,7 @@ class _Summary(StoredModel):
     noise_rate_high: float | None = None
     pairs: list[_Pair] | None = None
     groups: dict[str, int] | None = None
+    predictions: str | None = None
     class_names: list[str] = Field(default_factory=list)
 
 
@@ -169,9 +179,11 @@ def _verdict(table: AuditTable, summary: _Summary) -> list[str]:
     interval = "" if low is None or high is None else f", between {share(low, 1)} and {share(high, 1)}"
     suspects = int((table.p_wrong >= 0.5).sum())
     have = "has" if suspects == 1 else "have"
+    caveat = _CAVEATS.get(summary.predictions or "")
     return [
         f"About {share(rate, 1)} of the labels are wrong{interval}.",
         f"{count_of(suspects, 'sample')} of {len(table):,} more likely {have} a wrong label than a right one.",
+        *([caveat] if caveat else []),
     ]
 
 

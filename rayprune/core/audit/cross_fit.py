@@ -92,20 +92,20 @@ class CrossFit(Method):
         """Add a training visit to the means."""
         table["visits"][ids] += 1
         count = table["visits"][ids]
-        _add_to_mean(table["correct"], ids, signals["correct"], count)
+        add_to_mean(table["correct"], ids, signals["correct"], count)
         if epoch < self.skip:
             return
         table["late_visits"][ids] += 1
         count = table["late_visits"][ids]
-        _add_to_mean(table.widen("probs", signals["probs"].shape[1]), ids, signals["probs"], count)
+        add_to_mean(table.widen("probs", signals["probs"].shape[1]), ids, signals["probs"], count)
         for column, signal in (("loss", "loss"), ("margin", "logit_margin")):
-            _add_to_mean(table[column], ids, signals[signal], count)
+            add_to_mean(table[column], ids, signals[signal], count)
 
     def fold_sweep(self, table: ScoreTable, ids: Ids, signals: Signals, epoch: int) -> None:
         """Add a prediction of the fold to its mean."""
         table["sweeps"][ids] += 1
         column = table.widen("held_out", signals["probs"].shape[1])
-        _add_to_mean(column, ids, signals["probs"], table["sweeps"][ids])
+        add_to_mean(column, ids, signals["probs"], table["sweeps"][ids])
 
 
 def folds_of(
@@ -127,7 +127,7 @@ def folds_of(
     return folds
 
 
-def _add_to_mean(column: NDArray[Any], ids: Ids, values: NDArray[Any], count: NDArray[np.int32]) -> None:
+def add_to_mean(column: NDArray[Any], ids: Ids, values: NDArray[Any], count: NDArray[np.int32]) -> None:
     """Add (B, …) values to the running means of (B,) distinct ids, of which each has `count` values then."""
     count_B = count.reshape(-1, *[1] * (values.ndim - 1))
     before = np.where(count_B == 1, 0.0, column[ids])

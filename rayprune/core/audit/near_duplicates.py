@@ -20,6 +20,23 @@ from rayprune.core.method import EpochContext
 from rayprune.core.table import Ids, ScoreTable
 from rayprune.errors import ConfigError
 
+# The largest distance of near-duplicates, for vectors whose lengths are about 1. That of images is measured (see
+# `rayprune.nn.descriptors`). Rows of numbers are equal but for rounding. Of texts, 9 of 10 words and word pairs agree.
+RADIUS = {"image": 0.2, "features": 1e-3, "text": 0.45}
+# Images of one data set may all be alike. In CIFAR-10, 0.2 is this share of the median distance to the 10th neighbor.
+_RELATIVE = 0.26
+
+
+def settings_of(kind: str, num_train: int, radius: float | None = None) -> dict[str, Any]:
+    """Return the hyperparameters of NearDuplicates for samples of a kind, a key of RADIUS."""
+    return {
+        "radius": RADIUS[kind] if radius is None else radius,
+        "num_train": num_train,
+        "standardize": kind == "features",
+        "relative": _RELATIVE if kind == "image" else None,
+        "storage": "float32" if kind == "features" else "float16",
+    }
+
 
 @dataclass(frozen=True)
 class NearDuplicates(EmbeddingMethod):

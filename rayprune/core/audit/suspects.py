@@ -4,6 +4,9 @@ The default, `ensemble`, ranks the samples by the noise model's probability and 
 the k-th sample of this order the k-th largest of the model's probabilities: so the noise rate stays that of the model,
 and the order is that of both. It was chosen by synthetic label noise (docs/auditing.md).
 
+Where something was not observed, the rest decides: without margins, the losses, and without these the noise model
+alone; a sample without predictions has the noise rate of its label.
+
 Shapes: N samples, C classes, R runs.
 """
 
@@ -18,6 +21,7 @@ from numpy.typing import NDArray
 
 from rayprune.core.algorithms.mixture import fit_mixture
 from rayprune.core.audit.noise_model import NoiseModel, fit_noise
+from rayprune.errors import ConfigError
 
 _FIT = 5  # keeps the generator of the fit apart from others of the seed
 
@@ -31,7 +35,7 @@ class Evidence:
         held_out: (N, C) probabilities of networks that did not train on the sample.
         probs: (N, C) mean probabilities over the training visits.
         losses, margins: (R, N) means over the training visits of each run, NaN where it left the sample out.
-        correct: (N,) the share of training visits in which the label was predicted.
+        correct: (N,) the share of training visits in which the label was predicted; NaN where it is not known.
     """
 
     labels: NDArray[np.int64]
@@ -53,12 +57,15 @@ class Evidence:
         losses, margins = (np.stack([run[name] for run in runs]) for name in ("loss", "margin"))
         return cls(labels, held_out, probs, losses, margins, _mean([run["correct"] for run in runs]))
 
-    def part(self, rows: NDArray[np.bool_]) -> Evidence:
-        """Return the evidence on the samples of an (N,) mask."""
-        if rows.all():
-            return self
-        runs = self.losses[:, rows], self.margins[:, rows]
-        return Evidence(self.labels[rows], self.held_out[rows], self.probs[rows], *runs, self.correct[rows])
+    @property
+    def predicted(self) -> NDArray[np.bool_]:
+        """(N,) whether there is a prediction of the sample."""
+        return np.asarray(np.isfinite(self.held_out).all(axis=1))
+
+    def of(self, rows: NDArray[np.bool_]) -> Evidence:
+        """Return the evidence on some of the samples."""
+        by_sample = (self.held_out[rows], self.probs[rows], self.losses[:, rows], self.margins[:, rows])
+        return Evidence(self.labels[rows], *by_sample, self.correct[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +95,25 @@ def find_suspects(evidence: Evidence, rule: str = "ensemble", seed: int = 0) -> 
         evidence: what the runs have observed.
         rule: a key of RULES, by which the samples are ranked.
         seed: of the draw of samples to fit, where there are very many.
+
+    Raises:
+        ConfigError: no sample has a prediction, or the rule needs something that no sample has.
     """
+    predicted = evidence.predicted
+    if not predicted.all():
+        if not predicted.any():
+            raise ConfigError("no sample has finite predictions, nothing can be said of the labels: lower optim.lr")
+        return _spread(find_suspects(evidence.of(predicted), rule, seed), evidence.labels, predicted)
+    if (needed := _NEEDS.get(rule)) is not None and np.isnan(getattr(evidence, needed)).all():
+        raise ConfigError(
+            f"audit.rule {rule!r} needs the {needed} of the training visits, which were not recorded: use "
+            "audit.rule=ensemble, or train with train.record=[loss,logit_margin,correct]"
+        )
     labels, rows = evidence.labels, np.arange(evidence.labels.size)
     model = fit_noise(evidence.held_out, labels, np.random.default_rng([seed, 0, _FIT]))
     posterior = model.posterior(evidence.held_out, labels)
+    by_model = 1.0 - posterior[rows, labels].astype(np.float64)
+    posterior[rows, labels] = -1.0
     statistics = {
         "held_out_probability": evidence.held_out[rows, labels],
         "held_out_margin": label_margins(evidence.held_out, labels),
@@ -100,13 +122,11 @@ def find_suspects(evidence: Evidence, rule: str = "ensemble", seed: int = 0) -> 
         "margin": _mean(evidence.margins),
         "correct": evidence.correct,
     }
-    known = np.isfinite(evidence.held_out).all(axis=1) & np.isfinite(statistics["margin"])
-    posterior[~known] = (model.joint / np.maximum(model.joint.sum(axis=1, keepdims=True), 1e-300))[labels[~known]]
-    by_model = 1.0 - posterior[rows, labels].astype(np.float64)
-    posterior[rows, labels] = -1.0
-    p_wrong = by_model.copy()
-    p_wrong[known] = _in_order(by_model[known], RULES[rule](evidence.part(known), by_model[known]))
-    return Suspects(np.clip(p_wrong, 0.0, 1.0).astype(np.float32), posterior.argmax(axis=1), model, statistics)
+    ranking = RULES[rule](evidence, by_model)
+    if (unknown := np.isnan(ranking)).any():
+        ranking = np.where(unknown, np.nanmedian(ranking), ranking)
+    p_wrong = np.clip(_in_order(by_model, ranking), 0.0, 1.0).astype(np.float32)
+    return Suspects(p_wrong, posterior.argmax(axis=1), model, statistics)
 
 
 def _in_order(values: NDArray[np.float64], ranking: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -122,6 +142,19 @@ def _in_order(values: NDArray[np.float64], ranking: NDArray[np.float64]) -> NDAr
     return shared
 
 
+def _spread(found: Suspects, labels: NDArray[np.int64], predicted: NDArray[np.bool_]) -> Suspects:
+    """Return the suspects among all samples, of which only some have predictions."""
+    joint = found.model.joint
+    sizes = joint.sum(axis=1)
+    right = np.divide(joint.diagonal(), sizes, out=np.full(sizes.size, 1.0 - found.model.noise_rate), where=sizes > 0)
+    p_wrong, suggested = np.clip(1.0 - right[labels], 0.0, 1.0).astype(np.float32), labels.copy()
+    p_wrong[predicted], suggested[predicted] = found.p_wrong, found.suggested
+    statistics = {name: np.full(labels.size, np.nan, dtype=np.float32) for name in found.statistics}
+    for name, values in found.statistics.items():
+        statistics[name][predicted] = values
+    return Suspects(p_wrong, suggested, found.model, statistics)
+
+
 def label_margins(probs: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.float32]:
     """Return the probability of each label minus the largest other one, (N,) in [-1, 1]; 1 with a single class."""
     rows = np.arange(labels.size)
@@ -132,7 +165,12 @@ def label_margins(probs: NDArray[np.float32], labels: NDArray[np.int64]) -> NDAr
 
 
 def _ensemble(evidence: Evidence, by_model: NDArray[np.float64]) -> NDArray[np.float64]:
-    return normal_scores(by_model) + normal_scores(-_mean(evidence.margins))
+    own, margins, losses = normal_scores(by_model), -_mean(evidence.margins), _mean(evidence.losses)
+    observed = losses if np.isnan(margins).all() else margins
+    known = ~np.isnan(observed)
+    other = own.copy()
+    other[known] = normal_scores(observed[known])
+    return own + other
 
 
 def _held_out(evidence: Evidence, by_model: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -150,9 +188,10 @@ def _margin(evidence: Evidence, by_model: NDArray[np.float64]) -> NDArray[np.flo
 def _loss_mixture(evidence: Evidence, by_model: NDArray[np.float64]) -> NDArray[np.float64]:
     """The probability of the upper component of the losses of the same label (Arazo et al., ICML 2019)."""
     losses = _mean(evidence.losses).astype(np.float64)
-    upper = np.zeros(losses.size)
-    for label in np.unique(evidence.labels):
-        rows = np.flatnonzero(evidence.labels == label)
+    known = ~np.isnan(losses)
+    upper = np.full(losses.size, np.nan)
+    for label in np.unique(evidence.labels[known]):
+        rows = np.flatnonzero((evidence.labels == label) & known)
         upper[rows] = fit_mixture(losses[rows]).posterior(losses[rows])
     return upper + 1e-9 * normal_scores(losses)  # among equal ones, the higher loss
 
@@ -165,7 +204,7 @@ def _confident_joint(evidence: Evidence, by_model: NDArray[np.float64]) -> NDArr
 def _agreement(evidence: Evidence, by_model: NDArray[np.float64]) -> NDArray[np.float64]:
     """The lowest rank of the loss among the runs: a suspect has a high loss in all of them."""
     ranks = np.stack([normal_scores(np.nan_to_num(losses, nan=np.inf)) for losses in evidence.losses])
-    lowest: NDArray[np.float64] = ranks.min(axis=0)
+    lowest: NDArray[np.float64] = np.where(np.isnan(evidence.losses).all(axis=0), np.nan, ranks.min(axis=0))
     return lowest
 
 
@@ -202,3 +241,5 @@ RULES: dict[str, Callable[[Evidence, NDArray[np.float64]], NDArray[np.float64]]]
     "confident_joint": _confident_joint,
     "agreement": _agreement,
 }
+# The evidence that a rule cannot do without.
+_NEEDS = {"margin": "margins", "loss_mixture": "losses", "agreement": "losses"}

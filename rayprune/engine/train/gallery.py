@@ -18,15 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from rayprune.config import Config
-from rayprune.engine.storage.checkpoint import load_tensors, newest_checkpoint
 from rayprune.engine.storage.run_folder import RUN_SCHEMA, read_metrics
-from rayprune.engine.train.build import InputSpec, build_network
-from rayprune.errors import RunFolderError, one_line
+from rayprune.engine.train.build import InputSpec
+from rayprune.engine.train.predictions import final_predictions
+from rayprune.errors import one_line
 from rayprune.sources import SampleSource
 from rayprune.sources.score_files import ScoreFile, read_scores
 
@@ -36,7 +35,6 @@ _MIN_PROBABILITY, _MAX_LABEL_PROBABILITY = 0.8, 0.1
 _NUM_CANDIDATES = 48  # samples with the highest losses, and with the lowest, that the final network visits
 _NUM_RANDOM = 256  # samples whose loss is computed here if the run has stored none
 _THUMBNAIL_PIXELS = 96
-_BATCH = 64
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +73,7 @@ def _write(config: Config, source: SampleSource, spec: InputSpec, folder: Path, 
     often_pruned = [sample for sample in _highest(times_pruned) if times_pruned[sample] > 0]
     hard, easy, ranking = _candidates(scores, config.train.seed)
     ids = np.unique(np.array([*hard, *easy, *often_pruned], dtype=np.int64))
-    probs_BC = _predictions(config, source, spec, folder, ids)
+    probs_BC = final_predictions(config, source, spec, folder, ids)
     entries = {int(sample): _entry(source, int(sample), probs_C) for sample, probs_C in zip(ids, probs_BC, strict=True)}
     kinds = {
         "hardest": _by_loss(entries, hard, highest=True),
@@ -138,29 +136,6 @@ def _mislabeled(entries: Mapping[int, Mapping[str, Any]], suspects: list[int]) -
         and entries[sample]["label_probability"] <= _MAX_LABEL_PROBABILITY
     ]
     return sorted(mislabeled, key=lambda sample: (-entries[sample]["probability"], sample))[:SAMPLES_OF_A_KIND]
-
-
-@torch.inference_mode()
-def _predictions(
-    config: Config, source: SampleSource, spec: InputSpec, folder: Path, ids: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """Return the final network's probabilities (B, C), the last exit's if there are several."""
-    checkpoint = newest_checkpoint(folder)
-    if checkpoint is None:
-        raise RunFolderError("the run has no usable checkpoint")
-    device = torch.device("cpu")
-    with torch.random.fork_rng(devices=[]):
-        network = build_network(config, spec, device)
-    network.load_state_dict(load_tensors(checkpoint / "model.pt", device))
-    network.eval()
-    parts = []
-    for start in range(0, len(ids), _BATCH):
-        rows = source.take(ids[start : start + _BATCH])[spec.column]
-        output = network(spec.augment.evaluate(torch.from_numpy(np.require(rows, requirements=["C", "W"]))))
-        logits_BC = output[-1] if isinstance(output, list | tuple) else output
-        parts.append(logits_BC.double().softmax(dim=1))
-    probs_BC: NDArray[np.float64] = torch.cat(parts).numpy()
-    return probs_BC
 
 
 def _entry(source: SampleSource, sample: int, probs_C: NDArray[np.float64]) -> dict[str, Any]:

@@ -5,8 +5,6 @@
 The pass is a run like any other: with workers, Ray Data streams the samples; it resumes after an interruption, and a
 finished one is only read. Images are compared by `rayprune.nn.descriptors`, features by standardized differences, texts
 and token ids by hashed n-grams.
-
-Shapes: N training samples, V validation samples.
 """
 
 from __future__ import annotations
@@ -15,24 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from rayprune.config import Config
 from rayprune.config.config import make_config
-from rayprune.core.algorithms.near_duplicates import Duplicates
+from rayprune.core.audit.near_duplicates import settings_of
 from rayprune.engine.storage.resume import run_folder_of
 from rayprune.engine.train.driver import Listeners, forward_pass
 from rayprune.sources.base import Concatenated, Splits
+from rayprune.sources.findings import Compared
 from rayprune.sources.score_files import read_scores
 from rayprune.sources.vectors import Kind, VectorView
 
 FOLDER = "duplicates"
-# The largest distance of near-duplicates, for vectors whose lengths are about 1. That of images is measured (see
-# `rayprune.nn.descriptors`). Rows of numbers are equal but for rounding. Of texts, 9 of 10 words and word pairs agree.
-RADIUS: dict[Kind, float] = {"image": 0.2, "features": 1e-3, "text": 0.45}
-# Images of one data set may all be alike. In CIFAR-10, 0.2 is this share of the median distance to the 10th neighbor.
-RELATIVE = 0.26
 
 _METHOD = "rayprune.core.audit.near_duplicates:NearDuplicates"
 _EMBEDDER = "rayprune.nn.descriptors:embedder"
@@ -40,21 +31,13 @@ _MODEL = "rayprune.nn.descriptors:placeholder"
 
 
 @dataclass(frozen=True, eq=False)
-class DuplicateScan:
+class DuplicateScan(Compared):
     """The result of a pass over all data.
 
     Attributes:
-        duplicates: the near-duplicates among N + V samples.
-        outlier: (N + V,) float32, how far a sample is from others: a robust z-score in its class.
-        radius: the largest distance of near-duplicates.
-        kind: how the samples were compared.
         folder: the folder of the pass.
     """
 
-    duplicates: Duplicates
-    outlier: NDArray[np.float32]
-    radius: float
-    kind: Kind
     folder: Path
 
 
@@ -66,7 +49,7 @@ def find_in_data(
     Args:
         config: of a run, with `run.name` set; its data, scaling and run sections count.
         splits: the data. Any columns will do: an image, texts, token ids, or numbers.
-        radius: the largest distance of near-duplicates; by default that of RADIUS.
+        radius: the largest distance of near-duplicates; by default that of `rayprune.core.audit.near_duplicates`.
         debug: show Ray's own logs.
         **listeners: on_epoch, on_progress, on_start, on_notice, pause, as for `train`.
 
@@ -77,32 +60,19 @@ def find_in_data(
     """
     both = splits.train if splits.validation is None else Concatenated(splits.train, splits.validation)
     view, num_train = VectorView(both), len(splits.train)
-    radius = RADIUS[view.kind] if radius is None else radius
     scan = scan_config(config, view.kind, num_train, radius)
     folder = forward_pass(scan, Splits(view, None), Listeners(**listeners), debug=debug)
     columns = read_scores(folder / "scores.parquet").scores
-    duplicates = Duplicates(
-        columns["duplicate_of"].astype(np.int64),
-        columns["duplicate_split"].astype(np.int8),
-        columns["duplicate_similarity"].astype(np.float32),
-        num_train,
-    )
-    return DuplicateScan(duplicates, columns["outlier"].astype(np.float32), radius, view.kind, folder)
+    found = Compared.of_columns(columns, num_train, view.kind, scan.method["radius"])
+    return DuplicateScan(found.duplicates, found.outlier, found.radius, found.kind, folder)
 
 
-def scan_config(config: Config, kind: Kind, num_train: int, radius: float) -> Config:
+def scan_config(config: Config, kind: Kind, num_train: int, radius: float | None = None) -> Config:
     """Return the config of the pass."""
     tree = config.model_dump(mode="json", include={"data", "scaling", "run"})
     tree["data"]["augment"] = {"crop": 0, "flip": False}
     tree["run"] |= {"storage_path": str(run_folder_of(config)), "name": FOLDER, "resume": "auto", "trackers": []}
     train = {"epochs": 1, "precision": "fp32", "seed": config.train.seed, "batch_size": config.train.batch_size}
-    method = {
-        "name": _METHOD,
-        "radius": radius,
-        "num_train": num_train,
-        "standardize": kind == "features",
-        "relative": RELATIVE if kind == "image" else None,
-        "storage": "float32" if kind == "features" else "float16",
-    }
+    method = {"name": _METHOD, **settings_of(kind, num_train, radius)}
     collect = {"embedder": _EMBEDDER}
     return make_config(tree | {"model": {"name": _MODEL}, "method": method, "train": train, "collect": collect})

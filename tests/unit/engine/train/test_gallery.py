@@ -150,7 +150,7 @@ def test_a_network_of_nan_has_no_predictions_and_no_suspects(
     folder = Path(shutil.copytree(run, tmp_path / "run"))
     opened = open_run(folder, find_device("cpu"))
     source = open_splits(opened.config).train
-    monkeypatch.setattr(gallery, "_predictions", lambda *given: np.full((len(given[-1]), 10), np.nan))
+    monkeypatch.setattr(gallery, "final_predictions", lambda *given: np.full((len(given[-1]), 10), np.nan))
     notices: list[str] = []
     gallery.write_gallery(opened.config, source, opened.input, folder, notices.append)
     assert notices == []
