@@ -140,13 +140,17 @@ class Config(Strict):
         tree["method"] |= {name: defaults[name] for name in method.selection_fields}
         return make_config(tree)
 
-    def auditing(self, left_out: int) -> Config:
+    def auditing(self, number: int = 0) -> Config:
         """Return the config of one run of an audit, which leaves out one fold of `audit.folds`.
+
+        Args:
+            number: which of the `audit.folds` × `audit.repeats` runs.
 
         Raises:
             ConfigError: a key of `audit` is wrong.
         """
         audit = self.audit
+        repeat, left_out = divmod(number, audit.folds)
         for name, keys in (("train", audit.train), ("optim", audit.optim)):
             fields = type(getattr(self, name)).model_fields
             for key in keys:
@@ -156,11 +160,13 @@ class Config(Strict):
         tree["train"].pop("validate_every")
         tree = merge(tree, {"train": audit.train, "optim": audit.optim})
         tree["train"] = {"validate_every": tree["train"]["epochs"], **tree["train"], "stop_after": None, "record": []}
+        tree["train"]["seed"] += repeat  # other folds, too
         skip = tree["train"]["epochs"] // 2
         fold = {"folds": audit.folds, "left_out": left_out, "window": audit.window, "skip": skip}
         tree["method"] = {"name": CROSS_FIT, **fold}
         folder = str(Path(self.run.storage_path) / str(self.run.name))
-        tree["run"] |= {"storage_path": folder, "name": f"fold_{left_out + 1}", "resume": "auto"}
+        name = f"fold_{left_out + 1}" + (f"_repeat_{repeat + 1}" if repeat else "")
+        tree["run"] |= {"storage_path": folder, "name": name, "resume": "auto"}
         return make_config(tree)
 
     def _check_collect(self, method: Method) -> None:

@@ -51,6 +51,9 @@ class AuditSection(Section):
     folds: int = Field(
         4, ge=1, description="runs that each leave out one part of the samples and predict it; 1: one run on all"
     )
+    repeats: int = Field(
+        1, ge=1, description="repeat all runs with the seeds train.seed, +1, …, and average: more exact, at its cost"
+    )
     window: int = Field(5, ge=1, description="last epochs whose predictions of the part left out are averaged")
     rule: Literal[AUDIT_RULES] = Field("ensemble", description="how the probability of a wrong label is estimated")  # type: ignore[valid-type]
     at: float = Field(0.5, gt=0, lt=1, description="the probability from which on a label counts as a suspect")

@@ -49,13 +49,14 @@ class Evidence:
     def of_runs(cls, labels: NDArray[np.int64], runs: list[Mapping[str, NDArray[Any]]]) -> Evidence:
         """Merge the columns of the runs' score tables (`rayprune.core.audit.cross_fit`).
 
-        Every sample is left out of one run; with a single run, which leaves none out, the training visits stand for the
+        Each sample is left out of some of the runs; where none leaves any out, the training visits stand for the
         predictions.
         """
         probs = _mean([run["probs"] for run in runs])
-        held_out = probs if len(runs) == 1 else _mean([run["held_out"] for run in runs])
+        held_out = [run["held_out"] for run in runs if run.get("held_out") is not None and run["held_out"].size]
         losses, margins = (np.stack([run[name] for run in runs]) for name in ("loss", "margin"))
-        return cls(labels, held_out, probs, losses, margins, _mean([run["correct"] for run in runs]))
+        predicted = _mean(held_out) if held_out else probs
+        return cls(labels, predicted, probs, losses, margins, _mean([run["correct"] for run in runs]))
 
     @property
     def predicted(self) -> NDArray[np.bool_]:

@@ -72,7 +72,7 @@ def audit(config: Config, *, debug: bool = False, **listeners: Any) -> Audit:
         raise ConfigError(f"audit.folds = {config.audit.folds}: there are {len(source)} samples, use fewer folds")
     folder = ExperimentFolder(run_folder_of(config), "audit.yaml", digest_of)
     with folder.open(config):
-        runs = [train(config.auditing(number), debug=debug, **listeners) for number in range(config.audit.folds)]
+        runs = [train(run, debug=debug, **listeners) for run in _run_configs(config)]
         evidence = evidence_of(config, np.asarray(source.labels))
         scan = find_in_data(config, splits, debug=debug, **listeners) if config.audit.duplicates else None
         found = write_findings(config, source, evidence, scan, [result.folder for result in runs])
@@ -82,13 +82,16 @@ def audit(config: Config, *, debug: bool = False, **listeners: Any) -> Audit:
 
 def evidence_of(config: Config, labels: NDArray[np.integer[Any]]) -> Evidence:
     """Return what the finished runs of an audit have observed of samples with these labels, (N,)."""
-    folders = [run_folder_of(config.auditing(number)) for number in range(config.audit.folds)]
-    return Evidence.of_runs(labels.astype(np.int64), [_columns(folder) for folder in folders])
+    return Evidence.of_runs(labels.astype(np.int64), [_columns(run_folder_of(run)) for run in _run_configs(config)])
+
+
+def _run_configs(config: Config) -> list[Config]:
+    return [config.auditing(number) for number in range(config.audit.folds * config.audit.repeats)]
 
 
 def digest_of(config: Config) -> str:
     """Return a short hash of the settings that affect an audit's results."""
-    content = {"audit": config.audit.model_dump(mode="json"), "runs": config.auditing(0).identity()}
+    content = {"audit": config.audit.model_dump(mode="json"), "runs": config.auditing().identity()}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -99,6 +102,7 @@ def write_findings(
     lines = [read_metrics(run) for run in runs]
     cost = {
         "folds": config.audit.folds,
+        "repeats": config.audit.repeats,
         "samples_trained": sum(metrics[-1]["samples_trained"] for metrics in lines if metrics),
         "seconds": round(sum(line["seconds"]["epoch"] for metrics in lines for line in metrics), 3),
     }

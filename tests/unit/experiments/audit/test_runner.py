@@ -173,7 +173,19 @@ def test_one_run_on_all_samples_with_settings_of_its_own(digits: NoisyDigits, tm
     assert result.summary["samples_trained"] == 8 * 604
     assert roc_auc_score(digits.wrong, result.table.p_wrong) > 0.9
     statistics = result.table.statistics
-    np.testing.assert_array_equal(statistics["held_out_probability"], statistics["probability"])
+    assert not any(name.startswith("held_out") for name in statistics)  # nothing was left out
+
+
+def test_repeats_average_over_other_folds(digits: NoisyDigits, tmp_path: Path) -> None:
+    config = audit_config(digits.path, tmp_path, audit={"folds": 2, "repeats": 2, "duplicates": False})
+    result = audit(config)
+    names = {folder.name for folder in result.folder.iterdir() if folder.is_dir()}
+    assert names == {"fold_1", "fold_2", "fold_1_repeat_2", "fold_2_repeat_2", "audit_gallery"}
+    evidence = evidence_of(config, np.zeros(604, dtype=np.int64))
+    assert evidence.losses.shape == (4, 604)
+    left_out = np.isnan(evidence.losses)
+    assert left_out.sum(axis=0).tolist() == [2] * 604  # once in each repeat
+    assert (left_out[0] != left_out[2]).any()
 
 
 @pytest.mark.parametrize(
