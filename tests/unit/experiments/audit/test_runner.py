@@ -16,7 +16,7 @@ from rayprune.core.audit.suspects import Suspects
 from rayprune.engine.train.driver import Start
 from rayprune.errors import ConfigError, RunFolderError
 from rayprune.experiments.audit.duplicates import DuplicateScan
-from rayprune.experiments.audit.runner import Audit, audit, digest_of, table_of
+from rayprune.experiments.audit.runner import Audit, audit, digest_of, evidence_of, table_of
 from rayprune.sources.audit_files import COLUMNS, read_audit
 from tests.support.audits import COPIES, LEAK, LEAKED, ORIGINALS, NoisyDigits, audit_config, noisy_digits
 
