@@ -9,7 +9,7 @@ from rayprune.sources import (  # noqa: F401  # registers the sources
     torchvision,
 )
 from rayprune.sources.adapt import as_source
-from rayprune.sources.base import Column, Limited, SampleSource, Schema, Splits, Subset, holdout
+from rayprune.sources.base import Column, SampleSource, Schema, Splits
 from rayprune.sources.cache import cached_arrays
 from rayprune.sources.huggingface import from_huggingface
 from rayprune.sources.huggingface_columns import columns_from_huggingface
@@ -18,6 +18,7 @@ from rayprune.sources.memory import MemorySource
 from rayprune.sources.parquet import source as _parquet  # noqa: F401
 from rayprune.sources.registry import SOURCES, default_augment, input_statistics, open_data, register_source
 from rayprune.sources.torch_dataset import from_torch
+from rayprune.sources.views import Limited, Subset, holdout
 from rayprune.sources.webdataset import source as _webdataset  # noqa: F401
 
 __all__ = [

@@ -18,11 +18,12 @@ from shutil import copyfileobj
 import numpy as np
 
 from rayprune.errors import ConfigError, DataError, one_line
-from rayprune.sources.base import SampleSource, Schema, Splits, count_classes, holdout
+from rayprune.sources.base import SampleSource, Schema, Splits, count_classes
 from rayprune.sources.cache import cache_root, cached_arrays
 from rayprune.sources.fingerprint import array_digest, digest, file_digest
 from rayprune.sources.memory import RowSource
 from rayprune.sources.registry import register_source
+from rayprune.sources.views import holdout
 
 TRAIN_NAMES = (("x_train", "y_train"), ("x", "y"))
 VALIDATION_NAMES = (("x_test", "y_test"), ("x_val", "y_val"))

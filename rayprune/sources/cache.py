@@ -26,9 +26,10 @@ import numpy as np
 
 from rayprune.core.references import closest
 from rayprune.errors import ConfigError, DataError
-from rayprune.sources.base import DescribedSource, SampleSource, Subset, check_ids
+from rayprune.sources.base import DescribedSource, SampleSource, check_ids
 from rayprune.sources.columns import empty_column, options_of_a_call
 from rayprune.sources.memory import RowSource
+from rayprune.sources.views import Subset
 
 logger = logging.getLogger(__name__)
 

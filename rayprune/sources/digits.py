@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from rayprune.sources.base import Schema, Splits, holdout
+from rayprune.sources.base import Schema, Splits
 from rayprune.sources.fingerprint import digest
 from rayprune.sources.memory import RowSource
 from rayprune.sources.registry import register_source
+from rayprune.sources.views import holdout
 
 NUM_SAMPLES = 1797
 NUM_VALIDATION = 360

@@ -29,7 +29,6 @@ from rayprune.sources.base import (
     Splits,
     check_ids,
     count_classes,
-    holdout,
     spaced_ids,
 )
 from rayprune.sources.cache import CacheMode, decoded
@@ -39,6 +38,7 @@ from rayprune.sources.images import ImageShape, check_size, decode_rows, first_s
 from rayprune.sources.parquet.layout import check_class_names, find_columns, hub_class_names
 from rayprune.sources.parquet.reader import encoded_values, is_text, text_labels, text_numbers
 from rayprune.sources.registry import register_source
+from rayprune.sources.views import holdout
 
 VALIDATION_SPLITS = ("validation", "valid", "val", "test")
 CHUNK_ROWS = 256

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from rayprune.errors import ConfigError, DataError, UnreadableImage
-from rayprune.sources.base import DescribedSource, RowCost, SampleSource, Schema, Splits, check_ids, holdout
+from rayprune.sources.base import DescribedSource, RowCost, SampleSource, Schema, Splits, check_ids
 from rayprune.sources.cache import CacheMode, cache_root, cached_arrays, decoded, leave_out_unreadable
 from rayprune.sources.fingerprint import WHOLE_BYTES, digest
 from rayprune.sources.images import (
@@ -32,6 +32,7 @@ from rayprune.sources.images import (
 )
 from rayprune.sources.registry import register_source
 from rayprune.sources.storage import REMOTE_THREADS, Storage, StoredFile, in_threads, one_line
+from rayprune.sources.views import holdout
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ from rayprune.core.references import call_object, closest, is_reference, load_ob
 from rayprune.core.validation import check_keys, plain
 from rayprune.errors import ConfigError, DataError
 from rayprune.sources.audit_files import read_audit_for
-from rayprune.sources.base import Limited, Relabeled, SampleSource, Splits, holdout, spaced_ids
+from rayprune.sources.base import SampleSource, Splits, spaced_ids
+from rayprune.sources.views import Limited, Relabeled, holdout
 
 SOURCES: dict[str, type[Any]] = {}
 NO_AUGMENT = {"crop": 0, "flip": False}

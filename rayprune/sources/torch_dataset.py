@@ -16,15 +16,7 @@ import numpy as np
 
 from rayprune.core.references import is_reference
 from rayprune.errors import ConfigError, DataError, one_line
-from rayprune.sources.base import (
-    Column,
-    SampleSource,
-    Schema,
-    Splits,
-    count_classes,
-    holdout,
-    spaced_ids,
-)
+from rayprune.sources.base import Column, SampleSource, Schema, Splits, count_classes, spaced_ids
 from rayprune.sources.cache import CacheMode, check_mode, decoded
 from rayprune.sources.columns import (
     options_of_a_call,
@@ -40,6 +32,7 @@ from rayprune.sources.items import (
     is_tensor,
 )
 from rayprune.sources.registry import call_with_keys, register_source
+from rayprune.sources.views import holdout
 
 
 @register_source("torch_dataset")

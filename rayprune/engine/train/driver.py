@@ -72,7 +72,8 @@ from rayprune.nn.augment import Augment
 from rayprune.nn.device import pin_column
 from rayprune.nn.signals import check_signals
 from rayprune.sources import SampleSource, Splits, open_data
-from rayprune.sources.base import Relabeled, shuffle_name
+from rayprune.sources.base import shuffle_name
+from rayprune.sources.views import Relabeled
 
 logger = logging.getLogger(__name__)
 

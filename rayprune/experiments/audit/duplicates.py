@@ -18,10 +18,11 @@ from rayprune.config.config import make_config
 from rayprune.core.audit.near_duplicates import settings_of
 from rayprune.engine.storage.resume import run_folder_of
 from rayprune.engine.train.driver import Listeners, forward_pass
-from rayprune.sources.base import Concatenated, Splits
+from rayprune.sources.base import Splits
 from rayprune.sources.findings import Compared
 from rayprune.sources.score_files import read_scores
 from rayprune.sources.vectors import Kind, VectorView
+from rayprune.sources.views import Concatenated
 
 FOLDER = "duplicates"
 

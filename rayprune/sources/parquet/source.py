@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from rayprune.errors import ConfigError, DataError
-from rayprune.sources.base import SampleSource, Schema, Splits, count_classes, holdout
+from rayprune.sources.base import SampleSource, Schema, Splits, count_classes
 from rayprune.sources.cache import CacheMode, cache_root, cached_arrays, decoded, leave_out_unreadable
 from rayprune.sources.fingerprint import digest
 from rayprune.sources.images import check_size
@@ -37,6 +37,7 @@ from rayprune.sources.parquet.reader import (
 from rayprune.sources.parquet.row_groups import BUFFER_BYTES, ParquetGroups
 from rayprune.sources.registry import register_source
 from rayprune.sources.storage import DEFAULT_VALIDATION, public
+from rayprune.sources.views import holdout
 
 
 @register_source("parquet")

@@ -17,16 +17,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from rayprune.errors import ConfigError, DataError
-from rayprune.sources.base import (
-    DescribedSource,
-    RowCost,
-    SampleSource,
-    Schema,
-    Splits,
-    check_ids,
-    count_classes,
-    holdout,
-)
+from rayprune.sources.base import DescribedSource, RowCost, SampleSource, Schema, Splits, check_ids, count_classes
 from rayprune.sources.cache import CacheMode, cache_root, cached_arrays, decoded, leave_out_unreadable
 from rayprune.sources.fingerprint import WHOLE_BYTES, digest
 from rayprune.sources.images import LEAVE_OUT, ImageShape, check_size, decode_rows, first_shape, readable_rows
@@ -41,6 +32,7 @@ from rayprune.sources.storage import (
     public,
     split_shards,
 )
+from rayprune.sources.views import holdout
 from rayprune.sources.webdataset.index import SampleKeys, shard_name, shard_samples
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from rayprune.sources import Limited, Schema, Subset, holdout
-from rayprune.sources.base import Relabeled, count_classes
+from rayprune.sources.base import count_classes
 from rayprune.sources.memory import RowSource
+from rayprune.sources.views import Relabeled
 from tests.support.sources import make_source
 
 

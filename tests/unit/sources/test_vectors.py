@@ -10,8 +10,9 @@ import pytest
 
 from rayprune.errors import DataError
 from rayprune.sources import MemorySource, Schema, Subset, open_data
-from rayprune.sources.base import Column, Concatenated
+from rayprune.sources.base import Column
 from rayprune.sources.vectors import VectorView, compared_columns
+from rayprune.sources.views import Concatenated
 from tests.support.sources import make_source
 
 
