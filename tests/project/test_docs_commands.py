@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from rayprune.cli.main import cli
 from tests.project.test_docs import PAGES, blocks, commands, configs_in
+from tests.project.test_examples import load_example
 from tests.support.paths import ROOT
 
 SMALL = [
@@ -25,6 +26,7 @@ SMALL = [
     "scaling.threads=1",
 ]
 FEW_EPOCHS = {
+    "digits_audit": ["train.epochs=8"],
     "digits_tdds": ["train.epochs=5", "method.trajectory_len=4", "method.window_size=3", "method.also=[]"],
     "digits_dynams": ["train.epochs=8"],
     "digits_dynams_psp": ["train.epochs=8"],
@@ -32,6 +34,7 @@ FEW_EPOCHS = {
 # runs/NAME is a run with several exits, except on the page that needs a scoring run.
 NAMED = {"methods.md": ["configs/digits_tdds.yaml"]}
 DEFAULT_NAMED = ["configs/digits_msdnet_l2w.yaml", "method.name=infobatch"]
+OWN_RUN = re.compile(r"\bruns/(NAME|A|B|C|demo)\b")
 SKIPPED = re.compile(r"^rayprune (sweep|compare) |/path/to|\bCONFIG\b|…|MY_SWEEP|runs/l2w-0|--device cuda")
 
 
@@ -49,7 +52,7 @@ def write_files(page: Path) -> None:
 
 def shrink(words: list[str]) -> list[str]:
     """Return the words of a command with fewer samples and epochs."""
-    if words[0] not in {"train", "score"}:
+    if words[0] not in {"train", "score", "audit"}:
         return words
     names = {Path(word).stem for word in configs_in(words)}
     fewer = [override for name in names for override in FEW_EPOCHS.get(name, ["train.epochs=3"])]
@@ -75,7 +78,9 @@ def run(runner: CliRunner, words: list[str]) -> None:
 @pytest.mark.parametrize(("page", "lines"), documented_commands(), ids=[page.name for page, _ in documented_commands()])
 def test_commands_run(page: Path, lines: list[str], checkout: CliRunner) -> None:
     write_files(page)
-    if any("runs/" in line for line in lines):
+    if any("noisy_digits.npz" in line for line in lines):
+        load_example("noisy_digits").write("noisy_digits.npz")
+    if any(OWN_RUN.search(line) for line in lines):
         run(checkout, shrink(["train", *NAMED.get(page.name, DEFAULT_NAMED), "run.name=NAME"]))
         for name in ("A", "B", "C", "demo/A"):
             (Path("runs") / name).parent.mkdir(exist_ok=True)

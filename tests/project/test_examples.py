@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from rayprune.config import load_config
+from rayprune.experiments.audit.runner import audit
 from tests.support.paths import ROOT
 
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
 FOLDER = ROOT / "examples"
 NAMES = ("language_model", "tabular_regression", "text_classification")
 
@@ -68,6 +72,25 @@ def test_the_network_with_early_exits(tmp_path: Path, capsys: pytest.CaptureFixt
     assert results["share_of_macs"] < 0.6
     assert 0.1 < results["saved"] < 0.5
     assert "take the first exit" in capsys.readouterr().out
+
+
+def test_the_digits_with_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The config of docs/auditing.md, with a smaller network, finds the errors that the example makes."""
+    monkeypatch.chdir(tmp_path)
+    example = load_example("noisy_digits")
+    example.write("noisy.npz")
+    short = ["model.name=mlp", "train.epochs=10", "audit.folds=3", "run.name=noisy", "scaling.threads=1"]
+    audit(load_config("digits_audit", ["data.path=noisy.npz", *short]))
+    example.check("noisy.npz", "runs/noisy")
+    printed = capsys.readouterr().out
+    numbers = {line.partition(":")[0]: [float(each) for each in NUMBER.findall(line)] for line in printed.splitlines()}
+    true, estimated = numbers["wrong labels"]
+    assert estimated == pytest.approx(true, abs=4)
+    assert numbers["AUC of p_wrong"][0] > 0.95
+    assert numbers["suspects"][1] > 80
+    assert numbers["copies found"] == [30, 30]
 
 
 @pytest.mark.parametrize("name", NAMES)
