@@ -22,6 +22,7 @@ from rayprune.report.text import count_of, share
 from rayprune.sources.audit_files import AUDIT_NAME, GROUPS, AuditTable, read_audit
 
 _MAX_PAIRS = 12
+_MAX_ROWS = 20  # of a group whose samples have no contents here
 TRAINED = (
     "The network has trained on these labels, so errors that it has memorized are not seen: rayprune audit CONFIG, "
     "which leaves parts of the samples out, finds more."
@@ -160,9 +161,8 @@ def read_audit_section(run_folder: Path) -> Audit | None:
     gallery = _stored(_Gallery, run_folder / "audit_gallery" / "gallery.json")
     counted = Counter(table.group.tolist())
     counts = {name: (summary.groups or counted).get(name, 0) for name in GROUPS}
-    groups = [
-        _group(name, gallery.groups[name], run_folder / "audit_gallery") for name in GROUPS if gallery.groups.get(name)
-    ]
+    shown = gallery.groups if (run_folder / "audit_gallery").exists() else _without_contents(table, summary)
+    groups = [_group(name, shown[name], run_folder / "audit_gallery") for name in GROUPS if shown.get(name)]
     return Audit(_verdict(table, summary), _counts_table(counts, len(table)), _pairs_table(table, summary), groups)
 
 
@@ -214,6 +214,34 @@ def _pairs_table(table: AuditTable, summary: _Summary) -> Table | None:
     return Table(("given label", "likely label", "samples", "share"), rows, words=(0, 1))
 
 
+def _without_contents(table: AuditTable, summary: _Summary) -> dict[str, list[Suspect]]:
+    """Return the most certain samples of each group, as a loop's audit has no gallery."""
+    names = summary.class_names
+
+    def name_of(label: int) -> str | None:
+        return names[label] if label < len(names) else None
+
+    def suspect(row: int) -> Suspect:
+        label, suggested = int(table.label[row]), int(table.suggested_label[row])
+        of, split, twin = int(table.duplicate_of[row]), str(table.duplicate_split[row]), None
+        if split == "train":
+            twin = Twin(id=of, label=int(table.label[of]), label_name=name_of(int(table.label[of])), split=split)
+        return Suspect(
+            id=row,
+            label=label,
+            label_name=name_of(label),
+            suggested=suggested,
+            suggested_name=name_of(suggested),
+            p_wrong=float(table.p_wrong[row]),
+            evidence=str(table.evidence[row]),
+            duplicate=twin,
+        )
+
+    most = {name: np.flatnonzero(table.group == name) for name in GROUPS}
+    order = {name: rows[np.argsort(-table.p_wrong[rows], kind="stable")][:_MAX_ROWS] for name, rows in most.items()}
+    return {name: [suspect(int(row)) for row in rows] for name, rows in order.items()}
+
+
 def _group(name: str, stored: Sequence[Suspect], folder: Path) -> AuditGroup:
     title, text = _TITLES[name]
     samples = [_with_pictures(sample, folder) for sample in stored]
@@ -223,7 +251,7 @@ def _group(name: str, stored: Sequence[Suspect], folder: Path) -> AuditGroup:
     for sample in samples:
         twin = sample.duplicate
         other = "" if twin is None else f"{twin.split} id {twin.id}, labeled {twin.label_text}"
-        cells = (str(sample.id), sample.caption, sample.text or "–", other, sample.evidence, share(sample.p_wrong, 1))
+        cells = (str(sample.id), sample.caption, sample.text or "", other, sample.evidence, share(sample.p_wrong, 1))
         rows.append(cells)
     head = ("id", "label", "content", "same as", "evidence", "wrong")
     used = [column for column in range(len(head)) if any(row[column] for row in rows)]

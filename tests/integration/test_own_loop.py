@@ -28,6 +28,7 @@ from ray.train.torch import TorchTrainer
 import rayprune
 from rayprune.engine.storage.run_folder import read_metrics
 from rayprune.engine.user_loop.api import PrunedData
+from rayprune.sources.audit_files import read_audit
 from rayprune.sources.score_files import read_scores
 from tests.support import own_loops
 from tests.support.paths import ROOT
@@ -95,8 +96,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, np.ndarray]]]:
     """Two workers that read through Ray Data and a map of the user."""
     folder = tmp_path_factory.mktemp("together")
-    data = prune(run=folder / "run", world_size=2)
-    fit(data.dataset.map_batches(lambda batch: {**batch, "x": batch["x"] * 1}, batch_size=None), folder, 2)
+    data = prune(run=folder / "run", world_size=2, audit=True)
+    mapped = data.dataset.map_batches(lambda batch: {**batch, "x": batch["x"] * 1}, batch_size=None)
+    fit(mapped, folder, 2, audit=True)
+    np.save(folder / "audit.npy", data.audit().p_wrong)
     yield folder, data.scores()
     data.close()
 
@@ -112,6 +115,16 @@ def test_batches_do_not_depend_on_workers(alone: Path, together: tuple[Path, dic
         batch[2] for batch in one_rank if batch[0][0] == 0
     ]
     assert epoch.plan_hash == one_rank[0][1]
+
+
+def test_two_workers_and_the_driver_audit_the_same_visits(together: tuple[Path, dict[str, np.ndarray]]) -> None:
+    folder, scores = together
+    stored = read_audit(folder / "run").table
+    for name in ("audit-0", "audit-1", "audit"):
+        np.testing.assert_array_equal(np.load(folder / f"{name}.npy"), stored.p_wrong)
+    assert stored.label.tolist() == own_loops.DATA["label"].tolist()
+    assert "outlier" in stored.statistics, "only the driver reads the rows"
+    assert np.corrcoef(stored.statistics["loss"], scores["loss"])[0, 1] > 0.5
 
 
 class Items:

@@ -73,8 +73,9 @@ def train_loop(config: dict[str, Any]) -> None:
     folder, pause_s = Path(config["folder"]), config.get("pause_s", 0.0)
     for epoch in shard.epochs():
         for batch in epoch.iter_torch_batches():
-            losses = cross_entropy(model(batch["x"]), batch["label"], reduction="none")
-            loss = epoch.weigh(batch, losses)
+            logits = model(batch["x"])
+            losses = cross_entropy(logits, batch["label"], reduction="none")
+            loss = epoch.weigh(batch, losses, logits=logits)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -86,6 +87,8 @@ def train_loop(config: dict[str, Any]) -> None:
                 kill_once(folder / "died")
         if config.get("every"):
             save(model, optimizer, shard)
+    if config.get("audit"):
+        np.save(folder / f"audit-{shard.rank}.npy", shard.audit().p_wrong)
     if shard.rank == 0 or config.get("fsdp"):
         full = {
             name: getattr(value, "full_tensor", lambda value=value: value)()

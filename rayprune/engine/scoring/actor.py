@@ -17,13 +17,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.core.audit.visits import SIGNALS as AUDITED
+from rayprune.core.audit.visits import TrainingVisits
 from rayprune.core.plan import BLOCK_ROWS, LastBatch, Plan, block_rows
 from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
@@ -52,6 +54,8 @@ from rayprune.sources.base import shuffle_name
 
 logger = logging.getLogger(__name__)
 
+_AUDIT = "audit/"  # before the names of an audit's arrays in a state
+
 
 @dataclass(frozen=True)
 class ScoreSpec:
@@ -74,6 +78,7 @@ class ScoreSpec:
         meta_every: training batches per meta batch, as in `Plan.of_selection`.
         task_rows: the largest number of rows in a read task of the stream.
         loop_run: the run folder of a user's loop.
+        audits: whether a user's loop keeps what an audit needs of its training visits.
     """
 
     method: dict[str, Any] | Method
@@ -93,6 +98,7 @@ class ScoreSpec:
     meta_every: int = 0
     task_rows: int = BLOCK_ROWS
     loop_run: LoopRun | None = None
+    audits: bool = False
 
     def selector(self) -> Selector:
         """Build a fresh Selector."""
@@ -368,6 +374,7 @@ class LoopSettings:
         batch_size: rows of a global batch.
         identity: what a saved state must agree with: fingerprint, number of samples, batch size, epochs, seed, shuffle.
         has_run: whether the loop has a run folder.
+        audits: whether every visit is recorded for an audit.
     """
 
     signals: tuple[str, ...]
@@ -376,6 +383,28 @@ class LoopSettings:
     batch_size: int
     identity: dict[str, Any]
     has_run: bool = False
+    audits: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class AuditRecord:
+    """What a loop has recorded for an audit.
+
+    Attributes:
+        visits: the training visits.
+        labels: (N,) the labels of the data.
+        class_names: as in the data's schema.
+        fingerprint: of the data.
+        seed: the loop's.
+        run_folder: the loop's, or None.
+    """
+
+    visits: TrainingVisits
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    fingerprint: str
+    seed: int
+    run_folder: str | None
 
 
 class LoopActor(ScoreActor):
@@ -386,6 +415,10 @@ class LoopActor(ScoreActor):
         # Sum and number of the epoch's losses, and the mean of the last closed epoch.
         self._loss_sum, self._num_losses = 0.0, 0
         self._closed_loss: float | None = None
+        self._visits = self._fresh_visits()
+
+    def _fresh_visits(self) -> TrainingVisits | None:
+        return TrainingVisits(len(self._spec.source), self._spec.num_epochs) if self._spec.audits else None
 
     def settings(self) -> LoopSettings:
         """Return the settings that every rank needs."""
@@ -399,11 +432,13 @@ class LoopActor(ScoreActor):
             "last_batch": spec.last_batch,
             "seed": spec.seed,
         }
+        if spec.audits:
+            identity["audit"] = True
         method = build_method(spec.method)
-        signals = tuple(dict.fromkeys((*method.signals, *spec.record)))
+        signals = tuple(dict.fromkeys((*method.signals, *spec.record, *(AUDITED if spec.audits else ()))))
         sweep_signals = method.sweep_signals or method.signals
         has_run = spec.loop_run is not None
-        return LoopSettings(signals, sweep_signals, spec.num_epochs, spec.batch_size, identity, has_run)
+        return LoopSettings(signals, sweep_signals, spec.num_epochs, spec.batch_size, identity, has_run, spec.audits)
 
     def restore(self, generation: int, epoch: int, state: Mapping[str, NDArray[Any]] | None) -> None:
         """Start an attempt at an epoch, with the state of a checkpoint, or afresh without one.
@@ -411,11 +446,14 @@ class LoopActor(ScoreActor):
         Raises:
             RunFolderError: the state is another method's or dataset's.
         """
-        selector = self._spec.selector()
+        selector, visits = self._spec.selector(), self._fresh_visits()
         if state is not None:
             selector.load_state_dict({name: np.array(array) for name, array in state.items()})
+            if visits is not None:
+                own = {name: np.array(array) for name, array in state.items() if name.startswith(_AUDIT)}
+                visits.load_state_dict({name.removeprefix(_AUDIT): array for name, array in own.items()})
         selector.begin_epoch(epoch)
-        self._selector, self._generation, self._passed = selector, generation, None
+        self._selector, self._visits, self._generation, self._passed = selector, visits, generation, None
         self._start_epoch()
         if self._spec.loop_run is not None and epoch < self._spec.num_epochs:
             self._spec.loop_run.open(epoch, resumed=state is not None)
@@ -444,11 +482,31 @@ class LoopActor(ScoreActor):
         """Fold one push into the table, once, and add up its losses."""
         num_observed = self._num_observed
         super().observe(key, push)
-        losses = unpack(push.layout, push.buffer).get("loss")
-        if self._num_observed > num_observed and losses is not None and not push.sweep:
+        if self._num_observed == num_observed or push.sweep:
+            return
+        signals = unpack(push.layout, push.buffer)
+        if self._visits is not None:
+            self._visits.observe(signals["id"], signals, key.epoch)
+        losses = signals.get("loss")
+        if losses is not None:
             finite = losses[np.isfinite(losses)]
             self._loss_sum += float(finite.sum(dtype=np.float64))
             self._num_losses += finite.size
+
+    def audit_record(self) -> AuditRecord | None:
+        """Return what was recorded for an audit; None if nothing is."""
+        spec, run = self._spec, self._spec.loop_run
+        if self._visits is None:
+            return None
+        facts = (spec.source.schema.class_names, spec.source.fingerprint, spec.seed)
+        return AuditRecord(self._visits, spec.source.labels, *facts, None if run is None else run.folder)
+
+    def _snapshot(self, select_s: float, with_state: bool) -> EpochSnapshot:
+        snapshot = super()._snapshot(select_s, with_state)
+        if self._visits is None or not with_state:
+            return snapshot
+        visits = {f"{_AUDIT}{name}": array for name, array in self._visits.state_dict().items()}
+        return replace(snapshot, state={**snapshot.state, **visits})
 
     def _start_epoch(self) -> None:
         super()._start_epoch()
@@ -464,6 +522,7 @@ class LoopActor(ScoreActor):
                 "the ScoreActor was lost with its scores: restart the loop from its last checkpoint (save "
                 "shard.state_dict(), and set FailureConfig(max_failures=…))"
             )
+        self._visits = self._fresh_visits()
         return super()._state_before(epoch, step)
 
     def wanted_rows(self, known: tuple[Any, ...] | None) -> WantedRows | None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, Protocol, Self, TypeVa
 import ray
 from numpy.typing import NDArray
 
-from rayprune.engine.scoring.actor import LoopActor, LoopSettings, ScoreActor, ScoreSpec, WantedRows
+from rayprune.engine.scoring.actor import AuditRecord, LoopActor, LoopSettings, ScoreActor, ScoreSpec, WantedRows
 from rayprune.engine.scoring.messages import (
     AttemptKey,
     Barrier,
@@ -228,6 +228,9 @@ class LoopClient(ScoreClient):
 
     def log_epoch(self, line: Mapping[str, Any]) -> dict[str, Any]:
         return self._call(LoopActor.log_epoch, line)
+
+    def audit_record(self) -> AuditRecord | None:
+        return self._call(LoopActor.audit_record)
 
     def wanted_rows(self, known: tuple[Any, ...] | None) -> WantedRows | None:
         return self._call(LoopActor.wanted_rows, known)

@@ -41,12 +41,14 @@ from rayprune.engine.scoring.actor import LoopSettings, ScoreSpec
 from rayprune.engine.scoring.client import LoopClient
 from rayprune.engine.scoring.session import ScoringSession
 from rayprune.engine.storage.loop_run import LoopRun
+from rayprune.engine.user_loop.audit import audit_loop
 from rayprune.engine.user_loop.shard import Shard, check_divisible, check_one_process
-from rayprune.errors import ConfigError
+from rayprune.errors import ConfigError, DataError, one_line
 from rayprune.methods import Method, build_method
 from rayprune.methods.fixed import Fixed
 from rayprune.sources import SampleSource, as_source
 from rayprune.sources.adapt import check_options
+from rayprune.sources.audit_files import AuditTable
 from rayprune.sources.selection_files import read_selection_for
 
 _TOKEN = "rayprune"  # the key in a DataContext under which workers find their actor
@@ -69,6 +71,7 @@ def prune(
     num_workers: int = 0,
     world_size: int | None = None,
     run: str | Path | None = None,
+    audit: bool = False,
     **source_options: Any,
 ) -> PrunedData:
     """Prune a dataset for a Ray Train loop.
@@ -93,6 +96,8 @@ def prune(
         world_size: the trainer's number of workers; if given, batch_size is checked here and not when they start.
         run: a run folder to write metrics and scores to, for `rayprune report`, `show` and `select`; on storage that
             every machine sees. `Epoch.log` adds your own metrics. None writes nothing.
+        audit: record every visit for `PrunedData.audit` and `Shard.audit`: `weigh` then needs the logits, and states
+            hold the mean probabilities of all samples, N × C float32.
         **source_options: how the source is read. `label_column` for any data; also `columns`, `cache` and `cache_dir`
             for a torch or Hugging Face Dataset, `image_column` and `image_size` for a Hugging Face Dataset. See
             `rayprune.sources.columns_from_torch` and `columns_from_huggingface`.
@@ -136,10 +141,12 @@ def prune(
     """
     if world_size is not None:
         check_divisible(_checked_batch_size(batch_size), world_size)
-    spec_of = partial(_score_spec, method=method, num_epochs=num_epochs, batch_size=batch_size, seed=seed, run=run)
+    spec_of = partial(
+        _score_spec, method=method, num_epochs=num_epochs, batch_size=batch_size, seed=seed, run=run, audit=audit
+    )
     if isinstance(source, ray.data.Dataset):
         _check_filtered(last_batch, stream, num_workers)
-        return _filtered(source, id_column, method, spec_of, source_options)
+        return _filtered(source, id_column, _needs_labels(method) or audit, spec_of, source_options)
     samples = as_source(source, **source_options)
     _check_stream(stream, ("ray", "local", "device"), samples, num_workers)
     spec = spec_of(samples, last_batch=last_batch, origin=(type(source).__name__, stream))
@@ -150,7 +157,7 @@ def prune(
     ragged = tuple(name for name, column in samples.schema.columns.items() if column.is_ragged)
     token = _Token(scores, stream, None if stream == "ray" else samples, num_workers, ragged)
     guarantees = f"stream {stream}; plans, order and resume inside epochs are exact, bit for bit"
-    return PrunedData(_planned_dataset(samples, token), scores, len(samples), guarantees)
+    return PrunedData(_planned_dataset(samples, token), scores, len(samples), guarantees, samples)
 
 
 class PrunedData:
@@ -164,9 +171,11 @@ class PrunedData:
         num_samples: N.
     """
 
-    def __init__(self, dataset: Any, scores: LoopClient, num_samples: int, guarantees: str) -> None:
+    def __init__(
+        self, dataset: Any, scores: LoopClient, num_samples: int, guarantees: str, source: SampleSource | None = None
+    ) -> None:
         self.dataset, self.num_samples = dataset, num_samples
-        self._scores, self._guarantees = scores, guarantees
+        self._scores, self._guarantees, self._source = scores, guarantees, source
 
     def __repr__(self) -> str:
         return f"PrunedData({self.num_samples} samples; {self._guarantees})"
@@ -182,6 +191,13 @@ class PrunedData:
     def scores(self) -> dict[str, NDArray[Any]]:
         """Return the method's scores, `last_visit` and `times_pruned`, name → (N,); NaN for unvisited samples."""
         return self._scores.scores()
+
+    def audit(self, *, rule: str = "ensemble", at: float = 0.5, duplicates: bool = True) -> AuditTable:
+        """Return what is probably wrong with the data, by the training visits; see `Shard.audit`.
+
+        Call it after the training. The rows of a `ray.data.Dataset` are not compared.
+        """
+        return audit_loop(self._scores, self._source, rule=rule, at=at, duplicates=duplicates, write=True)
 
     def close(self) -> None:
         """End the ScoreActor now; otherwise it ends with this process."""
@@ -219,7 +235,7 @@ def get_dataset_shard(name: str = "train") -> Shard:
     # The clock keeps generations rising if the actor restarts, the actor if the next clock is behind.
     generation = broadcast_from_rank_zero(max(token.scores.generation() + 1, time.time_ns()) if rank == 0 else 0)
     session = ScoringSession(token.scores, generation, rank, context.get_world_size(), settings.signals)
-    return Shard(session, _transport(token, settings, iterator, device), settings, device)
+    return Shard(session, _transport(token, settings, iterator, device), settings, device, token.source)
 
 
 def local_loader(
@@ -234,6 +250,7 @@ def local_loader(
     num_workers: int = 0,
     device: torch.device | str | None = None,
     run: str | Path | None = None,
+    audit: bool = False,
     **source_options: Any,
 ) -> Shard:
     """Prune a dataset for a plain PyTorch loop in this process, without Ray.
@@ -248,6 +265,7 @@ def local_loader(
         device: where batches go; None leaves them on the host.
         run: a run folder to write metrics and scores to, for `rayprune report`, `show` and `select`. `Epoch.log` adds
             your own metrics. None writes nothing.
+        audit: record every visit for `Shard.audit`, as for `prune`.
         **source_options: as for `prune`.
 
     Returns:
@@ -270,7 +288,9 @@ def local_loader(
     check_one_process()
     samples = as_source(source, **source_options)
     _check_stream(stream, ("local", "device"), samples, num_workers)
-    spec_of = partial(_score_spec, method=method, num_epochs=num_epochs, batch_size=batch_size, seed=seed, run=run)
+    spec_of = partial(
+        _score_spec, method=method, num_epochs=num_epochs, batch_size=batch_size, seed=seed, run=run, audit=audit
+    )
     spec = spec_of(samples, last_batch=last_batch, origin=(type(source).__name__, stream))
     target = None if device is None else torch.device(device)
     if target is not None and target.type == "cuda" and not torch.cuda.is_available():
@@ -278,7 +298,7 @@ def local_loader(
     token = _Token(LoopClient.in_process(spec), stream, samples, num_workers)
     loop_settings = token.scores.settings()
     session = ScoringSession(token.scores, next(_local_generations), 0, 1, loop_settings.signals)
-    return Shard(session, _transport(token, loop_settings, None, target), loop_settings, target)
+    return Shard(session, _transport(token, loop_settings, None, target), loop_settings, target, samples)
 
 
 @dataclass(frozen=True)
@@ -316,14 +336,14 @@ def _start_actor(spec: ScoreSpec) -> LoopClient:
 
 
 def _filtered(
-    dataset: Any, id_column: str, method: Method, spec_of: Callable[..., ScoreSpec], options: dict[str, Any]
+    dataset: Any, id_column: str, labeled: bool, spec_of: Callable[..., ScoreSpec], options: dict[str, Any]
 ) -> PrunedData:
     """Prune a ray.data.Dataset by a filter on its ids."""
     check_options("a ray.data.Dataset", options, ["label_column"])
     _start_ray()
     # A copy with its own context: two prunes of one Dataset must not share a token.
     dataset = ray.data.Dataset.copy(dataset, _deep_copy=True)
-    samples = IdColumn(dataset, id_column, _needs_labels(method), **options)
+    samples = IdColumn(dataset, id_column, labeled, **options)
     scores = _start_actor(spec_of(samples, last_batch="pad", origin=("ray.data.Dataset", "filtered")))
     dataset.context.set_config(_TOKEN, _Token(scores, "filtered"))
     keep = KeepWantedRows(scores, id_column)
@@ -384,6 +404,7 @@ def _score_spec(
     batch_size: int,
     seed: int,
     run: str | Path | None,
+    audit: bool,
     last_batch: LastBatch,
     origin: tuple[str, str],
 ) -> ScoreSpec:
@@ -404,9 +425,11 @@ def _score_spec(
     labeled, num_checked = _needs_labels(method), min(len(samples), _CHECKED_SAMPLES)
     labels = samples.labels[:num_checked] if labeled else None
     Selector(method, num_checked, num_epochs, seed, labels=labels)  # refuses a bad method, number of epochs or seed
+    if audit:
+        _check_labels(samples)
     spec = ScoreSpec(
         method=method,
-        source=SourceMetadata(samples, labeled=labeled),
+        source=SourceMetadata(samples, labeled=labeled or audit),
         num_validation=0,
         # Plain ints, so that saved states load with weights_only.
         num_epochs=int(num_epochs),
@@ -418,8 +441,20 @@ def _score_spec(
         keep_selections=0,
         labeled=labeled,
         chosen=read_selection_for(method.path, samples).selection(len(samples)) if isinstance(method, Fixed) else None,
+        audits=audit,
     )
     return _with_run(spec, run, *origin)
+
+
+def _check_labels(samples: SampleSource) -> None:
+    """Refuse data without classes, which no audit can judge."""
+    try:
+        labels = samples.labels
+    except DataError as error:
+        cure = "name their column by label_column=, or leave audit out"
+        raise ConfigError(f"audit=True needs the labels of the data ({one_line(error)}): {cure}") from None
+    if labels.min(initial=0) < 0:
+        raise ConfigError(f"audit=True needs labels from 0 on, and the lowest is {labels.min()}: number the classes")
 
 
 def _with_run(spec: ScoreSpec, folder: str | Path | None, source_name: str, stream: str) -> ScoreSpec:

@@ -28,12 +28,15 @@ from rayprune.engine.scoring.actor import LoopSettings
 from rayprune.engine.scoring.client import LoopClient
 from rayprune.engine.scoring.messages import EpochSnapshot, Moment, PlanHeader, PlanPass, RankRows
 from rayprune.engine.scoring.session import ScoringSession
+from rayprune.engine.user_loop.audit import audit_loop, check_audited
 from rayprune.engine.user_loop.batch_sampler import ShardBatchSampler
 from rayprune.engine.user_loop.collate import BatchFormat, CollateFn, collated
 from rayprune.engine.user_loop.epoch_log import EpochLog
 from rayprune.engine.user_loop.unweighed import UnweighedRows
 from rayprune.errors import ConfigError, UsageError
 from rayprune.nn.signals import TokenAxis, losses_per_sample, signals_per_sample, weighted_mean
+from rayprune.sources import SampleSource
+from rayprune.sources.audit_files import AuditTable
 from rayprune.sources.columns import LABEL_COLUMNS
 
 logger = logging.getLogger(__name__)
@@ -73,6 +76,7 @@ class Shard:
         transport: delivers the rows.
         settings: the settings of the pruned data.
         device: where batches go by default; None for the host.
+        source: the data, if this process reads them.
 
     Attributes:
         rank, world_size, device: this worker's.
@@ -84,10 +88,11 @@ class Shard:
         transport: Transport,
         settings: LoopSettings,
         device: torch.device | None,
+        source: SampleSource | None = None,
     ) -> None:
         check_divisible(settings.batch_size, session.world_size)
         self.rank, self.world_size, self.device = session.rank, session.world_size, device
-        self._session, self._transport, self._settings = session, transport, settings
+        self._session, self._transport, self._settings, self._source = session, transport, settings, source
         self._epoch, self._resume_step, self._resume_progress = 0, 0, 0.0
         # The Selector's newest state, if rank 0 has it: as loaded, or from the last barrier.
         self._selector: Mapping[str, Tensor] | None = None
@@ -169,6 +174,28 @@ class Shard:
         Inside the body of an epoch, the newest observations may be missing; between epochs all are in.
         """
         return self._session.client.scores()
+
+    def audit(self, *, rule: str = "ensemble", at: float = 0.5, duplicates: bool = True) -> AuditTable:
+        """Return what is probably wrong with the data, by the training visits so far.
+
+        Call it after the loop, which gives `weigh` the logits. The network has trained on the labels, so that errors
+        which it has memorized are not seen; `rayprune audit` trains networks for the purpose. If the loop has a run
+        folder, rank 0 writes audit.parquet there, which `rayprune report` shows and `rayprune select` reads.
+
+        Args:
+            rule: how the probability of a wrong label is estimated, as `audit.rule` of a config.
+            at: the probability from which on a label counts as a suspect.
+            duplicates: also look for near-duplicates and outliers, which reads all samples in this process. A worker
+                that gets its rows through Ray Data cannot: use `PrunedData.audit` after the training.
+
+        Raises:
+            UsageError: the loop was not given `audit=True`.
+            ConfigError: an argument is wrong, nothing was observed, or other targets than the data's labels.
+            DataError: the samples cannot be compared.
+        """
+        return audit_loop(
+            self._session.client, self._source, rule=rule, at=at, duplicates=duplicates, write=self.rank == 0
+        )
 
     def sweep(self, score: Callable[[Any], Any], **batch_format: Any) -> int:
         """Score, without gradients, the samples that the method wants scored but not trained on.
@@ -426,8 +453,8 @@ class Epoch:
             batch: a batch that `iter_torch_batches` yielded, a copy or a part of it, or rows of several; anything with
                 the key `id`. Or the ids alone, (B,) integers. Batches may come in any order, each row once.
             losses: (B,) or (B, 1, …). With `mask` or `token_axis` also (B, T, …), whose mean is a sample's loss.
-            logits, targets, embeddings, head: for methods that need more than the loss. `targets` defaults to the
-                batch's `label` or `labels`; `head` is the last linear layer. See
+            logits, targets, embeddings, head: for methods that need more than the loss, and for `audit=True`. `targets`
+                defaults to the batch's `label` or `labels`; `head` is the last linear layer. See
                 `rayprune.nn.signals.signals_per_sample`.
             mask: of the losses' shape, 0 for positions that do not count.
             token_axis: the axes of the losses that are positions of a sample (tokens, pixels): 1, or (1, 2).
@@ -443,6 +470,8 @@ class Epoch:
         rows = found.batch
         losses_B = losses_per_sample(losses, rows.ids.size, mask, token_axis)
         outputs = _task_outputs(batch, {"logits": logits, "targets": targets, "embeddings": embeddings, "head": head})
+        if self._settings.audits:
+            check_audited(outputs["logits"], outputs["targets"])
         self._record(rows, losses_B, outputs, self._settings.signals)
         self._unweighed.remove(found)
         weights_B = torch.from_numpy(rows.weights.copy()) if rows.placed is None else rows.placed.weights

@@ -181,8 +181,17 @@ def test_an_audit_without_gallery_or_summary_still_counts(tmp_path: Path) -> Non
     write_audit(tmp_path, digits_audit()[1])
     section = read_audit_section(tmp_path)
     assert section is not None
-    assert section.groups == []
     assert section.counts.rows[0][1] == "100"
+    wrong, duplicates, leaks, outliers = (group.table for group in section.groups)
+    assert wrong is not None
+    assert duplicates is not None
+    assert leaks is not None
+    assert outliers is not None
+    assert wrong.head == ("id", "label", "evidence", "wrong")
+    assert [row[0] for row in wrong.rows] == [str(row) for row in range(99, 79, -1)]
+    assert wrong.rows[0][2] == "<b>5 of 5</b> networks"
+    assert duplicates.rows[0][2].startswith("train id 200, labeled ")
+    assert "same as" not in leaks.head
 
 
 @pytest.mark.parametrize(("name", "content"), [("audit.json", '{"pairs": 3}'), ("audit.json", "[")])
