@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
     )
     from rayprune.methods.aum import AUM
     from rayprune.methods.ccs import CCS
+    from rayprune.methods.clean_subset import CleanSubset
     from rayprune.methods.craig import CRAIG
     from rayprune.methods.d2 import D2
     from rayprune.methods.divbs import DivBS
