@@ -73,7 +73,7 @@ def _samples(source: SampleSource, ids: list[int], folder: Path, prefix: str) ->
     images = write_thumbnails(source, ids, folder, prefix)
     texts: dict[int, str] = {}
     if not images:
-        rows = source.take(np.array(ids, dtype=np.int64))[source.schema.input]
+        rows = source.take(np.array(ids, dtype=np.int64))[_shown_column(source)]
         texts = {sample: _in_words(row) for sample, row in zip(ids, rows, strict=True)}
     labels = source.labels
     return {
@@ -86,6 +86,12 @@ def _samples(source: SampleSource, ids: list[int], folder: Path, prefix: str) ->
         }
         for sample in ids
     }
+
+
+def _shown_column(source: SampleSource) -> str:
+    """Return the column of text, if there is one besides the inputs; else that of the inputs."""
+    columns = source.schema.columns
+    return next((name for name, column in columns.items() if column.dtype == "object"), source.schema.input)
 
 
 def _entry(

@@ -158,8 +158,8 @@ def _entry(source: SampleSource, sample: int, probs_C: NDArray[np.float64]) -> d
 def write_thumbnails(source: SampleSource, ids: list[int], folder: Path, prefix: str = "") -> dict[int, str]:
     """Write a PNG file per sample if the samples are images; return id → file name, which starts with the prefix."""
     name = source.schema.input
-    column = source.schema.columns[name]
-    if column.dtype != "uint8" or len(column.shape) != 3 or column.shape[2] not in (1, 3) or not ids:
+    column = source.schema.columns.get(name)
+    if column is None or column.dtype != "uint8" or len(column.shape) != 3 or column.shape[2] not in (1, 3) or not ids:
         return {}
     names = {}
     for sample, image_HWC in zip(ids, source.take(np.array(ids, dtype=np.int64))[name], strict=True):

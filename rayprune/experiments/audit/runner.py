@@ -90,8 +90,11 @@ def _run_configs(config: Config) -> list[Config]:
 
 
 def digest_of(config: Config) -> str:
-    """Return a short hash of the settings that affect an audit's results."""
-    content = {"audit": config.audit.model_dump(mode="json"), "runs": config.auditing().identity()}
+    """Return a short hash of the settings that affect an audit's runs; others only affect what is made of them."""
+    content = {
+        "audit": config.audit.model_dump(mode="json", exclude={"rule", "at", "duplicates"}),
+        "runs": config.auditing().identity(),
+    }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 

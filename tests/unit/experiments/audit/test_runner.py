@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def sections_of(config: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "sections",
-    [{"audit": {"rule": "margin"}}, {"audit": {"folds": 4}}, {"train": {"epochs": 13}}, {"optim": {"lr": 0.2}}],
+    [{"audit": {"window": 2}}, {"audit": {"folds": 4}}, {"train": {"epochs": 13}}, {"optim": {"lr": 0.2}}],
 )
 def test_another_setting_in_the_same_folder_is_refused(
     digits: NoisyDigits, finished: Audit, sections: dict[str, Any]
@@ -148,6 +149,17 @@ def test_another_setting_in_the_same_folder_is_refused(
         audit(audit_config(digits.path, digits.path.parent, **sections))
     assert "\n" not in str(refused.value)
     assert (finished.folder / "audit.yaml").read_bytes() == before
+
+
+def test_another_rule_and_threshold_train_nothing(digits: NoisyDigits, finished: Audit, tmp_path: Path) -> None:
+    shutil.copytree(finished.folder, tmp_path / "audit")
+    starts: list[Any] = []
+    sections = {"audit": {"rule": "margin", "at": 0.3}}
+    again = audit(audit_config(digits.path, tmp_path, **sections), on_start=starts.append)
+    assert not starts
+    assert (again.summary["rule"], again.summary["at"]) == ("margin", 0.3)
+    assert again.table.p_wrong.tolist() != finished.table.p_wrong.tolist()
+    assert sorted(again.table.p_wrong) == pytest.approx(sorted(finished.table.p_wrong), abs=1e-6)
 
 
 def test_the_folder_of_a_run_is_refused(digits: NoisyDigits, finished: Audit) -> None:
