@@ -22,13 +22,13 @@ from rayprune.core.references import closest
 from rayprune.core.table import ScoreTable
 from rayprune.core.vectors import Vectors
 from rayprune.engine.scoring.client import LoopClient
+from rayprune.engine.storage.audit_findings import Compared, summary_of, table_of
 from rayprune.engine.storage.run_folder import write_whole
 from rayprune.errors import ConfigError, DataError, UsageError, one_line
 from rayprune.nn.augment import Augment
 from rayprune.nn.descriptors import image_descriptor
 from rayprune.sources import SampleSource
 from rayprune.sources.audit_files import AUDIT_NAME, AuditTable, write_audit
-from rayprune.sources.findings import Compared, summary_of, table_of
 from rayprune.sources.vectors import VectorView
 
 logger = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ from typing import Any
 from rayprune.config import Config
 from rayprune.config.config import make_config
 from rayprune.core.audit.near_duplicates import settings_of
+from rayprune.engine.storage.audit_findings import Compared
 from rayprune.engine.storage.resume import run_folder_of
 from rayprune.engine.train.driver import Listeners, forward_pass
 from rayprune.sources.base import Splits
-from rayprune.sources.findings import Compared
 from rayprune.sources.score_files import read_scores
 from rayprune.sources.vectors import Kind, VectorView
 from rayprune.sources.views import Concatenated

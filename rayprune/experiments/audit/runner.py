@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from rayprune.config import Config
 from rayprune.core.audit.suspects import Evidence, find_suspects
+from rayprune.engine.storage.audit_findings import Predictions, summary_of, table_of
 from rayprune.engine.storage.checkpoint import load_selector_state
 from rayprune.engine.storage.resume import run_folder_of
 from rayprune.engine.storage.run_folder import read_metrics, write_whole
@@ -33,7 +34,6 @@ from rayprune.experiments.audit.duplicates import DuplicateScan, find_in_data
 from rayprune.experiments.folder import ExperimentFolder
 from rayprune.sources import SampleSource
 from rayprune.sources.audit_files import AUDIT_NAME, AuditTable, write_audit
-from rayprune.sources.findings import Predictions, summary_of, table_of
 
 SUMMARY_NAME = "audit.json"
 _COLUMN = "table/column/"  # of a score table in a checkpoint
