@@ -35,7 +35,8 @@ from numpy.typing import NDArray
 
 from rayprune.core.table import chunks
 
-_FIT_NUMBERS = 20_000_000  # of the probabilities that are fitted: a random part of the samples where there are more
+# Of the probabilities that are fitted, and samples per class: a random part of the samples where there are more.
+_FIT_NUMBERS, _FIT_SAMPLES = 5_000_000, 20
 _ITERATIONS = 60
 _SHARPEST, _TOLERANCE = 6.0, 0.02  # of β
 _START_DIAGONAL = 0.8
@@ -75,12 +76,13 @@ def fit_noise(probs: NDArray[Any], labels: NDArray[np.integer[Any]], rng: np.ran
     Args:
         probs: (N, C) probabilities of networks that did not train on the sample; rows with NaN are left out.
         labels: (N,) the given labels, in [0, C).
-        rng: draws the samples to fit where N·C is above 2e7.
+        rng: draws the samples to fit where there are very many.
     """
     num_classes = probs.shape[1]
     rows = np.flatnonzero(np.isfinite(probs).all(axis=1))
-    if rows.size * num_classes > _FIT_NUMBERS:
-        rows = np.sort(rng.choice(rows, size=max(1, _FIT_NUMBERS // num_classes), replace=False))
+    most = max(_FIT_NUMBERS // num_classes, _FIT_SAMPLES * num_classes)
+    if rows.size > most:
+        rows = np.sort(rng.choice(rows, size=most, replace=False))
     logs, given = np.log(np.maximum(probs[rows].astype(np.float64), _TINY)), labels[rows]
     fits: dict[float, tuple[float, NDArray[np.float64], NDArray[np.float64]]] = {}
 
