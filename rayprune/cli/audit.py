@@ -10,7 +10,6 @@ import click
 
 from rayprune.cli.console import debug, debug_option, elapsed, say, say_table, single_config, warn
 from rayprune.cli.train import RunDisplay
-from rayprune.report.audit import TRAINED
 from rayprune.report.text import share
 
 if TYPE_CHECKING:
@@ -47,6 +46,8 @@ def audit(arguments: tuple[str, ...]) -> None:
     result = _audit_run(folder, overrides) if is_run else _audit_config(path, overrides)
     _say_findings(result)
     if result.summary["predictions"] == "trained_network":
+        from rayprune.report.audit import TRAINED
+
         warn(f"\n{TRAINED}")
     say(f"\ndone in {elapsed(start)}: {result.folder}")
 

@@ -98,6 +98,8 @@ def test_without_a_name_the_folder_is_named_after_the_config(config: Path, tmp_p
     assert str(folder) in printed
     assert run("audit", file, *words).splitlines()[-1].endswith(str(folder))
     run("audit", file, *words, "audit.at=0.9")
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1  # nothing is trained again
+    run("audit", file, *words, "audit.window=1")
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
 
 

@@ -162,7 +162,7 @@ def test_an_unreadable_config_is_named(tmp_path: Path) -> None:
 
 def test_the_json_schema_has_every_section() -> None:
     assert set(Config.model_json_schema()["properties"]) == {
-        "data", "model", "method", "train", "optim", "scaling", "run", "collect", "compare", "sweep",
+        "data", "model", "method", "train", "optim", "scaling", "run", "collect", "audit", "compare", "sweep",
     }  # fmt: skip
 
 
