@@ -99,7 +99,7 @@ def test_without_a_name_the_folder_is_named_after_the_config(config: Path, tmp_p
     assert run("audit", file, *words).splitlines()[-1].endswith(str(folder))
     run("audit", file, *words, "audit.at=0.9")
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1  # nothing is trained again
-    run("audit", file, *words, "audit.window=1")
+    run("audit", file, *words, "audit.folds=3")
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
 
 
