@@ -139,7 +139,8 @@ def measure(case: Case) -> dict[str, float]:
     on_disk = sum(vectors.array.nbytes for vectors in selector.table.vectors.values())
     before = peak_bytes(reset=True)
     choose = cpu_seconds(lambda: selector.begin_epoch(1))
-    values = (fold, sweep, choose, table_bytes(selector), on_disk / num, (peak_bytes() - before) / num)
+    growth = max(0, peak_bytes() - before)  # less than nothing if other memory was given back meanwhile
+    values = (fold, sweep, choose, table_bytes(selector), on_disk / num, growth / num)
     assert selector.begin_epoch(1).num_kept == method.num_kept(num)
     return dict(zip(COLUMNS[1:], values, strict=True))
 
