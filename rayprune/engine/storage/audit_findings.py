@@ -1,23 +1,27 @@
-"""What an audit has found, as a table and a summary, from the suspects and the near-duplicates.
+"""What an audit has found: a table and a summary of the suspects and the near-duplicates, and their files.
 
 Shapes: N training samples, V validation samples, C classes.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rayprune.core.algorithms.near_duplicates import Duplicates
-from rayprune.core.audit.noise_model import confident_joint
-from rayprune.core.audit.suspects import Evidence, Suspects
-from rayprune.sources.audit_files import AuditTable
+from rayprune.core.audit.noise_model import NoiseModel, confident_joint
+from rayprune.core.audit.suspects import Evidence, Suspects, find_suspects
+from rayprune.engine.storage.run_folder import write_whole
+from rayprune.sources.audit_files import AUDIT_NAME, AuditTable, write_audit
 from rayprune.sources.vectors import Kind
 
+SUMMARY_NAME = "audit.json"
 SUMMARY_SCHEMA = 1
 # Who predicted a sample: networks that did not train on it, those that were training on it, or the trained one.
 Predictions = Literal["out_of_fold", "training_visits", "trained_network"]
@@ -59,31 +63,62 @@ class Compared:
         return cls(duplicates, columns["outlier"].astype(np.float32), radius, kind)
 
 
+@dataclass(frozen=True)
+class AuditSettings:
+    """How findings are made of the evidence.
+
+    Attributes:
+        predictions: whose predictions the evidence is from.
+        class_names: for texts; may be empty.
+        rule: how samples are ranked, a key of `rayprune.core.audit.suspects.RULES`.
+        at: the probability from which on a label counts as a suspect.
+        seed: of the draw of samples to fit, where there are very many.
+    """
+
+    predictions: Predictions = "out_of_fold"
+    class_names: tuple[str, ...] = ()
+    rule: str = "ensemble"
+    at: float = 0.5
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """The findings of an audit.
+
+    Attributes:
+        table: of each sample, the content of audit.parquet.
+        summary: the noise rate, overall and for each pair of classes, and the groups' sizes; the content of audit.json.
+    """
+
+    table: AuditTable
+    summary: dict[str, Any]
+
+    @classmethod
+    def of(cls, evidence: Evidence, compared: Compared | None, settings: AuditSettings) -> Findings:
+        """Find the suspects, and return them with the near-duplicates and outliers, if these were looked for."""
+        suspects = find_suspects(evidence, settings.rule, settings.seed)
+        table = table_of(evidence.labels, suspects, compared, settings)
+        return cls(table, _summary(evidence, suspects.model, table, settings) | _comparison(compared))
+
+    def write(self, folder: Path, fingerprint: str, about: Mapping[str, Any]) -> None:
+        """Write audit.parquet and audit.json into a run folder, with the data's fingerprint and facts of the audit."""
+        write_audit(folder / AUDIT_NAME, self.table, fingerprint, {"audit": dict(about)})
+        write_whole(folder / SUMMARY_NAME, json.dumps(self.summary, indent=1) + "\n")
+
+
 def table_of(
-    labels: NDArray[np.int64],
-    suspects: Suspects,
-    compared: Compared | None,
-    at: float,
-    class_names: tuple[str, ...] = (),
-    predictions: Predictions = "out_of_fold",
+    labels: NDArray[np.int64], suspects: Suspects, compared: Compared | None, settings: AuditSettings
 ) -> AuditTable:
-    """Return the findings on each sample.
+    """Return the findings on each of N samples.
 
     A sample is in the first group that fits: wrong_label, leak, duplicate, outlier, never_learned, easy. Statistics
     that no sample has are left out.
-
-    Args:
-        labels: (N,) the given labels.
-        suspects: the samples with a probably wrong label.
-        compared: near-duplicates and outliers, if they were looked for.
-        at: the probability from which on a label counts as a suspect.
-        class_names: for the texts.
-        predictions: whose predictions the suspects are from.
     """
     num = labels.size
-    wrong = suspects.p_wrong >= np.float32(at)
+    wrong = suspects.p_wrong >= np.float32(settings.at)
     statistics = {name: values for name, values in suspects.statistics.items() if not np.isnan(values).all()}
-    if predictions != "out_of_fold":  # `probability` is the same then
+    if settings.predictions != "out_of_fold":  # `probability` is the same then
         statistics = {name: values for name, values in statistics.items() if not name.startswith("held_out")}
     duplicate_of, split = np.full(num, -1, dtype=np.int64), np.full(num, "", dtype=object)
     groups: list[tuple[str, NDArray[np.bool_]]] = [("wrong_label", wrong)]
@@ -100,7 +135,7 @@ def table_of(
     for name, rows in reversed(groups):
         group[rows] = name
     suggested = np.where(wrong, suspects.suggested, labels)
-    evidence = _texts(labels, suspects, group, statistics, class_names, _PREDICTED[predictions])
+    evidence = _texts(labels, suspects, group, statistics, settings)
     return AuditTable(labels, suspects.p_wrong, suggested, duplicate_of, split, group, evidence, statistics)
 
 
@@ -125,10 +160,10 @@ def _texts(
     suspects: Suspects,
     group: NDArray[np.object_],
     statistics: Mapping[str, NDArray[np.float32]],
-    class_names: tuple[str, ...],
-    predicted: str,
+    settings: AuditSettings,
 ) -> NDArray[np.object_]:
     """Return a line on each sample in a group, (N,)."""
+    class_names, predicted = settings.class_names, _PREDICTED[settings.predictions]
 
     def named(label: int) -> str:
         return class_names[label] if label < len(class_names) else str(label)
@@ -150,31 +185,20 @@ def _texts(
     return texts
 
 
-def summary_of(
-    evidence: Evidence,
-    suspects: Suspects,
-    table: AuditTable,
-    compared: Compared | None,
-    *,
-    predictions: Predictions,
-    rule: str,
-    at: float,
-    class_names: tuple[str, ...] = (),
-) -> dict[str, Any]:
-    """Return the content of audit.json: the noise rate, overall and for each pair of classes, and the groups' sizes."""
-    num, model = len(table), suspects.model
+def _summary(evidence: Evidence, model: NoiseModel, table: AuditTable, settings: AuditSettings) -> dict[str, Any]:
+    num = len(table)
     wrong = model.joint * (1.0 - np.eye(model.joint.shape[0]))
     given = np.bincount(table.label, minlength=model.joint.shape[0]) / num
     pairs = [np.unravel_index(flat, wrong.shape) for flat in np.argsort(-wrong, axis=None, kind="stable")[:_MAX_PAIRS]]
     names, counts = np.unique(table.group[table.group != ""].astype(str), return_counts=True)
     known = evidence.predicted
     counted = confident_joint(evidence.held_out[known], evidence.labels[known])
-    summary: dict[str, Any] = {
+    return {
         "schema": SUMMARY_SCHEMA,
         "num_samples": num,
-        "rule": rule,
-        "predictions": predictions,
-        "at": at,
+        "rule": settings.rule,
+        "predictions": settings.predictions,
+        "at": settings.at,
         "noise_rate": round(model.noise_rate, 6),
         "noise_rate_confident_joint": round(1.0 - float(np.trace(counted)), 6),
         "sharpness": round(model.sharpness, 4),
@@ -189,8 +213,9 @@ def summary_of(
             if wrong[label, likely] * num >= 0.5
         ],
         "groups": {str(name): int(count) for name, count in zip(names, counts, strict=True)},
-        "class_names": list(class_names),
+        "class_names": list(settings.class_names),
     }
-    if compared is not None:
-        summary |= {"radius": compared.radius, "compared_by": compared.kind}
-    return summary
+
+
+def _comparison(compared: Compared | None) -> dict[str, Any]:
+    return {} if compared is None else {"radius": compared.radius, "compared_by": compared.kind}

@@ -5,7 +5,6 @@ Shapes: N samples, B batch, C classes.
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rayprune.core.audit.near_duplicates import NearDuplicates, settings_of
-from rayprune.core.audit.suspects import RULES, find_suspects
+from rayprune.core.audit.suspects import RULES
 from rayprune.core.method import EpochContext
 from rayprune.core.references import closest
 from rayprune.core.table import ScoreTable
 from rayprune.core.vectors import Vectors
 from rayprune.engine.scoring.client import LoopClient
-from rayprune.engine.storage.audit_findings import Compared, summary_of, table_of
-from rayprune.engine.storage.run_folder import write_whole
+from rayprune.engine.storage.audit_findings import AuditSettings, Compared, Findings
 from rayprune.errors import ConfigError, DataError, UsageError, one_line
 from rayprune.nn.augment import Augment
 from rayprune.nn.descriptors import image_descriptor
 from rayprune.sources import SampleSource
-from rayprune.sources.audit_files import AUDIT_NAME, AuditTable, write_audit
+from rayprune.sources.audit_files import AuditTable
 from rayprune.sources.vectors import VectorView
 
 logger = logging.getLogger(__name__)
@@ -61,24 +59,12 @@ def audit_loop(
     if record is None:
         raise UsageError("nothing was recorded for an audit: give local_loader, or prune, audit=True")
     evidence = record.visits.evidence(record.labels)
-    suspects = find_suspects(evidence, rule, record.seed)
     compared = compare(source, record.labels, record.seed) if duplicates and source is not None else None
-    table = table_of(record.labels, suspects, compared, at, record.class_names, "training_visits")
+    settings = AuditSettings("training_visits", record.class_names, rule, at, record.seed)
+    found = Findings.of(evidence, compared, settings)
     if write and record.run_folder is not None:
-        folder = Path(record.run_folder)
-        summary = summary_of(
-            evidence,
-            suspects,
-            table,
-            compared,
-            predictions="training_visits",
-            rule=rule,
-            at=at,
-            class_names=record.class_names,
-        )
-        write_audit(folder / AUDIT_NAME, table, record.fingerprint, {"audit": {"rule": rule, "at": at}})
-        write_whole(folder / "audit.json", json.dumps(summary, indent=1) + "\n")
-    return table
+        found.write(Path(record.run_folder), record.fingerprint, {"rule": rule, "at": at})
+    return found.table
 
 
 def compare(source: SampleSource, labels: NDArray[np.int64], seed: int = 0) -> Compared | None:

@@ -9,8 +9,6 @@ and token ids by hashed n-grams.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rayprune.config import Config
@@ -31,20 +29,9 @@ _EMBEDDER = "rayprune.nn.descriptors:embedder"
 _MODEL = "rayprune.nn.descriptors:placeholder"
 
 
-@dataclass(frozen=True, eq=False)
-class DuplicateScan(Compared):
-    """The result of a pass over all data.
-
-    Attributes:
-        folder: the folder of the pass.
-    """
-
-    folder: Path
-
-
 def find_in_data(
     config: Config, splits: Splits, *, radius: float | None = None, debug: bool = False, **listeners: Any
-) -> DuplicateScan:
+) -> Compared:
     """Find near-duplicates and outliers in training and validation data.
 
     Args:
@@ -64,8 +51,7 @@ def find_in_data(
     scan = scan_config(config, view.kind, num_train, radius)
     folder = forward_pass(scan, Splits(view, None), Listeners(**listeners), debug=debug)
     columns = read_scores(folder / "scores.parquet").scores
-    found = Compared.of_columns(columns, num_train, view.kind, scan.method["radius"])
-    return DuplicateScan(found.duplicates, found.outlier, found.radius, found.kind, folder)
+    return Compared.of_columns(columns, num_train, view.kind, scan.method["radius"])
 
 
 def scan_config(config: Config, kind: Kind, num_train: int, radius: float | None = None) -> Config:

@@ -25,13 +25,12 @@ from rayprune.config.yaml import flatten, merge, parse_overrides
 from rayprune.core.audit.suspects import Evidence
 from rayprune.engine.storage.resume import check_folder, finished_folder, lock_folder, run_folder_of
 from rayprune.engine.storage.run_folder import read_config
-from rayprune.engine.train.audit_gallery import write_audit_gallery
 from rayprune.engine.train.driver import open_splits
 from rayprune.engine.train.predictions import final_predictions
 from rayprune.engine.train.preflight import input_spec
 from rayprune.errors import ConfigError, RunFolderError
 from rayprune.experiments.audit.duplicates import find_in_data
-from rayprune.experiments.audit.runner import Audit, write_audit_files
+from rayprune.experiments.audit.runner import Audit, write_findings
 from rayprune.sources import SampleSource
 from rayprune.sources.score_files import read_scores
 
@@ -96,9 +95,7 @@ def audit_run(
         scan = None
         if config.audit.duplicates:
             scan = find_in_data(config, splits, debug=debug, on_progress=on_progress, **listeners)
-        found = write_audit_files(config, source, evidence, scan, "trained_network")
-        write_audit_gallery(splits, found.table, found.folder)
-        return found
+        return write_findings(config, splits, evidence, scan, "trained_network")
 
 
 def _evidence(config: Config, source: SampleSource, folder: Path, on_batch: Callable[[int], None] | None) -> Evidence:

@@ -22,20 +22,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayprune.config import Config
-from rayprune.core.audit.suspects import Evidence, find_suspects
-from rayprune.engine.storage.audit_findings import Predictions, summary_of, table_of
+from rayprune.core.audit.suspects import Evidence
+from rayprune.engine.storage.audit_findings import AuditSettings, Compared, Findings, Predictions
 from rayprune.engine.storage.checkpoint import load_selector_state
 from rayprune.engine.storage.resume import run_folder_of
-from rayprune.engine.storage.run_folder import read_metrics, write_whole
+from rayprune.engine.storage.run_folder import read_metrics
 from rayprune.engine.train.audit_gallery import write_audit_gallery
-from rayprune.engine.train.driver import open_splits, train
+from rayprune.engine.train.driver import RunResult, open_splits, train
 from rayprune.errors import ConfigError
-from rayprune.experiments.audit.duplicates import DuplicateScan, find_in_data
+from rayprune.experiments.audit.duplicates import find_in_data
 from rayprune.experiments.folder import ExperimentFolder
-from rayprune.sources import SampleSource
-from rayprune.sources.audit_files import AUDIT_NAME, AuditTable, write_audit
+from rayprune.sources import Splits
+from rayprune.sources.audit_files import AuditTable
 
-SUMMARY_NAME = "audit.json"
 _COLUMN = "table/column/"  # of a score table in a checkpoint
 
 
@@ -45,8 +44,7 @@ class Audit:
 
     Attributes:
         folder: with audit.parquet and audit.json.
-        table: the findings.
-        summary: the content of audit.json.
+        table, summary: their contents.
     """
 
     folder: Path
@@ -75,9 +73,8 @@ def audit(config: Config, *, debug: bool = False, **listeners: Any) -> Audit:
         runs = [train(run, debug=debug, **listeners) for run in _run_configs(config)]
         evidence = evidence_of(config, np.asarray(source.labels))
         scan = find_in_data(config, splits, debug=debug, **listeners) if config.audit.duplicates else None
-        found = write_findings(config, source, evidence, scan, [result.folder for result in runs])
-        write_audit_gallery(splits, found.table, found.folder)
-        return found
+        predictions: Predictions = "out_of_fold" if config.audit.folds > 1 else "training_visits"
+        return write_findings(config, splits, evidence, scan, predictions, **_cost(config, runs))
 
 
 def evidence_of(config: Config, labels: NDArray[np.integer[Any]]) -> Evidence:
@@ -99,39 +96,31 @@ def digest_of(config: Config) -> str:
 
 
 def write_findings(
-    config: Config, source: SampleSource, evidence: Evidence, scan: DuplicateScan | None, runs: list[Path]
-) -> Audit:
-    """Find the suspects and write audit.parquet and audit.json."""
-    lines = [read_metrics(run) for run in runs]
-    cost = {
-        "folds": config.audit.folds,
-        "repeats": config.audit.repeats,
-        "samples_trained": sum(metrics[-1]["samples_trained"] for metrics in lines if metrics),
-        "seconds": round(sum(line["seconds"]["epoch"] for metrics in lines for line in metrics), 3),
-    }
-    predictions: Predictions = "out_of_fold" if config.audit.folds > 1 else "training_visits"
-    return write_audit_files(config, source, evidence, scan, predictions, **cost)
-
-
-def write_audit_files(
     config: Config,
-    source: SampleSource,
+    splits: Splits,
     evidence: Evidence,
-    scan: DuplicateScan | None,
+    compared: Compared | None,
     predictions: Predictions,
     **facts: Any,
 ) -> Audit:
-    """Find the suspects and write audit.parquet and audit.json; **facts go into audit.json."""
-    audit, names, folder = config.audit, source.schema.class_names, run_folder_of(config)
-    suspects = find_suspects(evidence, audit.rule, config.train.seed)
-    table = table_of(evidence.labels, suspects, scan, audit.at, names, predictions)
-    summary = summary_of(
-        evidence, suspects, table, scan, predictions=predictions, rule=audit.rule, at=audit.at, class_names=names
-    )
-    summary |= facts
-    write_audit(folder / AUDIT_NAME, table, source.fingerprint, {"audit": audit.model_dump(mode="json")})
-    write_whole(folder / SUMMARY_NAME, json.dumps(summary, indent=1) + "\n")
-    return Audit(folder, table, summary)
+    """Find the suspects, and write audit.parquet, audit.json, which also gets the facts, and the gallery."""
+    folder, audit = run_folder_of(config), config.audit
+    settings = AuditSettings(predictions, splits.train.schema.class_names, audit.rule, audit.at, config.train.seed)
+    found = Findings.of(evidence, compared, settings)
+    found.summary.update(facts)
+    found.write(folder, splits.train.fingerprint, audit.model_dump(mode="json"))
+    write_audit_gallery(splits, found.table, folder)
+    return Audit(folder, found.table, found.summary)
+
+
+def _cost(config: Config, runs: list[RunResult]) -> dict[str, Any]:
+    lines = [line for run in runs for line in run.metrics]
+    return {
+        "folds": config.audit.folds,
+        "repeats": config.audit.repeats,
+        "samples_trained": sum(run.metrics[-1]["samples_trained"] for run in runs),
+        "seconds": round(sum(line["seconds"]["epoch"] for line in lines), 3),
+    }
 
 
 def _columns(run: Path) -> dict[str, NDArray[Any]]:

@@ -21,7 +21,7 @@ def test_an_exact_copy_across_splits_of_the_digits(tmp_path: Path) -> None:
     train, validation = Subset(digits, np.arange(300)), Subset(digits, np.r_[np.arange(300, 380), 17])
     scan = find_in_data(run_config(tmp_path), Splits(train, validation), radius=1e-3)
     assert scan.kind == "image"
-    assert scan.folder == tmp_path / "run" / "duplicates"
+    assert (tmp_path / "run" / "duplicates" / "scores.parquet").exists()
     assert scan.duplicates.of[380] == 17
     assert scan.duplicates.split[[17, 380]].tolist() == [ACROSS, ACROSS]
     assert scan.duplicates.leaked.tolist() == [17]

@@ -14,10 +14,10 @@ from sklearn.metrics import roc_auc_score
 from rayprune.core.algorithms.near_duplicates import Duplicates
 from rayprune.core.audit.noise_model import NoiseModel
 from rayprune.core.audit.suspects import Suspects
+from rayprune.engine.storage.audit_findings import AuditSettings, Compared, table_of
 from rayprune.engine.train.driver import Start
 from rayprune.errors import ConfigError, RunFolderError
-from rayprune.experiments.audit.duplicates import DuplicateScan
-from rayprune.experiments.audit.runner import Audit, audit, digest_of, evidence_of, table_of
+from rayprune.experiments.audit.runner import Audit, audit, digest_of, evidence_of
 from rayprune.sources.audit_files import COLUMNS, read_audit
 from tests.support.audits import COPIES, LEAK, LEAKED, ORIGINALS, NoisyDigits, audit_config, noisy_digits
 
@@ -223,14 +223,14 @@ def test_a_sample_is_in_the_first_group_that_fits(tmp_path: Path) -> None:
     # Ids 0, 1 and 2 belong to one group with validation sample 0 (id 7), which only 0 and 1 are near to.
     of, split = np.array([-1, 0, 0, -1, -1, -1, -1, 0]), np.array([2, 2, 1, 0, 0, 0, 0, 2], dtype=np.int8)
     outlier = np.float32([9, 9, 9, 6, 5.9, 0, 0, 0])
-    scan = DuplicateScan(Duplicates(of, split, np.ones(8, np.float32), num), outlier, 0.2, "image", tmp_path)
+    compared = Compared(Duplicates(of, split, np.ones(8, np.float32), num), outlier, 0.2, "image")
     statistics = {
         "correct": np.float32([0, 0, 0, 0, 0, 0.9, 0.89]),
         "held_out_probability": np.float32([0, 0, 0, 0, 0, 0.95, 1.0]),
     }
     model = NoiseModel(1.0, np.eye(2), np.eye(2) / 2)
     suspects = Suspects(p_wrong, np.ones(num, dtype=np.int64), model, statistics)
-    table = table_of(np.zeros(num, dtype=np.int64), suspects, scan, 0.5, ("cat", "dog"))
+    table = table_of(np.zeros(num, dtype=np.int64), suspects, compared, AuditSettings(class_names=("cat", "dog")))
     assert table.group.tolist() == names
     assert table.suggested_label.tolist() == [1, 0, 0, 0, 0, 0, 0]
     assert table.duplicate_of.tolist() == [0, 0, 0, -1, -1, -1, -1]
@@ -244,6 +244,6 @@ def test_a_sample_is_in_the_first_group_that_fits(tmp_path: Path) -> None:
         "predicted in 90% of its training visits, 0.95 out of fold",
         "",
     ]
-    without = table_of(np.zeros(num, dtype=np.int64), suspects, None, 0.5)
+    without = table_of(np.zeros(num, dtype=np.int64), suspects, None, AuditSettings())
     assert without.group.tolist() == ["wrong_label", *["never_learned"] * 4, "easy", ""]
     assert (without.duplicate_of == -1).all()
