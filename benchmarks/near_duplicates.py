@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import Figure, peak_bytes
 from rayprune.core.algorithms.geometry import Points
-from rayprune.core.algorithms.near_duplicates import knn_distance, near_duplicates
+from rayprune.core.algorithms.near_duplicates import near_duplicates
+from rayprune.core.algorithms.outliers import knn_distance
 
 NUM_SAMPLES, WIDTH, STORAGE, RADIUS = 100_000, 128, "float32", 0.1
 EQUAL_COPIES, PROBED = 10_000, 500

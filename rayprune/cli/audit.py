@@ -21,7 +21,7 @@ _GROUPS = {
     "duplicate": "near-duplicates of other training samples",
     "outlier": "outliers",
     "never_learned": "samples that were never predicted correctly",
-    "easy": "trivially easy samples, predicted from early on, and out of fold",
+    "easy": "trivially easy samples, always predicted correctly",
 }
 _MAX_PAIRS = 5
 

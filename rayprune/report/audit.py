@@ -107,8 +107,6 @@ class _Summary(StoredModel):
     """audit.json; every field may be missing."""
 
     noise_rate: float | None = None
-    noise_rate_low: float | None = None
-    noise_rate_high: float | None = None
     pairs: list[_Pair] | None = None
     groups: dict[str, int] | None = None
     predictions: str | None = None
@@ -175,13 +173,11 @@ def _stored(model: type[Stored], file: Path) -> Stored:
 
 def _verdict(table: AuditTable, summary: _Summary) -> list[str]:
     rate = float(table.p_wrong.mean(dtype=np.float64)) if summary.noise_rate is None else summary.noise_rate
-    low, high = summary.noise_rate_low, summary.noise_rate_high
-    interval = "" if low is None or high is None else f", between {share(low, 1)} and {share(high, 1)}"
     suspects = int((table.p_wrong >= 0.5).sum())
     have = "has" if suspects == 1 else "have"
     caveat = _CAVEATS.get(summary.predictions or "")
     return [
-        f"About {share(rate, 1)} of the labels are wrong{interval}.",
+        f"About {share(rate, 1)} of the labels are wrong.",
         f"{count_of(suspects, 'sample')} of {len(table):,} more likely {have} a wrong label than a right one.",
         *([caveat] if caveat else []),
     ]

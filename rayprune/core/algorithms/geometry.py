@@ -12,6 +12,7 @@ Shapes: N samples, n of them as Points, d numbers of a vector, k neighbors or cl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -91,6 +92,29 @@ class Points:
         for rows in self.blocks():
             distances[rows] = single(np.sqrt(squared_lengths(self.read(rows) - center)))
         return distances
+
+
+class Standardized(Points):
+    """Vectors whose numbers have mean 0 and mean square 1/d, so that the mean square of their lengths is 1.
+
+    A number that is the same in all vectors becomes 0.
+
+    Args:
+        array: (N, d) floating.
+    """
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        super().__init__(array)
+        # Relative to the first row, so that a large offset costs no digits.
+        self._mean, self._scale = np.array(array[0], dtype=np.float64), np.ones(self.width)
+        self._mean += sum(self.read(rows).sum(axis=0) for rows in self.blocks()) / len(self)
+        squares = sum(np.square(self.read(rows)).sum(axis=0) for rows in self.blocks())
+        deviation = np.sqrt(squares / len(self))
+        constant = deviation <= 1e-12 * np.abs(self._mean)
+        self._scale = np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, deviation)) / math.sqrt(self.width)
+
+    def read(self, where: slice | Ids) -> NDArray[np.float64]:
+        return (super().read(where) - self._mean) * self._scale
 
 
 def single(values: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""Near-duplicates: all pairs of vectors within a distance, exact and far below N² distances; and outliers.
+"""Near-duplicates: all pairs of vectors within a distance, exact and far below N² distances.
 
 Two samples are duplicates if their vectors are at most a radius τ apart. Groups are the connected components of these
 pairs: along a chain of near-duplicates, the ends of a group may be further apart than τ. The representative of a group
@@ -30,12 +30,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.algorithms.geometry import Points, k_means, rows_by_label, single, squared_lengths
+from rayprune.core.algorithms.geometry import Points, k_means, single, squared_lengths
 from rayprune.core.table import Ids
 from rayprune.errors import ConfigError, DataError
 
@@ -50,8 +49,6 @@ _SEPARATE = 1 << 17  # products of this size are worth a call of their own
 _WAITING = 1 << 20  # pairs that wait for their exact distance
 _PAIR_NUMBERS, _PAIRS = 1 << 21, 1 << 13  # numbers of the vectors, and pairs, that are measured at once
 _LONGEST = 1e6  # of a vector, relative to the longest of the sample
-_CLASS_ROWS = 20  # fewer say little about their class
-_MAD = 1.4826  # a normal distribution's standard deviation, relative to its median absolute deviation
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,72 +88,6 @@ class Duplicates:
     def leaked(self) -> Ids:
         """The training samples within the radius of a validation sample."""
         return np.flatnonzero(self.split[: self.num_train] == ACROSS)
-
-
-class Stacked(Points):
-    """The rows of several arrays of one width, one after the other."""
-
-    def __init__(self, *parts: Points) -> None:
-        super().__init__(parts[0].array)
-        widths = {part.width for part in parts}
-        if len(widths) > 1:
-            raise DataError(f"vectors of {sorted(widths)} numbers cannot be compared: give all the same length")
-        self._parts, self._starts = parts, np.cumsum([0, *(len(part) for part in parts)])
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    @property
-    def ids(self) -> Ids:
-        return np.arange(len(self))
-
-    def read(self, where: slice | Ids) -> NDArray[np.float64]:
-        rows = np.arange(len(self))[where] if isinstance(where, slice) else where
-        vectors = np.empty((rows.size, self.width))
-        for part, start in zip(self._parts, self._starts, strict=False):
-            inside = np.flatnonzero((rows >= start) & (rows < start + len(part)))
-            if inside.size:
-                vectors[inside] = part.read(rows[inside] - start)
-        return vectors
-
-
-class Standardized(Points):
-    """Vectors whose numbers have mean 0 and mean square 1/d, so that the mean square of their lengths is 1.
-
-    A number that is the same in all vectors becomes 0.
-
-    Args:
-        array: (N, d) floating.
-    """
-
-    def __init__(self, array: NDArray[Any]) -> None:
-        super().__init__(array)
-        # Relative to the first row, so that a large offset costs no digits.
-        self._mean, self._scale = np.array(array[0], dtype=np.float64), np.ones(self.width)
-        self._mean += sum(self.read(rows).sum(axis=0) for rows in self.blocks()) / len(self)
-        squares = sum(np.square(self.read(rows)).sum(axis=0) for rows in self.blocks())
-        deviation = np.sqrt(squares / len(self))
-        constant = deviation <= 1e-12 * np.abs(self._mean)
-        self._scale = np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, deviation)) / math.sqrt(self.width)
-
-    def read(self, where: slice | Ids) -> NDArray[np.float64]:
-        return (super().read(where) - self._mean) * self._scale
-
-
-def find_duplicates(
-    train: NDArray[Any] | Points, validation: NDArray[Any] | Points | None, radius: float
-) -> Duplicates:
-    """Find the near-duplicates within training data, within validation data, and across the two.
-
-    Args:
-        train: (N, d) vectors; an array's are divided by their lengths, Points are taken as they are.
-        validation: the same, or None.
-        radius: the largest distance of near-duplicates, in [0, 2) for vectors of length 1.
-    """
-    given = (train, validation) if validation is not None else (train,)
-    parts = [part if isinstance(part, Points) else Points(part, unit=True) for part in given]
-    points = Stacked(*parts) if len(parts) > 1 else parts[0]
-    return duplicates_of(points, len(parts[0]), radius)
 
 
 def duplicates_of(points: Points, num_train: int, radius: float) -> Duplicates:
@@ -460,61 +391,3 @@ def _tiles(left: Ids, right: Ids) -> Iterator[tuple[Ids, Ids]]:
     for start in range(0, left.size, _LEFT):
         for begin in range(0, right.size, _RIGHT):
             yield left[start : start + _LEFT], right[begin : begin + _RIGHT]
-
-
-def knn_distance(points: Points, k: int = 10, num_reference: int = 2_000, seed: int = 0) -> NDArray[np.float32]:
-    """Return the distance of each point to its k-th nearest among randomly drawn points, itself apart, (N,).
-
-    Args:
-        points: N of them.
-        k: at least 1; less if there are fewer points.
-        num_reference: how many points are drawn.
-        seed: of the draw.
-    """
-    num = len(points)
-    drawn = np.sort(np.random.default_rng(seed).permutation(num)[:num_reference])
-    k = min(k, drawn.size - (drawn.size == num))
-    distances = np.zeros(num, dtype=np.float32)
-    if k < 1:
-        return distances
-    reference = points.read(drawn)
-    center = np.median(reference, axis=0)
-    reference -= center
-    unit = math.sqrt(squared_lengths(reference).max()) or 1.0
-    reference_R = (reference / unit).astype(np.float32)
-    squares_R = np.einsum("rd,rd->r", reference_R, reference_R)
-    for rows in points.blocks(max(points.width, drawn.size)):
-        left_A = ((points.read(rows) - center) / unit).astype(np.float32)
-        squares_AR = left_A @ (-2.0 * reference_R).T
-        squares_AR += squares_R
-        own = np.flatnonzero((drawn >= rows.start) & (drawn < rows.stop))
-        squares_AR[drawn[own] - rows.start, own] = np.inf
-        nearest_A = np.partition(squares_AR, k - 1, axis=1)[:, k - 1].astype(np.float64)
-        nearest_A += np.einsum("ad,ad->a", left_A, left_A)
-        distances[rows] = single(np.sqrt(np.maximum(nearest_A, 0.0)) * unit)
-    return distances
-
-
-def robust_z(values: NDArray[Any], labels: NDArray[np.integer[Any]] | None = None) -> NDArray[np.float32]:
-    """Return (value − median) / (1.4826 · median absolute deviation), in each class, (N,).
-
-    Where the deviation is 0, the mean absolute deviation takes its place, and 0 stands for equal values. Classes of
-    fewer than 20 samples are measured against all samples.
-
-    >>> robust_z(np.array([1.0, 2.0, 3.0, 4.0, 100.0])).astype(float).round(2).tolist()
-    [-1.35, -0.67, 0.0, 0.67, 65.43]
-    """
-    whole = _z(values)
-    if labels is None:
-        return whole
-    for rows in rows_by_label(labels):
-        if rows.size >= _CLASS_ROWS:
-            whole[rows] = _z(values[rows])
-    return whole
-
-
-def _z(values: NDArray[Any]) -> NDArray[np.float32]:
-    median = np.median(values.astype(np.float64))
-    apart = np.abs(values - median)
-    scale = _MAD * float(np.median(apart)) or float(apart.mean()) or 1.0
-    return ((values - median) / scale).astype(np.float32)

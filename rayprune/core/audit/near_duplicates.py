@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.algorithms.geometry import Points
-from rayprune.core.algorithms.near_duplicates import Standardized, duplicates_of, knn_distance, robust_z
+from rayprune.core.algorithms.geometry import Points, Standardized
+from rayprune.core.algorithms.near_duplicates import duplicates_of
+from rayprune.core.algorithms.outliers import knn_distance, robust_z
 from rayprune.core.bases.embeddings import EmbeddingMethod
 from rayprune.core.method import EpochContext
 from rayprune.core.table import Ids, ScoreTable

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rayprune.core.algorithms import geometry
 from rayprune.core.algorithms.geometry import (
     Points,
+    Standardized,
     assign,
     class_center,
     cosine_distances,
@@ -231,3 +232,11 @@ def test_rows_by_label(labels: list[int]) -> None:
     assert [labels[rows[0]] for rows in groups] == sorted(set(labels))
     assert sorted(np.concatenate(groups).tolist()) == list(range(len(labels)))
     assert all((np.diff(rows) > 0).all() and len({labels[row] for row in rows}) == 1 for rows in groups)
+
+
+def test_standardized_columns() -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(500, 4)) * [1, 100, 1e-3, 0] + [0, 1e6, 5, 7]
+    values = Standardized(vectors).read(slice(None))
+    np.testing.assert_allclose(values.mean(axis=0), 0, atol=1e-9)
+    np.testing.assert_allclose((values**2).mean(axis=0), [0.25, 0.25, 0.25, 0], rtol=1e-9)

@@ -1,4 +1,4 @@
-"""Near-duplicates: the search finds what brute force finds, groups, splits; and distances of outliers."""
+"""Near-duplicates: the search finds what brute force finds, groups, splits."""
 
 from __future__ import annotations
 
@@ -11,17 +11,7 @@ from numpy.typing import NDArray
 
 from rayprune.core.algorithms import near_duplicates as module
 from rayprune.core.algorithms.geometry import Points
-from rayprune.core.algorithms.near_duplicates import (
-    ACROSS,
-    NONE,
-    WITHIN,
-    Stacked,
-    Standardized,
-    find_duplicates,
-    knn_distance,
-    near_duplicates,
-    robust_z,
-)
+from rayprune.core.algorithms.near_duplicates import ACROSS, NONE, WITHIN, duplicates_of, near_duplicates
 from rayprune.errors import ConfigError, DataError
 
 
@@ -194,44 +184,27 @@ def test_memory_map_and_rows(tmp_path: Path) -> None:
 def test_splits() -> None:
     angles = np.deg2rad([0, 1, 40, 90, 41, 90, 91, 180])
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32) * 3
-    found = find_duplicates(vectors[:4], vectors[4:], 0.02)
+    found = duplicates_of(Points(vectors, unit=True), 4, 0.02)
     assert found.of.tolist() == [-1, 0, -1, -1, 2, 3, 3, -1]
     assert found.split.tolist() == [WITHIN, WITHIN, ACROSS, ACROSS, ACROSS, ACROSS, ACROSS, NONE]
     assert found.leaked.tolist() == [2, 3]
     expected = [np.cos(np.deg2rad(1))] * 3 + [1.0, np.cos(np.deg2rad(1)), 1.0, np.cos(np.deg2rad(1)), np.nan]
     np.testing.assert_allclose(found.similarity, expected, atol=1e-6)
-    alone = find_duplicates(vectors[:4], None, 0.02)
+    alone = duplicates_of(Points(vectors[:4], unit=True), 4, 0.02)
     assert alone.of.tolist() == [-1, 0, -1, -1]
     assert alone.leaked.size == 0
 
 
 def test_leakage_is_direct_and_not_along_a_chain() -> None:
     vectors = np.array([[0.0], [1.0], [2.0]], dtype=np.float32)
-    found = find_duplicates(Points(vectors[:2]), Points(vectors[2:]), 1.0)
+    found = duplicates_of(Points(vectors), 2, 1.0)
     assert found.of.tolist() == [-1, 0, 0]
     assert found.split.tolist() == [WITHIN, ACROSS, ACROSS]
 
 
 def test_equal_vectors_in_one_split_are_no_leakage() -> None:
     vectors = np.array([[0.0, 1], [0, 1], [1, 0]], dtype=np.float32)
-    assert find_duplicates(vectors[:2], vectors[2:], 0.1).split.tolist() == [WITHIN, WITHIN, NONE]
-
-
-def test_stacked_reads_rows_of_all_parts() -> None:
-    parts = [np.arange(6.0).reshape(3, 2), np.arange(10.0, 14.0).reshape(2, 2)]
-    stacked = Stacked(*map(Points, parts))
-    np.testing.assert_array_equal(stacked.read(slice(1, 5)), np.concatenate(parts)[1:5])
-    np.testing.assert_array_equal(stacked.read(np.array([4, 0, 3])), np.concatenate(parts)[[4, 0, 3]])
-    with pytest.raises(DataError, match="all the same length"):
-        Stacked(Points(parts[0]), Points(np.ones((2, 3))))
-
-
-def test_standardized_columns() -> None:
-    rng = np.random.default_rng(0)
-    vectors = rng.normal(size=(500, 4)) * [1, 100, 1e-3, 0] + [0, 1e6, 5, 7]
-    values = Standardized(vectors).read(slice(None))
-    np.testing.assert_allclose(values.mean(axis=0), 0, atol=1e-9)
-    np.testing.assert_allclose((values**2).mean(axis=0), [0.25, 0.25, 0.25, 0], rtol=1e-9)
+    assert duplicates_of(Points(vectors), 2, 0.1).split.tolist() == [WITHIN, WITHIN, NONE]
 
 
 @pytest.mark.parametrize("radius", [-1.0, np.nan, np.inf])
@@ -246,38 +219,3 @@ def test_vectors_that_are_not_finite_are_refused(value: float) -> None:
     vectors[3, 1] = value
     with pytest.raises(DataError, match=r"samples \[3\]"):
         near_duplicates(Points(vectors), 0.1)
-
-
-def test_distance_to_the_kth_nearest() -> None:
-    rng = np.random.default_rng(0)
-    vectors = rng.normal(size=(300, 5)).astype(np.float32) + 100.0
-    apart = np.sqrt(((vectors[:, None].astype(np.float64) - vectors) ** 2).sum(axis=2))
-    np.testing.assert_allclose(knn_distance(Points(vectors), 4), np.sort(apart, axis=1)[:, 4], rtol=1e-4)
-    drawn = np.random.default_rng(3).permutation(300)[:50]
-    np.fill_diagonal(apart, np.inf)
-    expected = np.sort(apart[:, drawn], axis=1)[:, 3]
-    np.testing.assert_allclose(knn_distance(Points(vectors), 4, num_reference=50, seed=3), expected, rtol=1e-4)
-
-
-def test_few_samples_have_fewer_neighbors() -> None:
-    assert knn_distance(Points(np.ones((1, 3)))).tolist() == [0.0]
-    np.testing.assert_allclose(knn_distance(Points(np.array([[0.0], [2.0]]))), [2.0, 2.0], rtol=1e-6)
-
-
-def test_an_outlier_stands_out_in_its_class() -> None:
-    rng = np.random.default_rng(0)
-    labels = np.repeat([0, 1], 200)
-    vectors = rng.normal(size=(400, 3)) * np.where(labels, 10.0, 1.0)[:, None]
-    vectors[7] = 15.0  # usual in class 1
-    distances = knn_distance(Points(vectors), 5)
-    assert robust_z(distances, labels).argmax() == 7
-    assert robust_z(distances).argmax() != 7
-
-
-def test_z_of_equal_values_and_of_small_classes() -> None:
-    assert robust_z(np.full(5, 3.0)).tolist() == [0.0] * 5
-    values = np.append(np.zeros(30), 6.2)
-    assert robust_z(values)[30] == pytest.approx(31.0)
-    labels = np.append(np.zeros(30, np.int64), 1)
-    assert robust_z(values, labels)[30] == pytest.approx(31.0)
-    assert not robust_z(values, labels)[:30].any()
