@@ -42,17 +42,15 @@ class Compared:
     Attributes:
         duplicates: the near-duplicates among N + V samples.
         outlier: (N + V,) float32, how far a sample is from others: a robust z-score in its class.
-        radius: the largest distance of near-duplicates.
         kind: how the samples were compared.
     """
 
     duplicates: Duplicates
     outlier: NDArray[np.float32]
-    radius: float
     kind: Kind
 
     @classmethod
-    def of_columns(cls, columns: Mapping[str, NDArray[Any]], num_train: int, kind: Kind, radius: float) -> Compared:
+    def of_columns(cls, columns: Mapping[str, NDArray[Any]], num_train: int, kind: Kind) -> Compared:
         """Return what the columns of `rayprune.core.audit.near_duplicates` hold, of N = `num_train` and V others."""
         duplicates = Duplicates(
             columns["duplicate_of"].astype(np.int64),
@@ -60,7 +58,7 @@ class Compared:
             columns["duplicate_similarity"].astype(np.float32),
             num_train,
         )
-        return cls(duplicates, columns["outlier"].astype(np.float32), radius, kind)
+        return cls(duplicates, columns["outlier"].astype(np.float32), kind)
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,8 @@ class Findings:
         """Find the suspects, and return them with the near-duplicates and outliers, if these were looked for."""
         suspects = find_suspects(evidence, settings.rule, settings.seed)
         table = table_of(evidence.labels, suspects, compared, settings)
-        return cls(table, _summary(evidence, suspects.model, table, settings) | _comparison(compared))
+        comparison = {} if compared is None else {"compared_by": compared.kind}
+        return cls(table, _summary(evidence, suspects.model, table, settings) | comparison)
 
     def write(self, folder: Path, fingerprint: str, about: Mapping[str, Any]) -> None:
         """Write audit.parquet and audit.json into a run folder, with the data's fingerprint and facts of the audit."""
@@ -215,7 +214,3 @@ def _summary(evidence: Evidence, model: NoiseModel, table: AuditTable, settings:
         "groups": {str(name): int(count) for name, count in zip(names, counts, strict=True)},
         "class_names": list(settings.class_names),
     }
-
-
-def _comparison(compared: Compared | None) -> dict[str, Any]:
-    return {} if compared is None else {"radius": compared.radius, "compared_by": compared.kind}

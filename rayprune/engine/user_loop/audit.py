@@ -90,7 +90,7 @@ def compare(source: SampleSource, labels: NDArray[np.int64], seed: int = 0) -> C
         raise DataError(
             f"the samples can't be compared ({one_line(error)[:200]}): correct them, or call audit(duplicates=False)"
         ) from None
-    return Compared.of_columns(columns, num, view.kind, method.radius)
+    return Compared.of_columns(columns, num, view.kind)
 
 
 def _described(kind: str, rows: NDArray[Any]) -> NDArray[np.float32]:

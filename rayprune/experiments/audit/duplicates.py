@@ -51,7 +51,7 @@ def find_in_data(
     scan = scan_config(config, view.kind, num_train, radius)
     folder = forward_pass(scan, Splits(view, None), Listeners(**listeners), debug=debug)
     columns = read_scores(folder / "scores.parquet").scores
-    return Compared.of_columns(columns, num_train, view.kind, scan.method["radius"])
+    return Compared.of_columns(columns, num_train, view.kind)
 
 
 def scan_config(config: Config, kind: Kind, num_train: int, radius: float | None = None) -> Config:

@@ -97,7 +97,7 @@ def test_the_summary(finished: Audit) -> None:
     assert (summary["num_samples"], summary["folds"], summary["rule"], summary["at"]) == (604, 3, "ensemble", 0.5)
     assert summary["samples_trained"] == 12 * 2 * 604
     assert summary["groups"] == {name: int((table.group == name).sum()) for name in sorted(set(table.group) - {""})}
-    assert (summary["radius"], summary["compared_by"]) == (0.2, "image")
+    assert summary["compared_by"] == "image"
     assert sum(pair["count"] for pair in summary["pairs"]) <= table.relabeled.sum()
     for pair in summary["pairs"][:5]:
         counted = (table.label == pair["label"]) & (table.suggested_label == pair["suggested"])
@@ -223,7 +223,7 @@ def test_a_sample_is_in_the_first_group_that_fits(tmp_path: Path) -> None:
     # Ids 0, 1 and 2 belong to one group with validation sample 0 (id 7), which only 0 and 1 are near to.
     of, split = np.array([-1, 0, 0, -1, -1, -1, -1, 0]), np.array([2, 2, 1, 0, 0, 0, 0, 2], dtype=np.int8)
     outlier = np.float32([9, 9, 9, 6, 5.9, 0, 0, 0])
-    compared = Compared(Duplicates(of, split, np.ones(8, np.float32), num), outlier, 0.2, "image")
+    compared = Compared(Duplicates(of, split, np.ones(8, np.float32), num), outlier, "image")
     statistics = {
         "correct": np.float32([0, 0, 0, 0, 0, 0.9, 0.89]),
         "held_out_probability": np.float32([0, 0, 0, 0, 0, 0.95, 1.0]),
