@@ -43,6 +43,7 @@ _NEUTRAL: dict[str, dict[str, Any]] = {
 
 # The method of an audit's runs; a reference, because only an audit uses it.
 CROSS_FIT = "rayprune.core.audit.cross_fit:CrossFit"
+THRESHOLD_SAMPLES = "rayprune.sources.threshold_samples:with_threshold_samples"
 
 
 class Config(Strict):
@@ -163,6 +164,12 @@ class Config(Strict):
         tree["train"]["seed"] += repeat  # other folds, too
         skip = tree["train"]["epochs"] // 2
         fold = {"folds": audit.folds, "left_out": left_out, "window": audit.window, "skip": skip}
+        if audit.threshold_samples:
+            # The number of classes and labels are then those of this run: folds must not depend on them.
+            fold["stratify"] = False
+            data = {key: value for key, value in tree["data"].items() if key != "augment"}
+            extra = {"source": THRESHOLD_SAMPLES, "data": data, "seed": tree["train"]["seed"], "number": left_out}
+            tree["data"] = {**extra, "augment": tree["data"]["augment"]}
         tree["method"] = {"name": CROSS_FIT, **fold}
         folder = str(Path(self.run.storage_path) / str(self.run.name))
         name = f"fold_{left_out + 1}" + (f"_repeat_{repeat + 1}" if repeat else "")

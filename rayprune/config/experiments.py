@@ -54,6 +54,10 @@ class AuditSection(Section):
     repeats: int = Field(
         1, ge=1, description="repeat all runs with the seeds train.seed, +1, …, and average: more exact, at its cost"
     )
+    threshold_samples: bool = Field(
+        False,
+        description="give part of the samples an extra class, whose margins show which labels are wrong (AUM)",
+    )
     window: int = Field(5, ge=1, description="last epochs whose predictions of the part left out are averaged")
     rule: Literal[AUDIT_RULES] = Field("ensemble", description="how the probability of a wrong label is estimated")  # type: ignore[valid-type]
     at: float = Field(0.5, gt=0, lt=1, description="the probability from which on a label counts as a suspect")

@@ -5,6 +5,7 @@ Shapes: N samples, N' chosen samples, B batch, C classes, G groups.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -205,13 +206,16 @@ class Relabeled(_View):
     Args:
         source: any source whose samples have a class.
         labels: (N,) integers in 0..num_classes-1.
+        num_classes: of the labels, at least the source's, which is the default; more have no names.
 
     Raises:
-        DataError: there is not one label for each sample, or one is no class of the source.
+        DataError: there is not one label for each sample, or one is no class.
     """
 
-    def __init__(self, source: SampleSource, labels: np.ndarray) -> None:
-        num_classes = source.schema.num_classes or 0
+    def __init__(self, source: SampleSource, labels: np.ndarray, num_classes: int | None = None) -> None:
+        schema = source.schema
+        num_classes = num_classes or schema.num_classes or 0
+        self._schema = schema if num_classes == schema.num_classes else replace(schema, num_classes=num_classes)
         if labels.shape != (len(source),) or labels.dtype.kind not in "iu":
             raise DataError(f"new labels are {labels.dtype} of shape {labels.shape}: give {len(source)} integers")
         outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
@@ -224,6 +228,10 @@ class Relabeled(_View):
 
     def __len__(self) -> int:
         return len(self._source)
+
+    @property
+    def schema(self) -> Schema:
+        return self._schema
 
     @property
     def num_changed(self) -> int:

@@ -41,6 +41,7 @@ class CrossFit(Method):
         left_out: which fold is left out, in [0, K).
         window: the number of last epochs after which the fold is predicted.
         skip: the number of first epochs whose visits count for `correct` alone; early ones tell labels apart less well.
+        stratify: divide each class evenly among the folds; not where labels differ between the runs.
     """
 
     kind = "control"
@@ -53,6 +54,7 @@ class CrossFit(Method):
     left_out: int = 0
     window: int = 5
     skip: int = 0
+    stratify: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,7 +79,8 @@ class CrossFit(Method):
             raise ConfigError(f"{context.num_samples} samples do not fill {self.folds} folds: use fewer")
         if self.folds == 1:
             return Selection.full(context.num_samples)
-        left_out = folds_of(context.num_samples, self.folds, context.seed, context.labels) == self.left_out
+        labels = context.labels if self.stratify else None
+        left_out = folds_of(context.num_samples, self.folds, context.seed, labels) == self.left_out
         num = int(np.count_nonzero(left_out))
         selection = Selection.of_mask(~left_out, num / context.num_samples, num)
         predicts = context.epoch >= context.num_epochs - self.window

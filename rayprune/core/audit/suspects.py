@@ -12,7 +12,7 @@ Shapes: N samples, C classes, R runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,17 +46,24 @@ class Evidence:
     correct: NDArray[np.float32]
 
     @classmethod
-    def of_runs(cls, labels: NDArray[np.int64], runs: list[Mapping[str, NDArray[Any]]]) -> Evidence:
-        """Merge the columns of the runs' score tables (`rayprune.core.audit.cross_fit`).
+    def of_runs(cls, labels: NDArray[np.int64], runs: Iterable[Mapping[str, NDArray[Any]]]) -> Evidence:
+        """Merge the columns of the runs' score tables (`rayprune.core.audit.cross_fit`), one run after the other.
 
         Each sample is left out of some of the runs; where none leaves any out, the training visits stand for the
         predictions.
         """
-        probs = _mean([run["probs"] for run in runs])
-        held_out = [run["held_out"] for run in runs if run.get("held_out") is not None and run["held_out"].size]
-        losses, margins = (np.stack([run[name] for run in runs]) for name in ("loss", "margin"))
-        predicted = _mean(held_out) if held_out else probs
-        return cls(labels, predicted, probs, losses, margins, _mean([run["correct"] for run in runs]))
+        means = {name: _Mean() for name in ("probs", "held_out", "correct")}
+        columns = []
+        for run in runs:
+            for name, mean in means.items():
+                if run.get(name) is not None and run[name].size:
+                    mean.add(run[name])
+            columns.append((run["loss"], run["margin"]))
+        losses, margins = (np.stack(column) for column in zip(*columns, strict=True))
+        probs = means["probs"].result()
+        held_out = means["held_out"].result()
+        correct = means["correct"].result()
+        return cls(labels, held_out if held_out.size else probs, probs, losses, margins, correct)
 
     @property
     def predicted(self) -> NDArray[np.bool_]:
@@ -223,13 +230,30 @@ def normal_scores(values: NDArray[Any]) -> NDArray[np.float64]:
     return scores
 
 
-def _mean(columns: Sequence[NDArray[Any]] | NDArray[Any]) -> NDArray[np.float32]:
-    """Return the mean over the first axis of what is not NaN; NaN where all are."""
-    values = np.stack(list(columns))
-    known = ~np.isnan(values)
-    count = known.sum(axis=0)
-    total = np.where(known, values, 0).sum(axis=0, dtype=np.float64)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
+class _Mean:
+    """The mean of arrays of one shape, of what is not NaN; NaN where nothing is known."""
+
+    def __init__(self) -> None:
+        self._sum, self._count = np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.int16)
+
+    def add(self, values: NDArray[Any]) -> None:
+        if not self._sum.size:
+            self._sum, self._count = np.zeros(values.shape, np.float32), np.zeros(values.shape, np.int16)
+        known = ~np.isnan(values)
+        np.add(self._sum, values, out=self._sum, where=known)
+        self._count += known
+
+    def result(self) -> NDArray[np.float32]:
+        """Return the mean, an array of size 0 if none was added; no more can be added then."""
+        self._sum[self._count == 0] = np.nan
+        return np.divide(self._sum, np.maximum(self._count, 1), out=self._sum)
+
+
+def _mean(columns: Iterable[NDArray[Any]]) -> NDArray[np.float32]:
+    mean = _Mean()
+    for column in columns:
+        mean.add(column)
+    return mean.result()
 
 
 # How samples are ranked by each rule: the higher, the more probably wrong.

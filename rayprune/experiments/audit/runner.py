@@ -22,7 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayprune.config import Config
+from rayprune.config.config import THRESHOLD_SAMPLES
 from rayprune.core.audit.suspects import Evidence
+from rayprune.core.audit.threshold_samples import (
+    draw_threshold_samples,
+    rate_by_threshold_samples,
+    without_threshold_samples,
+)
 from rayprune.engine.storage.audit_findings import AuditSettings, Compared, Findings, Predictions
 from rayprune.engine.storage.checkpoint import load_selector_state
 from rayprune.engine.storage.resume import run_folder_of
@@ -68,18 +74,23 @@ def audit(config: Config, *, debug: bool = False, **listeners: Any) -> Audit:
         raise ConfigError("an audit needs labels of at least two classes: samples have one class or none")
     if len(source) < config.audit.folds:
         raise ConfigError(f"audit.folds = {config.audit.folds}: there are {len(source)} samples, use fewer folds")
+    if config.audit.threshold_samples and config.audit.folds == 1:
+        raise ConfigError("audit.threshold_samples: a run says nothing of its own threshold samples, use more folds")
     folder = ExperimentFolder(run_folder_of(config), "audit.yaml", digest_of)
     with folder.open(config):
         runs = [train(run, debug=debug, **listeners) for run in _run_configs(config)]
         evidence = evidence_of(config, np.asarray(source.labels))
         scan = find_in_data(config, splits, debug=debug, **listeners) if config.audit.duplicates else None
         predictions: Predictions = "out_of_fold" if config.audit.folds > 1 else "training_visits"
-        return write_findings(config, splits, evidence, scan, predictions, **_cost(config, runs))
+        facts = _cost(config, runs)
+        if config.audit.threshold_samples:
+            facts["noise_rate_threshold_samples"] = round(rate_by_threshold_samples(evidence.margins), 6)
+        return write_findings(config, splits, evidence, scan, predictions, **facts)
 
 
 def evidence_of(config: Config, labels: NDArray[np.integer[Any]]) -> Evidence:
     """Return what the finished runs of an audit have observed of samples with these labels, (N,)."""
-    return Evidence.of_runs(labels.astype(np.int64), [_columns(run_folder_of(run)) for run in _run_configs(config)])
+    return Evidence.of_runs(labels.astype(np.int64), map(_columns, _run_configs(config)))
 
 
 def _run_configs(config: Config) -> list[Config]:
@@ -123,7 +134,13 @@ def _cost(config: Config, runs: list[RunResult]) -> dict[str, Any]:
     }
 
 
-def _columns(run: Path) -> dict[str, NDArray[Any]]:
-    """Return the columns of a finished run's score table."""
-    state = load_selector_state(run, read_metrics(run)[-1]["epoch"] + 1)
-    return {name.removeprefix(_COLUMN): column for name, column in state.items() if name.startswith(_COLUMN)}
+def _columns(run: Config) -> dict[str, NDArray[Any]]:
+    """Return what a finished run's score table has of the data's classes."""
+    folder = run_folder_of(run)
+    state = load_selector_state(folder, read_metrics(folder)[-1]["epoch"] + 1)
+    columns = {name.removeprefix(_COLUMN): column for name, column in state.items() if name.startswith(_COLUMN)}
+    if run.data.source != THRESHOLD_SAMPLES:
+        return columns
+    num_samples, num_classes = columns["probs"].shape
+    draw = {name: run.data.source_keys[name] for name in ("seed", "number")}
+    return without_threshold_samples(columns, draw_threshold_samples(num_samples, num_classes - 1, **draw))
