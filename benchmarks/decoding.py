@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.harness import Figure, alternate, ratios, seconds
 from rayprune.sources import SampleSource, open_data
-from rayprune.sources.images import decode_jpegs
+from rayprune.sources.images.decode import decode_jpegs
 
 ROWS, PIXELS, CLASSES = 4_000, 64, 10
 BATCH, SPAN, EPOCHS = 128, 2_048, 9

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from rayprune.core import Selection
-    from rayprune.sources.audit_files import AuditTable
-    from rayprune.sources.score_files import ScoreFile
+    from rayprune.sources.tables.audits import AuditTable
+    from rayprune.sources.tables.scores import ScoreFile
 
 _MAX_CLASSES = 12  # to list one by one; of more, only those with the smallest and the largest share
 _SHARE = click.FloatRange(min=0, max=1, max_open=True)
@@ -121,7 +121,7 @@ def select(
         raise ConfigError("--at goes with --drop-suspects: add it, or leave --at out")
     if keep is None:
         raise click.MissingParameter(ctx=context, param=next(each for each in select.params if each.name == "keep"))
-    from rayprune.sources.score_files import read_scores
+    from rayprune.sources.tables.scores import read_scores
 
     stored = read_scores(scores_path)
     name = stored.score_name(by)
@@ -136,7 +136,7 @@ def select(
 
 def _paths(out: Sequence[str], source: Path, force: bool, content: str = "scores") -> list[Path]:
     """Return the files to write, none of which may exist without --force."""
-    from rayprune.sources.selection_files import check_selection_path
+    from rayprune.sources.tables.selections import check_selection_path
 
     paths = [Path(path) for path in out] or [source.with_name("chosen.parquet")]
     for path in paths:
@@ -155,7 +155,7 @@ def _write(
     lines: Iterator[str],
 ) -> None:
     """Write the selection, and print its facts and the command that trains on it."""
-    from rayprune.sources.selection_files import write_selection_file
+    from rayprune.sources.tables.selections import write_selection_file
 
     for path in paths:
         write_selection_file(path, selection, fingerprint, about)
@@ -183,7 +183,7 @@ def _check_audit_options(context: click.Context, drop_suspects: bool) -> None:
 def _select_by_audit(path: str, at: float | None, drop_duplicates: bool, out: Sequence[str], force: bool) -> None:
     """Keep the samples that an audit does not suspect."""
     from rayprune.core.selection import Selection
-    from rayprune.sources.audit_files import read_audit
+    from rayprune.sources.tables.audits import read_audit
 
     stored = read_audit(path)
     paths = _paths(out, stored.path, force, "audit")

@@ -19,7 +19,7 @@ from rayprune.report.gallery import class_text, data_uri
 from rayprune.report.read import StoredModel, read_json
 from rayprune.report.tables import Table
 from rayprune.report.text import count_of, share
-from rayprune.sources.audit_files import AUDIT_NAME, GROUPS, AuditTable, read_audit
+from rayprune.sources.tables.audits import AUDIT_NAME, GROUPS, AuditTable, read_audit
 
 _MAX_PAIRS = 12
 _MAX_ROWS = 20  # of a group whose samples have no contents here

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFun
 from rayprune.config.yaml import read_yaml
 from rayprune.errors import RunFolderError, one_line
 from rayprune.report.text import count_of
-from rayprune.sources.score_files import ScoreFile, read_scores
+from rayprune.sources.tables.scores import ScoreFile, read_scores
 
 if TYPE_CHECKING:
     from rayprune.report.audit import Audit

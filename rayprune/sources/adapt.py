@@ -8,9 +8,9 @@ from typing import Any
 
 from rayprune.errors import ConfigError, DataError
 from rayprune.sources.base import SampleSource, Splits
-from rayprune.sources.columns import options_of_a_call
-from rayprune.sources.huggingface_columns import columns_from_huggingface
-from rayprune.sources.items import columns_from_torch, is_map_style
+from rayprune.sources.datasets.columns import options_of_a_call
+from rayprune.sources.datasets.huggingface_columns import columns_from_huggingface
+from rayprune.sources.datasets.items import columns_from_torch, is_map_style
 from rayprune.sources.memory import MemorySource
 
 _NAME_COLUMNS = "give named columns, {'image': images, 'label': labels}"

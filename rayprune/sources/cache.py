@@ -27,7 +27,7 @@ import numpy as np
 from rayprune.core.references import closest
 from rayprune.errors import ConfigError, DataError
 from rayprune.sources.base import DescribedSource, SampleSource, check_ids
-from rayprune.sources.columns import empty_column, options_of_a_call
+from rayprune.sources.datasets.columns import empty_column, options_of_a_call
 from rayprune.sources.memory import RowSource
 from rayprune.sources.views import Subset
 

@@ -9,7 +9,15 @@ import numpy as np
 
 from rayprune.errors import DataError
 from rayprune.sources.base import DescribedSource, Schema, check_ids
-from rayprune.sources.columns import NO_LABELS, as_column, as_row, check_names, column_digest, column_of, find_label
+from rayprune.sources.datasets.columns import (
+    NO_LABELS,
+    as_column,
+    as_row,
+    check_names,
+    column_digest,
+    column_of,
+    find_label,
+)
 from rayprune.sources.fingerprint import digest
 
 

@@ -17,8 +17,8 @@ from rayprune.core.plan import rows_of_groups
 from rayprune.core.references import call_object, closest, is_reference, load_object
 from rayprune.core.validation import check_keys, plain
 from rayprune.errors import ConfigError, DataError
-from rayprune.sources.audit_files import read_audit_for
 from rayprune.sources.base import SampleSource, Splits, spaced_ids
+from rayprune.sources.tables.audits import read_audit_for
 from rayprune.sources.views import Limited, Relabeled, holdout
 
 SOURCES: dict[str, type[Any]] = {}

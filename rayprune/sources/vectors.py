@@ -13,7 +13,7 @@ import numpy as np
 from rayprune.core.algorithms.ngrams import hashed_ngrams
 from rayprune.errors import DataError
 from rayprune.sources.base import Column, RowCost, SampleSource, Schema
-from rayprune.sources.columns import LABEL_COLUMNS
+from rayprune.sources.datasets.columns import LABEL_COLUMNS
 from rayprune.sources.fingerprint import digest
 
 Kind = Literal["image", "features", "text"]

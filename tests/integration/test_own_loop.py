@@ -28,8 +28,8 @@ from ray.train.torch import TorchTrainer
 import rayprune
 from rayprune.engine.storage.run_folder import read_metrics
 from rayprune.engine.user_loop.api import PrunedData
-from rayprune.sources.audit_files import read_audit
-from rayprune.sources.score_files import read_scores
+from rayprune.sources.tables.audits import read_audit
+from rayprune.sources.tables.scores import read_scores
 from tests.support import own_loops
 from tests.support.paths import ROOT
 

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from rayprune.engine.data.batch import Batch
 from rayprune.engine.scoring.messages import PlanPass, RankRows
 from rayprune.sources import SampleSource
-from rayprune.sources.columns import NUMBERS
-from rayprune.sources.items import ItemSource
+from rayprune.sources.datasets.columns import NUMBERS
+from rayprune.sources.datasets.items import ItemSource
 
 # A batch to read: a seed and ids (B,).
 _Task = tuple[int, NDArray[np.int64]]

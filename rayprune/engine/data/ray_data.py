@@ -37,9 +37,9 @@ from rayprune.engine.scoring.messages import PlanPass, RankRows
 from rayprune.errors import DataError, PlanMismatch, UsageError
 from rayprune.sources import Column, MemorySource, SampleSource, Schema
 from rayprune.sources.base import DescribedSource, RowCost, id_faults
-from rayprune.sources.columns import NO_LABELS, find_label
+from rayprune.sources.datasets.columns import NO_LABELS, find_label
+from rayprune.sources.datasets.items import ItemSource
 from rayprune.sources.fingerprint import digest
-from rayprune.sources.items import ItemSource
 
 # Decoding this many small images takes 0.1 to 0.2 s.
 _MIN_TASK_ROWS, _DECODED_TASK_ROWS = 2_048, 8_192

@@ -20,7 +20,7 @@ from rayprune.engine.data.batch import Batch, Columns
 from rayprune.engine.scoring.messages import PlanPass, RankRows
 from rayprune.errors import PlanMismatch
 from rayprune.sources import SampleSource
-from rayprune.sources.columns import object_array
+from rayprune.sources.datasets.columns import object_array
 
 if TYPE_CHECKING:
     from torch import Tensor

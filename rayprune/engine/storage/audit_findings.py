@@ -18,7 +18,7 @@ from rayprune.core.algorithms.near_duplicates import Duplicates
 from rayprune.core.audit.noise_model import NoiseModel, confident_joint
 from rayprune.core.audit.suspects import Evidence, Suspects, find_suspects
 from rayprune.engine.storage.run_folder import write_whole
-from rayprune.sources.audit_files import AUDIT_NAME, AuditTable, write_audit
+from rayprune.sources.tables.audits import AUDIT_NAME, AuditTable, write_audit
 from rayprune.sources.vectors import Kind
 
 SUMMARY_NAME = "audit.json"

@@ -23,8 +23,8 @@ from rayprune.config.yaml import read_yaml
 from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
 from rayprune.errors import RunFolderError, one_line
-from rayprune.sources import score_files
 from rayprune.sources.storage import replace_file
+from rayprune.sources.tables import scores
 
 _VALIDATION = "validation.parquet"
 RUN_SCHEMA = 1  # of environment.json and gallery.json
@@ -186,7 +186,7 @@ def write_scores(
 
     `method` is the config of the method that scored; by default, the Selector's.
     """
-    return score_files.write_scores(
+    return scores.write_scores(
         run_folder / "scores.parquet",
         selector.num_samples,
         selector.scores(),

@@ -19,7 +19,7 @@ import numpy as np
 from rayprune.engine.storage.run_folder import RUN_SCHEMA
 from rayprune.engine.train.gallery import write_thumbnails
 from rayprune.sources import SampleSource, Splits
-from rayprune.sources.audit_files import GROUPS, AuditTable
+from rayprune.sources.tables.audits import GROUPS, AuditTable
 
 FOLDER = "audit_gallery"
 PICTURES_OF_A_GROUP = 60

@@ -27,7 +27,7 @@ from rayprune.nn.signals import BOUNDARY_SIGNALS, EMBEDDING_SIGNALS
 from rayprune.nn.steps import TrainStep, step_class
 from rayprune.nn.steps.in_batch import PICKED
 from rayprune.nn.steps.l2w import exit_weight_names
-from rayprune.sources.score_files import ScoreFile, read_scores
+from rayprune.sources.tables.scores import ScoreFile, read_scores
 
 _HEAD_SIGNALS = (*BOUNDARY_SIGNALS, *EMBEDDING_SIGNALS)
 

@@ -27,7 +27,7 @@ from rayprune.engine.train.build import InputSpec
 from rayprune.engine.train.predictions import final_predictions
 from rayprune.errors import one_line
 from rayprune.sources import SampleSource
-from rayprune.sources.score_files import ScoreFile, read_scores
+from rayprune.sources.tables.scores import ScoreFile, read_scores
 
 SAMPLES_OF_A_KIND = 6
 # A suspected label error has one of the highest losses, and the network is confident of another class.

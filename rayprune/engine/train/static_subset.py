@@ -28,9 +28,9 @@ from rayprune.errors import ConfigError, RunFolderError
 from rayprune.methods import Method, build_method
 from rayprune.methods.fixed import Fixed
 from rayprune.sources import SampleSource
-from rayprune.sources.score_files import read_scores
-from rayprune.sources.selection_files import read_selection_file, read_selection_for, write_selection_file
-from rayprune.sources.trajectories import read_trajectories
+from rayprune.sources.tables.scores import read_scores
+from rayprune.sources.tables.selections import read_selection_file, read_selection_for, write_selection_file
+from rayprune.sources.tables.trajectories import read_trajectories
 
 SELECTION = "selection.parquet"
 _NOT_SCORES = {"id", "label", "last_visit", "times_pruned"}
@@ -149,7 +149,7 @@ def score_trajectories(
 
     Args:
         method: the method, its name or its config; it scores the first T = `collect_epochs` epochs.
-        folder: the logits, as `rayprune.sources.trajectories` describes them.
+        folder: the logits, as `rayprune.sources.tables.trajectories` describes them.
         num_samples: N.
         seed: the seed of the method's random draws.
         labels: (N,) classes, if the method or its class floor needs them.

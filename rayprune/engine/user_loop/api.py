@@ -48,8 +48,8 @@ from rayprune.methods import Method, build_method
 from rayprune.methods.fixed import Fixed
 from rayprune.sources import SampleSource, as_source
 from rayprune.sources.adapt import check_options
-from rayprune.sources.audit_files import AuditTable
-from rayprune.sources.selection_files import read_selection_for
+from rayprune.sources.tables.audits import AuditTable
+from rayprune.sources.tables.selections import read_selection_for
 
 _TOKEN = "rayprune"  # the key in a DataContext under which workers find their actor
 _CHECKED_SAMPLES = 1_000

@@ -26,7 +26,7 @@ from rayprune.errors import ConfigError, DataError, UsageError, one_line
 from rayprune.nn.augment import Augment
 from rayprune.nn.descriptors import image_descriptor
 from rayprune.sources import SampleSource
-from rayprune.sources.audit_files import AuditTable
+from rayprune.sources.tables.audits import AuditTable
 from rayprune.sources.vectors import VectorView
 
 logger = logging.getLogger(__name__)

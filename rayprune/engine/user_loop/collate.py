@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rayprune.engine.data.batch import Batch
 from rayprune.engine.data.transport import prefetch
 from rayprune.errors import ConfigError
-from rayprune.sources.columns import NUMBERS, is_ragged, object_array
+from rayprune.sources.datasets.columns import NUMBERS, is_ragged, object_array
 
 CollateFn = Callable[[dict[str, NDArray[Any]]], Any]
 

@@ -36,8 +36,8 @@ from rayprune.engine.user_loop.unweighed import UnweighedRows
 from rayprune.errors import ConfigError, UsageError
 from rayprune.nn.signals import TokenAxis, losses_per_sample, signals_per_sample, weighted_mean
 from rayprune.sources import SampleSource
-from rayprune.sources.audit_files import AuditTable
-from rayprune.sources.columns import LABEL_COLUMNS
+from rayprune.sources.datasets.columns import LABEL_COLUMNS
+from rayprune.sources.tables.audits import AuditTable
 
 logger = logging.getLogger(__name__)
 

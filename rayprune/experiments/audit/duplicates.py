@@ -18,7 +18,7 @@ from rayprune.engine.storage.audit_findings import Compared
 from rayprune.engine.storage.resume import run_folder_of
 from rayprune.engine.train.driver import Listeners, forward_pass
 from rayprune.sources.base import Splits
-from rayprune.sources.score_files import read_scores
+from rayprune.sources.tables.scores import read_scores
 from rayprune.sources.vectors import Kind, VectorView
 from rayprune.sources.views import Concatenated
 

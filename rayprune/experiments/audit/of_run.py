@@ -32,7 +32,7 @@ from rayprune.errors import ConfigError, RunFolderError
 from rayprune.experiments.audit.duplicates import find_in_data
 from rayprune.experiments.audit.runner import Audit, write_findings
 from rayprune.sources import SampleSource
-from rayprune.sources.score_files import read_scores
+from rayprune.sources.tables.scores import read_scores
 
 _BATCH = 256
 _KINDS = {"audit.yaml": "an audit of its own", "sweep.yaml": "a sweep", "compare.yaml": "a comparison"}

@@ -3,7 +3,7 @@
 <run>/audit.yaml       the config
 <run>/fold_1/ …        the runs that score the samples, each a run folder of its own
 <run>/duplicates/      the pass that compares the samples
-<run>/audit.parquet    a row per training sample (`rayprune.sources.audit_files`)
+<run>/audit.parquet    a row per training sample (`rayprune.sources.tables.audits`)
 <run>/audit_gallery/   pictures, or texts and numbers, of the samples to look at
 <run>/audit.json       the noise rate, overall and for each pair of classes, and the numbers of samples in each group
 
@@ -39,7 +39,7 @@ from rayprune.errors import ConfigError
 from rayprune.experiments.audit.duplicates import find_in_data
 from rayprune.experiments.folder import ExperimentFolder
 from rayprune.sources import Splits
-from rayprune.sources.audit_files import AuditTable
+from rayprune.sources.tables.audits import AuditTable
 
 _COLUMN = "table/column/"  # of a score table in a checkpoint
 

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from rayprune.errors import DataError, UnreadableImage
 from rayprune.sources.cache import new_array
 from rayprune.sources.fingerprint import digest, file_digest
-from rayprune.sources.images import LEAVE_OUT, ImageShape, decode_each, first_shape
+from rayprune.sources.images.decode import LEAVE_OUT, ImageShape, decode_each, first_shape
 from rayprune.sources.storage import Storage, one_line
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayprune.sources.base import DescribedSource, RowCost, Schema, check_ids
-from rayprune.sources.images import LEAVE_OUT, decode_rows, readable_rows
+from rayprune.sources.images.decode import LEAVE_OUT, decode_rows, readable_rows
 from rayprune.sources.parquet.reader import (
     ParquetRows,
     ShardFile,

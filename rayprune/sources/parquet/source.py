@@ -17,7 +17,7 @@ from rayprune.errors import ConfigError, DataError
 from rayprune.sources.base import SampleSource, Schema, Splits, count_classes
 from rayprune.sources.cache import CacheMode, cache_root, cached_arrays, decoded, leave_out_unreadable
 from rayprune.sources.fingerprint import digest
-from rayprune.sources.images import check_size
+from rayprune.sources.images.decode import check_size
 from rayprune.sources.memory import RowSource
 from rayprune.sources.parquet.layout import (
     check_columns,

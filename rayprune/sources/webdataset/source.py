@@ -20,7 +20,7 @@ from rayprune.errors import ConfigError, DataError
 from rayprune.sources.base import DescribedSource, RowCost, SampleSource, Schema, Splits, check_ids, count_classes
 from rayprune.sources.cache import CacheMode, cache_root, cached_arrays, decoded, leave_out_unreadable
 from rayprune.sources.fingerprint import WHOLE_BYTES, digest
-from rayprune.sources.images import LEAVE_OUT, ImageShape, check_size, decode_rows, first_shape, readable_rows
+from rayprune.sources.images.decode import LEAVE_OUT, ImageShape, check_size, decode_rows, first_shape, readable_rows
 from rayprune.sources.registry import register_source
 from rayprune.sources.storage import (
     DEFAULT_VALIDATION,

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 from rayprune.cli import main as command_line
 from rayprune.cli.main import cli
-from rayprune.sources.audit_files import read_audit
-from rayprune.sources.selection_files import read_selection_file
+from rayprune.sources.tables.audits import read_audit
+from rayprune.sources.tables.selections import read_selection_file
 from tests.support.audits import audit_config, noisy_digits
 
 

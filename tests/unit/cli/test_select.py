@@ -19,9 +19,9 @@ from click.testing import CliRunner
 from rayprune.cli import main as cli
 from rayprune.cli.select import select
 from rayprune.core.choosing import choose
-from rayprune.sources.audit_files import AuditTable, write_audit
-from rayprune.sources.score_files import write_scores
-from rayprune.sources.selection_files import read_selection_file
+from rayprune.sources.tables.audits import AuditTable, write_audit
+from rayprune.sources.tables.scores import write_scores
+from rayprune.sources.tables.selections import read_selection_file
 from tests.support.paths import ROOT
 
 LABELS = np.arange(40) % 4

@@ -18,7 +18,7 @@ from rayprune.errors import ConfigError
 from rayprune.methods import build_method
 from rayprune.methods.clean_subset import estimated_rate
 from rayprune.sources import open_data
-from rayprune.sources.audit_files import AuditTable, write_audit
+from rayprune.sources.tables.audits import AuditTable, write_audit
 from tests.support.runs import results, run_config, same_weights
 
 

@@ -17,7 +17,7 @@ from rayprune.report.audit import Audit, read_audit_section
 from rayprune.report.collect import collect
 from rayprune.report.page import render
 from rayprune.sources import Splits, Subset, open_data
-from rayprune.sources.audit_files import AuditTable, write_audit
+from rayprune.sources.tables.audits import AuditTable, write_audit
 from tests.support.sources import make_source
 
 WRONG, DUPLICATES, LEAKS, OUTLIERS = slice(0, 100), slice(100, 104), slice(104, 106), slice(106, 108)

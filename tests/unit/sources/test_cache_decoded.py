@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rayprune.sources import image_folder, open_data
+from rayprune.sources import open_data
 from rayprune.sources.cache import decoded, is_complete
+from rayprune.sources.images import folder as image_folder
 from tests.support.sources import all_rows
 
 Usage = namedtuple("Usage", "total used free")

@@ -10,7 +10,7 @@ import pytest
 
 from rayprune.errors import RunFolderError
 from rayprune.sources import SOURCES, Splits, default_augment, input_statistics, open_data
-from rayprune.sources.audit_files import AuditTable, write_audit
+from rayprune.sources.tables.audits import AuditTable, write_audit
 from tests.support.sources import all_rows, make_source
 
 

@@ -23,7 +23,7 @@ from rayprune.engine.storage.run_folder import (
     write_whole,
 )
 from rayprune.methods.infobatch import InfoBatch
-from rayprune.sources.score_files import read_scores
+from rayprune.sources.tables.scores import read_scores
 from tests.support.runs import run_config
 
 

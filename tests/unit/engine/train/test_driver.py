@@ -26,7 +26,7 @@ from rayprune.errors import RunFolderError, TrainingFailed
 from rayprune.nn.models import build_model
 from rayprune.nn.steps import PlainStep
 from rayprune.sources import open_data
-from rayprune.sources.audit_files import AuditTable, write_audit
+from rayprune.sources.tables.audits import AuditTable, write_audit
 from tests.support.runs import (
     RESULT_KEYS,
     assert_same_run,

@@ -21,7 +21,7 @@ from rayprune.engine.train.preflight import input_spec
 from rayprune.errors import ConfigError, TrainingPaused
 from rayprune.nn.boundary import last_linear
 from rayprune.nn.steps.embed import load_embedder
-from rayprune.sources.selection_files import read_selection_file
+from rayprune.sources.tables.selections import read_selection_file
 from tests.support.runs import run_config, same_weights, user, weights_of
 
 NUM = 301

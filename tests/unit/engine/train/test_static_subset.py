@@ -18,7 +18,7 @@ from rayprune.engine.storage.run_folder import read_metrics
 from rayprune.engine.train.driver import RunResult, score, train
 from rayprune.errors import TrainingFailed
 from rayprune.sources import open_data
-from rayprune.sources.selection_files import read_selection_file, write_selection_file
+from rayprune.sources.tables.selections import read_selection_file, write_selection_file
 from tests.support.runs import assert_same_run, run_config, user
 
 

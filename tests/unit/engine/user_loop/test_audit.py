@@ -20,7 +20,7 @@ from rayprune.errors import ConfigError, DataError, UsageError
 from rayprune.report.audit import read_audit_section
 from rayprune.report.collect import collect
 from rayprune.report.page import render
-from rayprune.sources.audit_files import AuditTable, read_audit
+from rayprune.sources.tables.audits import AuditTable, read_audit
 from tests.unit.engine.user_loop.loops import BATCH, METHOD
 
 N, C, EPOCHS = 400, 3, 8

@@ -14,7 +14,7 @@ import rayprune
 from rayprune.cli.main import cli
 from rayprune.engine.storage.run_folder import read_metrics
 from rayprune.engine.user_loop.shard import Shard
-from rayprune.sources.score_files import read_scores
+from rayprune.sources.tables.scores import read_scores
 from tests.unit.engine.user_loop.loops import BATCH, DATA, METHOD, N, X, local_shard
 
 EPOCHS = 3

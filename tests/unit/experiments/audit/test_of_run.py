@@ -25,8 +25,8 @@ from rayprune.experiments.audit.of_run import run_config as config_of
 from rayprune.report.audit import TRAINED, read_audit_section
 from rayprune.report.collect import collect
 from rayprune.report.page import render
-from rayprune.sources.audit_files import read_audit_for
-from rayprune.sources.score_files import read_scores
+from rayprune.sources.tables.audits import read_audit_for
+from rayprune.sources.tables.scores import read_scores
 from tests.support.runs import run_config
 
 N = 400

@@ -18,7 +18,7 @@ from rayprune.engine.storage.audit_findings import AuditSettings, Compared, tabl
 from rayprune.engine.train.driver import Start
 from rayprune.errors import ConfigError, RunFolderError
 from rayprune.experiments.audit.runner import Audit, audit, digest_of, evidence_of
-from rayprune.sources.audit_files import COLUMNS, read_audit
+from rayprune.sources.tables.audits import COLUMNS, read_audit
 from tests.support.audits import COPIES, LEAK, LEAKED, ORIGINALS, NoisyDigits, audit_config, noisy_digits
 
 STATISTICS = {"held_out_probability", "held_out_margin", "probability", "loss", "margin", "correct"}

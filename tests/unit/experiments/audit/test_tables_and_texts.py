@@ -15,7 +15,7 @@ from rayprune.report.audit import read_audit_section
 from rayprune.report.collect import collect
 from rayprune.report.page import render
 from rayprune.sources import MemorySource, Splits
-from rayprune.sources.audit_files import AuditTable
+from rayprune.sources.tables.audits import AuditTable
 from tests.support.runs import run_config
 
 N, C = 240, 3

@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from rayprune.engine.train.static_subset import score_trajectories
-from rayprune.sources import trajectories
-from rayprune.sources.trajectories import read_trajectories
+from rayprune.sources.tables import trajectories
+from rayprune.sources.tables.trajectories import read_trajectories
 
 NUM, CLASSES, EPOCHS = 7, 3, 4
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rayprune.sources.score_files import ScoreFile, read_scores, write_scores
+from rayprune.sources.tables.scores import ScoreFile, read_scores, write_scores
 
 LOSS = np.array([0.5, np.nan, 2.0], dtype=np.float32)
 

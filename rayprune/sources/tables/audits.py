@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from rayprune.core.references import closest
 from rayprune.errors import ConfigError, DataError, RunFolderError
 from rayprune.sources.base import SampleSource
-from rayprune.sources.score_files import id_order, read_table, table_metadata, write_table
+from rayprune.sources.tables.scores import id_order, read_table, table_metadata, write_table
 
 AUDIT_SCHEMA = 1
 AUDIT_NAME = "audit.parquet"  # in a run folder

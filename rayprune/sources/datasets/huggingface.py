@@ -32,9 +32,9 @@ from rayprune.sources.base import (
     spaced_ids,
 )
 from rayprune.sources.cache import CacheMode, decoded
-from rayprune.sources.columns import options_of_a_call
+from rayprune.sources.datasets.columns import options_of_a_call
 from rayprune.sources.fingerprint import WHOLE_BYTES, digest
-from rayprune.sources.images import ImageShape, check_size, decode_rows, first_shape
+from rayprune.sources.images.decode import ImageShape, check_size, decode_rows, first_shape
 from rayprune.sources.parquet.layout import check_class_names, find_columns, hub_class_names
 from rayprune.sources.parquet.reader import encoded_values, is_text, text_labels, text_numbers
 from rayprune.sources.registry import register_source

@@ -8,7 +8,7 @@ import torch
 
 from rayprune.errors import ConfigError, DataError
 from rayprune.sources.base import Column, Schema
-from rayprune.sources.columns import (
+from rayprune.sources.datasets.columns import (
     as_column,
     as_row,
     check_names,

@@ -21,7 +21,7 @@ from rayprune.core.references import closest
 from rayprune.errors import DataError
 from rayprune.sources.base import Column, DescribedSource, RowCost, SampleSource, Schema, check_ids, spaced_ids
 from rayprune.sources.cache import CacheMode, check_mode, decoded
-from rayprune.sources.columns import (
+from rayprune.sources.datasets.columns import (
     NO_LABELS,
     check_names,
     column_digest,
@@ -30,9 +30,9 @@ from rayprune.sources.columns import (
     find_label,
     object_array,
 )
+from rayprune.sources.datasets.huggingface import check_dataset, class_numbers, encoded_lengths, image_bytes
 from rayprune.sources.fingerprint import WHOLE_BYTES, digest
-from rayprune.sources.huggingface import check_dataset, class_numbers, encoded_lengths, image_bytes
-from rayprune.sources.images import (
+from rayprune.sources.images.decode import (
     ImageShape,
     check_size,
     decode_ragged,

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from rayprune.core.selection import Selection
 from rayprune.errors import ConfigError, RunFolderError, one_line
 from rayprune.sources.base import SampleSource
-from rayprune.sources.score_files import check_schema, read_table, table_metadata, write_table
 from rayprune.sources.storage import replace_file
+from rayprune.sources.tables.scores import check_schema, read_table, table_metadata, write_table
 
 SELECTION_SCHEMA = 1
 FORMATS = (".parquet", ".txt")

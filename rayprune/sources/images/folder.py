@@ -20,7 +20,7 @@ from rayprune.errors import ConfigError, DataError, UnreadableImage
 from rayprune.sources.base import DescribedSource, RowCost, SampleSource, Schema, Splits, check_ids
 from rayprune.sources.cache import CacheMode, cache_root, cached_arrays, decoded, leave_out_unreadable
 from rayprune.sources.fingerprint import WHOLE_BYTES, digest
-from rayprune.sources.images import (
+from rayprune.sources.images.decode import (
     LEAVE_OUT,
     ROWS_PER_TASK,
     ImageShape,

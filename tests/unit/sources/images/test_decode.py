@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rayprune.sources.images import ImageShape, decode_image, decode_jpegs, decode_rows, jpeg_frame, readable_rows
+from rayprune.sources.images.decode import (
+    ImageShape,
+    decode_image,
+    decode_jpegs,
+    decode_rows,
+    jpeg_frame,
+    readable_rows,
+)
 from tests.support.sources import encode_image, smooth_pixels
 
 PNG_WITHOUT_HEADER = b"\x89PNG\r\n\x1a\n" + bytes(40)

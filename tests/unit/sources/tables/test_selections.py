@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayprune.core import Selection
-from rayprune.sources.selection_files import (
+from rayprune.sources.tables.selections import (
     FORMATS,
     read_selection_file,
     read_selection_for,

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rayprune.sources import default_augment, image_folder, open_data
-from rayprune.sources.image_folder import FileNames
-from rayprune.sources.images import decode_image
+from rayprune.sources import default_augment, open_data
+from rayprune.sources.images import folder as image_folder
+from rayprune.sources.images.decode import decode_image
+from rayprune.sources.images.folder import FileNames
 from tests.support.sources import all_rows, encode_image, random_bytes, smooth_pixels
 
 

@@ -30,7 +30,7 @@ from rayprune.sources.base import (
     spaced_ids,
 )
 from rayprune.sources.cache import CacheMode, check_mode, decoded
-from rayprune.sources.columns import (
+from rayprune.sources.datasets.columns import (
     NO_LABELS,
     NUMBERS,
     Allocate,
@@ -43,7 +43,7 @@ from rayprune.sources.columns import (
     fits,
 )
 from rayprune.sources.fingerprint import digest
-from rayprune.sources.images import DEEP_MODES, GREY_MODES
+from rayprune.sources.images.decode import DEEP_MODES, GREY_MODES
 
 logger = logging.getLogger(__name__)
 

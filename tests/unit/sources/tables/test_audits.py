@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayprune.errors import ConfigError, DataError, RunFolderError
-from rayprune.sources.audit_files import COLUMNS, AuditTable, read_audit, read_audit_for, write_audit
-from rayprune.sources.score_files import read_scores, write_scores
+from rayprune.sources.tables.audits import COLUMNS, AuditTable, read_audit, read_audit_for, write_audit
+from rayprune.sources.tables.scores import read_scores, write_scores
 from tests.support.sources import make_source
 
 LABEL = np.array([0, 1, 2, 1, 0])

@@ -18,11 +18,10 @@ from rayprune.core.references import is_reference
 from rayprune.errors import ConfigError, DataError, one_line
 from rayprune.sources.base import Column, SampleSource, Schema, Splits, count_classes, spaced_ids
 from rayprune.sources.cache import CacheMode, check_mode, decoded
-from rayprune.sources.columns import (
+from rayprune.sources.datasets.columns import (
     options_of_a_call,
 )
-from rayprune.sources.fingerprint import array_digest, digest
-from rayprune.sources.items import (
+from rayprune.sources.datasets.items import (
     FINGERPRINT_ITEMS,
     IMAGE_CHANNELS,
     TWICE_READ_ITEMS,
@@ -31,6 +30,7 @@ from rayprune.sources.items import (
     is_pillow,
     is_tensor,
 )
+from rayprune.sources.fingerprint import array_digest, digest
 from rayprune.sources.registry import call_with_keys, register_source
 from rayprune.sources.views import holdout
 

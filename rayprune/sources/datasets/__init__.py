@@ -1,0 +1,1 @@
+"""Datasets of other libraries: Hugging Face, torch, and objects that are like them."""

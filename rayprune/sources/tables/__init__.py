@@ -1,0 +1,1 @@
+"""Files with a row per sample: scores, selections, audits, and logged trajectories."""
