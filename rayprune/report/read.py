@@ -284,11 +284,19 @@ Points = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
 class Difference(StoredModel):
-    """A paired difference or ratio of an arm to full training, with its interval if there are several seeds."""
+    """A paired difference of an arm to full training, with its interval if there are several seeds."""
 
     mean: Points
     low: Points | None
     high: Points | None
+
+
+class Ratio(StoredModel):
+    """A paired ratio of an arm to full training; the interval of two seeds with uneven times has no limits."""
+
+    mean: Points
+    low: float | None
+    high: float | None
 
 
 class ArmRun(StoredModel):
@@ -316,7 +324,7 @@ class Arm(StoredModel):
     learning_rate: float
     mean_step_scale: float
     seconds: float
-    seconds_to_full: Difference
+    seconds_to_full: Ratio
     runs: list[ArmRun] = Field(min_length=1)
 
 

@@ -66,6 +66,7 @@ def test_a_slow_machine_slows_both_arms_of_a_seed() -> None:
     assert found.mean == pytest.approx((0.8 * 0.79 * 0.8) ** (1 / 3))
     assert found.below(0.83)
     assert not paired_difference([2.16, 0.79, 0.84], [2.7, 1.0, 1.05], 0.95).below(0.0)
+    assert math.isfinite(paired_ratio([1.0, 99.0], [99.0, 1.0], 0.9999).high or math.inf)
 
 
 @given(PAIRS)

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 LEAST_TIMED = 3  # seeds; fewer have no interval that could decide
 _ROUNDING_VARIANCE = 1.0 / 6.0  # of the difference of two rounded numbers
+_LARGEST_LOG = 700.0  # exp of more is no float64
 
 
 @dataclass(frozen=True)
@@ -248,5 +249,5 @@ def paired_ratio(one_S: Sequence[float], other_S: Sequence[float], confidence: f
         confidence: of the interval, in (0, 1).
     """
     logs = paired_difference(np.log(one_S).tolist(), np.log(other_S).tolist(), confidence)
-    low, high = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
+    low, high = (None if end is None else math.exp(min(end, _LARGEST_LOG)) for end in (logs.low, logs.high))
     return Difference(math.exp(logs.mean), low, high, num_seeds=logs.num_seeds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 
 from rayprune.engine.train.driver import train
+from rayprune.experiments.compare.statistics import paired_ratio
 from rayprune.experiments.early_exit.evaluate import evaluate, find_device
 from rayprune.report.collect import collect
 from rayprune.report.page import render, write_pngs
@@ -170,6 +172,17 @@ def test_a_comparison_begins_with_its_verdict(comparison: Path) -> None:
     for arm in report["arms"]:
         assert f"{arm['accuracy']:.2f} ± {arm['accuracy_sd']:.2f}" in text
     assert "Loss by epoch" in text  # the runs of the first seed
+
+
+def test_two_seeds_with_uneven_times_have_a_boundless_interval(comparison: Path, tmp_path: Path) -> None:
+    folder = copy_of(comparison, tmp_path / "copy")
+    report = json.loads((folder / "compare.json").read_text())
+    ratio = paired_ratio([1.0, 9.0], [2.0, 1.0], 0.999)
+    assert ratio.high is not None
+    assert ratio.high > 1e6
+    report["arms"][1]["seconds_to_full"] = dataclasses.asdict(ratio)
+    (folder / "compare.json").write_text(json.dumps(report))
+    assert f"{ratio.mean:.1%}" in render(collect([folder]))
 
 
 def test_a_sweep_shows_its_front_and_all_trials(sweep: Path) -> None:
