@@ -7,7 +7,13 @@ P(y | t) of the noise, the likelihood of the given labels is
 
 where p are probabilities of networks that did not train on sample i, and β sharpens them: noise flattens what a network
 predicts, and q must be what it would predict without. T is fitted by expectation maximization (Dawid and Skene, Applied
-Statistics 1979) for every β, and the β of the highest likelihood is taken. The posterior
+Statistics 1979) for every β, and the β of the highest likelihood is taken.
+
+The likelihood alone cannot tell noise from doubt: probabilities of 0.65 and 0.35 for every sample of a class may be
+35 % of wrong labels, or samples that are between two classes. Where the network is surest of a class, doubt is small,
+and the labels show the noise (anchor points: Patrini et al., CVPR 2017, arXiv 1609.03683). So T has a Dirichlet prior,
+ours: in each class that is predicted, the frequencies of the labels among the tenth of the samples with the highest
+probability, at least 50, weigh as much as all samples of the class. The posterior
 
     P(t | x_i, y_i) ∝ q_β(t | x_i) · T[t, y_i]
 
@@ -33,13 +39,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rayprune.core.algorithms.geometry import rows_by_label
 from rayprune.core.table import chunks
 
 # Of the probabilities that are fitted, and samples per class: a random part of the samples where there are more.
 _FIT_NUMBERS, _FIT_SAMPLES = 5_000_000, 20
 _ITERATIONS = 60
 _SHARPEST, _TOLERANCE = 6.0, 0.02  # of β
-_START_DIAGONAL = 0.8
+_ANCHOR_SHARE, _LEAST_ANCHORS = 0.1, 50  # of the samples predicted to be of a class: where the network is surest
+_UNPREDICTED_DIAGONAL = 0.8  # of T, to start from, for a class that is never predicted
 _TINY = 1e-12
 
 
@@ -84,11 +92,12 @@ def fit_noise(probs: NDArray[Any], labels: NDArray[np.integer[Any]], rng: np.ran
     if rows.size > most:
         rows = np.sort(rng.choice(rows, size=most, replace=False))
     logs, given = np.log(np.maximum(probs[rows].astype(np.float64), _TINY)), labels[rows]
+    start, prior = _anchors(logs, given)
     fits: dict[float, tuple[float, NDArray[np.float64], NDArray[np.float64]]] = {}
 
     def likelihood(log_sharpness: float) -> float:
         if log_sharpness not in fits:
-            fits[log_sharpness] = _fit_transition(_softmax(logs * math.exp(log_sharpness)), given)
+            fits[log_sharpness] = _fit_transition(_softmax(logs * math.exp(log_sharpness)), given, start, prior)
         return fits[log_sharpness][0]
 
     best = _maximum(likelihood, 0.0, math.log(_SHARPEST))
@@ -96,13 +105,32 @@ def fit_noise(probs: NDArray[Any], labels: NDArray[np.integer[Any]], rng: np.ran
     return NoiseModel(math.exp(best), transition, joint)
 
 
+def _anchors(
+    logs: NDArray[np.float64], labels: NDArray[np.integer[Any]]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return T by the labels of the samples of which the network is surest, and its weight in samples, (C, C) each."""
+    num_classes = logs.shape[1]
+    transition = np.full((num_classes, num_classes), (1 - _UNPREDICTED_DIAGONAL) / max(1, num_classes - 1))
+    np.fill_diagonal(transition, _UNPREDICTED_DIAGONAL if num_classes > 1 else 1.0)
+    sizes = np.zeros(num_classes)
+    predicted = logs.argmax(axis=1)
+    for label, rows in zip(np.unique(predicted), rows_by_label(predicted), strict=True):
+        count = max(_LEAST_ANCHORS, int(_ANCHOR_SHARE * rows.size))
+        surest = rows[np.argsort(-logs[rows, label], kind="stable")[:count]]
+        transition[label] = np.bincount(labels[surest], minlength=num_classes) / surest.size
+        sizes[label] = rows.size
+    return transition, transition * sizes[:, None]
+
+
 def _fit_transition(
-    beliefs: NDArray[np.float64], labels: NDArray[np.integer[Any]]
+    beliefs: NDArray[np.float64],
+    labels: NDArray[np.integer[Any]],
+    start: NDArray[np.float64],
+    prior: NDArray[np.float64],
 ) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
     """Return the log-likelihood per sample, T and the joint of given labels and true classes."""
     num, num_classes = beliefs.shape
-    transition = np.full((num_classes, num_classes), (1 - _START_DIAGONAL) / max(1, num_classes - 1))
-    np.fill_diagonal(transition, _START_DIAGONAL if num_classes > 1 else 1.0)
+    transition = start
     order = np.argsort(labels, kind="stable")
     beliefs, labels = beliefs[order], labels[order]
     present, starts = np.unique(labels, return_index=True)
@@ -111,7 +139,7 @@ def _fit_transition(
         counts = np.zeros((num_classes, num_classes))  # given, true
         counts[present] = np.add.reduceat(posterior, starts, axis=0)
         # One sample's worth of noise in every row, so that no transition is impossible for being rare.
-        smoothed = counts.T + 1.0 / num_classes
+        smoothed = counts.T + prior + 1.0 / num_classes
         transition = smoothed / smoothed.sum(axis=1, keepdims=True)
     return float(np.log(likelihood).mean()), transition, counts / num
 

@@ -159,7 +159,7 @@ def test_another_rule_and_threshold_train_nothing(digits: NoisyDigits, finished:
     assert not starts
     assert (again.summary["rule"], again.summary["at"]) == ("margin", 0.3)
     assert again.table.p_wrong.tolist() != finished.table.p_wrong.tolist()
-    assert sorted(again.table.p_wrong) == pytest.approx(sorted(finished.table.p_wrong), abs=1e-6)
+    assert sorted(again.table.p_wrong) == pytest.approx(sorted(finished.table.p_wrong), abs=1e-3)  # equal ranks share
 
 
 def test_the_folder_of_a_run_is_refused(digits: NoisyDigits, finished: Audit) -> None:
