@@ -45,10 +45,11 @@ def audit(arguments: tuple[str, ...]) -> None:
     is_run = folder.is_dir() and ((folder / "config.yaml").exists() or not find_config(path).is_file())
     result = _audit_run(folder, overrides) if is_run else _audit_config(path, overrides)
     _say_findings(result)
-    if result.summary["predictions"] == "trained_network":
-        from rayprune.report.audit import TRAINED
+    from rayprune.report.audit import TRAINED, WEAK
 
-        warn(f"\n{TRAINED}")
+    cautions = {WEAK: result.summary["is_weak"], TRAINED: result.summary["predictions"] == "trained_network"}
+    for text in (text for text, applies in cautions.items() if applies):
+        warn(f"\n{text}")
     say(f"\ndone in {elapsed(start)}: {result.folder}")
 
 
@@ -83,6 +84,8 @@ def _say_findings(result: Audit) -> None:
 
     say()
     say(f"{share(summary['noise_rate'], 1)} of {num:,} labels are wrong, by estimate")
+    if summary["predictions"] == "out_of_fold":
+        say(f"{share(summary['accuracy'], 1)} of the labels are predicted by networks that did not train on the sample")
     if pairs := [pair for pair in summary["pairs"] if pair["count"]][:_MAX_PAIRS]:
         rows: list[tuple[Any, ...]] = [("label", "likely", "suspects", "share of the label")]
         rows += [
@@ -94,6 +97,8 @@ def _say_findings(result: Audit) -> None:
     say_table(
         [("samples", ""), *((f"{summary['groups'].get(name, 0):,}", text) for name, text in _GROUPS.items())], (1,)
     )
+    if conflicts := summary["conflicts"]:
+        say(f"{conflicts:,} of the near-duplicates have another label than the first sample of their group")
     say()
     say(f"look at them    rayprune report {result.folder}")
     say(f"leave them out  rayprune select {file} --drop-suspects")

@@ -27,6 +27,10 @@ TRAINED = (
     "The network has trained on these labels, so errors that it has memorized are not seen: rayprune audit CONFIG, "
     "which leaves parts of the samples out, finds more."
 )
+WEAK = (
+    "The networks predict too few of the labels to tell wrong labels from samples that are hard: audit with better "
+    "networks, such as more epochs or another model. The share of wrong labels is probably lower."
+)
 _IN_TRAINING = (
     "The networks were training on these labels, so errors that they have memorized are not seen: rayprune audit "
     "CONFIG with audit.folds of at least 2 finds more."
@@ -41,7 +45,10 @@ _TITLES = {
     "duplicate": ("Duplicates", "Training samples with the same content as another training sample, on the right."),
     "leak": ("Leaks", "Training samples with the same content as a validation sample, on the right."),
     "outlier": ("Outliers", "Training samples that are unlike all others, of any class."),
-    "never_learned": ("Never learned", "Samples that no network predicted as labeled, without a likely other label."),
+    "never_learned": (
+        "Never learned",
+        "Samples that no network predicted as labeled when it trained on them.",
+    ),
     "easy": ("Easy", "Samples that were learned early and always predicted as labeled."),
 }
 
@@ -110,6 +117,7 @@ class _Summary(StoredModel):
     pairs: list[_Pair] | None = None
     groups: dict[str, int] | None = None
     predictions: str | None = None
+    is_weak: bool = False
     class_names: list[str] = Field(default_factory=list)
 
 
@@ -179,6 +187,7 @@ def _verdict(table: AuditTable, summary: _Summary) -> list[str]:
     return [
         f"About {share(rate, 1)} of the labels are wrong.",
         f"{count_of(suspects, 'sample')} of {len(table):,} more likely {have} a wrong label than a right one.",
+        *([WEAK] if summary.is_weak else []),
         *([caveat] if caveat else []),
     ]
 

@@ -18,7 +18,7 @@ from rayprune.core.references import call_object, closest, is_reference, load_ob
 from rayprune.core.validation import check_keys, plain
 from rayprune.errors import ConfigError, DataError
 from rayprune.sources.base import SampleSource, Splits, spaced_ids
-from rayprune.sources.tables.audits import read_audit_for
+from rayprune.sources.tables.audits import corrected_labels
 from rayprune.sources.views import Limited, Relabeled, holdout
 
 SOURCES: dict[str, type[Any]] = {}
@@ -97,7 +97,7 @@ def open_data(
         if splits.validation is None:
             raise DataError(f"data.hold_out {hold_out:g} leaves nothing: no class has two samples")
     if relabel is not None:  # after the holdout, so that an audit of the training part never saw what validates
-        labels = read_audit_for(relabel, splits.train).corrected(relabel_at)
+        labels = corrected_labels(relabel, splits.train, relabel_at)
         splits = Splits(Relabeled(splits.train, labels), splits.validation)
     return splits
 

@@ -26,6 +26,8 @@ Center = Literal["median", "mean"]
 _BLOCK_NUMBERS = 1 << 20  # of float64 in one block: 8 MiB
 _MEDIAN_NUMBERS = 1 << 24  # of float64, whose medians are taken at once
 _COLUMNS = 1024  # rows of the second factor in one matrix product
+_QUARTILE_ROWS = 1 << 14  # whose quartiles are taken
+_QUARTILES = 1.349  # the distance of the quartiles of a normal distribution, in standard deviations
 _WINDOW = 1 << 16  # rows of a cluster that a row is compared with
 _SEED_ROWS, _FIT_ROWS = 16, 256  # rows per cluster that k-means draws its first centers from, and is fitted on
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -95,9 +97,10 @@ class Points:
 
 
 class Standardized(Points):
-    """Vectors whose numbers have mean 0 and mean square 1/d, so that the mean square of their lengths is 1.
+    """Vectors whose numbers have standard deviation 1/√d and median 0, so that lengths are about 1.
 
-    A number that is the same in all vectors becomes 0.
+    The deviation is that of a normal distribution with the same quartiles: a single huge value must not make all others
+    equal. Where the quartiles are equal, it is that of all values. A number that is the same in all vectors becomes 0.
 
     Args:
         array: (N, d) floating.
@@ -105,16 +108,17 @@ class Standardized(Points):
 
     def __init__(self, array: NDArray[Any]) -> None:
         super().__init__(array)
-        # Relative to the first row, so that a large offset costs no digits.
-        self._mean, self._scale = np.array(array[0], dtype=np.float64), np.ones(self.width)
-        self._mean += sum(self.read(rows).sum(axis=0) for rows in self.blocks()) / len(self)
+        drawn = np.unique(np.linspace(0, len(self) - 1, _QUARTILE_ROWS).astype(np.int64))
+        low, self._center, high = np.percentile(super().read(drawn), (25, 50, 75), axis=0)
+        self._scale = np.ones(self.width)
         squares = sum(np.square(self.read(rows)).sum(axis=0) for rows in self.blocks())
-        deviation = np.sqrt(squares / len(self))
-        constant = deviation <= 1e-12 * np.abs(self._mean)
+        deviation = np.where(high > low, (high - low) / _QUARTILES, np.sqrt(squares / len(self)))
+        constant = deviation <= 1e-12 * np.abs(self._center)
         self._scale = np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, deviation)) / math.sqrt(self.width)
 
     def read(self, where: slice | Ids) -> NDArray[np.float64]:
-        return (super().read(where) - self._mean) * self._scale
+        values: NDArray[np.float64] = (super().read(where) - self._center) * self._scale
+        return values
 
 
 def single(values: NDArray[np.float64]) -> NDArray[np.float32]:

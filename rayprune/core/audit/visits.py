@@ -66,7 +66,7 @@ class TrainingVisits:
         table = self._table
         probs, visited = table["probs"], table["visits"] > 0
         if not visited.any():
-            raise ConfigError("no training visit was recorded: call audit() after the loop, which calls weigh")
+            raise ConfigError("no training visit was recorded: call weigh on each batch, and audit() after an epoch")
         outside = visited & ((labels < 0) | (labels >= probs.shape[1]))
         own = probs[np.arange(labels.size), np.where(outside, 0, np.clip(labels, 0, probs.shape[1] - 1))]
         others = outside | (visited & ~(np.abs(own - table["prob_label"]) <= _TOLERANCE))

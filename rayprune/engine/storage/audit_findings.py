@@ -32,6 +32,7 @@ _PREDICTED: dict[Predictions, str] = {
 }
 _OUTLIER = 6.0  # robust standard deviations from the samples of the same class
 _EASY_VISITS, _EASY = 0.9, 0.95  # share of training visits that predict the label, and its probability
+_LEAST_LEARNED = 0.4  # of what lies between chance and always right; networks below that say little of labels
 _MAX_PAIRS = 50
 
 
@@ -134,23 +135,27 @@ def table_of(
     for name, rows in reversed(groups):
         group[rows] = name
     suggested = np.where(wrong, suspects.suggested, labels)
-    evidence = _texts(labels, suspects, group, statistics, settings)
+    evidence = _texts(labels, suspects, group, duplicate_of, statistics, settings)
     return AuditTable(labels, suspects.p_wrong, suggested, duplicate_of, split, group, evidence, statistics)
 
 
 def _duplicates(
     compared: Compared, num: int, duplicate_of: NDArray[np.int64], split: NDArray[np.object_]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Fill in the duplicate of each training sample; return masks of leaked samples, and of other duplicates."""
+    """Fill in the duplicate of each training sample; return masks of leaked samples, and of other duplicates.
+
+    Of several copies of a validation sample, the first one is a leak, and the others are its duplicates.
+    """
     found, total = compared.duplicates, compared.duplicates.of.size
     first = np.where(found.of >= 0, found.of, np.arange(total))  # of the sample's group
     validation = np.full(total, -1, dtype=np.int64)  # first id of a group → its lowest validation sample
     validation[first[num:][::-1]] = np.arange(num, total)[::-1]
+    others = found.of[:num] >= 0
+    duplicate_of[others], split[others] = found.of[:num][others], "train"
     leaked = np.zeros(num, dtype=bool)
     leaked[found.leaked] = True
+    leaked &= ~others
     duplicate_of[leaked], split[leaked] = validation[first[:num][leaked]] - num, "validation"
-    others = (found.of[:num] >= 0) & ~leaked
-    duplicate_of[others], split[others] = found.of[:num][others], "train"
     return leaked, others
 
 
@@ -158,6 +163,7 @@ def _texts(
     labels: NDArray[np.int64],
     suspects: Suspects,
     group: NDArray[np.object_],
+    duplicate_of: NDArray[np.int64],
     statistics: Mapping[str, NDArray[np.float32]],
     settings: AuditSettings,
 ) -> NDArray[np.object_]:
@@ -177,6 +183,8 @@ def _texts(
             texts[row] = f"{named(int(labels[row]))} has probability {own:.2f} {predicted}, {likely} is likely"
         elif group[row] in ("leak", "duplicate"):
             texts[row] = f"similarity {statistics['similarity'][row]:.3f}"
+            if group[row] == "duplicate" and labels[of := duplicate_of[row]] != labels[row]:
+                texts[row] += f", but {of} is labeled {named(int(labels[of]))}"
         elif group[row] == "outlier":
             texts[row] = f"{statistics['outlier'][row]:.1f} robust standard deviations from its class"
         else:
@@ -191,7 +199,11 @@ def _summary(evidence: Evidence, model: NoiseModel, table: AuditTable, settings:
     pairs = [np.unravel_index(flat, wrong.shape) for flat in np.argsort(-wrong, axis=None, kind="stable")[:_MAX_PAIRS]]
     names, counts = np.unique(table.group[table.group != ""].astype(str), return_counts=True)
     known = evidence.predicted
-    counted = confident_joint(evidence.held_out[known], evidence.labels[known])
+    held_out, labels = evidence.held_out[known], evidence.labels[known]
+    accuracy = float(np.mean(held_out.argmax(axis=1) == labels))
+    chance = np.bincount(labels).max() / labels.size
+    counted = confident_joint(held_out, labels)
+    copies = np.flatnonzero(table.duplicate_split == "train")
     return {
         "schema": SUMMARY_SCHEMA,
         "num_samples": num,
@@ -201,6 +213,9 @@ def _summary(evidence: Evidence, model: NoiseModel, table: AuditTable, settings:
         "noise_rate": round(model.noise_rate, 6),
         "noise_rate_confident_joint": round(1.0 - float(np.trace(counted)), 6),
         "sharpness": round(model.sharpness, 4),
+        "accuracy": round(accuracy, 6),
+        "is_weak": bool(accuracy - chance < _LEAST_LEARNED * (1.0 - chance)),
+        "conflicts": int(np.count_nonzero(table.label[copies] != table.label[table.duplicate_of[copies]])),
         "pairs": [
             {
                 "label": int(label),

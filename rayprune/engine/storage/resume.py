@@ -71,7 +71,8 @@ def finished_unread(config: Config) -> Path | None:
     None does not mean that the run is unfinished. It may also be refused, or its data or subset may have changed.
     """
     folder = run_folder_of(config)
-    if config.run.resume == "never" or config.method["name"] == "fixed" or not (folder / "config.yaml").exists():
+    reads_a_file = config.method["name"] == "fixed" or config.data.relabel is not None
+    if config.run.resume == "never" or reads_a_file or not (folder / "config.yaml").exists():
         return None
     stored = read_config(folder / "config.yaml")
     start = newest_checkpoint(folder) if stored.digest() == config.digest() and stored.data == config.data else None
@@ -81,11 +82,12 @@ def finished_unread(config: Config) -> Path | None:
 
 
 def _is_newer(path: Any, results: Path) -> bool:
-    """Return whether a file, or a folder or one of its entries, was written after the results."""
+    """Return whether a file, or a folder or something in its upper two levels, was written after the results."""
     if not isinstance(path, str) or not Path(path).expanduser().exists():
         return False
     data = Path(path).expanduser()
-    entries = [data, *data.iterdir()] if data.is_dir() else [data]
+    # The time of a class folder, `<path>/train/<class>`, shows that an image was moved.
+    entries = [data, *data.glob("*"), *data.glob("*/*")]
     return max(entry.stat().st_mtime for entry in entries) > results.stat().st_mtime
 
 

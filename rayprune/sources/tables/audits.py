@@ -24,6 +24,7 @@ from rayprune.sources.base import SampleSource
 from rayprune.sources.tables.scores import id_order, read_table, table_metadata, write_table
 
 AUDIT_SCHEMA = 1
+_DEFAULT_AT = 0.5  # of data.relabel_at
 AUDIT_NAME = "audit.parquet"  # in a run folder
 GROUPS = ("wrong_label", "duplicate", "leak", "outlier", "never_learned", "easy")  # beside "", none
 SPLITS = ("train", "validation")  # where a duplicate lies, beside "", nowhere
@@ -248,15 +249,29 @@ def read_audit(path: str | Path) -> AuditFile:
     return AuditFile(file, table, str(fingerprint) if fingerprint else None, about if isinstance(about, dict) else {})
 
 
-def read_audit_for(path: str | Path, source: SampleSource) -> AuditTable:
-    """Read the audit of a training source.
+def corrected_labels(path: str | Path, source: SampleSource, at: float) -> NDArray[np.int64]:
+    """Return the labels of a training source, (N,), with those that its audit suggests from a probability on.
 
     Raises:
-        RunFolderError: as `read_audit`, or the audit is of other data.
+        ConfigError: the audit suggests labels from a higher probability on.
+        RunFolderError: as `read_audit`, or the audit is of other data, or a suggested label is no class of the source.
     """
-    stored = read_audit(path)
+    stored, num_classes = read_audit(path), source.schema.num_classes or 0
     stored.check_source(source)
-    return stored.table
+    settings = stored.about.get("audit")
+    suggested_from = settings.get("at") if isinstance(settings, dict) else None
+    if isinstance(suggested_from, int | float) and at < min(suggested_from, _DEFAULT_AT):
+        raise ConfigError(
+            f"data.relabel_at={at:g}: {stored.path} suggests labels from p_wrong {suggested_from:g} on; run the audit "
+            f"again with audit.at={at:g}, which trains nothing"
+        )
+    labels = stored.table.corrected(at)
+    if (outside := np.flatnonzero(labels >= num_classes)).size:
+        raise RunFolderError(
+            f"{stored.path} suggests label {labels[outside[0]]} for sample {outside[0]}, outside 0..{num_classes - 1}: "
+            "correct it, or audit again"
+        )
+    return labels
 
 
 def _integers(name: str, values: ArrayLike) -> NDArray[np.int64]:

@@ -8,14 +8,17 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from rayprune.cli import main as command_line
 from rayprune.cli.main import cli
+from rayprune.report.audit import WEAK, read_audit_section
 from rayprune.sources.tables.audits import read_audit
 from rayprune.sources.tables.selections import read_selection_file
 from tests.support.audits import audit_config, noisy_digits
+from tests.support.runs import run_config
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +57,34 @@ def test_the_findings_are_printed(config: Path, printed: str) -> None:
     folder = config.parent / "audit"
     summary, table = json.loads((folder / "audit.json").read_text()), read_audit(folder).table
     assert f"{summary['noise_rate']:.1%} of 604 labels are wrong, by estimate" in printed
+    assert f"{summary['accuracy']:.1%} of the labels are predicted by networks that did not train on" in printed
+    assert summary["conflicts"] > 0
+    assert f"\n{summary['conflicts']} of the near-duplicates have another label than" in printed
+    assert WEAK not in " ".join(printed.split())
     pair = next(pair for pair in summary["pairs"] if pair["count"])
     line = rf"^{pair['label']} +{pair['suggested']} +{pair['count']} +{pair['rate']:.1%}$"
     assert re.search(line, printed, re.MULTILINE)
     for name, text in (("wrong_label", "labels that are probably wrong"), ("leak", "near-duplicates of validation")):
         assert re.search(rf"^ *{(table.group == name).sum()}  {text}", printed, re.MULTILINE)
     assert printed.splitlines()[-1].endswith(f": {folder}")
+
+
+def test_networks_that_have_learned_nothing_are_named(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    parts = {f"{name}_{part}": values for part in ("train", "test") for name, values in random_table(rng).items()}
+    np.savez(tmp_path / "random.npz", **parts)
+    data = {"source": "arrays", "path": str(tmp_path / "random.npz"), "limit": None}
+    config = run_config(tmp_path, "audit", data=data, train={"epochs": 2}, audit={"folds": 2, "duplicates": False})
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    assert WEAK in " ".join(run("audit", str(file)).split())
+    section = read_audit_section(tmp_path / "audit")
+    assert section is not None
+    assert WEAK in section.verdict
+
+
+def random_table(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    return {"x": rng.normal(size=(200, 4)).astype(np.float32), "y": rng.integers(0, 4, 200)}
 
 
 def test_the_commands_that_it_names_run(config: Path, printed: str) -> None:

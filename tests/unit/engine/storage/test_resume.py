@@ -106,6 +106,15 @@ def test_a_finished_run_is_recognized_without_its_data(finished: tuple[Config, R
     assert not _is_newer(str(older), result.folder / "scores.parquet")
     (older / "new.npy").touch()
     assert _is_newer(str(older), result.folder / "scores.parquet"), "the data were changed in place"
+    (older / "new.npy").unlink()
+    (older / "train" / "cat").mkdir(parents=True)
+    for folder in (older / "train" / "cat", older / "train", older):
+        os.utime(folder, (0, 0))
+    assert not _is_newer(str(older), result.folder / "scores.parquet")
+    (older / "train" / "cat" / "moved.png").touch()
+    assert _is_newer(str(older), result.folder / "scores.parquet")
+    relabeled = config.data.model_copy(update={"relabel": "audit.parquet"})
+    assert finished_unread(config.model_copy(update={"data": relabeled})) is None
     lines = (result.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (result.folder / "metrics.jsonl").write_text("".join(lines[:-1]))
     assert finished_unread(config) is None, "the last line is missing"

@@ -218,7 +218,7 @@ def test_outputs_that_say_nothing_of_a_class_are_refused(outputs: dict[str, Any]
 def test_mistakes_are_one_line_with_the_cure() -> None:
     with pytest.raises(UsageError, match="give local_loader, or prune, audit=True"):
         shard_of(audit=False).audit()
-    with pytest.raises(ConfigError, match="no training visit was recorded: call audit"):
+    with pytest.raises(ConfigError, match="no training visit was recorded: call weigh"):
         shard_of().audit()
     with pytest.raises(ConfigError, match=r"audit got rule 'margins'.*margin"):
         shard_of().audit(rule="margins")

@@ -25,7 +25,7 @@ from rayprune.experiments.audit.of_run import run_config as config_of
 from rayprune.report.audit import TRAINED, read_audit_section
 from rayprune.report.collect import collect
 from rayprune.report.page import render
-from rayprune.sources.tables.audits import read_audit_for
+from rayprune.sources.tables.audits import read_audit
 from rayprune.sources.tables.scores import read_scores
 from tests.support.runs import run_config
 
@@ -68,7 +68,9 @@ def test_wrong_labels_rank_first_and_the_report_shows_the_caveat(run: Path) -> N
     done = CliRunner().invoke(cli, ["audit", str(run)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert TRAINED in " ".join(done.output.split())
-    table = read_audit_for(run, open_splits(config_of(run)).train)
+    stored = read_audit(run)
+    stored.check_source(open_splits(config_of(run)).train)
+    table = stored.table
     ranked = np.argsort(-table.p_wrong)
     assert np.isin(ranked[: WRONG.size], WRONG).mean() > 0.75
     assert (table.duplicate_of[399], table.duplicate_split[399]) == (398, "train")

@@ -91,13 +91,18 @@ def test_files(finished: Audit, digits: NoisyDigits) -> None:
     assert [entry["id"] for entry in gallery["groups"]["leak"]] == [LEAK]
 
 
-def test_the_summary(finished: Audit) -> None:
+def test_the_summary(finished: Audit, digits: NoisyDigits) -> None:
     summary, table = json.loads((finished.folder / "audit.json").read_text()), finished.table
     assert summary == finished.summary
     assert (summary["num_samples"], summary["folds"], summary["rule"], summary["at"]) == (604, 3, "ensemble", 0.5)
     assert summary["samples_trained"] == 12 * 2 * 604
     assert summary["groups"] == {name: int((table.group == name).sum()) for name in sorted(set(table.group) - {""})}
     assert summary["compared_by"] == "image"
+    held_out = evidence_of(audit_config(digits.path, digits.path.parent), table.label).held_out
+    assert summary["accuracy"] == pytest.approx((held_out.argmax(axis=1) == table.label).mean(), abs=1e-6)
+    assert not summary["is_weak"]
+    copies = np.flatnonzero(table.duplicate_split == "train")
+    assert summary["conflicts"] == (table.label[copies] != table.label[table.duplicate_of[copies]]).sum() > 0
     assert sum(pair["count"] for pair in summary["pairs"]) <= table.relabeled.sum()
     for pair in summary["pairs"][:5]:
         counted = (table.label == pair["label"]) & (table.suggested_label == pair["suggested"])
@@ -217,27 +222,28 @@ def test_data_that_cannot_be_audited(tmp_path: Path, labels: np.ndarray, message
 
 
 def test_a_sample_is_in_the_first_group_that_fits(tmp_path: Path) -> None:
-    names = ["wrong_label", "leak", "duplicate", "outlier", "never_learned", "easy", ""]
+    names = ["wrong_label", "duplicate", "leak", "outlier", "never_learned", "easy", ""]
     num = len(names)
     p_wrong = np.float32([0.5, 0.4, 0, 0, 0, 0, 0])
-    # Ids 0, 1 and 2 belong to one group with validation sample 0 (id 7), which only 0 and 1 are near to.
-    of, split = np.array([-1, 0, 0, -1, -1, -1, -1, 0]), np.array([2, 2, 1, 0, 0, 0, 0, 2], dtype=np.int8)
-    outlier = np.float32([9, 9, 9, 6, 5.9, 0, 0, 0])
-    compared = Compared(Duplicates(of, split, np.ones(8, np.float32), num), outlier, "image")
+    # Ids 0 and 1 are copies of validation sample 0 (id 7), and id 2 of validation sample 1 (id 8).
+    of, split = np.array([-1, 0, -1, -1, -1, -1, -1, 0, 2]), np.array([2, 2, 2, 0, 0, 0, 0, 2, 2], dtype=np.int8)
+    outlier = np.float32([9, 9, 9, 6, 5.9, 0, 0, 0, 0])
+    compared = Compared(Duplicates(of, split, np.ones(9, np.float32), num), outlier, "image")
     statistics = {
         "correct": np.float32([0, 0, 0, 0, 0, 0.9, 0.89]),
         "held_out_probability": np.float32([0, 0, 0, 0, 0, 0.95, 1.0]),
     }
     model = NoiseModel(1.0, np.eye(2), np.eye(2) / 2)
     suspects = Suspects(p_wrong, np.ones(num, dtype=np.int64), model, statistics)
-    table = table_of(np.zeros(num, dtype=np.int64), suspects, compared, AuditSettings(class_names=("cat", "dog")))
+    labels = np.array([0, 1, 0, 0, 0, 0, 0])
+    table = table_of(labels, suspects, compared, AuditSettings(class_names=("cat", "dog")))
     assert table.group.tolist() == names
-    assert table.suggested_label.tolist() == [1, 0, 0, 0, 0, 0, 0]
-    assert table.duplicate_of.tolist() == [0, 0, 0, -1, -1, -1, -1]
-    assert table.duplicate_split.tolist() == ["validation", "validation", "train", "", "", "", ""]
+    assert table.suggested_label.tolist() == [1, 1, 0, 0, 0, 0, 0]
+    assert table.duplicate_of.tolist() == [0, 0, 1, -1, -1, -1, -1]
+    assert table.duplicate_split.tolist() == ["validation", "train", "validation", "", "", "", ""]
     assert table.evidence.tolist() == [
         "cat has probability 0.00 out of fold, dog is likely",
-        "similarity 1.000",
+        "similarity 1.000, but 0 is labeled cat",
         "similarity 1.000",
         "6.0 robust standard deviations from its class",
         "predicted in 0% of its training visits, 0.00 out of fold",

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayprune.errors import ConfigError, DataError, RunFolderError
-from rayprune.sources.tables.audits import COLUMNS, AuditTable, read_audit, read_audit_for, write_audit
+from rayprune.sources.tables.audits import COLUMNS, AuditTable, corrected_labels, read_audit, write_audit
 from rayprune.sources.tables.scores import read_scores, write_scores
 from tests.support.sources import make_source
 
@@ -165,16 +165,31 @@ def test_an_audit_of_other_data_is_refused(tmp_path: Path) -> None:
     source = make_source(np.arange(30) % 3)
     p_wrong = np.zeros(30)
     file = write_audit(tmp_path, AuditTable(source.labels, p_wrong), source.fingerprint)
-    assert read_audit_for(file, source).label.tolist() == source.labels.tolist()
+    read_audit(file).check_source(source)
     write_audit(file, AuditTable(source.labels, p_wrong), "another")
     with pytest.raises(RunFolderError, match=r"of other data \(fingerprint another, here \w{12}\): audit these data"):
-        read_audit_for(file, source)
+        corrected_labels(file, source, 0.5)
     write_audit(file, AuditTable(source.labels + 1, p_wrong))
     with pytest.raises(RunFolderError, match=r"of other labels: 30 differ, first ids \[0, 1, 2, 3, 4\]: audit these"):
-        read_audit_for(file, source)
+        corrected_labels(file, source, 0.5)
     write_audit(file, AuditTable(source.labels[1:], p_wrong[1:]))
     with pytest.raises(RunFolderError, match="an audit of 29 samples, and the training part has 30: audit these data"):
-        read_audit_for(file, source)
+        corrected_labels(file, source, 0.5)
+
+
+def test_corrected_labels(tmp_path: Path) -> None:
+    source = make_source(np.arange(4) % 3)
+    table = AuditTable(source.labels, np.array([0.9, 0.4, 0.6, 0.0]), np.array([2, 1, 1, 0]))
+    file = write_audit(tmp_path, table, source.fingerprint, {"audit": {"at": 0.5}})
+    assert corrected_labels(file, source, 0.5).tolist() == [2, 1, 1, 0]
+    assert corrected_labels(file, source, 0.7).tolist() == [2, 1, 2, 0]
+    with pytest.raises(ConfigError, match=r"from p_wrong 0.5 on; run the audit again with audit.at=0.3, which trains"):
+        corrected_labels(file, source, 0.3)
+    write_audit(tmp_path, table, source.fingerprint)  # by another program
+    assert corrected_labels(file, source, 0.3).tolist() == [2, 1, 1, 0]
+    write_audit(tmp_path, AuditTable(source.labels, np.ones(4), np.array([2, 1, 7, 0])), source.fingerprint)
+    with pytest.raises(RunFolderError, match=r"suggests label 7 for sample 2, outside 0\.\.2: correct"):
+        corrected_labels(file, source, 0.5)
 
 
 def test_an_audit_can_be_read_as_scores(tmp_path: Path) -> None:
