@@ -29,7 +29,7 @@ from rayprune.core.audit.suspects import RULES, Evidence, find_suspects
 from rayprune.experiments.audit.runner import audit, evidence_of
 from rayprune.sources import open_data
 
-NUM_SAMPLES, NOISE_RATE, SEEDS = 10_000, 0.18, (0,)
+NUM_SAMPLES, NOISE_RATE, SEEDS = 10_000, 0.18, (0, 1, 2)
 _PAIRS = {9: 1, 2: 0, 4: 7, 3: 5, 5: 3}
 _TRAIN = {"epochs": 15, "batch_size": 64}
 _OPTIM = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "warmup": 0.2}

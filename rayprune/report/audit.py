@@ -61,6 +61,7 @@ class Finding(StoredModel):
     label_name: str | None = None
     image: str | None = None
     text: str | None = None
+    file: str | None = None
 
     @property
     def label_text(self) -> str:
@@ -93,7 +94,7 @@ class Suspect(Finding):
     @property
     def lines(self) -> list[str]:
         """The sample's other facts."""
-        lines = [f"id {self.id}", f"wrong {share(self.p_wrong, 1)}"]
+        lines = [f"id {self.id}", *([] if self.file is None else [self.file]), f"wrong {share(self.p_wrong, 1)}"]
         if self.duplicate is not None:
             lines.append(f"as {self.duplicate.split} id {self.duplicate.id}, labeled {self.duplicate.label_text}")
         return [*lines, self.evidence] if self.evidence else lines

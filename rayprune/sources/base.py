@@ -160,6 +160,10 @@ class SampleSource(abc.ABC):
         """`cheap` if rows are copied from memory or a memory map, `expensive` if every `take` decodes them."""
         return "cheap"
 
+    def file_of(self, sample: int) -> str | None:
+        """Return the path of the file that holds this sample alone, for people; None if it has no file of its own."""
+        return None
+
     def prepare(self) -> None:  # noqa: B027  # most sources have nothing to prepare
         """Do expensive work, such as decoding into a cache, once before training; `take` also works without it."""
 

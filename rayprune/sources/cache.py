@@ -86,7 +86,7 @@ def decoded(source: SampleSource, mode: str = "auto", cache_dir: str | None = No
 def _kept(source: SampleSource, open_arrays: Callable[[], dict[str, np.ndarray]]) -> SampleSource:
     if source.schema.num_classes is None:
         return KeptColumns(source, open_arrays)
-    return RowSource(open_arrays, source.schema, source.fingerprint, source.labels)
+    return RowSource(open_arrays, source.schema, source.fingerprint, source.labels, source.file_of)
 
 
 class KeptColumns(RowSource):

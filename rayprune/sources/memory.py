@@ -30,9 +30,10 @@ class RowSource(DescribedSource):
         schema: the columns.
         fingerprint: of the samples.
         labels: (N,) int64; not pickled, other processes read the `label` column.
+        file_of: as the method; not pickled.
     """
 
-    process_local = ("_arrays", "_labels")
+    process_local = ("_arrays", "_labels", "_file_of")
 
     def __init__(
         self,
@@ -40,9 +41,10 @@ class RowSource(DescribedSource):
         schema: Schema,
         fingerprint: str,
         labels: np.ndarray,
+        file_of: Callable[[int], str | None] | None = None,
     ) -> None:
         super().__init__(len(labels), schema, fingerprint, labels)
-        self._open_arrays = open_arrays
+        self._open_arrays, self._file_of = open_arrays, file_of
         self._arrays: Mapping[str, np.ndarray] | None = None
 
     def arrays(self) -> Mapping[str, np.ndarray]:
@@ -62,6 +64,9 @@ class RowSource(DescribedSource):
             name: np.ascontiguousarray(arrays[name][ids], dtype=column.dtype)
             for name, column in self.schema.columns.items()
         }
+
+    def file_of(self, sample: int) -> str | None:
+        return None if self._file_of is None else self._file_of(sample)
 
     def prepare(self) -> None:
         self.arrays()

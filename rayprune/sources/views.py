@@ -36,6 +36,10 @@ class _View(SampleSource):
     def row_cost(self) -> RowCost:
         return self._source.row_cost
 
+    def file_of(self, sample: int) -> str | None:
+        # A slice begins with the first row.
+        return self._source.file_of(sample if isinstance(self._rows, slice) else int(self._rows[sample]))
+
     def prepare(self) -> None:
         self._source.prepare()
 

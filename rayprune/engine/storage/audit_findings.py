@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from rayprune.core.algorithms.near_duplicates import Duplicates
 from rayprune.core.audit.noise_model import NoiseModel, confident_joint
 from rayprune.core.audit.suspects import Evidence, Suspects, find_suspects
 from rayprune.engine.storage.run_folder import write_whole
+from rayprune.sources import SampleSource
 from rayprune.sources.tables.audits import AUDIT_NAME, AuditTable, write_audit
 from rayprune.sources.vectors import Kind
 
@@ -94,10 +95,19 @@ class Findings:
     summary: dict[str, Any]
 
     @classmethod
-    def of(cls, evidence: Evidence, compared: Compared | None, settings: AuditSettings) -> Findings:
-        """Find the suspects, and return them with the near-duplicates and outliers, if these were looked for."""
+    def of(
+        cls, evidence: Evidence, compared: Compared | None, settings: AuditSettings, source: SampleSource | None = None
+    ) -> Findings:
+        """Find the suspects, and return them with the near-duplicates and outliers, if these were looked for.
+
+        A source gives the names of the samples' files.
+        """
         suspects = find_suspects(evidence, settings.rule, settings.seed)
         table = table_of(evidence.labels, suspects, compared, settings)
+        if source is not None and source.file_of(0) is not None:
+            table = replace(
+                table, file=np.array([source.file_of(sample) for sample in range(len(table))], dtype=object)
+            )
         comparison = {} if compared is None else {"compared_by": compared.kind}
         return cls(table, _summary(evidence, suspects.model, table, settings) | comparison)
 

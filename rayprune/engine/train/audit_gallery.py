@@ -83,6 +83,7 @@ def _samples(source: SampleSource, ids: list[int], folder: Path, prefix: str) ->
             "label_name": _class_name(source, int(labels[sample])),
             "image": images.get(sample),
             "text": texts.get(sample),
+            "file": source.file_of(sample),
         }
         for sample in ids
     }

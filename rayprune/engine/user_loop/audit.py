@@ -61,7 +61,7 @@ def audit_loop(
     evidence = record.visits.evidence(record.labels)
     compared = compare(source, record.labels, record.seed) if duplicates and source is not None else None
     settings = AuditSettings("training_visits", record.class_names, rule, at, record.seed)
-    found = Findings.of(evidence, compared, settings)
+    found = Findings.of(evidence, compared, settings, source)
     if write and record.run_folder is not None:
         found.write(Path(record.run_folder), record.fingerprint, {"rule": rule, "at": at})
     return found.table

@@ -117,7 +117,7 @@ def write_findings(
     """Find the suspects, and write audit.parquet, audit.json, which also gets the facts, and the gallery."""
     folder, audit = run_folder_of(config), config.audit
     settings = AuditSettings(predictions, splits.train.schema.class_names, audit.rule, audit.at, config.train.seed)
-    found = Findings.of(evidence, compared, settings)
+    found = Findings.of(evidence, compared, settings, splits.train)
     found.summary.update(facts)
     found.write(folder, splits.train.fingerprint, audit.model_dump(mode="json"))
     write_audit_gallery(splits, found.table, folder)

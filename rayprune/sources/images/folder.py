@@ -316,6 +316,9 @@ class ImageRows(DescribedSource):
         num_bytes = sum(in_threads(fill, range(0, len(ids), ROWS_PER_TASK), self._files.num_threads))
         return {"image": pixels, "label": self._files.labels_of(ids)}, num_bytes
 
+    def file_of(self, sample: int) -> str | None:
+        return self._files.name(sample)
+
     def readable(self, ids: np.ndarray) -> np.ndarray:
         """Decode images, and return which can be read, (B,) bool.
 

@@ -1,8 +1,8 @@
 """A file of a data audit: a row per training sample, with what is probably wrong with it.
 
 A Parquet file has the columns id, label, suggested_label, p_wrong, duplicate_of, duplicate_split, group and evidence,
-and any further statistics as float32. Its metadata have, under `rayprune` as JSON, the kind "audit", the schema number,
-the source's fingerprint and facts of the writer.
+`file` if the samples have files of their own, and any further statistics as float32. Its metadata have, under
+`rayprune` as JSON, the kind "audit", the schema number, the source's fingerprint and facts of the writer.
 
 Shapes: N samples.
 """
@@ -30,6 +30,7 @@ GROUPS = ("wrong_label", "duplicate", "leak", "outlier", "never_learned", "easy"
 SPLITS = ("train", "validation")  # where a duplicate lies, beside "", nowhere
 _INTEGERS = ("label", "suggested_label", "duplicate_of")
 _TEXTS = ("duplicate_split", "group", "evidence")
+_FILE = "file"
 COLUMNS = ("id", "label", "suggested_label", "p_wrong", "duplicate_of", *_TEXTS)
 
 
@@ -46,6 +47,7 @@ class AuditTable:
         group: (N,) texts, one of GROUPS, or "" for none.
         evidence: (N,) short texts for people.
         statistics: name → (N,) float32, NaN for a missing one.
+        file: (N,) texts, the path of each sample's file; None if samples have none.
 
     Raises:
         DataError: a column has another length or type, or a value out of range; names the first such sample.
@@ -59,6 +61,7 @@ class AuditTable:
     group: NDArray[np.object_] = None  # type: ignore[assignment]  # ""
     evidence: NDArray[np.object_] = None  # type: ignore[assignment]  # ""
     statistics: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    file: NDArray[np.object_] | None = None
 
     def __post_init__(self) -> None:
         num = len(self.label)
@@ -70,6 +73,8 @@ class AuditTable:
         for name in _TEXTS:
             given = getattr(self, name)
             self._set(name, _texts(name, np.full(num, "", dtype=object) if given is None else given))
+        if self.file is not None:
+            self._set(_FILE, _texts(_FILE, self.file))
         self._set("statistics", {name: _numbers(name, values) for name, values in self.statistics.items()})
         self._check()
 
@@ -77,7 +82,7 @@ class AuditTable:
         object.__setattr__(self, name, value)
 
     def _check(self) -> None:
-        if taken := sorted(set(COLUMNS) & self.statistics.keys()):
+        if taken := sorted({*COLUMNS, _FILE} & self.statistics.keys()):
             raise DataError(f"a statistic is called {taken[0]!r}, as a column of every audit: rename it")
         for name, column in self.columns().items():
             if column.shape != (len(self),):
@@ -108,7 +113,8 @@ class AuditTable:
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """Return the columns beside the id, in the order of the file."""
-        return {name: getattr(self, name) for name in COLUMNS[1:]} | dict(self.statistics)
+        files = {} if self.file is None else {_FILE: self.file}
+        return {name: getattr(self, name) for name in COLUMNS[1:]} | files | dict(self.statistics)
 
     def duplicate_groups(self) -> NDArray[np.int64]:
         """Return the lowest id of each sample's group of duplicates in the training part, (N,); its own if it has none.
@@ -205,8 +211,9 @@ def write_audit(
     if file.suffix != ".parquet":
         raise ConfigError(f"{file} ends in {file.suffix or 'nothing'!r}: end it in .parquet")
     metadata = {"kind": "audit", "schema": AUDIT_SCHEMA, "fingerprint": fingerprint, "about": dict(about or {})}
-    texts = {name: pa.array(getattr(table, name), type=pa.string()) for name in _TEXTS}
-    write_table(file, {"id": np.arange(len(table)), **table.columns(), **texts}, metadata)
+    columns = table.columns()
+    texts = {name: pa.array(columns[name], type=pa.string()) for name in (*_TEXTS, _FILE) if name in columns}
+    write_table(file, {"id": np.arange(len(table)), **columns, **texts}, metadata)
     return file
 
 
@@ -240,7 +247,7 @@ def read_audit(path: str | Path) -> AuditFile:
         array = column.to_numpy()
         columns[name] = array if order is None else array[order]
     del columns["id"]
-    own = {name: columns.pop(name) for name in COLUMNS[1:]}
+    own = {name: columns.pop(name) for name in (*COLUMNS[1:], _FILE) if name in columns}
     try:
         table = AuditTable(**own, statistics=columns)
     except DataError as error:

@@ -6,6 +6,7 @@ import logging
 import pickle
 import struct
 import zlib
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -16,6 +17,7 @@ from rayprune.sources import default_augment, open_data
 from rayprune.sources.images import folder as image_folder
 from rayprune.sources.images.decode import decode_image
 from rayprune.sources.images.folder import FileNames
+from rayprune.sources.views import Relabeled
 from tests.support.sources import all_rows, encode_image, random_bytes, smooth_pixels
 
 
@@ -67,6 +69,20 @@ def test_training_and_validation_folders_are_found(tmp_path, opened, validation)
     assert splits.train.row_cost == "expensive"
     with pytest.raises(ValueError, match="first 45"):
         splits.train.take(np.array([45]))
+
+
+@pytest.mark.parametrize("cache", ["none", "memory", "disk"])
+def test_samples_know_their_files_through_caches_and_views(tmp_path, opened, cache):
+    write_tree(tmp_path / "data" / "train", {"owl": 3, "cat": 2, "dog": 20})
+    splits = opened(tmp_path / "data", cache=cache, limit=20, hold_out=0.2)
+    names = [f"{name}/{number:03}.png" for name, count in (("cat", 2), ("dog", 18)) for number in range(count)]
+    for part in (splits.train, splits.validation):
+        for sample in range(len(part)):
+            file = Path(part.file_of(sample))
+            np.testing.assert_array_equal(np.asarray(Image.open(file)), part.take(np.array([sample]))["image"][0])
+            assert file.relative_to(tmp_path / "data" / "train").as_posix() in names
+    relabeled = Relabeled(splits.train, splits.train.labels)
+    assert relabeled.file_of(3) == splits.train.file_of(3)
 
 
 def test_classes_directly_below_the_path_are_held_out(tmp_path, opened):

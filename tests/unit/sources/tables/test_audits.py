@@ -177,6 +177,16 @@ def test_an_audit_of_other_data_is_refused(tmp_path: Path) -> None:
         corrected_labels(file, source, 0.5)
 
 
+def test_files_of_samples_are_kept(tmp_path: Path) -> None:
+    names = ["cat/0.png", "cat/ü 1.png", "dog/2.png"]
+    table = AuditTable(np.array([0, 0, 1]), np.zeros(3), file=np.array(names, dtype=object))
+    assert read_audit(write_audit(tmp_path, table)).table.file.tolist() == names
+    assert list(table.columns()) == [*COLUMNS[1:], "file"]
+    assert read_audit(write_audit(tmp_path, AuditTable(table.label, table.p_wrong))).table.file is None
+    with pytest.raises(DataError, match="'file' is of shape"):
+        AuditTable(np.array([0, 0, 1]), np.zeros(3), file=np.array(names[:2], dtype=object))
+
+
 def test_corrected_labels(tmp_path: Path) -> None:
     source = make_source(np.arange(4) % 3)
     table = AuditTable(source.labels, np.array([0.9, 0.4, 0.6, 0.0]), np.array([2, 1, 1, 0]))
