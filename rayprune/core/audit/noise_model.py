@@ -13,7 +13,8 @@ The likelihood alone cannot tell noise from doubt: probabilities of 0.65 and 0.3
 35 % of wrong labels, or samples that are between two classes. Where the network is surest of a class, doubt is small,
 and the labels show the noise (anchor points: Patrini et al., CVPR 2017, arXiv 1609.03683). So T has a Dirichlet prior,
 ours: in each class that is predicted, the frequencies of the labels among the tenth of the samples with the highest
-probability, at least 50, weigh as much as all samples of the class. The posterior
+probability, at least 50, weigh as much as all samples of the class. A network that has learned little is not sure of
+anything, and gives no such prior. The posterior
 
     P(t | x_i, y_i) ∝ q_β(t | x_i) · T[t, y_i]
 
@@ -48,6 +49,7 @@ _ITERATIONS = 60
 _SHARPEST, _TOLERANCE = 6.0, 0.02  # of β
 _ANCHOR_SHARE, _LEAST_ANCHORS = 0.1, 50  # of the samples predicted to be of a class: where the network is surest
 _UNPREDICTED_DIAGONAL = 0.8  # of T, to start from, for a class that is never predicted
+_LEAST_LEARNED = 0.4
 _TINY = 1e-12
 
 
@@ -59,11 +61,18 @@ class NoiseModel:
         sharpness: β.
         transition: (C, C) float64, T: rows are true classes, columns given labels.
         joint: (C, C) float64, the share of samples with a given label (row) and a true class (column); sums to 1.
+        learned: the share of the given labels that is predicted, from 0 at the share of the largest class to 1.
     """
 
     sharpness: float
     transition: NDArray[np.float64]
     joint: NDArray[np.float64]
+    learned: float = 1.0
+
+    @property
+    def is_weak(self) -> bool:
+        """Whether the predictions are right too rarely to tell wrong labels from hard samples."""
+        return self.learned < _LEAST_LEARNED
 
     @property
     def noise_rate(self) -> float:
@@ -92,7 +101,8 @@ def fit_noise(probs: NDArray[Any], labels: NDArray[np.integer[Any]], rng: np.ran
     if rows.size > most:
         rows = np.sort(rng.choice(rows, size=most, replace=False))
     logs, given = np.log(np.maximum(probs[rows].astype(np.float64), _TINY)), labels[rows]
-    start, prior = _anchors(logs, given)
+    learned = _learned(logs, given)
+    start, prior = _anchors(logs, given) if learned >= _LEAST_LEARNED else _unknown(num_classes)
     fits: dict[float, tuple[float, NDArray[np.float64], NDArray[np.float64]]] = {}
 
     def likelihood(log_sharpness: float) -> float:
@@ -102,7 +112,22 @@ def fit_noise(probs: NDArray[Any], labels: NDArray[np.integer[Any]], rng: np.ran
 
     best = _maximum(likelihood, 0.0, math.log(_SHARPEST))
     _, transition, joint = fits[best]
-    return NoiseModel(math.exp(best), transition, joint)
+    return NoiseModel(math.exp(best), transition, joint, learned)
+
+
+def _learned(logs: NDArray[np.float64], labels: NDArray[np.integer[Any]]) -> float:
+    if not labels.size:
+        return 0.0
+    right = float(np.mean(logs.argmax(axis=1) == labels))
+    chance = float(np.bincount(labels).max() / labels.size)
+    return (right - chance) / (1.0 - chance) if chance < 1.0 else right
+
+
+def _unknown(num_classes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return a T to start from, and no weight of it, (C, C) each."""
+    transition = np.full((num_classes, num_classes), (1 - _UNPREDICTED_DIAGONAL) / max(1, num_classes - 1))
+    np.fill_diagonal(transition, _UNPREDICTED_DIAGONAL if num_classes > 1 else 1.0)
+    return transition, np.zeros_like(transition)
 
 
 def _anchors(
@@ -110,16 +135,14 @@ def _anchors(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return T by the labels of the samples of which the network is surest, and its weight in samples, (C, C) each."""
     num_classes = logs.shape[1]
-    transition = np.full((num_classes, num_classes), (1 - _UNPREDICTED_DIAGONAL) / max(1, num_classes - 1))
-    np.fill_diagonal(transition, _UNPREDICTED_DIAGONAL if num_classes > 1 else 1.0)
-    sizes = np.zeros(num_classes)
+    transition, prior = _unknown(num_classes)
     predicted = logs.argmax(axis=1)
     for label, rows in zip(np.unique(predicted), rows_by_label(predicted), strict=True):
         count = max(_LEAST_ANCHORS, int(_ANCHOR_SHARE * rows.size))
         surest = rows[np.argsort(-logs[rows, label], kind="stable")[:count]]
         transition[label] = np.bincount(labels[surest], minlength=num_classes) / surest.size
-        sizes[label] = rows.size
-    return transition, transition * sizes[:, None]
+        prior[label] = transition[label] * rows.size
+    return transition, prior
 
 
 def _fit_transition(

@@ -33,7 +33,6 @@ _PREDICTED: dict[Predictions, str] = {
 }
 _OUTLIER = 6.0  # robust standard deviations from the samples of the same class
 _EASY_VISITS, _EASY = 0.9, 0.95  # share of training visits that predict the label, and its probability
-_LEAST_LEARNED = 0.4  # of what lies between chance and always right; networks below that say little of labels
 _MAX_PAIRS = 50
 
 
@@ -211,7 +210,6 @@ def _summary(evidence: Evidence, model: NoiseModel, table: AuditTable, settings:
     known = evidence.predicted
     held_out, labels = evidence.held_out[known], evidence.labels[known]
     accuracy = float(np.mean(held_out.argmax(axis=1) == labels))
-    chance = np.bincount(labels).max() / labels.size
     counted = confident_joint(held_out, labels)
     copies = np.flatnonzero(table.duplicate_split == "train")
     return {
@@ -224,7 +222,7 @@ def _summary(evidence: Evidence, model: NoiseModel, table: AuditTable, settings:
         "noise_rate_confident_joint": round(1.0 - float(np.trace(counted)), 6),
         "sharpness": round(model.sharpness, 4),
         "accuracy": round(accuracy, 6),
-        "is_weak": bool(accuracy - chance < _LEAST_LEARNED * (1.0 - chance)),
+        "is_weak": model.is_weak,
         "conflicts": int(np.count_nonzero(table.label[copies] != table.label[table.duplicate_of[copies]])),
         "pairs": [
             {

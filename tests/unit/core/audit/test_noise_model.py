@@ -60,6 +60,10 @@ def naive_em(probs: np.ndarray, labels: np.ndarray, sharpness: float) -> tuple[f
         frequencies = [sum(labels[i] == y for i in surest) / max(1, len(surest)) for y in range(classes)]
         unpredicted = [0.8 if t == y else 0.2 / (classes - 1) for y in range(classes)]
         anchors.append(frequencies if surest else unpredicted)
+    right, chance = np.mean(np.array(likely) == labels), np.bincount(labels).max() / num
+    if right - chance < 0.4 * (1 - chance):
+        anchors = [[0.8 if t == y else 0.2 / (classes - 1) for y in range(classes)] for t in range(classes)]
+        sizes = [0] * classes
     beliefs = [[probability**sharpness for probability in row] for row in probs.tolist()]
     beliefs = [[belief / sum(row) for belief in row] for row in beliefs]
     transition = anchors
