@@ -42,6 +42,8 @@ BY_NAME = (
     "vectors.k_center",
     "vectors.craig",
     "near_duplicates.million",
+    "audit",
+    "audit.synthetic",
 )
 
 
