@@ -9,14 +9,14 @@ import pytest
 import ray
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def cluster(ray_cluster: None) -> None:
     """Start Ray for every test; a module of which most tests need none replaces this fixture."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_cluster() -> Iterator[None]:
-    """Start Ray as `start_ray` does, but with four CPUs."""
+    """Start Ray as `start_ray` does, but with four CPUs; stop it before other tests of this process."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
     ray.init(
