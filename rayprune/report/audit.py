@@ -94,7 +94,8 @@ class Suspect(Finding):
     @property
     def lines(self) -> list[str]:
         """The sample's other facts."""
-        lines = [f"id {self.id}", *([] if self.file is None else [self.file]), f"wrong {share(self.p_wrong, 1)}"]
+        file = [] if self.file is None else ["/".join(self.file.split("/")[-2:])]  # class and name
+        lines = [f"id {self.id}", *file, f"wrong {share(self.p_wrong, 1)}"]
         if self.duplicate is not None:
             lines.append(f"as {self.duplicate.split} id {self.duplicate.id}, labeled {self.duplicate.label_text}")
         return [*lines, self.evidence] if self.evidence else lines

@@ -13,7 +13,7 @@ import pytest
 
 from rayprune.engine.train.audit_gallery import PICTURES_OF_A_GROUP, write_audit_gallery
 from rayprune.errors import RunFolderError
-from rayprune.report.audit import Audit, read_audit_section
+from rayprune.report.audit import Audit, Suspect, read_audit_section
 from rayprune.report.collect import collect
 from rayprune.report.page import render
 from rayprune.sources import Splits, Subset, open_data
@@ -76,6 +76,11 @@ def test_the_samples_are_shown_in_order_of_certainty(tmp_path: Path) -> None:
     validation = open_data("digits").validation
     assert validation is not None
     assert groups["Leaks"].samples[0].duplicate.label == validation.labels[7]
+
+
+def test_a_file_is_shown_by_class_and_name() -> None:
+    suspect = Suspect(id=7, label=0, suggested=1, p_wrong=0.9, file="/data/images/train/cat/003.png")
+    assert suspect.lines == ["id 7", "cat/003.png", "wrong 90.0%"]
 
 
 def test_what_the_summary_lacks_is_counted(tmp_path: Path) -> None:
