@@ -47,9 +47,10 @@ def audit(arguments: tuple[str, ...]) -> None:
     _say_findings(result)
     from rayprune.report.audit import TRAINED, WEAK
 
-    cautions = {WEAK: result.summary["is_weak"], TRAINED: result.summary["predictions"] == "trained_network"}
-    for text in (text for text, applies in cautions.items() if applies):
-        warn(f"\n{text}")
+    if result.summary["is_weak"]:
+        warn(f"\n{WEAK}")
+    if result.summary["predictions"] == "trained_network":
+        warn(f"\n{TRAINED}")
     say(f"\ndone in {elapsed(start)}: {result.folder}")
 
 

@@ -49,7 +49,7 @@ _ITERATIONS = 60
 _SHARPEST, _TOLERANCE = 6.0, 0.02  # of β
 _ANCHOR_SHARE, _LEAST_ANCHORS = 0.1, 50  # of the samples predicted to be of a class: where the network is surest
 _UNPREDICTED_DIAGONAL = 0.8  # of T, to start from, for a class that is never predicted
-_LEAST_LEARNED = 0.4
+_LEAST_LEARNED = 0.4  # of a network whose predictions say much of labels
 _TINY = 1e-12
 
 
@@ -102,7 +102,7 @@ def fit_noise(probs: NDArray[Any], labels: NDArray[np.integer[Any]], rng: np.ran
         rows = np.sort(rng.choice(rows, size=most, replace=False))
     logs, given = np.log(np.maximum(probs[rows].astype(np.float64), _TINY)), labels[rows]
     learned = _learned(logs, given)
-    start, prior = _anchors(logs, given) if learned >= _LEAST_LEARNED else _unknown(num_classes)
+    start, prior = _anchors(logs, given) if learned >= _LEAST_LEARNED else _uninformed(num_classes)
     fits: dict[float, tuple[float, NDArray[np.float64], NDArray[np.float64]]] = {}
 
     def likelihood(log_sharpness: float) -> float:
@@ -116,6 +116,7 @@ def fit_noise(probs: NDArray[Any], labels: NDArray[np.integer[Any]], rng: np.ran
 
 
 def _learned(logs: NDArray[np.float64], labels: NDArray[np.integer[Any]]) -> float:
+    """Return how many of the labels are predicted, from 0 at the share of the largest class to 1."""
     if not labels.size:
         return 0.0
     right = float(np.mean(logs.argmax(axis=1) == labels))
@@ -123,7 +124,7 @@ def _learned(logs: NDArray[np.float64], labels: NDArray[np.integer[Any]]) -> flo
     return (right - chance) / (1.0 - chance) if chance < 1.0 else right
 
 
-def _unknown(num_classes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _uninformed(num_classes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return a T to start from, and no weight of it, (C, C) each."""
     transition = np.full((num_classes, num_classes), (1 - _UNPREDICTED_DIAGONAL) / max(1, num_classes - 1))
     np.fill_diagonal(transition, _UNPREDICTED_DIAGONAL if num_classes > 1 else 1.0)
@@ -135,7 +136,7 @@ def _anchors(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return T by the labels of the samples of which the network is surest, and its weight in samples, (C, C) each."""
     num_classes = logs.shape[1]
-    transition, prior = _unknown(num_classes)
+    transition, prior = _uninformed(num_classes)
     predicted = logs.argmax(axis=1)
     for label, rows in zip(np.unique(predicted), rows_by_label(predicted), strict=True):
         count = max(_LEAST_ANCHORS, int(_ANCHOR_SHARE * rows.size))

@@ -144,8 +144,8 @@ def table_of(
     for name, rows in reversed(groups):
         group[rows] = name
     suggested = np.where(wrong, suspects.suggested, labels)
-    evidence = _texts(labels, suspects, group, duplicate_of, statistics, settings)
-    return AuditTable(labels, suspects.p_wrong, suggested, duplicate_of, split, group, evidence, statistics)
+    table = AuditTable(labels, suspects.p_wrong, suggested, duplicate_of, split, group, statistics=statistics)
+    return replace(table, evidence=_texts(table, suspects, settings))
 
 
 def _duplicates(
@@ -168,16 +168,10 @@ def _duplicates(
     return leaked, others
 
 
-def _texts(
-    labels: NDArray[np.int64],
-    suspects: Suspects,
-    group: NDArray[np.object_],
-    duplicate_of: NDArray[np.int64],
-    statistics: Mapping[str, NDArray[np.float32]],
-    settings: AuditSettings,
-) -> NDArray[np.object_]:
+def _texts(table: AuditTable, suspects: Suspects, settings: AuditSettings) -> NDArray[np.object_]:
     """Return a line on each sample in a group, (N,)."""
     class_names, predicted = settings.class_names, _PREDICTED[settings.predictions]
+    labels, group, statistics = table.label, table.group, table.statistics
 
     def named(label: int) -> str:
         return class_names[label] if label < len(class_names) else str(label)
@@ -192,7 +186,7 @@ def _texts(
             texts[row] = f"{named(int(labels[row]))} has probability {own:.2f} {predicted}, {likely} is likely"
         elif group[row] in ("leak", "duplicate"):
             texts[row] = f"similarity {statistics['similarity'][row]:.3f}"
-            if group[row] == "duplicate" and labels[of := duplicate_of[row]] != labels[row]:
+            if group[row] == "duplicate" and labels[of := table.duplicate_of[row]] != labels[row]:
                 texts[row] += f", but {of} is labeled {named(int(labels[of]))}"
         elif group[row] == "outlier":
             texts[row] = f"{statistics['outlier'][row]:.1f} robust standard deviations from its class"

@@ -267,6 +267,7 @@ def corrected_labels(path: str | Path, source: SampleSource, at: float) -> NDArr
     stored.check_source(source)
     settings = stored.about.get("audit")
     suggested_from = settings.get("at") if isinstance(settings, dict) else None
+    # The default is for all audits, also for one with a higher threshold.
     if isinstance(suggested_from, int | float) and at < min(suggested_from, _DEFAULT_AT):
         raise ConfigError(
             f"data.relabel_at={at:g}: {stored.path} suggests labels from p_wrong {suggested_from:g} on; run the audit "
