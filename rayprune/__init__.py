@@ -9,6 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same list for the running program
+    import rayprune.accelerate
+    import rayprune.huggingface
+    import rayprune.lightning
     import rayprune.sources
     import rayprune.testing
     import rayprune.torch
@@ -106,7 +109,7 @@ _HOME = {
     "methods": ("DynaMS", "Fixed", "Full", "InfoBatch", "LeastConfidence", "Random", "RandomEpoch", "Shuffled", "TDDS"),
     "methods.registry": ("build_method",),
 }
-_SUBMODULES = ("sources", "testing", "torch")
+_SUBMODULES = ("accelerate", "huggingface", "lightning", "sources", "testing", "torch")
 _MODULES = {name: f"rayprune.{module}" for module, names in _HOME.items() for name in names}
 
 __all__ = [

@@ -129,7 +129,7 @@ def losses_per_sample(
     return sums_B / totals_B.where(totals_B > 0, torch.ones_like(totals_B))
 
 
-def weighted_mean(losses_B: Tensor, weights_B: Tensor, batch_rows: int) -> Tensor:
+def weighted_mean(losses_B: Tensor, weights_B: Tensor, batch_rows: float) -> Tensor:
     """Return Σ(w·l) ÷ batch_rows, a scalar.
 
     The divisor is a worker's number of rows in every global batch, never Σw and never the length of a short batch.

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import AttemptKey, Push, pack
 from rayprune.errors import ObservationsLost
 from rayprune.nn.device import Copies
@@ -59,11 +58,18 @@ class PendingCopy:
         return {name: copy.numpy() for name, copy in self._copies.items()}
 
 
+class Observer(Protocol):
+    """Takes pushes: the ScoreActor's client, or a run inside another trainer."""
+
+    def observe(self, key: AttemptKey, push: Push, *, wait: bool = True) -> None:
+        """Take a push; with `wait=False`, maybe later."""
+
+
 class Recorder:
     """Buffer, push and log one rank's observations.
 
     Args:
-        client: the ScoreActor's client.
+        client: where pushes go, such as the ScoreActor's client.
         rank: this rank.
         signals: names of the signals to keep of training visits.
 
@@ -72,7 +78,7 @@ class Recorder:
         num_nonfinite, nonfinite_ids: rows of the epoch with a NaN or infinite signal, and the first of their ids.
     """
 
-    def __init__(self, client: ScoreClient, rank: int, signals: tuple[str, ...]) -> None:
+    def __init__(self, client: Observer, rank: int, signals: tuple[str, ...]) -> None:
         self._client, self._rank, self._train_signals = client, rank, signals
         self._key = AttemptKey(0, -1)
         # The buffer: signals of the current pass, name → (capacity, …), and how many rows are filled.
