@@ -142,7 +142,6 @@ class PruneCallback(Callback):
         run = self.run
         if trainer.limit_train_batches not in (1.0, None):
             raise ConfigError("limit_train_batches cuts the plan of an epoch: leave it out, or use a smaller dataset")
-        run.begin_epoch(min(max(run.resume_epoch, trainer.current_epoch), run.selector.num_epochs - 1))
         self._pacer = StepPacer(run)
         for optimizer in trainer.optimizers:
             inner = getattr(optimizer, "optimizer", optimizer)
@@ -185,7 +184,10 @@ class _Loader(PlannedLoader):
     def __iter__(self) -> Iterator[Any]:
         run, trainer = self.planned, self._callback._trainer
         assert trainer is not None
-        if trainer.current_epoch < run.resume_epoch:
-            return iter(())  # the state was saved after the epoch's last batch, and Lightning only ends the epoch
-        run.begin_epoch(trainer.current_epoch)
+        # Lightning takes the first iterator before it restores its epoch. Where the state was saved after an epoch's last
+        # batch, it only ends that epoch, and trains the next one.
+        epoch = max(trainer.current_epoch, run.resume_epoch)
+        if epoch >= run.selector.num_epochs:
+            return iter(())
+        run.begin_epoch(epoch)
         return super().__iter__()

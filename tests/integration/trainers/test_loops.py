@@ -1,0 +1,110 @@
+"""Lightning and Accelerate train on the plan: each visit, in one and two processes, after a kill, to the last step."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.trainer_loops import (
+    BATCH,
+    EPOCHS,
+    RATE,
+    TRAIN,
+    Points,
+    Record,
+    in_processes,
+    new_model,
+    planned_visits,
+    train_accelerate,
+    train_lightning,
+    visits_of,
+)
+
+KINDS = sorted(TRAIN)
+
+
+def trained(kind: str, **options: Any) -> Record:
+    """Train in this process."""
+    record: Record = TRAIN[kind](**options)  # type: ignore[operator]
+    return record
+
+
+def difference(one: Record, other: Record) -> float:
+    """Return the largest difference of two runs' weights."""
+    return max(float((a - b).abs().max()) for a, b in zip(one.weights, other.weights, strict=True))
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_visits_equal_the_plan_and_the_schedule_ends_with_the_run(kind: str, accumulation: int) -> None:
+    record = trained(kind, accumulation=accumulation)
+    visits = visits_of([record])
+    assert visits == planned_visits(0.7, [record], BATCH)
+    assert [sum(visits[epoch].values()) for epoch in (0, EPOCHS - 1)] == [100, 100]
+    assert sum(visits[1].values()) < 80
+    assert record.rates[-1] == pytest.approx(RATE * 1e-3)
+    assert record.rates[-2] > RATE * 1e-3
+    assert record.steps == sum(-(-(-(-sum(each.values()) // BATCH)) // accumulation) for each in visits.values())
+
+
+def test_lightning_validates_every_epoch() -> None:
+    assert train_lightning().validated == list(range(EPOCHS))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_pruning_the_weights_are_those_of_a_plain_loop(kind: str) -> None:
+    record = trained(kind, ratio=0.0)
+    torch.manual_seed(1)
+    net, data = new_model(), Points()
+    optimizer = torch.optim.SGD(net.parameters(), lr=RATE)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1e-3, total_iters=EPOCHS * 13)
+    for _, ids, _ in record.visits:
+        loss = torch.nn.functional.cross_entropy(net(data.x[ids]), data.y[ids])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    for own, plain in zip(record.weights, net.parameters(), strict=True):
+        torch.testing.assert_close(own, plain.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_goes_on_inside_the_epoch(kind: str, accumulation: int, tmp_path: Path) -> None:
+    whole = trained(kind, accumulation=accumulation)
+    in_processes(kind, 1, tmp_path, fails=True, accumulation=accumulation, save_every=2, folder=tmp_path, stop_after=21)
+    newest = max(tmp_path.glob("step=*"), key=lambda path: int(path.name.split("=")[1].split(".")[0]))
+    resumed = trained(kind, accumulation=accumulation, resume=str(newest))
+    assert difference(whole, resumed) == 0.0
+    assert resumed.rates[-1] == pytest.approx(RATE * 1e-3)
+    merged = {epoch: visits_of([resumed])[epoch] for epoch in (2, 3)}
+    assert merged == {epoch: visits_of([whole])[epoch] for epoch in (2, 3)}
+    for name, column in whole.scores.items():
+        torch.testing.assert_close(torch.from_numpy(resumed.scores[name]), torch.from_numpy(column), equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_on_the_plan(kind: str, tmp_path: Path) -> None:
+    devices = {"devices": 2} if kind == "lightning" else {}
+    records = in_processes(kind, 2, tmp_path, accumulation=3, **devices)
+    assert visits_of(records) == planned_visits(0.7, records, 2 * BATCH)
+    assert len(records[0].visits) == len(records[1].visits)
+    one = trained(kind, accumulation=3, batch_size=2 * BATCH)
+    assert difference(records[0], one) < 1e-5
+    assert difference(records[0], records[1]) == 0.0
+    for name, column in records[0].scores.items():
+        torch.testing.assert_close(torch.from_numpy(records[1].scores[name]), torch.from_numpy(column), equal_nan=True)
+
+
+def test_a_checkpoint_at_the_last_step_of_an_epoch_leads_to_the_next(tmp_path: Path) -> None:
+    whole = train_lightning(save_every=13, folder=str(tmp_path))
+    assert (tmp_path / "step=13.ckpt").is_file()
+    assert difference(whole, train_lightning(resume=str(tmp_path / "step=13.ckpt"))) == 0.0
+    train_accelerate(save_every=13, folder=str(tmp_path))
+    resumed = train_accelerate(resume=str(tmp_path / "step=13"))
+    assert difference(train_accelerate(), resumed) == 0.0
+    assert os.listdir(tmp_path)
