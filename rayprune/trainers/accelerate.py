@@ -165,14 +165,10 @@ class PrunedLoader(PlannedLoader, DataLoaderStateMixin):
 
     @property
     def batch_sampler(self) -> Any:
-        """Refused: skip_first_batches asks for it.
-
-        Raises:
-            ConfigError: always.
-        """
+        # skip_first_batches asks for it.
         raise ConfigError("leave skip_first_batches out: after load_state, the loader goes on inside the epoch itself")
 
     @property
     def total_batch_size(self) -> int:
-        """W·B, for the Accelerator."""
+        # DataLoaderStateMixin asks for it.
         return self.planned.global_rows

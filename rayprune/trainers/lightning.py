@@ -184,8 +184,8 @@ class _Loader(PlannedLoader):
     def __iter__(self) -> Iterator[Any]:
         run, trainer = self.planned, self._callback._trainer
         assert trainer is not None
-        # Lightning takes the first iterator before it restores its epoch. Where the state was saved after an epoch's last
-        # batch, it only ends that epoch, and trains the next one.
+        # Lightning takes the first iterator before it restores its epoch. If the state was saved after an epoch's last
+        # batch, it only ends that epoch, and then trains the next one.
         epoch = max(trainer.current_epoch, run.resume_epoch)
         if epoch >= run.selector.num_epochs:
             return iter(())

@@ -1,7 +1,7 @@
 """Training with Lightning or Accelerate and a pruned loader, in one or several processes; records what was trained.
 
-As a program: `python -m tests.support.trainer_loops KIND OUT KEY=VALUE …` in each process of a group, with the variables
-of torchrun. Rank r writes OUT/rank_r.pt.
+As a program: `python -m tests.support.trainer_loops KIND OUT KEY=VALUE …` in each process of a group, with torchrun's
+variables. Rank r writes OUT/rank_r.pt.
 """
 
 from __future__ import annotations
@@ -256,7 +256,9 @@ def main() -> None:
     torch.set_num_threads(1)
     pairs = (option.split("=", 1) for option in given)
     texts = ("folder", "resume")
-    options = {name: value if name in texts else float(value) if name == "ratio" else int(value) for name, value in pairs}
+    options = {
+        name: value if name in texts else float(value) if name == "ratio" else int(value) for name, value in pairs
+    }
     record = TRAIN[kind](**options)  # type: ignore[operator]
     torch.save(record, Path(out) / f"rank_{os.environ.get('RANK', 0)}.pt")
 
