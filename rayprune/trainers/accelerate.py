@@ -160,7 +160,14 @@ class PrunedLoader(PlannedLoader, DataLoaderStateMixin):
         return self.planned.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state, before `epochs()`; `accelerator.load_state` calls it."""
+        """Continue from a state, before `epochs()`; `accelerator.load_state` calls it.
+
+        Raises:
+            UsageError: an epoch is running.
+            ConfigError, RunFolderError: the state is of another run.
+        """
+        if self._is_open:
+            raise UsageError("load a state before `for epoch in loader.epochs()`")
         self.planned.load_state_dict(state)
 
     @property

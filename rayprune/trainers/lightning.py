@@ -53,6 +53,7 @@ class PruneCallback(Callback):
     ) -> None:
         self._method, self._seed, self._labels, self._last_batch = method, seed, labels, last_batch
         self._trainer: Trainer | None = None
+        self._run: PlannedRun | None = None
         self._loader: _Loader | None = None
         self._loaded: Mapping[str, Any] | None = None
         self._pacer: StepPacer | None = None
@@ -95,9 +96,9 @@ class PruneCallback(Callback):
         """
         if self._loader is None and self._trainer is not None:
             self._trainer.fit_loop.setup_data()
-        if self._loader is None or self._loader.run is None:
+        if self._run is None:
             raise UsageError("there is no plan yet: take the training loader from loader(), and call fit")
-        return self._loader.run
+        return self._run
 
     @property
     def selector(self) -> Selector:
@@ -110,17 +111,29 @@ class PruneCallback(Callback):
         return self.run.num_full_updates
 
     def _connect(self) -> None:
-        """Make the run once both the trainer and the data are known."""
+        """Make the run once both the trainer and the data are known; a loader that is made again keeps it."""
         trainer, loader = self._trainer, self._loader
         if trainer is None or loader is None:
             return
-        if trainer.max_epochs is None or trainer.max_epochs < 1 or trainer.max_steps not in (-1, None):
+        run, size = self._run, (len(loader.dataset), loader.batch_size)
+        if run is None:
+            run = self._new_run(trainer, *size)
+        elif (run.selector.num_samples, run.batch_rows) != size:
+            raise ConfigError(
+                f"a loader of {size[0]} samples in batches of {size[1]} replaces one of {run.selector.num_samples} in "
+                f"batches of {run.batch_rows}: a run keeps its data and its batch size"
+            )
+        loader.run = self._run = run
+
+    def _new_run(self, trainer: Trainer, num_samples: int, batch_size: int) -> PlannedRun:
+        has_epochs = trainer.max_epochs is not None and trainer.max_epochs >= 1
+        if not has_epochs or (trainer.max_steps not in (-1, None) and not trainer.fast_dev_run):  # type: ignore[attr-defined]
             raise ConfigError("selection is planned by epochs: give the Trainer max_epochs, and no max_steps")
-        loader.run = PlannedRun(
+        run = PlannedRun(
             self._method,
-            len(loader.dataset),
-            trainer.max_epochs,
-            loader.batch_size,
+            num_samples,
+            trainer.max_epochs or 1,
+            batch_size,
             seed=self._seed,
             labels=self._labels,
             last_batch=self._last_batch,
@@ -129,18 +142,19 @@ class PruneCallback(Callback):
             world_size=trainer.world_size,
         )
         if self._loaded is not None:
-            loader.run.load_state_dict(self._loaded)
+            run.load_state_dict(self._loaded)
+        return run
 
     # What follows are the hooks of a Callback.
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._trainer = trainer
+            self._trainer, self._run, self._loaded = trainer, None, None
             self._connect()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         run = self.run
-        if trainer.limit_train_batches not in (1.0, None):
+        if trainer.limit_train_batches not in (1.0, None) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise ConfigError("limit_train_batches cuts the plan of an epoch: leave it out, or use a smaller dataset")
         self._pacer = StepPacer(run)
         for optimizer in trainer.optimizers:
@@ -163,13 +177,13 @@ class PruneCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return position and scores; collective, as saving a checkpoint is."""
-        return self.run.state_dict() if self._loader is not None and self._loader.run is not None else {}
+        return {} if self._run is None else self._run.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a state until the data are known."""
         self._loaded = state_dict or None
-        if self._loaded is not None and self._loader is not None and self._loader.run is not None:
-            self._loader.run.load_state_dict(self._loaded)
+        if self._loaded is not None and self._run is not None:
+            self._run.load_state_dict(self._loaded)
 
 
 class _Loader(PlannedLoader):

@@ -120,6 +120,7 @@ def train_lightning(
     resume: str = "",
     stop_after: int = 0,
     devices: int = 1,
+    **trainer_options: Any,
 ) -> Record:
     """Train with Lightning; with stop_after, the process is killed after so many batches."""
     import lightning.pytorch as pl
@@ -160,7 +161,7 @@ def train_lightning(
     if save_every:
         saving = pl.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=save_every, save_top_k=-1)
         callbacks.append(saving)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, **trainer_options}
     trainer = pl.Trainer(
         max_epochs=EPOCHS,
         callbacks=callbacks,
@@ -170,7 +171,7 @@ def train_lightning(
         accumulate_grad_batches=accumulation,
         enable_checkpointing=bool(save_every),
         num_sanity_val_steps=0,
-        **quiet,  # type: ignore[arg-type]
+        **quiet,
     )
     model = Model()
     trainer.fit(model, ckpt_path=resume or None)

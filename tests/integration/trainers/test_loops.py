@@ -108,3 +108,12 @@ def test_a_checkpoint_at_the_last_step_of_an_epoch_leads_to_the_next(tmp_path: P
     train_accelerate(save_every=13, folder=str(tmp_path))
     resumed = train_accelerate(resume=str(tmp_path / "step=13"))
     assert difference(train_accelerate(), resumed) == 0.0
+
+
+def test_lightning_may_make_the_loader_anew_in_every_epoch() -> None:
+    record = train_lightning(reload_dataloaders_every_n_epochs=1)
+    assert difference(record, train_lightning()) == 0.0
+
+
+def test_lightning_makes_a_quick_trial_run() -> None:
+    assert len(train_lightning(fast_dev_run=True).visits) == 1
