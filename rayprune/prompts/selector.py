@@ -30,8 +30,8 @@ class PromptSelector:
 
     Args:
         num_prompts: N, at least 1.
-        strategy: "mopps", "greso", "learnability", "zero_variance", "uniform", or a strategy such as `MoPPS(target=0.4)`
-            from `rayprune.prompts`.
+        strategy: "mopps", "greso", "learnability", "zero_variance", "uniform", or a strategy from `rayprune.prompts`,
+            such as `MoPPS(target=0.4)`.
         seed: non-negative integer; with the calls and their order it determines every draw.
         group_size: G, the rollouts of each draw, at least 2; a group is complete when G rewards of its prompt have
             arrived, in however many calls. None: the rewards of one prompt in one call are one group.

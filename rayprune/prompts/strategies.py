@@ -77,7 +77,8 @@ class GRESO(PassStrategy):
 
     def _keep(self, table: PromptTable, ids: NDArray[np.int32] | slice) -> NDArray[np.float64]:
         p = np.where(table["easy"][ids], table.numbers["p_easy"], table.numbers["p_hard"])
-        return p ** table["streak"][ids]
+        keep: NDArray[np.float64] = p ** table["streak"][ids]
+        return keep
 
     def end_window(self, table: PromptTable, easy: float, hard: float) -> None:
         """Move both probabilities by one step toward the targets."""
