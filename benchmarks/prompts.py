@@ -9,6 +9,7 @@ uniform sampling needs the fewest rollouts, on TUNING_SEEDS. An interval is Stud
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from benchmarks.harness import Figure, ratios, seconds
+from benchmarks.harness import Figure, ratios, repeat
 from rayprune.prompts import STRATEGIES, PromptSelector
 
 NUM_PROMPTS, DRAWN, GROUP_SIZE, CALLS = 1_000_000, 512, 8, 200
@@ -27,19 +28,27 @@ LRS, TUNING_SEEDS, SEEDS = (3e-3, 1e-2, 3e-2, 1e-1), range(100, 105), range(20)
 def figures() -> Iterator[Figure]:
     """Yield the milliseconds of `next`, `observe` and `state_dict`, and the bytes of a state."""
     for name in STRATEGIES:
-        selector, rng = PromptSelector(NUM_PROMPTS, name), np.random.default_rng(0)
-        drawing, observing = [], []
-        for _ in range(CALLS):
-            ids: list[Any] = []
-            drawing.append(1e3 * seconds(lambda ids=ids: ids.append(selector.next(DRAWN))))  # type: ignore[misc]
-            rewards = rng.random((DRAWN, GROUP_SIZE)) < (ids[0] % 3)[:, None] / 2
-            observing.append(1e3 * seconds(lambda ids=ids, rewards=rewards: selector.observe(ids[0], rewards)))  # type: ignore[misc]
+        selector = PromptSelector(NUM_PROMPTS, name)
+        drawing, observing = time_calls(selector)
         yield Figure(f"{name}: next({DRAWN}) of {NUM_PROMPTS:,} prompts, ms", drawing, "≤ 5")
         yield Figure(f"{name}: observe, {DRAWN} groups of {GROUP_SIZE}, ms", observing, "≤ 5")
-        saving = [1e3 * seconds(selector.state_dict) for _ in range(9)]
-        yield Figure(f"{name}: state_dict, ms", saving)
+        yield Figure(f"{name}: state_dict, ms", [1e3 * value for value in repeat(selector.state_dict, 9)])
         num_bytes = sum(array.nbytes for array in selector.state_dict().values())
         yield Figure(f"{name}: state, bytes per prompt", [num_bytes / NUM_PROMPTS])
+
+
+def time_calls(selector: PromptSelector) -> tuple[list[float], list[float]]:
+    """Return the milliseconds of each `next` and `observe`; a third of the prompts is never solved, a third always."""
+    rng, drawing, observing = np.random.default_rng(0), [], []
+    for _ in range(CALLS):
+        start = time.perf_counter()
+        ids = selector.next(DRAWN)
+        drawing.append(1e3 * (time.perf_counter() - start))
+        rewards = rng.random((DRAWN, GROUP_SIZE)) < (ids % 3)[:, None] / 2
+        start = time.perf_counter()
+        selector.observe(ids, rewards)
+        observing.append(1e3 * (time.perf_counter() - start))
+    return drawing, observing
 
 
 def grpo() -> Iterator[Figure]:

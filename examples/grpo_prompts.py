@@ -17,7 +17,7 @@ GROUP, BATCH, LR, ENTROPY, EVERY, MAX_STEPS, TARGET = 8, 32, 1e-2, 0.02, 2, 1500
 
 
 def make_task(seed):
-    """Return the prompts: rules (N,), digits and answers (N, LENGTH), lengths (N,), the same held out, and the rules."""
+    """Return the prompts: rules (N,), digits and answers (N, LENGTH), and lengths (N,); and the held-out ones."""
     rng = np.random.default_rng(seed)
     tables = np.stack([np.arange(DIGITS), *(rng.permutation(DIGITS) for _ in range(RULES - 1))])
     parts = []
@@ -28,7 +28,7 @@ def make_task(seed):
         answers = tables[rules[:, None], digits]
         answers[rng.random(count) < broken, 0] = DIGITS  # no policy can answer this
         parts.append(tuple(map(torch.from_numpy, (rules, digits, answers, rng.integers(1, LENGTH + 1, count)))))
-    return (*parts, tables)
+    return parts
 
 
 class Policy(torch.nn.Module):
@@ -65,7 +65,7 @@ def held_out_reward(policy, prompts):
 def train(strategy, seed, lr=LR):
     """Run GRPO until the held-out reward is TARGET; return the rollouts, the share of wasted groups, the reward."""
     torch.manual_seed(seed)
-    prompts, held_out, _ = make_task(seed)
+    prompts, held_out = make_task(seed)
     policy = Policy()
     optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
     pretrain(policy, optimizer)

@@ -149,7 +149,7 @@ def check_rewards(ids: ArrayLike, rewards: ArrayLike, num_prompts: int) -> tuple
         unknown = keys[(keys < 0) | (keys >= num_prompts)][0]
         raise ConfigError(f"unknown id {unknown}: ids are positions in [0, {num_prompts})")
     values = values.astype(np.float64)
-    finite = np.isfinite(values).reshape(keys.size, -1).all(axis=1)
+    finite = np.isfinite(values) if values.ndim == 1 else np.isfinite(values).all(axis=1)
     if not finite.all():
         raise ConfigError(
             f"the reward of id {keys[~finite][0]} is NaN or infinite: give a failed rollout the reward of a failure, "
