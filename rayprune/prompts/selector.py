@@ -87,6 +87,8 @@ class PromptSelector:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _lock=threading.Lock())
+        columns = self._table.columns  # Ray delivers arrays read-only
+        columns.update({name: column.copy() for name, column in columns.items() if not column.flags.writeable})
 
     @property
     def group_size(self) -> int | None:
