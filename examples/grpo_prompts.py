@@ -98,10 +98,10 @@ def main(strategies=("uniform", "mopps", "greso", "learnability", "zero_variance
     results = {}
     for strategy in strategies:
         result = results[strategy] = train(strategy, seed)
-        saved = 1 - result["rollouts"] / results[strategies[0]]["rollouts"]
+        ratio = result["rollouts"] / results[strategies[0]]["rollouts"]
         print(
             f"{strategy}: {result['rollouts']:,} rollouts to a held-out reward of {result['reward']:.3f}, "
-            f"{result['wasted']:.0%} of the groups without variance, {saved:.0%} fewer rollouts than {strategies[0]}"
+            f"{result['wasted']:.0%} of the groups without variance, {ratio:.2f} of the rollouts of {strategies[0]}"
         )
     return results
 
