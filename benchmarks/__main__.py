@@ -30,6 +30,7 @@ NAMES = (
         "vectors",
         "near_duplicates",
         "l2w",
+        "prompts",
     ),
     *("host", "overhead", "plain", "start", "psp", "scaling", "gpu"),
 )
@@ -44,6 +45,7 @@ BY_NAME = (
     "near_duplicates.million",
     "audit",
     "audit.synthetic",
+    "prompts.grpo",
 )
 
 

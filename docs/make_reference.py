@@ -43,13 +43,14 @@ GROUPS = {
     "rayprune.nn.optim": "Learning rates",
     "rayprune.methods": "Methods",
     "rayprune.core": "Methods of your own",
+    "rayprune.prompts": "Prompts for reinforcement learning",
     "rayprune.testing": "Testing a method of your own",
     "rayprune.sources": "Data sources",
     "rayprune.errors": "Errors",
     "": "Others",
 }
 # Classes that a user gets and never constructs.
-RETURNED = {"Epoch", "ProgressLR", "PrunedData", "Shard", "ShardBatchSampler"}
+RETURNED = {"Epoch", "ProgressLR", "PromptClient", "PrunedData", "Shard", "ShardBatchSampler"}
 LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
     import rayprune.accelerate
     import rayprune.huggingface
     import rayprune.lightning
+    import rayprune.prompts
     import rayprune.sources
     import rayprune.testing
     import rayprune.torch
@@ -81,6 +82,8 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
     from rayprune.methods.ssp import SSP
     from rayprune.methods.tdds import TDDS
     from rayprune.methods.ucb import UCB
+    from rayprune.prompts.actor import PromptClient, connect_prompts, serve_prompts
+    from rayprune.prompts.selector import PromptSelector
 
 __version__ = "0.1.0"
 
@@ -108,8 +111,10 @@ _HOME = {
     ),
     "methods": ("DynaMS", "Fixed", "Full", "InfoBatch", "LeastConfidence", "Random", "RandomEpoch", "Shuffled", "TDDS"),
     "methods.registry": ("build_method",),
+    "prompts.actor": ("PromptClient", "connect_prompts", "serve_prompts"),
+    "prompts.selector": ("PromptSelector",),
 }
-_SUBMODULES = ("accelerate", "huggingface", "lightning", "sources", "testing", "torch")
+_SUBMODULES = ("accelerate", "huggingface", "lightning", "prompts", "sources", "testing", "torch")
 _MODULES = {name: f"rayprune.{module}" for module, names in _HOME.items() for name in names}
 
 __all__ = [
@@ -128,6 +133,8 @@ __all__ = [
     "LeastConfidence",
     "Method",
     "Plan",
+    "PromptClient",
+    "PromptSelector",
     "PrunedData",
     "Random",
     "RandomEpoch",
@@ -146,9 +153,11 @@ __all__ = [
     "UsageError",
     "__version__",
     "build_method",
+    "connect_prompts",
     "get_dataset_shard",
     "local_loader",
     "prune",
+    "serve_prompts",
     "with_ids",
 ]
 

@@ -93,6 +93,17 @@ def test_the_digits_with_errors(
     assert numbers["copies found"] == [30, 30]
 
 
+def test_the_prompts_of_a_grpo_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    example = load_example("grpo_prompts")
+    results = example.main(("uniform", "zero_variance"))
+    for result in results.values():
+        assert result["reward"] >= example.TARGET
+        assert 0 < result["rollouts"] < example.MAX_STEPS * example.BATCH * example.GROUP
+        assert 0.3 < result["wasted"] < 1.0
+    printed = capsys.readouterr().out
+    assert f"zero_variance: {results['zero_variance']['rollouts']:,} rollouts" in printed
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_held_out_row_is_trained_on(name: str) -> None:
     """A few rows may be equal: lines in both libraries, and words with the same checksum."""

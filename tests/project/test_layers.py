@@ -46,6 +46,9 @@ KNOWS: dict[str, set[str]] = {
     "engine.train": _LOOPS,
     "experiments": _EXPERIMENTS,
     "report": {"core", "config", "sources"},
+    "prompts": _NUMPY,
+    "prompts.actor": _NUMPY | {"prompts"},
+    "prompts.sampler": _NUMPY | {"prompts", "prompts.actor"},
     "cli": _EXPERIMENTS | {"experiments", "report", "testing"},
     "torch": _LOOPS | {"engine.user_loop"},
     "trainers": _DATA,
@@ -64,6 +67,9 @@ BANNED: dict[str, set[str]] = {
     "config": {"ray"} | TORCH | COMMAND_LINE,
     "report": {"ray"} | TORCH,
     "trainers": {"ray", "pydantic"} | COMMAND_LINE | FILES,
+    "prompts": {"ray", "pydantic"} | TORCH | COMMAND_LINE | FILES,
+    "prompts.actor": {"pydantic"} | TORCH | COMMAND_LINE | FILES,
+    "prompts.sampler": {"ray", "pydantic"} | TORCH | COMMAND_LINE | FILES,
     "errors": {"ray", "pydantic"} | TORCH,
     "testing": {"ray", "pydantic", "pytest", "hypothesis"} | TORCH | COMMAND_LINE | FILES,
     "__init__": {"ray", "pydantic"} | TORCH,
@@ -71,6 +77,7 @@ BANNED: dict[str, set[str]] = {
 # Packages that a layer imports inside functions only, so that importing the layer stays cheap.
 LAZY = {"core": {"scipy", "sklearn"}, "methods": {"scipy", "sklearn"}, "cli": {"ray"} | TORCH}
 WITHOUT_RAY = {"core", "methods", "sources", "nn", "config", "report", "errors", "testing", "__init__", "__main__"}
+WITHOUT_RAY |= {"prompts", "prompts.sampler"}
 
 
 @dataclass(frozen=True)
@@ -118,8 +125,8 @@ def _names(node: ast.AST, package: str) -> list[str]:
 
 def layer_of(parts: list[str]) -> str:
     """Return the layer of a module below rayprune, given by its parts; '' for a name of the package itself."""
-    layer = ".".join(parts[:2]) if parts[0] == "engine" else parts[0]
-    return layer if layer in KNOWS else ""
+    layers = (".".join(parts[:2]), parts[0])
+    return next((layer for layer in layers if layer in KNOWS), "")
 
 
 def violations(layer: str, imported: list[Import]) -> list[str]:
@@ -161,7 +168,7 @@ def test_every_layer_has_modules_and_every_module_a_layer() -> None:
     assert layers == set(KNOWS)
 
 
-def test_only_engine_and_experiments_and_the_doctor_import_ray() -> None:
+def test_only_engine_and_experiments_and_the_doctor_and_the_prompt_actor_import_ray() -> None:
     importers = {path for path in modules() if any(item.top == "ray" for item in imports_in(path))}
     assert {layer_of(module_of(path)) for path in importers}.isdisjoint(WITHOUT_RAY)
     assert {path.name for path in importers if layer_of(module_of(path)) == "cli"} == {"doctor.py"}
@@ -227,6 +234,8 @@ def test_a_circle_is_seen() -> None:
         ("engine.data", "from rayprune.cli.main import main", "1: engine.data imports rayprune.cli"),
         ("cli", "if True:\n    import ray", "2: cli imports ray outside a function"),
         ("config", "from rayprune.engine import train", "1: config imports rayprune.engine.train"),
+        ("prompts", "def f():\n    from . import actor", "2: prompts imports rayprune.prompts.actor"),
+        ("prompts", "import ray", "1: prompts imports ray"),
     ],
 )
 def test_a_forbidden_import_is_seen(layer: str, text: str, expected: str) -> None:
@@ -257,7 +266,13 @@ def test_the_score_actor_and_read_tasks_do_without_torch() -> None:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import rayprune", "import rayprune.core", "import rayprune.methods", "dir(rayprune)"],
+    [
+        "import rayprune",
+        "import rayprune.core",
+        "import rayprune.methods",
+        "import rayprune.prompts.sampler",
+        "dir(rayprune)",
+    ],
 )
 def test_a_fresh_interpreter_loads_nothing_heavy(statement: str) -> None:
     heavy = ["torch", "ray", "pydantic", "pandas", "scipy", "sklearn", "pyarrow", "matplotlib"]

@@ -105,6 +105,16 @@ def by_hand(labels: NDArray[np.int64]) -> rayprune.Plan:
     return rayprune.Plan.of_selection(selection, 8, 0, 0)
 
 
+def draw_prompts(rewards: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Select prompts in this process and through an actor."""
+    selector = rayprune.PromptSelector(100, rayprune.prompts.MoPPS(target=0.4), group_size=8)
+    client = rayprune.serve_prompts(selector, "prompts")
+    ids = assert_type(client, rayprune.PromptClient).next(10)
+    rayprune.connect_prompts("prompts").observe(ids, rewards, wait=False)
+    selector.load_state_dict(client.state_dict())
+    return assert_type(selector.next(10), NDArray[np.int64])
+
+
 def explain(error: rayprune.RaypruneError) -> str:
     """Say what to do about an error."""
     match error:
