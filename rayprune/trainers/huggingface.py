@@ -168,7 +168,7 @@ class PrunedTrainer(Trainer):
         A resumed loop takes its epoch from global_step // (steps per epoch): a divisor is given that leads to the
         plan's epoch. The total is that of a run without pruning; the schedule is built for it.
         """
-        values = list(super().set_initial_training_values(*args, **kwargs))
+        values: list[Any] = list(super().set_initial_training_values(*args, **kwargs))
         run = self.selection
         assert run is not None
         if self._resume_from is not None:

@@ -71,7 +71,8 @@ def sequence_scores(
             answer that stands alone. None: the first token of an answer does not count for IFD.
 
     Returns:
-        Name → (N,) float32, in the order of the dataset. NaN for a sequence without a token to predict, except in `num_tokens`.
+        Name → (N,) float32, in the order of the dataset. A sequence without a token to predict has NaN, and 0 in
+        `num_tokens`.
 
         - `num_tokens`: the tokens that count.
         - `loss`: their mean cross entropy in nats; `perplexity`: exp(loss).
@@ -239,9 +240,7 @@ def _device(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def _answer_losses(
-    model: nn.Module, batch: Mapping[str, Any], num: int, start_token: int | None
-) -> dict[str, Tensor]:
+def _answer_losses(model: nn.Module, batch: Mapping[str, Any], num: int, start_token: int | None) -> dict[str, Tensor]:
     """Return the mean losses of the answers after their prompts and alone, (b,) each, over the same tokens."""
     device = _device(model)
     given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

@@ -6,18 +6,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 40
 
 
-def tiny_llama(seed: int = 0, vocabulary: int = VOCABULARY, width: int = 16) -> Any:
+def tiny_llama(seed: int = 0) -> Any:
     """Return a random model in eval mode, with logits that differ a lot from token to token."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=2 * width,
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
@@ -29,6 +30,17 @@ def tiny_llama(seed: int = 0, vocabulary: int = VOCABULARY, width: int = 16) -> 
         tie_word_embeddings=False,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token for each of 36 characters."""
+    characters = [*"abcdefghijklmnopqrstuvwxyz 123456789"]
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *characters])}
+    own = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    own.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=own, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def sequences(num: int = 7, seed: int = 0, prompts: bool = True) -> list[dict[str, list[int]]]:

@@ -111,9 +111,10 @@ def test_the_model_is_left_as_it_was() -> None:
     scores = sequence_scores(model, Dataset.from_list(sequences()), COLLATORS["padded"], batch_size=2)
     assert [module.training for module in model.modules()] == before
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert scores["loss"].tolist() == sequence_scores(
-        tiny_llama(), sequences(), COLLATORS["padded"], batch_size=2
-    )["loss"].tolist()
+    assert (
+        scores["loss"].tolist()
+        == sequence_scores(tiny_llama(), sequences(), COLLATORS["padded"], batch_size=2)["loss"].tolist()
+    )
     with pytest.raises(ConfigError):
         sequence_scores(model, sequences(), lambda items: items, batch_size=2)
     assert [module.training for module in model.modules()] == before

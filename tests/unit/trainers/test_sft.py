@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 import rayprune
 from rayprune.errors import ConfigError
 from rayprune.huggingface import PrunedTrainer, keep_by_score
-from tests.support.language import loss_of, tiny_llama
+from rayprune.sources.tables.selections import write_selection_file
+from tests.support.language import loss_of, tiny_llama, tokenizer
 
 NUM = 24
 
@@ -32,17 +31,6 @@ class Trainer(PrunedTrainer, SFTTrainer):
             self.visits: list[list[int]] = [*getattr(self, "visits", []), []]
         self.visits[-1] += np.asarray(inputs["rayprune_id"]).tolist()
         return super().training_step(model, inputs, *args, **kwargs)
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token for each of 36 characters."""
-    characters = [*"abcdefghijklmnopqrstuvwxyz 123456789"]
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *characters])}
-    own = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    own.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=own, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
 
 
 def texts(prompts: bool) -> Dataset:
@@ -67,7 +55,7 @@ def trainer_of(folder: Path, method: Any, *, prompts: bool = False, **options: A
         **{"learning_rate": 0.0, "padding_free": True, "packing": False, **options},
     )
     return Trainer(
-        model=tiny_llama(vocabulary=40),
+        model=tiny_llama(),
         args=arguments,
         train_dataset=texts(prompts),
         processing_class=tokenizer(),
@@ -115,6 +103,11 @@ def test_clusters_of_trajectories_choose_after_the_scoring_epochs(tmp_path: Path
     trainer.train()
     assert [len(set(visits)) for visits in trainer.visits] == [NUM, NUM, NUM // 2]
     assert [sorted(visits) for visits in trainer.visits] == trainer.plans
+    assert trainer.selection is not None
+    path = write_selection_file(tmp_path / "chosen.parquet", trainer.selection.plan.selection)
+    large = trainer_of(tmp_path, rayprune.Fixed(str(path)), learning_rate=1e-3)
+    large.train()
+    assert [sorted(visits) for visits in large.visits] == trainer.plans[-1:] * 3
 
 
 def test_packing_is_refused_with_the_cure(tmp_path: Path) -> None:
