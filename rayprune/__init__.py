@@ -75,6 +75,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOME` is the same lis
     from rayprune.methods.registry import build_method
     from rayprune.methods.repb import RePB
     from rayprune.methods.rho import RHOLoss
+    from rayprune.methods.s2l import S2L
     from rayprune.methods.selective_backprop import SelectiveBackprop
     from rayprune.methods.semdedup import SemDeDup
     from rayprune.methods.seta import SeTa

@@ -113,15 +113,39 @@ def _of_tokens(losses: Tensor, mask: Tensor, inputs: Mapping[str, Any], num_exam
     losses = losses.float().where(mask, torch.zeros((), device=losses.device))
     if losses.shape[0] == num_examples:
         return ExampleLosses(losses.sum(1), mask.sum(1))
-    if losses.shape[0] != 1:
-        raise ConfigError(
-            f"the batch has {losses.shape[0]} rows for {num_examples} examples: a collator must keep one row an "
-            "example, or join all in one row with position_ids (padding-free)"
-        )
+    _check_single_row(losses, num_examples)
     # The last tokens may be padding, which the mask excludes.
     example = _example_of_token(inputs, losses.shape[1]).to(losses.device).clamp(max=num_examples - 1)
     zeros = torch.zeros(num_examples, device=losses.device)
     return ExampleLosses(zeros.index_add(0, example, losses[0]), zeros.index_add(0, example, mask[0].to(zeros.dtype)))
+
+
+def examples_of_tokens(inputs: Mapping[str, Any], num_examples: int) -> Tensor:
+    """Return the index of the example that each token belongs to, of the shape of `input_ids`; -1 for padding.
+
+    Args:
+        inputs: a batch of b rows, or a padding-free one of a single row.
+        num_examples: b.
+
+    Raises:
+        ConfigError: the rows are neither.
+    """
+    tokens, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if tokens.shape[0] == num_examples:
+        example = torch.arange(num_examples, device=tokens.device)[:, None].expand(tokens.shape)
+        is_real = mask if isinstance(mask, Tensor) and mask.shape == tokens.shape else torch.ones_like(tokens)
+        return example.where(is_real != 0, -1)
+    _check_single_row(tokens, num_examples)
+    row = _example_of_token(inputs, tokens.shape[1]).to(tokens.device)
+    return row.where(row < num_examples, -1)[None]
+
+
+def _check_single_row(tokens: Tensor, num_examples: int) -> None:
+    if tokens.shape[0] != 1:
+        raise ConfigError(
+            f"the batch has {tokens.shape[0]} rows for {num_examples} examples: a collator must keep one row an "
+            "example, or join all in one row with position_ids (padding-free)"
+        )
 
 
 def _example_of_token(inputs: Mapping[str, Any], num_tokens: int) -> Tensor:

@@ -68,6 +68,7 @@ class PrunedTrainer(Trainer):
     def __init__(self, *args: Any, method: Method, labels: ArrayLike | None = None, **kwargs: Any) -> None:
         if not isinstance(method, Method):
             raise ConfigError(f"method must be a rayprune method such as InfoBatch(), got {type(method).__name__}")
+        _check_packing(kwargs.get("args", args[1] if len(args) > 1 else None))  # before a trainer packs the data
         super().__init__(*args, **kwargs)
         self._method, self._labels = method, labels
         self.selection: PlannedRun | None = None
@@ -403,6 +404,14 @@ def _read_state(checkpoint: Path) -> Any:
         ) from error
 
 
+def _check_packing(args: Any) -> None:
+    if getattr(args, "packing", False):
+        raise ConfigError(
+            "packing joins examples before training, so that none can be left out: set packing=False and "
+            "padding_free=True"
+        )
+
+
 def _check_arguments(trainer: Any) -> None:
     """Refuse what a plan cannot follow, by name and with the cure."""
     args = trainer.args
@@ -410,11 +419,7 @@ def _check_arguments(trainer: Any) -> None:
         raise ConfigError(
             f"max_steps {args.max_steps} counts optimizer steps, and a pruned epoch has fewer: give num_train_epochs"
         )
-    if getattr(args, "packing", False):
-        raise ConfigError(
-            "packing joins examples before training, so that none can be left out: set packing=False and "
-            "padding_free=True"
-        )
+    _check_packing(args)
     if args.n_gpu > 1:
         raise ConfigError(f"{args.n_gpu} GPUs in one process (DataParallel): start one process a GPU, with torchrun")
     strategy = getattr(args, "train_sampling_strategy", "random")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -14,11 +15,12 @@ import torch
 
 from rayprune.config import load_config
 from rayprune.experiments.audit.runner import audit
+from tests.support.language import tiny_llama, tokenizer
 from tests.support.paths import ROOT
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 FOLDER = ROOT / "examples"
-NAMES = ("language_model", "tabular_regression", "text_classification")
+NAMES = ("finetune_text", "language_model", "tabular_regression", "text_classification")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,7 +42,7 @@ def load_example(name: str) -> Any:
 
 def has_learned(name: str, results: dict[str, Any], run: str) -> bool:
     """Return whether a run is clearly better than chance."""
-    if name == "language_model":
+    if name in ("finetune_text", "language_model"):
         return bool(results[run]["loss"] < results["baseline"] - 0.4)
     if name == "tabular_regression":
         return bool(results[run]["r2"] > 0.3)
@@ -63,6 +65,25 @@ def test_an_example_learns_and_prunes(name: str, capsys: pytest.CaptureFixture[s
     assert str(results["pruned"]["trained"]) in printed
     assert f"{results['saved']:.0%} fewer" in printed
     assert len(next(iter(held_out.values()))) == example.HELD_OUT
+
+
+def test_the_recipe_of_a_real_model_runs_on_a_tiny_one(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": f"{number} and 1 is ", "completion": str(number + 1)}) for number in range(40)]
+    lines.append(json.dumps({"prompt": "long ", "completion": "a" * 100}))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines))
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    words = [f"--model={tmp_path / 'model'}", f"--dataset={tmp_path / 'data'}", f"--out={tmp_path / 'out'}"]
+    here: dict[str, Any] = {"bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    here["model_init_kwargs"] = {"attn_implementation": "sdpa"}
+    trainer = load_example("finetune_1b").main([*words, "--max-length=60", "--epochs=4"], **here)
+    assert trainer.selection.selector.num_samples == 40
+    assert trainer.args.padding_free
+    assert not trainer.args.packing
+    assert trainer.state.global_step < 4 * 3, "pruned"
+    assert (trainer.selector.scores()["loss"] > 0).all()
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_the_network_with_early_exits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ccs": {"score_epochs": 7, "drop_hardest": 0.2, "num_strata": 5},
     "dyn_unc": {"score_epochs": 7, "window_size": 3},
     "dual": {"score_epochs": 7, "window_size": 3, "beta_sampling": True},
+    "s2l": {"score_epochs": 7, "clusters": 3},
 }
 every_method = pytest.mark.parametrize("name", CONFIGS)
 
