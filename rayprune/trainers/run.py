@@ -180,10 +180,7 @@ class PlannedRun:
         """The fraction of the run's planned optimizer steps that were made, in [0, 1]; every epoch counts alike."""
         if self.epoch < 0:
             return 0.0
-        updates = (
-            -(-self.step // self.accumulation) if self.step == self.num_batches else self.step // self.accumulation
-        )
-        inside = updates / self.num_updates if self.num_updates else 1.0
+        inside = self._updates_made / self.num_updates if self.num_updates else 1.0
         return min(1.0, (self.epoch + inside) / self.num_epochs)
 
     @property
@@ -197,7 +194,12 @@ class PlannedRun:
     def updates_left(self) -> int:
         """The optimizer steps of the current epoch that the run still has, fewer if the run ends inside the epoch."""
         last = math.ceil(min(1.0, self.num_epochs - self.epoch) * self.num_updates - 1e-9)
-        return max(0, last - self.step // self.accumulation)
+        return max(0, last - self._updates_made)
+
+    @property
+    def _updates_made(self) -> int:
+        """The optimizer steps that were made in the current epoch; its last incomplete group makes one, too."""
+        return self.num_updates if self.step == self.num_batches else self.step // self.accumulation
 
     def begin_epoch(self, epoch: int) -> None:
         """Plan an epoch; repeated calls change nothing. Collective when the epoch before has not ended."""
@@ -417,8 +419,19 @@ def _gathered(own: list[Push], world_size: int) -> list[Push]:
 
 
 def _check_method(method: Any) -> None:
-    if isinstance(method, Method) and (method.step()[0] == "in_batch" or method.sweep_signals):
-        how = "picks rows inside a train step" if method.step()[0] == "in_batch" else "needs passes without training"
+    if not isinstance(method, Method):
+        return  # the Selector says so
+    step = method.step()[0]
+    how = ""
+    if step == "in_batch":
+        how = "picks rows inside a train step"
+    elif step != "plain":
+        how = f"needs the train step {step!r}"
+    elif method.sweep_signals:
+        how = "needs passes without training"
+    elif method.cost and not method.fixed:
+        how = f"needs {method.cost}"
+    if how:
         raise ConfigError(f"method {method.name!r} {how}, which a trainer does not make: use it in rayprune train")
 
 
