@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,7 +111,7 @@ class PlannedRun:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        _check_method(method)
+        check_method(method)
         _check_position(rank, world_size, accumulation)
         if not isinstance(num_epochs, int | float) or not 0 < num_epochs < math.inf:
             raise ConfigError(f"num_epochs {num_epochs!r} must be a number above 0")
@@ -213,6 +214,11 @@ class PlannedRun:
                 "not make: use it in rayprune train, or in a loop of your own"
             )
         self.plan = Plan.of_selection(selection, self.global_rows, self.selector.seed, epoch, self.last_batch)
+        if not self.plan.num_steps:
+            raise ConfigError(
+                f"epoch {epoch} keeps {selection.num_kept} samples, which is less than a batch of {self.global_rows}, "
+                "and the incomplete last batch is dropped: keep it, or lower the batch size or the prune ratio"
+            )
         self.epoch, self.step, self.has_ended, self._span = epoch, 0, False, None
         if self._resume_rows:
             self.step, self._resume_rows = self._step_of(self._resume_rows), 0
@@ -372,12 +378,14 @@ class PlannedRun:
         arrays = {name: np.array(tensor.cpu().numpy()) for name, tensor in state["selector"].items()}
         self.selector.load_state_dict(arrays)
         self._pending, self.epoch = [], -1
-        self._resume_rows = int(state["rows"])
         self._resume_epoch = int(state["epoch"])
+        # A state of a finished run goes on after the last epoch's last batch.
+        is_finished = self._resume_epoch >= self.selector.num_epochs
+        self._resume_rows = sys.maxsize if is_finished else int(state["rows"])
 
     @property
     def resume_epoch(self) -> int:
-        """The epoch where a loaded state goes on; 0 without one."""
+        """The epoch where a loaded state goes on, num_epochs if it is of a finished run; 0 without one."""
         return self._resume_epoch
 
     def _about(self) -> dict[str, Any]:
@@ -418,7 +426,8 @@ def _gathered(own: list[Push], world_size: int) -> list[Push]:
     return [push for pushes in by_rank for push in pushes]
 
 
-def _check_method(method: Any) -> None:
+def check_method(method: Any) -> None:
+    """Raise ConfigError if a method needs more than the losses of a trainer's own steps."""
     if not isinstance(method, Method):
         return  # the Selector says so
     step = method.step()[0]

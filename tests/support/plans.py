@@ -24,9 +24,7 @@ def expected_epochs(
     """Return (ids, weights) of each epoch in order of the visits; `observed(epoch, ids)` gives the losses to fold."""
     epochs = []
     for epoch in range(selector.num_epochs):
-        plan = rayprune.Plan.of_selection(
-            selector.begin_epoch(epoch), global_rows, selector.seed, epoch, last_batch
-        )
+        plan = rayprune.Plan.of_selection(selector.begin_epoch(epoch), global_rows, selector.seed, epoch, last_batch)
         ids = plan.order[: plan.num_rows].astype(np.int64)
         epochs.append((ids.tolist(), plan.weights(0, plan.num_rows).tolist()))
         seen, signals = observed(epoch, ids)

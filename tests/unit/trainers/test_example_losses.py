@@ -195,7 +195,11 @@ LOGITS = draw(2, 3)
     [
         ({"loss": 1.0}, {"labels": torch.zeros(2)}, "no logits, or the batch no labels"),
         ({"logits": LOGITS}, {}, r"switch the fused loss off, or override example_losses\(outputs, inputs\)"),
-        ({"logits": LOGITS}, {"labels": torch.zeros(3)}, r"logits \(2, 3\) and labels \(3,\) of 2 examples fit neither"),
+        (
+            {"logits": LOGITS},
+            {"labels": torch.zeros(3)},
+            r"logits \(2, 3\) and labels \(3,\) of 2 examples fit neither",
+        ),
         ({"logits": draw(2, 3, 4, 5)}, {"labels": torch.zeros(2, 3, 4)}, "fit neither classes nor tokens"),
         ({"logits": draw(3, 4, 5)}, {"labels": torch.zeros(3, 4).long()}, "the batch has 3 rows for 2 examples"),
         ({"logits": draw(1, 4, 5)}, {"labels": torch.zeros(1, 4).long()}, "needs position_ids or cu_seq_lens_q"),

@@ -58,7 +58,7 @@ def test_the_loader_follows_the_runs_epoch_and_step() -> None:
     run.record(run.next_batch(), {"loss": torch.zeros(4)})
     assert len(list(loader)) == 2
     run.begin_epoch(1)
-    assert [batch["id"].tolist() for batch in loader][0] == run.plan.order[:4].tolist()
+    assert next(iter(loader))["id"].tolist() == run.plan.order[:4].tolist()
 
 
 def test_tuples_and_other_batches_get_the_ids_last() -> None:

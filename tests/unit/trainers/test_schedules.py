@@ -63,9 +63,15 @@ def test_without_pruning_a_schedule_makes_one_step_each(epochs: int, accumulatio
     assert steps == [1] * total
 
 
-def test_the_methods_factor_is_on_the_rate_during_a_step_only() -> None:
+class Subclass(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, Subclass])
+def test_the_methods_factor_is_on_the_rate_during_a_step_only(kind: type[torch.optim.SGD]) -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([{"params": [parameter], "lr": 0.1}])
+    optimizer = kind([{"params": [parameter], "lr": 0.1}])
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     factor = [1.0]
     scale_learning_rates(optimizer, lambda: factor[0])
