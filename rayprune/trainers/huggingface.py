@@ -168,7 +168,8 @@ class PrunedTrainer(Trainer):
         """Return the loop's constants, with those that a plan changes.
 
         A resumed loop takes its epoch from global_step // (steps per epoch): a divisor is given that leads to the
-        plan's epoch, or to none if the run had ended. The total is that of a run without pruning; the schedule is built for it.
+        plan's epoch, or to none if the run had ended. The total is that of a run without pruning; the schedule is built
+        for it.
         """
         values = list(super().set_initial_training_values(*args, **kwargs))
         run = self.selection

@@ -49,7 +49,7 @@ KNOWS: dict[str, set[str]] = {
     "cli": _EXPERIMENTS | {"experiments", "report", "testing"},
     "torch": _LOOPS | {"engine.user_loop"},
     "trainers": _DATA,
-    **dict.fromkeys(("accelerate", "huggingface", "lightning"), {"trainers"}),
+    **{name: {"trainers"} for name in ("accelerate", "huggingface", "lightning")},
     "testing": _NUMPY | {"methods"},
     "__main__": {"cli"},
     "errors": set(),

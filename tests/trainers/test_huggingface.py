@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import signal
 import socket
@@ -25,7 +26,7 @@ from rayprune.core.method import Method
 from rayprune.errors import ConfigError, RunFolderError, UsageError
 from rayprune.huggingface import ExampleLosses, PrunedTrainer
 from tests.support import huggingface as hf
-from tests.support.huggingface import EPOCHS, LABELS, METHOD, N, ROWS, fit, new_trainer, planned, visited
+from tests.support.huggingface import EPOCHS, LABELS, METHOD, ROWS, N, fit, new_trainer, planned, visited
 
 STEPS = {"save_strategy": "steps", "save_steps": 4}
 
@@ -68,7 +69,7 @@ def test_visits_are_the_selectors_own_plan(whole: Any, task: str, accumulation: 
     assert visited([trainer]) == plan
     assert [len(epoch) for epoch in plan] == [trainer.selector.num_samples, *map(len, plan[1:])]
     assert max(map(len, plan[1:])) < N
-    updates = sum(-(-(-(-len(epoch) // ROWS)) // accumulation) for epoch in plan)
+    updates = sum(math.ceil(math.ceil(len(epoch) / ROWS) / accumulation) for epoch in plan)
     assert trainer.state.global_step == updates
     assert trainer.lr_scheduler.get_last_lr()[0] == 0.0
     check_end(trainer)
@@ -109,7 +110,7 @@ def test_a_weighted_batch_has_the_weighted_gradient(tmp_path: Path) -> None:
 
         trainer.add_callback(Look())
         trainer.train()
-        run = trainer.selection
+        run, shift = trainer.selection, int(hasattr(trainer, "_loss_shifts_labels"))  # 4.57 counts first tokens, too
         run_ids = [(epoch, ids) for epoch, ids, _ in trainer.visits]
         selector, at, checked = rayprune.Selector(METHOD, N, EPOCHS, 42), 0, 0
         for epoch in range(2):
@@ -126,7 +127,7 @@ def test_a_weighted_batch_has_the_weighted_gradient(tmp_path: Path) -> None:
                     batch = [trainer.train_dataset[i] for i in ids]
                     collated = trainer.data_collator([{k: v for k, v in row.items() if k != "text"} for row in batch])
                     losses = torch.stack([_loss_sum(model, collated, row) for row in range(len(ids))])
-                    count = len(ids) if task == "classes" else int((collated["labels"][:, 1:] != -100).sum())
+                    count = len(ids) if task == "classes" else int((collated["labels"][:, shift:] != -100).sum())
                     ((losses * weights).sum() / count).backward()
                     for name, parameter in model.named_parameters():
                         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
@@ -276,7 +277,8 @@ def test_two_processes_visit_the_plan_and_train_the_weights_of_one(two: Any, tmp
         assert [ids for _, ids, _ in visits[1]].count([]) == EPOCHS
     np.testing.assert_array_equal(ranks[0]["loss"], ranks[1]["loss"])
     assert hf.largest_difference(ranks[0]["weights"], ranks[1]["weights"]) == 0.0
-    if "optim" in options:  # a classifier's loss, which transformers multiplies by the number of processes
+    if "optim" in options and new_trainer(tmp_path).model_accepts_loss_kwargs:
+        # A classifier's loss, which transformers 5 multiplies by the number of processes.
         options["learning_rate"] *= 2
     one = fit(tmp_path, **options, per_device_train_batch_size=2 * ROWS)
     assert visited([one]) == visited(visits)
@@ -294,7 +296,7 @@ def test_an_epoch_of_one_incomplete_batch_is_trained(two: Any) -> None:
     """30 and 23 rows: the ranks' own means are not those of the batch."""
     ranks = two[0]["one-batch"]
     assert "error" not in ranks[0]
-    assert [len(ids) for ids in visited([rank["visits"] for rank in ranks], 2)][0] == N
+    assert len(visited([rank["visits"] for rank in ranks], 2)[0]) == N
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -303,12 +305,15 @@ def test_a_run_of_two_processes_resumes_with_as_many_and_with_one(two: Any, tmp_
     uninterrupted = results["language-1"]
     start = folder / JOBS["resumed-1"]["resume"]
     if world_size == 2:
+        if "restore data location" in results["resumed-1"][0].get("error", ""):
+            pytest.skip("this accelerate can't load an optimizer in several CPU processes with this torch")
         visits = [rank["visits"] for rank in results["resumed-1"]]
         weights = results["resumed-1"][0]["weights"]
         assert hf.largest_difference(weights, uninterrupted[0]["weights"]) == 0.0
     else:
         one = fit(tmp_path, resume=start, task="language", per_device_train_batch_size=2 * ROWS)
         visits, weights = [one.visits], hf.weights(one)
+        assert visited(visits) == visited([rank["visits"][10:] for rank in uninterrupted])
         assert hf.largest_difference(weights, uninterrupted[0]["weights"]) < 1e-4
     expected = [rank["visits"][10:] for rank in uninterrupted]
     assert visits[0][0][0] == 1
