@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo docs test scenarios test-all torture check format setup bench clean
+.PHONY: demo docs test test-oldest scenarios test-all torture check format setup bench clean
 
 setup: $(VENV)/.done
 
@@ -27,11 +27,20 @@ docs: setup
 test: setup
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
+# The Hugging Face tests again, on the oldest packages that pyproject.toml allows, beside the newest of everything else.
+OLDEST := $(VENV)/oldest
+$(OLDEST)/.done: setup
+	test -f $@ || { $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLDEST) \
+	  'transformers==4.57.1' 'huggingface_hub<1' 'tokenizers==0.22.1' 'datasets==4.0.0' 'accelerate==1.10.0' && touch $@; }
+
+test-oldest: $(OLDEST)/.done
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/trainers/test_huggingface.py tests/unit/trainers
+
 # The long forms alone, the longest first: kills, a cluster that grows and shrinks, a soak.
 scenarios: setup
 	$(BIN)/python -m pytest -m scenario --numprocesses=2 --dist=load --maxschedchunk=1 tests/scenarios tests/integration tests/project tests/unit
 
-test-all: test scenarios
+test-all: test test-oldest scenarios
 
 # 56 faults inside epochs; 15 to 22 minutes on two cores.
 torture: setup

@@ -62,6 +62,11 @@ class PDD(DynamicMethod):
         score = "correct" if self.threshold == 0.0 else "prob_label"
         object.__setattr__(self, "signals", ("loss",) if self.variant == "srd" else (score,))
 
+    @property
+    def cost(self) -> str:
+        """The re-scoring."""
+        return "forward passes over the dropped samples" if self.rescore and self.variant != "srd" else ""
+
     def prune(self, table: ScoreTable, context: EpochContext) -> Selection:
         """Apply the variant."""
         everyone = np.ones(context.num_samples, dtype=bool)

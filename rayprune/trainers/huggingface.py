@@ -29,7 +29,7 @@ from rayprune.errors import ConfigError, RunFolderError, UsageError
 from rayprune.nn.signals import signals_per_sample
 from rayprune.trainers.example_losses import ExampleLosses, example_losses
 from rayprune.trainers.loader import PlannedLoader, check_map_style
-from rayprune.trainers.run import PlannedBatch, PlannedRun
+from rayprune.trainers.run import PlannedBatch, PlannedRun, check_method
 from rayprune.trainers.schedules import StepPacer, scale_learning_rates
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,10 @@ class PrunedTrainer(Trainer):
     def __init__(self, *args: Any, method: Method, labels: ArrayLike | None = None, **kwargs: Any) -> None:
         if not isinstance(method, Method):
             raise ConfigError(f"method must be a rayprune method such as InfoBatch(), got {type(method).__name__}")
+        check_method(method)
         _check_packing(kwargs.get("args", args[1] if len(args) > 1 else None))  # before a trainer packs the data
+        if kwargs.get("train_dataset") is not None:
+            check_map_style(kwargs["train_dataset"])
         super().__init__(*args, **kwargs)
         self._method, self._labels = method, labels
         self.selection: PlannedRun | None = None
@@ -166,14 +169,16 @@ class PrunedTrainer(Trainer):
         """Return the loop's constants, with those that a plan changes.
 
         A resumed loop takes its epoch from global_step // (steps per epoch): a divisor is given that leads to the
-        plan's epoch. The total is that of a run without pruning; the schedule is built for it.
+        plan's epoch, or to none if the run had ended. The total is that of a run without pruning; the schedule is built
+        for it.
         """
         values: list[Any] = list(super().set_initial_training_values(*args, **kwargs))
         run = self.selection
         assert run is not None
         if self._resume_from is not None:
             step = _global_step(self._resume_from)
-            values[1] = step / (run.resume_epoch + 0.5) if step else values[1]
+            epoch = run.resume_epoch if run.updates_left else run.selector.num_epochs
+            values[1] = step / (epoch + 0.5) if step else values[1]
         values[-1] = run.num_full_updates
         return tuple(values)
 
@@ -221,24 +226,32 @@ class PrunedTrainer(Trainer):
             run.record(batch, {})
             return losses.sums.sum() * 0.0
         signals = self._signals(losses)
-        divisors = self._divisors(losses, batch, num_items)
         if not self._loss_rule or run.step == 0:
-            self._loss_rule = _matching_rule(loss, losses.sums.sum(), divisors)
+            own_rows = self._divisors(losses, batch.ids.size, num_items)
+            self._loss_rule = _matching_rule(loss, losses.sums.sum(), own_rows)
         run.record(batch, signals)
         if batch.is_plain:
             return loss
         weights = torch.from_numpy(batch.weights).to(losses.sums.device, losses.sums.dtype)
+        divisors = self._divisors(losses, batch.mean_rows, num_items)
         return (losses.sums * weights).sum() / divisors[self._loss_rule]
 
-    def _divisors(self, losses: ExampleLosses, batch: PlannedBatch, num_items: Any) -> dict[str, Any]:
-        """Return what the model may divide the sum of its losses by; the Trainer's versions and the models differ."""
+    def _divisors(self, losses: ExampleLosses, rows: float, num_items: Any) -> dict[str, Any]:
+        """Return what the loss may divide the sum of `rows` losses by; the Trainer's versions and the models differ.
+
+        With several processes, the Trainer multiplies the loss by their number, also that of a model that does not
+        divide by the items of all of them.
+        """
         divisors: dict[str, Any] = {}
         if num_items is not None:
             divisors = {"items of all processes": num_items / self.args.world_size, "items": num_items}
             if self.args.world_size == 1 or not self.args.average_tokens_across_devices:
                 divisors = {"items": num_items}
         is_class = losses.logits is not None or bool((losses.counts == 1).all())
-        divisors["positions of the batch"] = batch.mean_rows if is_class else losses.counts.sum().clamp(min=1)
+        positions = rows if is_class else losses.counts.sum().clamp(min=1)
+        divisors["positions of the batch"] = positions
+        if num_items is not None and self.args.world_size > 1:
+            divisors["positions of the batch, times processes"] = positions / self.args.world_size
         return divisors
 
     def _signals(self, losses: ExampleLosses) -> dict[str, Tensor]:
@@ -281,6 +294,8 @@ class _Follow(TrainerCallback):
         run = self._trainer.selection
         assert run is not None
         self._pacer = StepPacer(run)
+        if not run.updates_left:  # resumed after its end
+            state.max_steps = state.global_step
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         run = self._trainer.selection
@@ -319,7 +334,8 @@ class _Loader(PlannedLoader):
         self.planned.begin_epoch(epoch)
 
     def __len__(self) -> int:
-        return self.planned.num_batches - self.planned.step
+        # At least 1, as the loop refuses an empty loader: that of a finished run, which it will not iterate.
+        return max(1, self.planned.num_batches - self.planned.step)
 
     def __iter__(self) -> Iterator[Any]:
         for batch in super().__iter__():

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from rayprune.errors import ConfigError, DataError, UsageError
@@ -66,6 +67,12 @@ class PlannedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield batches with their ids."""
+        run = self.planned
+        # torch draws a number for its workers at every start. Inside an epoch it must not be one of the global
+        # generator's, whose state a checkpoint has restored.
+        seed = [run.selector.seed, max(0, run.epoch), run.step, run.rank]
+        number = int(np.random.default_rng(seed).integers(2**63))
+        self.data_loader.generator = torch.Generator().manual_seed(number) if run.step else None
         return iter(self.data_loader)
 
 

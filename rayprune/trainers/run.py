@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,7 +111,7 @@ class PlannedRun:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        _check_method(method)
+        check_method(method)
         _check_position(rank, world_size, accumulation)
         if not isinstance(num_epochs, int | float) or not 0 < num_epochs < math.inf:
             raise ConfigError(f"num_epochs {num_epochs!r} must be a number above 0")
@@ -180,10 +181,7 @@ class PlannedRun:
         """The fraction of the run's planned optimizer steps that were made, in [0, 1]; every epoch counts alike."""
         if self.epoch < 0:
             return 0.0
-        updates = (
-            -(-self.step // self.accumulation) if self.step == self.num_batches else self.step // self.accumulation
-        )
-        inside = updates / self.num_updates if self.num_updates else 1.0
+        inside = self._updates_made / self.num_updates if self.num_updates else 1.0
         return min(1.0, (self.epoch + inside) / self.num_epochs)
 
     @property
@@ -197,7 +195,12 @@ class PlannedRun:
     def updates_left(self) -> int:
         """The optimizer steps of the current epoch that the run still has, fewer if the run ends inside the epoch."""
         last = math.ceil(min(1.0, self.num_epochs - self.epoch) * self.num_updates - 1e-9)
-        return max(0, last - self.step // self.accumulation)
+        return max(0, last - self._updates_made)
+
+    @property
+    def _updates_made(self) -> int:
+        """The optimizer steps that were made in the current epoch; its last incomplete group makes one, too."""
+        return self.num_updates if self.step == self.num_batches else self.step // self.accumulation
 
     def begin_epoch(self, epoch: int) -> None:
         """Plan an epoch; repeated calls change nothing. Collective when the epoch before has not ended."""
@@ -211,6 +214,11 @@ class PlannedRun:
                 "not make: use it in rayprune train, or in a loop of your own"
             )
         self.plan = Plan.of_selection(selection, self.global_rows, self.selector.seed, epoch, self.last_batch)
+        if not self.plan.num_steps:
+            raise ConfigError(
+                f"epoch {epoch} keeps {selection.num_kept} samples, which is less than a batch of {self.global_rows}, "
+                "and the incomplete last batch is dropped: keep it, or lower the batch size or the prune ratio"
+            )
         self.epoch, self.step, self.has_ended, self._span = epoch, 0, False, None
         if self._resume_rows:
             self.step, self._resume_rows = self._step_of(self._resume_rows), 0
@@ -370,12 +378,14 @@ class PlannedRun:
         arrays = {name: np.array(tensor.cpu().numpy()) for name, tensor in state["selector"].items()}
         self.selector.load_state_dict(arrays)
         self._pending, self.epoch = [], -1
-        self._resume_rows = int(state["rows"])
         self._resume_epoch = int(state["epoch"])
+        # A state of a finished run goes on after the last epoch's last batch.
+        is_finished = self._resume_epoch >= self.selector.num_epochs
+        self._resume_rows = sys.maxsize if is_finished else int(state["rows"])
 
     @property
     def resume_epoch(self) -> int:
-        """The epoch where a loaded state goes on; 0 without one."""
+        """The epoch where a loaded state goes on, num_epochs if it is of a finished run; 0 without one."""
         return self._resume_epoch
 
     def _about(self) -> dict[str, Any]:
@@ -416,9 +426,21 @@ def _gathered(own: list[Push], world_size: int) -> list[Push]:
     return [push for pushes in by_rank for push in pushes]
 
 
-def _check_method(method: Any) -> None:
-    if isinstance(method, Method) and (method.step()[0] == "in_batch" or method.sweep_signals):
-        how = "picks rows inside a train step" if method.step()[0] == "in_batch" else "needs passes without training"
+def check_method(method: Any) -> None:
+    """Raise ConfigError if a method needs more than the losses of a trainer's own steps."""
+    if not isinstance(method, Method):
+        return  # the Selector says so
+    step = method.step()[0]
+    how = ""
+    if step == "in_batch":
+        how = "picks rows inside a train step"
+    elif step != "plain":
+        how = f"needs the train step {step!r}"
+    elif method.sweep_signals:
+        how = "needs passes without training"
+    elif method.cost and not method.fixed:
+        how = f"needs {method.cost}"
+    if how:
         raise ConfigError(f"method {method.name!r} {how}, which a trainer does not make: use it in rayprune train")
 
 

@@ -48,7 +48,7 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, scale: Callable[[], f
 
     def before(*_: Any) -> None:
         factor = scale()
-        if factor != 1.0:
+        if factor != 1.0 and not saved:  # a subclass's step calls its base's, which has the hooks as well
             saved[:] = [group["lr"] for group in optimizer.param_groups]
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"] * factor
