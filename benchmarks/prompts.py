@@ -2,8 +2,9 @@
 
 `prompts` draws 512 of a million prompts and observes eight rewards of each. `prompts.grpo` runs
 examples/grpo_prompts.py: uniform sampling and every strategy from the same seeds, which set the task, the first
-weights, the rollouts and the draws. All arms have the same settings; the learning rate is the one of LRS with which
-uniform sampling needs the fewest rollouts, on TUNING_SEEDS. An interval is Student's t for the mean of log ratios.
+weights, the rollouts and the draws. All arms fill each batch with the same number of groups with variance and have
+the same settings; the learning rate is the one of LRS with which uniform sampling needs the fewest rollouts, on
+TUNING_SEEDS. All rollouts count, also those of discarded groups. An interval is Student's t for the mean of log ratios.
 """
 
 from __future__ import annotations
@@ -66,10 +67,19 @@ def grpo() -> Iterator[Figure]:
         reached = sum(run["reward"] >= example.TARGET for run in runs)
         yield Figure(f"{name}, lr {lr:g}: rollouts to reward {example.TARGET} ({reached} runs reached it)", rollouts)
         yield Figure(f"{name}: share of groups without variance", [run["wasted"] for run in runs])
+        steps, short = [run["steps"] for run in runs], sum(run["short"] for run in runs)
+        yield Figure(f"{name}: optimizer steps (batches not full: {short} of {sum(steps)})", steps)
+        yield Figure(
+            f"{name}: distinct prompts in a batch of {example.BATCH} groups", [run["distinct"] for run in runs]
+        )
         if name != "uniform":
-            ratio = ratios(rollouts, uniform)
-            mean, low, high = mean_ratio(ratio)
-            yield Figure(f"{name} ÷ uniform: mean ratio {mean:.2f}, 95% interval {low:.2f} … {high:.2f}", ratio)
+            for quantity, values, baseline in (
+                ("rollouts", rollouts, uniform),
+                ("steps", steps, [run["steps"] for run in results["uniform"]]),
+            ):
+                ratio = ratios(values, baseline)
+                mean, low, high = mean_ratio(ratio)
+                yield Figure(f"{name} ÷ uniform, {quantity}: {mean:.2f}, 95% interval {low:.2f} … {high:.2f}", ratio)
 
 
 def mean_ratio(values: list[float]) -> tuple[float, float, float]:

@@ -1,10 +1,13 @@
-"""GRPO on a toy task with verifiable rewards: how many rollouts each strategy of prompt selection needs.
+"""GRPO with dynamic sampling on a toy task: how many rollouts each strategy of prompt selection needs.
 
 A prompt is a rule and a word of digits; the answer is the rule applied to each digit, and the reward is 1 if every
 digit is right, else 0. The policy starts with one rule known, like a pretrained model: these prompts are solved from
 the start. Answers of several digits in unknown rules are out of reach until their digits are learned from short ones,
-and some prompts have a wrong answer key and are never solved. Groups with equal rewards teach nothing.
+and some prompts have a wrong answer key and are never solved. Groups with equal rewards teach nothing: each step draws
+prompts until BATCH groups have variance, and discards the others (DAPO, arXiv 2503.14476).
 """
+
+from collections import Counter
 
 import numpy as np
 import torch
@@ -13,7 +16,8 @@ import rayprune
 
 DIGITS, RULES, LENGTH, WIDTH = 4, 32, 4, 64
 PROMPTS, HELD_OUT, TRIVIAL, BROKEN = 500, 500, 0.6, 0.2
-GROUP, BATCH, LR, ENTROPY, EVERY, MAX_STEPS, TARGET = 8, 32, 3e-2, 0.02, 2, 1500, 0.85
+GROUP, BATCH, LR, ENTROPY, MAX_STEPS, TARGET = 8, 32, 3e-2, 0.02, 200, 0.85
+AT_ONCE, MAX_DRAWS = BATCH * 3 // 2, 2 * PROMPTS  # prompts drawn in one call, and in one step before it gives up
 
 
 def make_task(seed):
@@ -62,35 +66,55 @@ def held_out_reward(policy, prompts):
     return (right * (torch.arange(LENGTH) < lengths[:, None])).sum(dim=1).exp().mean().item()
 
 
+@torch.no_grad()
+def fill_batch(policy, selector, prompts):
+    """Draw prompts until BATCH groups have variance; return these groups, and the number of drawn prompts.
+
+    A group is a prompt's id, its rollouts (GROUP, LENGTH) and their rewards (GROUP,). After MAX_DRAWS prompts, the step
+    goes on with the groups that it has.
+    """
+    groups, drawn = [], 0
+    while len(groups) < BATCH and drawn < MAX_DRAWS:
+        ids = torch.from_numpy(selector.next(selector.draws_for(BATCH - len(groups), most=AT_ONCE)))
+        rules, digits, answers, lengths = (part[ids] for part in prompts)
+        rollouts = torch.distributions.Categorical(logits=policy(rules, digits)).sample((GROUP,)).transpose(0, 1)
+        right = (rollouts == answers[:, None]) | (torch.arange(LENGTH) >= lengths[:, None, None])
+        rewards = right.all(dim=2).float()  # (n, GROUP)
+        selector.observe(ids.numpy(), rewards.numpy())
+        groups += [group for group in zip(ids, rollouts, rewards, strict=True) if group[2].std() > 0]
+        drawn += len(ids)
+    return groups, drawn
+
+
 def train(strategy, seed, lr=LR):
-    """Run GRPO until the held-out reward is TARGET; return the rollouts, the share of wasted groups, the reward."""
+    """Run GRPO until the held-out reward is TARGET; return the numbers of rollouts and steps, and others."""
     torch.manual_seed(seed)
     prompts, held_out = make_task(seed)
     policy = Policy()
     optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
     pretrain(policy, optimizer)
     selector = rayprune.PromptSelector(PROMPTS, strategy, seed)
-    reward, wasted, step = held_out_reward(policy, held_out), 0, 0
-    while reward < TARGET and step < MAX_STEPS:
-        ids = selector.next(BATCH)
-        rules, digits, answers, lengths = (part[torch.from_numpy(ids)] for part in prompts)
+    reward, total = held_out_reward(policy, held_out), Counter()
+    while reward < TARGET and total["steps"] < MAX_STEPS:
+        groups, drawn = fill_batch(policy, selector, prompts)
+        total.update(drawn=drawn, wasted=drawn - len(groups), steps=1, short=len(groups) < BATCH)
+        if not groups:
+            continue  # nothing to learn from
+        ids, rollouts, rewards = map(torch.stack, zip(*groups[:BATCH], strict=True))  # those beyond are discarded, too
+        total["distinct"] += len(ids.unique())
+        rules, digits, _, lengths = (part[ids] for part in prompts)
         mask = torch.arange(LENGTH) < lengths[:, None]
         log_probs = policy(rules, digits)  # (BATCH, LENGTH, DIGITS)
-        rollouts = torch.distributions.Categorical(logits=log_probs.detach()).sample((GROUP,))
-        rewards = ((rollouts == answers) | ~mask).all(dim=2).float()  # (GROUP, BATCH)
-        selector.observe(ids, rewards.T.numpy())
-        advantages = (rewards - rewards.mean(dim=0)) / (rewards.std(dim=0) + 1e-4)
-        chosen = log_probs.expand(GROUP, -1, -1, -1).gather(3, rollouts[..., None])[..., 0]
+        advantages = (rewards - rewards.mean(dim=1, keepdim=True)) / (rewards.std(dim=1, keepdim=True) + 1e-4)
+        chosen = log_probs[:, None].expand(-1, GROUP, -1, -1).gather(3, rollouts[..., None])[..., 0]
         entropy = -(log_probs.exp() * log_probs).sum(dim=2)[mask].mean()
-        loss = -((chosen * mask).sum(dim=2) * advantages).mean() - ENTROPY * entropy
+        loss = -((chosen * mask[:, None]).sum(dim=2) * advantages).mean() - ENTROPY * entropy
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        wasted += int((rewards.std(dim=0) == 0).sum())
-        step += 1
-        if step % EVERY == 0:
-            reward = held_out_reward(policy, held_out)
-    return {"rollouts": step * BATCH * GROUP, "wasted": wasted / (step * BATCH), "reward": reward}
+        reward = held_out_reward(policy, held_out)
+    means = {"wasted": total["wasted"] / total["drawn"], "distinct": total["distinct"] / total["steps"]}
+    return {**total, **means, "rollouts": total["drawn"] * GROUP, "reward": reward}
 
 
 def main(strategies=("uniform", "mopps", "greso", "learnability", "zero_variance"), seed=0):
@@ -101,7 +125,8 @@ def main(strategies=("uniform", "mopps", "greso", "learnability", "zero_variance
         ratio = result["rollouts"] / results[strategies[0]]["rollouts"]
         print(
             f"{strategy}: {result['rollouts']:,} rollouts to a held-out reward of {result['reward']:.3f}, "
-            f"{result['wasted']:.0%} of the groups without variance, {ratio:.2f} of the rollouts of {strategies[0]}"
+            f"{result['wasted']:.0%} of the groups without variance, {result['steps']} steps, "
+            f"{ratio:.2f} of the rollouts of {strategies[0]}"
         )
     return results
 

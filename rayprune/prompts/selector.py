@@ -30,7 +30,7 @@ class PromptSelector:
 
     Args:
         num_prompts: N, at least 1.
-        strategy: "mopps", "greso", "learnability", "zero_variance", "uniform", or a strategy from `rayprune.prompts`,
+        strategy: "greso", "zero_variance", "mopps", "learnability", "uniform", or a strategy from `rayprune.prompts`,
             such as `MoPPS(target=0.4)`.
         seed: non-negative integer; with the calls and their order it determines every draw.
         group_size: G, the rollouts of each draw, at least 2; a group is complete when G rewards of its prompt have
@@ -54,7 +54,7 @@ class PromptSelector:
     def __init__(
         self,
         num_prompts: int,
-        strategy: str | Strategy = "mopps",
+        strategy: str | Strategy = "greso",
         seed: int = 0,
         *,
         group_size: int | None = None,

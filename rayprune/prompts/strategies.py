@@ -38,15 +38,18 @@ class GRESO(PassStrategy):
     falls by `step` if the share of solved groups without variance is at least `target_easy`, and rises by `step`
     otherwise; p_hard and `target_hard` likewise.
 
-    Deliberate deviations: a batch is as many complete groups as the last `next` drew, whenever they arrive; p stays in
-    [step, 1], so every prompt comes back; a call that two whole passes do not fill draws skipped prompts. The paper's
-    adaptive batch size is `PromptSelector.draws_for`.
+    The defaults are those of the authors' training scripts and code (github.com/Infini-AI-Lab/GRESO). The adaptive
+    batch size is `PromptSelector.draws_for`.
+
+    Deliberate deviations: a batch is as many complete groups as the last `next` drew, whenever they arrive, where the
+    authors' code takes all draws of a training step, from the second pass on; p stays in [step, 1] (there: [0.05,
+    0.95]), so every prompt comes back; a call that two whole passes do not fill draws skipped prompts.
 
     Args:
         p_easy: the first exploration probability of easy prompts, in (0, 1].
         p_hard: that of hard prompts.
-        target_easy: the target share of groups without variance that are solved, in [0, 1].
-        target_hard: the target share of the others without variance. The paper's 25% in total, 1:2.
+        target_easy: the target share of groups without variance that are solved, in [0, 1]; a third of 25%.
+        target_hard: the target share of the others without variance; two thirds of 25%.
         step: Δp, in (0, 1].
     """
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import rayprune
 from rayprune.config import load_config
 from rayprune.experiments.audit.runner import audit
 from tests.support.language import tiny_llama, tokenizer
@@ -119,10 +120,28 @@ def test_the_prompts_of_a_grpo_loop(capsys: pytest.CaptureFixture[str]) -> None:
     results = example.main(("uniform", "zero_variance"))
     for result in results.values():
         assert result["reward"] >= example.TARGET
-        assert 0 < result["rollouts"] < example.MAX_STEPS * example.BATCH * example.GROUP
+        full = result["steps"] - result["short"]
+        assert 0 < full <= result["steps"] < example.MAX_STEPS
+        assert result["rollouts"] * (1 - result["wasted"]) >= full * example.BATCH * example.GROUP
+        assert result["rollouts"] < result["steps"] * (example.MAX_DRAWS + example.AT_ONCE) * example.GROUP
         assert 0.3 < result["wasted"] < 1.0
+        assert 1 < result["distinct"] <= example.BATCH
     printed = capsys.readouterr().out
     assert f"zero_variance: {results['zero_variance']['rollouts']:,} rollouts" in printed
+
+
+def test_a_batch_that_cannot_be_filled_ends() -> None:
+    """A policy that solves all prompts gives no group variance."""
+    example = load_example("grpo_prompts")
+    rules, digits, _, lengths = example.make_task(0)[0]
+    selector = rayprune.PromptSelector(example.PROMPTS, "uniform", 0)
+
+    def policy(rules: torch.Tensor, digits: torch.Tensor) -> torch.Tensor:
+        return 100.0 * torch.nn.functional.one_hot(digits, example.DIGITS)
+
+    groups, drawn = example.fill_batch(policy, selector, (rules, digits, digits, lengths))
+    assert groups == []
+    assert example.MAX_DRAWS <= drawn < example.MAX_DRAWS + example.AT_ONCE
 
 
 @pytest.mark.parametrize("name", NAMES)
