@@ -171,7 +171,7 @@ class PrunedLoader(PlannedLoader, DataLoaderStateMixin):
         self.planned.load_state_dict(state)
 
     @property
-    def batch_sampler(self) -> Any:
+    def sampler(self) -> Any:
         # skip_first_batches asks for it.
         raise ConfigError("leave skip_first_batches out: after load_state, the loader goes on inside the epoch itself")
 

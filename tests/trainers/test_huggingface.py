@@ -313,8 +313,9 @@ def test_a_run_of_two_processes_resumes_with_as_many_and_with_one(two: Any, tmp_
     else:
         one = fit(tmp_path, resume=start, task="language", per_device_train_batch_size=2 * ROWS)
         visits, weights = [one.visits], hf.weights(one)
-        if not hasattr(one, "_loss_shifts_labels"):
-            pytest.xfail("with transformers 4.57 the weights drift apart after this resume; the cause is not known yet")
+        if one._train_batch_size == ROWS:  # transformers 4.57 goes on with the batch size of the checkpoint
+            assert visited(visits)[1] == visited([rank["visits"][10:] for rank in uninterrupted])[1]
+            return
         assert hf.largest_difference(weights, uninterrupted[0]["weights"]) < 1e-4
     expected = [rank["visits"][10:] for rank in uninterrupted]
     assert visits[0][0][0] == 1

@@ -6,9 +6,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 
+import rayprune
+from rayprune.errors import ConfigError
 from tests.support.trainer_loops import (
     BATCH,
     EPOCHS,
@@ -99,6 +102,27 @@ def test_two_processes_train_on_the_plan(kind: str, tmp_path: Path) -> None:
     assert difference(records[0], records[1]) == 0.0
     for name, column in records[0].scores.items():
         torch.testing.assert_close(torch.from_numpy(records[1].scores[name]), torch.from_numpy(column), equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_killed_processes_go_on_inside_the_epoch(kind: str, tmp_path: Path) -> None:
+    settings = {"accumulation": 3, "save_every": 2, "folder": tmp_path, "batch_size": BATCH // 2}
+    if kind == "lightning":
+        settings["devices"] = 2
+    whole = in_processes(kind, 2, tmp_path / "whole", **{**settings, "save_every": 0})
+    in_processes(kind, 2, tmp_path / "killed", fails=True, stop_after=21, **settings)
+    newest = max(tmp_path.glob("step=*"), key=lambda path: int(path.name.split("=")[1].split(".")[0]))
+    resumed = in_processes(kind, 2, tmp_path / "resumed", resume=newest, **{**settings, "save_every": 0})
+    assert resumed[0].visits[0][0] == 1
+    assert difference(whole[0], resumed[0]) == 0.0
+    assert visits_of(resumed)[2] == visits_of(whole)[2]
+    assert visits_of(resumed)[3] == visits_of(whole)[3]
+
+
+def test_accelerate_needs_no_skipped_batches() -> None:
+    loader = rayprune.accelerate.PrunedLoader(Points(), rayprune.InfoBatch(), EPOCHS, BATCH)
+    with pytest.raises(ConfigError, match="leave skip_first_batches out"):
+        accelerate.skip_first_batches(loader, 2)
 
 
 def test_a_checkpoint_at_the_last_step_of_an_epoch_leads_to_the_next(tmp_path: Path) -> None:
