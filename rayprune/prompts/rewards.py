@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -79,11 +80,13 @@ class RewardScale:
     tolerance: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.success is not None and not np.isfinite(self.success):
+        if self.success is not None and not _is_number(self.success):
             raise ConfigError(f"success {self.success!r} must be a finite number or None")
-        if len(self.reward_range) != 2 or not -np.inf < self.reward_range[0] < self.reward_range[1] < np.inf:
+        bounds = self.reward_range
+        is_pair = isinstance(bounds, tuple | list) and len(bounds) == 2 and all(map(_is_number, bounds))
+        if not is_pair or not bounds[0] < bounds[1]:
             raise ConfigError(f"reward_range {self.reward_range!r} must be (low, high) with low < high")
-        if not 0 <= self.tolerance < np.inf:
+        if not _is_number(self.tolerance) or self.tolerance < 0:
             raise ConfigError(f"tolerance {self.tolerance!r} must be a number of at least 0")
 
     def check(self, rewards: NDArray[np.float64]) -> None:
@@ -136,7 +139,7 @@ def check_rewards(ids: ArrayLike, rewards: ArrayLike, num_prompts: int) -> tuple
     Raises:
         ConfigError: ids that are no integers in [0, num_prompts), rewards of another shape, or not finite.
     """
-    keys, values = np.asarray(ids), np.asarray(rewards)
+    keys, values = _array("ids", ids), _array("rewards", rewards)
     if keys.ndim != 1 or (keys.dtype.kind not in "iu" and keys.size):
         raise ConfigError(f"ids must be integers of shape (B,), got {keys.dtype} of shape {keys.shape}")
     if values.dtype.kind not in "biuf" and values.size:
@@ -156,6 +159,23 @@ def check_rewards(ids: ArrayLike, rewards: ArrayLike, num_prompts: int) -> tuple
             "or leave it out"
         )
     return keys.astype(np.int64), values
+
+
+def _array(name: str, values: Any) -> NDArray[Any]:
+    if hasattr(values, "detach"):  # a tensor: of any device, with gradients, in bfloat16, which NumPy does not have
+        values = values.detach().cpu()
+        values = values.double() if values.is_floating_point() else values
+    try:
+        return np.asarray(values)
+    except ValueError:  # rows of several lengths
+        raise ConfigError(
+            f"{name} must be an array, got rows of several lengths: give one reward for each id"
+        ) from None
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return is_number and bool(np.isfinite(value))
 
 
 class GroupBuffer:

@@ -71,7 +71,7 @@ class PromptSelector:
             raise ConfigError(f"num_prompts {num_prompts} is above 2^31 - 1, the most that ids can number")
         self.num_prompts, self.seed = int(num_prompts), int(seed)
         self.strategy = build_strategy(strategy)
-        self.scale = RewardScale(success, (float(reward_range[0]), float(reward_range[1])), tolerance)
+        self.scale = RewardScale(success, reward_range, tolerance)
         self._buffer = GroupBuffer(None if group_size is None else int(group_size), self.scale)
         numbers = {**dict.fromkeys(_WINDOW, 0), "zero_variance": 0.0, **self.strategy.numbers()}
         self._table = PromptTable(self.num_prompts, self.strategy.columns(), numbers)
@@ -139,10 +139,11 @@ class PromptSelector:
             most: the largest result; N if None.
 
         Raises:
-            ConfigError: `useful` or `safety` is below 1.
+            ConfigError: an argument is below 1, or no number.
         """
-        if useful < 1 or safety < 1:
-            raise ConfigError(f"useful {useful} and safety {safety} must be at least 1")
+        for name, value in (("useful", useful), ("safety", safety), ("most", 1 if most is None else most)):
+            if isinstance(value, bool) or not isinstance(value, int | float | np.integer) or not 1 <= value < math.inf:
+                raise ConfigError(f"{name} {value!r} must be a number of at least 1")
         wanted = math.ceil(safety * useful / max(1.0 - self.zero_variance, 1e-9))
         return min(wanted, self.num_prompts, most if most is not None else self.num_prompts)
 
@@ -237,6 +238,8 @@ class PromptSelector:
             schema, numbers, generator = header["schema"], header["numbers"], header["generator"]
         except (KeyError, ValueError, TypeError):
             raise RunFolderError("the state has no readable header: give what state_dict() returned") from None
+        if not isinstance(schema, int) or not isinstance(numbers, dict):
+            raise RunFolderError("the state's header is damaged: give what state_dict() returned")
         if schema > STATE_SCHEMA:
             raise RunFolderError(f"state of schema {schema}, this version reads up to {STATE_SCHEMA}: upgrade rayprune")
         for name, own in json.loads(json.dumps(self._settings())).items():
@@ -264,6 +267,9 @@ class PromptSelector:
         missing += [name for name in self._table.numbers if name not in numbers]
         if missing:
             raise RunFolderError(f"the state lacks {', '.join(missing)}: give a whole state_dict()")
+        ids, rewards = np.asarray(state["pending/ids"]), np.asarray(state["pending/rewards"])
+        if ids.ndim != 1 or ids.shape != rewards.shape or (ids.size and not 0 <= ids.min() <= ids.max() < len(self)):
+            raise RunFolderError("the state's incomplete groups are damaged: give what state_dict() returned")
         for name, column in expected.items():
             stored = np.asarray(state[name])
             if stored.shape != column.shape or stored.dtype != column.dtype:

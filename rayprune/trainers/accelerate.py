@@ -56,7 +56,7 @@ class PrunedLoader(PlannedLoader, DataLoaderStateMixin):
         self,
         dataset: Any,
         method: Method,
-        num_epochs: float,
+        num_epochs: int,
         batch_size: int,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         *,
@@ -66,6 +66,8 @@ class PrunedLoader(PlannedLoader, DataLoaderStateMixin):
         **options: Any,
     ) -> None:
         super().__init__(None, dataset, collate_fn, **options)
+        if isinstance(num_epochs, bool) or not isinstance(num_epochs, int):
+            raise ConfigError(f"num_epochs {num_epochs!r} must be an integer of at least 1")
         state = PartialState()
         self._device, self.gradient_state = state.device, GradientState()
         self.run = PlannedRun(
@@ -99,15 +101,23 @@ class PrunedLoader(PlannedLoader, DataLoaderStateMixin):
         return self.planned.progress
 
     def epochs(self) -> Iterator[int]:
-        """Yield the numbers of the epochs that are left; when the body ends, the next epoch's samples are selected."""
+        """Yield the numbers of the epochs that are left; when the body ends, the next epoch's samples are selected.
+
+        Raises:
+            UsageError: the epochs were iterated before.
+        """
         run = self.planned
+        if run.epoch > run.resume_epoch:
+            raise UsageError("epochs() can be iterated once: make a new loader for another run")
         run.place(run.rank, run.world_size, self.gradient_state.num_steps)
         for epoch in range(run.resume_epoch, run.selector.num_epochs):
             run.begin_epoch(epoch)
             self._pacer = StepPacer(run) if epoch == run.resume_epoch else self._pacer
             self._is_open = True
-            yield epoch
-            self._is_open = False
+            try:
+                yield epoch
+            finally:
+                self._is_open = False
             run.end_epoch()
 
     def __len__(self) -> int:

@@ -66,10 +66,10 @@ def example_losses(
     Raises:
         ConfigError: the outputs have neither, or the shapes do not fit a known task.
     """
-    log_probs = _get(outputs, "log_probs")
+    log_probs = get_output(outputs, "log_probs")
     if log_probs is not None:
-        return _of_tokens(-log_probs, _get(outputs, "label_mask"), inputs, num_examples)
-    logits, shifted = _get(outputs, "logits"), inputs.get("shift_labels")
+        return _of_tokens(-log_probs, get_output(outputs, "label_mask"), inputs, num_examples)
+    logits, shifted = get_output(outputs, "logits"), inputs.get("shift_labels")
     labels = inputs.get("labels") if shifted is None else shifted
     if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
         raise ConfigError(
@@ -162,5 +162,6 @@ def _example_of_token(inputs: Mapping[str, Any], num_tokens: int) -> Tensor:
     )
 
 
-def _get(outputs: Any, name: str) -> Any:
+def get_output(outputs: Any, name: str) -> Any:
+    """Return one of a model's outputs by name, or None."""
     return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)

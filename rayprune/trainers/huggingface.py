@@ -27,7 +27,7 @@ from rayprune.core.method import Method
 from rayprune.core.selector import Selector
 from rayprune.errors import ConfigError, RunFolderError, UsageError
 from rayprune.nn.signals import signals_per_sample
-from rayprune.trainers.example_losses import ExampleLosses, example_losses
+from rayprune.trainers.example_losses import ExampleLosses, example_losses, get_output
 from rayprune.trainers.loader import PlannedLoader, check_map_style
 from rayprune.trainers.run import PlannedBatch, PlannedRun, check_method
 from rayprune.trainers.schedules import StepPacer, scale_learning_rates
@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "rayprune_selection.pt"
 _ID_KEY = "rayprune_id"
-_TOLERANCE = 2e-2  # of the model's loss in bfloat16 against ours in float32
+# Relative difference of the model's loss to ours, which is computed in float32.
+_TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-4, 1e-2
 
 
 class PrunedTrainer(Trainer):
@@ -76,8 +77,9 @@ class PrunedTrainer(Trainer):
         self._method, self._labels = method, labels
         self.selection: PlannedRun | None = None
         self._batch: PlannedBatch | None = None
-        self._loss_rule = ""
+        self._loss_rule, self._has_tokens = "", None  # type: str, bool | None
         self._resume_from: Path | None = None
+        self._loader: _Loader | None = None
         _check_arguments(self)
         self.add_callback(_Follow(self))
 
@@ -97,6 +99,8 @@ class PrunedTrainer(Trainer):
         """
         assert self._batch is not None
         config = getattr(self.model, "config", None)
+        if "labels" not in inputs and (name := next((each for each in self.label_names if each in inputs), None)):
+            inputs = {**inputs, "labels": inputs[name]}
         return example_losses(
             outputs,
             inputs,
@@ -110,10 +114,12 @@ class PrunedTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """Return a loader of the plan's batches; a run starts, or goes on from a checkpoint."""
+        if self._loader is not None:
+            return self._loader  # that of the running training
         dataset: Any = self.train_dataset
         if dataset is None:
             raise ConfigError("training needs a train_dataset")
-        self.selection = self._new_run(dataset)
+        self.selection, self._loss_rule, self._has_tokens = self._new_run(dataset), "", None
         if self._resume_from is not None:
             self.selection.load_state_dict(_read_state(self._resume_from))
         self.selection.begin_epoch(min(self.selection.resume_epoch, self.selection.selector.num_epochs - 1))
@@ -127,7 +133,7 @@ class PrunedTrainer(Trainer):
         if args.dataloader_num_workers:
             options = {"prefetch_factor": args.dataloader_prefetch_factor}
             options["persistent_workers"] = args.dataloader_persistent_workers
-        return _Loader(
+        loader = _Loader(
             self.selection,
             dataset,
             collate_fn,
@@ -136,6 +142,9 @@ class PrunedTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
             **options,
         )
+        if self.is_in_train:
+            self._loader = loader
+        return loader
 
     def _new_run(self, dataset: Any) -> PlannedRun:
         args = self.args
@@ -159,11 +168,11 @@ class PrunedTrainer(Trainer):
         # The plan knows where to go on; the loop would skip batches of another length.
         resume = kwargs.get("resume_from_checkpoint", args[2] if len(args) > 2 else None)
         self._resume_from = Path(resume) if resume else None
-        skips, self.args.ignore_data_skip = self.args.ignore_data_skip, True
+        skips, self.args.ignore_data_skip, self._loader = self.args.ignore_data_skip, True, None
         try:
             return super()._inner_training_loop(*args, **kwargs)
         finally:
-            self.args.ignore_data_skip, self._resume_from = skips, None
+            self.args.ignore_data_skip, self._resume_from, self._loader = skips, None, None
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
         """Return the loop's constants, with those that a plan changes.
@@ -198,10 +207,17 @@ class PrunedTrainer(Trainer):
         assert run is not None
         ids, self._batch = np.asarray(inputs.pop(_ID_KEY)), run.next_batch()
         run.check_ids(ids[ids >= 0], self._batch)
+        step = run.step
         try:
-            return super().training_step(model, inputs, *args, **kwargs)
+            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         finally:
             self._batch = None
+        if run.step == step:
+            raise UsageError(
+                f"{type(self).__name__} computes its loss without PrunedTrainer: make PrunedTrainer the first base, "
+                "and do not override compute_loss above it; for a loss of your own, override example_losses"
+            )
+        return loss
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
@@ -215,26 +231,36 @@ class PrunedTrainer(Trainer):
             loss: Any = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch, **kwargs)
         with torch.no_grad() if batch.is_plain else contextlib.nullcontext():
             losses = self.example_losses(captured.outputs, given)
-        loss = self._weighted(loss, losses, batch, num_items_in_batch)
+        has_other = get_output(captured.outputs, "aux_loss") is not None
+        loss = self._weighted(loss, losses, num_items_in_batch, has_other=has_other)
         return (loss, captured.outputs) if return_outputs else loss
 
-    def _weighted(self, loss: Tensor, losses: ExampleLosses, batch: PlannedBatch, num_items: Any) -> Tensor:
-        """Record the losses; return the model's own loss if all weights are 1, and the weighted one otherwise."""
-        run = self.selection
+    def _weighted(self, loss: Tensor, losses: ExampleLosses, num_items: Any, *, has_other: bool) -> Tensor:
+        """Record the losses; return the model's own loss if all weights are 1, and the weighted one otherwise.
+
+        With `has_other`, the model's loss has a further term, such as that of balanced experts, which keeps its weight.
+        """
+        run, batch = self.selection, self._batch
         assert run is not None
+        assert batch is not None
         if not batch.ids.size:  # a row of padding
             run.record(batch, {})
             return losses.sums.sum() * 0.0
         signals = self._signals(losses)
-        if not self._loss_rule or run.step == 0:
-            own_rows = self._divisors(losses, batch.ids.size, num_items)
-            self._loss_rule = _matching_rule(loss, losses.sums.sum(), own_rows)
+        own_divisors = self._divisors(losses, batch.ids.size, num_items)
+        if has_other:
+            self._loss_rule = next(iter(own_divisors))
+        elif not self._loss_rule or run.step == 0:
+            self._loss_rule = _matching_rule(loss, losses.sums.sum(), own_divisors)
         run.record(batch, signals)
         if batch.is_plain:
             return loss
         weights = torch.from_numpy(batch.weights).to(losses.sums.device, losses.sums.dtype)
         divisors = self._divisors(losses, batch.mean_rows, num_items)
-        return (losses.sums * weights).sum() / divisors[self._loss_rule]
+        weighted = (losses.sums * weights).sum() / divisors[self._loss_rule]
+        if has_other:
+            weighted = weighted + loss - losses.sums.sum() / own_divisors[self._loss_rule]
+        return weighted
 
     def _divisors(self, losses: ExampleLosses, rows: float, num_items: Any) -> dict[str, Any]:
         """Return what the loss may divide the sum of `rows` losses by; the Trainer's versions and the models differ.
@@ -247,8 +273,9 @@ class PrunedTrainer(Trainer):
             divisors = {"items of all processes": num_items / self.args.world_size, "items": num_items}
             if self.args.world_size == 1 or not self.args.average_tokens_across_devices:
                 divisors = {"items": num_items}
-        is_class = losses.logits is not None or bool((losses.counts == 1).all())
-        positions = rows if is_class else losses.counts.sum().clamp(min=1)
+        if self._has_tokens is None:  # asked once: the host waits for the answer
+            self._has_tokens = losses.logits is None and bool((losses.counts != 1).any())
+        positions = losses.counts.sum().clamp(min=1) if self._has_tokens else rows
         divisors["positions of the batch"] = positions
         if num_items is not None and self.args.world_size > 1:
             divisors["positions of the batch, times processes"] = positions / self.args.world_size
@@ -371,14 +398,16 @@ def _matching_rule(loss: Tensor, total: Tensor, divisors: dict[str, Any]) -> str
         ConfigError: none does, so the examples' losses are not those that the model trains on.
     """
     own = float(loss.detach())
+    tolerance = _TOLERANCE if loss.dtype in (torch.float32, torch.float64) else _LOW_PRECISION_TOLERANCE
     found = {name: float(total.detach() / divisor) for name, divisor in divisors.items()}
     for name, value in found.items():
-        if not math.isfinite(own) or math.isclose(own, value, rel_tol=_TOLERANCE, abs_tol=1e-4):
+        if not math.isfinite(own) or math.isclose(own, value, rel_tol=tolerance, abs_tol=1e-6):
             return name
     values = ", ".join(f"{value:.5g}" for value in found.values())
     raise ConfigError(
         f"the model's loss is {own:.5g}, and the mean of its examples' losses {values}: its loss is not the cross "
-        "entropy of its logits; override example_losses(outputs, inputs), which returns ExampleLosses"
+        "entropy of its logits; return an added loss as aux_loss in the model's outputs, or override "
+        "example_losses(outputs, inputs), which returns ExampleLosses"
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -154,6 +155,7 @@ class PruneCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         run = self.run
+        _check_trainer(trainer, run)
         if trainer.limit_train_batches not in (1.0, None) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise ConfigError("limit_train_batches cuts the plan of an epoch: leave it out, or use a smaller dataset")
         self._pacer = StepPacer(run)
@@ -184,6 +186,36 @@ class PruneCallback(Callback):
         self._loaded = state_dict or None
         if self._loaded is not None and self._run is not None:
             self._run.load_state_dict(self._loaded)
+
+
+def _check_trainer(trainer: Trainer, run: PlannedRun) -> None:
+    """Refuse what would train other epochs than the plan's, or leave a schedule at the wrong place."""
+    if trainer.current_epoch > run.resume_epoch:
+        raise ConfigError(
+            f"the Trainer goes on at epoch {trainer.current_epoch} without the selection's state: give fit the "
+            "checkpoint of a run with this callback (ckpt_path=…), or make a new Trainer"
+        )
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ConfigError("GradientAccumulationScheduler changes the steps of an epoch: use accumulate_grad_batches")
+    for config in trainer.lr_scheduler_configs:
+        if config.interval != "step":
+            continue
+        if config.frequency != 1:
+            raise ConfigError(f"a schedule with frequency {config.frequency} can't follow the plan: use frequency 1")
+        if _length_of(config.scheduler) == -1:
+            raise ConfigError(
+                "a schedule was built for -1 steps, as trainer.estimated_stepping_batches says of epochs that differ: "
+                "build it for the callback's num_steps"
+            )
+
+
+def _length_of(scheduler: Any) -> Any:
+    """Return the steps that a schedule was built for, as far as it tells."""
+    names = ("total_iters", "total_steps", "T_max")
+    given = [getattr(scheduler, name, None) for name in names]
+    for function in getattr(scheduler, "lr_lambdas", ()):
+        given.append(getattr(function, "keywords", {}).get("num_training_steps"))
+    return next((length for length in given if length is not None), None)
 
 
 class _Loader(PlannedLoader):

@@ -62,7 +62,10 @@ class PlannedLoader:
             UsageError: there is none yet.
         """
         if self.run is None:
-            raise UsageError("the loader has no plan yet: the trainer that it belongs to makes one when it starts")
+            raise UsageError(
+                "the loader has no plan: give the Trainer its callback (callbacks=[…]), and make the loader of "
+                "validation data with a DataLoader"
+            )
         return self.run
 
     def __iter__(self) -> Iterator[Any]:
@@ -78,6 +81,10 @@ class PlannedLoader:
 
 def check_map_style(dataset: Any) -> None:
     """Raise ConfigError unless items can be read by id."""
+    if isinstance(dataset, Mapping):
+        raise ConfigError(
+            f"{type(dataset).__name__} is a mapping of datasets or columns: choose a split, as in data['train']"
+        )
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise ConfigError(
             f"{type(dataset).__name__} can't be read by id, and selection needs that: give a map-style dataset (with "

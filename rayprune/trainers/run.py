@@ -115,6 +115,8 @@ class PlannedRun:
         _check_position(rank, world_size, accumulation)
         if not isinstance(num_epochs, int | float) or not 0 < num_epochs < math.inf:
             raise ConfigError(f"num_epochs {num_epochs!r} must be a number above 0")
+        if last_batch not in ("pad", "drop"):
+            raise ConfigError(f"last_batch {last_batch!r} must be 'pad' or 'drop'")
         if isinstance(batch_rows, bool) or not isinstance(batch_rows, int | np.integer) or batch_rows < 1:
             raise ConfigError(f"batch size {batch_rows!r} must be an integer of at least 1: rows of a process's batch")
         chosen = None
@@ -389,8 +391,14 @@ class PlannedRun:
         return self._resume_epoch
 
     def _about(self) -> dict[str, Any]:
-        run = (self.selector.num_samples, self.num_epochs, self.selector.seed, self.last_batch)
-        return dict(zip(("num_samples", "num_epochs", "seed", "last_batch"), run, strict=True))
+        # The steps of the run: with others, a restored learning-rate schedule would be at the wrong place.
+        return {
+            "num_samples": self.selector.num_samples,
+            "num_epochs": self.num_epochs,
+            "seed": self.selector.seed,
+            "last_batch": self.last_batch,
+            "num_steps": self.num_full_updates,
+        }
 
     def _step_of(self, rows: int) -> int:
         if rows % self.global_rows and rows < self.plan.order.size:

@@ -138,6 +138,8 @@ def save_scores(path: str | Path, scores: Mapping[str, NDArray[Any]]) -> Path:
         rayprune.huggingface.save_scores("scores.parquet", scores | {"quality": quality})
         # rayprune select scores.parquet --by quality --keep 0.3
     """
+    if Path(path).suffix != ".parquet":
+        raise ConfigError(f"{path} must end with .parquet, the format of the scores")
     arrays = {name: np.asarray(array) for name, array in scores.items()}
     if not arrays:
         raise ConfigError("there are no scores to save: give a mapping of names to (N,) numbers")
@@ -158,7 +160,7 @@ def keep_by_score(
         scores: (N,) numbers, of `sequence_scores` or from outside, in the order of the dataset. Samples whose score is
             NaN are left out.
         path: of the file, .parquet or .txt; an existing one is replaced.
-        keep: a share in (0, 1] of the N samples, or their number, an integer.
+        keep: a share in (0, 1] of the N samples, or their number, an integer; so 1.0 keeps all, and 1 keeps one.
         rule: keep the highest scores (`top`), the lowest (`bottom`), those around the median (`middle`), or a draw
             over the whole range (`strata`).
         num_strata: bins of equal width, for `strata`.
@@ -171,8 +173,8 @@ def keep_by_score(
         ConfigError: scores that are not (N,) numbers, an argument out of range, more samples to keep than have a score,
             or a path that can't be written.
     """
-    array = np.asarray(scores)
-    if array.ndim != 1 or array.dtype.kind not in "biuf":
+    array, keep = np.asarray(scores), keep.item() if isinstance(keep, np.generic) else keep
+    if array.ndim != 1 or not array.size or array.dtype.kind not in "biuf":
         raise ConfigError(f"scores must be (N,) numbers, got {array.dtype} of shape {array.shape}")
     known = np.flatnonzero(~np.isnan(array)) if array.dtype.kind == "f" else np.arange(array.size)
     count = num_kept(keep, array.size)
