@@ -120,6 +120,7 @@ def train_lightning(
     resume: str = "",
     stop_after: int = 0,
     devices: int = 1,
+    schedule_steps: int = 0,
     **trainer_options: Any,
 ) -> Record:
     """Train with Lightning; with stop_after, the process is killed after so many batches."""
@@ -151,13 +152,15 @@ def train_lightning(
 
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.SGD(self.parameters(), lr=RATE)
-            schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1e-3, total_iters=pruning.num_steps)
+            schedule = torch.optim.lr_scheduler.LinearLR(
+                optimizer, 1.0, 1e-3, total_iters=schedule_steps or pruning.num_steps
+            )
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
         def on_train_batch_end(self, *_: Any) -> None:
             record.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
 
-    callbacks: list[Any] = [pruning]
+    callbacks: list[Any] = [pruning, *trainer_options.pop("callbacks", ())]
     if save_every:
         saving = pl.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=save_every, save_top_k=-1)
         callbacks.append(saving)

@@ -682,7 +682,9 @@ class Absolute(hf.RecordingTrainer):
 
 
 def test_a_loss_of_another_kind_is_refused_until_it_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"its loss is not the cross entropy of its logits; override example_losses"):
+    with pytest.raises(
+        ConfigError, match=r"its loss is not the cross entropy of its logits; return an added loss as aux_loss"
+    ):
         fit(tmp_path, more={"model": OtherLoss()})
     trainer = fit(tmp_path, more={"model": OtherLoss()}, trainer=Absolute)
     assert visited([trainer]) == planned([trainer], METHOD, ROWS)
@@ -744,3 +746,46 @@ def test_the_loss_of_balanced_experts_keeps_its_weight(tmp_path: Path) -> None:
     own, expected, other = np.array(pairs).T
     np.testing.assert_allclose(own, expected, rtol=1e-5)
     assert other.min() > 0.4  # half of the term, which is at least 1
+
+
+def test_a_small_added_loss_is_not_dropped(tmp_path: Path) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self, coefficient: float, named: bool) -> None:
+            super().__init__()
+            self.net, self.extra = hf.classifier(), torch.nn.Parameter(torch.ones(()))
+            self.coefficient, self.named = coefficient, named
+
+        def forward(self, input_ids: Any, labels: Any) -> dict[str, Any]:
+            outputs = self.net(input_ids=input_ids, labels=labels)
+            added = {"aux_loss": self.extra} if self.named else {}
+            return {"loss": outputs.loss + self.coefficient * self.extra, "logits": outputs.logits, **added}
+
+    with pytest.raises(ConfigError, match="return an added loss as aux_loss"):
+        fit(tmp_path, more={"model": Model(0.005, named=False)})
+    gradients = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            gradients.append(float(model.extra.grad))
+
+    fit(tmp_path, more={"model": Model(0.005, named=True)}, callbacks=[Watch()], max_grad_norm=0.0)
+    np.testing.assert_allclose(gradients, 0.005, rtol=1e-4)
+
+
+def test_the_loader_of_a_running_training_is_not_made_twice(tmp_path: Path) -> None:
+    class Look(TrainerCallback):
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trainer.get_train_dataloader()
+
+    trainer = new_trainer(tmp_path, callbacks=[Look()])
+    trainer.train()
+    assert visited([trainer.visits]) == planned([trainer.visits], METHOD, ROWS)
+
+
+def test_a_loss_of_the_users_above_the_mixin_is_refused(tmp_path: Path) -> None:
+    class Own(hf.RecordingTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return model(**inputs).loss
+
+    with pytest.raises(UsageError, match="make PrunedTrainer the first base"):
+        fit(tmp_path, trainer=Own)

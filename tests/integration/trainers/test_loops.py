@@ -9,9 +9,10 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 import rayprune
-from rayprune.errors import ConfigError
+from rayprune.errors import ConfigError, UsageError
 from tests.support.trainer_loops import (
     BATCH,
     EPOCHS,
@@ -141,3 +142,27 @@ def test_lightning_may_make_the_loader_anew_in_every_epoch() -> None:
 
 def test_lightning_makes_a_quick_trial_run() -> None:
     assert len(train_lightning(fast_dev_run=True).visits) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit_train_batches": 2}, "limit_train_batches cuts the plan"),
+        ({"max_steps": 9}, "no max_steps"),
+        ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "use accumulate_grad_batches"),
+        ({"schedule_steps": -1}, "build it for the callback's num_steps"),
+    ],
+)
+def test_lightning_refuses_what_would_leave_the_plan(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train_lightning(**options)
+
+
+def test_accelerate_refuses_epochs_that_it_can_not_end() -> None:
+    with pytest.raises(ConfigError, match=r"num_epochs 1.5 must be an integer"):
+        rayprune.accelerate.PrunedLoader(Points(), rayprune.InfoBatch(), 1.5, BATCH)  # type: ignore[arg-type]
+    loader = rayprune.accelerate.PrunedLoader(Points(), rayprune.Full(), 2, BATCH)
+    for _ in loader.epochs():
+        break
+    with pytest.raises(UsageError, match="in the body of"):
+        next(iter(loader))

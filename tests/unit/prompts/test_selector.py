@@ -287,3 +287,33 @@ def test_states_of_others_are_refused() -> None:
         selector.load_state_dict({name: array for name, array in state.items() if name != "column/alpha"})
     with pytest.raises(RunFolderError, match=r"column/alpha is float32 of shape \(3,\)"):
         selector.load_state_dict(state | {"column/alpha": np.zeros(3, np.float32)})
+
+
+@pytest.mark.parametrize(
+    "options", [{"reward_range": (0,)}, {"reward_range": "ab"}, {"tolerance": "a"}, {"success": "x"}, {"success": True}]
+)
+def test_settings_of_rewards_that_are_no_numbers_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        PromptSelector(4, **options)
+
+
+def test_rewards_may_be_tensors_of_a_reward_model() -> None:
+    torch = pytest.importorskip("torch")
+    plain, tensors = PromptSelector(4), PromptSelector(4)
+    plain.observe([0, 1], [[1, 0], [0.5, 0.25]])
+    rewards = torch.tensor([[1, 0], [0.5, 0.25]], dtype=torch.bfloat16, requires_grad=True)
+    tensors.observe(torch.tensor([0, 1]), rewards)
+    for name, array in plain.scores().items():
+        np.testing.assert_array_equal(tensors.scores()[name], array)
+
+
+def test_ragged_rewards_and_damaged_groups_are_refused() -> None:
+    selector = PromptSelector(4, group_size=2)
+    with pytest.raises(ConfigError, match="rows of several lengths"):
+        selector.observe([0, 1], [[1, 0], [1]])  # type: ignore[list-item]
+    with pytest.raises(ConfigError, match="most 0"):
+        selector.draws_for(4, 1.25, 0)
+    selector.observe([3], [1.0])
+    state = selector.state_dict()
+    with pytest.raises(RunFolderError, match="incomplete groups are damaged"):
+        PromptSelector(4, group_size=2).load_state_dict({**state, "pending/ids": np.array([9])})

@@ -111,7 +111,7 @@ def test_data_that_cannot_be_read_by_id_is_refused(data: Any) -> None:
 
 
 def test_a_loader_without_a_plan_says_so() -> None:
-    with pytest.raises(UsageError, match="the loader has no plan yet"):
+    with pytest.raises(UsageError, match="the loader has no plan: give the Trainer its callback"):
         next(iter(PlannedLoader(None, Squares())))
 
 

@@ -180,15 +180,16 @@ def test_a_state_after_an_epochs_last_batch_goes_on_with_the_next_epoch() -> Non
 
 
 def test_a_state_goes_on_with_other_processes_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rest of the epoch is the same rows; W·B is what it was, or divides the rows that were trained."""
+    """The rest of the epoch is the same rows; W·B·A is what it was."""
     whole, before = {}, {}
     train(new_run(rows=8), whole)
     run = new_run(rows=8)
     train(run, before, (1, 2))
     state = saved(run)
-    for rows, world_size in ((4, 2), (2, 4), (4, 1)):
+    for rows, world_size, accumulation in ((4, 2, 1), (2, 4, 1), (4, 1, 2)):
         after: Visits = {}
-        runs = [new_run(rows=rows, rank=rank, world_size=world_size) for rank in range(world_size)]
+        group = {"rows": rows, "world_size": world_size, "accumulation": accumulation}
+        runs = [new_run(rank=rank, **group) for rank in range(world_size)]
 
         def work(rank: int, runs: Any = runs, after: Any = after) -> None:
             runs[rank].load_state_dict(state)
@@ -200,12 +201,16 @@ def test_a_state_goes_on_with_other_processes_and_batches(monkeypatch: pytest.Mo
 
 
 def test_a_batch_size_that_does_not_divide_the_rows_trained_is_refused() -> None:
-    run = new_run()
-    train(run, {}, (1, 3))
-    other = new_run(rows=5)
+    run, other = (PlannedRun(rayprune.Full(), 16, 2, rows) for rows in (8, 9))  # two batches in both
+    train(run, {}, (0, 1))
     other.load_state_dict(run.state_dict())
-    with pytest.raises(ConfigError, match=r"12 rows into epoch 1, .* batches of 5: .* product divides 12"):
-        other.begin_epoch(1)
+    with pytest.raises(ConfigError, match=r"8 rows into epoch 0, .* batches of 9: .* product divides 8"):
+        other.begin_epoch(0)
+
+
+def test_other_steps_are_refused_because_of_the_learning_rate() -> None:
+    with pytest.raises(ConfigError, match=r"of another run \(num_steps \d+ → \d+\)"):
+        new_run(rows=8).load_state_dict(new_run(rows=4).state_dict())
 
 
 def test_states_that_do_not_fit_are_refused() -> None:
@@ -214,7 +219,7 @@ def test_states_that_do_not_fit_are_refused() -> None:
         new_run().load_state_dict({"model": {}})
     with pytest.raises(ConfigError, match="state of schema 9, this version reads up to 1: upgrade"):
         new_run().load_state_dict({**state, "schema": 9})
-    with pytest.raises(ConfigError, match=r"of another run \(num_epochs 4 → 6; seed 0 → 1\)"):
+    with pytest.raises(ConfigError, match=r"of another run \(num_epochs 4 → 6; seed 0 → 1; num_steps"):
         new_run(num_epochs=6, seed=1).load_state_dict(state)
     with pytest.raises(ConfigError, match="last_batch 'pad' → 'drop'"):
         new_run(last_batch="drop").load_state_dict(state)
