@@ -35,8 +35,8 @@ $(OLDEST)/.done: setup
 	  'lightning==2.5.0' 'pytorch-lightning==2.5.0' && touch $@; }
 
 test-oldest: $(OLDEST)/.done
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/trainers/test_huggingface.py
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/integration/trainers/test_loops.py -k 'not two'
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/trainers/test_huggingface.py -k 'not two and not killed'
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/integration/trainers/test_loops.py -k 'not two and not killed'
 
 # The long forms alone, the longest first: kills, a cluster that grows and shrinks, a soak.
 scenarios: setup

@@ -10,10 +10,12 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from rayprune.cli.main import cli
+from rayprune.sources.tables.scores import write_scores
 from tests.project.test_docs import PAGES, blocks, commands, configs_in
 from tests.project.test_examples import load_example
 from tests.support.paths import ROOT
@@ -66,6 +68,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CliRunner:
         (tmp_path / folder).symlink_to(ROOT / folder)
     rows = [f"{id},{id % 7 / 7},{id % 3}" for id in range(120)]
     (tmp_path / "scores.csv").write_text("\n".join(["id,hardness,label", *rows]) + "\n")
+    numbers = np.linspace(0.0, 1.0, 120)
+    write_scores(tmp_path / "scores.parquet", 120, {"quality": numbers, "perplexity": numbers})
     monkeypatch.chdir(tmp_path)
     return CliRunner()
 

@@ -16,7 +16,7 @@ DIFFS = blocks(ROOT / "docs" / "trainers.md", "diff")
 
 
 @pytest.mark.parametrize("diff", DIFFS, ids=["huggingface", "lightning", "accelerate"])
-@pytest.mark.parametrize("sign", ["-", "+"])
+@pytest.mark.parametrize("sign", [pytest.param("-", marks=pytest.mark.scenario), "+"])
 def test_the_programs_of_a_diff_run(diff: str, sign: str, tmp_path: Path) -> None:
     lines = [line[1:] for line in diff.splitlines() if line[:1] in ("", " ", sign)]
     (tmp_path / "program.py").write_text("\n".join(lines))

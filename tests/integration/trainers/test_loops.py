@@ -105,6 +105,7 @@ def test_two_processes_train_on_the_plan(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(records[1].scores[name]), torch.from_numpy(column), equal_nan=True)
 
 
+@pytest.mark.scenario
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_killed_processes_go_on_inside_the_epoch(kind: str, tmp_path: Path) -> None:
     settings = {"accumulation": 3, "save_every": 2, "folder": tmp_path, "batch_size": BATCH // 2}
