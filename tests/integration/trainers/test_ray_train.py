@@ -44,8 +44,11 @@ def train_huggingface(config: dict[str, Any]) -> None:
             record.visit(self.selection.epoch, self._batch.ids, losses.means)  # type: ignore[union-attr]
             return losses
 
+    # With one folder for all, Ray's callback may copy a checkpoint that rank 0 still writes.
+    folder = Path(config["out"]) / f"worker_{ray.train.get_context().get_world_rank()}"
+    folder.mkdir()
     args = transformers.TrainingArguments(
-        config["out"],
+        str(folder),
         num_train_epochs=EPOCHS,
         per_device_train_batch_size=BATCH,
         learning_rate=0.01,
