@@ -477,7 +477,11 @@ class Run:
         return True
 
     def _fit(self) -> None:
-        self._trainer().fit()
+        threads = torch.get_num_threads()
+        try:
+            self._trainer().fit()
+        finally:
+            torch.set_num_threads(threads)  # without workers, the loop has set its own in this process
 
     def _stop_reason(self) -> StopReason | None:
         try:

@@ -72,6 +72,12 @@ def test_trained_and_padded_rows_match_the_plans(infobatch: RunResult) -> None:
     assert plans[1].num_rows < NUM_SAMPLES
 
 
+def test_a_run_in_this_process_leaves_its_number_of_threads_alone(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    train(run_config(tmp_path, train={"epochs": 1}, scaling={"threads": before + 1}))
+    assert torch.get_num_threads() == before
+
+
 def test_dropping_the_last_batch_trains_on_whole_batches(tmp_path: Path) -> None:
     result = train(run_config(tmp_path, train={"last_batch": "drop"}))
     plans = plans_of(result, "drop")
