@@ -104,12 +104,15 @@ class PrunedLoader(PlannedLoader, DataLoaderStateMixin):
         """Yield the numbers of the epochs that are left; when the body ends, the next epoch's samples are selected.
 
         Raises:
-            UsageError: the epochs were iterated before.
+            UsageError: the epochs were iterated before, or the Accelerator was made after the loader.
         """
         run = self.planned
         if run.epoch > run.resume_epoch:
             raise UsageError("epochs() can be iterated once: make a new loader for another run")
-        run.place(run.rank, run.world_size, self.gradient_state.num_steps)
+        if run.accumulation != self.gradient_state.num_steps:
+            raise UsageError(
+                "the loader was made before the Accelerator, which sets the accumulation: make it after it"
+            )
         for epoch in range(run.resume_epoch, run.selector.num_epochs):
             run.begin_epoch(epoch)
             self._pacer = StepPacer(run) if epoch == run.resume_epoch else self._pacer

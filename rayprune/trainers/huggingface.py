@@ -51,7 +51,7 @@ class PrunedTrainer(Trainer):
         labels: (N,) integers from 0, for methods that need classes; default: the column `label` or `labels`.
 
     Attributes:
-        selection: the planned run, from `train()` on: plan, position, progress.
+        run: the planned run, from `train()` on: plan, position, progress.
         selector: has the scores, `trainer.selector.scores()`.
 
     Raises:
@@ -75,7 +75,7 @@ class PrunedTrainer(Trainer):
             check_map_style(kwargs["train_dataset"])
         super().__init__(*args, **kwargs)
         self._method, self._labels = method, labels
-        self.selection: PlannedRun | None = None
+        self._run: PlannedRun | None = None
         self._batch: PlannedBatch | None = None
         self._loss_rule, self._has_tokens = "", None  # type: str, bool | None
         self._resume_from: Path | None = None
@@ -84,11 +84,20 @@ class PrunedTrainer(Trainer):
         self.add_callback(_Follow(self))
 
     @property
+    def run(self) -> PlannedRun:
+        """The planned run: plan, position, progress.
+
+        Raises:
+            UsageError: before `train()`.
+        """
+        if self._run is None:
+            raise UsageError("there is no plan, and there are no scores, before train()")
+        return self._run
+
+    @property
     def selector(self) -> Selector:
         """The Selector, which has the scores and the current epoch's selection."""
-        if self.selection is None:
-            raise UsageError("there are no scores before train()")
-        return self.selection.selector
+        return self.run.selector
 
     def example_losses(self, outputs: Any, inputs: Mapping[str, Any]) -> ExampleLosses:
         """Return the loss of every example of a batch; override it for a model whose loss is not a cross entropy.
@@ -119,10 +128,11 @@ class PrunedTrainer(Trainer):
         dataset: Any = self.train_dataset
         if dataset is None:
             raise ConfigError("training needs a train_dataset")
-        self.selection, self._loss_rule, self._has_tokens = self._new_run(dataset), "", None
+        run = self._run = self._new_run(dataset)
+        self._loss_rule, self._has_tokens = "", None
         if self._resume_from is not None:
-            self.selection.load_state_dict(_read_state(self._resume_from))
-        self.selection.begin_epoch(min(self.selection.resume_epoch, self.selection.selector.num_epochs - 1))
+            run.load_state_dict(_read_state(self._resume_from))
+        run.begin_epoch(min(run.resume_epoch, run.selector.num_epochs - 1))
         collate_fn: Any = self.data_collator
         if hasattr(dataset, "column_names"):
             dataset = self._remove_unused_columns(dataset, description="training")
@@ -134,7 +144,7 @@ class PrunedTrainer(Trainer):
             options = {"prefetch_factor": args.dataloader_prefetch_factor}
             options["persistent_workers"] = args.dataloader_persistent_workers
         loader = _Loader(
-            self.selection,
+            run,
             dataset,
             collate_fn,
             id_key=_ID_KEY,
@@ -182,8 +192,7 @@ class PrunedTrainer(Trainer):
         for it.
         """
         values: list[Any] = list(super().set_initial_training_values(*args, **kwargs))
-        run = self.selection
-        assert run is not None
+        run = self.run
         if self._resume_from is not None:
             step = _global_step(self._resume_from)
             epoch = run.resume_epoch if run.updates_left else run.selector.num_epochs
@@ -193,8 +202,7 @@ class PrunedTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         # transformers 5 passes the first epoch's length to all epochs; 4.57 has no such method and asks the loader.
-        run = self.selection
-        assert run is not None
+        run = self.run
         run.begin_epoch(kwargs["epoch"])
         batches = run.num_batches - run.step
         kwargs["steps_in_epoch"] = batches
@@ -203,8 +211,7 @@ class PrunedTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Train on a batch of the plan."""
-        run = self.selection
-        assert run is not None
+        run = self.run
         ids, self._batch = np.asarray(inputs.pop(_ID_KEY)), run.next_batch()
         run.check_ids(ids[ids >= 0], self._batch)
         step = run.step
@@ -240,8 +247,7 @@ class PrunedTrainer(Trainer):
 
         With `has_other`, the model's loss has a further term, such as that of balanced experts, which keeps its weight.
         """
-        run, batch = self.selection, self._batch
-        assert run is not None
+        run, batch = self.run, self._batch
         assert batch is not None
         if not batch.ids.size:  # a row of padding
             run.record(batch, {})
@@ -295,13 +301,12 @@ class PrunedTrainer(Trainer):
         scheduler = super().create_scheduler(*args, **kwargs)
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         if isinstance(optimizer, torch.optim.Optimizer) and not getattr(optimizer, "_rayprune_scaled", False):
-            scale_learning_rates(optimizer, lambda: 1.0 if self.selection is None else self.selection.lr_scale)
+            scale_learning_rates(optimizer, lambda: 1.0 if self._run is None else self._run.lr_scale)
             optimizer._rayprune_scaled = True  # type: ignore[attr-defined]  # train() may be called again
         return scheduler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        run = self.selection
-        assert run is not None
+        run = self.run
         state = run.state_dict()
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
@@ -318,15 +323,13 @@ class _Follow(TrainerCallback):
         self._trainer, self._pacer = trainer, None  # type: PrunedTrainer, StepPacer | None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        run = self._trainer.selection
-        assert run is not None
+        run = self._trainer.run
         self._pacer = StepPacer(run)
         if not run.updates_left:  # resumed after its end
             state.max_steps = state.global_step
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        run = self._trainer.selection
-        assert run is not None
+        run = self._trainer.run
         if run.has_ended:
             run.begin_epoch(run.epoch + 1)
         # Exact in the last epoch, where it ends the run; before that only a guess, and more than this epoch has.
@@ -338,8 +341,7 @@ class _Follow(TrainerCallback):
                 bar.refresh()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        run, scheduler = self._trainer.selection, self._trainer.lr_scheduler
-        assert run is not None
+        run, scheduler = self._trainer.run, self._trainer.lr_scheduler
         assert self._pacer is not None
         state.epoch = run.progress * run.num_epochs
         # The loop has made one step of the schedule.
@@ -348,8 +350,7 @@ class _Follow(TrainerCallback):
                 scheduler.step()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        run = self._trainer.selection
-        assert run is not None
+        run = self._trainer.run
         run.end_epoch()
 
 

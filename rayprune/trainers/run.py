@@ -134,21 +134,6 @@ class PlannedRun:
         self.has_ended = False
         self._span: _Span | None = None
 
-    def place(self, rank: int, world_size: int, accumulation: int = 1) -> None:
-        """Set this process's rank and W, and A; before the first epoch.
-
-        Raises:
-            UsageError: an epoch has begun.
-        """
-        if (rank, world_size, accumulation) == (self.rank, self.world_size, self.accumulation):
-            return
-        _check_position(rank, world_size, accumulation)
-        if self.epoch >= 0 and self.step:
-            raise UsageError("the number of processes changed inside an epoch: save a state, and load it in a new run")
-        self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
-        self._recorder = Recorder(self, rank, self.selector.method.signals)
-        self.epoch = -1
-
     @property
     def global_rows(self) -> int:
         """W·B."""

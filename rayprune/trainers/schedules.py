@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from rayprune.trainers.run import PlannedRun
-
 
 class StepPacer:
     """Tell how many steps a schedule must advance after an optimizer step.
@@ -60,8 +58,3 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, scale: Callable[[], f
 
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)
-
-
-def lr_scale_of(run: PlannedRun) -> Callable[[], float]:
-    """Return a function that returns the current epoch's factor on the learning rate."""
-    return lambda: run.lr_scale

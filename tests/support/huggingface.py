@@ -52,6 +52,16 @@ class Items(Dataset[Any]):
         return {"input_ids": TOKENS[index], "labels": int(LABELS[index]), "text": str(index)}
 
 
+TINY: dict[str, Any] = {
+    "vocab_size": 30,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 16,
+}
+
+
 def pad_tokens(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Collate ragged token ids for a causal language model."""
     longest = max(len(item["input_ids"]) for item in items)
@@ -61,30 +71,13 @@ def pad_tokens(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def classifier(dropout: float = 0.0) -> torch.nn.Module:
     set_seed(1)
-    config = BertConfig(
-        vocab_size=30,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=16,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
+    config = BertConfig(**TINY, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     return BertForSequenceClassification(config)
 
 
 def language_model() -> torch.nn.Module:
     set_seed(1)
-    config = LlamaConfig(
-        vocab_size=30,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=16,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**TINY))
 
 
 class Recording:
@@ -97,7 +90,7 @@ class Recording:
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         ids = [code for code in inputs["rayprune_id"].tolist() if code >= 0]
-        self.visits.append((self.selection.epoch, ids, []))
+        self.visits.append((self.run.epoch, ids, []))
         return super().training_step(model, inputs, *args, **kwargs)
 
     def example_losses(self, outputs: Any, inputs: Any) -> Any:

@@ -52,7 +52,7 @@ def orders(trainer: Any) -> list[list[int]]:
 def check_end(trainer: Any) -> None:
     """Check what holds at the end of every run."""
     assert trainer.state.global_step == trainer.state.max_steps
-    assert trainer.selection.progress == 1.0
+    assert trainer.run.progress == 1.0
     assert trainer.state.epoch == pytest.approx(trainer.args.num_train_epochs)
 
 
@@ -118,7 +118,7 @@ def test_a_weighted_batch_has_the_weighted_gradient(tmp_path: Path) -> None:
 
         trainer.add_callback(Look())
         trainer.train()
-        run, shift = trainer.selection, int(hasattr(trainer, "_loss_shifts_labels"))  # 4.57 counts first tokens, too
+        run, shift = trainer.run, int(hasattr(trainer, "_loss_shifts_labels"))  # 4.57 counts first tokens, too
         run_ids = [(epoch, ids) for epoch, ids, _ in trainer.visits]
         selector, at, checked = rayprune.Selector(METHOD, N, EPOCHS, 42), 0, 0
         for epoch in range(2):
@@ -509,10 +509,10 @@ def test_the_classes_come_from_the_dataset_or_from_labels(tmp_path: Path) -> Non
 
 def test_a_trainer_trains_twice(tmp_path: Path) -> None:
     trainer = fit(tmp_path, num_train_epochs=2)
-    first = trainer.selection
+    first = trainer.run
     trainer.visits.clear()
     trainer.train()
-    assert trainer.selection is not first
+    assert trainer.run is not first
     assert visited([trainer], 2) == planned([trainer], METHOD, ROWS, 2)
     assert trainer.lr_scheduler.get_last_lr()[0] == 0.0
     check_end(trainer)
@@ -693,7 +693,7 @@ def test_a_loss_of_another_kind_is_refused_until_it_is_told(tmp_path: Path) -> N
 
 def test_scores_and_data_are_asked_for_in_time(tmp_path: Path) -> None:
     trainer = new_trainer(tmp_path, more={"train_dataset": None})
-    with pytest.raises(UsageError, match=r"there are no scores before train\(\)"):
+    with pytest.raises(UsageError, match=r"there are no scores, before train\(\)"):
         trainer.selector.scores()
     with pytest.raises(ConfigError, match="training needs a train_dataset"):
         trainer.get_train_dataloader()
@@ -720,12 +720,8 @@ def test_a_checkpoint_without_a_readable_selection_is_refused_in_one_line(whole:
 
 def test_the_loss_of_balanced_experts_keeps_its_weight(tmp_path: Path) -> None:
     config = MixtralConfig(
-        vocab_size=30,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
+        **hf.TINY,
         num_key_value_heads=2,
-        intermediate_size=16,
         num_local_experts=4,
         output_router_logits=True,
         router_aux_loss_coef=0.5,

@@ -9,6 +9,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from accelerate.state import GradientState
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 import rayprune
@@ -157,6 +158,14 @@ def test_lightning_makes_a_quick_trial_run() -> None:
 def test_lightning_refuses_what_would_leave_the_plan(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         train_lightning(**options)
+
+
+def test_accelerate_needs_its_accumulation_first() -> None:
+    GradientState._reset_state()
+    loader = rayprune.accelerate.PrunedLoader(Points(), rayprune.Full(), 2, BATCH)
+    accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    with pytest.raises(UsageError, match="before the Accelerator"):
+        next(loader.epochs())
 
 
 def test_accelerate_refuses_epochs_that_it_can_not_end() -> None:

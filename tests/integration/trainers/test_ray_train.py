@@ -40,8 +40,7 @@ def train_huggingface(config: dict[str, Any]) -> None:
     class Trainer(rayprune.huggingface.PrunedTrainer):
         def example_losses(self, outputs: Any, inputs: Any) -> Any:
             losses = super().example_losses(outputs, inputs)
-            assert self.selection is not None
-            record.visit(self.selection.epoch, self._batch.ids, losses.means)  # type: ignore[union-attr]
+            record.visit(self.run.epoch, self._batch.ids, losses.means)  # type: ignore[union-attr]
             return losses
 
     # With one folder for all, Ray's callback may copy a checkpoint that rank 0 still writes.

@@ -386,17 +386,6 @@ def test_arguments_out_of_range_are_named(options: dict[str, Any], words: str) -
         new_run(**options)
 
 
-def test_the_place_changes_only_between_epochs() -> None:
-    run = new_run()
-    run.place(1, 2, 3)
-    assert (run.global_rows, run.accumulation) == (8, 3)
-    run.begin_epoch(0)
-    run.record(run.next_batch(), {"loss": torch.zeros(4)})
-    run.place(1, 2, 3)
-    with pytest.raises(UsageError, match="number of processes changed inside an epoch"):
-        run.place(0, 1)
-
-
 def test_a_planned_batch_is_of_its_rank_alone() -> None:
     run = new_run(rank=1, world_size=2)
     run.begin_epoch(0)

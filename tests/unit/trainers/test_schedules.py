@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import rayprune
 from rayprune.core.method import Method
 from rayprune.trainers.run import PlannedRun
-from rayprune.trainers.schedules import StepPacer, lr_scale_of, scale_learning_rates
+from rayprune.trainers.schedules import StepPacer, scale_learning_rates
 
 N = 40
 
@@ -89,7 +89,6 @@ def test_the_methods_factor_is_on_the_rate_during_a_step_only(kind: type[torch.o
 
 def test_the_factor_is_that_of_the_current_epoch() -> None:
     run = PlannedRun(FirstRows(counts=(4, 4), scale=3.0), N, 2, 4)
-    scale = lr_scale_of(run)
-    assert scale() == 1.0
+    assert run.lr_scale == 1.0
     run.begin_epoch(0)
-    assert scale() == 3.0
+    assert run.lr_scale == 3.0

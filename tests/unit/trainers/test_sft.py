@@ -24,8 +24,7 @@ class Trainer(PrunedTrainer, SFTTrainer):
     """Record the planned and the visited ids of every epoch."""
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        run = self.selection
-        assert run is not None
+        run = self.run
         if run.step == 0:
             self.plans: list[list[int]] = [*getattr(self, "plans", []), run.plan.selection.ids.tolist()]
             self.visits: list[list[int]] = [*getattr(self, "visits", []), []]
@@ -76,7 +75,6 @@ def test_visits_are_the_plan_and_losses_those_of_each_sequence(
             trainer.train()
         return
     trainer.train()
-    assert trainer.selection is not None
     # With a learning rate of 0 all losses are those of the first model.
     losses = trainer.selector.scores()["loss"]
     assert trainer.train_dataset is not None
@@ -103,8 +101,7 @@ def test_clusters_of_trajectories_choose_after_the_scoring_epochs(tmp_path: Path
     trainer.train()
     assert [len(set(visits)) for visits in trainer.visits] == [NUM, NUM, NUM // 2]
     assert [sorted(visits) for visits in trainer.visits] == trainer.plans
-    assert trainer.selection is not None
-    path = write_selection_file(tmp_path / "chosen.parquet", trainer.selection.plan.selection)
+    path = write_selection_file(tmp_path / "chosen.parquet", trainer.run.plan.selection)
     large = trainer_of(tmp_path, rayprune.Fixed(str(path)), learning_rate=1e-3)
     large.train()
     assert [sorted(visits) for visits in large.visits] == trainer.plans[-1:] * 3
