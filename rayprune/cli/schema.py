@@ -18,6 +18,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import click
 
 from rayprune.cli.console import debug_option
+from rayprune.core.validation import UNBOUNDED
 
 REQUIRED = inspect.Parameter.empty
 _ENTRY = re.compile(r"^([\w*]+(?:, [\w*]+)*): (.*)$", flags=re.DOTALL)
@@ -95,7 +96,8 @@ def keys_of(thing: Any, without: Collection[str] = ()) -> list[Key]:
 
 
 def _key_of_field(name: str, field: Any) -> Key:
-    limits = {kind: getattr(m, kind) for m in field.metadata for kind in ("ge", "gt", "le", "lt") if hasattr(m, kind)}
+    metadata = [each for each in field.metadata if each != UNBOUNDED]
+    limits = {kind: getattr(m, kind) for m in metadata for kind in ("ge", "gt", "le", "lt") if hasattr(m, kind)}
     default = REQUIRED if field.is_required() else field.get_default(call_default_factory=True)
     return Key(name, field.annotation, default, field.description or "", limits)
 

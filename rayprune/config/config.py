@@ -197,7 +197,11 @@ class Config(Strict):
         """Return the settings that affect the result, nested and in plain types; paths on this machine do not."""
         excluded: Any = dict.fromkeys(("scaling", "run", "compare", "sweep", "audit"), True)
         # Runs compare the data's fingerprint instead of its paths, and a higher stop_after continues a run.
-        excluded |= {"data": {"path", "cache", "cache_dir", "buffer_bytes"}, "train": {"stop_after"}, "collect": set()}
+        excluded |= {
+            "data": {"path", "cache", "cache_dir", "buffer_bytes", "max_pixels"},
+            "train": {"stop_after"},
+            "collect": set(),
+        }
         for section, values in _NEUTRAL.items():
             excluded[section] |= {key for key, value in values.items() if getattr(getattr(self, section), key) == value}
         if not self.build_method().collect_epochs:

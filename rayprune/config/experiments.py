@@ -7,10 +7,11 @@ a mapping with one key: `choice`, `grid`, `uniform`, `loguniform` or `quniform`.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -18,12 +19,17 @@ from pydantic import Field, field_validator, model_validator
 from rayprune.config.schema import AutoCount, Section, absolute_method
 from rayprune.config.yaml import flatten
 from rayprune.core.references import closest
-from rayprune.core.validation import short_repr
+from rayprune.core.validation import UNBOUNDED, AtMost, short_repr
 from rayprune.errors import ConfigError
 from rayprune.methods import build_method
 
 Form = Literal["choice", "grid", "uniform", "loguniform", "quniform"]
 _FORMS: tuple[str, ...] = get_args(Form)
+# All of a space's points are checked before the first trial, which takes milliseconds each.
+MAX_TRIALS = 10_000
+# Keys whose value decides which other keys there are.
+NAMING = {"method.name", "model.name", "data.source"}
+NAMED = {*NAMING, "method", "model", "data"}
 # Sections that a sweep sets for its trials: they do not affect results, or say where a trial writes.
 _SET_BY_SWEEP = {"run", "scaling", "sweep", "compare", "audit"}
 
@@ -48,10 +54,10 @@ AUDIT_RULES = ("ensemble", "held_out", "probability", "margin", "loss_mixture", 
 class AuditSection(Section):
     """How `rayprune audit` scores the samples, and what counts as a suspect."""
 
-    folds: int = Field(
+    folds: Annotated[int, AtMost(1_000)] = Field(
         4, ge=1, description="runs that each leave out one part of the samples and predict it; 1: one run on all"
     )
-    repeats: int = Field(
+    repeats: Annotated[int, AtMost(1_000)] = Field(
         1, ge=1, description="repeat all runs with the seeds train.seed, +1, …, and average: more exact, at its cost"
     )
     threshold_samples: bool = Field(
@@ -73,7 +79,9 @@ class SweepSection(Section):
     search: Literal["grid", "random", "optuna"] = Field(
         "grid", description="grid: all combinations; random: draws; optuna: proposals from the results so far"
     )
-    num_trials: int | None = Field(None, ge=1, description="number of trials of random and optuna")
+    num_trials: Annotated[int | None, AtMost(MAX_TRIALS)] = Field(
+        None, ge=1, description="number of trials of random and optuna"
+    )
     scheduler: Literal["none", "asha"] = Field("none", description="asha stops trials that are not among the best")
     grace_epochs: AutoCount = Field("auto", description="epochs before asha may stop a trial; auto: a fifth of all")
     reduction_factor: float = Field(3.0, gt=1, description="asha keeps one trial in so many at each rung")
@@ -86,7 +94,7 @@ class SweepSection(Section):
     amortise: int = Field(1, ge=1, description="trainings that share the cost of a static method's scoring run")
     max_concurrent: AutoCount = Field("auto", description="trials at a time; auto: as many as the cluster has room for")
     seed: int = Field(0, ge=0, lt=2**32, description="of the search; the trials' own is train.seed")
-    max_failures: int = Field(1, ge=0, description="restarts of a failed trial")
+    max_failures: Annotated[int, UNBOUNDED] = Field(1, ge=0, description="restarts of a failed trial")
 
     @field_validator("space", mode="before")
     @classmethod
@@ -112,11 +120,27 @@ class SweepSection(Section):
                 )
             if self.search == "optuna" and axis.form == "grid":
                 raise ConfigError(f"sweep.space {axis.key!r} is a grid: sweep.search=optuna takes choice")
+        self._check_size()
         if self.search == "grid" and self.num_trials is not None:
             raise ConfigError("sweep.num_trials: a grid has as many trials as points, leave it out")
         if self.search != "grid" and self.num_trials is None:
             raise ConfigError(f"sweep.search = {self.search!r} needs sweep.num_trials, such as sweep.num_trials=20")
         return self
+
+    def _check_size(self) -> None:
+        combined = [axis for axis in self.axes if self.search == "grid" or axis.form == "grid"]
+        num_points = math.prod(len(axis.values) for axis in combined) * (self.num_trials or 1)
+        # Every value is checked with each method, model and source.
+        named = [axis for axis in self.axes if axis.key in NAMED]
+        num_probes = math.prod(len(axis.probes) for axis in named) * sum(len(axis.probes) for axis in self.axes)
+        if num_points > MAX_TRIALS:
+            cure = "list fewer values, or draw some of them: sweep.search=random with sweep.num_trials"
+            raise ConfigError(f"sweep.space has {num_points:,} points, above {MAX_TRIALS:,}: {cure}")
+        if num_probes > MAX_TRIALS:
+            raise ConfigError(
+                f"sweep.space combines {math.prod(len(axis.probes) for axis in named):,} methods, models and sources "
+                f"with too many values: sweep at most {MAX_TRIALS:,} of them, or sweep each method on its own"
+            )
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -189,7 +213,9 @@ def axis_of(key: str, value: Any) -> Axis:
     if not isinstance(values, list) or not values:
         raise ConfigError(f"{where} = {short_repr(values)}: {form} takes a list of values")
     if form in {"choice", "grid"}:
-        if any(a == b and type(a) is type(b) for i, a in enumerate(values) for b in values[:i]):
+        if len(values) > MAX_TRIALS:
+            raise ConfigError(f"{where} lists {len(values):,} values: give at most {MAX_TRIALS:,}")
+        if len({repr(each) for each in values}) < len(values):  # 1 and 1.0 are two values
             raise ConfigError(f"{where}: a value appears twice in {short_repr(values)}, keep one")
         return Axis(key, form, tuple(values))
     numbers = ["low", "high", "step"][: 3 if form == "quniform" else 2]
@@ -219,7 +245,9 @@ class CompareSection(Section):
     """The arms of `rayprune compare`, and the limits of its verdicts."""
 
     methods: tuple[dict[str, Any] | str, ...] = Field((), description="methods to compare; default: the config's own")
-    seeds: int | tuple[int, ...] = Field((0, 1, 2), description="the seeds of all arms, or their number, from 0 on")
+    seeds: Annotated[int, AtMost(1_000)] | tuple[Annotated[int, UNBOUNDED], ...] = Field(
+        (0, 1, 2), description="the seeds of all arms, or their number, from 0 on"
+    )
     baselines: tuple[str, ...] = Field(tuple(BASELINES), description="arms beside the methods; full always runs")
     margin: float = Field(0.2, ge=0, le=100, description="loss of accuracy, in points, that counts as none")
     rival_margin: float | None = Field(
@@ -233,7 +261,9 @@ class CompareSection(Section):
         "auto", description="choose each arm's learning rate on held-out training samples; auto: if they are enough"
     )
     lr_factors: tuple[float, ...] = Field((0.7, 1.0, 1.4), description="on optim.lr; extended while an end is best")
-    tune_seeds: int = Field(2, ge=1, description="seeds of the tuning runs, other than those of the judged runs")
+    tune_seeds: Annotated[int, AtMost(1_000)] = Field(
+        2, ge=1, description="seeds of the tuning runs, other than those of the judged runs"
+    )
 
     @field_validator("lr_factors")
     @classmethod
@@ -261,7 +291,7 @@ class CompareSection(Section):
             raise ConfigError(f"compare.seeds = {short_repr(value)}: give at least one seed, better three")
         if any(not 0 <= seed < 2**63 for seed in seeds):
             raise ConfigError(f"compare.seeds = {short_repr(list(seeds))}: seeds are at least 0 and below 2^63")
-        if duplicates := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
+        if duplicates := sorted(seed for seed, count in Counter(seeds).items() if count > 1):
             raise ConfigError(f"compare.seeds names {duplicates[0]} twice: a run counts once, name another seed")
         return seeds
 

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_val
 
 from rayprune.core.references import absolute_reference, closest
 from rayprune.core.step_options import step_config
-from rayprune.core.validation import check_keys, mismatch
+from rayprune.core.validation import UNBOUNDED, AtMost, check_keys, mismatch
 from rayprune.errors import ConfigError
 from rayprune.methods.registry import method_class
 
@@ -56,7 +56,8 @@ class Section(Strict):
     @classmethod
     def _check_type(cls, value: Any, info: ValidationInfo) -> Any:
         # pydantic accepts true and "1" as numbers, and reports each member of a union in its own message.
-        if problem := mismatch(value, cls.model_fields[str(info.field_name)].annotation):
+        field = cls.model_fields[str(info.field_name)]
+        if problem := mismatch(value, Annotated[field.annotation, *field.metadata, None]):
             raise ConfigError(problem)
         return value
 
@@ -84,7 +85,7 @@ class DataSection(Section, extra="allow"):
     """The data source; other keys belong to the source."""
 
     source: Reference = Field("digits", description="a built-in source, or file.py:function")
-    limit: int | None = Field(None, ge=1, description="train on the first n samples only")
+    limit: Annotated[int | None, UNBOUNDED] = Field(None, ge=1, description="train on the first n samples only")
     hold_out: float | None = Field(
         None, gt=0, lt=1, description="share of the training samples to validate on, instead of the validation part"
     )
@@ -153,7 +154,9 @@ class TrainSection(Section):
     """Length, batches and precision of training."""
 
     epochs: int = Field(20, ge=1, description="passes over the selected samples")
-    batch_size: int = Field(128, ge=1, description="global batch: all workers together, accumulation included")
+    batch_size: Annotated[int, AtMost(100_000_000)] = Field(
+        128, ge=1, description="global batch: all workers together, accumulation included"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="of the weights, the selection, the order and the augmentation")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="bf16: mixed precision; auto: bf16 on a GPU that supports it"
@@ -173,7 +176,9 @@ class TrainSection(Section):
     )
     stop_after: int | None = Field(None, ge=1, description="stop after so many epochs; schedules still span all epochs")
     record: tuple[str, ...] = Field((), description="signals whose mean over the visits goes to scores.parquet")
-    max_nonfinite: int = Field(100, ge=0, description="NaN or infinite losses in a run before training stops")
+    max_nonfinite: Annotated[int, UNBOUNDED] = Field(
+        100, ge=0, description="NaN or infinite losses in a run before training stops"
+    )
 
     @field_validator("step")
     @classmethod
@@ -230,12 +235,14 @@ class OptimSection(Section):
 class ScalingSection(Section):
     """Number of workers, their resources and their data stream."""
 
-    num_workers: int | tuple[int, int] = Field(
+    num_workers: Annotated[int | tuple[int, int], AtMost(4_096)] = Field(
         1, description="0 trains in this process, without a Ray cluster; [min, max] uses what the cluster has"
     )
     use_gpu: Auto | bool = Field("auto", description="auto: if the cluster has a GPU")
     cpus_per_worker: Auto | float = Field("auto", description="CPUs that Ray reserves for each worker")
-    threads: Auto | int = Field("auto", description="of torch in each worker; auto: the CPUs divided by the workers")
+    threads: Annotated[Auto | int, AtMost(4_096)] = Field(
+        "auto", description="of torch in each worker; auto: the CPUs divided by the workers"
+    )
     stream: Literal["auto", "ray", "local", "device"] = Field(
         "auto", description="ray: through Ray Data; local: each worker reads; device: decoded once, kept on the device"
     )
@@ -269,12 +276,18 @@ class RunSection(Section):
     )
     name: str | None = Field(None, description="folder name; default: the config's name and a digest of its content")
     resume: str = Field("auto", description="auto: continue; never: refuse a folder with a run; a path: start from it")
-    checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints inside an epoch")
+    checkpoint_steps: Annotated[int | None, UNBOUNDED] = Field(
+        None, ge=1, description="steps between checkpoints inside an epoch"
+    )
     checkpoint_minutes: float | None = Field(10.0, gt=0, description="minutes between checkpoints inside an epoch")
-    max_failures: int = Field(3, ge=-1, description="restarts of the worker group; -1: no limit")
+    max_failures: Annotated[int, UNBOUNDED] = Field(3, ge=-1, description="restarts of the worker group; -1: no limit")
     stall_seconds: float = Field(120.0, gt=0, description="silence of a rank, the actor or the stream to report")
-    keep_checkpoints: int = Field(2, ge=1, description="number of newest checkpoints that stay on disk")
-    keep_selections: int = Field(10, ge=0, description="number of newest epochs whose selections stay on disk")
+    keep_checkpoints: Annotated[int, UNBOUNDED] = Field(
+        2, ge=1, description="number of newest checkpoints that stay on disk"
+    )
+    keep_selections: Annotated[int, UNBOUNDED] = Field(
+        10, ge=0, description="number of newest epochs whose selections stay on disk"
+    )
     trackers: tuple[str, ...] = Field((), description="mlflow, wandb; TensorBoard is always written")
 
     def storage_folder(self) -> Path:
@@ -322,7 +335,9 @@ class CollectSection(Section):
 
     fresh: bool = Field(True, description="train a new network on the subset; false continues the one that scored")
     trajectories: str | None = Field(None, description="score logged E_Output.npy, E_Index.npy in this folder instead")
-    runs: int = Field(1, ge=1, description="scoring runs, with the seeds train.seed, +1, …; their scores are averaged")
+    runs: Annotated[int, AtMost(1_000)] = Field(
+        1, ge=1, description="scoring runs, with the seeds train.seed, +1, …; their scores are averaged"
+    )
     embedder: str | None = Field(
         None,
         description="a pretrained network for the embeddings, torchvision:NAME or module:function, instead of training",

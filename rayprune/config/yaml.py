@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import yaml
 
+from rayprune.core.validation import short_repr
 from rayprune.errors import ConfigError, one_line
 
 _FLOAT = re.compile(r"^[-+]?((\d[\d_]*)(\.\d*)?([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
+# The parser takes about a second for any of these.
+MAX_CHARACTERS, MAX_VALUES, MAX_LEVELS = 200_000, 10_000, 40
 # Section → the key that names a method, model, source or train step with keys of its own.
 _NAME_KEYS = {"method": "name", "model": "name", "data": "source", "step": "name"}
 _KEYS_OF_ALL_SOURCES = {"limit", "augment", "hold_out", "cache"}
@@ -18,6 +22,19 @@ _KEYS_OF_ALL_SOURCES = {"limit", "augment", "hold_out", "cache"}
 
 class _Loader(yaml.SafeLoader):
     """Read YAML with 5e-4 as a number, as in YAML 1.2, and refuse duplicate keys."""
+
+    num_values = level = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.num_values += 1
+        self.level += 1
+        if self.num_values > MAX_VALUES:
+            raise yaml.YAMLError(f"it has more than {MAX_VALUES:,} values: write fewer")
+        if self.level > MAX_LEVELS:
+            raise yaml.YAMLError(f"it nests more than {MAX_LEVELS} mappings or lists: a config has five levels")
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.level -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -41,10 +58,34 @@ def read_yaml(text: str) -> Any:
     Raises:
         ConfigError: it is not valid YAML; the message is one line.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise ConfigError(f"it has {len(text):,} characters, above {MAX_CHARACTERS:,}: a config is a few kilobytes")
     try:
-        return _Loader(text).get_single_data()
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_size(node)
+        return loader.construct_document(node)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no such date, too many digits
         raise ConfigError(one_line(error)) from None
+
+
+def _check_size(root: yaml.Node) -> None:
+    """Refuse aliases (`*name`) that repeat their values into more than the text could hold, or without end."""
+    sizes: dict[int, float] = {}
+
+    def size(node: yaml.Node) -> float:
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf  # until it is known: a node that contains itself is endless
+            children = node.value if isinstance(node, yaml.SequenceNode) else []
+            if isinstance(node, yaml.MappingNode):
+                children = [part for pair in node.value for part in pair]
+            sizes[id(node)] = 1 + sum(map(size, children))
+        return sizes[id(node)]
+
+    if size(root) > MAX_VALUES:
+        raise ConfigError(f"its aliases (*name) stand for more than {MAX_VALUES:,} values: write fewer of them out")
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -60,6 +101,8 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     for word in overrides:
         key, equals, text = word.partition("=")
         parts = key.split(".")
+        if len(parts) > MAX_LEVELS:
+            raise ConfigError(f"override {short_repr(word)} has a key of {len(parts)} parts: keys have five at most")
         if not equals or not all(parts):
             raise ConfigError(f"override {word!r} is not of the form key.sub=value")
         try:

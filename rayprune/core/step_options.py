@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from rayprune.core.references import closest, is_reference, load_object
-from rayprune.core.validation import check_keys, plain, short_repr
+from rayprune.core.validation import AtMost, check_keys, plain, short_repr
 from rayprune.errors import ConfigError
 
 
@@ -81,8 +81,8 @@ class L2wOptions(ExitsOptions):
     meta_interval: int = 1
     meta_lr: float = 1e-4
     meta_weight_decay: float = 1e-4
-    hidden: int = 500
-    layers: int = 1
+    hidden: Annotated[int, AtMost(10_000)] = 500
+    layers: Annotated[int, AtMost(100)] = 1
     scope: Literal["local", "global"] = "local"
     gradient: Literal["jvp", "second_order"] = "jvp"
     nonnegative: bool = False

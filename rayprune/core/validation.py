@@ -1,7 +1,8 @@
 """Check keys and values against a dataclass's annotations; every mistake is one line.
 
 Supported annotations are int, float, bool, str, None, Literal, tuple, dict and unions of them; any other annotation
-accepts any value. A bool is not a number, an int is a float, a float is finite, and a list is a tuple.
+accepts any value. A bool is not a number, an int is a float, a float is finite, and a list is a tuple. An int is at
+most MAX_INT unless its annotation has another bound.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -22,6 +23,19 @@ from rayprune.errors import ConfigError
 _SINGULAR = {int: "a whole number", float: "a number", str: "text", NoneType: "null", None: "null"}
 _PLURAL = {int: "whole numbers", float: "numbers", str: "texts"}
 _MAX_REPR = 100
+# Almost every whole number in a config counts things that are made. One above this is a slip that would fill the memory
+# or never end; keys that need more, or have to stay lower, say so by AtMost.
+MAX_INT = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class AtMost:
+    """The largest number of an annotation: `Annotated[int, AtMost(100)]`; pydantic's `Field(le=100)` does the same."""
+
+    le: int
+
+
+UNBOUNDED = AtMost(2**63 - 1)  # for numbers that are only compared with others
 
 
 def check_keys(cls: type, keys: Mapping[Any, Any], owner: str, what: str) -> None:
@@ -106,14 +120,39 @@ def mismatch(value: Any, hint: Any) -> str:
     'must be a list of lists of 2 whole numbers'
     >>> mismatch(1.5, Literal["auto"] | bool), mismatch(math.inf, float)
     ('must be auto, true or false', 'must be a finite number')
+    >>> mismatch(10**9, int), mismatch((1, 200), tuple[Annotated[int, AtMost(100)], ...])
+    ('must be at most 1,000,000', 'must be at most 100')
     """
     value = plain(value)
     if _matches(value, hint):
-        return ""
+        bound = exceeded(value, hint)
+        return "" if bound is None else f"must be at most {bound:,}"
     if get_origin(_bare(hint)) is Literal and isinstance(value, str):
         return closest(value, _choices(hint))
     words = in_words(hint)
     return f"must be {words if _all_finite(value) else re.sub('(?<!whole )number', 'finite number', words)}"
+
+
+def exceeded(value: Any, hint: Any, bound: int = MAX_INT) -> int | None:
+    """Return the bound that a whole number in a value exceeds; None if there is none.
+
+    >>> exceeded([5, 2_000_000], Sequence[int]), exceeded(2_000_000, Annotated[int | None, UNBOUNDED])
+    (1000000, None)
+    """
+    if get_origin(hint) is Annotated:
+        hint, *metadata = get_args(hint)
+        # pydantic checks `lt`, the bound of seeds, itself.
+        bounds = [getattr(each, "le", getattr(each, "lt", None)) for each in metadata]
+        bound = next((each for each in bounds if each is not None), bound)
+    origin, args, value = get_origin(hint), get_args(hint), plain(value)
+    if origin in {Union, UnionType}:
+        fitting = [member for member in args if _matches(value, member)]
+        return exceeded(value, fitting[0], bound) if fitting else None
+    if isinstance(value, tuple) and origin in {tuple, Sequence}:
+        members = args if len(args) == len(value) and args[-1] is not Ellipsis else args[:1] * len(value)
+        found = (exceeded(item, member, bound) for item, member in zip(value, members, strict=True))
+        return next((each for each in found if each is not None), None)
+    return bound if hint is int and isinstance(value, int) and value > bound else None
 
 
 def in_words(hint: Any) -> str:
@@ -144,14 +183,15 @@ def _check_values(cls: type, values: Mapping[str, Any], owner: str) -> None:
         default = defaults[key]
         if type(value) is type(default) and value == default:
             continue  # a default of another type than annotated, such as None, is the author's choice
-        if problem := mismatch(value, _hints(cls).get(key, Any)):
+        if problem := mismatch(value, type_hints(cls).get(key, Any)):
             raise ConfigError(f"{owner}.{key} = {short_repr(value)}: {problem}")
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
+def type_hints(thing: Any) -> dict[str, Any]:
+    """Return the annotations of a class or function; {} if they cannot be resolved here."""
     try:
-        return get_type_hints(cls, include_extras=True)
+        return get_type_hints(thing, include_extras=True)
     except (NameError, TypeError, AttributeError):
         return {}  # a user's annotation that only a type checker can resolve
 

@@ -18,7 +18,7 @@ from shutil import copyfileobj
 import numpy as np
 
 from rayprune.errors import ConfigError, DataError, one_line
-from rayprune.sources.base import SampleSource, Schema, Splits, count_classes
+from rayprune.sources.base import NumClasses, SampleSource, Schema, Splits, count_classes
 from rayprune.sources.cache import cache_root, cached_arrays
 from rayprune.sources.fingerprint import array_digest, digest, file_digest
 from rayprune.sources.memory import RowSource
@@ -52,7 +52,7 @@ class Arrays:
 
     path: str
     validation_fraction: float = 0.1
-    num_classes: int | None = None
+    num_classes: NumClasses = None
     cache_dir: str | None = None
 
     def open(self) -> Splits:

@@ -10,15 +10,17 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
 from rayprune.core.plan import block_rows
+from rayprune.core.validation import AtMost
 from rayprune.errors import DataError
 from rayprune.sources.fingerprint import digest
 
 RowCost = Literal["cheap", "expensive"]
+NumClasses = Annotated[int | None, AtMost(10_000_000)]  # of data.num_classes
 RESERVED_NAMES = frozenset({"id", "weight"})  # of the columns that are added to every batch
 
 

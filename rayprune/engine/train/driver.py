@@ -287,7 +287,7 @@ def _check_training(config: Config, splits: Splits, method: Method) -> None:
     picking = in_batch_method(method)
     scored = () if picking is None else picking.batch_signals
     check_signals((*method.signals, *method.sweep_signals, *scored, *config.train.record))
-    check_sizes(config, len(splits.train))
+    check_sizes(config, len(splits.train), splits.train.schema.row_bytes)
     check_model(config, input_spec(config, splits.train), method)
 
 

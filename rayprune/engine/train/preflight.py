@@ -56,8 +56,8 @@ def input_spec(config: Config, source: SampleSource) -> InputSpec:
     return InputSpec(schema.input, shape, schema.num_classes, augment, len(source))
 
 
-def check_sizes(config: Config, num_samples: int) -> None:
-    """Refuse a batch size that the training split cannot fill."""
+def check_sizes(config: Config, num_samples: int, row_bytes: int = 0) -> None:
+    """Refuse a batch size that the training split cannot fill, or a worker's share that memory cannot hold."""
     batch = config.train.batch_size
     if config.train.last_batch == "drop" and batch > num_samples:
         raise ConfigError(
@@ -70,6 +70,12 @@ def check_sizes(config: Config, num_samples: int) -> None:
             f"train.batch_size={num_samples}"
         )
     workers = _most_workers(config)
+    share, free = batch * row_bytes / workers, psutil.virtual_memory().available
+    if share > free:
+        raise ConfigError(
+            f"train.batch_size {batch} × {row_bytes / 1e6:.1f} MB a sample is {share / 1e9:.1f} GB a worker, and "
+            f"{free / 1e9:.1f} GB of memory are free: use a smaller train.batch_size or data.image_size"
+        )
     if config.train.step_name == "l2w" and batch < 2 * workers:
         raise ConfigError(
             f"train.batch_size {batch} cannot give each of {workers} worker(s) two halves for train.step l2w: use at "

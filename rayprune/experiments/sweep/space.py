@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 
 from rayprune.config import Config, make_config
-from rayprune.config.experiments import Axis, SweepSection, format_value
+from rayprune.config.experiments import NAMED, NAMING, Axis, SweepSection, format_value
 from rayprune.config.yaml import merge
 from rayprune.core.references import absolute_reference
 from rayprune.errors import ConfigError
 
 Point = dict[str, Any]
-_NAMING = {"method.name", "model.name", "data.source"}
 
 
 def listed_points(section: SweepSection) -> list[Point]:
@@ -53,7 +52,7 @@ def _product(axes: Sequence[Axis]) -> Iterator[tuple[Any, ...]]:
 def probe_points(section: SweepSection) -> Iterator[Point]:
     """Yield the points to check: with each method, model and source, every value of each key, or its range's ends."""
     axes = section.axes
-    naming = [axis for axis in axes if axis.key in {*_NAMING, "method", "model", "data"}]
+    naming = [axis for axis in axes if axis.key in NAMED]
     for names in itertools.product(*(axis.probes for axis in naming)):
         base = {axis.key: axis.probes[0] for axis in axes}
         base |= {axis.key: name for axis, name in zip(naming, names, strict=True)}
@@ -74,10 +73,10 @@ def trial_config(base: Config, point: Mapping[str, Any]) -> Config:
         tree["data"]["hold_out"] = base.sweep.hold_out  # keep the samples of the final result out of the choice
     settings = list(_settings(point))
     # Names first, as they decide which of the base's keys remain; then shorter keys before the keys below them.
-    settings.sort(key=lambda setting: (setting[0] not in _NAMING, setting[0].count(".")))
+    settings.sort(key=lambda setting: (setting[0] not in NAMING, setting[0].count(".")))
     for key, value in settings:
         section, _, name = key.partition(".")
-        if key in _NAMING and isinstance(value, str):
+        if key in NAMING and isinstance(value, str):
             tree = merge(tree, {section: {name: absolute_reference(value)}})
         else:
             _set(tree, key, value)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rayprune.errors import ConfigError
 from rayprune.nn.models.multi_exit import (
+    LayerCount,
     MultiExit,
     MultiScaleStem,
     balance_gradients,
@@ -137,9 +138,9 @@ class MSDNet(MultiExit):
         *,
         num_classes: int,
         input_shape: tuple[int, ...],
-        num_blocks: int = 5,
-        base: int = 1,
-        step: int = 1,
+        num_blocks: LayerCount = 5,
+        base: LayerCount = 1,
+        step: LayerCount = 1,
         step_mode: str = "lin_grow",
         channels: int = 16,
         growth_rate: int = 6,
@@ -211,9 +212,9 @@ def msdnet_imagenet(
     *,
     num_classes: int,
     input_shape: tuple[int, ...],
-    step: int = 4,
-    base: int | None = None,
-    num_blocks: int = 5,
+    step: LayerCount = 4,
+    base: LayerCount | None = None,
+    num_blocks: LayerCount = 5,
     gradient_equilibrium: bool = False,
 ) -> MSDNet:
     """Build the paper's network for ImageNet: 4 scales, 5 blocks of `step` layers (4, 6 or 7), the first of `base`.

@@ -19,17 +19,20 @@ Shapes: B batch, C classes, K exits, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Annotated, Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from rayprune.core.validation import AtMost
 from rayprune.errors import ConfigError
 
 CLASSIFIER_CHANNELS = 128
 IMAGENET_SIDE = 96  # the smallest image that can lose three quarters of each side in the stem
 SMALLEST_MAP = 4  # the smallest side of a map that a default number of scales leads to
 STEMS = ("cifar", "imagenet")
+# Later layers read all earlier ones: the network grows with the square of its layers.
+LayerCount = Annotated[int, AtMost(100)]
 
 
 @runtime_checkable

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from rayprune.errors import ConfigError
 from rayprune.nn.models.multi_exit import (
+    LayerCount,
     MultiExit,
     MultiScaleStem,
     balance_gradients,
@@ -219,9 +220,9 @@ class RANet(MultiExit):
         *,
         num_classes: int,
         input_shape: tuple[int, ...],
-        num_blocks: int = 2,
-        block_step: int = 2,
-        step: int = 2,
+        num_blocks: LayerCount = 2,
+        block_step: LayerCount = 2,
+        step: LayerCount = 2,
         step_mode: str = "lin_grow",
         scales: Sequence[int] | None = None,
         channels: int = 16,
@@ -303,7 +304,7 @@ def ranet_imagenet(
     *,
     num_classes: int,
     input_shape: tuple[int, ...],
-    step: int = 8,
+    step: LayerCount = 8,
     channels: int = 32,
     growth_rate: int = 16,
     growth_factors: Sequence[int] = (4, 2, 2, 1),

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
+import psutil
+import torch
 from torch import nn
 
 from rayprune.core.references import call_object, closest, is_reference, load_object
+from rayprune.core.validation import exceeded, short_repr, type_hints
 from rayprune.errors import ConfigError
 
 ModelBuilder = Callable[..., nn.Module]
@@ -58,7 +62,10 @@ def build_model(name: str, *, num_classes: int, input_shape: tuple[int, ...], **
         raise ConfigError(f"unknown model {name!r}: {closest(name, MODELS)}, or torchvision:NAME, or module:function")
     arguments = {"num_classes": num_classes, "input_shape": tuple(input_shape), **options}
     _check_arguments(name, builder, arguments)
-    model = call_object(f"model {name!r}", builder, **arguments) if is_reference(name) else builder(**arguments)
+    if is_reference(name):
+        model = call_object(f"model {name!r}", builder, **arguments)
+    else:
+        model = _build_if_it_fits(name, partial(builder, **arguments))
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model {name!r} must return a torch.nn.Module, got {type(model).__name__}")
     return model
@@ -93,6 +100,25 @@ def _check_arguments(name: str, builder: ModelBuilder, arguments: dict[str, Any]
         signature.bind(**arguments)
     except TypeError as error:
         raise ConfigError(f"model {name!r} can't be called: {error}") from None
+    if name not in MODELS:
+        return  # the user's own function knows its options
+    hints = type_hints(builder.__init__ if isinstance(builder, type) else builder)  # type: ignore[misc]
+    for argument, value in arguments.items():
+        if bound := exceeded(value, hints.get(argument, Any)):
+            raise ConfigError(f"model.{argument} = {short_repr(value)}: must be at most {bound:,}")
+
+
+def _build_if_it_fits(name: str, build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a model after its weights have been counted; weights on the device `meta` take no memory and no draws."""
+    with torch.random.fork_rng(devices=()), torch.device("meta"):
+        num_bytes = sum(weight.nbytes for weight in build().parameters())
+    free = psutil.virtual_memory().available
+    if num_bytes > free:
+        raise ConfigError(
+            f"model {name!r} has weights of {num_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free: "
+            "lower the options under model, or data.num_classes"
+        )
+    return build()
 
 
 def _build_torchvision(name: str, num_classes: int, input_shape: tuple[int, ...], options: dict[str, Any]) -> nn.Module:
@@ -105,7 +131,8 @@ def _build_torchvision(name: str, num_classes: int, input_shape: tuple[int, ...]
     if name in AUXILIARY_HEADS:
         options = {"aux_logits": False, "init_weights": True, **options}
     try:
-        model: nn.Module = models.get_model(name, **{"weights": None, "num_classes": num_classes, **options})
+        keys = {"weights": None, "num_classes": num_classes, **options}
+        model = _build_if_it_fits(f"torchvision:{name}", partial(models.get_model, name, **keys))
     except TypeError as error:
         raise ConfigError(f"model 'torchvision:{name}' can't be built: {error}") from error
     if channels != 3:

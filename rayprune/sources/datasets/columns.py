@@ -25,7 +25,7 @@ Allocate = Callable[[tuple[int, ...], str], np.ndarray]  # shape and dtype → a
 NUMBERS = "biufc"  # the kinds of dtype that tensors can hold
 LABEL_COLUMNS = ("label", "labels")
 NO_LABELS = "these samples have no integer column 'label' or 'labels': name one with label_column, or set class_floor=0"
-_OPTIONS = "columns|image_column|label_column|feature_columns|image_size|num_classes|cache|cache_dir"
+_OPTIONS = "columns|image_column|label_column|feature_columns|image_size|max_pixels|num_classes|cache|cache_dir"
 _DATA_KEY = re.compile(rf"(?<![\w/.])data\.(?=({_OPTIONS})\b)")
 _CHUNK_ROWS = 4_096
 _MEASURED_ROWS = 256

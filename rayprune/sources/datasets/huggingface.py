@@ -23,6 +23,7 @@ from rayprune.core.references import closest
 from rayprune.errors import ConfigError, DataError, one_line
 from rayprune.sources.base import (
     DescribedSource,
+    NumClasses,
     RowCost,
     SampleSource,
     Schema,
@@ -34,7 +35,7 @@ from rayprune.sources.base import (
 from rayprune.sources.cache import CacheMode, decoded
 from rayprune.sources.datasets.columns import options_of_a_call
 from rayprune.sources.fingerprint import WHOLE_BYTES, digest
-from rayprune.sources.images.decode import ImageShape, check_size, decode_rows, first_shape
+from rayprune.sources.images.decode import MAX_PIXELS, ImageShape, MaxPixels, check_size, decode_rows, first_shape
 from rayprune.sources.parquet.layout import check_class_names, find_columns, hub_class_names
 from rayprune.sources.parquet.reader import encoded_values, is_text, text_labels, text_numbers
 from rayprune.sources.registry import register_source
@@ -58,6 +59,7 @@ class HuggingFace:
         feature_columns: numbers, or lists of equally many numbers, in this order; default if there is no image: all
             except the label.
         image_size: pixels that the shorter side is scaled to, before the center square is cut out; default: as stored.
+        max_pixels: refuse images whose header claims more pixels, width times height, before they are decoded.
         validation_fraction: held out, stratified, if there is no validation split; 0 for no validation.
         num_classes: default: the number of class names, else the largest training label + 1.
         cache: see `cache.decoded`.
@@ -71,13 +73,14 @@ class HuggingFace:
     label_column: str | None = None
     feature_columns: tuple[str, ...] | None = None
     image_size: int | None = None
+    max_pixels: MaxPixels = MAX_PIXELS
     validation_fraction: float = 0.1
-    num_classes: int | None = None
+    num_classes: NumClasses = None
     cache: CacheMode = "auto"
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
-        check_size(self.image_size)
+        check_size(self.image_size, self.max_pixels)
         if self.feature_columns == ():
             raise ConfigError("data.feature_columns = []: name at least one column, or leave it out for all")
 
@@ -127,6 +130,7 @@ def from_huggingface(
     label_column: str | None = None,
     feature_columns: tuple[str, ...] | None = None,
     image_size: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     num_classes: int | None = None,
     cache: str = "none",
     cache_dir: str | None = None,
@@ -138,7 +142,8 @@ def from_huggingface(
 
     Args:
         dataset: the Dataset; its own format and transform are ignored.
-        image_column, label_column, feature_columns, image_size, num_classes, cache, cache_dir: as in HuggingFace.
+        image_column, label_column, feature_columns, image_size, max_pixels, num_classes, cache, cache_dir: as in
+            HuggingFace.
 
     Raises:
         ConfigError: feature_columns is empty, or image_size or cache is wrong.
@@ -152,6 +157,7 @@ def from_huggingface(
             label_column=label_column,
             feature_columns=feature_columns,
             image_size=image_size,
+            max_pixels=max_pixels,
             num_classes=num_classes,
         )
         return decoded(HuggingFaceSource(partial(same_dataset, dataset), "the dataset", keys), cache, cache_dir)
@@ -241,7 +247,7 @@ class HuggingFaceSource(DescribedSource):
         else:
             num_classes, class_names = keys.num_classes, self._text_labels or self._class_names
         num_classes = count_classes(labels, f"column {self._label!r} of {name}", num_classes, class_names)
-        self._images: ImageShape | None = train._images if train is not None else self._first_shape(keys.image_size)
+        self._images: ImageShape | None = train._images if train is not None else self._first_shape(keys)
         if self._images is not None:
             input_name, shape, size = "image", self._images.shape, self._images.size
         else:
@@ -249,11 +255,11 @@ class HuggingFaceSource(DescribedSource):
         self._schema = Schema.for_classification(input_name, shape, num_classes, class_names)
         self._fingerprint = digest("huggingface", input_name, f"{shape} {size}", labels, *self._content())
 
-    def _first_shape(self, image_size: int | None) -> ImageShape | None:
+    def _first_shape(self, keys: HuggingFace) -> ImageShape | None:
         if self._image is None:
             return None
         images = (self._encoded(np.array([row]))[0] for row in range(len(self)))
-        shape = first_shape(images, self._row_name, size=image_size)
+        shape = first_shape(images, self._row_name, size=keys.image_size, max_pixels=keys.max_pixels)
         return shape if self._path else replace(shape, option="image_size")
 
     def _content(self) -> Iterator[np.ndarray | str]:

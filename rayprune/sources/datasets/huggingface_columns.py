@@ -33,6 +33,7 @@ from rayprune.sources.datasets.columns import (
 from rayprune.sources.datasets.huggingface import check_dataset, class_numbers, encoded_lengths, image_bytes
 from rayprune.sources.fingerprint import WHOLE_BYTES, digest
 from rayprune.sources.images.decode import (
+    MAX_PIXELS,
     ImageShape,
     check_size,
     decode_ragged,
@@ -55,6 +56,7 @@ def columns_from_huggingface(
     image_column: str | None = None,
     label_column: str | None = None,
     image_size: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     cache: CacheMode = "none",
     cache_dir: str | None = None,
 ) -> SampleSource:
@@ -67,6 +69,7 @@ def columns_from_huggingface(
         label_column: ClassLabel, integers or strings, for methods that need labels; default: `label` or `labels`.
         image_size: pixels that the shorter side of `image_column`, or of all images, is scaled to, before the center
             square is cut out; default: as stored. Images of several sizes make a ragged column.
+        max_pixels: refuse images whose header claims more pixels, before they are decoded.
         cache: `memory` or `disk` keeps the decoded rows; see `cache.decoded`.
         cache_dir: see `cache.cache_root`.
 
@@ -76,8 +79,8 @@ def columns_from_huggingface(
     """
     check_dataset(dataset)
     check_mode(cache)
-    check_size(image_size)
-    source = DatasetColumns(dataset, columns, image_column, label_column, image_size)
+    check_size(image_size, max_pixels)
+    source = DatasetColumns(dataset, columns, image_column, label_column, (image_size, max_pixels))
     return decoded(source, cache, cache_dir)
 
 
@@ -85,7 +88,8 @@ class DatasetColumns(DescribedSource):
     """The columns of a Dataset; images are decoded at every visit.
 
     Args:
-        dataset, columns, image_column, label_column, image_size: see columns_from_huggingface.
+        dataset, columns, image_column, label_column: see columns_from_huggingface.
+        sizes: its image_size and max_pixels.
 
     Raises:
         DataError: a column is missing or unsuitable, or there are no samples.
@@ -99,7 +103,7 @@ class DatasetColumns(DescribedSource):
         columns: Sequence[str] | None,
         image_column: str | None,
         label_column: str | None,
-        image_size: int | None,
+        sizes: tuple[int | None, int],
     ) -> None:
         if len(dataset) == 0:
             raise DataError(f"{_NAME} has no rows: give one that has some")
@@ -121,7 +125,7 @@ class DatasetColumns(DescribedSource):
         for name in names:
             if name == image_column or type(dataset.features[name]).__name__ == "Image":
                 resized = image_column in (None, name)
-                schema[name] = self._image_column(name, image_size if resized else None)
+                schema[name] = self._image_column(name, sizes[0] if resized else None, sizes[1])
             else:
                 schema[name] = self._column(name)
         self._schema = Schema(schema)
@@ -156,9 +160,10 @@ class DatasetColumns(DescribedSource):
                 self._rows = self._dataset.with_format("arrow", columns=self._names)
             return self._rows
 
-    def _image_column(self, name: str, size: int | None) -> Column:
+    def _image_column(self, name: str, size: int | None, max_pixels: int) -> Column:
         images = (_encoded(self._formatted()[[row]].column(name))[0] for row in range(len(self)))
-        first = replace(first_shape(images, partial(_row_name, name), size=size), option="image_size")
+        first = first_shape(images, partial(_row_name, name), size=size, max_pixels=max_pixels)
+        first = replace(first, option="image_size")
         self._images[name] = first
         shape, sampled = first.shape, self._formatted()[spaced_ids(len(self), _MEASURED_ROWS)].column(name)
         if size is None and len(sizes := image_sizes(_encoded(sampled))) > 1:

@@ -16,7 +16,7 @@ import numpy as np
 
 from rayprune.core.references import is_reference
 from rayprune.errors import ConfigError, DataError, one_line
-from rayprune.sources.base import Column, SampleSource, Schema, Splits, count_classes, spaced_ids
+from rayprune.sources.base import Column, NumClasses, SampleSource, Schema, Splits, count_classes, spaced_ids
 from rayprune.sources.cache import CacheMode, check_mode, decoded
 from rayprune.sources.datasets.columns import (
     options_of_a_call,
@@ -55,7 +55,7 @@ class TorchDataset:
     options: dict[str, Any] = field(default_factory=dict)
     columns: tuple[str, ...] | None = None
     validation_fraction: float = 0.1
-    num_classes: int | None = None
+    num_classes: NumClasses = None
     cache: CacheMode = "auto"
     cache_dir: str | None = None
 

@@ -10,6 +10,9 @@ JPEGs. Pillow decodes images for which the two could differ (CMYK, color turned 
 JPEGs (which it scales by halves for free), files that torchvision refuses, and all PNGs, because torchvision's PNG
 decoder crashes the process on damaged ones.
 
+An image of more than `max_pixels` is refused by its header: a few bytes can claim 65,535 × 65,535 pixels, 13 GB. The
+default is the size above which Pillow refuses an image by default, 13,377 pixels square.
+
 Shapes: B batch, H height, W width, C channels, S pixels per side.
 """
 
@@ -17,16 +20,18 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from rayprune.core.validation import AtMost
 from rayprune.errors import ConfigError, DataError, UnreadableImage, one_line
 from rayprune.sources.storage import in_threads
 
@@ -34,6 +39,10 @@ from rayprune.sources.storage import in_threads
 LEAVE_OUT = "leave it out with data.on_error=skip"
 # The number of images that a thread decodes under one release of the lock.
 ROWS_PER_TASK = 32
+MAX_PIXELS = 178_956_970  # of Pillow: 1 GiB is the memory of two of them in color
+MaxPixels = Annotated[int, AtMost(2**32)]  # of data.max_pixels; the formats end there
+# Pillow starts Ghostscript for these.
+_PROGRAMS = {"EPS"}
 GREY_MODES = {"1", "L", "LA", "La"}
 DEEP_MODES = ("I", "F")
 _JPEG = b"\xff\xd8"
@@ -51,6 +60,7 @@ class ImageShape:
     Attributes:
         shape: (H, W, C).
         size: S, to which images are scaled and cut; None if all images have the same size already.
+        max_pixels: refuse larger images.
         cure: for an unreadable image, in messages.
         option: the user's name of `size`, in messages.
     """
@@ -59,6 +69,7 @@ class ImageShape:
     size: int | None
     cure: str = "correct it, or leave it out"
     option: str = "data.image_size"
+    max_pixels: int = MAX_PIXELS
 
 
 def first_shape(
@@ -69,6 +80,7 @@ def first_shape(
     *,
     on_error: str | None = None,
     owner: str = "the dataset",
+    max_pixels: int = MAX_PIXELS,
 ) -> ImageShape:
     """Return the shape of the first image that can be read.
 
@@ -79,6 +91,7 @@ def first_shape(
         size: see ImageShape.
         on_error: data.on_error; "skip" skips unreadable images; None for sources without the key.
         owner: of the images, for messages.
+        max_pixels: see ImageShape.
 
     Raises:
         DataError: the first image can't be read (and on_error is not "skip") or has more than 8 bits per channel, or
@@ -87,7 +100,8 @@ def first_shape(
     cure = ImageShape.cure if on_error is None else f"correct it, or {LEAVE_OUT}"
     for row, encoded in enumerate(images):
         try:
-            return ImageShape(decode_image(encoded, num_channels, size).shape, size, cure)
+            shape = decode_image(encoded, num_channels, size, max_pixels).shape
+            return ImageShape(shape, size, cure, max_pixels=max_pixels)
         except UnreadableImage as error:
             if on_error != "skip":
                 raise DataError(f"{name(row)} {error}: {cure}") from None
@@ -130,7 +144,7 @@ def decode_ragged(encoded: Sequence[bytes | None], images: ImageShape, name: Cal
     rows = []
     for position, pixels in enumerate(_decode_in_threads(encoded, images)):
         try:
-            row = decode_image(encoded[position], images.shape[2], images.size) if pixels is None else pixels
+            row = _decode(encoded[position], images) if pixels is None else pixels
         except UnreadableImage as error:
             raise UnreadableImage(f"{name(position)} {error}: {images.cure}") from None
         except DataError as error:
@@ -171,7 +185,7 @@ def decode_each(
     """
     for position, (content, pixels) in enumerate(zip(encoded, decoded or [None] * len(encoded), strict=True)):
         try:
-            pixels = decode_image(content, images.shape[2], images.size) if pixels is None else pixels
+            pixels = _decode(content, images) if pixels is None else pixels
             if pixels.shape != images.shape:
                 (height, width), (first_height, first_width) = pixels.shape[:2], images.shape[:2]
                 raise DataError(
@@ -185,31 +199,47 @@ def decode_each(
             raise DataError(f"{name(position)} {error}") from None
 
 
-def decode_image(encoded: bytes | None, num_channels: int | None = None, size: int | None = None) -> np.ndarray:
+def _decode(encoded: bytes | None, images: ImageShape) -> np.ndarray:
+    return decode_image(encoded, images.shape[2], images.size, images.max_pixels)
+
+
+def decode_image(
+    encoded: bytes | None, num_channels: int | None = None, size: int | None = None, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
     """Decode one image of any format that Pillow reads.
 
     Args:
         encoded: the file's bytes; None counts as unreadable.
         num_channels: 1 or 3; None takes the image's own mode.
         size: S; None keeps the image's own size.
+        max_pixels: refuse larger images before they are decoded.
 
     Returns:
         (H, W, C) uint8; (S, S, C) with a size.
 
     Raises:
-        UnreadableImage: the bytes are missing, not an image, or damaged.
+        UnreadableImage: the bytes are missing, not an image, damaged, or an image of more pixels.
         DataError: the image has more than 8 bits per channel.
     """
     if not encoded:
         raise UnreadableImage("is not a readable image (its bytes are missing or damaged)")
+    if max_pixels > MAX_PIXELS and Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)  # the user knows of such images
     try:
-        image: Image.Image = Image.open(io.BytesIO(encoded))
-        if size is not None:
-            image.draft(None, (size, size))  # a JPEG decoder scales by halves for free; never below the size
-        image.load()
+        image: Image.Image = Image.open(io.BytesIO(encoded))  # reads the header alone
+        if image.format in _PROGRAMS:
+            raise UnidentifiedImageError
+        if image.width * image.height <= max_pixels:
+            if size is not None:
+                image.draft(None, (size, size))  # a JPEG decoder scales by halves for free; never below the size
+            image.load()
+    except Image.DecompressionBombError:
+        raise _too_large(jpeg_frame(encoded), max_pixels) from None
     except Exception as error:  # on damaged bytes, Pillow's format plugins raise errors of any type
         reason = "no known image format" if isinstance(error, UnidentifiedImageError) else one_line(error)
         raise UnreadableImage(f"is not a readable image ({reason})") from None
+    if image.width * image.height > max_pixels:
+        raise _too_large(image.size, max_pixels)
     # Pillow reduces a PNG of 16 bits in color, or with transparency, to 8 bits, and its mode does not show it.
     deep_png = encoded.startswith(_PNG) and encoded[_PNG_DEPTH] == 16
     if deep_png or image.mode.startswith(DEEP_MODES):
@@ -219,7 +249,14 @@ def decode_image(encoded: bytes | None, num_channels: int | None = None, size: i
     return _pixels(image if image.mode == mode else image.convert(mode), size)
 
 
-def decode_jpegs(encoded: Sequence[bytes], num_channels: int, size: int | None = None) -> list[np.ndarray | None]:
+def _too_large(size: tuple[int, ...] | None, max_pixels: int) -> UnreadableImage:
+    pixels = f"{size[0]}×{size[1]} pixels" if size else "more pixels"
+    return UnreadableImage(f"claims {pixels} and data.max_pixels is {max_pixels:,}, which can be raised")
+
+
+def decode_jpegs(
+    encoded: Sequence[bytes], num_channels: int, size: int | None = None, max_pixels: int = MAX_PIXELS
+) -> list[np.ndarray | None]:
     """Decode plain JPEGs with torchvision, to the same pixels as `decode_image` but for libjpeg-turbo's rounding.
 
     Python's lock is released once for all of them: if several threads compete for it, taking it back after each small
@@ -229,12 +266,13 @@ def decode_jpegs(encoded: Sequence[bytes], num_channels: int, size: int | None =
         encoded: B files of any content.
         num_channels: 1 or 3.
         size: S; None keeps the images' own sizes.
+        max_pixels: Pillow reads the headers of larger images, and refuses them.
 
     Returns:
         For each file (H, W, C) uint8, (S, S, C) with a size; None for those that Pillow has to decode.
     """
     pixels: list[np.ndarray | None] = [None] * len(encoded)
-    rows = [row for row, content in enumerate(encoded) if _is_plain(content, num_channels, size)]
+    rows = [row for row, content in enumerate(encoded) if _is_plain(content, num_channels, size, max_pixels)]
     decoded = _decode_unlocked([encoded[row] for row in rows], _GREY if num_channels == 1 else _RGB)
     for row, image in zip(rows, decoded, strict=True):
         if image is None or size is None or image.shape[:2] == (size, size):
@@ -266,12 +304,21 @@ def jpeg_frame(encoded: bytes) -> tuple[int, int, int] | None:
     return None
 
 
-def check_size(image_size: int | None) -> None:
-    """Check the value of `data.image_size`.
+def check_size(image_size: int | None, max_pixels: int = MAX_PIXELS) -> None:
+    """Check the values of `data.image_size` and `data.max_pixels`.
 
     Raises:
-        ConfigError: it is below 1.
+        ConfigError: one is below 1, or the images would have more pixels than they may.
     """
+    if max_pixels < 1:
+        raise ConfigError(f"data.max_pixels is {max_pixels}: give a number of pixels, at least 1")
+    if image_size is not None and image_size < 1:
+        raise ConfigError(f"data.image_size is {image_size}: give pixels, at least 1, or leave it out")
+    if image_size is not None and image_size**2 > max_pixels:
+        raise ConfigError(
+            f"data.image_size is {image_size:,}, and an image of its square has more than data.max_pixels = "
+            f"{max_pixels:,}: set it to {math.isqrt(max_pixels):,} or less"
+        )
     if image_size is not None and image_size < 1:
         raise ConfigError(f"data.image_size is {image_size}: give pixels, at least 1, or leave it out")
 
@@ -300,7 +347,7 @@ def _decode_in_threads(encoded: Sequence[bytes | None], images: ImageShape) -> l
     parts = [rows[start : start + ROWS_PER_TASK] for start in range(0, len(rows), ROWS_PER_TASK)]
 
     def decode(part: list[int]) -> list[np.ndarray | None]:
-        return decode_jpegs([encoded[row] or b"" for row in part], images.shape[2], images.size)
+        return decode_jpegs([encoded[row] or b"" for row in part], images.shape[2], images.size, images.max_pixels)
 
     for part, decoded in zip(parts, in_threads(decode, parts, num_cpus()), strict=True):
         for row, image in zip(part, decoded, strict=True):
@@ -308,12 +355,14 @@ def _decode_in_threads(encoded: Sequence[bytes | None], images: ImageShape) -> l
     return pixels
 
 
-def _is_plain(encoded: bytes, num_channels: int, size: int | None) -> bool:
+def _is_plain(encoded: bytes, num_channels: int, size: int | None, max_pixels: int) -> bool:
     """Return whether torchvision decodes a file; Pillow decodes the others."""
     frame = jpeg_frame(encoded)
     if frame is None:
         return False
     width, height, components = frame
+    if width * height > max_pixels:
+        return False
     return components in {1, num_channels} and (size is None or min(width, height) < 2 * size)
 
 

@@ -22,8 +22,10 @@ from rayprune.sources.cache import CacheMode, cache_root, cached_arrays, decoded
 from rayprune.sources.fingerprint import WHOLE_BYTES, digest
 from rayprune.sources.images.decode import (
     LEAVE_OUT,
+    MAX_PIXELS,
     ROWS_PER_TASK,
     ImageShape,
+    MaxPixels,
     check_size,
     decode_rows,
     first_shape,
@@ -59,6 +61,7 @@ class ImageFolder:
         validation_fraction: held out, stratified, if there is no validation folder; 0 for no validation.
         image_size: pixels; the shorter side is scaled to it and the middle square cut out. Default: the images' own
             size, which must be the same for all.
+        max_pixels: refuse images whose header claims more pixels, width times height, before they are decoded.
         num_channels: 1 or 3; default: those of the first training image.
         on_error: "skip" decodes all files once and leaves out unreadable ones; "fail" refuses them.
         cache: see `cache.decoded`.
@@ -70,6 +73,7 @@ class ImageFolder:
     validation: str | None = None
     validation_fraction: float = 0.1
     image_size: int | None = None
+    max_pixels: MaxPixels = MAX_PIXELS
     num_channels: Literal[1, 3] | None = None
     on_error: Literal["fail", "skip"] = "fail"
     cache: CacheMode = "auto"
@@ -77,7 +81,7 @@ class ImageFolder:
     default_augment: ClassVar[dict[str, Any]] = {"crop": 0, "flip": False}
 
     def __post_init__(self) -> None:
-        check_size(self.image_size)
+        check_size(self.image_size, self.max_pixels)
 
     def open(self) -> Splits:
         """List the files and decode the first one; with on_error=skip, decode all to find the unreadable ones.
@@ -102,6 +106,7 @@ class ImageFolder:
             self.image_size,
             on_error=self.on_error,
             owner=storage.public(train_folder),
+            max_pixels=self.max_pixels,
         )
         train = self._open_files(files, sizes, shape)
         if validation_folder is not None:
@@ -145,6 +150,7 @@ class ImageNet:
     Attributes:
         path: torchvision's root, local or a URI, with `train/<wnid>/` and `val/<wnid>/`.
         image_size: pixels; the shorter side is scaled to it and the middle square cut out.
+        max_pixels: refuse images whose header claims more pixels, width times height, before they are decoded.
         on_error: "skip" decodes all files once and leaves out unreadable ones; "fail" refuses them.
         cache: see `cache.decoded`.
         cache_dir: folder of the cache; default: $RAYPRUNE_CACHE, else ~/.cache/rayprune.
@@ -153,6 +159,7 @@ class ImageNet:
 
     path: str
     image_size: int = 224
+    max_pixels: MaxPixels = MAX_PIXELS
     on_error: Literal["fail", "skip"] = "fail"
     cache: CacheMode = "auto"
     cache_dir: str | None = None
@@ -178,6 +185,7 @@ class ImageNet:
             train="train",
             validation="val",
             image_size=self.image_size,
+            max_pixels=self.max_pixels,
             num_channels=3,
             on_error=self.on_error,
             cache=self.cache,

@@ -181,13 +181,13 @@ def as_labels(rows: ParquetRows, file: ShardFile, values: pa.ChunkedArray) -> tu
         ) from None
 
 
-def first_image_shape(rows: ParquetRows, image_size: int | None) -> ImageShape:
+def first_image_shape(rows: ParquetRows, image_size: int | None, max_pixels: int) -> ImageShape:
     """Return the shape of the first readable image, which the others must have too; see `images.first_shape`."""
     batches = chain.from_iterable(_batches(file, input_columns(rows, file.schema())) for file in rows.files)
     images = chain.from_iterable(_encoded_images(batch, num_rows) for _, num_rows, batch in batches)
     owner = f"column {rows.image_column!r} of {rows.files[0].storage.public()}"
     on_error = "skip" if rows.skip_errors else "fail"
-    return first_shape(images, rows.row_name, None, image_size, on_error=on_error, owner=owner)
+    return first_shape(images, rows.row_name, None, image_size, on_error=on_error, owner=owner, max_pixels=max_pixels)
 
 
 def build_rows(rows: ParquetRows, folder: Path) -> None:

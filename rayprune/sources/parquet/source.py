@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
+from rayprune.core.validation import UNBOUNDED
 from rayprune.errors import ConfigError, DataError
-from rayprune.sources.base import SampleSource, Schema, Splits, count_classes
+from rayprune.sources.base import NumClasses, SampleSource, Schema, Splits, count_classes
 from rayprune.sources.cache import CacheMode, cache_root, cached_arrays, decoded, leave_out_unreadable
 from rayprune.sources.fingerprint import digest
-from rayprune.sources.images.decode import check_size
+from rayprune.sources.images.decode import MAX_PIXELS, MaxPixels, check_size
 from rayprune.sources.memory import RowSource
 from rayprune.sources.parquet.layout import (
     check_columns,
@@ -57,6 +58,7 @@ class Parquet:
         num_classes: default: the number of class names stored, else the largest training label + 1.
         image_size: pixels; the shorter side is scaled to it and the middle square cut out. Default: the images' own
             size, which must be the same for all.
+        max_pixels: refuse images whose header claims more pixels, width times height, before they are decoded.
         on_error: "skip" leaves out unreadable rows and files, and files with other columns; "fail" refuses them.
         cache: see `cache.decoded`; `auto` decodes at every visit if the disk has less than twice the room.
         cache_dir: folder of the cache; default: $RAYPRUNE_CACHE, else ~/.cache/rayprune.
@@ -70,16 +72,17 @@ class Parquet:
     label_column: str | None = None
     feature_columns: tuple[str, ...] | None = None
     validation_fraction: float = 0.1
-    num_classes: int | None = None
+    num_classes: NumClasses = None
     image_size: int | None = None
+    max_pixels: MaxPixels = MAX_PIXELS
     on_error: Literal["fail", "skip"] = "fail"
     cache: CacheMode = "auto"
     cache_dir: str | None = None
-    buffer_bytes: int = BUFFER_BYTES
+    buffer_bytes: Annotated[int, UNBOUNDED] = BUFFER_BYTES
     default_augment: ClassVar[dict[str, Any]] = {"crop": 0, "flip": False}
 
     def __post_init__(self) -> None:
-        check_size(self.image_size)
+        check_size(self.image_size, self.max_pixels)
         if self.feature_columns == ():
             raise ConfigError("data.feature_columns = []: name at least one column, or leave it out for all")
         if self.buffer_bytes < 0:
@@ -102,7 +105,7 @@ class Parquet:
                 f"the training files in {public(self.path)!r} have no rows: correct data.path or data.train_files"
             )
         if train_rows.image_column is not None:
-            train_rows = replace(train_rows, images=first_image_shape(train_rows, self.image_size))
+            train_rows = replace(train_rows, images=first_image_shape(train_rows, self.image_size, self.max_pixels))
         owner = f"column {train_rows.label_column!r} of {public(self.path)}"
         num_classes = count_classes(labels, owner, self.num_classes, class_names)
         input_name = "features" if train_rows.image_column is None else "image"
@@ -145,7 +148,8 @@ class Parquet:
         if self.cache == "memory" or decoded(groups, self.cache, self.cache_dir) is groups:
             source = _without_bad_rows(groups, groups.readable(), rows) if rows.skip_errors else groups
             return decoded(source, "memory" if self.cache == "memory" else "none")
-        key = f"parquet-{digest(fingerprint, 'skip' if rows.skip_errors else 'fail')}"
+        # Which rows are left out depends on max_pixels; the others are the same.
+        key = f"parquet-{digest(fingerprint, *(['skip', self.max_pixels] if rows.skip_errors else ['fail']))}"
         num_bytes = len(labels) * (schema.row_bytes + 1)  # of `readable`
         open_arrays = partial(cached_arrays, key, cache_root(self.cache_dir), partial(build_rows, rows), num_bytes)
         cached = RowSource(open_arrays, schema, fingerprint, labels)

@@ -17,10 +17,28 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from rayprune.errors import ConfigError, DataError
-from rayprune.sources.base import DescribedSource, RowCost, SampleSource, Schema, Splits, check_ids, count_classes
+from rayprune.sources.base import (
+    DescribedSource,
+    NumClasses,
+    RowCost,
+    SampleSource,
+    Schema,
+    Splits,
+    check_ids,
+    count_classes,
+)
 from rayprune.sources.cache import CacheMode, cache_root, cached_arrays, decoded, leave_out_unreadable
 from rayprune.sources.fingerprint import WHOLE_BYTES, digest
-from rayprune.sources.images.decode import LEAVE_OUT, ImageShape, check_size, decode_rows, first_shape, readable_rows
+from rayprune.sources.images.decode import (
+    LEAVE_OUT,
+    MAX_PIXELS,
+    ImageShape,
+    MaxPixels,
+    check_size,
+    decode_rows,
+    first_shape,
+    readable_rows,
+)
 from rayprune.sources.registry import register_source
 from rayprune.sources.storage import (
     DEFAULT_VALIDATION,
@@ -57,6 +75,7 @@ class WebDataset:
             else `json:label`.
         image_size: pixels; the shorter side is scaled to it and the middle square cut out. Default: the images' own
             size, which must be the same for all.
+        max_pixels: refuse images whose header claims more pixels, width times height, before they are decoded.
         num_channels: 1 or 3; default: those of the first image.
         validation_fraction: held out, stratified, if no shard is for validation; 0 for no validation.
         num_classes: default: the number of class names, else the largest training label + 1.
@@ -71,16 +90,17 @@ class WebDataset:
     image_key: str | None = None
     label_key: str | None = None
     image_size: int | None = None
+    max_pixels: MaxPixels = MAX_PIXELS
     num_channels: Literal[1, 3] | None = None
     validation_fraction: float = 0.1
-    num_classes: int | None = None
+    num_classes: NumClasses = None
     on_error: Literal["fail", "skip"] = "fail"
     cache: CacheMode = "auto"
     cache_dir: str | None = None
     default_augment: ClassVar[dict[str, Any]] = {"crop": 0, "flip": False}
 
     def __post_init__(self) -> None:
-        check_size(self.image_size)
+        check_size(self.image_size, self.max_pixels)
 
     def open(self) -> Splits:
         """Index the shards and read the labels; with on_error=skip, decode all images to find the unreadable ones.
@@ -106,6 +126,7 @@ class WebDataset:
             self.image_size,
             on_error=self.on_error,
             owner=public(self.path),
+            max_pixels=self.max_pixels,
         )
         num_classes = count_classes(labels, f"the labels of {public(self.path)}", self.num_classes, names)
         schema = Schema.for_classification("image", images.shape, num_classes, names)
@@ -137,7 +158,7 @@ class WebDataset:
         if self.on_error == "fail":
             return decoded(source, self.cache, self.cache_dir)
         readable = cached_arrays(
-            f"webdataset-readable-{digest(source.fingerprint)}",
+            f"webdataset-readable-{digest(source.fingerprint, self.max_pixels)}",
             cache_root(self.cache_dir),
             lambda folder: np.save(folder / "readable.npy", source.readable()),
             len(source),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
+import tracemalloc
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
+from rayprune.cli.schema import Key, all_choices, keys_of
 from rayprune.config import Config, load_config, make_config
+from rayprune.config.schema import Augmentation
 from rayprune.config.shipped import shipped_configs
 from rayprune.config.yaml import read_yaml
 from rayprune.errors import ConfigError
@@ -195,3 +200,43 @@ def test_another_train_step_drops_the_old_ones_options(tmp_path: Path) -> None:
     assert other.train.step_options == {"score": "mean", "confident": 0.9}
     assert other.data.hold_out == 0.2
     assert load_config(file, ["train.step.p=20"]).train.step_options["epsilon"] == 0.5
+
+
+def integer_keys() -> list[tuple[str, str, dict[str, Any]]]:
+    """Return (section, key, the other keys that it needs) of every whole number in a config."""
+    sections = {name: field.annotation for name, field in Config.model_fields.items() if name != "method"}
+    keys = [(name, key.name, {}) for name, section in sections.items() for key in keys_of(section) if is_integer(key)]
+    choices = all_choices()
+    keys += [("data.augment", key.name, {}) for key in keys_of(Augmentation) if is_integer(key)]
+    for section in ("method", "method.prune_ratio", "train.step"):
+        for name, own in choices[section].own.items():
+            keys += [(section, key.name, {choices[section].key: name}) for key in own if is_integer(key)]
+    return keys
+
+
+def is_integer(key: Key) -> bool:
+    return int in {key.hint, *get_args(key.hint)}
+
+
+# These are compared with other numbers, or start a random generator.
+ANY_NUMBER = {"limit", "seed", "max_nonfinite", "checkpoint_steps", "max_failures", "keep_checkpoints"}
+ANY_NUMBER.add("keep_selections")
+
+
+@pytest.mark.parametrize("value", [10**9, 10**12])
+@pytest.mark.parametrize(("section", "key", "others"), integer_keys(), ids=str)
+def test_a_number_that_would_fill_the_memory_is_refused(section, key, others, value) -> None:
+    tree: dict[str, Any] = {**others, key: value}
+    for name in reversed(section.split(".")):
+        tree = {name: tree}
+    if section == "method.prune_ratio":
+        tree["method"]["name"] = "random_epoch"
+    started = time.perf_counter()
+    tracemalloc.start()
+    legitimate = key in ANY_NUMBER and (section, key, value) != ("sweep", "seed", 10**12)
+    with nullcontext() if legitimate else pytest.raises(ConfigError, match=rf"^[^\n]*{key}[^\n]*$"):
+        make_config(tree)
+    allocated = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert allocated < 10e6
+    assert time.perf_counter() - started < 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from rayprune.config import Config, make_config
 from rayprune.config.experiments import BASELINES, axis_of, format_value
 from rayprune.config.yaml import read_yaml
+from rayprune.errors import ConfigError
 
 
 @given(low=st.floats(1e-6, 1e3), factor=st.floats(1.001, 1e3), seed=st.integers(0, 99))
@@ -85,6 +87,32 @@ def test_a_mistake_is_one_line_with_the_cure(keys: dict[str, Any], words: list[s
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ({"space": {f"optim.{name}": list(range(1, 1001)) for name in "abcd"}}, "sweep.space has 1,000,000,000,000 po"),
+        ({"space": {"optim.lr": list(range(10_001))}}, "sweep.space 'optim.lr' lists 10,001 values: give at most"),
+        (
+            {"space": {"optim.lr": {"grid": [1, 2, 3]}}, "search": "random", "num_trials": 10_000},
+            "sweep.space has 30,000 points",
+        ),
+        (
+            {
+                "space": {name: list(map(str, range(200))) for name in ("method.name", "model.name")},
+                "search": "random",
+                "num_trials": 1,
+            },
+            "sweep.space combines 40,000 methods, models and sources",
+        ),
+    ],
+)
+def test_a_space_of_too_many_points_is_refused_before_any_is_made(sweep: dict[str, Any], message: str) -> None:
+    started = time.perf_counter()
+    with pytest.raises(ConfigError, match=message):
+        make_config({"sweep": sweep})
+    assert time.perf_counter() - started < 1
 
 
 def test_the_section_does_not_affect_the_digest_and_round_trips() -> None:

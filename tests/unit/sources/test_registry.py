@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from rayprune.errors import RunFolderError
+from rayprune.cli.schema import keys_of
+from rayprune.errors import ConfigError, RunFolderError
 from rayprune.sources import SOURCES, Splits, default_augment, input_statistics, open_data
 from rayprune.sources.tables.audits import AuditTable, write_audit
 from tests.support.sources import all_rows, make_source
@@ -22,6 +23,19 @@ def test_unknown_sources_and_keys_are_refused_with_the_closest():
     with pytest.raises(ValueError, match=r"data\.path is missing"):
         open_data("parquet")
     assert {"digits", "arrays", "parquet"} <= set(SOURCES)
+
+
+def test_a_number_that_would_fill_the_memory_is_refused():
+    numbers = [(name, key.name) for name, cls in SOURCES.items() for key in keys_of(cls) if "int" in str(key.hint)]
+    assert ("parquet", "num_classes") in numbers
+    for name, key in numbers:
+        for value in (10**9, 10**12):
+            if key in {"buffer_bytes", "options"} or (key, value) == ("max_pixels", 10**9):
+                continue  # bounds of what may be read
+            with pytest.raises(ConfigError, match=rf"data\.{key} = {value}: must be at most"):
+                open_data(name, **{"dataset" if name == "torch_dataset" else "path": "", key: value})
+    with pytest.raises(ConfigError, match=r"data\.image_size is 20,000, .* set it to 13,377 or less"):
+        open_data("image_folder", path="", image_size=20_000)
 
 
 def test_a_limit_applies_to_training_only():

@@ -9,7 +9,8 @@ import torch
 
 from rayprune.core import Plan, Selection
 from rayprune.engine.train.driver import train
-from rayprune.errors import TrainingStopped
+from rayprune.engine.train.preflight import check_sizes
+from rayprune.errors import ConfigError, TrainingStopped
 from tests.support.runs import assert_same_run, run_config, same_weights, user
 
 BEFORE = {
@@ -96,3 +97,10 @@ def test_samples_with_a_nan_loss_are_named_in_order(tmp_path: Path) -> None:
     assert first != sorted(first)
     with pytest.raises(TrainingStopped, match=f"first sample ids .{first[0]}, {first[1]}, {first[2]}"):
         train(run_config(tmp_path, model=model, train={"max_nonfinite": 3, "seed": 1}))
+
+
+def test_a_batch_that_no_memory_holds_is_refused(tmp_path: Path) -> None:
+    config = run_config(tmp_path, train={"batch_size": 256})
+    check_sizes(config, 300, row_bytes=3 * 224**2)
+    with pytest.raises(ConfigError, match=r"train\.batch_size 256 × 500\.0 MB a sample is 128\.0 GB a worker, and"):
+        check_sizes(config, 300, row_bytes=500_000_000)

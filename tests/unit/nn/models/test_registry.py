@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
+from rayprune.errors import ConfigError
 from rayprune.nn.models import MODELS, build_model
 
 
@@ -141,6 +143,32 @@ def test_wrong_models_are_refused_in_one_line(name: str, options: dict[str, Any]
     with pytest.raises(ValueError, match=message) as caught:
         build_model(name, **{"num_classes": 10, "input_shape": (3, 32, 32), **options})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mlp", {"hidden": [10**9]}, r"model.hidden = \[1000000000\]: must be at most 1,000,000"),
+        ("mlp", {"hidden": [10**6, 10**6]}, r"model 'mlp' has weights of 4012\.\d GB"),
+        ("msdnet", {"num_blocks": 10**12}, "model.num_blocks = 1000000000000: must be at most 100"),
+        ("ranet", {"block_step": 10**9}, "model.block_step = 1000000000: must be at most 100"),
+        ("msdnet", {"growth_rate": 10**5}, r"model 'msdnet' has weights of \d+\.\d GB"),
+        ("torchvision:resnet50", {"width_per_group": 10**5}, "model 'torchvision:resnet50' has weights of"),
+    ],
+)
+def test_a_model_that_would_fill_the_memory_is_refused(name: str, options: dict[str, Any], message: str) -> None:
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(ConfigError, match=message):
+        build_model(name, num_classes=10, input_shape=(3, 32, 32), **options)
+    assert psutil.Process().memory_info().rss < before + 200e6
+
+
+def test_counting_the_weights_changes_no_draw() -> None:
+    torch.manual_seed(0)
+    expected = nn.Linear(4, 3).weight
+    torch.manual_seed(0)
+    model = build_model("mlp", num_classes=3, input_shape=(4,), hidden=())
+    assert torch.equal(model.fc.weight, expected)
 
 
 def test_importing_the_models_loads_neither_ray_nor_torchvision() -> None:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
+import io
+import struct
+import zlib
+from dataclasses import replace
 
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from rayprune.errors import UnreadableImage
+from rayprune.sources.images import decode
 from rayprune.sources.images.decode import (
     ImageShape,
     decode_image,
@@ -56,3 +65,49 @@ def test_pillow_decodes_what_torchvision_must_not():
         PNG_WITHOUT_HEADER,
     ):  # torchvision may end the process
         assert decode_jpegs([data], 3) == [None]
+
+
+def claiming(encoded: bytes, width: int, height: int) -> bytes:
+    """Return an image of 24×24 pixels with another size in its header."""
+    formats = {b"\xff\xd8": (">HH", 0), b"\x89P": (">II", 16), b"GI": ("<HH", 6), b"RI": ("<HH", 26)}
+    form, place = formats[encoded[:2]]
+    sizes = (height, width) if place == 0 else (width, height)
+    if place == 0:
+        place = encoded.index(struct.pack(form, 24, 24))
+    if encoded.startswith(b"\x89P"):  # a PNG's header has a checksum
+        header = b"IHDR" + struct.pack(form, *sizes) + encoded[24:29]
+        return encoded[:12] + header + struct.pack(">I", zlib.crc32(header)) + encoded[33:]
+    return encoded[:place] + struct.pack(form, *sizes) + encoded[place + struct.calcsize(form) :]
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "WEBP"])
+@pytest.mark.parametrize("size", [None, 32])
+def test_a_header_of_too_many_pixels_is_refused_before_decoding(form, size):
+    side = 16_000 if form == "WEBP" else 65_500  # the format has 14 bits
+    small = encode_image(smooth_pixels(1, (24, 24)), form)
+    image = claiming(small, side, side)
+    shape = ImageShape((24, 24, 3) if size is None else (size, size, 3), size)
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(UnreadableImage, match=r"row 1 claims .*pixels and data\.max_pixels is 178,956,970.*: correct"):
+        decode_rows([small, image], shape, lambda row: f"row {row}")
+    assert readable_rows([small, image], shape, str).tolist() == [True, False]
+    assert psutil.Process().memory_info().rss < before + 100e6
+    limited = replace(shape, max_pixels=24 * 24 - 1)
+    with pytest.raises(UnreadableImage, match=r"row 0 claims 24×24 pixels and data\.max_pixels is 575"):
+        decode_rows([small], limited, lambda row: f"row {row}")
+    assert decode_rows([small], replace(shape, max_pixels=24 * 24), str).shape == (1, *shape.shape)
+
+
+def test_an_image_above_pillows_limit_is_read_if_max_pixels_allows_it(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 200)
+    with pytest.raises(UnreadableImage, match=r"claims more pixels and data\.max_pixels is 200"):
+        decode_image(encode_image(smooth_pixels(1, (24, 24))), max_pixels=200)
+    assert decode_image(encode_image(smooth_pixels(1, (24, 24))), max_pixels=24 * 24).shape == (24, 24, 3)
+
+
+def test_no_image_starts_another_program():
+    file = io.BytesIO()
+    Image.fromarray(smooth_pixels(1, (24, 24))).save(file, "EPS")
+    with pytest.raises(UnreadableImage, match="no known image format"):
+        decode_image(file.getvalue())
