@@ -3,21 +3,24 @@
 An entry is the folder `<cache>/<kind>-<fingerprint>/` with one .npy file per array and a manifest of their sizes. It is
 built in a temporary folder next to it, which is then renamed, so no process ever sees half an entry. If several
 processes build one at once, the first rename wins and the others discard theirs. An entry whose files do not match its
-manifest is built again.
+manifest is built again. A temporary folder is locked by its builder, so that the next start removes those of killed
+ones.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import logging
 import os
 import re
 import shutil
+import socket
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -39,9 +42,10 @@ MANIFEST_VERSION = 1
 CHUNK_BYTES = 1 << 26
 # With `auto` the cache never takes more than this share of the free space.
 _SHARE_OF_FREE = 0.5
-# No build goes this long without writing: an older temporary folder was left by a killed process.
+LOCK = "builder.lock"  # in a temporary folder; names the builder's host
+# No build goes this long without writing, if it is on another host or its file system has no locks.
 ABANDONED_S = 24 * 3600
-_TEMPORARY = re.compile(r"\.[a-z][a-z0-9_-]*-[0-9a-f]{32}-[a-z0-9_]{8}")  # `.<kind>-<fingerprint>-` and mkdtemp's end
+_TEMPORARY = re.compile(r"\.[a-z][a-z0-9_-]*-[0-9a-f]{32}-[a-z0-9_]{8}")  # `.<kind>-<fingerprint>-`, mkdtemp's end
 
 
 def decoded(source: SampleSource, mode: str = "auto", cache_dir: str | None = None) -> SampleSource:
@@ -50,12 +54,15 @@ def decoded(source: SampleSource, mode: str = "auto", cache_dir: str | None = No
     Args:
         source: samples whose `take` decodes.
         mode: `disk` keeps the rows in the decoded cache, `memory` keeps a copy in each process that reads, `none`
-            decodes at every visit. `auto` is `disk` if decoding is expensive and the disk has twice the room.
+            decodes at every visit. `auto` is `disk` if decoding is expensive. It is `none` for rows of which the disk
+            has not twice the room, unless they are then read in groups and shuffled in another order: the plans of a
+            run must not depend on the free space.
         cache_dir: see `cache_root`.
 
     Raises:
         ConfigError: an unknown mode, or `disk` for rows that are not numbers of one shape.
-        DataError: at the first use: the cache can't be written.
+        DataError: `auto`, and the disk has too little room for rows in groups; or, at the first use, the cache can't be
+            written.
     """
     check_mode(mode)
     uneven = [name for name, column in source.schema.columns.items() if column.in_objects]
@@ -70,17 +77,32 @@ def decoded(source: SampleSource, mode: str = "auto", cache_dir: str | None = No
         return _kept(source, partial(_decode_all, source, None))
     num_bytes = len(source) * source.schema.row_bytes
     root, key = cache_root(cache_dir), f"decoded-{source.fingerprint}"
-    # An existing entry needs no more room.
-    if mode == "auto" and num_bytes > _SHARE_OF_FREE * _free_bytes(root) and not is_complete(root / key):
-        logger.warning(
-            "decoded, the samples take %.1f GB, more than half of the free space at %s: they are decoded at every "
-            "visit; set data.cache=disk, or data.cache_dir to a larger disk",
-            num_bytes / 1e9,
-            root,
-        )
+    if mode == "auto" and not has_room(source, num_bytes, root / key):
         return source
     open_arrays = partial(cached_arrays, key, root, partial(_decode_all, source), num_bytes)
     return _kept(source, open_arrays)
+
+
+def has_room(source: SampleSource, num_bytes: int, entry: Path) -> bool:
+    """Return whether data.cache=auto may keep the rows of a source in an entry; warn if not.
+
+    Raises:
+        DataError: it may not, and without the cache the rows would be shuffled in another order.
+    """
+    root = entry.parent
+    _remove_abandoned(root)
+    if is_complete(entry) or num_bytes <= _SHARE_OF_FREE * _free_bytes(root):
+        return True
+    problem = f"decoded, the samples take {num_bytes / 1e9:.1f} GB, more than half of the free space at {root}"
+    if source.groups is not None:
+        raise DataError(
+            f"{problem}: free some space, set data.cache_dir or RAYPRUNE_CACHE to a larger disk, or set "
+            "data.cache=none to decode them at every visit, in another order"
+        )
+    logger.warning(
+        "%s: they are decoded at every visit; set data.cache=disk, or data.cache_dir to a larger disk", problem
+    )
+    return False
 
 
 def _kept(source: SampleSource, open_arrays: Callable[[], dict[str, np.ndarray]]) -> SampleSource:
@@ -237,25 +259,43 @@ def _build_entry(folder: Path, build: Callable[[Path], object], num_bytes: int) 
     temporary = _new_temporary(folder, num_bytes)
     started = time.perf_counter()
     try:
-        build(temporary)
-        manifest = {"version": MANIFEST_VERSION, "files": _file_sizes(temporary)}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _publish(temporary, folder)
+        with _locked(temporary):
+            build(temporary)
+            manifest = {"version": MANIFEST_VERSION, "files": _file_sizes(temporary)}
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            (temporary / LOCK).unlink(missing_ok=True)
+            _publish(temporary, folder)
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        raise _unwritable(folder.parent, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     logger.info("built cache entry %s (%.1f MB) in %.1f s", folder, num_bytes / 1e6, time.perf_counter() - started)
+
+
+@contextlib.contextmanager
+def _locked(temporary: Path) -> Iterator[None]:
+    """Hold a lock in a folder, which the operating system releases however the process ends."""
+    with (temporary / f"{LOCK}.new").open("w") as lock:
+        lock.write(socket.gethostname())
+        lock.flush()
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (temporary / f"{LOCK}.new").rename(temporary / LOCK)  # nobody sees it unlocked
+        yield
 
 
 def _new_temporary(folder: Path, num_bytes: int) -> Path:
     root = folder.parent
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder)
+        _remove_abandoned(root)
         free_bytes = shutil.disk_usage(root).free
         if num_bytes > free_bytes:
             raise DataError(
                 f"cache folder {root} has {free_bytes / 1e9:.2f} GB free and {num_bytes / 1e9:.2f} GB are needed: "
-                "free some space, or set data.cache_dir or RAYPRUNE_CACHE to a larger disk"
+                "free some space, set data.cache_dir or RAYPRUNE_CACHE to a larger disk, or set data.cache=none"
             )
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
         temporary.chmod(0o755)  # mkdtemp's 0700 would shut other users out of a shared cache
@@ -285,14 +325,27 @@ def _publish(temporary: Path, folder: Path) -> None:
         logger.info("another process built cache entry %s at the same time: its copy is used", folder)
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """Remove temporary folders of killed processes, also of entries that may never be opened again."""
-    for other in folder.parent.glob(".*-*"):
+def _remove_abandoned(root: Path) -> None:
+    """Remove the temporary folders of killed processes."""
+    for folder in root.glob(".*-*"):
         # The user's own hidden folders may lie in the cache folder too.
-        if not (other.name.startswith(f".{folder.name}-") or _TEMPORARY.fullmatch(other.name)):
-            continue
-        # Its process, if still running, may rename the folder now.
-        with contextlib.suppress(FileNotFoundError):
-            newest = max(entry.stat().st_mtime for entry in [other, *other.glob("*")])
-            if time.time() - newest > ABANDONED_S:
-                shutil.rmtree(other, ignore_errors=True)
+        is_ours = _TEMPORARY.fullmatch(folder.name) or (folder / LOCK).exists()
+        if is_ours and _is_abandoned(folder):
+            logger.info("removing %s, which a killed process has left", folder)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_abandoned(folder: Path) -> bool:
+    try:
+        with (folder / LOCK).open() as lock:
+            if lock.read() == socket.gethostname():
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+    except BlockingIOError:
+        return False
+    except OSError:  # no lock, or a file system without locks
+        pass
+    try:
+        return time.time() - max(entry.stat().st_mtime for entry in [folder, *folder.glob("*")]) > ABANDONED_S
+    except FileNotFoundError:  # its builder has just renamed it
+        return False

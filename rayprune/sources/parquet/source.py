@@ -1,8 +1,8 @@
 """Parquet files, as the Hugging Face hub stores datasets: encoded images, or numeric columns.
 
-By default the first open decodes every row into the decoded cache, and later ones memory-map it. If the disk is too
-small for that, or with data.cache=none, rows are decoded from their row groups at every visit, and an epoch shuffles
-windows of row groups. Files are split by their names, and columns found by name and type; the config can set both.
+By default the first open decodes every row into the decoded cache, and later ones memory-map it. With data.cache=none,
+rows are decoded from their row groups at every visit, and an epoch shuffles windows of row groups. Files are split by
+their names, and columns found by name and type; the config can set both.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ import numpy as np
 from rayprune.core.validation import UNBOUNDED
 from rayprune.errors import ConfigError, DataError
 from rayprune.sources.base import NumClasses, SampleSource, Schema, Splits, count_classes
-from rayprune.sources.cache import CacheMode, cache_root, cached_arrays, decoded, leave_out_unreadable
+from rayprune.sources.cache import (
+    CacheMode,
+    cache_root,
+    cached_arrays,
+    check_mode,
+    decoded,
+    has_room,
+    leave_out_unreadable,
+)
 from rayprune.sources.fingerprint import digest
 from rayprune.sources.images.decode import MAX_PIXELS, MaxPixels, check_size
 from rayprune.sources.memory import RowSource
@@ -60,7 +68,7 @@ class Parquet:
             size, which must be the same for all.
         max_pixels: refuse images whose header claims more pixels, width times height, before they are decoded.
         on_error: "skip" leaves out unreadable rows and files, and files with other columns; "fail" refuses them.
-        cache: see `cache.decoded`; `auto` decodes at every visit if the disk has less than twice the room.
+        cache: see `cache.decoded`; `auto` refuses to start if the disk has less than twice the room.
         cache_dir: folder of the cache; default: $RAYPRUNE_CACHE, else ~/.cache/rayprune.
         buffer_bytes: with cache none, the size of the encoded row groups that each process keeps.
     """
@@ -145,13 +153,17 @@ class Parquet:
         columns += [] if self.image_size is None else [f"size {self.image_size}"]
         fingerprint = digest("parquet", *columns, str(rows.shape), labels, *(file.digest() for file in rows.files))
         groups = ParquetGroups(rows, schema, fingerprint, labels, self.buffer_bytes)
-        if self.cache == "memory" or decoded(groups, self.cache, self.cache_dir) is groups:
+        check_mode(self.cache)
+        if self.cache in {"memory", "none"}:
             source = _without_bad_rows(groups, groups.readable(), rows) if rows.skip_errors else groups
-            return decoded(source, "memory" if self.cache == "memory" else "none")
+            return decoded(source, self.cache)
         # Which rows are left out depends on max_pixels; the others are the same.
         key = f"parquet-{digest(fingerprint, *(['skip', self.max_pixels] if rows.skip_errors else ['fail']))}"
         num_bytes = len(labels) * (schema.row_bytes + 1)  # of `readable`
-        open_arrays = partial(cached_arrays, key, cache_root(self.cache_dir), partial(build_rows, rows), num_bytes)
+        root = cache_root(self.cache_dir)
+        if self.cache == "auto":
+            has_room(groups, num_bytes, root / key)
+        open_arrays = partial(cached_arrays, key, root, partial(build_rows, rows), num_bytes)
         cached = RowSource(open_arrays, schema, fingerprint, labels)
         return _without_bad_rows(cached, cached.arrays()["readable"], rows) if rows.skip_errors else cached
 

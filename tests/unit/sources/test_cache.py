@@ -15,6 +15,7 @@ import pytest
 from rayprune.sources.cache import cache_root, cached_arrays, new_array
 
 SHAPE = (1000, 16)
+KEY = f"decoded-{'0c' * 16}"
 
 
 def build(folder, pause_s=0.0):
@@ -95,14 +96,40 @@ def test_an_unwritable_folder_is_refused(tmp_path):
 
 def test_folders_of_killed_processes_are_removed(tmp_path):
     other = f".webdataset-index-{'0a' * 16}-x_1y2z3w"
-    ages = {".test-1-old": 2 * 86400, ".test-1-new": 60, other: 2 * 86400, ".my-own": 2 * 86400}
+    fresh = f".webdataset-index-{'0b' * 16}-x_1y2z3w"
+    ages = {fresh: 60, other: 2 * 86400, ".my-own": 2 * 86400}
     for name, age_s in ages.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "values.npy").write_bytes(b"half")
         for path in (tmp_path / name / "values.npy", tmp_path / name):
             os.utime(path, (time.time() - age_s,) * 2)
     total(tmp_path)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".my-own", ".test-1-new", "test-1"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".my-own", fresh, "test-1"]
+
+
+def build_and_wait(root, started):
+    def build_half(folder):
+        new_array(folder, "values", "int32", SHAPE)
+        started.set()
+        time.sleep(60)
+
+    cached_arrays(KEY, root, build_half, 64_000)
+
+
+def test_the_folder_of_a_killed_builder_goes_at_the_next_start_and_that_of_a_running_one_stays(tmp_path):
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+    builder = context.Process(target=build_and_wait, args=(tmp_path, started))
+    builder.start()
+    assert started.wait(20)
+    (left,) = tmp_path.iterdir()
+    total(tmp_path)
+    assert left.exists()
+    builder.kill()
+    builder.join()
+    assert left.exists()
+    cached_arrays("test-2", tmp_path, build, 64_000)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["test-1", "test-2"]
 
 
 def test_the_cache_folder_comes_from_the_argument_then_the_environment(tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ Shapes: N samples, G groups.
 from __future__ import annotations
 
 import io
-import logging
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 from PIL import Image
 
 from rayprune.core import Plan, Selection
+from rayprune.errors import DataError
 from rayprune.sources import SampleSource, input_statistics, open_data
 from rayprune.sources import cache as decoded
 from rayprune.sources.parquet.row_groups import ParquetGroups
@@ -234,14 +234,15 @@ def test_a_damaged_row_group_is_named_or_left_out(tmp_path: Path) -> None:
     assert rest.groups.tolist() == [0, 10, 20]
 
 
-def test_auto_decodes_at_every_visit_if_the_disk_is_too_small(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_auto_does_not_change_the_order_if_the_disk_is_too_small(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert opened(folder, "auto", cache_dir=str(tmp_path / "cache")).groups is None
+    opened(folder, "auto", cache_dir=str(tmp_path / "cache")).prepare()
     monkeypatch.setattr(decoded, "_free_bytes", lambda root: 91 * 35)
-    with caplog.at_level(logging.WARNING):
-        assert isinstance(opened(folder, "auto", cache_dir=str(tmp_path / "cache")), ParquetGroups)
-    assert [record.getMessage().count("more than half of the free space") for record in caplog.records] == [1]
+    assert opened(folder, "auto", cache_dir=str(tmp_path / "cache")).groups is None, "its entry is there"
+    with pytest.raises(DataError, match=r"more than half of the free space at .*, or set data\.cache=none"):
+        opened(folder, "auto", cache_dir=str(tmp_path / "other"))
+    assert isinstance(opened(folder, "none", cache_dir=str(tmp_path / "cache")), ParquetGroups)
     assert opened(folder, "disk", cache_dir=str(tmp_path / "cache")).groups is None
     with pytest.raises(ValueError, match=r"data\.cache = 'nome': did you mean 'none'"):
         opened(folder, "nome")
