@@ -10,6 +10,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from rayprune.cli.output import printable
 from rayprune.errors import ConfigError
 
 console = Console(soft_wrap=True)
@@ -53,8 +54,8 @@ def single_config(arguments: Sequence[str], example: str) -> tuple[str, list[str
 
 
 def say(line: object = "", style: str | None = None) -> None:
-    """Print a line unchanged, without markup and without colors for numbers."""
-    console.print(str(line), style=style, highlight=False, markup=False, emoji=False)
+    """Print a line without markup and colors for numbers; control characters, as in a file's name, are escaped."""
+    console.print(printable(str(line)), style=style, highlight=False, markup=False, emoji=False)
 
 
 def warn(line: str) -> None:

@@ -1,7 +1,8 @@
 """The command line: `rayprune COMMAND`, with a module for each command or two.
 
-Exit codes: 0 success, 2 a mistake of the user (reported in one line), 130 Ctrl-C, 1 any other error; tracebacks only
-with --debug. The first Ctrl-C saves a run, the second one ends the process at once.
+Exit codes: 0 success, 2 what a person can mend (settings, data, arguments, the machine's limits), 130 Ctrl-C, 141 the
+reader of the output has left, 1 any other error. Errors are one line (`rayprune.cli.errors`); tracebacks only with
+--debug. The first Ctrl-C saves a run, the second one ends the process at once.
 Modules of commands import slow libraries (torch, Ray, pandas, matplotlib) inside functions.
 """
 
@@ -12,6 +13,7 @@ import contextlib
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,19 +25,21 @@ from rayprune.cli.audit import audit
 from rayprune.cli.compare import compare
 from rayprune.cli.console import debug_option, errors
 from rayprune.cli.doctor import doctor
+from rayprune.cli.errors import explain
 from rayprune.cli.evaluate import evaluate
 from rayprune.cli.init import init
 from rayprune.cli.methods import methods
+from rayprune.cli.output import guard_streams, is_closed_pipe, output_failure, printable
 from rayprune.cli.report import report, show
 from rayprune.cli.schema import schema
 from rayprune.cli.select import select
 from rayprune.cli.sweep import sweep
 from rayprune.cli.train import score, train
-from rayprune.errors import TrainingPaused, one_line
+from rayprune.errors import one_line
 
 # click 8.2 and newer raises this for `rayprune` without arguments; its message is the help.
 _NO_ARGUMENTS = getattr(click.exceptions, "NoArgsIsHelpError", ())
-_INTERRUPTED = 130  # exit code of a command that Ctrl-C has ended, as in shells
+_INTERRUPTED, _PIPE_CLOSED = 130, 141  # exit codes of commands that SIGINT and SIGPIPE have ended, as in shells
 _CONTINUING = {"train", "score", "compare", "sweep", "audit"}
 
 
@@ -43,28 +47,27 @@ def main() -> None:
     """Run the command line and exit with its code."""
     # A user's `module:function` must be importable from the current folder, as with `python -m`.
     sys.path.insert(0, str(Path.cwd()))
+    guard_streams()
     ctrl_c = _CtrlC()
     try:
-        cli.main(standalone_mode=False)
+        code = cli.main(standalone_mode=False)  # of click's own options, such as --help
     except click.exceptions.Abort as error:
         ctrl_c.leave(one_line(error) if error.args else _stopped())
-    except TrainingPaused as error:  # by SIGTERM
-        _fail(one_line(error), 1)
     except _NO_ARGUMENTS as error:
         error.show()
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        _fail(" ".join(error.format_message().split()), error.exit_code)
-    except Exception as error:
-        if "--debug" in sys.argv:
-            raise
+        code = error.exit_code
+    except BaseException as error:
+        if "--debug" in sys.argv and not isinstance(error, click.ClickException):
+            if not isinstance(error, SystemExit):  # it would be obeyed
+                raise
+            traceback.print_exception(error)
         if ctrl_c.is_pressed:  # inside an import, for example, Ctrl-C can become any error
             ctrl_c.leave(_stopped())
-        if isinstance(error, ValueError):
-            _fail(one_line(error), 2)
-        _fail(f"{one_line(error)} (--debug shows where)", 1)
+        line, code = explain(error)
+        _say_error(line)
     finally:
         ctrl_c.is_pressed = True  # Ctrl-C must not interrupt the shutdown of Ray, which would print tracebacks
+    sys.exit(_with_output(code or 0))
 
 
 class _CtrlC:
@@ -89,7 +92,7 @@ class _CtrlC:
         self.is_pressed = True
         if errors.is_terminal:
             errors.print()  # the terminal has echoed ^C
-        errors.print(line, highlight=False, markup=False)
+        errors.print(printable(line), highlight=False, markup=False, emoji=False)
         self._children = _children()
         atexit._run_exitfuncs()
         sys.stdout.flush()
@@ -132,6 +135,19 @@ def _stopped() -> str:
     return "stopped: the same command continues" if command in _CONTINUING else "stopped"
 
 
-def _fail(line: str, code: int) -> NoReturn:
-    errors.print(f"error: {line}", highlight=False, markup=False)
-    sys.exit(code)
+def _say_error(line: str) -> None:
+    errors.print(f"error: {printable(line)}", highlight=False, markup=False, emoji=False)
+
+
+def _with_output(code: int) -> int:
+    """Return the exit code of a command, which may have lost its output."""
+    failure = output_failure()
+    if failure is None or code:
+        return code
+    if is_closed_pipe(failure):
+        return _PIPE_CLOSED
+    _say_error(
+        f"standard output can't be written ({failure.strerror}): send it to a file on a disk with free space; what "
+        "the command writes elsewhere is complete"
+    )
+    return 1
