@@ -263,12 +263,18 @@ class Selector:
                 epochs, or seed; nothing was overwritten.
         """
         header, own = _read_header(state), self._header()
+        if not isinstance(header.get("schema", 0), int):
+            raise RunFolderError("the state's header has no schema number: give what state_dict() returned")
         if header.get("schema", 0) > STATE_SCHEMA:
             raise RunFolderError(
                 f"state of schema {header['schema']}, this version reads up to {STATE_SCHEMA}: upgrade rayprune"
             )
         if missing := own.keys() - header.keys():
             raise RunFolderError(f"the state's header lacks {', '.join(sorted(missing))}: give a whole state_dict()")
+        for name in _STATE_FIELDS:
+            values = header[name] if isinstance(own[name], list) else [header[name]]
+            if not isinstance(values, list) or not all(type(value) is int for value in values):
+                raise RunFolderError(f"the state's header has {name} {short_repr(header[name])}: give a state_dict()")
         for name in ("method", *_RUN_FIELDS):
             if header[name] != json.loads(json.dumps(own[name])):
                 raise RunFolderError(f"the state is of another run: {name} {header[name]!r}, here {own[name]!r}")

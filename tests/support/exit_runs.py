@@ -13,7 +13,7 @@ from rayprune.engine.storage.checkpoint import write_checkpoint
 from rayprune.engine.train.build import build_network
 from rayprune.engine.train.driver import open_splits
 from rayprune.engine.train.preflight import input_spec
-from tests.support.runs import run_config
+from tests.support.runs import POSITION, run_config
 
 HERE = Path(__file__).parent
 LADDER = f"{HERE}/stepwise_model.py:ladder"
@@ -33,7 +33,7 @@ def untrained_run(config: Config, epoch: int = 4, step: int = 0, **position: Any
     folder = Path(config.run.storage_path) / str(config.run.name)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(config.to_yaml())
-    known = {"fingerprint": splits.train.fingerprint, "digest": config.digest(), **position}
+    known = {**POSITION, "fingerprint": splits.train.fingerprint, "digest": config.digest(), **position}
     model = network.state_dict()
     write_checkpoint(folder, epoch, step, model=model, trainer={}, selector={}, position=known)
     return folder

@@ -18,11 +18,22 @@ from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import AttemptKey, Barrier, Phase, PlanPass
 from rayprune.engine.scoring.session import ScoringSession
 from rayprune.engine.storage.checkpoint import newest_checkpoint
+from rayprune.engine.storage.costs import PriorCost
 from rayprune.engine.train.driver import RunResult
 from tests.support.paths import USER_CODE
 
 # The values that decide a result; times differ between equal runs.
 RESULT_KEYS = ("epoch", "kept", "samples_trained", "train_loss", "val_accuracy", "plan_hash", "lr")
+# What position.json of a checkpoint holds beside epoch and step.
+POSITION: dict[str, Any] = {
+    "digest": "d",
+    "fingerprint": "f",
+    "shuffle": "",
+    "wall_time": 1.5,
+    "counts": PriorCost().counts,
+    "metrics": None,
+    "sums": [],
+}
 
 
 def user(name: str) -> str:

@@ -44,7 +44,7 @@ from rayprune.engine.scoring.messages import (
     StopReason,
     unpack,
 )
-from rayprune.engine.storage.checkpoint import checkpoint_path, is_written, load_selector_state
+from rayprune.engine.storage.checkpoint import checkpoint_path, is_written, restore_selector
 from rayprune.engine.storage.loop_run import LoopRun
 from rayprune.engine.storage.run_folder import write_scores, write_selection
 from rayprune.errors import CheckpointPending, ObservationsLost, StaleGeneration, UsageError
@@ -155,7 +155,7 @@ class ScoreActor:
             folder = Path(self._spec.run_folder)
             if not is_written(checkpoint_path(folder, epoch, step)):
                 raise CheckpointPending(f"the checkpoint before step {step} of epoch {epoch} is not written yet")
-            selector.load_state_dict(load_selector_state(folder, epoch, step))
+            restore_selector(selector, checkpoint_path(folder, epoch, step))
         selector.begin_epoch(epoch)
         return selector
 

@@ -18,23 +18,29 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.errors import RunFolderError
+from rayprune.engine.storage.costs import PriorCost
+from rayprune.errors import RaypruneError, RunFolderError, one_line
 
 if TYPE_CHECKING:  # the ScoreActor loads states without torch, which would cost it 0.4 GB and a second
     import torch
 
+    from rayprune.core.selector import Selector
+
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
-_FOLDER, _MANIFEST = "checkpoints", "manifest.json"
+_FOLDER, _MANIFEST, _POSITION = "checkpoints", "manifest.json", "position.json"
+_FILES = ("model.pt", "trainer.pt", "selector.npz", _POSITION)
+_UNSAFE = "a file holds Python objects other than tensors and numbers, which would run code"
 
 
 def checkpoint_path(run_folder: Path, epoch: int, step: int = 0) -> Path:
@@ -67,7 +73,7 @@ def write_checkpoint(
         torch.save(dict(model), folder / "model.pt")
         torch.save(dict(trainer), folder / "trainer.pt")
         np.savez(folder / "selector.npz", **dict[str, Any](selector))
-        (folder / "position.json").write_text(json.dumps({"schema": SCHEMA, "epoch": epoch, "step": step, **position}))
+        (folder / _POSITION).write_text(json.dumps({"schema": SCHEMA, "epoch": epoch, "step": step, **position}))
         sums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
         (folder / _MANIFEST).write_text(json.dumps(sums, indent=1))
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
@@ -93,28 +99,129 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def set_aside(folder: Path) -> None:
+    """Make a checkpoint count as incomplete: its files stay until the run writes them again."""
+    (folder / _MANIFEST).unlink(missing_ok=True)
+
+
 def newest_checkpoint(run_folder: Path) -> Path | None:
-    """Return the newest checkpoint whose files match their manifest; log and skip damaged ones."""
+    """Return the newest checkpoint that is not damaged, or None; log the others."""
+    return next(_undamaged(run_folder), None)
+
+
+def usable_checkpoint(
+    run_folder: Path, check: Callable[[Path], None], on_refused: Callable[[Path], None] | None = None
+) -> Path | None:
+    """Return the newest checkpoint that is not damaged and that `check` accepts, or None if all are damaged.
+
+    Checksums tell what has changed since a checkpoint was written, but not whether it was right then.
+
+    Args:
+        run_folder: the run's folder.
+        check: raises a RunFolderError for a checkpoint that can't be applied.
+        on_refused: called with each checkpoint that `check` has refused, once it has accepted an older one.
+
+    Raises:
+        RunFolderError: `check` refuses all of them; then the network or the settings differ, not the files.
+    """
+    refused: dict[Path, RunFolderError] = {}
+    for folder in _undamaged(run_folder):
+        try:
+            check(folder)
+        except RunFolderError as error:
+            refused[folder] = error
+            continue
+        for skipped, reason in refused.items():
+            logger.warning("checkpoint %s can't be used (%s): trying the one before it", skipped, reason)
+            if on_refused is not None:
+                on_refused(skipped)
+        return folder
+    if refused:
+        raise next(iter(refused.values()))
+    return None
+
+
+def _undamaged(run_folder: Path) -> Iterator[Path]:
     for folder in sorted((run_folder / _FOLDER).glob("epoch-*"), reverse=True):
         problem = damage(folder)
         if problem is None:
-            return folder
-        logger.warning("checkpoint %s can't be used (%s): trying the one before it", folder, problem)
-    return None
+            yield folder
+        else:
+            logger.warning("checkpoint %s can't be used (%s): trying the one before it", folder, problem)
 
 
 def read_position(folder: Path) -> dict[str, Any]:
     """Return position.json.
 
     Raises:
-        RunFolderError: a newer version of rayprune wrote it.
+        RunFolderError: it is damaged, or a newer version of rayprune wrote it.
     """
-    position: dict[str, Any] = json.loads((folder / "position.json").read_text())
+    position, problem = _stored_position(folder)
+    if problem is not None:
+        raise RunFolderError(f"checkpoint {folder} is damaged ({problem}): restore it or delete it")
     if position["schema"] > SCHEMA:
         raise RunFolderError(
             f"checkpoint {folder} has schema {position['schema']}, this version reads {SCHEMA}: upgrade"
         )
     return position
+
+
+def _stored_position(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """Return position.json, and what is wrong with it; a newer version's is not damaged."""
+    try:
+        position = dict(json.loads((folder / _POSITION).read_text()))
+        if not _is_count(position.get("schema")):
+            return {}, f"{_POSITION}: schema is not a count"
+        problem = None if position["schema"] > SCHEMA else _wrong_entry(position, folder)
+    except (ValueError, TypeError, RecursionError) as error:
+        return {}, f"{_POSITION}: {one_line(error)}"
+    return position, problem and f"{_POSITION}: {problem}"
+
+
+def _wrong_entry(position: Mapping[str, Any], folder: Path) -> str | None:
+    """Return what is wrong with the content of position.json, or None."""
+    for name, (kind, fits) in _ENTRIES.items():
+        if name not in position:
+            return f"{name} is missing"
+        if not fits(position[name]):
+            return f"{name} is not {kind}"
+    if folder.name.startswith("epoch-") and folder != checkpoint_path(
+        folder.parents[1], position["epoch"], position["step"]
+    ):
+        return f"epoch {position['epoch']}, step {position['step']} is not the folder's"
+    return None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+# position.json: name → what it must hold.
+_ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "epoch": ("a count", _is_count),
+    "step": ("a count", _is_count),
+    "digest": ("text", _is_text),
+    "fingerprint": ("text", _is_text),
+    "shuffle": ("text", _is_text),
+    "wall_time": ("a number", _is_number),
+    "counts": (
+        "counts of a run",
+        lambda counts: isinstance(counts, dict) and all(_is_count(counts.get(name)) for name in PriorCost().counts),
+    ),
+    "metrics": (
+        "a line of metrics",
+        lambda line: line is None or (isinstance(line, dict) and _is_count(line.get("epoch"))),
+    ),
+    "sums": ("a list of numbers", lambda sums: isinstance(sums, list) and all(map(_is_number, sums))),
+}
 
 
 def newest_position(run_folder: Path) -> tuple[int, int]:
@@ -136,17 +243,76 @@ def load_selector_state(run_folder: Path, epoch: int, step: int = 0) -> dict[str
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
+        RunFolderError: the file can't be read.
     """
-    with np.load(checkpoint_path(run_folder, epoch, step) / "selector.npz", allow_pickle=False) as stored:
+    folder = checkpoint_path(run_folder, epoch, step)
+    with refusing(folder), np.load(folder / "selector.npz", allow_pickle=False) as stored:
         return {name: stored[name] for name in stored.files}
 
 
+def restore_selector(selector: Selector, folder: Path) -> None:
+    """Load a checkpoint's state into a Selector.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        RunFolderError: the file can't be read, or is not of this run; names the checkpoint.
+    """
+    with refusing(folder), np.load(folder / "selector.npz", allow_pickle=False) as stored:
+        selector.load_state_dict({name: stored[name] for name in stored.files})
+
+
+class _Refused(RunFolderError):
+    """An error that names its checkpoint already."""
+
+
+@contextlib.contextmanager
+def refusing(folder: Path) -> Iterator[None]:
+    """Turn any error that a checkpoint's content causes while the block applies it into one that names the checkpoint.
+
+    Raises:
+        RunFolderError: the block failed, other than by an error of the operating system.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        text = one_line(error)
+        reason = (
+            text
+            if isinstance(error, RaypruneError) or type(error).__name__ in text
+            else f"{type(error).__name__}: {text}"
+        )
+        reason = _UNSAFE if "weights_only" in text else reason[:200]
+        raise _Refused(
+            f"checkpoint {folder} can't be applied ({reason}): restore the code and the settings that wrote it, or "
+            "delete it to continue from the one before it"
+        ) from error
+
+
 def load_tensors(file: Path, device: torch.device) -> dict[str, Any]:
-    """Load a file of tensors, plain numbers and containers; torch refuses anything else."""
+    """Load a file of tensors, plain numbers and containers.
+
+    Raises:
+        RunFolderError: it holds anything else, or is damaged.
+    """
     import torch
 
-    loaded: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
-    return loaded
+    with refusing(file.parent):
+        loaded = torch.load(file, map_location=device, weights_only=True)
+        if not isinstance(loaded, dict):
+            raise RunFolderError(f"{file.name} holds no dictionary")
+    return dict(loaded)
+
+
+def load_weights(folder: Path, network: torch.nn.Module, device: torch.device) -> None:
+    """Load a checkpoint's weights into a network on a device.
+
+    Raises:
+        RunFolderError: they don't fit it, or can't be read; the network may have been changed in part.
+    """
+    with refusing(folder):
+        network.load_state_dict(load_tensors(folder / "model.pt", device))
 
 
 def remove_old_steps(run_folder: Path, epoch: int, keep: int, resume_step: int) -> None:
@@ -180,20 +346,25 @@ def forget_ray_records(run_folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """Return the first mismatch between a checkpoint's files and its manifest, or None."""
+    """Return what is wrong with a checkpoint, or None: files missing or altered since it was written, or its position.
+
+    Does not open the states, which needs torch and the run's network.
+    """
     try:
         sums = json.loads((folder / _MANIFEST).read_text())
     except FileNotFoundError:
         return "it is incomplete"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{_MANIFEST}: {error}"
+    if not isinstance(sums, dict) or not sums.keys() >= set(_FILES):
+        return f"{_MANIFEST} does not list {', '.join(_FILES)}"
     for name, expected in sums.items():
-        file = folder / name
+        file = folder / Path(name).name
         if not file.is_file():
             return f"{name} is missing"
         if _sha256(file) != expected:
             return f"{name} was altered"
-    return None
+    return _stored_position(folder)[1]
 
 
 def _sha256(file: Path) -> str:

@@ -25,7 +25,9 @@ from rayprune.config import Config
 from rayprune.engine.storage.checkpoint import (
     checkpoint_path,
     load_tensors,
+    load_weights,
     read_position,
+    refusing,
     remove_old_checkpoints,
     remove_old_steps,
     write_checkpoint,
@@ -57,6 +59,19 @@ class StateCopy:
     trainer: dict[str, Any]
     selector: Mapping[str, NDArray[Any]]
     is_shared: bool = False
+
+
+def load_state(folder: Path, network: torch.nn.Module, train_step: TrainStep, device: torch.device) -> None:
+    """Load a checkpoint's tensors into a network, its optimizer and its train step.
+
+    Raises:
+        RunFolderError: they do not fit; network and step may have been changed in part.
+    """
+    load_weights(folder, network, device)
+    with refusing(folder):
+        trainer = load_tensors(folder / "trainer.pt", device)
+        train_step.optimizer.load_state_dict(trainer["optimizer"])
+        train_step.load_state_dict(trainer["step"])
 
 
 class CheckpointWriter:
@@ -98,17 +113,14 @@ class CheckpointWriter:
         """Load the state before a step into network, train step and counts; return the epoch's metric sums so far.
 
         Raises:
-            RunFolderError: the checkpoint is of another dataset or configuration.
+            RunFolderError: the checkpoint is of another dataset or configuration, or can't be applied.
         """
         folder = checkpoint_path(self._folder, epoch, step)
         position = read_position(folder)
         for name, own in self._identity.items():
             if position[name] != own:
                 raise RunFolderError(f"checkpoint {folder} is of another run: {name} {position[name]}, here {own}")
-        network.load_state_dict(load_tensors(folder / "model.pt", device))
-        trainer = load_tensors(folder / "trainer.pt", device)
-        train_step.optimizer.load_state_dict(trainer["optimizer"])
-        train_step.load_state_dict(trainer["step"])
+        load_state(folder, network, train_step, device)
         self._counts = dict(position["counts"])
         self._earlier_s = position["wall_time"]
         self._last_line = position["metrics"]

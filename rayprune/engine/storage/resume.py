@@ -6,13 +6,20 @@ import contextlib
 import fcntl
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rayprune.config import Config
 from rayprune.config.yaml import flatten
-from rayprune.engine.storage.checkpoint import copy_checkpoint, damage, newest_checkpoint, read_position
+from rayprune.engine.storage.checkpoint import (
+    copy_checkpoint,
+    damage,
+    newest_checkpoint,
+    read_position,
+    set_aside,
+    usable_checkpoint,
+)
 from rayprune.engine.storage.run_folder import (
     append_metrics,
     mend_metrics,
@@ -134,19 +141,23 @@ def is_scoring_run(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def open_folder(config: Config, source: SampleSource, **facts: Any) -> Iterator[tuple[Path, int]]:
+def open_folder(
+    config: Config, source: SampleSource, check: Callable[[Path], None] | None = None, **facts: Any
+) -> Iterator[tuple[Path, int]]:
     """Create the run folder, or check that it belongs to this run, and lock it while the block runs.
 
     Args:
         config, source: the run and its training data.
+        check: raises a RunFolderError for a checkpoint that can't be applied; those that it refuses are set aside if it
+            accepts an older one.
         **facts: more fields for environment.json.
 
     Yields:
         The folder, and the epoch of its newest intact checkpoint: 0 without one, E when the run is finished.
 
     Raises:
-        RunFolderError: the folder holds another run, is in use by another process, or can't be written. Nothing was
-            touched.
+        RunFolderError: the folder holds another run, is in use by another process, or can't be written, or `check`
+            refuses all its checkpoints. Nothing was touched.
     """
     check_folder(config)
     _find_start(config, source)
@@ -160,6 +171,8 @@ def open_folder(config: Config, source: SampleSource, **facts: Any) -> Iterator[
             (folder / "metrics.jsonl").open("a").close()
             write_whole(folder / "config.yaml", config.to_yaml())
             start = _find_start(config, source)
+            if start is not None and check is not None:
+                start = _applicable(start, folder, check)
             if start is not None:
                 if start.parents[1] != folder:
                     start = _adopt(folder, start)
@@ -198,6 +211,14 @@ def _find_start(config: Config, source: SampleSource) -> Path | None:
     if checkpoint is not None:
         _check_checkpoint(config, source, checkpoint)
     return checkpoint
+
+
+def _applicable(start: Path, folder: Path, check: Callable[[Path], None]) -> Path | None:
+    """Return a checkpoint, or the first one before it that `check` accepts."""
+    if start.parents[1] == folder:
+        return usable_checkpoint(folder, check, on_refused=set_aside)
+    check(start)  # of another run's folder, in which nothing is touched
+    return start
 
 
 def _resume_path(config: Config) -> Path | None:

@@ -25,7 +25,6 @@ from ray.train.torch import TorchTrainer
 from rayprune.config import Config
 from rayprune.core.bases.static import ScoredMethod
 from rayprune.core.references import USER_MODULE_PREFIX
-from rayprune.core.selector import Selector
 from rayprune.engine.cluster import Resources, resolve_resources, start_ray
 from rayprune.engine.data.device import DeviceStream, check_room
 from rayprune.engine.data.ray_data import plan_dataset, task_rows
@@ -35,10 +34,11 @@ from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import StopReason
 from rayprune.engine.storage.checkpoint import (
+    checkpoint_path,
     forget_ray_records,
-    load_selector_state,
     newest_position,
     remove_old_checkpoints,
+    restore_selector,
 )
 from rayprune.engine.storage.resume import adopt_scoring, check_folder, finished_folder, open_folder, where_stopped
 from rayprune.engine.storage.run_folder import read_metrics, write_scores
@@ -63,6 +63,7 @@ from rayprune.engine.train.preflight import (
     input_spec,
     notices,
 )
+from rayprune.engine.train.resumption import new_selector, try_checkpoint
 from rayprune.engine.train.static_subset import Scored, check_subset, chosen_subset, keep_subset, score_samples
 from rayprune.engine.train.worker import Worker
 from rayprune.errors import ConfigError, TrainingFailed, TrainingPaused, TrainingStopped
@@ -316,7 +317,8 @@ def _run(config: Config, splits: Splits, setup: SelectionSetup, listeners: Liste
     if resources.stream == "device" and resources.num_workers == 0:  # workers check the room on their own machines
         check_room(splits.by_name, torch.device("cuda" if resources.use_gpu else "cpu"))
     check_subset(config, setup)
-    with open_folder(config, splits.train, **_environment(config, spec, resources)) as (folder, start_epoch):
+    attempt = functools.partial(try_checkpoint, config, splits.train, spec, setup)
+    with open_folder(config, splits.train, attempt, **_environment(config, spec, resources)) as (folder, start_epoch):
         for split in (splits.train, splits.validation):
             if split is not None:
                 split.prepare()
@@ -366,9 +368,8 @@ def _write_scores(
     config: Config, source: SampleSource, folder: Path, setup: SelectionSetup, record: tuple[str, ...]
 ) -> None:
     labels = np.asarray(source.labels)
-    run = (len(source), setup.num_epochs, config.train.seed)
-    selector = Selector(setup.method, *run, labels, chosen=setup.chosen, record=record)
-    selector.load_state_dict(load_selector_state(folder, config.last_epoch))
+    selector = new_selector(config, source, setup, record)
+    restore_selector(selector, checkpoint_path(folder, config.last_epoch))
     own = selector.scores()
     extra = {f"collected_{name}" if name in own else name: column for name, column in setup.scores.items()}
     write_scores(folder, selector, labels, source.fingerprint, extra=extra, method=config.method)

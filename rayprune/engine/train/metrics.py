@@ -21,7 +21,7 @@ from rayprune.nn.steps import RowCounts, TrainStep
 # Entries of the sums: loss, correct, rows with a finite loss, real rows, rows of weight 0, bytes read, rows trained on,
 # and rows that a training step scored by a forward pass (exact up to 2^53).
 LOSS, CORRECT, FINITE, REAL, PADDED, BYTES, TRAINED, SCORED = range(8)
-_NUM_ENTRIES = 8
+NUM_ENTRIES = 8
 _NUM_ON_DEVICE = 3  # the first entries; the host counts the others
 
 
@@ -38,10 +38,10 @@ class MetricSums:
     def __init__(
         self, device: torch.device, num_classes: int = 0, num_exits: int = 1, stored: Sequence[float] = ()
     ) -> None:
-        size = _NUM_ENTRIES + 2 * num_classes + (3 * num_exits if num_exits > 1 else 0)
+        size = NUM_ENTRIES + 2 * num_classes + (3 * num_exits if num_exits > 1 else 0)
         values = [*stored, *[0.0] * (size - len(stored))]
-        self._counts = values[_NUM_ON_DEVICE:_NUM_ENTRIES]
-        on_device = [*values[:_NUM_ON_DEVICE], *values[_NUM_ENTRIES:]]
+        self._counts = values[_NUM_ON_DEVICE:NUM_ENTRIES]
+        on_device = [*values[:_NUM_ON_DEVICE], *values[NUM_ENTRIES:]]
         self._sums = torch.tensor(on_device, dtype=torch.float64, device=device)
         self._num_classes = num_classes
 
@@ -149,7 +149,7 @@ def validated(sums: Tensor | None, num_exits: int = 1) -> dict[str, Any]:
         return dict.fromkeys(("val_loss", "val_accuracy", "val_class_accuracy", *exit_names))
     loss, accuracy = means(sums)
     stop = sums.numel() - (3 * num_exits if exit_names else 0)
-    correct_C, real_C = sums[_NUM_ENTRIES:stop].reshape(2, -1).tolist()
+    correct_C, real_C = sums[NUM_ENTRIES:stop].reshape(2, -1).tolist()
     by_class = [round(correct / real, 6) if real else None for correct, real in zip(correct_C, real_C, strict=True)]
     results: dict[str, Any] = {"val_loss": loss, "val_accuracy": accuracy, "val_class_accuracy": by_class}
     if exit_names:

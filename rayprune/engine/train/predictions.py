@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from rayprune.config import Config
 from rayprune.engine.data.transport import prefetch
-from rayprune.engine.storage.checkpoint import load_tensors, newest_checkpoint
+from rayprune.engine.storage.checkpoint import load_weights, usable_checkpoint
 from rayprune.engine.train.build import InputSpec, build_network
-from rayprune.errors import RunFolderError, one_line
+from rayprune.errors import RunFolderError
 from rayprune.sources import SampleSource
 
 _BATCH = 64
@@ -47,18 +47,10 @@ def final_predictions(
         RunFolderError: there is no intact checkpoint, or its weights do not fit the model.
     """
     device = device or torch.device("cpu")
-    checkpoint = newest_checkpoint(folder)
-    if checkpoint is None:
-        raise RunFolderError(f"{folder} has no usable checkpoint: train it again, rayprune train {folder}/config.yaml")
     with torch.random.fork_rng(devices=[]):
         network = build_network(config, spec, device)
-    try:
-        network.load_state_dict(load_tensors(checkpoint / "model.pt", device))
-    except RuntimeError as error:
-        raise RunFolderError(
-            f"the weights in {checkpoint} don't fit model {config.model.name!r} ({one_line(error)[:200]}): restore "
-            "the code that it was trained with"
-        ) from None
+    if usable_checkpoint(folder, lambda checkpoint: load_weights(checkpoint, network, device)) is None:
+        raise RunFolderError(f"{folder} has no usable checkpoint: train it again, rayprune train {folder}/config.yaml")
     network.eval()
     probs_NC, done = np.empty((ids.size, spec.num_classes)), 0
     with torch.inference_mode():

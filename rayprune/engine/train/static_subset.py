@@ -18,7 +18,7 @@ from rayprune.config import Config
 from rayprune.core.bases.static import ScoredMethod
 from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
-from rayprune.engine.storage.checkpoint import load_selector_state
+from rayprune.engine.storage.checkpoint import checkpoint_path, restore_selector
 from rayprune.engine.storage.costs import PriorCost, forward_flops_of
 from rayprune.engine.storage.resume import SCORING, run_folder_of
 from rayprune.engine.storage.run_folder import read_metrics, write_scores
@@ -110,7 +110,7 @@ def _collected_scores(config: Config, source: SampleSource, number: int, folder:
     run = (len(source), max(scoring.train.epochs, method.collect_epochs + 1), scoring.train.seed)
     record = recorded_signals(scoring, input_spec(scoring, source))
     collected = Selector(scoring.build_method(), *run, labels, record=record)
-    collected.load_state_dict(load_selector_state(folder, method.collect_epochs))
+    restore_selector(collected, checkpoint_path(folder, method.collect_epochs))
     selector = Selector(method, *run, labels, record=record, recalls=_recalls(folder))
     selector.table.load_arrays(collected.table.to_arrays())
     return selector

@@ -20,7 +20,7 @@ from torch import nn
 
 from rayprune.config import Config
 from rayprune.core.references import closest
-from rayprune.engine.storage.checkpoint import load_tensors, newest_checkpoint, read_position
+from rayprune.engine.storage.checkpoint import load_weights, newest_checkpoint, read_position, usable_checkpoint
 from rayprune.engine.storage.run_folder import read_config
 from rayprune.engine.train.build import InputSpec, build_network
 from rayprune.engine.train.driver import open_splits
@@ -284,9 +284,9 @@ def open_run(folder: Path, device: torch.device) -> TrainedRun:
             f"{folder} has no intact checkpoint yet: train it first, rayprune train {folder}/config.yaml"
         )
     try:
-        position, weights = read_position(checkpoint), load_tensors(checkpoint / "model.pt", device)
+        position = read_position(checkpoint)
     except FileNotFoundError:
-        raise RunFolderError(f"{checkpoint} was just replaced by a newer one: the run is training, try again") from None
+        raise _replaced(checkpoint) from None
     if position["digest"] != config.digest():
         raise RunFolderError(
             f"{folder}/config.yaml is not the config of its checkpoints (its digest is {config.digest()}, theirs "
@@ -296,12 +296,10 @@ def open_run(folder: Path, device: torch.device) -> TrainedRun:
     spec = input_spec(config, splits.train)
     network = build_network(config, spec, device)
     try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        raise RunFolderError(
-            f"the weights in {checkpoint} don't fit model {config.model.name!r} ({one_line(error)[:200]}): restore "
-            "the code that it was trained with"
-        ) from None
+        checkpoint = usable_checkpoint(folder, lambda each: load_weights(each, network, device)) or checkpoint
+        position = read_position(checkpoint)
+    except FileNotFoundError:
+        raise _replaced(checkpoint) from None
     return TrainedRun(
         folder=folder,
         config=config,
@@ -314,6 +312,10 @@ def open_run(folder: Path, device: torch.device) -> TrainedRun:
         validation=validation,
         device=device,
     )
+
+
+def _replaced(checkpoint: Path) -> RunFolderError:
+    return RunFolderError(f"{checkpoint} was just replaced by a newer one: the run is training, try again")
 
 
 def _config_of(folder: Path) -> Config:

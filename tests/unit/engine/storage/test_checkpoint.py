@@ -25,6 +25,7 @@ from rayprune.engine.storage.checkpoint import (
     remove_old_steps,
     write_checkpoint,
 )
+from tests.support.runs import POSITION
 
 
 def write(folder: Path, epoch: int, step: int = 0, **position: Any) -> Path:
@@ -37,7 +38,7 @@ def write(folder: Path, epoch: int, step: int = 0, **position: Any) -> Path:
         model={"weight": torch.full((3,), float(epoch))},
         trainer={"optimizer": {}, "step": {}},
         selector={"loss": np.full(3, step)},
-        position=position,
+        position={**POSITION, **position},
     )
 
 
@@ -46,11 +47,11 @@ def names(folder: Path) -> list[str]:
 
 
 def test_a_checkpoint_reads_back(tmp_path: Path) -> None:
-    folder = write(tmp_path, 2, 7, counts={"samples_trained": 9})
+    folder = write(tmp_path, 2, 7, wall_time=9.0)
     assert folder == checkpoint_path(tmp_path, 2, 7)
     assert is_written(folder)
     assert damage(folder) is None
-    assert read_position(folder) == {"schema": 1, "epoch": 2, "step": 7, "counts": {"samples_trained": 9}}
+    assert read_position(folder) == {"schema": 1, "epoch": 2, "step": 7, **POSITION, "wall_time": 9.0}
     assert load_selector_state(tmp_path, 2, 7)["loss"].tolist() == [7, 7, 7]
     assert load_tensors(folder / "model.pt", torch.device("cpu"))["weight"].tolist() == [2, 2, 2]
 
@@ -78,9 +79,9 @@ def test_damaged_checkpoints_are_skipped_and_named(tmp_path: Path, caplog: pytes
 
 
 def test_a_later_attempt_replaces_a_checkpoint(tmp_path: Path) -> None:
-    write(tmp_path, 1, counts=1)
-    folder = write(tmp_path, 1, counts=2)
-    assert read_position(folder)["counts"] == 2
+    write(tmp_path, 1, wall_time=1)
+    folder = write(tmp_path, 1, wall_time=2)
+    assert read_position(folder)["wall_time"] == 2
     assert damage(folder) is None
 
 

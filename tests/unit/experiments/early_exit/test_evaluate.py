@@ -233,7 +233,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     manifest = weights.with_name("manifest.json")
     sums = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**sums, "model.pt": hashlib.sha256(weights.read_bytes()).hexdigest()}))
-    assert_refused(run_evaluate(folder, "--device", "cpu"), "don't fit model")
+    assert_refused(run_evaluate(folder, "--device", "cpu"), "can't be applied")
 
 
 def test_mistakes_exit_with_2_and_one_line(tmp_path: Path) -> None:
