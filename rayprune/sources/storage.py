@@ -8,8 +8,12 @@ Shapes: B batch.
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import re
+import resource
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,13 +33,16 @@ from rayprune import errors
 from rayprune.core.references import closest
 from rayprune.errors import ConfigError, DataError
 
+logger = logging.getLogger(__name__)
+
 Shard = TypeVar("Shard")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 # Remote requests wait for the network rather than for a CPU.
 REMOTE_THREADS = 16
-OPEN_FILES = 64
+# A quarter of the files that the process may have open (ulimit -n), as torch and Ray need some too.
+OPEN_FILES = max(4, min(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 # A larger read is cheaper than another request: only headers and a small label separate two images.
 LOCAL_GAP_BYTES, REMOTE_GAP_BYTES = 1 << 12, 1 << 14
 RANGE_BYTES = 1 << 23
@@ -114,10 +121,14 @@ class Storage:
     def files(self) -> list[StoredFile]:
         """Return all files below a folder, sorted by name (by code points).
 
+        Links are followed, except those that lead back to a folder above them. Broken links to files have 0 bytes.
+
         Raises:
             DataError: the folder can't be listed.
         """
         root = self.full("").rstrip("/") or "/"
+        if self.is_local:
+            return sorted(_local_files(root), key=lambda file: file.name)
         infos = self._get_info(pafs.FileSelector(root, recursive=True))
         # Some file systems name their files without the leading slash of the root.
         start = len(root.strip("/")) + 1 if root.strip("/") else 0
@@ -195,9 +206,11 @@ class RangeReader:
         try:
             with self._lock:  # one request opens a file for all threads
                 file = self._open(name)
-            content = bytes(file.read_at(part.stop - part.start, part.start))
+            # A damaged index may ask for any number of bytes, and the reader allocates them first.
+            content = bytes(file.read_at(part.stop - part.start, part.start)) if part.stop <= file.size() else b""
         except OSError as error:
-            raise DataError(f"{self._storage.public(name)} can't be read ({one_line(error)}): restore it") from None
+            cure = cure_of(error, "restore it")
+            raise DataError(f"{self._storage.public(name)} can't be read ({one_line(error)}): {cure}") from None
         if len(content) != part.stop - part.start:
             raise DataError(f"{self._storage.public(name)} is shorter than it was when it was opened: restore it")
         return content
@@ -324,6 +337,55 @@ def redacted(text: str) -> str:
 def one_line(error: Exception, width: int = 160) -> str:
     """Return the start of an error's message, on one line and without secrets."""
     return redacted(errors.one_line(error))[:width]
+
+
+def _local_files(root: str) -> Iterator[StoredFile]:
+    """Yield the files below a local folder; pyarrow would follow a link in a loop 40 times."""
+    loops: list[str] = []
+    folders = [("", (os.path.realpath(root),))]  # its name, and the real paths of the folder and of those above it
+    while folders:
+        prefix, above = folders.pop()
+        try:
+            with os.scandir(f"{root}/{prefix}") as entries:
+                for entry in entries:
+                    name = f"{prefix}{entry.name}"
+                    if not entry.is_dir():
+                        yield from _local_file(entry, name)
+                        continue
+                    real = os.path.realpath(entry.path) if entry.is_symlink() else str(Path(above[-1], entry.name))
+                    if real in above:
+                        loops.append(name)
+                    else:
+                        folders.append((f"{name}/", (*above, real)))
+        except OSError as error:
+            raise _unreachable(f"{root}/{prefix}".rstrip("/"), error) from None
+    if loops:
+        logger.warning("left out %d links in %s to a folder above them, first %s", len(loops), root, min(loops))
+
+
+def _local_file(entry: os.DirEntry[str], name: str) -> Iterator[StoredFile]:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"the file name {os.fsencode(name)!r} is not valid UTF-8: rename it") from None
+    try:
+        status = entry.stat()
+    except OSError:  # a broken link; whoever reads it names it
+        yield StoredFile(name, 0)
+    else:
+        if stat.S_ISREG(status.st_mode):
+            yield StoredFile(name, status.st_size, status.st_mtime_ns)
+
+
+def cure_of(error: Exception, usual: str) -> str:
+    """Return the cure for a file that can't be read: the usual one, unless the process has too many open files.
+
+    >>> cure_of(OSError(errno.EMFILE, "Too many open files"), "restore it")
+    'raise the limit on open files (ulimit -n 4096)'
+    """
+    # Arrow's errors have the number only in their text.
+    too_many = getattr(error, "errno", None) in {errno.EMFILE, errno.ENFILE} or "Too many open files" in str(error)
+    return "raise the limit on open files (ulimit -n 4096)" if too_many else usual
 
 
 def _read_local(path: str) -> bytes:

@@ -33,7 +33,7 @@ from rayprune.sources.images.decode import (
     readable_rows,
 )
 from rayprune.sources.registry import register_source
-from rayprune.sources.storage import REMOTE_THREADS, Storage, StoredFile, in_threads, one_line
+from rayprune.sources.storage import REMOTE_THREADS, Storage, StoredFile, cure_of, in_threads, one_line
 from rayprune.sources.views import holdout
 
 logger = logging.getLogger(__name__)
@@ -386,9 +386,10 @@ class ImageFiles:
             return self.storage.read(self.path(sample))
         except OSError as error:
             reason = error.strerror or one_line(error, 120)
-            raise UnreadableImage(
-                f"{self.name(sample)} is not a readable image ({reason}): restore it, or {LEAVE_OUT}"
-            ) from None
+            usual = f"restore it, or {LEAVE_OUT}"
+            cure = cure_of(error, usual)
+            fault = UnreadableImage if cure == usual else DataError  # only the first is left out
+            raise fault(f"{self.name(sample)} is not a readable image ({reason}): {cure}") from None
 
     def try_read(self, sample: int) -> bytes | None:
         """Return a sample's encoded image; None if it can't be read."""

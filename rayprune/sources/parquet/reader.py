@@ -25,7 +25,7 @@ from rayprune.errors import DataError, UnreadableImage
 from rayprune.sources.cache import new_array
 from rayprune.sources.fingerprint import digest, file_digest
 from rayprune.sources.images.decode import LEAVE_OUT, ImageShape, decode_each, first_shape
-from rayprune.sources.storage import Storage, one_line
+from rayprune.sources.storage import Storage, cure_of, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +106,10 @@ def usable_files(
         except (ValueError, OSError) as error:  # pyarrow's own error is a ValueError too
             damaged = isinstance(error, pa.ArrowInvalid | OSError)
             fault = f"{file} is not a readable Parquet file ({one_line(error, 120)})" if damaged else str(error)
-            if not skip_errors:
-                raise DataError(f"{fault}: {'restore' if damaged else 'correct'} it, or {LEAVE_OUT}") from None
+            usual = f"{'restore' if damaged else 'correct'} it, or {LEAVE_OUT}"
+            cure = cure_of(error, usual)
+            if not skip_errors or cure != usual:
+                raise DataError(f"{fault}: {cure}") from None
             logger.warning("left out: %s", fault)
         else:
             usable.append(file)

@@ -36,7 +36,7 @@ from rayprune.sources.parquet.reader import (
     plain_values,
     read_labels,
 )
-from rayprune.sources.storage import OPEN_FILES, one_line
+from rayprune.sources.storage import OPEN_FILES, cure_of, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,8 @@ class GroupBuffer:
             table = file.read_row_group(place, columns=columns, use_threads=False)
         except (pa.ArrowInvalid, OSError) as error:
             where = f"{rows.files[number]} row group {place}"
-            raise OSError(f"{where} can't be read ({one_line(error, 120)}): restore it, or {LEAVE_OUT}") from None
+            cure = cure_of(error, f"restore it, or {LEAVE_OUT}")
+            raise OSError(f"{where} can't be read ({one_line(error, 120)}): {cure}") from None
         metadata = file.metadata.row_group(place)
         chunks = [metadata.column(position) for position in range(metadata.num_columns)]
         num_bytes = sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema in columns)

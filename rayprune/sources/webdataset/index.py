@@ -25,7 +25,7 @@ from rayprune import errors
 from rayprune.errors import DataError
 from rayprune.sources.cache import cache_root, cached_arrays
 from rayprune.sources.fingerprint import digest
-from rayprune.sources.storage import Storage, StoredFile, one_line
+from rayprune.sources.storage import Storage, StoredFile, cure_of, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,8 @@ def _change_time_ns(storage: Storage, file: StoredFile) -> int:
 
 
 def _unreadable(storage: Storage, file: StoredFile, error: OSError) -> DataError:
-    return DataError(f"{shard_name(storage, file)} can't be read ({one_line(error)}): restore it, or try again")
+    cure = cure_of(error, "restore it, or try again")
+    return DataError(f"{shard_name(storage, file)} can't be read ({one_line(error)}): {cure}")
 
 
 def _scan(storage: Storage, file: StoredFile, keys: SampleKeys, whole: bool) -> np.ndarray:

@@ -11,7 +11,6 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -42,6 +41,7 @@ from rayprune.sources.images.decode import (
 from rayprune.sources.registry import register_source
 from rayprune.sources.storage import (
     DEFAULT_VALIDATION,
+    OPEN_FILES,
     REMOTE_THREADS,
     RangeReader,
     Storage,
@@ -233,7 +233,12 @@ class Shards:
             DataError: a sample or shard is damaged and skip_errors is off, or a shard can't be read.
         """
         whole = sum(file.num_bytes for file in self.files) <= WHOLE_BYTES
-        find = partial(shard_samples, self.storage, keys=self.keys, cache_dir=self.cache_dir, whole=whole)
+
+        def find(file: StoredFile) -> np.ndarray:
+            samples = shard_samples(self.storage, file, self.keys, self.cache_dir, whole)
+            # Each memory map holds an open file.
+            return np.array(samples) if len(self.files) > OPEN_FILES else samples
+
         records = in_threads(find, self.files, 1 if self.storage.is_local else REMOTE_THREADS)
         for position, (file, samples) in enumerate(zip(self.files, records, strict=True)):
             faulty = samples["fault"] != b""

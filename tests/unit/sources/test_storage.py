@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import pickle
+import re
+import subprocess
+import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 import pytest
 
+from rayprune.errors import DataError
 from rayprune.sources import open_data
 from rayprune.sources.storage import RangeReader, Storage, StoredFile, public, replace_file
 from tests.support.sources import encode_image, pixels
@@ -261,3 +268,81 @@ def test_a_replaced_file_is_whole_or_untouched(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_half(tmp_path / "gone" / "a.txt")
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_links_are_followed_but_never_into_a_loop(tmp_path, caplog):
+    for number in range(24):
+        folder = tmp_path / "data" / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.jpg").write_bytes(b"x")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "24.jpg").write_bytes(b"xy")
+    data = tmp_path / "data"
+    (data / "class0" / "up").symlink_to(data)
+    (data / "class1" / "here").symlink_to(".")
+    (data / "class1" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "elsewhere")
+    (data / "class1" / "25.jpg").symlink_to(tmp_path / "elsewhere" / "24.jpg")
+    (data / "class1" / "broken.jpg").symlink_to(tmp_path / "nowhere")
+    with caplog.at_level(logging.WARNING):
+        files = {file.name: file.num_bytes for file in Storage(str(data)).files()}
+    assert len(files) == 24 + 3
+    assert files["class1/more/24.jpg"] == files["class1/25.jpg"] == 2
+    assert files["class1/broken.jpg"] == 0
+    assert f"left out 3 links in {data} to a folder above them, first class0/up" in caplog.text
+
+
+READ_ALL = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+import numpy as np
+from rayprune.sources import open_data
+source, path = sys.argv[1:]
+keys = {"buffer_bytes": 0} if source == "parquet" else {}
+data = open_data(source, path=path, cache="none", validation_fraction=0, **keys).train
+rows = data.take(np.random.default_rng(0).permutation(len(data)))
+held = []
+try:
+    while True:
+        held.append(open(path + "/../used"))
+except OSError:
+    pass
+try:
+    for ids in np.array_split(np.arange(len(data)), 20):
+        data.take(ids)
+except (ValueError, OSError) as error:
+    print(len(rows["label"]), error)
+"""
+
+
+@pytest.mark.parametrize("source", ["image_folder", "webdataset", "parquet"])
+def test_many_files_need_few_handles_and_too_few_are_one_line(tmp_path, source):
+    images, data = [encode_image(image) for image in pixels(100, (6, 4), 3, 0)], tmp_path / "data"
+    (tmp_path / "used").write_text("")
+    for number, image in enumerate(images):
+        folder = data / str(number % 2) if source == "image_folder" else data
+        folder.mkdir(parents=True, exist_ok=True)
+        if source == "image_folder":
+            (folder / f"{number}.png").write_bytes(image)
+        elif source == "webdataset":
+            (folder / f"{number:03}.tar").write_bytes(tar_of([image]))
+        else:
+            pq.write_table(pa.table({"image": [image], "label": [number % 2]}), folder / f"{number:03}.parquet")
+    done = subprocess.run(
+        [sys.executable, "-c", READ_ALL, source, str(data)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "RAYPRUNE_CACHE": str(tmp_path / "cache")},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    assert re.fullmatch(
+        r"100 [^\n]* (can't be read|is not a readable image) [^\n]*: raise the limit on open files .*\n", done.stdout
+    )
+
+
+def test_a_range_beyond_the_file_is_refused_before_it_is_read(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(100))
+    reader = RangeReader(Storage(str(tmp_path)), ("a",))
+    with pytest.raises(DataError, match="a is shorter than it was when it was opened: restore it"):
+        reader.read(np.array([0]), np.array([0]), np.array([10**15]))
