@@ -18,7 +18,7 @@ from shutil import copyfileobj
 import numpy as np
 
 from rayprune.errors import ConfigError, DataError, one_line
-from rayprune.sources.base import NumClasses, SampleSource, Schema, Splits, count_classes
+from rayprune.sources.base import NumClasses, SampleSource, Schema, Splits, check_labels, count_classes
 from rayprune.sources.cache import cache_root, cached_arrays
 from rayprune.sources.fingerprint import array_digest, digest, file_digest
 from rayprune.sources.memory import RowSource
@@ -160,6 +160,7 @@ def _open_part(path: Path, opener: Opener, names: tuple[str, str], num_classes: 
     _check_labels(path, names, inputs, targets)
     num_classes = count_classes(targets, f"{names[1]} in {path}", num_classes)
     labels = np.asarray(targets, dtype=np.int64).reshape(-1)
+    check_labels(labels, num_classes, lambda row: f"{names[1]} in {path} row {row}")
     rows = _channels_last(inputs)
     schema = Schema.for_classification("image" if rows.ndim == 4 else "features", rows.shape[1:], num_classes)
     fingerprint = digest("arrays", array_digest(inputs), labels)

@@ -6,9 +6,10 @@ Shapes: N samples, B batch, H height, W width, C channels, F features, G groups.
 from __future__ import annotations
 
 import abc
+import logging
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -18,6 +19,8 @@ from rayprune.core.plan import block_rows
 from rayprune.core.validation import AtMost
 from rayprune.errors import DataError
 from rayprune.sources.fingerprint import digest
+
+logger = logging.getLogger(__name__)
 
 RowCost = Literal["cheap", "expensive"]
 NumClasses = Annotated[int | None, AtMost(10_000_000)]  # of data.num_classes
@@ -312,3 +315,35 @@ def count_classes(
             "from 0, name another column or set data.num_classes"
         )
     return largest + 1 if known is None else known
+
+
+def check_labels(
+    labels: np.ndarray, num_classes: int, sample_name: Callable[[int], str], class_names: Sequence[str] = ()
+) -> None:
+    """Refuse labels that are no class; warn of those that the data have no name for.
+
+    Args:
+        labels: (N,) int64.
+        num_classes: labels are in 0..num_classes-1.
+        sample_name: maps a sample to its name in messages: its file and row.
+        class_names: names that are stored with the labels, or none; data.num_classes may say that there are more.
+
+    Raises:
+        DataError: names the first sample.
+    """
+    outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(outside):
+        label = labels[outside[0]]
+        bounds = "labels must be at least 0" if num_classes < 1 else f"outside 0..{num_classes - 1}"
+        raise DataError(
+            f"{sample_name(int(outside[0]))} has label {label}, {bounds}: correct the label, or data.num_classes"
+        )
+    unnamed = np.flatnonzero(labels >= len(class_names)) if class_names else outside
+    if len(unnamed):
+        logger.warning(
+            "%s has label %d and the data name %d classes: with data.num_classes = %d the names are not used",
+            sample_name(int(unnamed[0])),
+            labels[unnamed[0]],
+            len(class_names),
+            num_classes,
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,3 +55,26 @@ def encode_image(pixels: np.ndarray, kind: str = "PNG", mode: str | None = None,
     image = Image.fromarray(pixels)
     (image.convert(mode) if mode else image).save(stream, kind, **options)
     return stream.getvalue()
+
+
+def claim_rows(file: Path, actual: int, claimed: int) -> None:
+    """Replace the number of rows in a Parquet file's footer."""
+
+    def varint(number: int) -> bytes:
+        number, groups = 2 * number, []  # zigzag
+        while number >= 128:
+            groups.append(number & 127 | 128)
+            number >>= 7
+        return bytes([*groups, number])
+
+    content = file.read_bytes()
+    size = int.from_bytes(content[-8:-4], "little")
+    footer = content[-8 - size : -8].replace(varint(actual), varint(claimed))
+    file.write_bytes(content[: -8 - size] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+
+
+def flip_byte(file: Path, pattern: bytes) -> None:
+    """Change the last byte of a pattern in a file."""
+    content = bytearray(file.read_bytes())
+    content[content.index(pattern) + len(pattern) - 1] ^= 1
+    file.write_bytes(content)

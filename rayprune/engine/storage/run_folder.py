@@ -153,7 +153,9 @@ def write_validation(run_folder: Path, correct_V: NDArray[np.bool_]) -> None:
         correct_V: (V,) bool, in the order of the validation split's ids.
     """
     with replace_file(run_folder / _VALIDATION) as partial:
-        pq.write_table(pa.table({"id": np.arange(correct_V.size), "correct": correct_V}), partial)
+        pq.write_table(
+            pa.table({"id": np.arange(correct_V.size), "correct": correct_V}), partial, write_page_checksum=True
+        )
 
 
 def read_validation(run_folder: Path, num_samples: int) -> NDArray[np.bool_]:
@@ -165,7 +167,7 @@ def read_validation(run_folder: Path, num_samples: int) -> NDArray[np.bool_]:
     file = run_folder / _VALIDATION
     cure = "restore it, or delete the run folder to train the run again"
     try:
-        correct_V = np.asarray(pq.read_table(file)["correct"].to_numpy())
+        correct_V = np.asarray(pq.read_table(file, page_checksum_verification=True)["correct"].to_numpy())
     except (OSError, KeyError, pa.ArrowException) as error:
         raise RunFolderError(f"{file} can't be read ({one_line(error)}): {cure}") from None
     if correct_V.shape != (num_samples,) or correct_V.dtype != bool:

@@ -29,6 +29,7 @@ from rayprune.sources.base import (
     Schema,
     Splits,
     check_ids,
+    check_labels,
     count_classes,
     spaced_ids,
 )
@@ -247,6 +248,7 @@ class HuggingFaceSource(DescribedSource):
         else:
             num_classes, class_names = keys.num_classes, self._text_labels or self._class_names
         num_classes = count_classes(labels, f"column {self._label!r} of {name}", num_classes, class_names)
+        check_labels(labels, num_classes, self._row_name, class_names)
         self._images: ImageShape | None = train._images if train is not None else self._first_shape(keys)
         if self._images is not None:
             input_name, shape, size = "image", self._images.shape, self._images.size

@@ -16,7 +16,16 @@ import numpy as np
 
 from rayprune.core.references import is_reference
 from rayprune.errors import ConfigError, DataError, one_line
-from rayprune.sources.base import Column, NumClasses, SampleSource, Schema, Splits, count_classes, spaced_ids
+from rayprune.sources.base import (
+    Column,
+    NumClasses,
+    SampleSource,
+    Schema,
+    Splits,
+    check_labels,
+    count_classes,
+    spaced_ids,
+)
 from rayprune.sources.cache import CacheMode, check_mode, decoded
 from rayprune.sources.datasets.columns import (
     options_of_a_call,
@@ -152,6 +161,7 @@ class LabeledItems(ItemSource):
             self._labels = self._read_labels()
             class_names = _class_names(dataset)
             num_classes = count_classes(self._labels, f"the labels of {self.name}", num_classes, class_names)
+            check_labels(self._labels, num_classes, lambda item: f"{self.name} item {item}", class_names)
             class_names = class_names if len(class_names) == num_classes else ()
             self._schema = Schema(kinds, _input_name(kinds), num_classes, class_names)
         self._fingerprint = self._digest()

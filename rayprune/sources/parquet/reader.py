@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -62,12 +63,29 @@ class ShardFile:
     def open(self) -> pq.ParquetFile:
         """Open the file; a remote one reads neighboring columns in one request."""
         return pq.ParquetFile(
-            self._path, filesystem=self.storage.filesystem, pre_buffer=not self.storage.is_local, memory_map=False
+            self._path,
+            filesystem=self.storage.filesystem,
+            pre_buffer=not self.storage.is_local,
+            memory_map=False,
+            page_checksum_verification=True,  # of pages that have one
         )
 
     def metadata(self) -> pq.FileMetaData:
         """Read the footer."""
         return pq.read_metadata(self._path, filesystem=self.storage.filesystem)
+
+    def check_rows(self) -> None:
+        """Refuse a file that claims more rows than the memory has room for their labels.
+
+        Raises:
+            DataError: it does.
+        """
+        num_rows, free = self.metadata().num_rows, psutil.virtual_memory().available
+        if 8 * num_rows > free:
+            raise DataError(
+                f"{self} claims {num_rows:,} rows, whose labels take {8 * num_rows / 1e9:,.0f} GB, and "
+                f"{free / 1e9:.0f} GB of memory are free"
+            )
 
     def schema(self) -> pa.Schema:
         """Read the schema."""
@@ -75,8 +93,11 @@ class ShardFile:
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Read one whole column; dictionary-encoded values are decoded."""
-        table = pq.read_table(self._path, filesystem=self.storage.filesystem, columns=[name], partitioning=None)
-        return plain_values(table.column(name))
+        with self.open() as file:
+            values = file.read(columns=[name]).column(name)
+            if len(values) != file.metadata.num_rows:
+                raise DataError(f"{self} claims {file.metadata.num_rows:,} rows and has {len(values):,}")
+            return plain_values(values)
 
     def digest(self) -> str:
         """Return the digest of the content; of a remote file, only that of its length and its last MiB.

@@ -15,7 +15,7 @@ import numpy as np
 
 from rayprune.core.validation import UNBOUNDED
 from rayprune.errors import ConfigError, DataError
-from rayprune.sources.base import NumClasses, SampleSource, Schema, Splits, count_classes
+from rayprune.sources.base import NumClasses, SampleSource, Schema, Splits, check_labels, count_classes
 from rayprune.sources.cache import (
     CacheMode,
     cache_root,
@@ -116,19 +116,22 @@ class Parquet:
             train_rows = replace(train_rows, images=first_image_shape(train_rows, self.image_size, self.max_pixels))
         owner = f"column {train_rows.label_column!r} of {public(self.path)}"
         num_classes = count_classes(labels, owner, self.num_classes, class_names)
+        check_labels(labels, num_classes, train_rows.row_name, class_names)
         input_name = "features" if train_rows.image_column is None else "image"
         schema = Schema.for_classification(input_name, train_rows.shape, num_classes, class_names)
         train = self._open_rows(train_rows, schema, labels)
         if validation_rows.files:
             validation_rows = replace(validation_rows, images=train_rows.images)
-            return Splits(train, self._open_rows(validation_rows, schema, read_labels(validation_rows)[0]))
+            labels, _ = read_labels(validation_rows)
+            check_labels(labels, num_classes, validation_rows.row_name)
+            return Splits(train, self._open_rows(validation_rows, schema, labels))
         return holdout(train, self.validation_fraction)
 
     def _find_rows(self) -> tuple[ParquetRows, ParquetRows, tuple[str, ...]]:
         """Return the training and the validation rows, without the images' shape, and the class names."""
         skip = self.on_error == "skip"
         train, validation = (
-            usable_files(files, ShardFile.metadata, skip)
+            usable_files(files, ShardFile.check_rows, skip)
             for files in split_files(self.path, self.train_files, self.validation_files)
         )
         if not train:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
@@ -171,7 +172,7 @@ def write_table(path: Path, columns: Mapping[str, Any], metadata: Mapping[str, A
         raise ConfigError(f"{path} can't be written: there is no folder {path.parent}, create it first")
     table = pa.table(dict(columns)).replace_schema_metadata({METADATA_KEY: json.dumps(metadata)})
     with replace_file(path) as partial:
-        pq.write_table(table, partial)
+        pq.write_table(table, partial, write_page_checksum=True)
 
 
 def read_table(file: Path) -> pa.Table:
@@ -181,12 +182,24 @@ def read_table(file: Path) -> pa.Table:
         RunFolderError: it is not one, or two columns have one name.
     """
     try:
-        table = pq.ParquetFile(file).read()
-    except pa.ArrowException as error:
+        with pq.ParquetFile(file, page_checksum_verification=True) as stored:
+            _check_size(file, stored.metadata)
+            table = stored.read()
+    except (pa.ArrowException, OSError) as error:
         raise RunFolderError(
-            f"{file} is not a Parquet file ({one_line(error)}): restore it, or write it again"
+            f"{file} is not a Parquet file, or damaged ({one_line(error)}): restore it, or write it again"
         ) from None
     return _check_column_names(table, file)
+
+
+def _check_size(file: Path, metadata: pq.FileMetaData) -> None:
+    """Refuse a file that claims more rows than the memory has room for; repeated values take no room in a file."""
+    needed, free = 8 * metadata.num_rows * metadata.num_columns, psutil.virtual_memory().available
+    if needed > free:
+        raise RunFolderError(
+            f"{file} claims {metadata.num_rows:,} rows of {metadata.num_columns} columns, {needed / 1e9:.0f} GB, and "
+            f"{free / 1e9:.0f} GB of memory are free: restore it, or write it again"
+        )
 
 
 def table_metadata(table: pa.Table, file: Path, schema: int) -> dict[str, Any]:

@@ -37,6 +37,9 @@ META_NAME = re.compile(r"__[^/]*__($|/)")
 # Longer texts are not labels; all records of a shard are as wide as its longest.
 MAX_LABEL_BYTES = 1 << 10
 MAX_TEXT_BYTES = 200
+# Of a member with the label, which may be JSON with more, and of a header for a long name.
+MAX_LABEL_MEMBER, MAX_HEADER = 1 << 26, 1 << 20
+INDEX_VERSION = 2  # of what _scan records
 # One remote request reads the headers of many small members; on a disk, seeking is cheaper than reading on.
 LOCAL_WINDOW_BYTES, REMOTE_WINDOW_BYTES = 1 << 16, 1 << 23
 HEAD_BYTES = 1 << 12
@@ -85,7 +88,7 @@ def shard_samples(
     # A tool that rewrites a shard may restore its modification time, but not its change time.
     changed_ns = _change_time_ns(storage, file) if storage.is_local else 0
     address = digest(storage.path, file.name, file.num_bytes, file.mtime_ns, changed_ns)
-    key = f"webdataset-index-{digest(address, str(keys.image), str(keys.label), 'whole' if whole else 'head')}"
+    key = f"webdataset-index-{digest(address, INDEX_VERSION, str(keys.image), str(keys.label), str(whole))}"
 
     def build(folder: Path) -> None:
         np.save(folder / "samples.npy", _scan(storage, file, keys, whole))
@@ -116,8 +119,6 @@ def _scan(storage: Storage, file: StoredFile, keys: SampleKeys, whole: bool) -> 
         samples = _walk(reader, keys, whole)
     except OSError as error:
         raise _unreadable(storage, file, error) from None
-    if not reader.has_end_mark:
-        logger.warning("%s has no end mark: it may have been cut off", shard_name(storage, file))
     records = [sample.record() for sample in samples]
     widths = [max((len(record[column]) for record in records), default=0) or 1 for column in (0, 4, 5)]  # type: ignore[arg-type]
     fields = [("name", f"S{widths[0]}"), ("offset", "<i8"), ("num_bytes", "<i8"), ("crc", "<u4")]
@@ -130,12 +131,15 @@ def _walk(reader: _WindowReader, keys: SampleKeys, whole: bool) -> list[_Sample]
         with tarfile.open(fileobj=reader, mode="r:") as archive:  # type: ignore[call-overload]
             while (member := archive.next()) is not None:
                 archive.members.clear()  # tarfile keeps every header otherwise
+                if member.size < 0:  # the next header would be this one again
+                    raise tarfile.ReadError(f"size {member.size} of {member.name[:80]!r}")
                 if member.isreg() and not META_NAME.match(member.name):
                     _add_member(samples, reader, member, keys, whole)
             end = archive.offset
             if any(reader.read_at(end, BLOCK_BYTES)):
                 raise tarfile.ReadError(f"no header at byte {end}")
-            reader.has_end_mark = end < reader.num_bytes
+            if end >= reader.num_bytes:  # cut between two members, it would look whole
+                raise tarfile.ReadError("no end mark")
     except (tarfile.TarError, ValueError, EOFError) as error:
         samples.append(_Sample("", fault=f"is not a tar archive, or cut off ({errors.one_line(error)[:80]})"))
     return samples
@@ -163,6 +167,8 @@ def _add_member(
         sample.image = (member.offset_data, member.size, crc)
     elif (choice := keys.label_rank(suffix)) is not None and choice[0] < sample.label_rank:
         try:
+            if member.size > MAX_LABEL_MEMBER:
+                raise DataError(f"{member.size} bytes are too long for a label")
             label = _label_text(reader.read_at(member.offset_data, member.size), choice[1])
         except ValueError as error:
             sample.label_fault = f"has an unsuitable label in .{suffix} ({errors.one_line(error)[:100]})"
@@ -230,7 +236,6 @@ class _WindowReader:
         self._window_bytes = LOCAL_WINDOW_BYTES if storage.is_local else REMOTE_WINDOW_BYTES
         self._start, self._window = 0, b""
         self._position = 0
-        self.has_end_mark = True
 
     def tell(self) -> int:
         return self._position
@@ -240,6 +245,8 @@ class _WindowReader:
         return position
 
     def read(self, num_bytes: int) -> bytes:
+        if num_bytes > MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {num_bytes} bytes")
         content = self.read_at(self._position, num_bytes)
         self._position += len(content)
         return content

@@ -24,6 +24,7 @@ from rayprune.sources.base import (
     Schema,
     Splits,
     check_ids,
+    check_labels,
     count_classes,
 )
 from rayprune.sources.cache import CacheMode, cache_root, cached_arrays, decoded, leave_out_unreadable
@@ -129,10 +130,13 @@ class WebDataset:
             max_pixels=self.max_pixels,
         )
         num_classes = count_classes(labels, f"the labels of {public(self.path)}", self.num_classes, names)
+        check_labels(labels, num_classes, index.name)
         schema = Schema.for_classification("image", images.shape, num_classes, names)
         train = self._open_shards(index, schema, names, images)
         if validation_files:
             validation_index = replace(shards, files=validation_files).index()
+            texts = validation_index.label_texts()
+            check_labels(class_numbers(texts, names, validation_index.name), num_classes, validation_index.name)
             return Splits(train, self._open_shards(validation_index, schema, names, images))
         return holdout(train, self.validation_fraction)
 

@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rayprune.errors import DataError
 from rayprune.sources import open_data
-from tests.support.sources import all_rows, encode_image, pixels
+from tests.support.sources import all_rows, claim_rows, encode_image, flip_byte, pixels
 
 
 @pytest.fixture
@@ -436,3 +437,56 @@ def test_class_names_in_two_orders_are_refused(tmp_path, opened, other, caplog):
         opened(tmp_path / "set")
     write(tmp_path / "set" / f"{other}.parquet", encoded(2), [0, 1])  # says nothing of names
     opened(tmp_path / "set")
+
+
+@pytest.mark.parametrize("cache", ["none", "disk"])
+@pytest.mark.parametrize("kind", ["features", "label", "image"])
+def test_a_flipped_bit_in_a_page_with_a_checksum_is_no_other_sample(tmp_path, opened, cache, kind):
+    values = np.arange(20, dtype=np.float64) + 0.123
+    table = {"x": values, "label": np.arange(20) % 4 + 4_000}
+    if kind == "image":
+        table["x"] = [encode_image(image) for image in pixels(20)]
+    file, plain = tmp_path / "a.parquet", {"compression": "none", "use_dictionary": False}
+    pq.write_table(pa.table(table), file, write_page_checksum=True, **plain)
+    some = table["label" if kind == "label" else "x"][:7]  # one alone may be in the statistics, too
+    flip_byte(file, b"".join(some)[:60] if kind == "image" else some.tobytes())
+    with pytest.raises((DataError, OSError), match=r"a\.parquet (row|is not).*: (correct|restore)") as caught:
+        opened(file, cache=cache, num_classes=9_999).train.take(np.arange(20))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("claimed", "message"),
+    [
+        (
+            10**12,
+            r"a\.parquet claims 1,000,000,000,000 rows, whose labels take 8,000 GB, and \d+ GB of memory are free: ",
+        ),
+        (200_000, r"a\.parquet claims 200,000 rows and has 100,003: correct it, or leave it out"),
+    ],
+)
+def test_a_footer_that_claims_too_many_rows_is_refused(tmp_path, opened, claimed, message):
+    file, count = tmp_path / "a.parquet", 100_003
+    pq.write_table(pa.table({"x": np.zeros(count), "label": np.arange(count) % 3}), file)
+    claim_rows(file, count, claimed)
+    with pytest.raises(DataError, match=message):
+        opened(file)
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_a_label_outside_the_declared_classes_names_its_file_and_row(tmp_path, opened, label, caplog):
+    labels = [*[0, 1, 2] * 3, label, 0, 0]
+    write(tmp_path / "data" / "train-0.parquet", encoded(6), labels[:6], ["a", "b", "c"])
+    write(tmp_path / "data" / "train-1.parquet", encoded(6), labels[6:], ["a", "b", "c"])
+    with pytest.raises(
+        DataError, match=rf"train-1\.parquet row 3 has label {label}, outside 0\.\.2: correct the label"
+    ):
+        opened(tmp_path / "data", validation_fraction=0.2)
+    if label == 3:
+        with caplog.at_level(logging.WARNING):
+            assert opened(tmp_path / "data", num_classes=4).train.schema.class_names == ()
+        assert "train-1.parquet row 3 has label 3 and the data name 3 classes" in caplog.text
+    write(tmp_path / "data" / "test.parquet", encoded(6), labels[6:], ["a", "b", "c"])
+    write(tmp_path / "data" / "train-1.parquet", encoded(6), labels[:6], ["a", "b", "c"])
+    with pytest.raises(DataError, match=rf"test\.parquet row 3 has label {label}, outside 0\.\.2"):
+        opened(tmp_path / "data")

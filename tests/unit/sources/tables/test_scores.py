@@ -14,7 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rayprune.errors import RunFolderError
 from rayprune.sources.tables.scores import ScoreFile, read_scores, write_scores
+from tests.support.sources import claim_rows
 
 LOSS = np.array([0.5, np.nan, 2.0], dtype=np.float32)
 
@@ -162,6 +164,27 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert (tmp_path / "scores.parquet").read_bytes() == before
 
 
-def torn_write(table: pa.Table, file: Path) -> None:
+def torn_write(table: pa.Table, file: Path, **options: Any) -> None:
     file.write_bytes(b"PAR1")
     raise OSError("disk full")
+
+
+def test_a_flipped_bit_is_no_other_score(tmp_path: Path) -> None:
+    scores = np.arange(1_000) + 0.123
+    file = write_scores(tmp_path / "scores.parquet", 1_000, {"loss": scores})
+    assert np.array_equal(read_scores(file).scores["loss"], scores)
+    content = bytearray(file.read_bytes())
+    content[content.index(b"rayprune") // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(RunFolderError, match=r"scores\.parquet is not a Parquet file, or damaged .*: restore it"):
+        read_scores(file)
+
+
+def test_a_file_that_claims_too_many_rows_is_refused(tmp_path: Path) -> None:
+    file = write_scores(tmp_path / "scores.parquet", 100_003, {"loss": np.zeros(100_003)})
+    claim_rows(file, 100_003, 10**12)
+    with pytest.raises(RunFolderError, match="claims 1,000,000,000,000 rows of 2 columns, 16000 GB, and"):
+        read_scores(file)
+    pq.write_table(pa.table({"id": [0, 10**12], "loss": [1.0, 2.0]}), file)
+    with pytest.raises(RunFolderError, match=r"the 2 rows must hold each id of 0\.\.N-1 once: missing \[1\], outside"):
+        read_scores(file)

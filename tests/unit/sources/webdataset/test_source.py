@@ -11,6 +11,7 @@ import tarfile
 import time
 
 import numpy as np
+import psutil
 import pytest
 
 from rayprune.sources import open_data
@@ -251,13 +252,39 @@ def test_a_truncated_shard_is_refused_or_left_out(tmp_path, opened, left):
     np.testing.assert_array_equal(all_rows(train)["image"][-2:], pixels(2, (20, 20)))
 
 
-def test_a_shard_cut_between_samples_logs_a_warning(tmp_path, opened, caplog):
+def test_a_shard_cut_between_samples_is_refused(tmp_path, opened):
     path = tmp_path / "a.tar"
     whole = tar_of(samples_of(pixels(2), [0, 1]))
     path.write_bytes(whole[: len(whole.rstrip(b"\0")) // 512 * 512 + 512])
-    with caplog.at_level(logging.WARNING):
-        assert len(opened(path).train) == 2
-    assert "a.tar has no end mark: it may have been cut off" in caplog.text
+    with pytest.raises(ValueError, match=r"a\.tar is not a tar archive, or cut off \(no end mark\): .*on_error=skip"):
+        opened(path)
+    assert len(opened(path, on_error="skip").train) == 2
+
+
+@pytest.mark.parametrize("name", ["00001.png", "00001.cls"])
+@pytest.mark.parametrize("size", [-1024, 10**9, 10**13])
+def test_a_header_of_an_absurd_size_is_refused_before_anything_is_read(tmp_path, opened, name, size):
+    content = bytearray(tar_of(samples_of(pixels(2), [0, 1])))
+    start = content.index(name.encode())
+    member = tarfile.TarInfo(name)
+    member.size = size
+    content[start : start + 512] = member.tobuf(tarfile.GNU_FORMAT)
+    path = tmp_path / "a.tar"
+    path.write_bytes(content)
+    with path.open("r+b") as file:
+        file.truncate(2 * 10**9)  # a hole, so that the first size fits into the file
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(ValueError, match=r"a\.tar .*: correct it, or leave it out with data\.on_error=skip") as caught:
+        opened(path)
+    assert "\n" not in str(caught.value)
+    assert psutil.Process().memory_info().rss < before + 200e6
+
+
+@pytest.mark.parametrize("label", ["-1", "3"])
+def test_a_label_outside_the_declared_classes_names_its_sample(tmp_path, opened, label):
+    path = write(tmp_path / "a.tar", samples_of(pixels(6), [0, 1, 2, 0, label, 1]))
+    with pytest.raises(ValueError, match=rf"a\.tar sample '0*4' has label {label}, outside 0\.\.2: correct the label"):
+        opened(path, num_classes=3, validation_fraction=0.2)
 
 
 def test_damage_inside_a_shard_is_named_or_left_out(tmp_path, opened):
