@@ -7,6 +7,7 @@ Shapes: N samples, H height, W width, C channels, F features.
 
 from __future__ import annotations
 
+import math
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -30,6 +31,7 @@ VALIDATION_NAMES = (("x_test", "y_test"), ("x_val", "y_val"))
 FILE_NAMES = [f"{name}.npy" for names in (*TRAIN_NAMES, *VALIDATION_NAMES) for name in names]
 IMAGE_CHANNELS = (1, 3)
 CHUNK_VALUES = 1 << 22
+MAX_COMPRESSION = 1_100  # deflate makes a byte of at most 1,032
 
 Opener = Callable[[], Mapping[str, np.ndarray]]
 
@@ -112,9 +114,35 @@ def map_array(file: Path, name: str) -> np.ndarray:
 def _archive_bytes(path: Path) -> int:
     try:
         with zipfile.ZipFile(path) as archive:
-            return sum(member.file_size for member in archive.infolist())
-    except zipfile.BadZipFile as error:
-        raise _damaged(path, error) from None
+            members = _known_members(archive)
+            for member in members:
+                _check_member(path, archive, member)
+            return sum(member.file_size for member in members)
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        raise _damaged(path, one_line(error)) from None
+
+
+def _known_members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    return [archive.getinfo(name) for name in sorted(set(archive.namelist()) & set(FILE_NAMES))]
+
+
+def _check_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """Refuse an array whose header, or whose place in the archive, does not fit its size; nothing else is unpacked."""
+    if member.file_size > MAX_COMPRESSION * member.compress_size:
+        raise _damaged(path, f"{member.filename} claims {member.file_size:,} bytes in {member.compress_size:,}")
+    try:
+        with archive.open(member) as packed:
+            version = np.lib.format.read_magic(packed)
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
+            shape, _, dtype = read_header(packed)
+            claimed = packed.tell() + math.prod(shape) * dtype.itemsize
+    except ValueError as error:
+        raise _damaged(path, f"{member.filename}: {one_line(error)}") from None
+    if claimed != member.file_size and not dtype.hasobject:
+        problem = f"{member.filename} claims {claimed:,} bytes, of shape {shape}, and has {member.file_size:,}"
+        raise _damaged(path, problem)
 
 
 def extract_archive(path: Path, folder: Path) -> None:
@@ -125,16 +153,19 @@ def extract_archive(path: Path, folder: Path) -> None:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            for name in set(archive.namelist()) & set(FILE_NAMES):
-                with archive.open(name) as packed, (folder / name).open("wb") as unpacked:
+            members = _known_members(archive)
+            for member in members:
+                _check_member(path, archive, member)
+            for member in members:
+                with archive.open(member) as packed, (folder / member.filename).open("wb") as unpacked:
                     copyfileobj(packed, unpacked, 1 << 20)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise _damaged(path, error) from None
+        raise _damaged(path, one_line(error)) from None
     map_folder(folder, path)  # refuse Python objects before the entry is published
 
 
-def _damaged(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path} is damaged ({one_line(error)}): save it again with np.savez")
+def _damaged(path: Path, problem: str) -> DataError:
+    return DataError(f"{path} is damaged ({problem}): save it again with np.savez")
 
 
 def load_part(opener: Opener, x_name: str, y_name: str) -> dict[str, np.ndarray]:

@@ -31,7 +31,7 @@ from rayprune.core.references import closest
 from rayprune.errors import ConfigError, DataError
 from rayprune.sources.base import DescribedSource, SampleSource, check_ids
 from rayprune.sources.datasets.columns import empty_column, options_of_a_call
-from rayprune.sources.memory import RowSource
+from rayprune.sources.memory import RowSource, rows_of
 from rayprune.sources.views import Subset
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class KeptColumns(RowSource):
 
     def take(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         check_ids(ids, len(self))
-        return {name: np.ascontiguousarray(values[ids]) for name, values in self.arrays().items()}
+        return {name: np.ascontiguousarray(rows_of(values, ids)) for name, values in self.arrays().items()}
 
 
 def check_mode(mode: str) -> None:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from rayprune.errors import DataError
 from rayprune.sources.arrays import map_array
 from rayprune.sources.base import id_faults
+from rayprune.sources.memory import rows_of
 
 Piece = tuple[int, NDArray[np.int64], NDArray[np.float32], NDArray[np.float32] | None]
 
@@ -129,12 +130,12 @@ def _pieces(root: Path, epochs: list[_Epoch]) -> Iterator[Piece]:
     piece_rows = max(1, _PIECE_NUMBERS // epochs[0].logits_NC.shape[1])
     for position, epoch in enumerate(epochs):
         for start in range(0, epoch.ids.size, piece_rows):
-            rows = slice(start, start + piece_rows)
-            logits_BC, ids = epoch.logits_NC[rows].astype(np.float64), epoch.ids[rows]
+            rows = np.arange(start, min(start + piece_rows, epoch.ids.size))
+            logits_BC, ids = rows_of(epoch.logits_NC, rows).astype(np.float64), epoch.ids[rows]
             bad = ~np.isfinite(logits_BC).all(axis=1)
             if bad.any():
                 fault = f"logits of ids {np.sort(ids[bad])[:5].tolist()} are NaN or infinite"
                 cure = "a sample without a whole trajectory has no score: log a run that does not diverge"
                 raise DataError(f"{root / f'{epoch.number}_Output.npy'}: {fault}: {cure}")
-            losses = None if epoch.losses is None else epoch.losses[rows].astype(np.float32)
+            losses = None if epoch.losses is None else rows_of(epoch.losses, rows).astype(np.float32)
             yield position, ids, softmax(logits_BC, axis=1).astype(np.float32), losses

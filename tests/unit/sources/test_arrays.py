@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
+import struct
+import zipfile
 
 import numpy as np
 import pytest
 
+from rayprune.errors import DataError
 from rayprune.sources import open_data
 from tests.support.sources import all_rows, random_bytes
 
@@ -207,3 +211,52 @@ def test_damaged_archives_are_refused(tmp_path):
     assert not list((tmp_path / "cache").glob(".*"))
     with pytest.raises(ValueError, match="neither a folder"):
         open_data("arrays", path=str(tmp_path / "nowhere"))
+
+
+def header(shape):
+    """Return the header of a .npy file of bytes."""
+    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+
+
+@pytest.mark.parametrize("packing", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("claim", ["shape", "size", "bomb"])
+def test_an_archive_that_claims_more_than_it_holds_is_refused(tmp_path, packing, claim):
+    archive, cache = tmp_path / "set.npz", tmp_path / "cache"
+    content = header((4_000_000_000, 4) if claim == "shape" else (20, 4)) + bytes(80)
+    if claim == "bomb":
+        content += bytes(50_000_000)
+    with zipfile.ZipFile(archive, "w", packing) as file:
+        file.writestr("x.npy", content)
+        file.writestr("y.npy", header((20,)) + bytes(20))
+    if claim == "size":
+        packed = bytearray(archive.read_bytes())
+        sizes = struct.pack("<I", len(content))
+        place = packed.rindex(sizes, 0, packed.rindex(b"y.npy") - 46)  # in the directory
+        packed[place : place + 4] = struct.pack("<I", 4_000_000_000)
+        archive.write_bytes(packed)
+    with pytest.raises(
+        DataError, match=r"set\.npz is damaged \(x\.npy claims .*: save it again with np\.savez"
+    ) as caught:
+        open_data("arrays", path=str(archive), cache_dir=str(cache))
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("cache/**/*.npy"))
+
+
+def test_a_header_of_more_than_the_file_is_refused(tmp_path):
+    path = save(tmp_path / "set", y=LABELS)
+    (tmp_path / "set" / "x.npy").write_bytes(header((4_000_000_000, 4)) + bytes(80))
+    with pytest.raises(DataError, match=r"x\.npy is truncated, or is not a \.npy file of numbers .*: write it again"):
+        open_data("arrays", path=path)
+
+
+@pytest.mark.parametrize("name", ["x.npy", "y.npy"])
+def test_a_file_that_is_cut_while_it_is_in_use_is_named(tmp_path, name):
+    path = save(tmp_path / "set", x=random_bytes(2_000, 4, 4, 3), y=np.arange(2_000) % 4)
+    train = open_data("arrays", path=path, validation_fraction=0).train
+    other = pickle.loads(pickle.dumps(train))
+    assert len(train.take(np.arange(2_000))["label"]) == len(other.take(np.arange(5))["label"]) * 400
+    os.truncate(tmp_path / "set" / name, 5_000)
+    for source in (train, other):
+        with pytest.raises(DataError, match=rf"{name} has been cut off since it was opened: restore it, and run the"):
+            source.take(np.arange(1_000, 2_000))
