@@ -41,6 +41,8 @@ _NEUTRAL: dict[str, dict[str, Any]] = {
     "collect": {"runs": 1, "embedder": None},
 }
 
+_MOST_SUGGESTED_BATCH = 4_096  # one that fits a range of workers may have 28 digits
+
 # The method of an audit's runs; a reference, because only an audit uses it.
 CROSS_FIT = "rayprune.core.audit.cross_fit:CrossFit"
 THRESHOLD_SAMPLES = "rayprune.sources.threshold_samples:with_threshold_samples"
@@ -75,13 +77,23 @@ class Config(Strict):
     def _check_batch_size(self) -> Config:
         fewest, most = (max(1, workers) for workers in self.scaling.worker_range)
         # With a range, a batch must divide by every number of workers in it, as the run may get any of them.
-        divisor = math.lcm(*range(fewest, most + 1)) * self.train.accumulate
+        divisor, enough = self.train.accumulate, max(self.train.batch_size, _MOST_SUGGESTED_BATCH)
+        for number in range(fewest, most + 1):
+            divisor = math.lcm(divisor // self.train.accumulate, number) * self.train.accumulate
+            if divisor > enough:  # it grows as fast as a factorial
+                break
         if self.train.batch_size % divisor:
             nearest = max(divisor, round(self.train.batch_size / divisor) * divisor)
-            workers = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+            workers, cure = f"{fewest} workers", f"use {nearest}"
+            if fewest != most:
+                workers = f"every number of workers from {fewest} to {most}"
+            if divisor > _MOST_SUGGESTED_BATCH:
+                rows = max(1, self.train.batch_size // self.train.accumulate)
+                fitting = [number for number in range(1, min(most, _MOST_SUGGESTED_BATCH) + 1) if rows % number == 0]
+                cure = f"set a number of workers that divides it, such as scaling.num_workers={fitting[-1]}"
             raise ConfigError(
-                f"train.batch_size {self.train.batch_size} does not divide by {workers} workers × "
-                f"{self.train.accumulate} micro-batches: use {nearest}"
+                f"train.batch_size {self.train.batch_size} does not divide by {workers} × "
+                f"{self.train.accumulate} micro-batches: {cure}"
             )
         return self
 

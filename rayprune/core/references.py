@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def load_object(reference: str) -> Any:
     source, _, attribute = reference.rpartition(":")
     if not source or not attribute:
         raise ConfigError(f"{reference!r} is not a reference: write 'module:name' or 'path/to/file.py:name'")
-    module = _load_file(source) if source.endswith(".py") else _load_module(source)
+    with refusing_exit():
+        module = _load_file(source) if source.endswith(".py") else _load_module(source)
     try:
         return getattr(module, attribute)
     except AttributeError:
@@ -68,7 +70,8 @@ def call_object(what: str, function: Callable[..., Any], **arguments: Any) -> An
         ConfigError: the function raised an error other than one of rayprune's; names its type, text and line.
     """
     try:
-        return function(**arguments)
+        with refusing_exit():
+            return function(**arguments)
     except RaypruneError:
         raise
     except Exception as error:
@@ -77,6 +80,23 @@ def call_object(what: str, function: Callable[..., Any], **arguments: Any) -> An
         raise ConfigError(
             f"{what} raised {type(error).__name__}: {text} ({Path(frame.filename).name}, line {frame.lineno}): correct "
             "the function"
+        ) from error
+
+
+@contextlib.contextmanager
+def refusing_exit() -> Iterator[None]:
+    """Let a user's code in the block not end the process, which would look as if all was done.
+
+    Raises:
+        ConfigError: the code has raised SystemExit; names its line.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"{Path(frame.filename).name}, line {frame.lineno}, raised SystemExit({error.code!r}), which would end the "
+            "command before its work is done: remove the call of exit()"
         ) from error
 
 

@@ -115,6 +115,13 @@ class RunRecord:
         return self.metrics[-1].epoch + 1 >= self.num_epochs
 
     @property
+    def scores_cure(self) -> str:
+        """How to get the scores.parquet that the run lacks."""
+        if self.finished and not self.is_own_loop:
+            return "run the same command again (rayprune train), which writes it from the last checkpoint"
+        return "a run writes it when it finishes"
+
+    @property
     def progress(self) -> str:
         """Number of finished and planned epochs, in words."""
         done = self.metrics[-1].epoch + 1
@@ -141,7 +148,7 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         notes.append(f"the run has not finished: {run.progress}")
     if run.scores is None:
         state = "no scores: scores.parquet is missing" if run.finished else "no scores yet"
-        notes.append(f"{state}; a run writes scores.parquet when it finishes")
+        notes.append(f"{state}; {run.scores_cure}")
     return replace(run, notes=tuple(notes))
 
 

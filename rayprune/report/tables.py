@@ -186,7 +186,7 @@ def samples_table(run: RunRecord, sort: str | None = None, top: int = 20, ascend
         ConfigError: it has none of this name.
     """
     if run.scores is None:
-        raise RunFolderError(f"{run.folder} has no scores.parquet: a run writes it when it finishes, so wait for that")
+        raise RunFolderError(f"{run.folder} has no scores.parquet: {run.scores_cure}")
     columns: dict[str, Any] = {"id": run.scores.ids, **run.scores.scores}
     names = list(run.scores.scores)
     sort = names[0] if sort is None else sort

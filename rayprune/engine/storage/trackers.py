@@ -23,7 +23,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from rayprune.config import Config
 from rayprune.config.yaml import flatten
@@ -159,11 +159,31 @@ class Tracker(Protocol):
         """End the tracker run; if it is not finished, it may be continued."""
 
 
+def _require(folder: Path) -> None:
+    """Refuse to start a tracker whose client would create the folder, and the run's folder above it, once more."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is gone")
+
+
+class _ExistingFolder:
+    """How tensorboardX opens its file: in a folder that exists; by default, it creates the folder and all above it."""
+
+    scheme = "rayprune-existing"
+
+    def open(self, path: str) -> IO[bytes]:
+        return Path(path.removeprefix(f"{self.scheme}:")).open("wb")
+
+    def directory_check(self, path: str) -> None:
+        pass
+
+
 class _TensorBoard:
     def __init__(self, run_folder: Path, config: Config, state: dict[str, Any]) -> None:
         from tensorboardX import SummaryWriter
+        from tensorboardX.record_writer import register_writer_factory
 
-        self._writer = SummaryWriter(str(run_folder / "tensorboard"))
+        register_writer_factory(_ExistingFolder.scheme, _ExistingFolder())
+        self._writer = SummaryWriter(f"{_ExistingFolder.scheme}:{run_folder / 'tensorboard'}")
 
     def log(self, epoch: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -182,6 +202,7 @@ class _MLflow:
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # otherwise it logs each table that it creates
         from mlflow import MlflowClient
 
+        _require(run_folder / "mlflow")
         uri, artifacts = os.environ.get("MLFLOW_TRACKING_URI"), None
         if uri is None:
             folder = run_folder / "mlflow"
@@ -221,6 +242,7 @@ class _Wandb:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
+        _require(run_folder / "wandb")
         state.setdefault("run", uuid.uuid4().hex[:12])
         self._run = wandb.init(
             id=state["run"],

@@ -24,7 +24,7 @@ from ray.train.torch import TorchTrainer
 
 from rayprune.config import Config
 from rayprune.core.bases.static import ScoredMethod
-from rayprune.core.references import USER_MODULE_PREFIX
+from rayprune.core.references import USER_MODULE_PREFIX, refusing_exit
 from rayprune.engine.cluster import Resources, resolve_resources, start_ray
 from rayprune.engine.data.device import DeviceStream, check_room
 from rayprune.engine.data.ray_data import plan_dataset, task_rows
@@ -66,7 +66,7 @@ from rayprune.engine.train.preflight import (
 from rayprune.engine.train.resumption import new_selector, try_checkpoint
 from rayprune.engine.train.static_subset import Scored, check_subset, chosen_subset, keep_subset, score_samples
 from rayprune.engine.train.worker import Worker
-from rayprune.errors import ConfigError, TrainingFailed, TrainingPaused, TrainingStopped
+from rayprune.errors import ConfigError, RunFolderError, TrainingFailed, TrainingPaused, TrainingStopped
 from rayprune.methods import Method
 from rayprune.methods.fixed import Fixed
 from rayprune.nn.augment import Augment
@@ -117,6 +117,7 @@ class Listeners(RunListeners):
     on_scored: Callable[[Scored], None] | None = None
 
 
+@refusing_exit()
 def train(
     config: Config,
     *,
@@ -172,6 +173,7 @@ def train(
     return _run(config, splits, setup, listeners)
 
 
+@refusing_exit()
 def score(config: Config, *, debug: bool = False, **listeners: Any) -> Scored:
     """Score the samples for a method that selects one subset: the first half of `train`.
 
@@ -193,6 +195,7 @@ def score(config: Config, *, debug: bool = False, **listeners: Any) -> Scored:
     return _score(config, splits, Listeners(**listeners))
 
 
+@refusing_exit()
 def forward_pass(config: Config, splits: Splits, listeners: Listeners, *, debug: bool = False) -> Path:
     """Make the forward-only pass of a method that needs nothing else, and return its run folder, with scores.parquet.
 
@@ -227,6 +230,7 @@ def check(config: Config, splits: Splits) -> None:
     _checked_setup(config, splits)
 
 
+@refusing_exit()
 def open_splits(config: Config) -> Splits:
     """Open the data that a config names, ready to be sent to other processes.
 
@@ -452,6 +456,7 @@ class Run:
 
         Raises:
             TrainingStopped: too many losses were NaN or infinite.
+            RunFolderError: the run folder has disappeared.
             TrainingFailed: anything else that ended training.
             KeyboardInterrupt: Ctrl-C was pressed twice.
         """
@@ -469,6 +474,10 @@ class Run:
         stop_reason = self._stop_reason()
         if self._handle is not None:
             ray.kill(self._handle)
+        if failure is not None and not (self._folder / "config.yaml").exists():
+            raise RunFolderError(
+                f"the run folder {self._folder} is gone: bring it or its storage back, then run the same command again"
+            ) from failure
         if stop_reason is not None:  # even after a clean end: workers that Ray has restarted leave at once
             if stop_reason.failed:
                 raise TrainingFailed(f"training failed {stop_reason.text}") from failure

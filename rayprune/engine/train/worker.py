@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rayprune.config.schema import RunSection
 from rayprune.core.plan import is_meta, num_meta_batches, train_step_of
+from rayprune.core.references import refusing_exit
 from rayprune.engine.data.batch import Batch
 from rayprune.engine.data.device import DeviceBatch, DevicePlacer
 from rayprune.engine.data.transport import Transport
@@ -109,7 +110,8 @@ class Worker:
             return
         try:
             for epoch in range(self._epoch, self._config.last_epoch):
-                self._run_epoch(epoch)
+                with refusing_exit():
+                    self._run_epoch(epoch)
                 self._resume_step = 0
                 if self._trigger.leaves_now():
                     break

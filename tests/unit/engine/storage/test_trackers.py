@@ -19,7 +19,7 @@ from rayprune.engine.storage import trackers
 from rayprune.engine.storage.run_folder import append_metrics, read_metrics
 from rayprune.engine.storage.trackers import Trackers, check_trackers, failures
 from rayprune.engine.train.driver import train
-from rayprune.errors import TrainingStopped
+from rayprune.errors import RunFolderError, TrainingStopped
 from tests.support.runs import assert_same_run, run_config, tracked, user
 
 
@@ -234,3 +234,26 @@ def test_trackers_do_not_change_the_digest() -> None:
     assert make_config({"run": {"trackers": ["mlflow", "wandb"]}}).digest() == make_config({}).digest()
     with pytest.raises(ValueError, match=r"run.trackers = \['wanbd'\]: unknown tracker 'wanbd'.*wandb"):
         make_config({"run": {"trackers": ["wanbd"]}})
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "mlflow", "wandb"])
+def test_a_tracker_creates_no_run_folder(tracker: str, tmp_path: Path) -> None:
+    """As where the folder is moved while the tracker's client is imported."""
+    if tracker != "tensorboard":
+        pytest.importorskip(tracker)
+    with pytest.raises(FileNotFoundError):
+        trackers._OPEN[tracker](tmp_path / "run", run_config(tmp_path), {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_folder_that_is_moved_away_ends_training_and_is_not_made_anew(tmp_path: Path) -> None:
+    moved = threading.Event()
+
+    def move(line: Mapping[str, Any]) -> None:
+        if not moved.is_set():
+            (tmp_path / "run").rename(tmp_path / "elsewhere")
+            moved.set()
+
+    with pytest.raises(RunFolderError, match=r"run folder .*/run is gone: bring it .* back"):
+        train(run_config(tmp_path, train={"epochs": 300}), on_epoch=move)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["elsewhere"]
