@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import traceback
-from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -45,8 +44,8 @@ _CONTINUING = {"train", "score", "compare", "sweep", "audit"}
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    # A user's `module:function` must be importable from the current folder, as with `python -m`.
-    sys.path.insert(0, str(Path.cwd()))
+    # Processes that this one starts (Ray's, multiprocessing's) must not put the current folder on their path either.
+    os.environ["PYTHONSAFEPATH"] = "1"
     guard_streams()
     ctrl_c = _CtrlC()
     try:

@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,12 @@ from typing import Any
 from rayprune.errors import ConfigError, RaypruneError, one_line
 
 # Prefix of modules loaded from a file; other processes cannot import them by name.
-USER_MODULE_PREFIX = "rayprune_user_"
+_USER_MODULE_PREFIX = "rayprune_user_"
+# Before a folder on sys.path, where Python ignores it: the driver's current folder, for `module:name` in workers.
+DRIVER_FOLDER = "rayprune-driver-folder:"
+_REFERENCE = re.compile(r"(?P<source>(?s:.+)\.py|[^\W\d]\w*(?:\.[^\W\d]\w*)*):[^\W\d]\w*")
+# Modules that were imported from the current folder, which other processes do not have on their path.
+_from_current_folder: set[str] = set()
 
 
 def closest(name: str, valid: Iterable[str]) -> str:
@@ -40,15 +46,24 @@ def is_reference(name: str) -> bool:
     return ":" in name
 
 
+def names_code(text: Any) -> bool:
+    """Return whether `load_object` would run code for a value: the one form of references that it takes.
+
+    >>> names_code("my_package.losses:Mine"), names_code("nets/mine.py:Net"), names_code("s3://bucket/a")
+    (True, True, False)
+    """
+    return isinstance(text, str) and _REFERENCE.fullmatch(text) is not None
+
+
 def load_object(reference: str) -> Any:
     """Import the object that `module:name` or `path/to/file.py:name` refers to.
 
     Raises:
         ConfigError: the reference has another form, or the module, file or attribute does not exist.
     """
-    source, _, attribute = reference.rpartition(":")
-    if not source or not attribute:
+    if not names_code(reference):
         raise ConfigError(f"{reference!r} is not a reference: write 'module:name' or 'path/to/file.py:name'")
+    source, _, attribute = reference.rpartition(":")
     with refusing_exit():
         module = _load_file(source) if source.endswith(".py") else _load_module(source)
     try:
@@ -101,12 +116,55 @@ def refusing_exit() -> Iterator[None]:
 
 
 def _load_module(name: str) -> Any:
+    before = set(sys.modules)
     try:
-        return importlib.import_module(name)
+        with _current_folder_last() as folder:
+            module = importlib.import_module(name)
+        if folder is not None:
+            _from_current_folder.update(new for new in set(sys.modules) - before if _is_only_in(folder, new))
+        return module
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
             raise ConfigError(f"module {name!r} was not found: install it or put its folder on PYTHONPATH") from None
         raise
+
+
+@contextlib.contextmanager
+def _current_folder_last() -> Iterator[Path | None]:
+    """Put the current folder, in a worker the driver's, last on sys.path, so that no file in it hides a library.
+
+    Yields:
+        The folder; None if it is on the path anyway.
+    """
+    marked = (entry.removeprefix(DRIVER_FOLDER) for entry in sys.path if entry.startswith(DRIVER_FOLDER))
+    folder = next(marked, None) or str(Path.cwd())
+    if "" in sys.path or folder in sys.path:
+        yield None
+        return
+    sys.path.append(folder)
+    try:
+        yield Path(folder)
+    finally:
+        sys.path.remove(folder)
+
+
+def _is_only_in(folder: Path, module: str) -> bool:
+    """Return whether a loaded module is of this folder, and cannot be found without it."""
+    package = module.partition(".")[0]
+    loaded = sys.modules.get(package)
+    places = [*getattr(loaded, "__path__", ()), getattr(loaded, "__file__", None) or ""]
+    if not any(Path(place).parent == folder for place in places):
+        return False
+    return all(finder.find_spec(package, None) is None for finder in sys.meta_path)
+
+
+def user_modules() -> list[Any]:
+    """Return the loaded modules that other processes cannot import by name: of files, and of the current folder."""
+    return [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith(_USER_MODULE_PREFIX) or name in _from_current_folder
+    ]
 
 
 def _load_file(path: str) -> Any:
@@ -114,7 +172,7 @@ def _load_file(path: str) -> Any:
     if not file.is_file():
         raise ConfigError(f"file {path!r} does not exist")
     # One module per file and process, so that pickled instances find the same class again.
-    name = f"{USER_MODULE_PREFIX}{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
+    name = f"{_USER_MODULE_PREFIX}{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)

@@ -12,8 +12,9 @@ import math
 import os
 import signal
 import socket
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from ray.exceptions import AuthenticationError
 
 from rayprune.config import Config
 from rayprune.config.schema import ScalingSection
+from rayprune.core.references import DRIVER_FOLDER
 from rayprune.engine.data.device import check_columns
 from rayprune.engine.monitoring import kept_handlers
 from rayprune.errors import ClusterError, ConfigError
@@ -70,7 +72,7 @@ def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = F
     options: dict[str, Any] = {"log_to_driver": debug, "logging_level": "INFO" if debug else "ERROR"}
     if (cluster := cluster_address(address)) is not None:
         with kept_handlers(signal.SIGTERM):
-            connect(cluster, **options)
+            connect(cluster, job_config=_job_config(), **options)
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not dashboard:
@@ -83,13 +85,33 @@ def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = F
     try:
         # "local" always starts a new cluster; without it, Ray joins any cluster that it finds on the machine.
         with kept_handlers(signal.SIGTERM):
-            ray.init("local", include_dashboard=dashboard, _node_ip_address="127.0.0.1", **options)
+            options |= {"include_dashboard": dashboard, "_node_ip_address": "127.0.0.1"}
+            ray.init("local", job_config=_job_config(), **options)
     except _RAY_ERRORS as error:
         ray.shutdown()
         raise ClusterError(
             f"no Ray starts on this machine ({_first_line(error)}): free ports and memory (other Ray processes: "
             "ps -C raylet), or train in this process with scaling.num_workers=0"
         ) from error
+
+
+def _job_config() -> ray.job_config.JobConfig:
+    config = ray.job_config.JobConfig()
+    config._py_driver_sys_path = _WorkerPath()
+    return config
+
+
+class _WorkerPath(list[str]):
+    """The folders that Ray puts first on the workers' path, without the current folder unless this process has it.
+
+    A file in the current folder, such as secrets.py, would be imported instead of a library. Workers only need the
+    folder for `module:name` in a config, and find it as a mark, which Python ignores.
+    """
+
+    def extend(self, folders: Iterable[str]) -> None:
+        current = str(Path.cwd())
+        hidden = set() if {"", current} & set(sys.path) else {current}
+        super().extend(f"{DRIVER_FOLDER}{folder}" if folder in hidden else folder for folder in folders)
 
 
 def _import_compiler() -> None:

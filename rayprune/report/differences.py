@@ -8,6 +8,7 @@ from typing import Any
 from rayprune.config import Config, make_config
 from rayprune.config.experiments import format_value
 from rayprune.config.yaml import flatten_settings
+from rayprune.core.references import names_code
 from rayprune.errors import ConfigError
 from rayprune.report.read import RunRecord, as_mapping
 
@@ -49,9 +50,10 @@ def _defaults(run: RunRecord) -> dict[str, Any]:
     plain = _settings_of(make_config({}))
     step = as_mapping(run.setting("train", "step")).get("name", "plain")
     method = run.setting("method", "name")
+    # A report imports no code that a run folder names.
+    step, method = (None if names_code(name) else name for name in (step, method))
     try:
-        # The code of a method from a file is not imported for a report.
-        named = {"train": {"step": step}, **({} if ":" in str(method) else {"method": {"name": method}})}
+        named = {"train": {"step": step or "plain"}, "method": {"name": method or "full"}}
         return _settings_of(make_config(named)) | {key: plain[key] for key in ("method.name", "train.step.name")}
     except ConfigError:  # a method without a default for every option
         return plain

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import sys
 import threading
 import uuid
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ from ray.train.torch import TorchTrainer
 
 from rayprune.config import Config
 from rayprune.core.bases.static import ScoredMethod
-from rayprune.core.references import USER_MODULE_PREFIX, refusing_exit
+from rayprune.core.references import refusing_exit, user_modules
 from rayprune.engine.cluster import Resources, resolve_resources, start_ray
 from rayprune.engine.data.device import DeviceStream, check_room
 from rayprune.engine.data.ray_data import plan_dataset, task_rows
@@ -238,10 +237,8 @@ def open_splits(config: Config) -> Splits:
         ConfigError, DataError: the data cannot be opened; one line with the cure.
     """
     splits = _splits(config)
-    # Other processes cannot import modules loaded from `path/to/file.py` by name: send them by value.
-    for name, module in list(sys.modules.items()):
-        if name.startswith(USER_MODULE_PREFIX):
-            ray.cloudpickle.register_pickle_by_value(module)
+    for module in user_modules():
+        ray.cloudpickle.register_pickle_by_value(module)
     return splits
 
 

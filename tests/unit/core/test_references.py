@@ -1,0 +1,61 @@
+"""References `module:name` and `path/to/file.py:name`: what they may name, and how the current folder counts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from rayprune.core.references import DRIVER_FOLDER, load_object, names_code, user_modules
+from rayprune.errors import ConfigError
+
+
+@pytest.fixture
+def forget() -> object:
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("text", ["os", "a:", ":b", "https://host/x", "s3://key:secret@bucket/a", "a-b:c", "a:b.c", 3])
+def test_only_one_form_names_code(text: object) -> None:
+    assert not names_code(text)
+    if isinstance(text, str):
+        with pytest.raises(ConfigError, match="is not a reference"):
+            load_object(text)
+
+
+@pytest.mark.usefixtures("forget")
+def test_the_current_folder_is_last_and_only_while_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "colorsys.py").write_text("raise ImportError('hides a library')")
+    (tmp_path / "of_the_folder.py").write_text("import colorsys, sys\nlast = sys.path[-1]\n")
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    before = list(sys.path)
+    assert load_object("of_the_folder:last") == str(tmp_path)
+    assert sys.path == before
+    # Workers get the modules of the folder by value, and not those of libraries.
+    assert [module.__name__ for module in user_modules() if module.__name__ in ("of_the_folder", "colorsys")] == [
+        "of_the_folder"
+    ]
+
+
+@pytest.mark.usefixtures("forget")
+def test_a_module_that_fails_leaves_the_path_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken_module.py").write_text("raise OSError('no device')")
+    before = list(sys.path)
+    with pytest.raises(OSError, match="no device"):
+        load_object("broken_module:x")
+    with pytest.raises(ConfigError, match="module 'of_nobody' was not found"):
+        load_object("of_nobody:x")
+    assert sys.path == before
+
+
+@pytest.mark.usefixtures("forget")
+def test_a_worker_looks_in_the_folder_of_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "of_the_driver.py").write_text("x = 1")
+    monkeypatch.syspath_prepend(f"{DRIVER_FOLDER}{tmp_path}")
+    assert load_object("of_the_driver:x") == 1
