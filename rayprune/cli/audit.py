@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rayprune.cli.console import debug, debug_option, elapsed, say, say_table, single_config, warn
+from rayprune.cli.console import debug, debug_option, elapsed, say, say_table, single_config, trust_option, warn
 from rayprune.cli.train import RunDisplay
 from rayprune.report.text import share
 
@@ -28,8 +28,9 @@ _MAX_PAIRS = 5
 
 @click.command()
 @click.argument("arguments", nargs=-1, required=True, metavar="CONFIG|RUN [key=value]...")
+@trust_option
 @debug_option
-def audit(arguments: tuple[str, ...]) -> None:
+def audit(arguments: tuple[str, ...], trust: bool | str) -> None:
     """Find what is wrong with the training data of CONFIG: labels, near-duplicates, leaks, outliers.
 
     Trains audit.folds networks, each on all samples but one part, and predicts that part. Writes audit.parquet, a row
@@ -43,7 +44,7 @@ def audit(arguments: tuple[str, ...]) -> None:
     path, overrides = single_config(arguments, "rayprune audit digits_full")
     folder = Path(path).expanduser()
     is_run = folder.is_dir() and ((folder / "config.yaml").exists() or not find_config(path).is_file())
-    result = _audit_run(folder, overrides) if is_run else _audit_config(path, overrides)
+    result = _audit_run(folder, overrides, trust) if is_run else _audit_config(path, overrides)
     _say_findings(result)
     from rayprune.report.audit import TRAINED, WEAK
 
@@ -68,10 +69,10 @@ def _audit_config(path: str, overrides: list[str]) -> Audit:
         return run(config, debug=debug(), **display.listeners)
 
 
-def _audit_run(folder: Path, overrides: list[str]) -> Audit:
+def _audit_run(folder: Path, overrides: list[str], trust: bool | str) -> Audit:
     from rayprune.experiments.audit.of_run import audit_run, run_config
 
-    config = run_config(folder, overrides)
+    config = run_config(folder, overrides, trust)
     with RunDisplay() as display:
         return audit_run(config, debug=debug(), **display.listeners)
 

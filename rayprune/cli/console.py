@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from rayprune.errors import ConfigError
 console = Console(soft_wrap=True)
 errors = Console(stderr=True, soft_wrap=True)
 _DEBUG = "rayprune.debug"
+_ALL_CODE = "all"
 
 
 def debug_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,23 +35,46 @@ def debug() -> bool:
     return bool(click.get_current_context().meta.get(_DEBUG))
 
 
+class _Digest(click.ParamType):
+    name = "digest"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool | str:
+        if isinstance(value, bool) or value == _ALL_CODE:
+            return bool(value)
+        if not re.fullmatch(r"[0-9a-f]{32}", value):
+            self.fail(
+                f"{value!r} is not a digest of 32 hexadecimal digits: put --trust last, to trust the code as it is"
+            )
+        return str(value)
+
+
+def trust_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --trust to a command that uses the config of a run folder; it passes `trust` as `read_trusted` takes it."""
+    text = "Run the code that RUN's config names; with DIGEST, only code of this digest, as the message shows it."
+    return click.option(
+        "--trust", is_flag=False, flag_value=_ALL_CODE, default=False, type=_Digest(), metavar="[DIGEST]", help=text
+    )(command)
+
+
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split the arguments of a command into config files, which may have = in their paths, and key=value overrides."""
+    """Split a command's arguments into configs and folders, which may have = in their paths, and the overrides."""
     configs = [
-        word for word in arguments if "=" not in word or (word.endswith((".yaml", ".yml")) and Path(word).is_file())
+        word
+        for word in arguments
+        if "=" not in word or Path(word).is_dir() or (word.endswith((".yaml", ".yml")) and Path(word).is_file())
     ]
     return configs, [word for word in arguments if word not in configs]
 
 
-def single_config(arguments: Sequence[str], example: str) -> tuple[str, list[str]]:
-    """Return the one config file among a command's arguments, and the overrides.
+def single_config(arguments: Sequence[str], example: str, noun: str = "config") -> tuple[str, list[str]]:
+    """Return the one config file, or run folder, among a command's arguments, and the overrides.
 
     Raises:
-        ConfigError: there is no config file, or more than one.
+        ConfigError: there is none, or more than one.
     """
     paths, overrides = split_arguments(arguments)
     if len(paths) != 1:
-        raise ConfigError(f"name one config: {example}")
+        raise ConfigError(f"name one {noun}: {example}")
     return paths[0], overrides
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rayprune.cli.console import debug_option, elapsed, say, say_table, warn
+from rayprune.cli.console import debug_option, elapsed, say, say_table, single_config, trust_option, warn
 from rayprune.errors import ConfigError
 from rayprune.report.text import count_of, number, share
 
@@ -22,7 +22,7 @@ Rows = list[list[str]]
 
 
 @click.command()
-@click.argument("run", metavar="RUN")
+@click.argument("arguments", nargs=-1, required=True, metavar="RUN [key=value]...")
 @click.option(
     "--mode",
     type=click.Choice(["anytime", "dynamic"]),
@@ -32,12 +32,16 @@ Rows = list[list[str]]
 @click.option(
     "--batch-size", default=256, show_default=True, type=click.IntRange(min=1), metavar="N", help="Rows per batch."
 )
+@trust_option
 @debug_option
-def evaluate(run: str, mode: Any, device: str, batch_size: int) -> None:
+def evaluate(arguments: tuple[str, ...], mode: Any, device: str, batch_size: int, trust: bool | str) -> None:
     """Evaluate the newest checkpoint of RUN, the folder of a run whose network has several exits.
+
+    data.path=PATH names the data's new place.
 
     Writes RUN/exits/: anytime.csv, dynamic.csv, latency.csv, thresholds.json, accuracy_macs.png.
     """
+    run, overrides = single_config(arguments, "rayprune evaluate runs/NAME", "run")
     folder = Path(run).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {folder}: name a run's, such as runs/NAME")
@@ -45,7 +49,8 @@ def evaluate(run: str, mode: Any, device: str, batch_size: int) -> None:
     from rayprune.experiments.early_exit.evaluate import evaluate as evaluate_run
     from rayprune.experiments.early_exit.evaluate import find_device
 
-    evaluation = evaluate_run(folder, mode, find_device(device), batch_size=batch_size, on_notice=warn)
+    options: dict[str, Any] = {"batch_size": batch_size, "overrides": overrides, "trust": trust}
+    evaluation = evaluate_run(folder, mode, find_device(device), **options, on_notice=warn)
     from rayprune.report.plots.experiments import save_exits
 
     plot = save_exits(folder)

@@ -28,6 +28,7 @@ from rayprune.config.schema import (
 from rayprune.config.shipped import config_hint, find_config
 from rayprune.config.yaml import merge, parse_overrides, read_yaml
 from rayprune.core.bases.static import ScoredMethod
+from rayprune.core.redaction import check_secrets, redacted_tree
 from rayprune.core.references import closest
 from rayprune.core.validation import short_repr
 from rayprune.errors import ConfigError
@@ -206,7 +207,7 @@ class Config(Strict):
             raise ConfigError("collect.embedder makes one forward pass and trains nothing: set method.score_epochs=1")
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that affect the result, nested and in plain types; paths on this machine do not."""
+        """Return the settings that affect the result, nested and in plain types; paths here and secrets do not."""
         excluded: Any = dict.fromkeys(("scaling", "run", "compare", "sweep", "audit"), True)
         # Runs compare the data's fingerprint instead of its paths, and a higher stop_after continues a run.
         excluded |= {
@@ -218,7 +219,11 @@ class Config(Strict):
             excluded[section] |= {key for key, value in values.items() if getattr(getattr(self, section), key) == value}
         if not self.build_method().collect_epochs:
             excluded["collect"] = True
-        return self.model_dump(mode="json", exclude=excluded)
+        return dict(redacted_tree(self.model_dump(mode="json", exclude=excluded)))
+
+    def shown(self, *left_out: str) -> dict[str, Any]:
+        """Return the settings without secrets, nested and in plain types: all that may leave this process."""
+        return dict(redacted_tree(self.model_dump(mode="json", exclude=set(left_out))))
 
     def digest(self) -> str:
         """Return 8 hexadecimal digits over the settings that affect the result (`identity`)."""
@@ -227,9 +232,9 @@ class Config(Strict):
         return hashlib.sha256(content.encode()).hexdigest()[:8]
 
     def to_yaml(self) -> str:
-        """Return the resolved config as YAML; reading it back gives an equal Config."""
-        excluded = None if self.sweep.space else {"sweep"}
-        return yaml.safe_dump(self.model_dump(mode="json", exclude=excluded), sort_keys=False, allow_unicode=True)
+        """Return the resolved config as YAML, without secrets; reading it back gives an otherwise equal Config."""
+        left_out = () if self.sweep.space else ("sweep",)
+        return yaml.safe_dump(self.shown(*left_out), sort_keys=False, allow_unicode=True)
 
 
 def read_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -257,7 +262,9 @@ def read_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"config {str(file)!r} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config {str(file)!r} has no sections: write at least method: {{name: full}}")
-    return make_config(merge(tree, parse_overrides(overrides)))
+    tree = merge(tree, parse_overrides(overrides))
+    check_secrets(tree, f"config {str(file)!r}")
+    return make_config(tree)
 
 
 def make_config(tree: Mapping[str, Any]) -> Config:

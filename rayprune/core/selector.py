@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rayprune.core.method import EpochContext, Method
+from rayprune.core.redaction import redacted_tree
 from rayprune.core.selection import Selection, check_ids, check_labels, kept_shares, top_up
 from rayprune.core.table import Ids, ScoreTable, Signals, chunks, fold_means, mean_columns
 from rayprune.core.validation import short_repr
@@ -253,7 +254,7 @@ class Selector:
 
     def _header(self) -> dict[str, Any]:
         numbers = {name: getattr(self, name) for name in _STATE_FIELDS}
-        return {"schema": STATE_SCHEMA, "method": self.method.to_config(), **numbers}
+        return {"schema": STATE_SCHEMA, "method": redacted_tree(self.method.to_config()), **numbers}
 
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Restore a state of `state_dict`, including the current Selection.

@@ -24,7 +24,7 @@ from ray.exceptions import RayError
 
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import Pulse
-from rayprune.errors import TrainingPaused
+from rayprune.errors import TrainingPaused, redacted
 
 logger = logging.getLogger(__name__)
 
@@ -320,4 +320,5 @@ def error_line(error: BaseException) -> str:
     lines = [line.strip() for line in _TERMINAL_COLOR.sub("", str(error)).splitlines() if line.strip()] or [kind]
     # Ray's own errors hold a traceback, which ends with the message.
     line = lines[-1] if isinstance(error, RayError) else " ".join(lines)
-    return line if isinstance(error, ValueError | RuntimeError) or kind in line else f"{kind}: {line}"
+    line = line if isinstance(error, ValueError | RuntimeError) or kind in line else f"{kind}: {line}"
+    return redacted(line)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from rayprune.config import Config
 from rayprune.engine.storage.resume import lock_folder
-from rayprune.engine.storage.run_folder import read_config, write_whole
+from rayprune.engine.storage.run_folder import write_whole
+from rayprune.engine.storage.stored_config import read_like
 from rayprune.errors import RunFolderError
 
 # File that holds the config → kind of the folder.
@@ -42,20 +43,19 @@ class ExperimentFolder:
                 raise RunFolderError(f"{self.path} holds {_one(kind)}, not {_one(own)}: choose another run.name")
         if not (self.path / self.stored).exists():
             return
-        before, now = self.digest(read_config(self.path / self.stored)), self.digest(config)
+        stored, now = read_like(self.path / self.stored, config), self.digest(config)
+        before = None if stored is None else self.digest(stored)
         if before != now:
-            raise RunFolderError(
-                f"{self.path} holds another {own} (config digest {before}, not {now}): choose another run.name, or "
-                "leave it out"
-            )
+            other = "of other code" if before is None else f"config digest {before}, not {now}"
+            raise RunFolderError(f"{self.path} holds another {own} ({other}): choose another run.name, or leave it out")
 
     def is_current(self, config: Config, results: str) -> bool:
         """Return whether the newest start had the same settings and has written this file of results."""
         stored, written = self.path / self.stored, self.path / results
         if not stored.exists() or not written.exists() or written.stat().st_mtime_ns < stored.stat().st_mtime_ns:
             return False
-        before, now = (each.model_dump(exclude={"run", "scaling"}) for each in (read_config(stored), config))
-        return before == now
+        before = read_like(stored, config)
+        return before is not None and before.shown("run", "scaling") == config.shown("run", "scaling")
 
     @contextlib.contextmanager
     def open(self, config: Config) -> Iterator[None]:
@@ -69,7 +69,7 @@ class ExperimentFolder:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(lock_folder(self.path))
-                write_whole(self.path / self.stored, config.to_yaml())
+                write_whole(self.path / self.stored, config.to_yaml(), private=True)
             except OSError as error:
                 raise RunFolderError(
                     f"folder {self.path} can't be written ({error.strerror}): set run.storage_path"

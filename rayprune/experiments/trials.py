@@ -28,6 +28,7 @@ from ray.tune.search import Searcher
 
 from rayprune.config import Config, make_config
 from rayprune.config.yaml import read_yaml
+from rayprune.core.redaction import check_secrets, with_secrets
 from rayprune.engine.cluster import TrialResources
 from rayprune.engine.monitoring import error_line, kept_handlers
 from rayprune.engine.storage.resume import is_scoring_run, run_folder_of
@@ -78,6 +79,7 @@ def run_trials(
     listeners: TrialListeners,
     *,
     folder: Path,
+    secrets: Mapping[str, Any],
     scheduler: TrialScheduler | None = None,
     max_failures: int = 0,
     debug: bool = False,
@@ -89,6 +91,7 @@ def run_trials(
         resources: how many runs to train at a time, and what Ray reserves for each.
         listeners: callbacks.
         folder: for Tune's temporary files; all machines of the cluster must see it.
+        secrets: `secrets_of` the config that the trials' configs are made of.
         scheduler: stops runs early.
         max_failures: how often to restart a failed run.
         debug: show Ray's own logs.
@@ -106,7 +109,7 @@ def run_trials(
     shutil.rmtree(record, ignore_errors=True)
     events = _Events(listeners)
     tuner = tune.Tuner(
-        tune.with_resources(Trial, resources.reserved),
+        tune.with_resources(tune.with_parameters(Trial, secrets=dict(secrets)), resources.reserved),
         param_space=space,
         tune_config=tune.TuneConfig(
             search_alg=search,
@@ -135,7 +138,10 @@ def run_trials(
 
 
 def trial_spec(config: Config) -> dict[str, str]:
-    """Return the Tune config of a run: its name, its config as YAML, and the folder of relative paths."""
+    """Return the Tune config of a run: its name, its config as YAML, and the folder of relative paths.
+
+    Tune writes it to files, so that it has no secrets; the trials get them apart.
+    """
     return {"name": str(config.run.name), "yaml": config.to_yaml(), "cwd": str(Path.cwd())}
 
 
@@ -160,11 +166,13 @@ class Trial(tune.Trainable):
     its folder and release its workers. A resumed run first reports its earlier epochs, for the scheduler.
     """
 
-    def setup(self, config: dict[str, Any]) -> None:
-        """Start the run of `config["trial"]`, a `trial_spec`, in a thread."""
+    def setup(self, config: dict[str, Any], secrets: Mapping[str, Any] | None = None) -> None:
+        """Start the run of `config["trial"]`, a `trial_spec`, in a thread; Tune adds the secrets."""
         spec = config["trial"]
         os.chdir(spec["cwd"])  # relative paths in a config refer to the driver's folder
-        self._run_config = make_config(read_yaml(spec["yaml"]))
+        tree = with_secrets(read_yaml(spec["yaml"]), secrets or {})
+        check_secrets(tree, f"trial {spec['name']}")
+        self._run_config = make_config(tree)
         self._records: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._pause = threading.Event()
         self._failure: Exception | None = None

@@ -325,18 +325,9 @@ def public(path: str) -> str:
     return re.sub(r"^([\w+.-]+://)(?:[^/@]*@)?([^?]*).*$", r"\1\2", path)
 
 
-def redacted(text: str) -> str:
-    """Return a path within a file system, or another library's message, without `key:secret@`.
-
-    >>> redacted("No such file: '/key:secret@bucket/a'")
-    "No such file: '/bucket/a'"
-    """
-    return re.sub(r"[^\s/@:'\"]+:[^\s/@'\"]+@", "", text)
-
-
 def one_line(error: Exception, width: int = 160) -> str:
     """Return the start of an error's message, on one line and without secrets."""
-    return redacted(errors.one_line(error))[:width]
+    return errors.one_line(error)[:width]
 
 
 def _local_files(root: str) -> Iterator[StoredFile]:

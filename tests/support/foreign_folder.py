@@ -56,6 +56,22 @@ def net(*, num_classes, input_shape):
 _CONFIG = "data: {source: 'own_source:own'}\nmodel: {name: 'own_model:net'}\ntrain: {epochs: 1, batch_size: 64}\n"
 
 
+_METHOD = """
+from pathlib import Path
+from rayprune.methods.infobatch import InfoBatch
+Path(__file__).with_name("executed").touch()
+class Mine(InfoBatch):
+    pass
+"""
+
+
+def code_with_a_mark(folder: Path, name: str = "evil") -> str:
+    """Write code that leaves `executed` in its folder; return a reference to it."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.py").write_text(_METHOD)
+    return f"{folder}/{name}.py:Mine"
+
+
 def make_foreign(folder: Path) -> None:
     """Write the modules."""
     for name in _LIBRARIES:

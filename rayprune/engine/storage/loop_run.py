@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from rayprune.core.redaction import redacted_tree
 from rayprune.engine.storage.run_folder import append_metrics, read_json, read_metrics, write_environment, write_whole
 from rayprune.errors import RunFolderError
 
@@ -72,7 +73,8 @@ class LoopRun:
             )
         kept = [json.dumps(line) + "\n" for line in lines if line["epoch"] < epoch]
         write_whole(folder / "metrics.jsonl", "".join(kept))
-        write_whole(folder / "config.yaml", yaml.safe_dump(dict(self.config), sort_keys=False))
+        text = yaml.safe_dump(redacted_tree(self.config), sort_keys=False)
+        write_whole(folder / "config.yaml", text, private=True)
         write_environment(folder, start=self.start, **self.facts)
 
     def log(self, line: Mapping[str, Any]) -> None:

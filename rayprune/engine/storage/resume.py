@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rayprune.config import Config
+from rayprune.config.code import file_digests
 from rayprune.config.yaml import flatten
 from rayprune.engine.storage.checkpoint import (
     copy_checkpoint,
@@ -23,11 +24,11 @@ from rayprune.engine.storage.checkpoint import (
 from rayprune.engine.storage.run_folder import (
     append_metrics,
     mend_metrics,
-    read_config,
     read_metrics,
     write_environment,
     write_whole,
 )
+from rayprune.engine.storage.stored_config import read_like, read_tree
 from rayprune.errors import ConfigError, RunFolderError
 from rayprune.sources import SampleSource
 from rayprune.sources.base import shuffle_name
@@ -81,8 +82,10 @@ def finished_unread(config: Config) -> Path | None:
     reads_a_file = config.method["name"] == "fixed" or config.data.relabel is not None
     if config.run.resume == "never" or reads_a_file or not (folder / "config.yaml").exists():
         return None
-    stored = read_config(folder / "config.yaml")
-    start = newest_checkpoint(folder) if stored.digest() == config.digest() and stored.data == config.data else None
+    stored = read_like(folder / "config.yaml", config)
+    if stored is None or stored.digest() != config.digest() or stored.shown()["data"] != config.shown()["data"]:
+        return None
+    start = newest_checkpoint(folder)
     if start is None or not _is_finished(config, start):
         return None
     return None if _is_newer(config.data.model_dump().get("path"), folder / "scores.parquet") else folder
@@ -169,7 +172,7 @@ def open_folder(
             stack.enter_context(lock_folder(folder))
             (folder / "checkpoints").mkdir(exist_ok=True)
             (folder / "metrics.jsonl").open("a").close()
-            write_whole(folder / "config.yaml", config.to_yaml())
+            write_whole(folder / "config.yaml", config.to_yaml(), private=True)
             start = _find_start(config, source)
             if start is not None and check is not None:
                 start = _applicable(start, folder, check)
@@ -179,7 +182,8 @@ def open_folder(
                 position = read_position(start)
                 epoch = position["epoch"]
                 mend_metrics(folder, position["metrics"])
-            write_environment(folder, seed=config.train.seed, fingerprint=source.fingerprint, **facts)
+            code = file_digests(config.model_dump(mode="json"))
+            write_environment(folder, seed=config.train.seed, fingerprint=source.fingerprint, code=code, **facts)
         except OSError as error:
             reason = f"{error.filename or folder}: {error.strerror}"
             raise RunFolderError(f"run folder {folder} can't be written ({reason}): set run.storage_path") from None
@@ -249,10 +253,13 @@ def _adopt(folder: Path, origin: Path) -> Path:
 
 def _check_config(config: Config, folder: Path) -> None:
     """Refuse a folder of another config, with the keys that differ."""
-    stored = read_config(folder / "config.yaml")
-    if config.digest() == stored.digest():
+    stored = read_like(folder / "config.yaml", config)
+    if stored is not None and config.digest() == stored.digest():
         return
-    new, old = (flatten(c.model_dump(mode="json", exclude=_FREE)) for c in (config, stored))
+    tree = read_tree(folder / "config.yaml") if stored is None else stored.shown()
+    new, old = (
+        flatten({key: value for key, value in each.items() if key not in _FREE}) for each in (config.shown(), tree)
+    )
     changes = [
         f"{key} {old.get(key)!r} → {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)
     ]

@@ -18,8 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from rayprune.config import Config, make_config
-from rayprune.config.yaml import read_yaml
+from rayprune.core.redaction import redacted_tree
 from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
 from rayprune.errors import RunFolderError, one_line
@@ -31,9 +30,18 @@ RUN_SCHEMA = 1  # of environment.json and gallery.json
 _PACKAGES = ("rayprune", "ray", "torch", "torchvision", "numpy", "pandas", "pyarrow", "scikit-learn")
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a text file atomically: a kill leaves the old file or the new one."""
+def write_whole(file: Path, text: str, *, private: bool = False) -> None:
+    """Write a text file atomically: a kill leaves the old file or the new one.
+
+    Args:
+        file: the file.
+        text: its content.
+        private: it has settings: only the user may read it, where the file system has permissions.
+    """
     with replace_file(file) as partial:
+        if private:
+            partial.unlink(missing_ok=True)  # of a kill, with any permissions
+            partial.touch(mode=0o600)
         partial.write_text(text, encoding="utf-8")
 
 
@@ -47,22 +55,6 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         cure = "restore it or choose another run.name"
-        raise RunFolderError(f"{file} can't be read ({one_line(error)}): {cure}") from None
-
-
-def read_config(file: Path, cure: str = "restore it or choose another run.name") -> Config:
-    """Return the config in a YAML file that a run, sweep or comparison has written.
-
-    Args:
-        file: config.yaml, sweep.yaml or compare.yaml.
-        cure: the end of the error message.
-
-    Raises:
-        RunFolderError: the file cannot be read, or does not hold a valid config.
-    """
-    try:
-        return make_config(read_yaml(file.read_text(encoding="utf-8")) or {})
-    except (OSError, ValueError) as error:
         raise RunFolderError(f"{file} can't be read ({one_line(error)}): {cure}") from None
 
 
@@ -197,5 +189,5 @@ def write_scores(
         last_visit=selector.table.last_visit,
         times_pruned=selector.table.times_pruned,
         fingerprint=fingerprint,
-        about={"method": dict(method or selector.method.to_config()), "seed": selector.seed},
+        about={"method": redacted_tree(method or selector.method.to_config()), "seed": selector.seed},
     )

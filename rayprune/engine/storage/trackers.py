@@ -95,7 +95,8 @@ class _TrackerThread(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._folder.mkdir(exist_ok=True)
+            # Those of MLflow and W&B have the run's settings.
+            self._folder.mkdir(mode=0o777 if self._tracker == "tensorboard" else 0o700, exist_ok=True)
             state = _read_state(self._folder)
             state.pop("failed", None)
             tracker = _OPEN[self._tracker](self._run_folder, self._config, state)
@@ -206,6 +207,7 @@ class _MLflow:
         uri, artifacts = os.environ.get("MLFLOW_TRACKING_URI"), None
         if uri is None:
             folder = run_folder / "mlflow"
+            (folder / "mlflow.db").touch(mode=0o600)
             uri, artifacts = f"sqlite:///{folder / 'mlflow.db'}", (folder / "artifacts").as_uri()
         self._client = MlflowClient(tracking_uri=uri)
         if state.get("uri") != _without_password(uri):  # another server does not have the run
@@ -221,7 +223,7 @@ class _MLflow:
         experiment = self._client.get_experiment_by_name(name)
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name, artifacts)
         run = str(self._client.create_run(experiment_id, run_name=_display_name(run_folder)).info.run_id)
-        settings = flatten(config.model_dump(mode="json"))
+        settings = flatten(config.shown())
         self._client.log_batch(run, params=[Param(key, str(v)[:_LONGEST_PARAM]) for key, v in settings.items()])
         return run
 
@@ -251,9 +253,10 @@ class _Wandb:
             project=os.environ.get("WANDB_PROJECT", _PROJECT),
             dir=os.environ.get("WANDB_DIR", str(run_folder)),
             mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]  # W&B checks the value
-            config=config.model_dump(mode="json"),
+            config=config.shown(),
             reinit="create_new",  # for runs that train at the same time in one process
-            settings=wandb.Settings(silent=True, console="off", disable_git=True),
+            # Its metadata has the words of the command, which may have secrets.
+            settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_meta=True),
         )
 
     def log(self, epoch: int, values: Mapping[str, float]) -> None:

@@ -20,11 +20,10 @@ import torch
 from numpy.typing import NDArray
 
 from rayprune.config import Config
-from rayprune.config.config import make_config
-from rayprune.config.yaml import flatten, merge, parse_overrides
+from rayprune.config.code import Trust
 from rayprune.core.audit.suspects import Evidence
 from rayprune.engine.storage.resume import check_folder, finished_folder, lock_folder, run_folder_of
-from rayprune.engine.storage.run_folder import read_config
+from rayprune.engine.storage.stored_config import read_trusted
 from rayprune.engine.train.driver import open_splits
 from rayprune.engine.train.predictions import final_predictions
 from rayprune.engine.train.preflight import input_spec
@@ -38,11 +37,16 @@ _BATCH = 256
 _KINDS = {"audit.yaml": "an audit of its own", "sweep.yaml": "a sweep", "compare.yaml": "a comparison"}
 
 
-def run_config(folder: Path, overrides: Iterable[str] = ()) -> Config:
+def run_config(folder: Path, overrides: Iterable[str] = (), trust: Trust = False) -> Config:
     """Return the config of a run where its folder now is, with keys of `audit`, `scaling` or `data.path` laid over it.
 
+    Args:
+        folder: the run folder.
+        overrides: `key.sub=value` words.
+        trust: run the code that the config names: True, or the digest of the code that you have read.
+
     Raises:
-        ConfigError: an override is wrong, or changes the run's result.
+        ConfigError: an override is wrong, or changes the run's result; or the config names code that is not trusted.
         RunFolderError: the folder holds no run of `rayprune train`.
     """
     file = folder / "config.yaml"
@@ -54,16 +58,9 @@ def run_config(folder: Path, overrides: Iterable[str] = ()) -> Config:
         raise RunFolderError(
             f"{folder} is the run of a loop of your own, whose network is not in it: call shard.audit() in the loop"
         )
-    stored = read_config(file, "restore it")
-    tree = merge(stored.model_dump(mode="json"), changes := parse_overrides(overrides))
     place = folder.expanduser().resolve()
     own = {"storage_path": str(place.parent), "name": place.name, "resume": "auto"}
-    config = make_config(tree | {"run": tree["run"] | own})
-    if config.digest() != stored.digest():
-        raise ConfigError(
-            f"{', '.join(flatten(changes))} would change what was trained: set keys of audit or scaling, or data.path"
-        )
-    return config
+    return read_trusted(file, overrides, trust, run=own)
 
 
 def audit_run(

@@ -25,6 +25,7 @@ from rayprune.config.experiments import BASELINES, compared_method
 from rayprune.config.schema import TrainSection
 from rayprune.config.yaml import merge
 from rayprune.core.bases.in_batch import InBatchMethod
+from rayprune.core.redaction import redacted_tree
 from rayprune.core.schedule import epoch_at
 from rayprune.errors import ConfigError
 from rayprune.experiments.compare.statistics import RunOutcome
@@ -297,5 +298,5 @@ def digest_of(config: Config) -> str:
     tree = config.model_dump(mode="json", exclude={"compare"})
     changes = {"method": {"name": FULL}, "train": {"seed": 0, "validate_every": 1}}
     methods = config.compare.method_configs or (config.method,)
-    content = make_config(merge(tree, changes)).digest() + json.dumps(methods, sort_keys=True)
+    content = make_config(merge(tree, changes)).digest() + json.dumps(redacted_tree(methods), sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:8]

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from rayprune.config import Config, make_config
 from rayprune.config.experiments import CompareSection
 from rayprune.config.yaml import merge
+from rayprune.core.redaction import secrets_of
 from rayprune.engine.cluster import ConcurrencyRequest, TrialResources, cluster_address, divide_resources, start_ray
 from rayprune.engine.monitoring import on_sigterm
 from rayprune.engine.storage.costs import costs_of
@@ -431,7 +432,10 @@ class _Runs:
 
             events = TrialListeners(on_end, on_start=lambda name: self._announce(remaining[name]))
             configs = [job.config for job in remaining.values()]
-            if not run_trials(configs, self._resources, events, folder=self._folder, debug=self._debug):
+            secrets = secrets_of(self._config.model_dump(mode="json"))
+            if not run_trials(
+                configs, self._resources, events, folder=self._folder, secrets=secrets, debug=self._debug
+            ):
                 raise KeyboardInterrupt
             if ours:
                 ray.shutdown()  # the next timed runs need the machine to themselves

@@ -8,7 +8,7 @@ Shapes: K exits, N samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from rayprune.config import Config
+from rayprune.config.code import Trust
 from rayprune.core.references import closest
 from rayprune.engine.storage.checkpoint import load_weights, newest_checkpoint, read_position, usable_checkpoint
-from rayprune.engine.storage.run_folder import read_config
+from rayprune.engine.storage.stored_config import read_trusted
 from rayprune.engine.train.build import InputSpec, build_network
 from rayprune.engine.train.driver import open_splits
 from rayprune.engine.train.preflight import input_spec
@@ -109,6 +110,8 @@ def evaluate(
     device: torch.device,
     *,
     batch_size: int = 256,
+    overrides: Iterable[str] = (),
+    trust: Trust = False,
     on_notice: Callable[[str], None],
 ) -> Evaluation:
     """Evaluate the newest checkpoint of a run, and write the results to <run>/exits/.
@@ -118,6 +121,8 @@ def evaluate(
         mode: the mode to evaluate; None: both, but only anytime with a notice if the run does not allow dynamic.
         device: where to compute.
         batch_size: rows per forward pass.
+        overrides: `key.sub=value` words, such as the new place of the data.
+        trust: run the code that the run's config names: True, or the digest of the code that you have read.
         on_notice: called with one-line notices for the user.
 
     Raises:
@@ -127,7 +132,7 @@ def evaluate(
     """
     if mode is not None and mode not in get_args(Mode):
         raise ConfigError(f"unknown mode {mode!r}: {closest(mode, get_args(Mode))}")
-    run = open_run(folder, device)
+    run = open_run(folder, device, overrides, trust)
     macs = _macs(run)
     test, part = _test_samples(run)
     if (reason := _why_not_dynamic(run)) and mode == "dynamic":
@@ -239,7 +244,7 @@ def _facts(run: TrainedRun, macs: list[int], held_out: SampleSource, test: Sampl
         "epochs": run.epochs,
         "steps": run.steps,
         "config": run.config.digest(),
-        "model": run.config.model.model_dump(mode="json"),
+        "model": run.config.shown()["model"],
         "num_exits": len(macs),
         "macs": macs,
         "found_on": {"samples": len(held_out), "fingerprint": held_out.fingerprint},
@@ -269,15 +274,15 @@ def _latency_rows(run: TrainedRun, macs: list[int], batch: int) -> list[Row]:
     ]
 
 
-def open_run(folder: Path, device: torch.device) -> TrainedRun:
-    """Load the network of a run's newest intact checkpoint, and open its data.
+def open_run(folder: Path, device: torch.device, overrides: Iterable[str] = (), trust: Trust = False) -> TrainedRun:
+    """Load the network of a run's newest intact checkpoint, and open its data; arguments as for `evaluate`.
 
     Raises:
-        ConfigError: the network can't be built.
+        ConfigError: the network can't be built, or the config names code that is not trusted.
         DataError: the data can't be read, or is not the run's.
         RunFolderError: there is no run or no checkpoint, or the checkpoint does not fit the config or the network.
     """
-    config = _config_of(folder)
+    config = _config_of(folder, overrides, trust)
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
         raise RunFolderError(
@@ -318,9 +323,9 @@ def _replaced(checkpoint: Path) -> RunFolderError:
     return RunFolderError(f"{checkpoint} was just replaced by a newer one: the run is training, try again")
 
 
-def _config_of(folder: Path) -> Config:
+def _config_of(folder: Path, overrides: Iterable[str], trust: Trust) -> Config:
     if (folder / "config.yaml").is_file():
-        return read_config(folder / "config.yaml", "restore it")
+        return read_trusted(folder / "config.yaml", overrides, trust)
     reason = "is not a run folder (it has no config.yaml): name one, such as runs/NAME"
     if (folder / "sweep.yaml").exists():
         reason = "is a sweep: name one of its trials/"
@@ -339,8 +344,7 @@ def _open_data(config: Config, folder: Path, fingerprint: str) -> tuple[Splits, 
             validation = open_splits(config.model_copy(update={"data": data})).validation
     except (OSError, ValueError) as error:
         raise DataError(
-            f"the data of {folder} can't be opened ({one_line(error)}): restore it, or set its new place in "
-            f"{folder}/config.yaml"
+            f"the data of {folder} can't be opened ({one_line(error)}): restore it, or name its new place, data.path=…"
         ) from None
     if splits.train.fingerprint != fingerprint:
         raise DataError(

@@ -22,6 +22,7 @@ import pandas as pd
 import yaml
 
 from rayprune.config import Config
+from rayprune.core.redaction import redacted_tree
 from rayprune.engine.storage.costs import costs_of
 from rayprune.engine.storage.run_folder import read_metrics, write_whole
 from rayprune.experiments.folder import ExperimentFolder
@@ -59,13 +60,18 @@ class TrialState:
     status: str = UNFINISHED
     error: str | None = None
 
+    @property
+    def shown_point(self) -> Point:
+        """The point without secrets."""
+        return dict(redacted_tree(self.point))
+
 
 def write_state(folder: Path, state: TrialState) -> None:
     """Write the trial.json of a trial."""
     file = folder / "trials" / state.name / "trial.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    content = {"point": state.point, "status": state.status, "error": state.error}
-    write_whole(file, json.dumps(content, indent=1) + "\n")
+    content = {"point": state.shown_point, "status": state.status, "error": state.error}
+    write_whole(file, json.dumps(content, indent=1) + "\n", private=True)
 
 
 def read_states(folder: Path) -> dict[str, TrialState]:
@@ -91,7 +97,7 @@ def result_row(folder: Path, state: TrialState, amortise: int = 1) -> Row:
             "flops": costs.flops,
             "seconds": costs.wall_time,
         }
-    return {"trial": state.name, **state.point, "status": state.status, "error": state.error, **figures}
+    return {"trial": state.name, **state.shown_point, "status": state.status, "error": state.error, **figures}
 
 
 def finished_rows(base: Config, folder: Path) -> list[Row] | None:
@@ -155,7 +161,8 @@ def write_results(folder: Path, base: Config, rows: Sequence[Row]) -> None:
             run = config.run.model_copy(update={"name": None})
             # Train again on the samples that the sweep held out.
             data = config.data.model_copy(update={"hold_out": base.data.hold_out})
-            (fresh / f"{row['trial']}.yaml").write_text(config.model_copy(update={"run": run, "data": data}).to_yaml())
+            text = config.model_copy(update={"run": run, "data": data}).to_yaml()
+            write_whole(fresh / f"{row['trial']}.yaml", text, private=True)
     shutil.rmtree(folder / "pareto", ignore_errors=True)
     fresh.replace(folder / "pareto")
 

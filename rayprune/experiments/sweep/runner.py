@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from rayprune.config import Config
+from rayprune.core.redaction import secrets_of, with_secrets
 from rayprune.engine.cluster import ConcurrencyRequest, TrialResources, divide_resources, start_ray
 from rayprune.engine.monitoring import on_sigterm
 from rayprune.engine.storage.run_folder import read_metrics
@@ -153,7 +154,11 @@ class _Trials:
 
     def __init__(self, base: Config, folder: Path, resources: TrialResources, listeners: SweepListeners) -> None:
         self._base, self._folder, self._resources, self._listeners = base, folder, resources, listeners
-        self._states = read_states(folder)
+        self._secrets = secrets_of(base.model_dump(mode="json"))
+        self._states = {
+            name: replace(state, point=with_secrets(state.point, self._secrets))
+            for name, state in read_states(folder).items()
+        }
         self.ended = {name: state for name, state in self._states.items() if state.status in {FINISHED, STOPPED}}
 
     def run(self, points: Sequence[Point], debug: bool) -> bool:
@@ -174,6 +179,7 @@ class _Trials:
             self._resources,
             TrialListeners(self._on_end, on_epoch=self._on_epoch),
             folder=self._folder,
+            secrets=self._secrets,
             scheduler=asha,
             max_failures=section.max_failures,
             debug=debug,
@@ -212,7 +218,7 @@ class _Trials:
         return [report_of(record) for record in read_metrics(self._folder / "trials" / name)]
 
     def _on_epoch(self, name: str, figures: Mapping[str, Any]) -> None:
-        self._listeners.on_epoch(name, self._states[name].point, figures)
+        self._listeners.on_epoch(name, self._states[name].shown_point, figures)
 
     def _on_end(self, name: str, error: str | None, finished: bool) -> None:
         status = FAILED if error else FINISHED if finished else STOPPED

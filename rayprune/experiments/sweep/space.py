@@ -18,6 +18,7 @@ import numpy as np
 from rayprune.config import Config, make_config
 from rayprune.config.experiments import NAMED, NAMING, Axis, SweepSection, format_value
 from rayprune.config.yaml import merge
+from rayprune.core.redaction import redacted_tree
 from rayprune.core.references import absolute_reference
 from rayprune.errors import ConfigError
 
@@ -137,14 +138,14 @@ def shown_point(point: Mapping[str, Any]) -> str:
 
 def trial_name(number: int, point: Mapping[str, Any]) -> str:
     """Return the name of a trial's folder: its number, and 6 hexadecimal digits of a hash of its point."""
-    content = json.dumps(point, sort_keys=True).encode()
+    content = json.dumps(redacted_tree(point), sort_keys=True).encode()
     return f"{number:03d}-{hashlib.sha256(content).hexdigest()[:6]}"
 
 
 def sweep_digest(base: Config) -> str:
     """Return a hash of 8 hexadecimal digits of the settings that determine a sweep's trials."""
     sweep = base.sweep.model_dump(mode="json", exclude={"max_concurrent", "max_failures", "amortise"})
-    content = json.dumps([base.digest(), sweep], sort_keys=True)
+    content = json.dumps([base.digest(), redacted_tree(sweep)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:8]
 
 

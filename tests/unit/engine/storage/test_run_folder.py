@@ -14,7 +14,6 @@ from rayprune.core.selector import Selector
 from rayprune.engine.storage.run_folder import (
     append_metrics,
     mend_metrics,
-    read_config,
     read_metrics,
     read_selection,
     write_environment,
@@ -24,7 +23,6 @@ from rayprune.engine.storage.run_folder import (
 )
 from rayprune.methods.infobatch import InfoBatch
 from rayprune.sources.tables.scores import read_scores
-from tests.support.runs import run_config
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,20 +39,11 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Monke
     assert file.read_text(encoding="utf-8") == "old · "
 
 
-def test_a_config_reads_back(tmp_path: Path) -> None:
-    config = run_config(tmp_path)
-    write_whole(tmp_path / "config.yaml", config.to_yaml())
-    assert read_config(tmp_path / "config.yaml") == config
-
-
-@pytest.mark.parametrize("content", [None, "a: [1", "train: {epoch: 3}", "garbage"])
-def test_a_config_that_cannot_be_read_is_one_line(content: str | None, tmp_path: Path) -> None:
+def test_a_private_file_is_the_users_alone(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    if content is not None:
-        file.write_text(content)
-    with pytest.raises(ValueError, match=r"config\.yaml can't be read \(.*\): restore it or choose") as caught:
-        read_config(file)
-    assert "\n" not in str(caught.value)
+    (tmp_path / "config.yaml.partial").touch(mode=0o644)  # of a kill
+    write_whole(file, "settings", private=True)
+    assert (file.read_text(), file.stat().st_mode & 0o777) == ("settings", 0o600)
 
 
 def test_metrics_are_the_last_line_of_each_epoch_in_order(tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ CPU = torch.device("cpu")
 
 
 def run_evaluate(*words: str | Path) -> Result:
-    """Run the command in this process."""
-    return CliRunner().invoke(cli, ["evaluate", *map(str, words)])
+    """Run the command in this process, on a run of this user's own code."""
+    return CliRunner().invoke(cli, ["evaluate", *map(str, words), "--trust"])
 
 
 def assert_refused(done: Result, line: str) -> None:
@@ -72,7 +72,7 @@ def test_both_modes_are_written_and_printed(evaluated: tuple[Path, str]) -> None
 
 
 def test_each_exit_is_evaluated_on_the_sources_own_validation_part(evaluated: tuple[Path, str]) -> None:
-    run = open_run(evaluated[0], CPU)
+    run = open_run(evaluated[0], CPU, trust=True)
     test = open_data("digits").validation
     assert test is not None
     everything = test.take(np.arange(len(test)))
@@ -90,7 +90,7 @@ def test_each_exit_is_evaluated_on_the_sources_own_validation_part(evaluated: tu
 
 def test_thresholds_are_found_on_held_out_samples(evaluated: tuple[Path, str]) -> None:
     folder = evaluated[0]
-    run = open_run(folder, CPU)
+    run = open_run(folder, CPU, trust=True)
     held_out = open_data("digits", limit=301, hold_out=0.2).validation
     assert held_out is not None
     readings = read_exits(run.network, held_out, run.input, CPU, 7)
@@ -150,7 +150,7 @@ def test_a_network_that_cannot_stop_early_is_evaluated_at_its_full_cost(tmp_path
 
 
 def test_a_latency_is_a_median_with_quartiles(evaluated: tuple[Path, str]) -> None:
-    run = open_run(evaluated[0], CPU)
+    run = open_run(evaluated[0], CPU, trust=True)
     seconds = measure_latency(run.network, run.input.shape, 3, CPU, 2)
     assert seconds.shape[0] == 3
     assert seconds.shape[1] >= 5
@@ -212,7 +212,15 @@ def arrays_config(tmp_path: Path, **keys: Any) -> Config:
 def test_missing_data_is_named(tmp_path: Path) -> None:
     folder = untrained_run(arrays_config(tmp_path))
     (tmp_path / "data.npz").unlink()
-    assert_refused(run_evaluate(folder, "--device", "cpu"), "restore it, or set its new place in")
+    assert_refused(run_evaluate(folder, "--device", "cpu"), "restore it, or name its new place, data.path=…")
+
+
+def test_data_are_evaluated_at_their_new_place(tmp_path: Path) -> None:
+    folder = untrained_run(arrays_config(tmp_path))
+    moved = (tmp_path / "data.npz").rename(tmp_path / "moved.npz")
+    done = run_evaluate(folder, f"data.path={moved}", "--mode", "anytime", "--device", "cpu")
+    assert done.exception is None, done.output
+    assert_refused(run_evaluate(folder, "train.seed=1", "--device", "cpu"), "train.seed would change what was trained")
 
 
 def test_without_a_validation_part_the_exits_are_evaluated_on_the_held_out_samples(tmp_path: Path) -> None:
@@ -262,7 +270,7 @@ def test_without_a_gpu_cuda_is_refused() -> None:
 
 def test_a_network_that_returns_nan_has_no_thresholds(tmp_path: Path) -> None:
     folder = untrained_run(exits_config(tmp_path))
-    run = open_run(folder, CPU)
+    run = open_run(folder, CPU, trust=True)
     with torch.no_grad():
         run.network.heads[0].bias.fill_(float("nan"))
     assert run.held_out is not None
@@ -272,12 +280,13 @@ def test_a_network_that_returns_nan_has_no_thresholds(tmp_path: Path) -> None:
 
 
 def test_the_batch_size_does_not_change_the_results(evaluated: tuple[Path, str], tmp_path: Path) -> None:
-    run = open_run(evaluated[0], CPU)
+    run = open_run(evaluated[0], CPU, trust=True)
     assert run.validation is not None
     one, other = (read_exits(run.network, run.validation, run.input, CPU, size) for size in (360, 37))
     np.testing.assert_allclose(one.confidences, other.confidences, rtol=1e-5)
     assert (one.correct == other.correct).mean() > 0.999
-    assert evaluate(evaluated[0], "anytime", CPU, batch_size=11, on_notice=print).anytime[0]["samples"] == 360
+    whole = evaluate(evaluated[0], "anytime", CPU, batch_size=11, trust=True, on_notice=print)
+    assert whole.anytime[0]["samples"] == 360
 
 
 MODEL = {"num_blocks": 3, "channels": 8, "growth_rate": 4}
@@ -295,7 +304,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_predictions_match_the_runs_own_validation(trained: Path) -> None:
-    run, last = open_run(trained, CPU), read_metrics(trained)[-1]
+    run, last = open_run(trained, CPU, trust=True), read_metrics(trained)[-1]
     assert run.held_out is not None
     readings = read_exits(run.network, run.held_out, run.input, CPU, 32)
     assert last["val_accuracy"] > 0.3
@@ -304,7 +313,7 @@ def test_the_predictions_match_the_runs_own_validation(trained: Path) -> None:
 
 
 def test_the_result_of_a_budget_matches_inference_with_early_exit(trained: Path) -> None:
-    run = open_run(trained, CPU)
+    run = open_run(trained, CPU, trust=True)
     assert run.validation is not None
     everything = run.validation.take(np.arange(len(run.validation)))
     inputs, labels = run.input.augment.evaluate(torch.from_numpy(everything["image"])), everything["label"]
@@ -322,7 +331,7 @@ def test_the_result_of_a_budget_matches_inference_with_early_exit(trained: Path)
 def test_the_code_of_the_documentation_runs(trained: Path) -> None:
     page = ROOT / "docs" / "early_exit.md"
     *_, block = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    run = open_run(trained, CPU)
+    run = open_run(trained, CPU, trust=True)
     names = {"network": run.network, "inputs": torch.zeros(2, *run.input.shape)}
     exec(block.replace("runs/NAME", str(trained)), names)
     assert tuple(names["logits"].shape) == (2, 10)
