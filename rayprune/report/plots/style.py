@@ -10,6 +10,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -153,10 +154,19 @@ def figure_of(axes: Axes) -> Figure:
     return figure
 
 
+@contextmanager
+def _styled(**settings: Any) -> Iterator[None]:
+    """Draw in our style alone: a matplotlibrc in the current folder, which may be anyone's, could even call LaTeX."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE | settings)
+        yield
+
+
 def svg(plot: Plot) -> str:
     """Return a plot as an `<svg>` element for a page."""
     key = plot.key.replace("_", "")
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": key}):
+    with _styled(**{"svg.hashsalt": key}):
         stream = io.StringIO()
         _save(plot, stream, format="svg", metadata={"Date": None}, transparent=True)
     text = stream.getvalue()
@@ -176,7 +186,7 @@ def svg(plot: Plot) -> str:
 
 def save_png(plot: Plot, file: Path, dpi: int = 150) -> Path:
     """Write a plot atomically as a PNG file on white; return the file."""
-    with replace_file(file) as partial, matplotlib.rc_context(_STYLE):
+    with replace_file(file) as partial, _styled():
         _save(plot, partial, dpi=dpi, format="png", facecolor=PAPER)
     return file
 

@@ -22,6 +22,7 @@ def test_no_file_of_the_current_folder_is_imported(tmp_path: Path, command: tupl
     code = f"{tmp_path}/secrets.py:X"
     config = {"method": {"name": code}, "model": {"name": code}, "train": {"step": {"name": code}}}
     (tmp_path / "config.yaml").write_text(json.dumps(config))
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
     done = rayprune(*command, cwd=tmp_path)
     assert (done.returncode, done.stderr, imported(tmp_path)) == (0, "", [])
 
