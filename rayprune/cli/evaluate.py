@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rayprune.cli.console import debug_option, elapsed, say, say_table, single_config, trust_option, warn
+from rayprune.core.validation import MAX_INT
 from rayprune.errors import ConfigError
 from rayprune.report.text import count_of, number, share
 
@@ -30,7 +31,7 @@ Rows = list[list[str]]
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
 @click.option(
-    "--batch-size", default=256, show_default=True, type=click.IntRange(min=1), metavar="N", help="Rows per batch."
+    "--batch-size", default=256, show_default=True, type=click.IntRange(1, MAX_INT), metavar="N", help="Rows per batch."
 )
 @trust_option
 @debug_option

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from rayprune.cli.console import debug_option, say, say_table, warn
+from rayprune.core.validation import MAX_INT
 from rayprune.errors import ConfigError
 
 
@@ -60,7 +61,9 @@ def _common_folder(folders: list[Path]) -> Path:
 @click.command()
 @click.argument("run", metavar="RUN")
 @click.option("--sort", metavar="SCORE", help="The column of scores.parquet to sort by. [default: the first]")
-@click.option("--top", default=20, show_default=True, type=click.IntRange(min=1), metavar="N", help="How many samples.")
+@click.option(
+    "--top", default=20, show_default=True, type=click.IntRange(1, MAX_INT), metavar="N", help="How many samples."
+)
 @click.option("--ascending", is_flag=True, help="The lowest first.")
 @debug_option
 def show(run: str, sort: str | None, top: int, ascending: bool) -> None:

@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from rayprune.cli.console import aligned, debug_option, say
+from rayprune.core.validation import MAX_INT
 from rayprune.errors import ConfigError
 from rayprune.report.text import share
 
@@ -49,7 +50,7 @@ _SHARE = click.FloatRange(min=0, max=1, max_open=True)
     "num_strata",
     default=50,
     show_default=True,
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MAX_INT),
     metavar="N",
     help="Bins of the rule strata.",
 )

@@ -333,7 +333,8 @@ def one_line(error: Exception, width: int = 160) -> str:
 def _local_files(root: str) -> Iterator[StoredFile]:
     """Yield the files below a local folder; pyarrow would follow a link in a loop 40 times."""
     loops: list[str] = []
-    folders = [("", (os.path.realpath(root),))]  # its name, and the real paths of the folder and of those above it
+    # The name of a folder, and the real paths of it and of those above it.
+    folders: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
     while folders:
         prefix, above = folders.pop()
         try:
