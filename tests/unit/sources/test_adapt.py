@@ -60,7 +60,7 @@ def test_options_go_to_the_reader_of_the_data():
     table = datasets.Dataset.from_dict({"x": [1.0, 2.0], "kind": ["b", "a"]})
     assert as_source(table, columns=["x"], label_column="kind").labels.tolist() == [1, 0]
     refused = [
-        (table, "feature_columns", "columns, image_column, label_column, image_size, cache, cache_dir"),
+        (table, "feature_columns", "columns, image_column, label_column, image_size, max_pixels, cache, cache_dir"),
         (table.with_transform(lambda batch: batch), "image_size", "columns, label_column, cache, cache_dir"),
         (Items(6), "image_size", "columns, label_column, cache, cache_dir"),
         ({"x": np.zeros(3)}, "columns", "label_column"),
