@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.text import Text
 
 from rayprune.cli.output import printable
 from rayprune.errors import ConfigError
@@ -58,12 +59,20 @@ def trust_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split a command's arguments into configs and folders, which may have = in their paths, and the overrides."""
-    configs = [
-        word
-        for word in arguments
-        if "=" not in word or Path(word).is_dir() or (word.endswith((".yaml", ".yml")) and Path(word).is_file())
-    ]
+    configs = [word for word in arguments if _is_config(word)]
     return configs, [word for word in arguments if word not in configs]
+
+
+def _is_config(word: str) -> bool:
+    """Return whether an argument is a config or a folder, whether it exists or not, and no override."""
+    key, equals, _ = word.partition("=")
+    if not equals or "/" in key or Path(word).is_dir():
+        return True
+    if not word.endswith((".yaml", ".yml")):
+        return False
+    from rayprune.config import Config
+
+    return Path(word).is_file() or key.partition(".")[0] not in Config.model_fields
 
 
 def single_config(arguments: Sequence[str], example: str, noun: str = "config") -> tuple[str, list[str]]:
@@ -83,6 +92,11 @@ def say(line: object = "", style: str | None = None) -> None:
     console.print(printable(str(line)), style=style, highlight=False, markup=False, emoji=False)
 
 
+def plain_text(text: str) -> Text:
+    """Return a cell of a table without markup; control characters are escaped."""
+    return Text(printable(text))
+
+
 def warn(line: str) -> None:
     """Print a line in yellow."""
     say(line, "yellow")
@@ -90,7 +104,8 @@ def warn(line: str) -> None:
 
 def say_table(rows: Sequence[Sequence[str]], words: Collection[int] = (0,)) -> None:
     """Print rows of cells as a table; the first row is the head."""
-    for number, line in enumerate(aligned(rows, words)):
+    cells = [[printable(cell).replace("\n", "\\n") for cell in row] for row in rows]
+    for number, line in enumerate(aligned(cells, words)):
         say(line, None if number else "bold")
 
 

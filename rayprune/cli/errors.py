@@ -94,6 +94,7 @@ _PHRASES: tuple[tuple[str, Cure], ...] = (
     (r"No space left on device|Disk quota exceeded|unexpected pos \d+|file write failed|No usable temporary", _SPACE),
     (r"Too many open files", _HANDLES),
     (r"allocate memory|not enough memory|bad_alloc|Unable to allocate|malloc of size|out of memory", _MEMORY),
+    (r"failed to map segment|returned NULL without setting an exception", _MEMORY),  # of modules that don't fit
     (r"can't start new thread|Resource temporarily unavailable|pthread_create", _MEMORY),
     (r"Read-only file system|Permission denied", _ACCESS),
     (r"Input/output error|Stale file handle|Bus error", _DISK),

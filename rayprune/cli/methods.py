@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rayprune.cli.console import console, debug_option, say
+from rayprune.cli.console import console, debug_option, plain_text, say
 
 if TYPE_CHECKING:
     from rayprune.methods import Method
@@ -93,7 +93,9 @@ def _print_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    table = Table(*head, box=SIMPLE, pad_edge=False)
+    table = Table(box=SIMPLE, pad_edge=False)
+    for name in head:
+        table.add_column(plain_text(name))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(plain_text, row))
     console.print(table)

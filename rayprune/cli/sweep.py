@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rayprune.cli.console import console, debug, debug_option, say, say_table, single_config
+from rayprune.cli.console import console, debug, debug_option, plain_text, say, say_table, single_config
 from rayprune.report.text import count_of, share
 
 if TYPE_CHECKING:
@@ -146,11 +146,11 @@ class SweepDisplay:
         title = f"{self._num_ended}/{self._num_trials} trials, {seconds:.0f} wall s"
         table = Table(box=SIMPLE, pad_edge=False, title=title)
         for name in head:
-            table.add_column(name, overflow="fold")  # names of trials and values are never cut
+            table.add_column(plain_text(name), overflow="fold")  # names of trials and values are never cut
         running_first = sorted(self._rows.values(), key=lambda row: row["status"] != "running")
         for trial in running_first[: self._MAX_SHOWN]:
             figures = (str(trial["epochs"] or "–"), share(trial.get("val_accuracy")), share(trial.get("compute_share")))
-            table.add_row(trial["trial"], *self._point(trial), trial["status"], *figures)
+            table.add_row(*map(plain_text, (trial["trial"], *self._point(trial), trial["status"], *figures)))
         self._live.update(table)
 
     def _point(self, row: Mapping[str, Any]) -> list[str]:

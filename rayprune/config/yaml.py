@@ -104,16 +104,16 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         if len(parts) > MAX_LEVELS:
             raise ConfigError(f"override {short_repr(word)} has a key of {len(parts)} parts: keys have five at most")
         if not equals or not all(parts):
-            raise ConfigError(f"override {word!r} is not of the form key.sub=value")
+            raise ConfigError(f"override {word!r} is not of the form key.sub=value: correct it")
         try:
             value = read_yaml(text)
         except ConfigError as error:
-            raise ConfigError(f"override {word!r}: {error}") from None
+            raise ConfigError(f"override {word!r} is not YAML ({error}): put its value in quotes") from None
         branch = tree
         for part in parts[:-1]:
             branch = branch.setdefault(part, {})
             if not isinstance(branch, dict):
-                raise ConfigError(f"override {word!r}: {part!r} is both a value and a section")
+                raise ConfigError(f"override {word!r}: {part!r} is both a value and a section: keep one")
         if parts[-1] in branch:
             raise ConfigError(f"override {word!r}: {key!r} appears twice, keep one")
         branch[parts[-1]] = value

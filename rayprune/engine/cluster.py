@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import math
 import os
+import resource
 import signal
 import socket
 import sys
@@ -44,6 +45,7 @@ _CURES = (
 _RAY_ERRORS = (OSError, RuntimeError, ValueError, AuthenticationError)  # of ray.init
 _LEAST_AUTO_CPUS = 0.5  # fewer CPUs for each worker mean that the machine is far too small for them
 _LEAST_TRIAL_CPUS = 0.25
+_LEAST_ADDRESS_SPACE = 32 * 2**30  # Ray aborts at 9 GiB
 _TRIAL_ACTOR_CPUS = 0.1  # the actor of a trial with workers only waits for them
 
 
@@ -75,6 +77,7 @@ def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = F
             connect(cluster, job_config=_job_config(), **options)
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _check_address_space()
     if not dashboard:
         # Nobody reads Ray's metrics and task records then, and they grow by some 3 MB an epoch.
         os.environ.setdefault("RAY_enable_metrics_collection", "0")
@@ -112,6 +115,16 @@ class _WorkerPath(list[str]):
         current = str(Path.cwd())
         hidden = set() if {"", current} & set(sys.path) else {current}
         super().extend(f"{DRIVER_FOLDER}{folder}" if folder in hidden else folder for folder in folders)
+
+
+def _check_address_space() -> None:
+    """Refuse a limit under which Ray's processes abort with a dump of their stacks."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < _LEAST_ADDRESS_SPACE:
+        raise ClusterError(
+            f"Ray does not start within {limit / 2**30:.1f} GiB of address space: raise the limit (ulimit -v "
+            "unlimited), or train in this process with scaling.num_workers=0"
+        )
 
 
 def _import_compiler() -> None:

@@ -19,6 +19,7 @@ from rayprune.cli.errors import explain
 from rayprune.errors import ConfigError, DataError, RunFolderError, TrainingFailed
 
 LIBRARIES = [
+    "pydantic_core",
     "builtins",
     "asyncio.exceptions",
     "concurrent.futures",
@@ -82,7 +83,9 @@ def made(cls: type[BaseException]) -> BaseException:
             return cls(*arguments)
         except Exception:
             continue
-    return cls.__new__(cls)
+    make = getattr(cls, "from_exception_data", None)  # of pydantic
+    made: BaseException = cls.__new__(cls) if make is None else make(HOSTILE, [])
+    return made
 
 
 def check(line: str, code: int) -> None:

@@ -85,3 +85,5 @@ def test_a_config_may_have_an_equals_sign_in_its_path(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     Path("lr=1.yaml").touch()
     assert split_arguments(["lr=1.yaml", "run.name=a.yaml"]) == (["lr=1.yaml"], ["run.name=a.yaml"])
+    missing = ["lr=0.1/c.yaml", "a/lr=0.1/c", "lr=2.yaml"]  # named in the error, not taken for settings
+    assert split_arguments([*missing, "data.path=x/c.yaml", "lr=2"]) == (missing, ["data.path=x/c.yaml", "lr=2"])
