@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import functools
 import importlib
 import inspect
+import itertools
 import re
 import zipfile
 from collections.abc import Iterator
@@ -19,7 +21,6 @@ from rayprune.cli.errors import explain
 from rayprune.errors import ConfigError, DataError, RunFolderError, TrainingFailed
 
 LIBRARIES = [
-    "pydantic_core",
     "builtins",
     "asyncio.exceptions",
     "concurrent.futures",
@@ -51,6 +52,7 @@ LIBRARIES = [
     "psutil",
     "pyarrow.lib",
     "pydantic",
+    "pydantic_core._pydantic_core",
     "ray.exceptions",
     "ray.train",
     "ray.tune.error",
@@ -78,14 +80,14 @@ def exception_types() -> Iterator[type[BaseException]]:
 
 def made(cls: type[BaseException]) -> BaseException:
     """Return an instance: with a hostile message if its constructor takes one, else one that was never initialized."""
-    for arguments in ((HOSTILE,), (), (HOSTILE, HOSTILE), (1, HOSTILE, "file\n.bin"), (HOSTILE, [ValueError(HOSTILE)])):
+    more = [(), (HOSTILE, HOSTILE), (1, HOSTILE, "file\n.bin"), (HOSTILE, [ValueError(HOSTILE)]), ("bool_type",)]
+    makers = [cls, getattr(cls, "from_exception_data", cls), functools.partial(cls.__new__, cls)]  # pydantic's; bare
+    for make, arguments in itertools.product(makers, [(HOSTILE,), *more, (HOSTILE, [])]):
         try:
-            return cls(*arguments)
+            return make(*arguments)
         except Exception:
             continue
-    make = getattr(cls, "from_exception_data", None)  # of pydantic
-    made: BaseException = cls.__new__(cls) if make is None else make(HOSTILE, [])
-    return made
+    raise AssertionError(f"no instance of {cls} can be made")
 
 
 def check(line: str, code: int) -> None:
