@@ -19,6 +19,7 @@ from rayprune.config import load_config
 from rayprune.engine.storage.checkpoint import newest_checkpoint
 from rayprune.engine.storage.resume import lock_folder
 from rayprune.experiments.sweep.runner import SweepListeners, sweep
+from tests.support.http_server import files_with, samples, serve
 from tests.support.paths import ROOT
 from tests.support.runs import user
 
@@ -75,6 +76,27 @@ def trials(folder: Path) -> Path:
     """Return the folder of the trials of the one sweep in a folder."""
     (sweep,) = folder.glob("*-sweep-*")
     return sweep / "trials"
+
+
+@pytest.mark.scenario
+def test_trials_get_secrets_that_no_file_of_tune_has(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    found: list[str] = []
+    of_tune: list[str] = []
+
+    def look(*_: object) -> None:
+        found.extend(files_with("SECRET", tmp_path))
+        of_tune.extend(files_with("***@127.0.0.1", tmp_path / "sweep" / ".tune"))
+
+    with serve(samples(), "a.parquet", "me:SECRET-1", ("SECRET-2",)) as address:
+        config = load_config(
+            config_in(tmp_path, "  space: {optim.lr: [0.01, 0.02]}\n"),
+            ["data.source=parquet", f"data.path=http://me:SECRET-1@{address}?token=SECRET-2"],
+        )
+        rows = sweep(config, tmp_path / "sweep", SweepListeners(on_epoch=look, on_trial=look)).rows
+    assert [row["status"] for row in rows] == ["finished", "finished"]
+    assert found + files_with("SECRET", tmp_path) == []
+    assert of_tune
 
 
 @pytest.mark.scenario

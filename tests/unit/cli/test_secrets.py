@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
 
 from rayprune.cli.main import cli
 from tests.support.command_line import rayprune
-from tests.support.http_server import serve
+from tests.support.http_server import files_with, samples, serve
 
 pytest.importorskip("aiohttp")
 WORDS = ["data.source=parquet", "model.name=mlp", "train.epochs=2", "train.batch_size=20", "scaling.num_workers=0"]
@@ -22,17 +19,8 @@ WORDS = ["data.source=parquet", "model.name=mlp", "train.epochs=2", "train.batch
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """HOST:PORT/NAME of a file of 200 samples, for `me:SECRET-1` and two tokens."""
-    labels = np.arange(200) % 4
-    columns = {f"x{i}": (labels == i).astype(np.float32) for i in range(4)}
-    file = io.BytesIO()
-    pd.DataFrame({**columns, "label": labels}).to_parquet(file)
-    with serve(file.getvalue(), "train.parquet", "me:SECRET-1", ("SECRET-2", "SECRET-3")) as address:
+    with serve(samples(), "train.parquet", "me:SECRET-1", ("SECRET-2", "SECRET-3")) as address:
         yield address
-
-
-def with_secrets(folder: Path) -> list[str]:
-    """Return the files of a folder that hold a secret."""
-    return [str(file) for file in folder.rglob("*") if file.is_file() and b"SECRET" in file.read_bytes()]
 
 
 def run_command(*words: str | Path) -> Result:
@@ -48,7 +36,7 @@ def test_no_file_and_no_line_of_a_run_has_a_secret(address: str, tmp_path: Path)
     done = rayprune("train", "digits_full", f"{url}SECRET-2", "train.stop_after=1", *words)  # W&B reads sys.argv
     assert (done.returncode, done.stderr) == (0, "")
     assert "SECRET" not in done.stdout
-    assert with_secrets(tmp_path) == []
+    assert files_with("SECRET", tmp_path) == []
     (run,) = tmp_path.iterdir()
     assert f"path: http://***@{address}?token=***" in (run / "config.yaml").read_text()
     for name in ("config.yaml", "mlflow/mlflow.db"):
@@ -62,7 +50,7 @@ def test_no_file_and_no_line_of_a_run_has_a_secret(address: str, tmp_path: Path)
     assert str(run_command("audit", run).exception).startswith(cure)
     for command in (("audit", run, f"{url}SECRET-2", "audit.duplicates=false"), ("report", run)):
         assert run_command(*command).exception is None
-    assert with_secrets(tmp_path) == []
+    assert files_with("SECRET", tmp_path) == []
 
 
 @pytest.mark.parametrize("word", ["data.path=http://me:SECRET-9@{}?token=SECRET-9", "a=s3://k:SECRET@b"])

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from rayprune.config import Config, load_config, make_config
+from rayprune.config.yaml import read_yaml
+from rayprune.core.redaction import secrets_of, with_secrets
 from rayprune.experiments.sweep.space import (
     check_space,
     listed_points,
@@ -18,6 +20,7 @@ from rayprune.experiments.sweep.space import (
     trial_config,
     trial_name,
 )
+from rayprune.experiments.trials import trial_spec
 from tests.support.paths import ROOT
 
 
@@ -136,6 +139,24 @@ def test_the_section_affects_the_digest_of_the_sweep_but_not_of_a_run() -> None:
     assert sweep_digest(one) != sweep_digest(other)
     assert sweep_digest(one) == sweep_digest(base({"train.epochs": [2]}, max_concurrent=3, max_failures=9))
     assert "sweep" not in make_config({}).to_yaml()
+
+
+def test_trials_are_the_same_with_another_token_and_tune_gets_none() -> None:
+    one, other = (
+        make_config(
+            {"data": {"path": f"s3://{s}@b"}, "sweep": {"space": {"data.path": [f"s3://{s}@b", f"s3://{s}@c"]}}}
+        )
+        for s in ("key:A-SECRET", "key:B-SECRET")
+    )
+    assert sweep_digest(one) == sweep_digest(other)
+    point, *_ = listed_points(one.sweep)
+    assert trial_name(0, point) == trial_name(0, listed_points(other.sweep)[0])
+    secrets = secrets_of(one.model_dump(mode="json"))
+    for point in listed_points(one.sweep):
+        trial = trial_config(one, point)
+        spec = trial_spec(trial)
+        assert "SECRET" not in str(spec)
+        assert make_config(with_secrets(read_yaml(spec["yaml"]), secrets)) == trial
 
 
 def test_a_mistake_in_the_space_is_refused_before_ray_is_loaded() -> None:
