@@ -1,8 +1,8 @@
 """Check keys and values against a dataclass's annotations; every mistake is one line.
 
-Supported annotations are int, float, bool, str, None, Literal, tuple, dict and unions of them; any other annotation
-accepts any value. A bool is not a number, an int is a float, a float is finite, and a list is a tuple. An int is at
-most MAX_INT unless its annotation has another bound.
+Supported annotations are int, float, bool, str, None, Literal, tuple, Sequence, dict and unions of them; any other
+annotation accepts any value. A bool is not a number, an int is a float, a float is finite, and a list is a tuple. An
+int is at most MAX_INT unless its annotation has another bound.
 """
 
 from __future__ import annotations
@@ -223,7 +223,9 @@ def _all_finite(value: Any) -> bool:
 
 
 def _bare(hint: Any) -> Any:
-    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    """Return an annotation without its metadata, and a sequence as a tuple of any length."""
+    hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    return tuple[get_args(hint)[0], ...] if get_origin(hint) is Sequence else hint  # type: ignore[misc]
 
 
 def _choices(hint: Any) -> list[str]:

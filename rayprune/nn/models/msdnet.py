@@ -27,7 +27,6 @@ from rayprune.nn.models.multi_exit import (
     bottlenecked,
     check_factors,
     check_growth,
-    check_list,
     choose_scales,
     choose_stem,
     classifier,
@@ -159,7 +158,7 @@ class MSDNet(MultiExit):
             raise ConfigError(f"model 'msdnet' needs growth_rate of at least 2, got {growth_rate}")
         stem = choose_stem("msdnet", input_shape, stem)
         if num_scales is None and growth_factors:
-            num_scales = len(check_list("msdnet", "growth_factors", growth_factors))
+            num_scales = len(growth_factors)
         scales = choose_scales("msdnet", "num_scales", input_shape, stem, num_scales)
         growth = check_factors("msdnet", "growth_factors", growth_factors or [2**s for s in range(scales)], scales)
         inner = check_factors("msdnet", "bottleneck_factors", bottleneck_factors or growth, scales)

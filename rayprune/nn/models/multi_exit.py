@@ -255,20 +255,8 @@ def check_factors(name: str, option: str, factors: Sequence[int], num_scales: in
     Raises:
         ConfigError: with the option's name and value.
     """
-    checked = check_list(name, option, factors)
-    if len(checked) != num_scales or min(checked) < 1:
+    if len(factors) != num_scales or min(factors) < 1:
         raise ConfigError(
-            f"model {name!r} needs {option} of {num_scales} numbers of at least 1, one per scale, got {list(checked)}"
+            f"model {name!r} needs {option} of {num_scales} numbers of at least 1, one per scale, got {list(factors)}"
         )
-    return checked
-
-
-def check_list(name: str, option: str, values: Sequence[int]) -> tuple[int, ...]:
-    """Return a list of integers as a tuple.
-
-    Raises:
-        ConfigError: it is not a list, or not of integers.
-    """
-    if not isinstance(values, list | tuple) or not all(isinstance(value, int) for value in values):
-        raise ConfigError(f"model {name!r} needs {option} as a list of whole numbers like [1, 2], got {values!r}")
-    return tuple(values)
+    return tuple(factors)

@@ -32,7 +32,6 @@ from rayprune.nn.models.multi_exit import (
     bottlenecked,
     check_factors,
     check_growth,
-    check_list,
     choose_scales,
     choose_stem,
     classifier,
@@ -333,7 +332,7 @@ def _checked_scales(scales: Sequence[int] | None, input_shape: tuple[int, ...], 
     """Return the requested scales, or by default as many as the images have room for."""
     if scales is None:
         return tuple(range(1, choose_scales("ranet", "scales", input_shape, stem, None) + 1))
-    scales = check_list("ranet", "scales", scales)
+    scales = tuple(scales)
     rises = [later - earlier for earlier, later in pairwise(scales)]
     if not scales or scales[0] != 1 or any(rise not in (0, 1) for rise in rises):
         raise ConfigError(f"model 'ranet' needs scales that start at 1 and rise by 0 or 1, got {list(scales)}")

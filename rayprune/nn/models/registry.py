@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from rayprune.core.references import call_object, closest, is_reference, load_object
-from rayprune.core.validation import exceeded, short_repr, type_hints
+from rayprune.core.validation import mismatch, short_repr, type_hints
 from rayprune.errors import ConfigError
 
 ModelBuilder = Callable[..., nn.Module]
@@ -104,8 +104,8 @@ def _check_arguments(name: str, builder: ModelBuilder, arguments: dict[str, Any]
         return  # the user's own function knows its options
     hints = type_hints(builder.__init__ if isinstance(builder, type) else builder)  # type: ignore[misc]
     for argument, value in arguments.items():
-        if bound := exceeded(value, hints.get(argument, Any)):
-            raise ConfigError(f"model.{argument} = {short_repr(value)}: must be at most {bound:,}")
+        if problem := mismatch(value, hints.get(argument, Any)):
+            raise ConfigError(f"model.{argument} = {short_repr(value)}: {problem}")
 
 
 def _build_if_it_fits(name: str, build: Callable[[], nn.Module]) -> nn.Module:

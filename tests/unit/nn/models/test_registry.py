@@ -148,6 +148,8 @@ def test_wrong_models_are_refused_in_one_line(name: str, options: dict[str, Any]
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
+        ("mlp", {"hidden": 3}, "model.hidden = 3: must be a list of whole numbers"),
+        ("msdnet", {"channels": "many"}, "model.channels = 'many': must be a whole number"),
         ("mlp", {"hidden": [10**9]}, r"model.hidden = \[1000000000\]: must be at most 1,000,000"),
         ("mlp", {"hidden": [10**6, 10**6]}, r"model 'mlp' has weights of 4012\.\d GB"),
         ("msdnet", {"num_blocks": 10**12}, "model.num_blocks = 1000000000000: must be at most 100"),
