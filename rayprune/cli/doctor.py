@@ -33,6 +33,7 @@ def doctor() -> None:
         "GPU": (_gpus, ""),
         "disk": (_disk, "free some space"),
         "Ray cluster": (_ray_cluster, "--debug shows Ray's own logs"),
+        "network": (_network, "see the check before"),
     }
     sound = True
     for name, (check, cure) in checks.items():
@@ -97,3 +98,20 @@ def _ray_cluster() -> str:
     if not cpus:
         raise RuntimeError(finding)
     return finding
+
+
+def _network() -> str:
+    """Return where this command and the Ray that it has started listen, from the sockets themselves."""
+    import ray
+
+    from rayprune.engine.cluster import cluster_address
+    from rayprune.engine.local_ray import listening
+
+    if not ray.is_initialized():
+        raise RuntimeError("no Ray to look at")
+    if (address := cluster_address("auto")) is not None:
+        return f"the cluster at {address} listens as it was started: docs/cluster.md"
+    sockets = listening()
+    outside = sorted({f"{name} on {address}" for name, address in sockets if not address.startswith("127.")})
+    where = f"some of them elsewhere: {', '.join(outside)}" if outside else "all of them on 127.0.0.1"
+    return f"Ray listens on {len(sockets)} ports, {where}; with workers, also PyTorch's rendezvous on all interfaces"

@@ -39,6 +39,8 @@ from rayprune.errors import one_line
 # click 8.2 and newer raises this for `rayprune` without arguments; its message is the help.
 _NO_ARGUMENTS = getattr(click.exceptions, "NoArgsIsHelpError", ())
 _INTERRUPTED, _PIPE_CLOSED = 130, 141  # exit codes of commands that SIGINT and SIGPIPE have ended, as in shells
+# Paragraphs that Ray prints when one of its processes has died; the run continues, or ends with a line of its own.
+_RAY_NOTICES = "A worker died or was killed while executing a task|Termination is unexpected"
 _CONTINUING = {"train", "score", "compare", "sweep", "audit"}
 
 
@@ -47,6 +49,8 @@ def main() -> None:
     # Processes that this one starts (Ray's, multiprocessing's) must not put the current folder on their path either.
     os.environ["PYTHONSAFEPATH"] = "1"
     guard_streams()
+    if "--debug" not in sys.argv:
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", _RAY_NOTICES)
     ctrl_c = _CtrlC()
     try:
         code = cli.main(standalone_mode=False)  # of click's own options, such as --help
@@ -70,13 +74,15 @@ def main() -> None:
 
 
 class _CtrlC:
-    """The handler of SIGINT: interrupts the command, and ends the process if it is pressed again."""
+    """The handlers of SIGINT, which interrupts the command and ends the process if it comes again, and of SIGTERM."""
 
     def __init__(self) -> None:
         self.is_pressed = False
         self._children: list[psutil.Process] = []
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # background commands ignore it
             signal.signal(signal.SIGINT, self)
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, self._terminate)
 
     def __call__(self, *_: Any) -> None:
         if self.is_pressed:
@@ -85,6 +91,12 @@ class _CtrlC:
             self._end()
         self.is_pressed = True
         raise KeyboardInterrupt
+
+    def _terminate(self, *_: Any) -> None:
+        """The handler of SIGTERM, but for training, sweeps and comparisons, which save first."""
+        if not self.is_pressed:
+            self.is_pressed = True
+            _fail(_stopped(), 1)
 
     def leave(self, line: str) -> NoReturn:
         """Print the line on an interrupted command, shut Ray down, and exit."""

@@ -28,6 +28,7 @@ from ray.exceptions import AuthenticationError
 from rayprune.config import Config
 from rayprune.config.schema import ScalingSection
 from rayprune.core.references import DRIVER_FOLDER
+from rayprune.engine import local_ray
 from rayprune.engine.data.device import check_columns
 from rayprune.engine.monitoring import kept_handlers
 from rayprune.errors import ClusterError, ConfigError
@@ -86,10 +87,8 @@ def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = F
     if allowed < (os.cpu_count() or allowed):
         options["num_cpus"] = allowed
     try:
-        # "local" always starts a new cluster; without it, Ray joins any cluster that it finds on the machine.
         with kept_handlers(signal.SIGTERM):
-            options |= {"include_dashboard": dashboard, "_node_ip_address": "127.0.0.1"}
-            ray.init("local", job_config=_job_config(), **options)
+            local_ray.start(job_config=_job_config(), include_dashboard=dashboard, **options)
     except _RAY_ERRORS as error:
         ray.shutdown()
         raise ClusterError(

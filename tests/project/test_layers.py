@@ -29,7 +29,7 @@ _STORAGE = _BELOW_ENGINE
 _SCORING = _STORAGE | {"engine.storage"}
 _DATA = _SCORING | {"engine.scoring"}
 _RUNNING = _DATA | {"engine.data"}
-_LOOPS = _RUNNING | {"engine.cluster", "engine.monitoring"}
+_LOOPS = _RUNNING | {"engine.cluster", "engine.local_ray", "engine.monitoring"}
 _EXPERIMENTS = _LOOPS | {"engine.train"}
 KNOWS: dict[str, set[str]] = {
     "core": set(),
@@ -40,7 +40,8 @@ KNOWS: dict[str, set[str]] = {
     "engine.storage": _STORAGE,
     "engine.scoring": _SCORING,
     "engine.data": _DATA,
-    "engine.cluster": _RUNNING | {"engine.monitoring"},
+    "engine.cluster": _RUNNING | {"engine.local_ray", "engine.monitoring"},
+    "engine.local_ray": set(),
     "engine.monitoring": _RUNNING,
     "engine.user_loop": _LOOPS,
     "engine.train": _LOOPS,

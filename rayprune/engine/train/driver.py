@@ -550,6 +550,9 @@ def _first_cause(error: BaseException) -> str:
         rank, cause = sorted(failures.items())[0]
         where = f"training failed on rank {rank}"
     cause = getattr(cause, "cause", None) or getattr(cause, "controller_failure", None) or cause
+    if isinstance(cause, ray.exceptions.RayActorError):
+        who = "its process" if failures else "Ray Train's controller"
+        return f"{where}: {who} has ended, perhaps for lack of memory: the same command continues"
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or ["no message"]
     # Ray's own errors begin with a traceback and end with the message.
     line = lines[-1] if isinstance(cause, ray.exceptions.RayError) else lines[0]

@@ -20,6 +20,7 @@ from torch import Tensor
 from rayprune.config.schema import RunSection
 from rayprune.core.plan import is_meta, num_meta_batches, train_step_of
 from rayprune.core.references import refusing_exit
+from rayprune.engine import local_ray
 from rayprune.engine.data.batch import Batch
 from rayprune.engine.data.device import DeviceBatch, DevicePlacer
 from rayprune.engine.data.transport import Transport
@@ -105,6 +106,7 @@ class Worker:
 
     def run(self) -> None:
         """Train the remaining epochs."""
+        local_ray.unblock_sigterm_in_forks()
         scores = self._spec.scores
         if scores.stop_reason() is not None:
             return
