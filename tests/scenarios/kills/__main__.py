@@ -16,6 +16,7 @@ from .faults import FAULTS, small_file_system
 from .results import line, table
 
 EPOCHS, FAULTS_PER_RUN = 10, 14
+STREAMS = ("ray", "local")
 
 
 def main() -> int:
@@ -48,16 +49,19 @@ def _run(count: int, seed: int, names: list[str], folder: Path) -> int:
         outcomes: list[Outcome] = []
         failed = False
         for number, first in enumerate(range(0, count, FAULTS_PER_RUN), start=1):
-            schedule = draw_schedule(faults[first : first + FAULTS_PER_RUN], steps, rng)
+            due, stream = faults[first : first + FAULTS_PER_RUN], STREAMS[(number - 1) % len(STREAMS)]
+            if stream == "local":  # which has no split coordinator
+                due = [FAULTS["worker"] if fault.name == "split_coordinator" else fault for fault in due]
+            schedule = draw_schedule(due, steps, rng)
             storage = folder / "small" / f"run-{number}" / "storage"
-            driver = Driver(folder / f"run-{number}", configuration(EPOCHS), storage)
+            driver = Driver(folder / f"run-{number}", configuration(EPOCHS, stream=stream), storage)
             run = Campaign(driver, steps, rng, lambda one: _say(line(one))).run(schedule, reference.folder)
             outcomes += run.outcomes
             failed |= bool(run.differences) or len(run.outcomes) < len(schedule)
             verdict = "; ".join(run.differences[:5]) or "equal to the reference run"
             _say(
-                f"run {number}: {verdict}; {len(run.outcomes)} of {len(schedule)} faults, {run.num_repeated} of "
-                f"{sum(steps)} steps repeated, {time.monotonic() - start:.0f} s so far"
+                f"run {number}, stream {stream}: {verdict}; {len(run.outcomes)} of {len(schedule)} faults, "
+                f"{run.num_repeated} of {sum(steps)} steps repeated, {time.monotonic() - start:.0f} s so far"
             )
     _say(f"\n{table(outcomes)}\n\n{len(outcomes)} faults in {time.monotonic() - start:.0f} s")
     return int(failed or any(outcome.lost for outcome in outcomes))

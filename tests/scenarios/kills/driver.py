@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +42,25 @@ def configuration(epochs: int, *, num_workers: int = 2, stream: str = "ray") -> 
 
 
 class Driver:
-    """One run of `rayprune train`, over one or several processes in succession.
+    """One run of a command, over one or several processes in succession, each in a process group of its own.
 
     Args:
         home: folder of the step log, the config and the output.
         config: the run's config without storage path and name.
         storage: the run's storage path; by default inside `home`.
+        command: train, sweep or compare.
     """
 
-    def __init__(self, home: Path, config: Mapping[str, Any], storage: Path | None = None) -> None:
-        self.home, self.storage = home, storage or home / "storage"
+    def __init__(
+        self, home: Path, config: Mapping[str, Any], storage: Path | None = None, command: str = "train"
+    ) -> None:
+        self.home, self.storage, self._command = home, storage or home / "storage", command
         self.home.mkdir(parents=True)
         self.storage.mkdir(parents=True)
         self.folder = self.storage / "run"
         self.log = StepLog(home)
         self.num_starts = 0
-        self._output = home / "output.txt"
+        self._output, self._errors = home / "output.txt", home / "errors.txt"
         self._process: subprocess.Popen[bytes] | None = None
         run = {**config.get("run", {}), "storage_path": str(self.storage), "name": "run"}
         (home / "config.yaml").write_text(yaml.safe_dump({**config, "run": run}))
@@ -64,11 +70,24 @@ class Driver:
         self.num_starts += 1
         environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", WATCH_FOLDER: str(self.home)}
         environment.pop("RAY_ADDRESS", None)
-        command = [sys.executable, "-m", "rayprune", "train", str(self.home / "config.yaml")]
-        with self._output.open("ab") as output:
+        command = [sys.executable, "-m", "rayprune", self._command, str(self.home / "config.yaml")]
+        with self._output.open("ab") as output, self._errors.open("ab") as errors:
             self._process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+                start_new_session=True,
+                preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # ignored in the background
             )
+
+    def beside(self) -> Driver:
+        """Start the command once more, with the same config and storage, while this one runs; return its driver."""
+        other = copy.copy(self)
+        other._errors = self.home / "errors-beside.txt"
+        other.start()
+        return other
 
     def exit_code(self) -> int | None:
         """Return the exit code, None while the driver runs."""
@@ -100,7 +119,12 @@ class Driver:
 
     def last_output(self) -> str:
         """Return the end of the command's output."""
-        return self._output.read_text(errors="replace")[-2000:] if self._output.exists() else ""
+        files = [file for file in (self._output, self._errors) if file.exists()]
+        return "\n".join(file.read_text(errors="replace")[-2000:] for file in files)
+
+    def errors(self) -> list[str]:
+        """Return the lines that the command has printed to stderr, of all its starts."""
+        return self._errors.read_text(errors="replace").splitlines() if self._errors.exists() else []
 
 
 @contextmanager
