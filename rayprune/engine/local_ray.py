@@ -40,7 +40,9 @@ def start(**options: Any) -> None:
     """
     with _on_loopback(), _sigterm_blocked():
         ray.init("local", _node_ip_address="127.0.0.1", **options)
-    _LocalRay({name: infos[0].process for name, infos in global_worker.node.all_processes.items()})
+    node = global_worker.node
+    assert node is not None, "ray.init has started one"
+    _LocalRay({name: infos[0].process for name, infos in node.all_processes.items()})
 
 
 def listening() -> list[tuple[str, str]]:
