@@ -44,7 +44,7 @@ _TRAIN = {
     "score_actor": "ray::ScoreActor",
     "split_coordinator": "ray::SplitCoordinator",
 }
-_TRIALS = {**_RAY, "trial": "ray::Trial"}
+_TRIALS = {**_RAY, "trial": "ray::ResourceTrainable"}
 
 
 def _train(_: Path) -> dict[str, Any]:
