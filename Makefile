@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo docs test test-oldest scenarios test-all torture check format setup bench clean
+.PHONY: demo docs test test-oldest scenarios test-all torture fuzz check format setup bench clean
 
 setup: $(VENV)/.done
 
@@ -47,6 +47,10 @@ test-all: test test-oldest scenarios
 # 200 faults inside epochs, over both transports by turns; about an hour on two cores.
 torture: setup
 	$(BIN)/python -m tests.scenarios.kills --kills 200
+
+# Commands on configs, data, checkpoints and run folders that are damaged at random.
+fuzz: setup
+	$(BIN)/python -m tests.scenarios.fuzz
 
 check: setup
 	$(BIN)/ruff format --check .
