@@ -59,6 +59,9 @@ def main() -> None:
     except _NO_ARGUMENTS as error:
         error.show()
         code = error.exit_code
+    except _Terminated:
+        _say_error(_stopped())
+        code = 1
     except BaseException as error:
         if "--debug" in sys.argv and not isinstance(error, click.ClickException):
             if not isinstance(error, SystemExit):  # it would be obeyed
@@ -71,6 +74,10 @@ def main() -> None:
     finally:
         ctrl_c.is_pressed = True  # Ctrl-C must not interrupt the shutdown of Ray, which would print tracebacks
     sys.exit(_with_output(code or 0))
+
+
+class _Terminated(BaseException):
+    """SIGTERM has come outside of training; no SystemExit, which a user's code may raise."""
 
 
 class _CtrlC:
@@ -96,7 +103,7 @@ class _CtrlC:
         """The handler of SIGTERM, but for training, sweeps and comparisons, which save first."""
         if not self.is_pressed:
             self.is_pressed = True
-            _fail(_stopped(), 1)
+            raise _Terminated
 
     def leave(self, line: str) -> NoReturn:
         """Print the line on an interrupted command, shut Ray down, and exit."""

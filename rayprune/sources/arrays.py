@@ -8,6 +8,7 @@ Shapes: N samples, H height, W width, C channels, F features.
 from __future__ import annotations
 
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -105,7 +106,7 @@ def map_array(file: Path, name: str) -> np.ndarray:
     """
     try:
         return np.asarray(np.lib.format.open_memmap(file, mode="r"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, tokenize.TokenError) as error:  # the last one from a header cut in the middle
         raise DataError(
             f"{name} is truncated, or is not a .npy file of numbers ({one_line(error)}): write it again"
         ) from None
@@ -138,7 +139,7 @@ def _check_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo)
             )
             shape, _, dtype = read_header(packed)
             claimed = packed.tell() + math.prod(shape) * dtype.itemsize
-    except ValueError as error:
+    except (ValueError, tokenize.TokenError) as error:
         raise _damaged(path, f"{member.filename}: {one_line(error)}") from None
     if claimed != member.file_size and not dtype.hasobject:
         problem = f"{member.filename} claims {claimed:,} bytes, of shape {shape}, and has {member.file_size:,}"

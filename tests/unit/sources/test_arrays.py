@@ -190,6 +190,14 @@ def test_truncated_files_are_refused(tmp_path, num_bytes):
     assert "\n" not in str(caught.value)
 
 
+def test_a_header_that_is_no_python_is_refused(tmp_path):
+    save(tmp_path, x=np.zeros((4, 2)), y=np.zeros(4, int))
+    file = tmp_path / "x.npy"
+    file.write_bytes(file.read_bytes().replace(b")", b" ").replace(b"}", b" "))
+    with pytest.raises(DataError, match=r"x\.npy"):
+        open_data("arrays", path=str(tmp_path))
+
+
 def test_an_archive_names_its_member(tmp_path):
     archive = tmp_path / "set.npz"
     np.savez(archive, x=np.array([{}] * 20), y=LABELS)
