@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from rayprune.core.redaction import leaves
 from rayprune.core.references import names_code
 from rayprune.errors import ConfigError
 
@@ -27,18 +28,8 @@ def code_references(tree: Mapping[str, Any]) -> dict[str, str]:
     >>> code_references({"model": {"name": "nets.py:Net"}, "compare": {"methods": ["full", {"name": "mine:Best"}]}})
     {'model.name': 'nets.py:Net', 'compare.methods[1].name': 'mine:Best'}
     """
-    return {key: text for key, text in _texts(tree) if names_code(text) and not text.startswith("torchvision:")}
-
-
-def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _texts(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list | tuple):
-        for number, inner in enumerate(value):
-            yield from _texts(inner, f"{key}[{number}]")
+    texts = ((key, value) for key, value in leaves(tree) if isinstance(value, str))
+    return {key: text for key, text in texts if names_code(text) and not text.startswith("torchvision:")}
 
 
 def file_digests(tree: Mapping[str, Any]) -> dict[str, str]:

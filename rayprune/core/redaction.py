@@ -42,8 +42,8 @@ def redacted_tree(value: Any, key: str = "") -> Any:
 
 def secrets_of(tree: Any) -> dict[str, Any]:
     """Return what `with_secrets` needs to undo `redacted_tree`: dotted key, and redacted URL → the value."""
-    hidden = dict(_leaves(redacted_tree(tree)))
-    found = {key: value for key, value in _leaves(tree) if value != hidden[key]}
+    hidden = dict(leaves(redacted_tree(tree)))
+    found = {key: value for key, value in leaves(tree) if value != hidden[key]}
     return found | {hidden[key]: value for key, value in found.items() if hidden[key] != REDACTED}
 
 
@@ -67,7 +67,7 @@ def check_secrets(tree: Mapping[str, Any], file: str) -> None:
     Raises:
         ConfigError: one line that names the file, the keys and the cure.
     """
-    if missing := [key for key, value in _leaves(tree) if _is_redacted(value)]:
+    if missing := [key for key, value in leaves(tree) if _is_redacted(value)]:
         keys = " ".join(f"{key}=…" for key in missing)
         raise ConfigError(f"{file} does not hold the secret of {', '.join(missing)}: name it again, {keys}, {_CURE}")
 
@@ -80,12 +80,17 @@ def _is_redacted(value: Any) -> bool:
     return isinstance(value, str) and (value == REDACTED or ("://" in value and REDACTED in value))
 
 
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key, with the numbers of list items, and the value of each leaf of settings.
+
+    >>> list(leaves({"compare": {"methods": ["full", {"name": "tdds"}]}}))
+    [('compare.methods[0]', 'full'), ('compare.methods[1].name', 'tdds')]
+    """
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+            yield from leaves(inner, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list | tuple):
         for number, inner in enumerate(value):
-            yield from _leaves(inner, f"{key}[{number}]")
+            yield from leaves(inner, f"{key}[{number}]")
     else:
         yield key, value
