@@ -21,7 +21,7 @@ from tests.support.command_line import environment, start_group
 from tests.support.paths import ROOT
 from tests.support.runs import assert_same_run, run_config
 
-EPOCHS = 80
+EPOCHS = 40
 LIMIT_S = 30.0  # 4 s on two idle cores, and a minute without; other tests may share them
 LOST_RAY = """
 import os, signal, time

@@ -38,13 +38,12 @@ def start_group(*words: str) -> subprocess.Popen[str]:
     """
     command = [sys.executable, "-u", "-m", "rayprune", *words]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(
-        command, cwd=ROOT, text=True, env=environment(), start_new_session=True, preexec_fn=_default_sigint, **pipes
-    )
-
-
-def _default_sigint() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # A handler, unlike "ignored", becomes the default action in a new program. preexec_fn would fork this process.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, cwd=ROOT, text=True, env=environment(), start_new_session=True, **pipes)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def rayprune(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
