@@ -11,9 +11,11 @@ import importlib
 import math
 import os
 import resource
+import secrets
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ from rayprune.sources import SampleSource
 Stream = Literal["ray", "local", "device"]
 
 _ANSWER_S = 5.0
+_TOKEN_FILE = "~/.ray/auth_token"  # where ray.init keeps the token that it makes
 # How Ray's own processes check that a head node is alive.
 _CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 _CURES = (
@@ -79,6 +82,7 @@ def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = F
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _check_address_space()
+    _ensure_token()
     if not dashboard:
         # Nobody reads Ray's metrics and task records then, and they grow by some 3 MB an epoch.
         os.environ.setdefault("RAY_enable_metrics_collection", "0")
@@ -209,11 +213,29 @@ def _open_channel(address: str) -> grpc.Channel:
 
 def _token_header() -> list[tuple[str, str]]:
     """Return the header with the token that ray.init will send, if this process has one."""
-    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
-        return []
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
-    token = os.environ.get("RAY_AUTH_TOKEN") or (file.read_text() if file.is_file() else "")
-    return [("authorization", f"Bearer {token.strip()}")] if token else []
+    token = _token() if _needs_token() else ""
+    return [("authorization", f"Bearer {token}")] if token else []
+
+
+def _needs_token() -> bool:
+    return os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
+
+
+def _token() -> str:
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", _TOKEN_FILE)).expanduser()
+    return (os.environ.get("RAY_AUTH_TOKEN") or (file.read_text() if file.is_file() else "")).strip()
+
+
+def _ensure_token() -> None:
+    """Give a Ray of this machine's own a token for this process, where Ray can't keep one in the home folder."""
+    if not _needs_token() or _token():
+        return
+    try:
+        folder = Path(_TOKEN_FILE).expanduser().parent
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError):  # RuntimeError: this user has no home folder
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex()
 
 
 def _is_about_token(error: BaseException | None) -> bool:

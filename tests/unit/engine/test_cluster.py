@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import os
 import socket
 import subprocess
 import sys
@@ -242,6 +243,21 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) 
         ValueError, match=r"no Ray starts on this machine \(\[Errno 98\] Address already in use\): free"
     ):
         cluster.start_ray(address="local")
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_without_a_writable_home_folder_a_local_ray_gets_its_token_from_this_process(
+    writable: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir() if writable else home.touch()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")  # set back after the test
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    found: list[str] = []
+    monkeypatch.setattr(cluster.local_ray, "start", lambda **_: found.append(os.environ["RAY_AUTH_TOKEN"]))
+    cluster.start_ray(address="local")
+    assert len(found[0]) == (0 if writable else 64)
 
 
 def test_the_address_does_not_change_the_digest() -> None:
