@@ -176,7 +176,7 @@ def _second_command(driver: Driver) -> tuple[str, float, int]:
     other = driver.beside()
     code, lines = finish(other), other.errors()
     seconds = time.monotonic() - start
-    outcome = f"the second: exit {code}" + (f": `{lines[-1]}`" if lines else "")
+    outcome = f"the second: exit {code}" + (f": `{lines[-1]}`" if code and lines else "")
     if (code := finish(driver)) != 0:
         outcome += f"; the first: exit {code}: {driver.errors()[-1:]}"
     return outcome, seconds, len(lines)
