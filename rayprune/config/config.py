@@ -253,13 +253,15 @@ def read_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     except FileNotFoundError as error:
         raise ConfigError(f"config {str(file)!r} can't be read: {error.strerror}: {config_hint(file)}") from None
     except OSError as error:
-        raise ConfigError(f"config {str(file)!r} can't be read: {error.strerror}") from None
+        raise ConfigError(
+            f"config {str(file)!r} can't be read: {error.strerror}: name a .yaml file that you can read"
+        ) from None
     except UnicodeDecodeError:
-        raise ConfigError(f"config {str(file)!r} is not valid UTF-8") from None
+        raise ConfigError(f"config {str(file)!r} is not valid UTF-8: save it as UTF-8") from None
     try:
         tree = read_yaml(text)
     except ConfigError as error:
-        raise ConfigError(f"config {str(file)!r} is not valid YAML: {error}") from None
+        raise ConfigError(f"config {str(file)!r} is not valid YAML ({error}): correct it") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config {str(file)!r} has no sections: write at least method: {{name: full}}")
     tree = merge(tree, parse_overrides(overrides))
@@ -291,6 +293,7 @@ def _first_mistake(error: ValidationError) -> str:
     # After the key, pydantic names positions and members of unions, which mean nothing to a user.
     key = ".".join(path[:2])
     message = re.sub(r"^(Value error|Assertion failed), ", "", mistake["msg"])
+    message = re.sub(r"^Input should be\b", "must be", message)
     message = message[:1].lower() + message[1:]
     if mistake["type"] == "model_type":
         message = "must be a mapping of keys, or left out"

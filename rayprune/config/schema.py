@@ -130,7 +130,7 @@ class DataSection(Section, extra="allow"):
                 raise ConfigError("data.augment.crop and resized_crop exclude each other: leave one out")
             low, high = value.get("scale", (1, 1))
             if not 0 < low <= high <= 1:
-                raise ConfigError(f"data.augment.scale = {[low, high]}: must ascend above 0 and to at most 1")
+                raise ConfigError(f"data.augment.scale = {[low, high]}: must be [low, high] with 0 < low ≤ high ≤ 1")
         return value
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from rayprune.core.validation import short_repr
-from rayprune.errors import ConfigError, one_line
+from rayprune.errors import ConfigError, one_line, redacted
 
 _FLOAT = re.compile(r"^[-+]?((\d[\d_]*)(\.\d*)?([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
 # The parser takes about a second for any of these.
@@ -68,7 +68,15 @@ def read_yaml(text: str) -> Any:
         _check_size(node)
         return loader.construct_document(node)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no such date, too many digits
-        raise ConfigError(one_line(error)) from None
+        raise ConfigError(_fault(error)) from None
+
+
+def _fault(error: Exception) -> str:
+    """Return what the parser found and where, on one line and without its excerpt of the text."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None or error.problem_mark is None:
+        return one_line(error)
+    mark = error.problem_mark
+    return redacted(f"line {mark.line + 1}, column {mark.column + 1}: {' '.join(error.problem.split())}")
 
 
 def _check_size(root: yaml.Node) -> None:
