@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 
 from rayprune.cli.console import debug, debug_option, say
+from rayprune.cli.errors import CommandFailed
 from rayprune.errors import one_line
 
 _PACKAGES = ("ray", "torch", "torchvision", "numpy", "pandas", "pyarrow", "pydantic", "sklearn", "rich", "tensorboardX")
@@ -33,7 +34,7 @@ def doctor() -> None:
         "GPU": (_gpus, ""),
         "disk": (_disk, "free some space"),
         "Ray cluster": (_ray_cluster, "--debug shows Ray's own logs"),
-        "network": (_network, "see the check before"),
+        "network": (_network, "correct the line before"),
     }
     sound = True
     for name, (check, cure) in checks.items():
@@ -44,7 +45,7 @@ def doctor() -> None:
             mark, finding = "MISSING", f"{one_line(error)}: {cure}".removesuffix(": ")
         say(f"{mark} {name:<14} {finding}")
     if not sound:
-        raise RuntimeError("something is missing: see above")
+        raise CommandFailed("something is missing: correct each line that is marked MISSING")
 
 
 def _package(name: str) -> str:
@@ -108,7 +109,7 @@ def _network() -> str:
     from rayprune.engine.local_ray import listening
 
     if not ray.is_initialized():
-        raise RuntimeError("no Ray to look at")
+        raise RuntimeError("Ray is not running")
     if (address := cluster_address("auto")) is not None:
         return f"the cluster at {address} listens as it was started: docs/cluster.md"
     sockets = listening()

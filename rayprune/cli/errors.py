@@ -19,13 +19,18 @@ USER, OTHER, INTERRUPTED = 2, 1, 130
 _CREDENTIALS = re.compile(r"(\w://)[^\s/@'\"]+@")  # of an address
 _LONGEST = 600  # characters of an error's own text
 _MISTAKE = (ConfigError, DataError, RunFolderError, ClusterError)  # with the cure in their message
-_COMPLETE = re.compile(rf": ({'|'.join(kind.__name__ for kind in _MISTAKE)}): ")  # the text of one from a worker
+# The text of one from a worker, or of a TrainingStopped.
+_COMPLETE = re.compile(rf": ({'|'.join(kind.__name__ for kind in _MISTAKE)}): |: training stopped: ")
 
 # Optional dependencies: module → extra of rayprune.
 _EXTRAS = {name: name for name in ("cleanlab", "accelerate", "lightning", "trl", "optuna", "mlflow", "wandb")} | {
     "datasets": "huggingface",
     "transformers": "huggingface",
 }
+
+
+class CommandFailed(RuntimeError):
+    """A command has done its work and failed; the message has the cure."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +192,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         )
     if _has(error, "click"):
         return _of_click(error)
+    if isinstance(error, CommandFailed):
+        return _shortened(_raw(error)), OTHER
     if isinstance(error, RaypruneError):
         return _of_rayprune(error)
     cure = _cure_of(error) or _REPORT

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rayprune.cli.console import console, debug, debug_option, plain_text, say, say_table, single_config
+from rayprune.errors import TrainingFailed
 from rayprune.report.text import count_of, share
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def sweep(arguments: tuple[str, ...]) -> None:
     _say_files(folder, rows)
     if all(row["status"] != "finished" for row in rows):
         reasons = [row["error"] for row in rows if row["error"]]
-        raise RuntimeError(f"no trial finished; the first error: {reasons[0]}" if reasons else "no trial finished")
+        raise TrainingFailed(f"no trial finished; the first error: {reasons[0]}" if reasons else "no trial finished")
 
 
 def _run(base: Config, folder: Path, keys: Sequence[str]) -> list[Row]:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import rayprune.errors
-from rayprune.cli.errors import explain
+from rayprune.cli.errors import CommandFailed, explain
 from rayprune.errors import ConfigError, DataError, RunFolderError, TrainingFailed
 
 LIBRARIES = [
@@ -172,6 +172,13 @@ def test_a_mistake_keeps_its_own_cure_behind_training_failed() -> None:
     assert explain(failed) == (str(failed), 1)
     failed.__cause__ = None  # of a worker
     assert explain(failed) == (str(failed), 1)
+
+
+def test_a_stopped_training_and_a_failed_command_have_their_own_cures() -> None:
+    for start in ("no trial finished; the first error", "no learning rate works for full"):
+        failed = TrainingFailed(f"{start}: training stopped: 12 losses were NaN or infinite: lower optim.lr")
+        assert explain(failed) == (str(failed), 1)
+    assert explain(CommandFailed("something is missing: see above")) == ("something is missing: see above", 1)
 
 
 def test_notes_are_part_of_the_line() -> None:
