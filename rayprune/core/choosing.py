@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rayprune.core.references import closest
 from rayprune.core.selection import Selection
 from rayprune.core.table import Ids
-from rayprune.core.validation import check_share
+from rayprune.core.validation import check_share, short_repr
 from rayprune.errors import ConfigError, DataError
 
 Rule = Literal["top", "bottom", "middle", "strata"]
@@ -95,16 +95,18 @@ def _check_options(rule: str, balance: str, labels: NDArray[Any] | None, reweigh
         if value not in valid:
             raise ConfigError(f"{name} {value!r} is unknown: {closest(str(value), valid)}")
     if balance != "none" and labels is None:
-        raise ConfigError(f"balance {balance!r} needs labels")
+        raise ConfigError(f"balance {balance!r} needs labels: give labels=, or use 'none'")
     if reweigh and rule != "strata":
-        raise ConfigError(f"reweigh goes with the rule 'strata', not {rule!r}: the other rules draw nothing at random")
+        raise ConfigError(f"reweigh goes with the rule 'strata', not {rule!r}: leave it out, or use 'strata'")
 
 
 def _check_scores(scores: NDArray[Any], labels: NDArray[Any] | None) -> None:
     if scores.ndim != 1 or scores.dtype.kind not in "biuf":
         raise ConfigError(f"scores must be a 1-d array of numbers, got {scores.dtype} of shape {scores.shape}")
     if scores.dtype.kind == "f" and (missing := np.flatnonzero(np.isnan(scores))).size:
-        raise DataError(f"{missing.size} of {scores.size} scores are NaN, first ids {missing[:5].tolist()}")
+        raise DataError(
+            f"{missing.size} of {scores.size} scores are NaN, first ids {missing[:5].tolist()}: leave them out"
+        )
     if labels is not None and (labels.shape != scores.shape or labels.dtype.kind not in "iu"):
         raise ConfigError(f"labels must be {scores.size} integers, got {labels.dtype} of shape {labels.shape}")
 
@@ -122,9 +124,11 @@ def _strata_generator(rng: np.random.Generator | None, scores: NDArray[Any], num
     if rng is None:
         raise ConfigError("the rule 'strata' draws at random: give rng")
     if num_strata < 1:
-        raise ConfigError(f"num_strata {num_strata} is below 1")
+        raise ConfigError(f"num_strata {num_strata} must be at least 1")
     if infinite := np.count_nonzero(~np.isfinite(scores)):
-        raise DataError(f"{infinite} of {scores.size} scores are infinite: strata need a finite range, use top")
+        raise DataError(
+            f"{infinite} of {scores.size} scores are infinite: use the rule top, as strata need a finite range"
+        )
     return rng
 
 
@@ -217,7 +221,7 @@ def num_kept(keep: float, num_samples: int) -> int:
     """
     if isinstance(keep, bool) or not isinstance(keep, int | float | np.integer | np.floating):
         raise ConfigError(
-            f"keep {keep!r} is not a number: give a share such as 0.3 or a number of samples such as 1000"
+            f"keep {short_repr(keep)} is not a number: give a share such as 0.3 or a number of samples such as 1000"
         )
     if isinstance(keep, int | np.integer):
         if not 1 <= keep <= num_samples:

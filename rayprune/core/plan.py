@@ -253,7 +253,7 @@ class Plan:
 
     def _rows_per_rank(self, world_size: int) -> int:
         if self.batch_size % world_size:
-            raise ConfigError(f"batch_size {self.batch_size} does not divide by the world size {world_size}")
+            raise ConfigError(f"batch_size {self.batch_size} must be a multiple of the world size {world_size}")
         return self.batch_size // world_size
 
 

@@ -30,11 +30,13 @@ def closest(name: str, valid: Iterable[str]) -> str:
 
     >>> closest("infobach", ["full", "infobatch"])
     "did you mean 'infobatch'? (valid: full, infobatch)"
+    >>> closest("x", ["full", "infobatch"]), closest("x", [])
+    ('choose one of full, infobatch', 'there is none to choose')
     """
     names = sorted(valid)
-    match = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {match[0]!r}? " if match else ""
-    return f"{hint}(valid: {', '.join(names) or 'none'})"
+    if match := difflib.get_close_matches(name, names, n=1):
+        return f"did you mean {match[0]!r}? (valid: {', '.join(names)})"
+    return f"choose one of {', '.join(names)}" if names else "there is none to choose"
 
 
 def is_reference(name: str) -> bool:
@@ -170,7 +172,7 @@ def user_modules() -> list[Any]:
 def _load_file(path: str) -> Any:
     file = Path(path).resolve()
     if not file.is_file():
-        raise ConfigError(f"file {path!r} does not exist")
+        raise ConfigError(f"file {path!r} does not exist: correct its path")
     # One module per file and process, so that pickled instances find the same class again.
     name = f"{_USER_MODULE_PREFIX}{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
     if name in sys.modules:

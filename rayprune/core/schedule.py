@@ -79,7 +79,7 @@ class Schedule:
         options = dict(value)
         name = options.pop("schedule", None)
         if not isinstance(name, str) or name not in SCHEDULES:
-            raise ConfigError(f"{key}: unknown schedule {short_repr(name)}: {closest(str(name), SCHEDULES)}")
+            raise ConfigError(f"{key}: unknown schedule {short_repr(name)}: {closest(str(name or ''), SCHEDULES)}")
         check_keys(SCHEDULES[name], options, key, f"schedule {name!r}")
         return SCHEDULES[name](**options)
 

@@ -63,7 +63,7 @@ class Selection:
         forward_only = check_ids(self.forward_only_ids, self.num_samples)
         if forward_only.size and np.any(self.codes[forward_only]):
             both = forward_only[self.codes[forward_only] != 0]
-            raise ConfigError(f"ids {both[:5].tolist()} are kept and forward-only: a sample is observed once an epoch")
+            raise ConfigError(f"ids {both[:5].tolist()} are kept and forward-only: put each sample in one of the two")
         self._freeze(codes=self.codes, weight_values=weights, forward_only_ids=forward_only)
         if isinstance(self.sweep, str) and self.sweep != "all":
             raise ConfigError(f"sweep {self.sweep!r} must be 'all', ids or None")

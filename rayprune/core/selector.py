@@ -79,7 +79,7 @@ class Selector:
             )
         for name, value, least in (("num_samples", num_samples, 1), ("num_epochs", num_epochs, 1), ("seed", seed, 0)):
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-                raise ConfigError(f"{name} {value!r} must be an integer of at least {least}")
+                raise ConfigError(f"{name} {short_repr(value)} must be an integer of at least {least}")
         self.method, self.num_samples, self.num_epochs, self.seed = method, int(num_samples), int(num_epochs), int(seed)
         self.labels = None if labels is None else check_labels(labels, self.num_samples)
         if method.class_floor > 0 and self.labels is None:
@@ -90,7 +90,9 @@ class Selector:
                 "choose a balance that needs none"
             )
         if chosen is not None and chosen.num_samples != self.num_samples:
-            raise ConfigError(f"the chosen selection is over {chosen.num_samples} samples, not {self.num_samples}")
+            raise ConfigError(
+                f"the chosen selection is over {chosen.num_samples} samples, not {self.num_samples}: choose again"
+            )
         self.chosen, self.record, self.visits_collected = chosen, tuple(record), visits_collected
         self.recalls, self.averaged = recalls, averaged or {}
         columns = {**method.columns(), **mean_columns(self.record)}
@@ -114,7 +116,7 @@ class Selector:
         if epoch == self.epoch:
             return self._selection
         if epoch < self.epoch:
-            raise ConfigError(f"epoch {epoch} is over: epoch {self.epoch} has begun")
+            raise ConfigError(f"epoch {epoch} is over: begin epoch {self.epoch} or a later one")
         self.end_sweep()
         visits_before = self.visits_before + (self._selection.num_kept if self.epoch >= 0 else 0)
         selection = self._select(epoch, visits_before)
@@ -125,7 +127,7 @@ class Selector:
 
     def _check_epoch(self, epoch: int) -> int:
         if isinstance(epoch, bool) or not isinstance(epoch, int | np.integer) or not 0 <= epoch < self.num_epochs:
-            raise ConfigError(f"epoch {epoch!r} is not an integer in [0, {self.num_epochs})")
+            raise ConfigError(f"epoch {short_repr(epoch)} is not an integer in [0, {self.num_epochs})")
         return int(epoch)
 
     def end_sweep(self) -> None:
@@ -188,7 +190,7 @@ class Selector:
         ids = check_ids(ids, self.num_samples)
         epoch = self._check_epoch(epoch)
         if epoch < self.epoch:
-            raise ConfigError(f"observation of epoch {epoch}, but epoch {self.epoch} of {self.num_epochs} is running")
+            raise ConfigError(f"epoch {epoch} is over: observe samples of epoch {self.epoch}, or of a later one")
         sweep = sweep and bool(self.method.sweep_signals)
         names = self.method.sweep_signals if sweep else tuple(dict.fromkeys((*self.method.signals, *self.record)))
         arrays: dict[str, NDArray[Any]] = {}
@@ -202,7 +204,9 @@ class Selector:
 
     def _check_signal(self, name: str, array: NDArray[Any], num_ids: int, sweep: bool) -> NDArray[Any]:
         if array.shape[:1] != (num_ids,):
-            raise ConfigError(f"signal {name!r} of shape {array.shape} does not fit {num_ids} ids")
+            raise ConfigError(
+                f"signal {name!r} of shape {array.shape} does not fit {num_ids} ids: give one row for each id"
+            )
         if array.dtype.kind not in "biuf":
             raise ConfigError(f"signal {name!r} must hold numbers, got {array.dtype}")
         column = self.table.columns.get(name)

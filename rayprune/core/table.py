@@ -90,7 +90,9 @@ class ScoreTable:
             array = np.full((len(self), length), _missing(array.dtype), dtype=array.dtype)
             self.columns[column] = array
         if array.shape[1] != length:
-            raise ConfigError(f"{length} numbers per sample do not fit the {array.shape[1]} of column {column!r}")
+            raise ConfigError(
+                f"{length} numbers per sample do not fit the {array.shape[1]} of column {column!r}: use one length"
+            )
         return array
 
     def mark_visited(self, ids: Ids, epoch: int) -> None:

@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 Storage = Literal["float32", "float16"]
 
+# Cures for samples without a value of the forward-only pass.
+SWEEP_CURE = "in a loop of your own, call shard.sweep(score) after the batches of every epoch"
+MISSING_CURE = f"if theirs are NaN or infinite, lower optim.lr; {SWEEP_CURE}"
+
 
 @dataclass(frozen=True)
 class VectorColumn:
@@ -70,7 +74,7 @@ class Vectors:
         if self._file is None or missing.size:
             raise ConfigError(
                 f"{missing.size} of {self._num_samples} samples have no {self.name}, ids {missing[:5].tolist()}: "
-                "theirs were NaN or infinite (lower optim.lr), or a custom loop made no sweep (shard.sweep)"
+                f"{MISSING_CURE}"
             )
         return self._file
 
@@ -84,7 +88,9 @@ class Vectors:
             self._file = self._make(values.shape[1])
             self.seen = np.zeros(self._num_samples, dtype=bool)
         if values.shape[1] != self._file.shape[1]:
-            raise ConfigError(f"{self.name} has {values.shape[1]} numbers and had {self._file.shape[1]} before")
+            raise ConfigError(
+                f"{self.name} has {values.shape[1]} numbers and had {self._file.shape[1]} before: use one length"
+            )
         if self._storage == "float16" and np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:
             raise ConfigError(f"{self.name} is beyond the range of float16: use method.storage=float32")
         self._file[ids] = values

@@ -31,6 +31,7 @@ from rayprune.core.method import EpochContext, Method
 from rayprune.core.schedule import Family, Schedule, block_starts, kept_by_block
 from rayprune.core.selection import Selection
 from rayprune.core.table import ScoreTable
+from rayprune.core.vectors import MISSING_CURE
 from rayprune.errors import ConfigError
 from rayprune.methods.registry import register
 
@@ -160,8 +161,7 @@ class DynaMS(Method):
         unknown = np.isnan(distances if distances.ndim == 1 else distances.sum(axis=1))
         if unknown.any() or distances.shape[1:] == (0,):
             some = f"{np.count_nonzero(unknown) or len(table)} samples (ids {np.flatnonzero(unknown)[:5].tolist()})"
-            cause = "their logits were NaN, or a custom loop made no sweep (shard.sweep)"
-            raise ConfigError(f"epoch {context.epoch}: {some} have no distance to the boundary: {cause}")
+            raise ConfigError(f"epoch {context.epoch}: {some} have no distance to the boundary: {MISSING_CURE}")
         num = context.num_samples
         # A budget rounds to the nearest count; a prune ratio rounds the pruned samples down, as in other methods.
         count = max(1, round(ratio * num) if self.prune_ratio is None else num - num_pruned(1.0 - ratio, num))

@@ -69,7 +69,10 @@ class ESWP(PruneRatioMethod):
     def check(self, table: ScoreTable, ids: Ids, signals: Signals, epoch: int) -> NDArray[np.bool_] | None:
         """Refuse negative losses, and mask second observations in one epoch."""
         if (least := np.min(signals["loss"], initial=0.0)) < 0.0:
-            raise ConfigError(f"eswp draws in proportion to losses, which must be at least 0: one is {least:g}")
+            raise ConfigError(
+                f"eswp draws in proportion to losses, and one is {least:g}: use a loss that is never below 0, or "
+                "another method"
+            )
         return super().check(table, ids, signals, epoch)
 
     def fold(self, table: ScoreTable, ids: Ids, signals: Signals, epoch: int) -> None:

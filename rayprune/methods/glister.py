@@ -67,7 +67,7 @@ class GLISTER(GradientMethod):
         if self.step_size <= 0.0:
             raise ConfigError(f"step_size {self.step_size!r} must be above 0, such as a learning rate")
         if self.updates < 1:
-            raise ConfigError(f"updates {self.updates} is below 1")
+            raise ConfigError(f"updates {self.updates} must be at least 1")
 
     def pick(
         self, gradients: Gradients, count: int, label: int | None, rng: np.random.Generator
@@ -126,7 +126,9 @@ def _logits(gradients: Gradients) -> tuple[NDArray[np.float64], NDArray[np.float
     """
     errors = gradients.errors.astype(np.float64)
     if np.abs(errors.sum(axis=1)).max() > _SUM_TOLERANCE:
-        raise ConfigError("glister needs one class per sample: these gradients of the logits do not sum to 0")
+        raise ConfigError(
+            "glister needs one class per sample, and these gradients of the logits do not sum to 0: use another method"
+        )
     # The label's entry is the only one below 0. Where all are 0, p is one-hot and stays so, whichever class it is.
     onehot = np.zeros_like(errors)
     onehot[np.arange(len(gradients)), errors.argmin(axis=1)] = 1.0

@@ -79,7 +79,9 @@ class GradMatch(GradientMethod):
         if self.own_class and label is not None:
             num_classes = gradients.errors.shape[1]
             if label >= num_classes:
-                raise ConfigError(f"label {label} has no logit: the model has {num_classes} classes")
+                raise ConfigError(
+                    f"label {label} is outside the model's {num_classes} classes: correct the label, or the model"
+                )
             gradients = Gradients(gradients.errors[:, [label]], gradients.inputs)
         return match_sum(gradients.features(), count, self.ridge)
 

@@ -20,7 +20,10 @@ def register(name: str) -> Callable[[_M], _M]:
 
     def add(cls: _M) -> _M:
         if name in METHODS and METHODS[name].__qualname__ != cls.__qualname__:
-            raise ConfigError(f"method {name!r} is registered twice: {METHODS[name].__qualname__}, {cls.__qualname__}")
+            raise ConfigError(
+                f"method {name!r} is registered twice, by {METHODS[name].__qualname__} and {cls.__qualname__}: "
+                "rename one"
+            )
         cls.name = name
         METHODS[name] = cls
         return cls
@@ -72,7 +75,7 @@ def build_method(spec: Method | str | Mapping[str, Any], key: str = "method") ->
         raise ConfigError(f"{key} has no name: {closest('', METHODS)}")
     name = options.pop("name")
     if not isinstance(name, str):
-        raise ConfigError(f"{key}.name = {short_repr(name)}: must be text, {closest(str(name), METHODS)}")
+        raise ConfigError(f"{key}.name = {short_repr(name)}: must be text: {closest(str(name), METHODS)}")
     cls = method_class(name)
     check_keys(cls, options, key, f"method {name!r}")
     try:

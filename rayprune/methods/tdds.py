@@ -238,7 +238,7 @@ def _check_probs(ids: Ids, probs: NDArray[Any], num_classes: int) -> None:
     if probs.ndim != 2 or probs.shape[1] < 2:
         raise ConfigError(f"probs of shape {probs.shape} must be (samples, classes), with at least two classes")
     if probs.shape[1] != (num_classes or probs.shape[1]):
-        raise ConfigError(f"probs are of {probs.shape[1]} classes, and were of {num_classes} before")
+        raise ConfigError(f"probs are of {probs.shape[1]} classes, and were of {num_classes} before: use one model")
     if probs.dtype == np.float16:
         cure = "compute it in float32, softmax(logits.float())"
         raise ConfigError(f"probs are float16, in which small probabilities become 0: {cure}")

@@ -23,7 +23,7 @@ from rayprune.core.algorithms.greedy import at_random, by_class
 from rayprune.core.bases.static import StaticMethod
 from rayprune.core.method import EpochContext
 from rayprune.core.table import Ids, ScoreTable
-from rayprune.core.vectors import Storage, VectorColumn
+from rayprune.core.vectors import SWEEP_CURE, Storage, VectorColumn
 from rayprune.errors import ConfigError
 
 Quota = Literal["none", "proportional", "even"]
@@ -74,10 +74,7 @@ class EmbeddingMethod(StaticMethod):
         for name in self.condensed if condensed else ():
             column = table[name]
             if np.isnan(column).any() if column.dtype.kind == "f" else not column.any():
-                raise ConfigError(
-                    f"epoch {epoch}: the {column.size} samples have no embedding: a custom loop made no sweep "
-                    "(shard.sweep) after the scoring epochs"
-                )
+                raise ConfigError(f"epoch {epoch}: the {column.size} samples have no embedding: {SWEEP_CURE}")
 
 
 @dataclass(frozen=True)

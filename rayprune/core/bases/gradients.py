@@ -22,7 +22,7 @@ from rayprune.core.bases.static import StaticMethod
 from rayprune.core.choosing import quotas
 from rayprune.core.method import EpochContext
 from rayprune.core.table import Ids, ScoreTable, chunks
-from rayprune.core.vectors import Storage, VectorColumn
+from rayprune.core.vectors import SWEEP_CURE, Storage, VectorColumn
 from rayprune.errors import ConfigError
 
 _GRID = 2.0**24
@@ -190,7 +190,7 @@ class GradientMethod(StaticMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.partition_size is not None and self.partition_size < 2:
-            raise ConfigError(f"partition_size {self.partition_size} is below 2: use null to split no class")
+            raise ConfigError(f"partition_size {self.partition_size} must be at least 2, or null to split no class")
         names = ("logit_gradient",) if self.gradient == "logits" else ("logit_gradient", "embedding")
         object.__setattr__(self, "sweep_signals", names)
         object.__setattr__(self, "needs_labels", self.balance != "none")
@@ -269,8 +269,7 @@ class GradientMethod(StaticMethod):
         weights = table["weight"]
         if missing := np.count_nonzero(np.isnan(weights)):
             raise ConfigError(
-                f"epoch {context.epoch}: {missing} samples have no {' and '.join(self.sweep_signals)}: a custom loop "
-                "made no sweep (shard.sweep)"
+                f"epoch {context.epoch}: {missing} samples have no {' and '.join(self.sweep_signals)}: {SWEEP_CURE}"
             )
         ids = np.flatnonzero(weights)
         if ids.size != count:

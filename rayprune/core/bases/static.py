@@ -21,7 +21,7 @@ from rayprune.core.method import EpochContext, Method
 from rayprune.core.selection import Selection
 from rayprune.core.table import Ids, ScoreTable, Signals
 from rayprune.core.validation import check_ratio, check_share, mismatch, short_repr
-from rayprune.core.vectors import VectorColumn
+from rayprune.core.vectors import MISSING_CURE, VectorColumn
 from rayprune.errors import ConfigError
 
 
@@ -151,8 +151,7 @@ class StaticMethod(Method):
         for name in self.sweep_signals:
             if name in table.columns and (missing := np.flatnonzero(np.isnan(table[name]))).size:
                 raise ConfigError(
-                    f"epoch {epoch}: {missing.size} samples (ids {missing[:5].tolist()}) have no {name}: their logits "
-                    "were NaN, or a custom loop made no sweep (shard.sweep)"
+                    f"epoch {epoch}: {missing.size} samples (ids {missing[:5].tolist()}) have no {name}: {MISSING_CURE}"
                 )
 
     @abc.abstractmethod
@@ -204,9 +203,11 @@ class ScoredMethod(StaticMethod):
         if self.drop_hardest > self.prune_ratio:
             raise ConfigError(f"drop_hardest {self.drop_hardest} is above prune_ratio {self.prune_ratio}: lower it")
         if self.num_strata < 1:
-            raise ConfigError(f"num_strata {self.num_strata} is below 1")
+            raise ConfigError(f"num_strata {self.num_strata} must be at least 1")
         if self.drop_hardest and self.keep == "middle":
-            raise ConfigError("drop_hardest goes with scores that have a hard end, and this method keeps the middle")
+            raise ConfigError(
+                "drop_hardest goes with scores that have a hard end, and this method keeps the middle: leave it out"
+            )
         object.__setattr__(self, "needs_labels", self.needs_labels or self.balance != "none")
 
     @property

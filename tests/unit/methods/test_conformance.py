@@ -145,9 +145,9 @@ def test_every_declared_signal_is_required(method: Method) -> None:
 def test_a_past_epoch_is_refused(method: Method) -> None:
     run = SyntheticRun(method)
     run.run(range(2))
-    with pytest.raises(ValueError, match="epoch 0 is over: epoch 1 has begun"):
+    with pytest.raises(ValueError, match="epoch 0 is over: begin epoch 1"):
         run.selector.begin_epoch(0)
-    with pytest.raises(ValueError, match="observation of epoch 0, but epoch 1"):
+    with pytest.raises(ValueError, match="epoch 0 is over: observe samples of epoch 1"):
         run.observe(np.arange(3), 0)
 
 

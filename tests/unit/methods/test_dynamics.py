@@ -327,7 +327,7 @@ def test_signals_beyond_float32_sums_have_finite_means() -> None:
         ({"name": "dual", "beta_sampling": True, "rule": "strata"}, "leave rule and drop_hardest out"),
         ({"name": "dual", "beta_sampling": True, "drop_hardest": 0.1}, "leave rule and drop_hardest out"),
         ({"name": "dual", "beta_power": 0.0}, "beta_power 0.0 must be above 0"),
-        ({"name": "ccs", "num_strata": 0}, "num_strata 0 is below 1"),
+        ({"name": "ccs", "num_strata": 0}, "num_strata 0 must be at least 1"),
         ({"name": "ccs", "drop_hardest": 0.6}, "drop_hardest 0.6 is above prune_ratio 0.5: lower it"),
     ],
 )

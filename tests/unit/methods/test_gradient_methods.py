@@ -476,7 +476,7 @@ def test_mistakes_are_one_line_with_the_cure(name: str) -> None:
     errors, labels = by_class(20, 2)
     cls: Any = METHODS[name]
     for options, message in (
-        ({"partition_size": 1}, "partition_size 1 is below 2: use null to split no class"),
+        ({"partition_size": 1}, "partition_size 1 must be at least 2, or null"),
         ({"score_epochs": 0}, "score_epochs 0 must be at least 1"),
         ({"gradient": "logit"}, "gradient = 'logit': did you mean 'logits'"),
         ({"balance": "drop"}, "balance = 'drop': "),
@@ -492,7 +492,7 @@ def test_mistakes_are_one_line_with_the_cure(name: str) -> None:
     selector = Selector(cls(score_epochs=1), 20, 3, labels=labels)
     selector.begin_epoch(0)
     selector.observe(np.arange(20), {"loss": np.ones(20)}, 0)
-    with pytest.raises(ValueError, match=r"epoch 1: 20 samples have no logit_gradient: a custom loop made no sweep"):
+    with pytest.raises(ValueError, match=r"epoch 1: 20 samples have no logit_gradient: in a loop of your own"):
         selector.begin_epoch(1)
     selector.observe(np.arange(19), {"logit_gradient": errors[:19]}, 0, sweep=True)
     with pytest.raises(ValueError, match=r"1 of 20 samples have no logit_gradient, ids \[19\]"):
@@ -514,12 +514,12 @@ def test_mistakes_of_one_method_are_one_line_with_the_cure() -> None:
         (GradMatch, {"own_class": True, "balance": "none"}, "own_class compares samples of one class: use balance="),
         (GLISTER, {"validation_share": 0.0}, r"validation_share 0.0 is outside \(0, 1\)"),
         (GLISTER, {"step_size": 0.0}, "step_size 0.0 must be above 0"),
-        (GLISTER, {"updates": 0}, "updates 0 is below 1"),
+        (GLISTER, {"updates": 0}, "updates 0 must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             cls(**options)  # type: ignore[arg-type]
     errors, labels = by_class(20, 2)
-    with pytest.raises(ValueError, match="label 5 has no logit: the model has 2 classes"):
+    with pytest.raises(ValueError, match="label 5 is outside the model's 2 classes"):
         swept(GradMatch(score_epochs=1, own_class=True), errors, labels=np.where(labels == 1, 5, 0))
 
 

@@ -127,8 +127,8 @@ def test_a_reference_to_a_built_in_class_keeps_its_name() -> None:
             "quantiles (50,) must lie in (0, 100), keep (1e-07,)",
         ),
         ({"name": "infobatch", "max_prune_ratio": 0.5}, "max_prune_ratio 0.5 does nothing without target_saving"),
-        ({}, "method has no name: (valid: "),
-        ({"prune_ratio": 0.5}, "method has no name: (valid: "),
+        ({}, "method has no name: choose one of "),
+        ({"prune_ratio": 0.5}, "method has no name: choose one of "),
     ],
 )
 def test_a_mistake_is_one_line(spec: Any, line: str) -> None:
