@@ -77,7 +77,7 @@ class Arrays:
         for names in VALIDATION_NAMES:
             present = set(names) & set(arrays)
             if len(present) == 1:
-                raise DataError(f"{path} holds {present.pop()} without its partner: {names[0]} needs {names[1]}")
+                raise DataError(f"{path} holds {present.pop()} without its partner: store {names[0]} and {names[1]}")
             if present:
                 return Splits(train, _open_part(path, opener, names, train.schema.num_classes))
         return holdout(train, self.validation_fraction)
@@ -86,6 +86,8 @@ class Arrays:
 def _opener(path: Path, cache_dir: str | None) -> Opener:
     if path.is_dir():
         return partial(map_folder, path)
+    if not path.exists():
+        raise ConfigError(f"data.path {str(path)!r} does not exist: correct it")
     if path.suffix != ".npz" or not path.is_file():
         raise ConfigError(f"data.path {str(path)!r} is neither a folder of .npy files nor an .npz archive: correct it")
     key = f"arrays-{digest('npz', file_digest(path))}"

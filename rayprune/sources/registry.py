@@ -95,7 +95,10 @@ def open_data(
     if hold_out is not None:
         splits = holdout(splits.train, hold_out)  # its seed is fixed: the samples must not change with the run's seed
         if splits.validation is None:
-            raise DataError(f"data.hold_out {hold_out:g} leaves nothing: no class has two samples")
+            raise DataError(
+                f"data.hold_out {hold_out:g} leaves nothing, as no class has two samples: leave data.hold_out "
+                "out, or add samples"
+            )
     if relabel is not None:  # after the holdout, so that an audit of the training part never saw what validates
         labels = corrected_labels(relabel, splits.train, relabel_at)
         splits = Splits(Relabeled(splits.train, labels), splits.validation)
@@ -112,7 +115,9 @@ def call_with_keys(setting: str, reference: str, keys: Mapping[str, Any], keys_n
     try:
         inspect.signature(function).bind(**keys)
     except TypeError as error:
-        raise ConfigError(f"{setting} {reference!r} can't be called with {keys_name}: {error}") from None
+        raise ConfigError(
+            f"{setting} {reference!r} can't be called with {keys_name} ({error}): correct the keys, or the function"
+        ) from None
     return call_object(f"{setting} {reference!r}", function, **keys)
 
 

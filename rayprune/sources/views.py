@@ -224,7 +224,9 @@ class Relabeled(_View):
             raise DataError(f"new labels are {labels.dtype} of shape {labels.shape}: give {len(source)} integers")
         outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
         if outside.size:
-            raise DataError(f"sample {outside[0]} gets label {labels[outside[0]]}, outside 0..{num_classes - 1}")
+            raise DataError(
+                f"sample {outside[0]} gets label {labels[outside[0]]}, outside 0..{num_classes - 1}: give one inside"
+            )
         super().__init__(source, slice(None))
         # Every read task carries a pickle: only what changes goes along.
         self._changed = np.flatnonzero(labels != source.labels)

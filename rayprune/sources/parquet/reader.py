@@ -200,7 +200,8 @@ def as_labels(rows: ParquetRows, file: ShardFile, values: pa.ChunkedArray) -> tu
         return np.asarray(labels.cast(pa.int64()).fill_null(0)), present
     except pa.ArrowInvalid as error:
         raise DataError(
-            f"{file} column {rows.label_column!r} does not hold class numbers ({one_line(error, 120)})"
+            f"{file} column {rows.label_column!r} does not hold class numbers ({one_line(error, 120)}): "
+            "correct it, or set data.label_column"
         ) from None
 
 

@@ -232,6 +232,8 @@ def read_audit(path: str | Path) -> AuditFile:
         file /= AUDIT_NAME
     if not file.is_file():
         raise RunFolderError(f"{file} does not exist: rayprune audit CONFIG writes it into the run's folder")
+    if file.suffix != ".parquet":
+        raise RunFolderError(f"{file} is not an audit: give the audit.parquet that rayprune audit CONFIG writes")
     stored = read_table(file)
     metadata = table_metadata(stored, file, AUDIT_SCHEMA)
     missing = [name for name in COLUMNS[1:] if name not in stored.column_names]

@@ -79,9 +79,9 @@ def check_selection_path(path: Path) -> None:
         raise ConfigError(f"{path} {fault}")
 
 
-def _check_format(path: Path) -> None:
+def _check_format(path: Path, cure: str = "end it in") -> None:
     if path.suffix not in FORMATS:
-        raise ConfigError(f"{path} ends in {path.suffix or 'nothing'!r}: end it in {' or '.join(FORMATS)}")
+        raise ConfigError(f"{path} ends in {path.suffix or 'nothing'!r}: {cure} {' or '.join(FORMATS)}")
 
 
 def write_selection_file(
@@ -127,7 +127,7 @@ def read_selection_for(path: str, source: SampleSource) -> SelectionFile:
         RunFolderError: the file can't be read, or was chosen on other data.
     """
     if not path:
-        raise ConfigError("method.path is missing: method fixed trains on a file that `rayprune select` wrote")
+        raise ConfigError("method.path is missing: set it to a file that `rayprune select` wrote")
     stored = read_selection_file(path, len(source))
     if stored.fingerprint is not None and stored.fingerprint != source.fingerprint:
         raise RunFolderError(
@@ -150,7 +150,7 @@ def read_selection_file(path: str | Path, num_samples: int | None = None) -> Sel
             are out of range; weights that are negative, NaN or infinite.
     """
     file = Path(path)
-    _check_format(file)
+    _check_format(file, "a selection, which rayprune select writes, ends in")
     if not file.is_file():
         raise RunFolderError(f"{file} does not exist: `rayprune select` writes such a file")
     ids, weights, metadata = _read_parquet(file) if file.suffix == ".parquet" else _read_text(file)
@@ -172,7 +172,7 @@ def _read_parquet(file: Path) -> Content:
     table = read_table(file)
     metadata = table_metadata(table, file, SELECTION_SCHEMA)
     if "id" not in table.column_names:
-        raise RunFolderError(f"{file} has no column 'id'")
+        raise RunFolderError(f"{file} has no column 'id': give each row a sample's id")
     if metadata and metadata.get("kind") != "selection":
         raise RunFolderError(f"{file} holds scores, not a selection: make one with rayprune select {file} --keep SHARE")
     weights = table.column("weight").to_numpy() if "weight" in table.column_names else None
@@ -221,9 +221,9 @@ def _damaged(file: Path, name: str, text: str) -> RunFolderError:
 def _checked_ids(file: Path, ids: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the ids in ascending order, and their positions in the file."""
     if ids.dtype.kind not in "iu":
-        raise RunFolderError(f"{file}: ids must be whole numbers, got {ids.dtype}")
+        raise RunFolderError(f"{file}: ids must be whole numbers, got {ids.dtype}: write each sample's id")
     if not ids.size:
-        raise RunFolderError(f"{file} holds no ids: nothing would be trained on")
+        raise RunFolderError(f"{file} holds no ids, and nothing would be trained on: list at least one")
     order = np.argsort(ids, kind="stable")
     ordered = ids[order]
     if (repeated := ordered[1:][ordered[1:] == ordered[:-1]]).size:

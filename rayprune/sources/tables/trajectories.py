@@ -65,7 +65,8 @@ def read_trajectories(folder: str | Path, num_epochs: int, num_samples: int | No
         num_classes, expected = epochs[-1].logits_NC.shape[1], epochs[0].logits_NC.shape[1]
         if num_classes != expected:
             raise DataError(
-                f"{root / f'{number}_Output.npy'} has {num_classes} classes, and the first epoch {expected}"
+                f"{root / f'{number}_Output.npy'} has {num_classes} classes, and the first epoch {expected}: log "
+                "one run"
             )
     return _pieces(root, epochs)
 
@@ -77,7 +78,9 @@ def _epoch_numbers(root: Path, num_epochs: int) -> range:
         raise DataError(f"{str(root)!r} holds no 0_Output.npy, 1_Output.npy, …: give the folder of the logged logits")
     gaps = sorted(set(range(numbers[0], numbers[-1])) - set(numbers))
     if gaps and gaps[0] < numbers[0] + num_epochs:
-        raise DataError(f"{root / f'{gaps[0]}_Output.npy'} is missing: every epoch from {numbers[0]} on is needed")
+        raise DataError(
+            f"{root / f'{gaps[0]}_Output.npy'} is missing: restore it, as every epoch from {numbers[0]} on is needed"
+        )
     if len(numbers) < num_epochs:
         cure = f"set trajectory_len to {len(numbers)} or less, or log more epochs"
         raise DataError(f"{str(root)!r} holds {len(numbers)} epochs, {num_epochs} are needed: {cure}")
@@ -120,7 +123,7 @@ def _checked_ids(path: Path, num_samples: int) -> NDArray[np.int64]:
 
 def _map_file(path: Path) -> NDArray[Any]:
     if not path.is_file():
-        raise DataError(f"{path} is missing: every epoch needs its _Output.npy and its _Index.npy")
+        raise DataError(f"{path} is missing: log an _Output.npy and an _Index.npy for every epoch")
     return map_array(path, str(path))
 
 

@@ -217,8 +217,11 @@ def test_damaged_archives_are_refused(tmp_path):
         with pytest.raises(ValueError, match="is damaged"):
             open_data("arrays", path=str(archive), cache_dir=str(tmp_path / "cache"))
     assert not list((tmp_path / "cache").glob(".*"))
-    with pytest.raises(ValueError, match="neither a folder"):
+    with pytest.raises(ValueError, match="nowhere' does not exist: correct it"):
         open_data("arrays", path=str(tmp_path / "nowhere"))
+    (tmp_path / "set.txt").write_text("1")
+    with pytest.raises(ValueError, match="neither a folder"):
+        open_data("arrays", path=str(tmp_path / "set.txt"))
 
 
 def header(shape):

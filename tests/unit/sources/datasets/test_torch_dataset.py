@@ -252,7 +252,7 @@ def test_a_function_in_the_config_returns_the_dataset(tmp_path):
     splits = open_data("torch_dataset", options={"count": 6, "validation": 3}, limit=5, **keys)
     assert (len(splits.train), len(splits.validation)) == (5, 3)
     with pytest.raises(
-        ValueError, match=r"can't be called with data\.options: got an unexpected keyword argument 'cuont'"
+        ValueError, match=r"can't be called with data\.options \(got an unexpected keyword argument 'cuont'"
     ):
         open_data("torch_dataset", options={"cuont": 6}, **keys)
     with pytest.raises(ValueError, match=r"gives .*'image': .*return uint8 images \(PIL or PILToTensor rather than"):

@@ -102,8 +102,8 @@ def test_bad_ids_and_weights_are_refused(tmp_path: Path, ending: str, ids: Any, 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"1", r"ends in '\.csv': end it in \.parquet or \.txt"),
-        ("a.npz", b"PK", r"ends in '\.npz': end it in \.parquet or \.txt"),
+        ("a.csv", b"1", r"ends in '\.csv': a selection, which rayprune select writes, ends in \.parquet or \.txt"),
+        ("a.npz", b"PK", r"ends in '\.npz': a selection, which rayprune select writes, ends in \.parquet or \.txt"),
         ("a", b"1", "ends in 'nothing'"),
         ("a.parquet", b"PAR1", "not a Parquet file"),
         ("a.txt", b"1 2\n", "a line must be a whole number"),

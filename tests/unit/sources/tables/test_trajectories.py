@@ -83,7 +83,7 @@ def removed(*names: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (removed("1_Output.npy"), "1_Output.npy is missing: every epoch from 0 on is needed"),
+        (removed("1_Output.npy"), "1_Output.npy is missing: restore it"),
         (removed("2_Index.npy"), "2_Index.npy is missing"),
         (removed("3_Output.npy"), "holds 3 epochs, 4 are needed: set trajectory_len to 3 or less"),
         (removed(*(f"{epoch}_Output.npy" for epoch in range(4))), "holds no 0_Output.npy"),
