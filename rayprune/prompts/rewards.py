@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from rayprune.core.validation import short_repr
 from rayprune.errors import ConfigError
 
 Ids = NDArray[np.int64]
@@ -81,13 +82,13 @@ class RewardScale:
 
     def __post_init__(self) -> None:
         if self.success is not None and not _is_number(self.success):
-            raise ConfigError(f"success {self.success!r} must be a finite number or None")
+            raise ConfigError(f"success {short_repr(self.success)} must be a finite number or None")
         bounds = self.reward_range
         is_pair = isinstance(bounds, tuple | list) and len(bounds) == 2 and all(map(_is_number, bounds))
         if not is_pair or not bounds[0] < bounds[1]:
-            raise ConfigError(f"reward_range {self.reward_range!r} must be (low, high) with low < high")
+            raise ConfigError(f"reward_range {short_repr(self.reward_range)} must be (low, high) with low < high")
         if not _is_number(self.tolerance) or self.tolerance < 0:
-            raise ConfigError(f"tolerance {self.tolerance!r} must be a number of at least 0")
+            raise ConfigError(f"tolerance {short_repr(self.tolerance)} must be a number of at least 0")
 
     def check(self, rewards: NDArray[np.float64]) -> None:
         """Refuse rewards outside the range.

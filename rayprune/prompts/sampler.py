@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from rayprune.core.validation import short_repr
 from rayprune.errors import ConfigError, RunFolderError
 from rayprune.prompts.rewards import Ids
 from rayprune.prompts.selector import PromptSelector
@@ -42,7 +43,7 @@ class PromptSampler:
         self.num_samples = len(data) if num_samples is None else num_samples
         for name, value in (("num_samples", self.num_samples), ("draw", draw)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} {value!r} must be an integer of at least 1")
+                raise ConfigError(f"{name} {short_repr(value)} must be an integer of at least 1")
         if actor and selector:
             raise ConfigError(f"actor {actor!r} has its own selector: leave out {', '.join(sorted(selector))}")
         self._actor = actor

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from rayprune.core.validation import short_repr
 from rayprune.errors import ConfigError, RunFolderError
 from rayprune.prompts.rewards import GroupBuffer, Ids, RewardGroups, RewardScale, check_rewards
 from rayprune.prompts.strategies import build_strategy
@@ -66,7 +67,7 @@ class PromptSelector:
         whole += [("group_size", group_size, 2)] if group_size is not None else []
         for name, value, least in whole:
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-                raise ConfigError(f"{name} {value!r} must be an integer of at least {least}")
+                raise ConfigError(f"{name} {short_repr(value)} must be an integer of at least {least}")
         if num_prompts > np.iinfo(np.int32).max:
             raise ConfigError(f"num_prompts {num_prompts} is above 2^31 - 1, the most that ids can number")
         self.num_prompts, self.seed = int(num_prompts), int(seed)
@@ -121,7 +122,7 @@ class PromptSelector:
             ConfigError: n is no integer in [1, N].
         """
         if isinstance(n, bool) or not isinstance(n, int | np.integer) or not 1 <= n <= self.num_prompts:
-            raise ConfigError(f"n {n!r} must be an integer in [1, {self.num_prompts}], the number of prompts")
+            raise ConfigError(f"n {short_repr(n)} must be an integer in [1, {self.num_prompts}], the number of prompts")
         with self._lock:
             ids = self.strategy.choose(self._table, int(n), self._rng)
             self._table["draws"][ids] += 1
@@ -143,7 +144,7 @@ class PromptSelector:
         """
         for name, value in (("useful", useful), ("safety", safety), ("most", 1 if most is None else most)):
             if isinstance(value, bool) or not isinstance(value, int | float | np.integer) or not 1 <= value < math.inf:
-                raise ConfigError(f"{name} {value!r} must be a number of at least 1")
+                raise ConfigError(f"{name} {short_repr(value)} must be a number of at least 1")
         wanted = math.ceil(safety * useful / max(1.0 - self.zero_variance, 1e-9))
         return min(wanted, self.num_prompts, most if most is not None else self.num_prompts)
 

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from rayprune.core.method import Method
 from rayprune.core.plan import LastBatch
 from rayprune.core.selector import Selector
+from rayprune.core.validation import short_repr
 from rayprune.errors import ConfigError, UsageError
 from rayprune.trainers.loader import PlannedLoader
 from rayprune.trainers.run import PlannedRun
@@ -67,7 +68,7 @@ class PrunedLoader(PlannedLoader, DataLoaderStateMixin):
     ) -> None:
         super().__init__(None, dataset, collate_fn, **options)
         if isinstance(num_epochs, bool) or not isinstance(num_epochs, int):
-            raise ConfigError(f"num_epochs {num_epochs!r} must be an integer of at least 1")
+            raise ConfigError(f"num_epochs {short_repr(num_epochs)} must be an integer of at least 1")
         state = PartialState()
         self._device, self.gradient_state = state.device, GradientState()
         self.run = PlannedRun(

@@ -91,7 +91,7 @@ class PrunedTrainer(Trainer):
             UsageError: before `train()`.
         """
         if self._run is None:
-            raise UsageError("there is no plan, and there are no scores, before train()")
+            raise UsageError("there is no plan yet, and no scores: call train() first")
         return self._run
 
     @property
@@ -127,7 +127,7 @@ class PrunedTrainer(Trainer):
             return self._loader  # that of the running training
         dataset: Any = self.train_dataset
         if dataset is None:
-            raise ConfigError("training needs a train_dataset")
+            raise ConfigError("training needs samples: give train_dataset=")
         run = self._run = self._new_run(dataset)
         self._loss_rule, self._has_tokens = "", None
         if self._resume_from is not None:

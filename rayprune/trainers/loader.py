@@ -49,7 +49,9 @@ class PlannedLoader:
     ) -> None:
         check_map_style(dataset)
         if taken := options.keys() & {"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"}:
-            raise ConfigError(f"{', '.join(sorted(taken))}: the plan sets the batches and their order: leave it out")
+            raise ConfigError(
+                f"{', '.join(sorted(taken))} can't be set, as the plan sets the batches and their order: leave it out"
+            )
         self.run, self.dataset = run, dataset
         collate: Any = _Collate(default_collate if collate_fn is None else collate_fn, id_key)
         self.data_loader = DataLoader(_CodedItems(dataset), batch_sampler=_Codes(self), collate_fn=collate, **options)

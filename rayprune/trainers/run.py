@@ -114,11 +114,13 @@ class PlannedRun:
         check_method(method)
         _check_position(rank, world_size, accumulation)
         if not isinstance(num_epochs, int | float) or not 0 < num_epochs < math.inf:
-            raise ConfigError(f"num_epochs {num_epochs!r} must be a number above 0")
+            raise ConfigError(f"num_epochs {short_repr(num_epochs)} must be a number above 0")
         if last_batch not in ("pad", "drop"):
-            raise ConfigError(f"last_batch {last_batch!r} must be 'pad' or 'drop'")
+            raise ConfigError(f"last_batch {short_repr(last_batch)} must be 'pad' or 'drop'")
         if isinstance(batch_rows, bool) or not isinstance(batch_rows, int | np.integer) or batch_rows < 1:
-            raise ConfigError(f"batch size {batch_rows!r} must be an integer of at least 1: rows of a process's batch")
+            raise ConfigError(
+                f"batch size {short_repr(batch_rows)} must be an integer of at least 1: rows of a process's batch"
+            )
         chosen = None
         if isinstance(method, Fixed):
             chosen = read_selection_file(_path_of(method), num_samples).selection(num_samples)
@@ -354,7 +356,9 @@ class PlannedRun:
         if "selector" not in state or "about" not in state:
             raise ConfigError("this is not a state of rayprune: give what state_dict() returned")
         if state.get("schema", 0) > STATE_SCHEMA:
-            raise ConfigError(f"state of schema {state['schema']}, this version reads up to {STATE_SCHEMA}: upgrade")
+            raise ConfigError(
+                f"state of schema {state['schema']}, this version reads up to {STATE_SCHEMA}: upgrade rayprune"
+            )
         saved, own = dict(state["about"]), self._about()
         if changed := [
             f"{name} {saved.get(name)!r} → {value!r}" for name, value in own.items() if saved.get(name) != value
@@ -440,7 +444,7 @@ def check_method(method: Any) -> None:
 def _check_position(rank: int, world_size: int, accumulation: int) -> None:
     for name, value in (("world_size", world_size), ("accumulation", accumulation)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} {value!r} must be an integer of at least 1")
+            raise ConfigError(f"{name} {short_repr(value)} must be an integer of at least 1")
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank {rank!r} is not one of {world_size} processes: give 0 to {world_size - 1}")
 

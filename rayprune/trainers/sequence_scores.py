@@ -92,9 +92,11 @@ def sequence_scores(
     """
     check_map_style(dataset)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ConfigError(f"batch_size {batch_size!r} must be an integer of at least 1: sequences of a forward pass")
+        raise ConfigError(
+            f"batch_size {short_repr(batch_size)} must be an integer of at least 1: sequences of a forward pass"
+        )
     if not len(dataset):
-        raise DataError("the dataset has no sequences to score")
+        raise DataError("the dataset has no sequences to score: give at least one")
     models = [model] if reference is None else [model, reference]
     parts: list[dict[str, Tensor]] = []
     with contextlib.ExitStack() as stack:

@@ -695,7 +695,7 @@ def test_scores_and_data_are_asked_for_in_time(tmp_path: Path) -> None:
     trainer = new_trainer(tmp_path, more={"train_dataset": None})
     with pytest.raises(UsageError, match=r"there are no scores, before train\(\)"):
         trainer.selector.scores()
-    with pytest.raises(ConfigError, match="training needs a train_dataset"):
+    with pytest.raises(ConfigError, match="training needs samples: give train_dataset="):
         trainer.get_train_dataloader()
 
 

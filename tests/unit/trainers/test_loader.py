@@ -95,7 +95,9 @@ def test_a_key_of_the_same_name_is_refused() -> None:
 
 @pytest.mark.parametrize("option", ["batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"])
 def test_options_that_the_plan_sets_are_refused(option: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{option}: the plan sets the batches and their order: leave it out"):
+    with pytest.raises(
+        ConfigError, match=rf"{option} can't be set, as the plan sets the batches and their order: leave it out"
+    ):
         PlannedLoader(begun(), Squares(), **{option: None})
 
 
