@@ -281,7 +281,7 @@ class IdColumn(DescribedSource):
             for name in columns:
                 parts[name].append(np.asarray(batch[name]))
         if not parts[id_column]:
-            raise DataError("the Dataset has no rows")
+            raise DataError("the Dataset has no rows: give one that has some")
         ids = _checked_ids(np.concatenate(parts[id_column]), id_column)
         labels: NDArray[np.int64] | None = None
         if labeled and label is not None:

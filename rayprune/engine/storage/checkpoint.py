@@ -161,7 +161,7 @@ def read_position(folder: Path) -> dict[str, Any]:
         raise RunFolderError(f"checkpoint {folder} is damaged ({problem}): restore it or delete it")
     if position["schema"] > SCHEMA:
         raise RunFolderError(
-            f"checkpoint {folder} has schema {position['schema']}, this version reads {SCHEMA}: upgrade"
+            f"checkpoint {folder} has schema {position['schema']}, this version reads {SCHEMA}: upgrade rayprune"
         )
     return position
 

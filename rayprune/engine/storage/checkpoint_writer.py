@@ -119,7 +119,9 @@ class CheckpointWriter:
         position = read_position(folder)
         for name, own in self._identity.items():
             if position[name] != own:
-                raise RunFolderError(f"checkpoint {folder} is of another run: {name} {position[name]}, here {own}")
+                raise RunFolderError(
+                    f"checkpoint {folder} is of another run: {name} {position[name]}, here {own}: use another run.name"
+                )
         load_state(folder, network, train_step, device)
         self._counts = dict(position["counts"])
         self._earlier_s = position["wall_time"]

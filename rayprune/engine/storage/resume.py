@@ -44,7 +44,7 @@ def run_folder_of(config: Config) -> Path:
         ConfigError: the run has no name.
     """
     if config.run.name is None:
-        raise ConfigError("run.name is not set: name the run's folder")
+        raise ConfigError("run.name is not set: name the run's folder, run.name=NAME")
     return config.run.storage_folder() / config.run.name
 
 
@@ -185,7 +185,8 @@ def open_folder(
             code = file_digests(config.model_dump(mode="json"))
             write_environment(folder, seed=config.train.seed, fingerprint=source.fingerprint, code=code, **facts)
         except OSError as error:
-            reason = f"{error.filename or folder}: {error.strerror}"
+            inside = "" if error.filename in (None, str(folder)) else f"{error.filename}: "
+            reason = f"{inside}{error.strerror}"
             raise RunFolderError(f"run folder {folder} can't be written ({reason}): set run.storage_path") from None
         yield folder, epoch
 

@@ -125,7 +125,10 @@ class StepSettings:
             )
         name = "exits" if self.name == "plain" else self.name
         if not step_class(name).multi_exit:
-            raise ConfigError(f"train step {name!r} is for a network with one exit, and the model has {num_exits}")
+            raise ConfigError(
+                f"train step {name!r} is for a network with one exit, and the model has {num_exits}: use "
+                "train.step=exits, or a model with one exit"
+            )
         return name, {"num_exits": num_exits, **self.options}
 
 
@@ -235,7 +238,7 @@ def in_batch_method(method: Method) -> InBatchMethod | None:
         return None
     picking = build_method(options["method"])
     if not isinstance(picking, InBatchMethod):
-        raise ConfigError(f"method {picking.name!r} can't pick inside batches: it is no InBatchMethod")
+        raise ConfigError(f"method {picking.name!r} can't pick inside batches: make it a subclass of InBatchMethod")
     return picking
 
 

@@ -267,7 +267,9 @@ def _checked_setup(config: Config, splits: Splits) -> SelectionSetup | None:
         if left_out:
             raise ConfigError(f"balance 'drop' needs the recalls of a scoring run: leave out {left_out[0]}")
         if splits.validation is None:
-            raise ConfigError("balance 'drop' needs validation data, to measure each class's recall: add a split")
+            raise ConfigError(
+                "balance 'drop' needs validation data, to measure each class's recall: set data.hold_out=0.1"
+            )
     if method.collect_epochs and config.collect.fresh:
         _check_training(config, splits, Fixed())
         return None
@@ -304,7 +306,7 @@ def _score(config: Config, splits: Splits, listeners: Listeners) -> Scored:
         check_folder(scoring)
         scoring_splits = _splits(scoring)
         if scoring_splits.train.fingerprint != splits.train.fingerprint:
-            raise ConfigError("collect.data changes which samples there are: only how they are augmented may differ")
+            raise ConfigError("collect.data changes which samples there are: set only keys of collect.data.augment")
         setup = SelectionSetup(scoring.build_method(), max(scoring.train.epochs, scoring.last_epoch + 1))
         _check_setup(scoring, scoring_splits, setup)
         folders.append(_run(scoring, scoring_splits, setup, listeners).folder)

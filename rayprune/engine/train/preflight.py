@@ -86,7 +86,9 @@ def check_sizes(config: Config, num_samples: int, row_bytes: int = 0) -> None:
 def check_method(config: Config, source: SampleSource, method: Method, num_epochs: int) -> None:
     """Refuse a method that cannot select from this source; its first selection is tried on a few samples."""
     if vectors := [name for name in config.train.record if signal_floats(name, 2) > 1]:
-        raise ConfigError(f"train.record {vectors}: only means of single numbers per sample are kept, not of vectors")
+        raise ConfigError(
+            f"train.record {vectors}: only signals of one number per sample can be recorded: leave these out"
+        )
     num_dropped = len(source) % config.train.batch_size if config.train.last_batch == "drop" else 0
     if method.collect_epochs and num_dropped:
         raise ConfigError(
@@ -139,11 +141,12 @@ def check_model(config: Config, spec: InputSpec, method: Method) -> None:
     except Exception as error:
         line = next(iter(str(error).splitlines()), "")
         raise ConfigError(
-            f"model {name!r} can't take a batch of 2 × {spec.shape}: {type(error).__name__}: {line}"
+            f"model {name!r} can't take a batch of 2 × {spec.shape} ({type(error).__name__}: {line}): use another "
+            "model, or correct its code"
         ) from error
     _check_output(name, output, spec.num_classes)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(f"model {name!r} has no parameters to train")
+        raise ConfigError(f"model {name!r} has no parameters to train: use another model")
     try:
         network_optimizer(config, model)
         for epoch in {0, config.train.epochs - 1}:
@@ -160,7 +163,10 @@ def _check_output(name: str, output: Any, num_classes: int) -> None:
         raise ConfigError(f"model {name!r} can't be trained: {error}") from None
     first = output if isinstance(output, torch.Tensor) else output[0]
     if tuple(first.shape) != (2, num_classes):
-        raise ConfigError(f"model {name!r} returns {tuple(first.shape)} for a batch of 2, not (2, {num_classes})")
+        raise ConfigError(
+            f"model {name!r} returns {tuple(first.shape)} for a batch of 2: it must return (2, {num_classes}), a "
+            "logit for each class"
+        )
 
 
 def _check_step(config: Config, model: torch.nn.Module, spec: InputSpec, method: Method) -> None:
@@ -183,7 +189,10 @@ def _embedder_error(config: Config, spec: InputSpec, error: Exception) -> Except
     if isinstance(error, RaypruneError):
         return error
     what = f"collect.embedder {config.collect.embedder!r}"
-    return ConfigError(f"{what} can't take a batch of 2 × {spec.shape}: {type(error).__name__}: {one_line(error)}")
+    return ConfigError(
+        f"{what} can't take a batch of 2 × {spec.shape} ({type(error).__name__}: {one_line(error)}): use another "
+        "network, or correct its code"
+    )
 
 
 def _try_signals(

@@ -172,7 +172,10 @@ def score_trajectories(
     for epoch, ids, probs_BC, losses in read_trajectories(folder, num_epochs, num_samples):
         selector.begin_epoch(epoch)
         if losses is None and "loss" in built.signals:
-            raise ConfigError(f"method {built.name!r} needs losses: the folder {str(folder)!r} has no _Loss.npy")
+            raise ConfigError(
+                f"method {built.name!r} needs losses: the folder {str(folder)!r} has no _Loss.npy: log the "
+                "losses too, or use another method"
+            )
         selector.observe(ids, {"probs": probs_BC} | ({} if losses is None else {"loss": losses}), epoch)
     selector.begin_epoch(num_epochs)
     return selector

@@ -21,6 +21,7 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from rayprune.core.plan import LastBatch
 from rayprune.core.selector import Selector
+from rayprune.core.validation import short_repr
 from rayprune.engine.cluster import Stream
 from rayprune.engine.data.device import DeviceStream, check_columns
 from rayprune.engine.data.ids import IS_NUMBERED
@@ -373,9 +374,9 @@ def _needs_labels(method: Any) -> bool:
 
 def _check_stream(stream: str, streams: tuple[str, ...], samples: SampleSource, num_workers: int) -> None:
     if stream not in streams:
-        raise ConfigError(f"stream {stream!r} is not one of {', '.join(streams)}: choose one of these")
+        raise ConfigError(f"stream {short_repr(stream)} is not one of {', '.join(streams)}: choose one of these")
     if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
-        raise ConfigError(f"num_workers {num_workers!r} must be 0 or a number of processes that read rows")
+        raise ConfigError(f"num_workers {short_repr(num_workers)} must be 0 or a number of processes that read rows")
     if num_workers and stream != "local":
         raise ConfigError(f"num_workers {num_workers} needs stream='local': with {stream!r}, no process reads rows")
     if stream == "device":
@@ -392,7 +393,9 @@ def _check_filtered(last_batch: str, stream: str, num_workers: int) -> None:
 
 def _checked_batch_size(batch_size: Any) -> int:
     if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
-        raise ConfigError(f"batch_size {batch_size!r} must be an integer of at least 1: it is the global batch")
+        raise ConfigError(
+            f"batch_size {short_repr(batch_size)} must be an integer of at least 1: it is the global batch"
+        )
     return int(batch_size)
 
 
@@ -414,7 +417,7 @@ def _score_spec(
     """
     batch_size = _checked_batch_size(batch_size)
     if last_batch not in ("pad", "drop"):
-        raise ConfigError(f"last_batch {last_batch!r} must be 'pad' or 'drop'")
+        raise ConfigError(f"last_batch {short_repr(last_batch)} must be 'pad' or 'drop'")
     if batch_size > len(samples):
         raise ConfigError(f"batch_size {batch_size} is more than the {len(samples)} samples: give at most that many")
     if isinstance(method, Method) and method.step()[0] == "in_batch":

@@ -43,7 +43,7 @@ class BatchFormat:
         # Copies, so that a loop that changes its batch in place does not change the plan's ids and weights.
         columns: dict[str, Any] = {**batch.columns, "id": np.array(batch.ids), "weight": np.array(batch.weights)}
         if isinstance(self.dtypes, Mapping) and (unknown := self.dtypes.keys() - columns.keys()):
-            raise ConfigError(f"dtypes has {sorted(unknown)}, but the columns are {sorted(columns)}")
+            raise ConfigError(f"dtypes has {sorted(unknown)}, but the columns are {sorted(columns)}: name only these")
         if self.collate_fn is None:
             return {name: self._tensor(name, column) for name, column in columns.items()}
         if batch.placed is not None:

@@ -259,7 +259,9 @@ class Shard:
         if "about" not in state or "selector" not in state:
             raise ConfigError("this is not the state of a shard: give load_state_dict what state_dict() returned")
         if state.get("schema", 0) > STATE_SCHEMA:
-            raise ConfigError(f"state of schema {state['schema']}, this version reads up to {STATE_SCHEMA}: upgrade")
+            raise ConfigError(
+                f"state of schema {state['schema']}, this version reads up to {STATE_SCHEMA}: upgrade rayprune"
+            )
         saved = dict(state["about"])
         changed = [
             f"{name} {saved.get(name)!r} → {value!r}"

@@ -55,7 +55,10 @@ def build_model(name: str, *, num_classes: int, input_shape: tuple[int, ...], **
     if is_reference(name):
         builder = load_object(name)
         if not callable(builder):
-            raise ConfigError(f"model {name!r} is a {type(builder).__name__}, not a function")
+            raise ConfigError(
+                f"model {name!r} is of type {type(builder).__name__}, not a function: name one that "
+                "returns a torch.nn.Module"
+            )
     elif name in MODELS:
         builder = MODELS[name]
     else:
@@ -99,7 +102,7 @@ def _check_arguments(name: str, builder: ModelBuilder, arguments: dict[str, Any]
     try:
         signature.bind(**arguments)
     except TypeError as error:
-        raise ConfigError(f"model {name!r} can't be called: {error}") from None
+        raise ConfigError(f"model {name!r} can't be called ({error}): correct the options under model") from None
     if name not in MODELS:
         return  # the user's own function knows its options
     hints = type_hints(builder.__init__ if isinstance(builder, type) else builder)  # type: ignore[misc]
@@ -134,7 +137,9 @@ def _build_torchvision(name: str, num_classes: int, input_shape: tuple[int, ...]
         keys = {"weights": None, "num_classes": num_classes, **options}
         model = _build_if_it_fits(f"torchvision:{name}", partial(models.get_model, name, **keys))
     except TypeError as error:
-        raise ConfigError(f"model 'torchvision:{name}' can't be built: {error}") from error
+        raise ConfigError(
+            f"model 'torchvision:{name}' can't be built ({error}): correct the options under model"
+        ) from error
     if channels != 3:
         _replace_first_convolution(model, channels)
     return model

@@ -131,7 +131,10 @@ class _TorchvisionEmbedder(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         if images_BCHW.ndim != 4:
-            raise ConfigError(f"a torchvision model embeds images, got inputs of shape {tuple(images_BCHW.shape)}")
+            raise ConfigError(
+                f"a torchvision model embeds images, got inputs of shape {tuple(images_BCHW.shape)}: name another "
+                "network"
+            )
         images = images_BCHW.expand(-1, 3, -1, -1) if images_BCHW.shape[1] == 1 else images_BCHW
         size = (self._size, self._size)
         resized = functional.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)

@@ -340,7 +340,7 @@ class PlainStep:
     def _check_state(state: dict[str, Any], keys: set[str]) -> None:
         if set(state) != keys:
             names = ", ".join(sorted(state)[:3]) or "nothing"
-            raise ConfigError(f"the state of another train step cannot be loaded (it holds {names})")
+            raise ConfigError(f"the state is of another train step (it holds {names}): load one of this step")
 
     def _mixed(self, inputs: Tensor) -> Any:
         return torch.autocast(inputs.device.type, self._autocast, enabled=self._autocast is not None)

@@ -28,7 +28,8 @@ def register_step(name: str) -> Callable[[_S], _S]:
     def add(cls: _S) -> _S:
         if name in STEPS and STEPS[name].__qualname__ != cls.__qualname__:
             raise ConfigError(
-                f"train step {name!r} is registered twice: {STEPS[name].__qualname__}, {cls.__qualname__}"
+                f"train step {name!r} is registered twice, by {STEPS[name].__qualname__} and "
+                f"{cls.__qualname__}: rename one"
             )
         STEPS[name] = cls
         if cls.options_class is not None:

@@ -32,7 +32,7 @@ def save_pareto(folder: Path) -> Path:
     """
     plot = pareto_plot(read_results(folder / "results.parquet"), folder.resolve().name)
     if plot is None:
-        raise RunFolderError(f"{folder}: no trial has an accuracy to plot")
+        raise RunFolderError(f"{folder}: no trial has an accuracy to plot yet, try again when one has ended")
     return save_png(plot, folder / "pareto.png")
 
 

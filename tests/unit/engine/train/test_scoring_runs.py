@@ -159,7 +159,7 @@ def test_a_pretrained_network_embeds_without_training(tmp_path: Path) -> None:
             user("NearTheMean"),
             {},
             {"embedder": user("picky_embedder")},
-            r"^collect\.embedder '.*picky_embedder' can't take a batch of 2 × \(.*\): RuntimeError: einsum",
+            r"^collect\.embedder '.*picky_embedder' can't take a batch of 2 × \(.*\) \(RuntimeError: einsum",
         ),
         (
             user("NearTheMean"),

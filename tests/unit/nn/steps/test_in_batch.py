@@ -280,9 +280,9 @@ def test_the_state_follows_every_visit_and_is_restored() -> None:
     same_parameters(step.model, restored.model, rtol=0.0, atol=0.0)
     for name, column in step.state_dict()["columns"].items():
         assert torch.equal(column, restored.state_dict()["columns"][name])
-    with pytest.raises(ValueError, match="the state of another train step"):
+    with pytest.raises(ValueError, match="the state is of another train step"):
         step.load_state_dict({})
-    with pytest.raises(ValueError, match="the state of another train step"):
+    with pytest.raises(ValueError, match="the state is of another train step"):
         step_of(mlp(), Highest()).load_state_dict(step.state_dict())
 
 

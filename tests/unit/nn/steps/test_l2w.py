@@ -258,7 +258,7 @@ def test_a_restored_step_continues_bit_for_bit() -> None:
         one(*batch(seed=seed))
         other(*batch(seed=seed))
     assert all(torch.equal(a, b) for a, b in zip(state(one), state(other), strict=True))
-    with pytest.raises(ValueError, match="the state of another train step"):
+    with pytest.raises(ValueError, match="the state is of another train step"):
         other.load_state_dict({})
 
 
