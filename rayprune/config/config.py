@@ -294,6 +294,7 @@ def _first_mistake(error: ValidationError) -> str:
     key = ".".join(path[:2])
     message = re.sub(r"^(Value error|Assertion failed), ", "", mistake["msg"])
     message = re.sub(r"^Input should be\b", "must be", message)
+    message = message.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
     message = message[:1].lower() + message[1:]
     if mistake["type"] == "model_type":
         message = "must be a mapping of keys, or left out"

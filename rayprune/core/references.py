@@ -31,12 +31,12 @@ def closest(name: str, valid: Iterable[str]) -> str:
     >>> closest("infobach", ["full", "infobatch"])
     "did you mean 'infobatch'? (valid: full, infobatch)"
     >>> closest("x", ["full", "infobatch"]), closest("x", [])
-    ('choose one of full, infobatch', 'there is none to choose')
+    ('choose one of full, infobatch', 'there is none, leave it out')
     """
     names = sorted(valid)
     if match := difflib.get_close_matches(name, names, n=1):
         return f"did you mean {match[0]!r}? (valid: {', '.join(names)})"
-    return f"choose one of {', '.join(names)}" if names else "there is none to choose"
+    return f"choose one of {', '.join(names)}" if names else "there is none, leave it out"
 
 
 def is_reference(name: str) -> bool:

@@ -21,6 +21,7 @@ from rayprune.errors import ConfigError
 ModelBuilder = Callable[..., nn.Module]
 MODELS: dict[str, ModelBuilder] = {}
 _B = TypeVar("_B", bound=ModelBuilder)
+_GIVEN = {"num_classes", "input_shape"}  # what every builder takes; they are no options
 
 # With their auxiliary heads they return named tuples in training, where train steps expect logits.
 AUXILIARY_HEADS = ("googlenet", "inception_v3")
@@ -98,7 +99,8 @@ def _check_arguments(name: str, builder: ModelBuilder, arguments: dict[str, Any]
         valid = [parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY]
         for argument in arguments:
             if argument not in valid:
-                raise ConfigError(f"model {name!r} takes no {argument!r}: {closest(argument, valid)}")
+                cure = "add this parameter" if argument in _GIVEN else closest(argument, set(valid) - _GIVEN)
+                raise ConfigError(f"model {name!r} takes no {argument!r}: {cure}")
     try:
         signature.bind(**arguments)
     except TypeError as error:

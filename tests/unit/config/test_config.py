@@ -36,7 +36,7 @@ def test_every_shipped_config_reads_back_to_itself(path: Path) -> None:
         ({"data": 3}, ["data = 3"]),
         ({**DIGITS, "trian": {}}, ["'trian'", "'train'"]),
         ({**DIGITS, "train": {"epohcs": 3}}, ["'train.epohcs'", "'epochs'"]),
-        ({**DIGITS, "train": {"epochs": 0}}, ["train.epochs", "0", "greater than or equal to 1"]),
+        ({**DIGITS, "train": {"epochs": 0}}, ["train.epochs", "0", "at least 1"]),
         ({**DIGITS, "train": {"epochs": "many"}}, ["train.epochs", "'many'", "must be a whole number"]),
         ({**DIGITS, "method": {"name": "infobach"}}, ["'infobach'", "'infobatch'"]),
         ({**DIGITS, "method": {"name": "infobatch", "prune_ratio": 1.0}}, ["1.0", "[0, 1)"]),

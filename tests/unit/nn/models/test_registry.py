@@ -137,7 +137,7 @@ def test_a_users_function_builds_a_model(tmp_path: Path) -> None:
         ("torchvision:resnet18", {"input_shape": (64,)}, "for numeric features use 'mlp'"),
         ("resnet8", {"input_shape": (8, 8)}, "input_shape must be"),
         ("resnet8", {"num_classes": 0}, "num_classes must be at least 1, got 0"),
-        ("resnet8", {"width": 3}, "model 'resnet8' takes no 'width'"),
+        ("resnet8", {"width": 3}, "model 'resnet8' takes no 'width': there is none, leave it out"),
         ("mlp", {"hidden": (0,)}, "hidden must be widths of at least 1"),
     ],
 )
