@@ -24,9 +24,9 @@ docs: setup
 	$(BIN)/python docs/make_reference.py
 
 # Everything but the long scenarios. Two processes that take whole files, those of tests/integration first: they are long.
-# A test that hangs fails after 400 s, with the stack of each thread.
+# A test that hangs fails after 600 s, with the stack of each thread.
 test: setup
-	$(BIN)/python -m pytest --numprocesses=2 --timeout=400 --dist=loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses=2 --timeout=600 --dist=loadfile --no-loadscope-reorder
 
 # The trainers' tests again, on the oldest packages that pyproject.toml allows, beside the newest of everything else.
 OLDEST := $(VENV)/oldest
