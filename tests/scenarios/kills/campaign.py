@@ -24,6 +24,7 @@ _MAX_STARTS = 30
 _POLL_S = 0.002
 # Steps between two faults of one run: each should hit training, not the recovery from the fault before.
 _MIN_DISTANCE = 4
+_TRIES = 3  # a process may have ended just now, by the fault before
 
 
 class Stalled(Exception):
@@ -60,9 +61,10 @@ def draw_schedule(faults: Sequence[Fault], steps_per_epoch: Sequence[int], rng: 
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """The outcome of a run: its faults, the number of repeated steps, and the differences at the end."""
+    """The outcome of a run: its faults, those that are left, the repeated steps, and the differences at the end."""
 
     outcomes: list[Outcome]
+    left: list[Fault]
     num_repeated: int
     differences: list[str]
 
@@ -87,19 +89,24 @@ class Campaign:
 
     def run(self, schedule: Sequence[Planned], reference: Path) -> RunOutcome:
         """Carry out the schedule and compare the finished run with the reference run."""
+        left, tries = list(schedule), 0
         with running(self._driver):
-            for planned in schedule:
-                if not self._wait(lambda planned=planned: self._is_due(planned)):  # type: ignore[misc]
-                    break
-                self._strike(planned)
+            while left and self._wait(lambda: self._is_due(left[0])):
+                if tries == 0:
+                    self._complete_outcome()
+                tries += 1
+                if self._strike(left[0], is_last_try=tries == _TRIES):
+                    left.pop(0)
+                    tries = 0
             while self._wait(lambda: False):
                 pass
-            self._complete_outcome()
+            if tries == 0:
+                self._complete_outcome()
         code = self._driver.exit_code()
         texts = differences(self._driver.folder, reference) if code == 0 else [f"the command ended with {code}"]
         for outcome in self._outcomes if texts else []:
             outcome.lost = outcome.lost or texts[0]
-        return RunOutcome(self._outcomes, self._driver.log.num_repeated, texts)
+        return RunOutcome(self._outcomes, [planned.fault for planned in left], self._driver.log.num_repeated, texts)
 
     def _is_due(self, planned: Planned) -> bool:
         step = self._last_step()
@@ -107,8 +114,8 @@ class Campaign:
             return False
         return step.position >= planned.position and step.position in self._interior
 
-    def _strike(self, planned: Planned) -> None:
-        self._complete_outcome()
+    def _strike(self, planned: Planned, is_last_try: bool) -> bool:
+        """Inject a fault and wait until training continues; False if there was nothing to hit and tries are left."""
         before = self._last_step()
         assert before is not None
         outcome = Outcome(planned, start=now(), num_starts=self._driver.num_starts)
@@ -119,6 +126,8 @@ class Campaign:
         try:
             outcome.hit = planned.fault.strike(self._driver, self._rng)
         except (Missed, psutil.NoSuchProcess) as error:
+            if not is_last_try:
+                return False
             outcome.lost = f"missed: {error}"
         self._driver.log.update()
         outcome.end = now()
@@ -130,6 +139,7 @@ class Campaign:
             return len(steps) > known and (not restarts or steps[-1].pid != before.pid)
 
         self._wait(continued)
+        return True
 
     def _wait(self, ready: Callable[[], bool]) -> bool:
         """Wait until `ready`; run the command again when it ended too early. False: the run is done or given up."""
