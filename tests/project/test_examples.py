@@ -79,7 +79,7 @@ def test_the_recipe_of_a_real_model_runs_on_a_tiny_one(tmp_path: Path) -> None:
     here: dict[str, Any] = {"bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
     here["model_init_kwargs"] = {"attn_implementation": "sdpa"}
     trainer = load_example("finetune_1b").main([*words, "--max-length=60", "--epochs=4"], **here)
-    assert trainer.selection.selector.num_samples == 40
+    assert trainer.run.selector.num_samples == 40
     assert trainer.args.padding_free
     assert not trainer.args.packing
     assert trainer.state.global_step < 4 * 3, "pruned"

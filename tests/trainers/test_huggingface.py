@@ -693,7 +693,7 @@ def test_a_loss_of_another_kind_is_refused_until_it_is_told(tmp_path: Path) -> N
 
 def test_scores_and_data_are_asked_for_in_time(tmp_path: Path) -> None:
     trainer = new_trainer(tmp_path, more={"train_dataset": None})
-    with pytest.raises(UsageError, match=r"there are no scores, before train\(\)"):
+    with pytest.raises(UsageError, match=r"no scores: call train\(\) first"):
         trainer.selector.scores()
     with pytest.raises(ConfigError, match="training needs samples: give train_dataset="):
         trainer.get_train_dataloader()
