@@ -21,6 +21,8 @@ _USER_MODULE_PREFIX = "rayprune_user_"
 # Before a folder on sys.path, where Python ignores it: the driver's current folder, for `module:name` in workers.
 DRIVER_FOLDER = "rayprune-driver-folder:"
 _REFERENCE = re.compile(r"(?P<source>(?s:.+)\.py|[^\W\d]\w*(?:\.[^\W\d]\w*)*):[^\W\d]\w*")
+# Files of exit() and of the sys.exit that W&B puts in place of Python's.
+_EXITS = ("_sitebuiltins>", "_sitebuiltins.py", "wandb/sdk/lib/exit_hooks.py")
 # Modules that were imported from the current folder, which other processes do not have on their path.
 _from_current_folder: set[str] = set()
 
@@ -110,7 +112,8 @@ def refusing_exit() -> Iterator[None]:
     try:
         yield
     except SystemExit as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
+        frames = reversed(traceback.extract_tb(error.__traceback__))
+        frame = next(frame for frame in frames if not frame.filename.endswith(_EXITS))
         raise ConfigError(
             f"{Path(frame.filename).name}, line {frame.lineno}, raised SystemExit({error.code!r}), which would end the "
             "command before its work is done: remove the call of exit()"

@@ -70,7 +70,7 @@ def test_zero_losses_are_drawn_uniformly() -> None:
 
 def test_negative_losses_are_refused_before_anything_is_stored() -> None:
     selector = selector_of([[1.0, 2.0]])
-    with pytest.raises(ValueError, match=r"must be at least 0: one is -0\.5"):
+    with pytest.raises(ValueError, match=r"one is -0\.5: use a loss that is never below 0"):
         selector.observe([0, 1], {"loss": [1.0, -0.5]}, 1)
     assert selector.table.last_visit.tolist() == [0, 0]
 

@@ -349,7 +349,9 @@ def test_glister_takes_saturated_predictions() -> None:
 
 
 def test_glister_needs_one_class_per_sample() -> None:
-    with pytest.raises(ValueError, match="glister needs one class per sample: these gradients of the logits do not"):
+    with pytest.raises(
+        ValueError, match="glister needs one class per sample, and these gradients of the logits do not"
+    ):
         swept(GLISTER(prune_ratio=0.5, score_epochs=1), np.full((10, 3), -0.4))
 
 

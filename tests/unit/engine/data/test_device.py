@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -174,7 +175,8 @@ def test_data_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.M
     class Little:
         available = 20_000
 
-    monkeypatch.setattr(device_stream.psutil, "virtual_memory", Little)
+    # Only here: the checks before it find enough for the model and a batch.
+    monkeypatch.setattr(device_stream, "psutil", SimpleNamespace(virtual_memory=Little))
     with pytest.raises(ValueError, match=r"take .* GiB, more than 80% of the .* free on cpu: use .*fewer samples"):
         train(device_config(tmp_path))
     assert not (tmp_path / "run").exists()

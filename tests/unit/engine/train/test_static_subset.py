@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from rayprune.config import Config
 from rayprune.core import Selection
 from rayprune.engine.storage.costs import forward_flops_of
 from rayprune.engine.storage.run_folder import read_metrics
+from rayprune.engine.train import preflight
 from rayprune.engine.train.driver import RunResult, score, train
 from rayprune.errors import TrainingFailed
 from rayprune.sources import open_data
@@ -259,13 +261,12 @@ def test_a_dynamic_method_has_no_scoring_run(tmp_path: Path) -> None:
 
 
 def test_a_table_larger_than_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import psutil
-
     class Little:
-        available = 1_000
+        available = 10_000  # enough for a batch
 
-    monkeypatch.setattr(psutil, "virtual_memory", Little)
-    with pytest.raises(ValueError, match=r"keeps \d+ bytes for each of .* samples.*storage=float16"):
+    # Only here: the check before it finds enough for the network.
+    monkeypatch.setattr(preflight, "psutil", SimpleNamespace(virtual_memory=Little))
+    with pytest.raises(ValueError, match=r"keeps [\d,]+ bytes for each of .* samples.*storage=float16"):
         train(tdds(tmp_path))
     assert list(tmp_path.iterdir()) == []
 

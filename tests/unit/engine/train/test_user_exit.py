@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from rayprune.errors import ConfigError, TrainingFailed
 from tests.support.runs import run_config
 
 AT_IMPORT = "import sys\nsys.exit(0)\n"
+BY_SITE = "\nexit()\n"
 IN_FACTORY = "def model(num_classes, input_shape):\n    raise SystemExit\n"
 IN_EPOCH = """
 import sys
@@ -48,10 +50,27 @@ def data():
 """
 
 
+@pytest.fixture(params=["Python's", "W&B's"])
+def sys_exit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sys.exit`, which W&B replaces by its own."""
+    if request.param == "W&B's":
+        from wandb.sdk.lib.exit_hooks import ExitHooks
+
+        for name in ("exit", "excepthook"):
+            monkeypatch.setattr(sys, name, getattr(sys, name))  # set back after the test
+        ExitHooks().hook()
+
+
+@pytest.mark.usefixtures("sys_exit")
 @pytest.mark.parametrize(
     ("code", "error", "line"),
-    [(AT_IMPORT, ConfigError, 2), (IN_FACTORY, ConfigError, 2), (IN_EPOCH, TrainingFailed, 11)],
-    ids=["import", "factory", "second epoch"],
+    [
+        (AT_IMPORT, ConfigError, 2),
+        (BY_SITE, ConfigError, 2),
+        (IN_FACTORY, ConfigError, 2),
+        (IN_EPOCH, TrainingFailed, 11),
+    ],
+    ids=["import", "exit()", "factory", "second epoch"],
 )
 def test_a_model_that_exits_is_an_error(code: str, error: type[Exception], line: int, tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(code)
