@@ -82,7 +82,7 @@ class ElasticRun:
         """The number of ranks at each step, a digit per step."""
         return self._log.read_text()
 
-    def wait(self, reached: Callable[[str], bool], event: str, seconds: float = 120) -> None:
+    def wait(self, reached: Callable[[str], bool], event: str, seconds: float = 300) -> None:
         """Wait until `reached` is true of the numbers of ranks."""
         end = time.monotonic() + seconds
         while not reached(self.ranks):
@@ -92,7 +92,7 @@ class ElasticRun:
 
     def finish(self) -> None:
         """Wait for a successful end."""
-        output, _ = self._process.communicate(timeout=120)
+        output, _ = self._process.communicate(timeout=300)
         assert self._process.returncode == 0, output.decode()[-3000:]
 
     def check_plans(self, num_changes: int) -> None:
