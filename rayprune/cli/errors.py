@@ -111,7 +111,7 @@ _PHRASES: tuple[tuple[str, Cure], ...] = (
     (r"Cannot load file containing pickled data|allow_pickle", _DAMAGED_STATE),
     (r"Address already in use", Cure("end the program that uses the port, ss -ltnp")),
     (r"DataLoader worker .* (exited|is killed)", _MEMORY),
-    (r"Failed to connect to GCS|raylet|GCS", _RAY),
+    (r"Failed to connect to GCS|raylet|GCS|has ended, perhaps for lack of memory$", _RAY),
 )
 
 # By `module.name`, or by a module's beginning, of the exception's class or one of its bases; the nearest class wins.

@@ -269,7 +269,8 @@ class _Events(tune.Callback):
         file = trial.pickled_error_file
         error = ray.cloudpickle.loads(Path(file).read_bytes()) if file else RuntimeError("its process ended")
         line = error_line(getattr(error, "cause", None) or error)
-        line = f"its process ended ({line})" if isinstance(error, RayActorError) else line
+        if isinstance(error, RayActorError):  # whose own text is a list of what may have happened
+            line = "its process has ended, perhaps for lack of memory"
         self._ends.append((trial.config["trial"]["name"], line, False))
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
