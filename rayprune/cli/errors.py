@@ -29,8 +29,8 @@ _EXTRAS = {name: name for name in ("cleanlab", "accelerate", "lightning", "trl",
 }
 
 
-class CommandFailed(RuntimeError):
-    """A command has done its work and failed; the message has the cure."""
+class CommandFailed(RaypruneError):
+    """A command has done its work and found something wrong; the message has the cure."""
 
 
 @dataclass(frozen=True)
@@ -192,8 +192,6 @@ def explain(error: BaseException) -> tuple[str, int]:
         )
     if _has(error, "click"):
         return _of_click(error)
-    if isinstance(error, CommandFailed):
-        return _shortened(_raw(error)), OTHER
     if isinstance(error, RaypruneError):
         return _of_rayprune(error)
     cure = _cure_of(error) or _REPORT
@@ -205,7 +203,7 @@ def _of_rayprune(error: RaypruneError) -> tuple[str, int]:
     text = _text(error)
     if isinstance(error, _MISTAKE):
         return text, USER
-    if type(error).__name__ in {"TrainingStopped", "TrainingPaused", "UsageError"}:
+    if type(error).__name__ in {"TrainingStopped", "TrainingPaused", "UsageError", "CommandFailed"}:
         return text, OTHER
     # Of workers, only the text of their error may be left.
     causes = [cause for cause in _chain(error) if cause is not error]

@@ -73,8 +73,8 @@ class Vectors:
         missing = np.flatnonzero(~self.seen) if self._file is not None else np.arange(self._num_samples)
         if self._file is None or missing.size:
             raise ConfigError(
-                f"{missing.size} of {self._num_samples} samples have no {self.name}, ids {missing[:5].tolist()}: "
-                f"{MISSING_CURE}"
+                f"{missing.size} of {self._num_samples} samples have no {self.name}, "
+                f"ids {missing[:5].tolist()}: {MISSING_CURE}"
             )
         return self._file
 
