@@ -10,6 +10,7 @@ import click
 
 from rayprune.cli.console import debug, debug_option, elapsed, say, say_table, single_config, trust_option, warn
 from rayprune.cli.train import RunDisplay
+from rayprune.paths import as_path
 from rayprune.report.text import share
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def audit(arguments: tuple[str, ...], trust: bool | str) -> None:
     from rayprune.config.shipped import find_config
 
     path, overrides = single_config(arguments, "rayprune audit digits_full")
-    folder = Path(path).expanduser()
+    folder = as_path(path)
     is_run = folder.is_dir() and ((folder / "config.yaml").exists() or not find_config(path).is_file())
     result = _audit_run(folder, overrides, trust) if is_run else _audit_config(path, overrides)
     _say_findings(result)

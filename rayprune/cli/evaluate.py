@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +11,7 @@ import click
 from rayprune.cli.console import debug_option, elapsed, say, say_table, single_config, trust_option, warn
 from rayprune.core.validation import MAX_INT
 from rayprune.errors import ConfigError
+from rayprune.paths import as_path
 from rayprune.report.text import count_of, number, share
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def evaluate(arguments: tuple[str, ...], mode: Any, device: str, batch_size: int
     Writes RUN/exits/: anytime.csv, dynamic.csv, latency.csv, thresholds.json, accuracy_macs.png.
     """
     run, overrides = single_config(arguments, "rayprune evaluate runs/NAME", "run")
-    folder = Path(run).expanduser()
+    folder = as_path(run)
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {folder}: name a run's, such as runs/NAME")
     start = time.perf_counter()

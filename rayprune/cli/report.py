@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
@@ -10,6 +9,7 @@ import click
 from rayprune.cli.console import debug_option, say, say_table, warn
 from rayprune.core.validation import MAX_INT
 from rayprune.errors import ConfigError
+from rayprune.paths import as_path
 
 
 @click.command()
@@ -26,12 +26,12 @@ def report(paths: tuple[str, ...], output: str | None, png: str | None) -> None:
         raise ConfigError("--png writes plots instead of a page: leave --output out")
     from rayprune.report.collect import collect
 
-    folders = [Path(path).expanduser() for path in paths]
+    folders = [as_path(path) for path in paths]
     collected = collect(folders)
     from rayprune.engine.storage.run_folder import write_whole
     from rayprune.report.page import render, write_pngs
 
-    target = Path(png or output or _common_folder(folders) / "report.html").expanduser()
+    target = as_path(png or output or _common_folder(folders) / "report.html")
     if not png and target.is_dir():
         raise ConfigError(f"{target} is a folder: name a file, such as --output {target}/report.html")
     if not png and target.exists() and not target.is_file():  # the page would replace a device or a pipe
@@ -55,7 +55,13 @@ def report(paths: tuple[str, ...], output: str | None, png: str | None) -> None:
 
 
 def _common_folder(folders: list[Path]) -> Path:
-    return folders[0] if len(folders) == 1 else Path(os.path.commonpath([folder.absolute() for folder in folders]))
+    if len(folders) == 1:
+        return folders[0]
+    first, *others = [folder.absolute() for folder in folders]
+    for parent in (first, *first.parents):
+        if all(other.is_relative_to(parent) for other in others) and (parent.is_absolute() or len(parent.parts) > 1):
+            return parent
+    raise ConfigError("the folders have none in common: name the page, --output FILE")
 
 
 @click.command()
@@ -71,7 +77,7 @@ def show(run: str, sort: str | None, top: int, ascending: bool) -> None:
     from rayprune.report.read import read_run
     from rayprune.report.tables import epochs_table, facts, samples_table
 
-    record = read_run(Path(run).expanduser())
+    record = read_run(as_path(run))
     tables = [epochs_table(record)]
     if record.scores is not None or sort is not None:
         tables.append(samples_table(record, sort, top, ascending))

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from rayprune.cli.console import aligned, debug_option, say
 from rayprune.core.validation import MAX_INT
 from rayprune.errors import ConfigError
+from rayprune.paths import as_path
 from rayprune.report.text import share
 
 if TYPE_CHECKING:
@@ -139,10 +140,10 @@ def _paths(out: Sequence[str], source: Path, force: bool, content: str = "scores
     """Return the files to write, none of which may exist without --force."""
     from rayprune.sources.tables.selections import check_selection_path
 
-    paths = [Path(path) for path in out] or [source.with_name("chosen.parquet")]
+    paths = [as_path(path) for path in out] or [source.with_name("chosen.parquet")]
     for path in paths:
         check_selection_path(path)
-        if path.exists() and (not force or path.samefile(source)):
+        if path.exists() and (not force or path.absolute() == source.absolute()):
             cure = "give another --out" + ("" if force else ", or --force to overwrite it")
             raise ConfigError(f"{path} exists{f' and holds the {content}' if force else ''}: {cure}")
     return paths

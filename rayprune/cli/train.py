@@ -20,6 +20,7 @@ from rayprune.cli.console import (
     warn,
 )
 from rayprune.errors import ConfigError
+from rayprune.paths import as_path
 from rayprune.report.text import count_of, number, share, training_seconds
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def train(arguments: tuple[str, ...]) -> None:
     if not paths:
         raise ConfigError("no config is named: rayprune train digits_full")
     configs = [load_config(path, overrides) for path in paths]  # check all of them before any training starts
-    folders = [Path(config.run.storage_path) / str(config.run.name) for config in configs]
+    folders = [as_path(config.run.storage_path) / str(config.run.name) for config in configs]
     if len(set(folders)) < len(folders):
         cure = "leave run.name out" if any(word.startswith("run.name=") for word in overrides) else "name each once"
         raise ConfigError(f"two of the configs train in the same folder, {folders[0]}: {cure}")

@@ -144,7 +144,7 @@ class Config(Strict):
             )
         # Validating the scoring run would cost time and change nothing.
         tree["train"] = {"validate_every": needed, **tree["train"], "stop_after": needed}
-        folder = str(Path(self.run.storage_path) / str(self.run.name))
+        folder = f"{self.run.storage_path.rstrip('/')}/{self.run.name}"
         name = "collect" if number == 0 else f"collect_{number + 1}"
         tree["run"] |= {"storage_path": folder, "name": name, "resume": "auto"}
         tree["train"]["seed"] += number
@@ -184,7 +184,7 @@ class Config(Strict):
             extra = {"source": THRESHOLD_SAMPLES, "data": data, "seed": tree["train"]["seed"], "number": left_out}
             tree["data"] = {**extra, "augment": tree["data"]["augment"]}
         tree["method"] = {"name": CROSS_FIT, **fold}
-        folder = str(Path(self.run.storage_path) / str(self.run.name))
+        folder = f"{self.run.storage_path.rstrip('/')}/{self.run.name}"
         name = f"fold_{left_out + 1}" + (f"_repeat_{repeat + 1}" if repeat else "")
         tree["run"] |= {"storage_path": folder, "name": name, "resume": "auto"}
         return make_config(tree)

@@ -20,6 +20,7 @@ from rayprune.config.config import Config, read_config
 from rayprune.config.experiments import format_value
 from rayprune.config.yaml import flatten_settings, parse_overrides
 from rayprune.errors import ConfigError
+from rayprune.paths import as_path
 
 _MAX_LABEL = 80  # characters of all words, as file systems limit names to 255 bytes
 _MAX_VALUE = 24
@@ -45,7 +46,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
             break
         label += f"-{word}"
     name = f"{stem}{label}-{digest}"
-    folder = Path(config.run.storage_path).expanduser()
+    folder = as_path(config.run.storage_path)
     if not (folder / name).exists():
         name = min((found.name for found in folder.glob(f"{glob.escape(stem)}-*{digest}")), default=name)
     return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})

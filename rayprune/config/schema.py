@@ -18,6 +18,7 @@ from rayprune.core.step_options import step_config
 from rayprune.core.validation import UNBOUNDED, AtMost, check_keys, mismatch
 from rayprune.errors import ConfigError
 from rayprune.methods.registry import method_class
+from rayprune.paths import as_path
 
 Auto = Literal["auto"]
 TRACKERS = ("mlflow", "wandb")
@@ -110,7 +111,7 @@ class DataSection(Section, extra="allow"):
     @field_validator("relabel")
     @classmethod
     def _absolute_audit(cls, value: str | None) -> str | None:
-        return None if value is None else str(Path(value).expanduser().absolute())
+        return None if value is None else str(as_path(value).absolute())
 
     @model_validator(mode="after")
     def _check_relabel(self) -> DataSection:
@@ -270,7 +271,10 @@ class ScalingSection(Section):
 class RunSection(Section):
     """The run's folder, and recovery from failures."""
 
-    storage_path: str = Field("runs", description="folder of run folders; on a cluster, one that all machines share")
+    storage_path: str = Field(
+        "runs",
+        description="folder of run folders, or a URI such as s3://bucket/runs; on a cluster, one that all machines see",
+    )
     address: str = Field(
         "auto", description="auto: the cluster of RAY_ADDRESS, else a local Ray; local: always a local Ray; HOST:PORT"
     )
@@ -296,7 +300,7 @@ class RunSection(Section):
         Raises:
             ConfigError: Ray deletes this folder.
         """
-        folder = Path(self.storage_path).expanduser().resolve()
+        folder = as_path(self.storage_path).resolve()
         if "working_dir_files" in folder.parts:
             raise ConfigError(
                 f"run.storage_path = {self.storage_path!r} lies in the working directory of a Ray job, which Ray "
@@ -306,12 +310,8 @@ class RunSection(Section):
 
     @field_validator("storage_path")
     @classmethod
-    def _check_mounted(cls, value: str) -> str:
-        if "://" in value:
-            raise ConfigError(
-                f"run.storage_path = {value!r}: must be a folder: mount the storage on every machine (NFS, or an "
-                "object store by s3fs, gcsfuse, rclone mount) and use the mount, such as run.storage_path=/mnt/runs"
-            )
+    def _check_storage(cls, value: str) -> str:
+        as_path(value)
         return value
 
     @field_validator("trackers")

@@ -25,10 +25,12 @@ from ray.exceptions import RayError
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import Pulse
 from rayprune.errors import TrainingPaused, redacted
+from rayprune.paths import ObjectPath
 
 logger = logging.getLogger(__name__)
 
 _POLL_S, _PULSE_S = 0.2, 1.0
+_REMOTE_LOOK_S = 2.0  # between two looks at metrics.jsonl on an object store, where each one is a request
 _ANSWER_S = 2.0
 _PATIENCE_S = 5.0  # of a person who has pressed Ctrl-C
 # What a rank does before its first step, when there is nothing to save.
@@ -65,7 +67,8 @@ class Watcher:
 
     def __init__(self, run_folder: Path, scores: ScoreClient, listeners: RunListeners, stall_s: float) -> None:
         self._file = run_folder / "metrics.jsonl"
-        self._offset = self._file.stat().st_size if self._file.exists() else 0
+        self._offset = self._size()
+        self._look_s = _REMOTE_LOOK_S if isinstance(run_folder, ObjectPath) else 0.0
         self._scores, self._listeners, self._stalls = scores, listeners, StallWatch(stall_s)
         self._done, self._pause = threading.Event(), listeners.pause or threading.Event()
         self._interrupted_at: float | None = None
@@ -125,9 +128,11 @@ class Watcher:
         )
 
     def _follow(self) -> None:
-        is_patient = True
+        is_patient, next_look = True, 0.0
         while not self._done.wait(_POLL_S):
-            self._deliver()
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + self._look_s
+                self._deliver()
             if self._pause.is_set():
                 self._scores.pause(_ANSWER_S)  # repeatedly: an actor that restarts forgets it
             if (
@@ -148,14 +153,23 @@ class Watcher:
         for line in self._stalls.update(self._scores.pulses(_ANSWER_S)):
             self._listeners.on_notice(line)
 
+    def _size(self) -> int:
+        try:
+            return int(self._file.stat().st_size)
+        except FileNotFoundError:
+            return 0
+
     def _deliver(self) -> None:
-        if self._listeners.on_epoch is None or not self._file.exists():
+        if self._listeners.on_epoch is None or (size := self._size()) == self._offset:
             return
-        with self._file.open("rb") as stream:
-            if self._offset > self._file.stat().st_size:  # an incomplete line was removed
-                self._offset = 0
-            stream.seek(self._offset)
-            content = stream.read()
+        if size < self._offset:  # an incomplete line was removed
+            self._offset = 0
+        try:
+            with self._file.open("rb") as stream:
+                stream.seek(self._offset)
+                content = stream.read()
+        except FileNotFoundError:
+            return
         complete = content[: content.rfind(b"\n") + 1]
         self._offset += len(complete)
         for line in complete.splitlines():

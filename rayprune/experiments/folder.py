@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rayprune.config import Config
-from rayprune.engine.storage.resume import lock_folder
+from rayprune.engine.storage.lock import lock_folder
 from rayprune.engine.storage.run_folder import write_whole
 from rayprune.engine.storage.stored_config import read_like
-from rayprune.errors import RunFolderError
+from rayprune.errors import RunFolderError, one_line
 
 # File that holds the config → kind of the folder.
 KINDS = {"config.yaml": "run", "sweep.yaml": "sweep", "compare.yaml": "comparison", "audit.yaml": "audit"}
@@ -72,7 +72,7 @@ class ExperimentFolder:
                 write_whole(self.path / self.stored, config.to_yaml(), private=True)
             except OSError as error:
                 raise RunFolderError(
-                    f"folder {self.path} can't be written ({error.strerror}): set run.storage_path"
+                    f"folder {self.path} can't be written ({error.strerror or one_line(error)}): set run.storage_path"
                 ) from None
             yield
 

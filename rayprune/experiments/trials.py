@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import shutil
 import signal
 import threading
 import time
@@ -35,6 +34,7 @@ from rayprune.engine.storage.resume import is_scoring_run, run_folder_of
 from rayprune.engine.storage.run_folder import read_metrics
 from rayprune.engine.train.driver import Start, train
 from rayprune.errors import TrainingStopped
+from rayprune.paths import ray_storage, remove_tree
 
 _SAVE_S = 60.0  # for a stopped run to save; then Ray ends its process
 _RELEASE_S = 20.0
@@ -106,7 +106,7 @@ def run_trials(
         space = {"trial": tune.grid_search([trial_spec(config) for config in trials])}
     _quiet_tune(debug)
     record = folder / ".tune"
-    shutil.rmtree(record, ignore_errors=True)
+    remove_tree(record)
     events = _Events(listeners)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(Trial, secrets=dict(secrets)), resources.reserved),
@@ -120,7 +120,7 @@ def run_trials(
             trial_dirname_creator=lambda trial: trial.config["trial"]["name"],
         ),
         run_config=tune.RunConfig(
-            storage_path=str(folder),
+            **ray_storage(folder),
             name=record.name,
             failure_config=tune.FailureConfig(max_failures=max_failures),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a run has its own
@@ -133,7 +133,7 @@ def run_trials(
         with _cpus_released(), kept_handlers(signal.SIGINT, signal.SIGUSR1):
             tuner.fit()
     finally:
-        shutil.rmtree(record, ignore_errors=True)
+        remove_tree(record)
     return events.num_ended == num_trials
 
 
@@ -218,9 +218,12 @@ class Trial(tune.Trainable):
         if record is None:
             assert self._failure is not None, "a run without a failure ends with its last epoch"
             # An error of the config or the data would occur in every attempt.
-            if isinstance(self._failure, ValueError | TrainingStopped):
-                return {**self._report, "error": error_line(self._failure), "done": True}
-            raise RuntimeError(error_line(self._failure))
+            line = error_line(self._failure)
+            if isinstance(self._failure, ValueError):  # its type tells the command line that the text has a cure
+                return {**self._report, "error": f"{type(self._failure).__name__}: {line}", "done": True}
+            if isinstance(self._failure, TrainingStopped):
+                return {**self._report, "error": line, "done": True}
+            raise RuntimeError(line)
         self._report, finished = report_of(record), self._is_last(record)
         if finished:
             self._thread.join()

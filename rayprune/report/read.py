@@ -418,7 +418,8 @@ def read_results(file: Path) -> SweepResults:
         RunFolderError: it is not what a sweep writes.
     """
     try:
-        table = pd.read_parquet(file).reset_index(drop=True)
+        with file.open("rb") as stream:
+            table = pd.read_parquet(stream).reset_index(drop=True)
         columns = [str(name) for name in table.columns]
         missing = {"trial", "status", "pareto", "error", *_FIGURES} - set(columns)
         if missing or columns[0] != "trial" or table.empty or not table.columns.is_unique:
@@ -443,7 +444,8 @@ def read_exits(run_folder: Path) -> dict[str, pd.DataFrame]:
         if not file.exists():
             continue
         try:
-            table = pd.read_csv(file)
+            with file.open("rb") as stream:
+                table = pd.read_csv(stream)
             numbers = table[["macs", "top1", "samples", key]]
             sound = "checkpoint" in table and len(table) > 0 and all(map(is_numeric_dtype, numbers.dtypes))
             if not sound or not np.isfinite(numbers).all(axis=None):

@@ -17,13 +17,11 @@ import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +30,7 @@ import pyarrow.fs as pafs
 from rayprune import errors
 from rayprune.core.references import closest
 from rayprune.errors import ConfigError, DataError
+from rayprune.paths import open_filesystem
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +46,6 @@ OPEN_FILES = max(4, min(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 LOCAL_GAP_BYTES, REMOTE_GAP_BYTES = 1 << 12, 1 << 14
 RANGE_BYTES = 1 << 23
 DEFAULT_VALIDATION, OTHER_VALIDATION = "*test*", "*val*"
-# Characters that pyarrow's parser takes unescaped; it refuses blanks and letters outside ASCII.
-_URI_CHARACTERS = "%/:?#[]@!$&'()*+,;="
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,10 @@ class Storage:
 
     @cached_property
     def _resolved(self) -> tuple[pafs.FileSystem, str]:
-        return _resolve(self.path)
+        try:
+            return open_filesystem(self.path)
+        except (OSError, ValueError, ImportError) as error:
+            raise _unreachable(self.path, error) from None
 
     @property
     def filesystem(self) -> pafs.FileSystem:
@@ -301,21 +301,6 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item], num_th
         return list(pool.map(function, items))
 
 
-@contextmanager
-def replace_file(path: Path) -> Iterator[Path]:
-    """Replace a file atomically: a kill or an error leaves the old content or the new one, never a part.
-
-    Yields:
-        A path to write to; it replaces `path` when the block ends without an error.
-    """
-    temporary = path.with_name(f"{path.name}.partial")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def public(path: str) -> str:
     """Return a path for messages, without the credentials and settings that a URI may contain.
 
@@ -400,29 +385,7 @@ def _path(info: pafs.FileInfo) -> str:
         raise DataError(f"the file name {bytes(error.object)!r} is not valid UTF-8: rename it") from None
 
 
-def _resolve(path: str) -> tuple[pafs.FileSystem, str]:
-    if "://" not in path:
-        return pafs.LocalFileSystem(), path
-    try:
-        filesystem, root = pafs.FileSystem.from_uri(quote(path, safe=_URI_CHARACTERS))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        return _resolve_by_fsspec(path)
-    except OSError as error:
-        raise _unreachable(path, error) from None
-    return filesystem, root
-
-
-def _resolve_by_fsspec(path: str) -> tuple[pafs.FileSystem, str]:
-    import fsspec
-
-    try:
-        filesystem, root = fsspec.core.url_to_fs(path)
-    except (ValueError, ImportError, OSError) as error:
-        raise _unreachable(path, error) from None
-    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), root
-
-
 def _unreachable(path: str, error: Exception) -> DataError:
     return DataError(
-        f"{public(path)} can't be reached ({one_line(error)}): correct data.path, or the file system's settings"
+        f"{public(path)} can't be reached ({one_line(error)}): correct the address, or the file system's settings"
     )

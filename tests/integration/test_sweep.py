@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from rayprune.cli.main import cli
 from rayprune.config import load_config
 from rayprune.engine.storage.checkpoint import newest_checkpoint
-from rayprune.engine.storage.resume import lock_folder
+from rayprune.engine.storage.lock import lock_folder
 from rayprune.experiments.sweep.runner import SweepListeners, sweep
 from tests.support.http_server import files_with, samples, serve
 from tests.support.paths import ROOT

@@ -24,7 +24,7 @@ COMMAND_LINE = {"click", "rich", "matplotlib", "jinja2"}
 FILES = {"pandas", "pyarrow", "PIL", "yaml"}
 # What each layer may import of rayprune, itself and `errors` aside.
 _NUMPY = {"core"}
-_BELOW_ENGINE = {"core", "methods", "config", "sources", "nn"}
+_BELOW_ENGINE = {"core", "methods", "config", "sources", "nn", "paths"}
 _STORAGE = _BELOW_ENGINE
 _SCORING = _STORAGE | {"engine.storage"}
 _DATA = _SCORING | {"engine.scoring"}
@@ -34,9 +34,9 @@ _EXPERIMENTS = _LOOPS | {"engine.train"}
 KNOWS: dict[str, set[str]] = {
     "core": set(),
     "methods": _NUMPY,
-    "sources": _NUMPY,
+    "sources": _NUMPY | {"paths"},
     "nn": _NUMPY,
-    "config": _NUMPY | {"methods"},
+    "config": _NUMPY | {"methods", "paths"},
     "engine.storage": _STORAGE,
     "engine.scoring": _SCORING,
     "engine.data": _DATA,
@@ -46,7 +46,7 @@ KNOWS: dict[str, set[str]] = {
     "engine.user_loop": _LOOPS,
     "engine.train": _LOOPS,
     "experiments": _EXPERIMENTS,
-    "report": {"core", "config", "sources"},
+    "report": {"core", "config", "sources", "paths"},
     "prompts": _NUMPY,
     "prompts.actor": _NUMPY | {"prompts"},
     "prompts.sampler": _NUMPY | {"prompts", "prompts.actor"},
@@ -56,6 +56,7 @@ KNOWS: dict[str, set[str]] = {
     **{name: {"trainers"} for name in ("accelerate", "huggingface", "lightning")},
     "testing": _NUMPY | {"methods"},
     "__main__": {"cli"},
+    "paths": set(),
     "errors": set(),
 }
 KNOWS["__init__"] = set(KNOWS)
@@ -78,7 +79,7 @@ BANNED: dict[str, set[str]] = {
 # Packages that a layer imports inside functions only, so that importing the layer stays cheap.
 LAZY = {"core": {"scipy", "sklearn"}, "methods": {"scipy", "sklearn"}, "cli": {"ray"} | TORCH}
 WITHOUT_RAY = {"core", "methods", "sources", "nn", "config", "report", "errors", "testing", "__init__", "__main__"}
-WITHOUT_RAY |= {"prompts", "prompts.sampler"}
+WITHOUT_RAY |= {"paths", "prompts", "prompts.sampler"}
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     """Return the network's tensors in the newest checkpoint."""
     newest = newest_checkpoint(folder)
     assert newest is not None, f"{folder} has no valid checkpoint"
-    loaded: dict[str, torch.Tensor] = torch.load(newest / "model.pt", weights_only=True)
+    with (newest / "model.pt").open("rb") as stream:
+        loaded: dict[str, torch.Tensor] = torch.load(stream, weights_only=True)
     return loaded
 
 
@@ -76,7 +77,8 @@ def results(metrics: Iterable[dict[str, Any]], keys: Iterable[str] = RESULT_KEYS
 
 def scores_of(folder: Path) -> pd.DataFrame:
     """Return scores.parquet."""
-    return pd.read_parquet(folder / "scores.parquet")
+    with (folder / "scores.parquet").open("rb") as stream:
+        return pd.read_parquet(stream)
 
 
 def assert_same_run(one: RunResult, other: RunResult) -> None:

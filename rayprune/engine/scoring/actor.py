@@ -49,6 +49,7 @@ from rayprune.engine.storage.loop_run import LoopRun
 from rayprune.engine.storage.run_folder import write_scores, write_selection
 from rayprune.errors import CheckpointPending, ObservationsLost, StaleGeneration, UsageError
 from rayprune.methods import Method, build_method
+from rayprune.paths import as_path
 from rayprune.sources import SampleSource
 from rayprune.sources.base import shuffle_name
 
@@ -152,7 +153,7 @@ class ScoreActor:
         selector = self._spec.selector()
         if (epoch, step) > (0, 0):
             assert self._spec.run_folder is not None
-            folder = Path(self._spec.run_folder)
+            folder = as_path(self._spec.run_folder)
             if not is_written(checkpoint_path(folder, epoch, step)):
                 raise CheckpointPending(f"the checkpoint before step {step} of epoch {epoch} is not written yet")
             restore_selector(selector, checkpoint_path(folder, epoch, step))
@@ -296,11 +297,12 @@ class ScoreActor:
         """Write the epoch's selection and make the next one; return the seconds spent selecting."""
         assert self._selector is not None
         if self._spec.run_folder is not None:
-            folder = Path(self._spec.run_folder)
+            folder = as_path(self._spec.run_folder)
             write_selection(folder, epoch, self._selector.begin_epoch(epoch), self._spec.keep_selections)
         start = time.perf_counter()
         self._selector.end_sweep()
         if epoch + 1 < self._spec.num_epochs:
+            self._pass = self._plan = None  # free the plan first: at a billion samples it has 4 GB
             self._selector.begin_epoch(epoch + 1)
             self._start_epoch()
         return time.perf_counter() - start
@@ -404,7 +406,7 @@ class AuditRecord:
     class_names: tuple[str, ...]
     fingerprint: str
     seed: int
-    run_folder: str | None
+    run_folder: Path | None
 
 
 class LoopActor(ScoreActor):
@@ -475,7 +477,7 @@ class LoopActor(ScoreActor):
         spec.loop_run.log(line)
         if line["epoch"] + 1 == spec.num_epochs:
             labels = spec.source.labels if spec.labeled else None
-            write_scores(Path(spec.loop_run.folder), selector, labels, spec.source.fingerprint)
+            write_scores(spec.loop_run.folder, selector, labels, spec.source.fingerprint)
         return line
 
     def observe(self, key: AttemptKey, push: Push) -> None:

@@ -8,7 +8,7 @@
         position.json  epoch, step, counts, the last metrics line, and the run's identity (config digest, fingerprint)
         manifest.json  name → SHA-256; without it, a folder is incomplete
 
-Nothing is renamed, so this also works on storage without atomic renames, such as a mounted object store. Nothing needs
+Nothing is renamed, so this also works on object stores, mounted or by their own interface. Nothing needs
 pickle to load: torch loads with weights_only, NumPy without allow_pickle.
 """
 
@@ -19,7 +19,7 @@ import hashlib
 import json
 import logging
 import math
-import shutil
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from rayprune.engine.storage.costs import PriorCost
 from rayprune.errors import RaypruneError, RunFolderError, one_line
+from rayprune.paths import ObjectPath, copy_tree, remove_tree
 
 if TYPE_CHECKING:  # the ScoreActor loads states without torch, which would cost it 0.4 GB and a second
     import torch
@@ -40,6 +41,9 @@ logger = logging.getLogger(__name__)
 SCHEMA = 1
 _FOLDER, _MANIFEST, _POSITION = "checkpoints", "manifest.json", "position.json"
 _FILES = ("model.pt", "trainer.pt", "selector.npz", _POSITION)
+_WRITTEN = "written.json"  # on an object store, the names of the newest complete checkpoints
+_NUM_LISTED = 8
+_NAME = re.compile(r"epoch-\d{6}(-step-\d{8})?")
 _UNSAFE = "a file holds Python objects other than tensors and numbers, which would run code"
 
 
@@ -70,12 +74,16 @@ def write_checkpoint(
     remove_checkpoint(folder)  # by an earlier attempt
     try:
         folder.mkdir()
-        torch.save(dict(model), folder / "model.pt")
-        torch.save(dict(trainer), folder / "trainer.pt")
-        np.savez(folder / "selector.npz", **dict[str, Any](selector))
+        for name, state in (("model.pt", model), ("trainer.pt", trainer)):
+            with (folder / name).open("wb") as stream:
+                torch.save(dict(state), stream)
+        with (folder / "selector.npz").open("wb") as stream:
+            np.savez(stream, **dict[str, Any](selector))
         (folder / _POSITION).write_text(json.dumps({"schema": SCHEMA, "epoch": epoch, "step": step, **position}))
+        # Read again, as a write to an object store may have gone wrong.
         sums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
         (folder / _MANIFEST).write_text(json.dumps(sums, indent=1))
+        _list_as_written(folder)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         remove_checkpoint(folder)
         raise OSError(f"checkpoint {folder} could not be written: {error}") from error
@@ -87,8 +95,7 @@ def copy_checkpoint(origin: Path, run_folder: Path) -> Path:
     position = read_position(origin)
     folder = checkpoint_path(run_folder, position["epoch"], position["step"])
     remove_checkpoint(folder)
-    shutil.copytree(origin, folder, ignore=shutil.ignore_patterns(_MANIFEST))
-    shutil.copy2(origin / _MANIFEST, folder / _MANIFEST)
+    copy_tree(origin, folder, last=_MANIFEST)
     return folder
 
 
@@ -96,7 +103,7 @@ def remove_checkpoint(folder: Path) -> None:
     """Delete a checkpoint, if it exists; its manifest goes first, so that no remainder looks complete."""
     with contextlib.suppress(OSError):
         (folder / _MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_tree(folder)
 
 
 def set_aside(folder: Path) -> None:
@@ -141,8 +148,27 @@ def usable_checkpoint(
     return None
 
 
+def _list_as_written(folder: Path) -> None:
+    """Note a checkpoint on an object store, whose listings may not have it for a while."""
+    if isinstance(folder, ObjectPath):
+        names = [folder.name, *(other.name for other in _listed_as_written(folder.parent))]
+        (folder.parent / _WRITTEN).write_text(json.dumps(list(dict.fromkeys(names))[:_NUM_LISTED]))
+
+
+def _listed_as_written(checkpoints: Path) -> list[Path]:
+    if not isinstance(checkpoints, ObjectPath):
+        return []
+    try:
+        names = json.loads((checkpoints / _WRITTEN).read_text())
+        return [checkpoints / name for name in names if _NAME.fullmatch(name) and is_written(checkpoints / name)]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
 def _undamaged(run_folder: Path) -> Iterator[Path]:
-    for folder in sorted((run_folder / _FOLDER).glob("epoch-*"), reverse=True):
+    checkpoints = run_folder / _FOLDER
+    found = {*checkpoints.glob("epoch-*"), *_listed_as_written(checkpoints)}
+    for folder in sorted(found, reverse=True):
         problem = damage(folder)
         if problem is None:
             yield folder
@@ -246,8 +272,14 @@ def load_selector_state(run_folder: Path, epoch: int, step: int = 0) -> dict[str
         RunFolderError: the file can't be read.
     """
     folder = checkpoint_path(run_folder, epoch, step)
-    with refusing(folder), np.load(folder / "selector.npz", allow_pickle=False) as stored:
+    with refusing(folder), _open_selector(folder) as stored:
         return {name: stored[name] for name in stored.files}
+
+
+@contextlib.contextmanager
+def _open_selector(folder: Path) -> Iterator[Any]:
+    with (folder / "selector.npz").open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+        yield stored
 
 
 def restore_selector(selector: Selector, folder: Path) -> None:
@@ -257,7 +289,7 @@ def restore_selector(selector: Selector, folder: Path) -> None:
         FileNotFoundError: there is no such checkpoint.
         RunFolderError: the file can't be read, or is not of this run; names the checkpoint.
     """
-    with refusing(folder), np.load(folder / "selector.npz", allow_pickle=False) as stored:
+    with refusing(folder), _open_selector(folder) as stored:
         selector.load_state_dict({name: stored[name] for name in stored.files})
 
 
@@ -298,8 +330,8 @@ def load_tensors(file: Path, device: torch.device) -> dict[str, Any]:
     """
     import torch
 
-    with refusing(file.parent):
-        loaded = torch.load(file, map_location=device, weights_only=True)
+    with refusing(file.parent), file.open("rb") as stream:
+        loaded = torch.load(stream, map_location=device, weights_only=True)
         if not isinstance(loaded, dict):
             raise RunFolderError(f"{file.name} holds no dictionary")
     return dict(loaded)

@@ -38,6 +38,7 @@ from rayprune.engine.storage.trackers import Trackers
 from rayprune.errors import RunFolderError
 from rayprune.nn.device import host_copy
 from rayprune.nn.steps import TrainStep
+from rayprune.paths import ObjectPath
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +240,11 @@ class CheckpointWriter:
         (epoch, metrics), self._unreported = self._unreported, None
         checkpoint = None
         if self._rank == 0:
-            checkpoint = ray.train.Checkpoint.from_directory(str(checkpoint_path(self._folder, epoch)))
+            folder = checkpoint_path(self._folder, epoch)
+            if isinstance(folder, ObjectPath):
+                checkpoint = ray.train.Checkpoint(folder.key, folder.filesystem)
+            else:
+                checkpoint = ray.train.Checkpoint.from_directory(str(folder))
         ray.train.report(  # its files are already where Ray Train keeps them
             metrics, checkpoint=checkpoint, checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD
         )

@@ -15,8 +15,15 @@ from typing import Any
 import yaml
 
 from rayprune.core.redaction import redacted_tree
-from rayprune.engine.storage.run_folder import append_metrics, read_json, read_metrics, write_environment, write_whole
-from rayprune.errors import RunFolderError
+from rayprune.engine.storage.run_folder import (
+    append_metrics,
+    read_json,
+    read_metrics,
+    start_metrics,
+    write_environment,
+    write_whole,
+)
+from rayprune.errors import RunFolderError, one_line
 
 _SUMMED = ("samples_trained", "samples_padded", "samples_forwarded", "compute", "wall_time")
 
@@ -32,7 +39,7 @@ class LoopRun:
         facts: what environment.json holds besides versions and hardware.
     """
 
-    folder: str
+    folder: Path
     start: str
     config: Mapping[str, Any]
     facts: Mapping[str, Any]
@@ -43,13 +50,13 @@ class LoopRun:
         Raises:
             RunFolderError: it cannot be written, or holds another run.
         """
-        folder = Path(self.folder)
+        folder = self.folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "metrics.jsonl").open("a").close()
+            start_metrics(folder)
         except OSError as error:
             raise RunFolderError(
-                f"run folder {folder} can't be written ({error.strerror}): name another run="
+                f"run folder {folder} can't be written ({error.strerror or one_line(error)}): name another run="
             ) from None
         file = folder / "environment.json"
         fingerprint = read_json(file).get("fingerprint") if file.exists() else None
@@ -63,7 +70,7 @@ class LoopRun:
         Raises:
             RunFolderError: the folder holds epochs of an earlier start that this one does not continue.
         """
-        folder = Path(self.folder)
+        folder = self.folder
         lines = read_metrics(folder)
         environment = read_json(folder / "environment.json") if (folder / "environment.json").exists() else {}
         if any(line["epoch"] >= epoch for line in lines) and not resumed and environment.get("start") != self.start:
@@ -79,7 +86,7 @@ class LoopRun:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append an epoch's line, whose counts and seconds are added to those of the epochs before it."""
-        folder = Path(self.folder)
+        folder = self.folder
         before = [earlier for earlier in read_metrics(folder) if earlier["epoch"] < line["epoch"]]
         totals = {name: line[name] + (before[-1][name] if before else 0) for name in _SUMMED}
         append_metrics(folder, {**line, **totals})

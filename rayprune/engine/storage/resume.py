@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,15 +19,18 @@ from rayprune.engine.storage.checkpoint import (
     set_aside,
     usable_checkpoint,
 )
+from rayprune.engine.storage.lock import lock_folder
 from rayprune.engine.storage.run_folder import (
     append_metrics,
     mend_metrics,
     read_metrics,
+    start_metrics,
     write_environment,
     write_whole,
 )
 from rayprune.engine.storage.stored_config import read_like, read_tree
-from rayprune.errors import ConfigError, RunFolderError
+from rayprune.errors import ConfigError, RunFolderError, one_line
+from rayprune.paths import as_path, copy_tree
 from rayprune.sources import SampleSource
 from rayprune.sources.base import shuffle_name
 
@@ -125,15 +126,12 @@ def where_stopped(config: Config, folder: Path, epoch: int, step: int) -> str:
 def adopt_scoring(config: Config) -> None:
     """Copy the scoring runs of the run that `run.resume` names, unless this run has them: their scores are paid for."""
     own, path = run_folder_of(config), _resume_path(config)
-    if path is None or (own / SCORING).exists():
+    if path is None or is_scoring_run(own / SCORING):
         return
     for run in (path, *path.parents[1:2]):  # a run folder, or one of its checkpoints
         found = [folder for folder in run.glob(f"{SCORING}*") if is_scoring_run(folder)]
         for folder in sorted(found, reverse=True):  # the first one last: it says that all are there
-            partial = own / f"{folder.name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(folder, partial)
-            partial.replace(own / folder.name)
+            copy_tree(folder, own / folder.name, last="config.yaml")
         if found:
             return
 
@@ -171,7 +169,7 @@ def open_folder(
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock_folder(folder))
             (folder / "checkpoints").mkdir(exist_ok=True)
-            (folder / "metrics.jsonl").open("a").close()
+            start_metrics(folder)
             write_whole(folder / "config.yaml", config.to_yaml(), private=True)
             start = _find_start(config, source)
             if start is not None and check is not None:
@@ -186,22 +184,9 @@ def open_folder(
             write_environment(folder, seed=config.train.seed, fingerprint=source.fingerprint, code=code, **facts)
         except OSError as error:
             inside = "" if error.filename in (None, str(folder)) else f"{error.filename}: "
-            reason = f"{inside}{error.strerror}"
+            reason = f"{inside}{error.strerror or one_line(error)}"
             raise RunFolderError(f"run folder {folder} can't be written ({reason}): set run.storage_path") from None
         yield folder, epoch
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Lock the folder; the operating system releases the lock however the process ends."""
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunFolderError(
-                f"another process is training in {folder}: wait for it, or choose another run.name"
-            ) from None
-        yield
 
 
 def _find_start(config: Config, source: SampleSource) -> Path | None:
@@ -228,7 +213,7 @@ def _applicable(start: Path, folder: Path, check: Callable[[Path], None]) -> Pat
 
 def _resume_path(config: Config) -> Path | None:
     """Return the path that `run.resume` names, or None for its keywords."""
-    return None if config.run.resume in {"auto", "never"} else Path(config.run.resume).expanduser().resolve()
+    return None if config.run.resume in {"auto", "never"} else as_path(config.run.resume).resolve()
 
 
 def _named_checkpoint(path: Path) -> Path:

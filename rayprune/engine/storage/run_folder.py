@@ -22,7 +22,7 @@ from rayprune.core.redaction import redacted_tree
 from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
 from rayprune.errors import RunFolderError, one_line
-from rayprune.sources.storage import replace_file
+from rayprune.paths import ObjectPath, replace_file
 from rayprune.sources.tables import scores
 
 _VALIDATION = "validation.parquet"
@@ -71,10 +71,22 @@ def write_environment(run_folder: Path, **facts: Any) -> None:
     write_whole(run_folder / "environment.json", json.dumps(environment, indent=1) + "\n")
 
 
+def start_metrics(run_folder: Path) -> None:
+    """Create metrics.jsonl, unless it exists.
+
+    Raises:
+        OSError: the folder, or the file, can't be written.
+    """
+    file = run_folder / "metrics.jsonl"
+    if not (isinstance(file, ObjectPath) and file.exists()):
+        file.open("a").close()
+
+
 def append_metrics(run_folder: Path, record: Mapping[str, Any]) -> None:
     """Append one epoch's line to metrics.jsonl, after removing a line that a kill has cut short."""
     file = run_folder / "metrics.jsonl"
-    _remove_partial_line(file)
+    if not isinstance(file, ObjectPath):  # where a write appears as a whole
+        _remove_partial_line(file)
     with file.open("a") as stream:
         stream.write(json.dumps(_without_nan(record)) + "\n")
 
@@ -126,14 +138,16 @@ def write_selection(run_folder: Path, epoch: int, selection: Selection, keep: in
     folder = run_folder / "selections"
     folder.mkdir(exist_ok=True)
     arrays: dict[str, Any] = selection.to_arrays()
-    np.savez_compressed(folder / f"epoch-{epoch:06d}.npz", **arrays)
+    with (folder / f"epoch-{epoch:06d}.npz").open("wb") as stream:
+        np.savez_compressed(stream, **arrays)
     for old in sorted(folder.glob("epoch-*.npz"), reverse=True)[keep:]:
         old.unlink(missing_ok=True)
 
 
 def read_selection(run_folder: Path, epoch: int) -> Selection:
     """Return an epoch's Selection from selections/."""
-    with np.load(run_folder / "selections" / f"epoch-{epoch:06d}.npz", allow_pickle=False) as stored:
+    file = run_folder / "selections" / f"epoch-{epoch:06d}.npz"
+    with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
         return Selection.from_arrays(dict(stored))
 
 
@@ -159,7 +173,9 @@ def read_validation(run_folder: Path, num_samples: int) -> NDArray[np.bool_]:
     file = run_folder / _VALIDATION
     cure = "restore it, or delete the run folder to train the run again"
     try:
-        correct_V = np.asarray(pq.read_table(file, page_checksum_verification=True)["correct"].to_numpy())
+        with file.open("rb") as stream:
+            table = pq.read_table(stream, page_checksum_verification=True)
+        correct_V = np.asarray(table["correct"].to_numpy())
     except (OSError, KeyError, pa.ArrowException) as error:
         raise RunFolderError(f"{file} can't be read ({one_line(error)}): {cure}") from None
     if correct_V.shape != (num_samples,) or correct_V.dtype != bool:

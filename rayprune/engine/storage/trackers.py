@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import tempfile
 import threading
 import time
 import uuid
@@ -29,16 +30,19 @@ from rayprune.config import Config
 from rayprune.config.yaml import flatten
 from rayprune.engine.storage.run_folder import read_metrics, write_whole
 from rayprune.errors import ConfigError, one_line
+from rayprune.paths import ObjectPath, copy_file
 
 logger = logging.getLogger(__name__)
 
 _CLOSE_S = 30.0  # the longest wait at the end of a run, for all trackers together
 _LONGEST_PARAM = 500  # MLflow 2 refuses longer ones
 _PROJECT = "rayprune"
+# The variable that names another place than the run folder.
+_PLACES = {"mlflow": "MLFLOW_TRACKING_URI", "wandb": "WANDB_DIR"}
 
 
 def check_trackers(config: Config) -> None:
-    """Refuse a tracker that is not installed.
+    """Refuse a tracker that is not installed, or that would need local files where there are none.
 
     Raises:
         ConfigError: one line with the cure.
@@ -47,6 +51,12 @@ def check_trackers(config: Config) -> None:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # a folder of that name is a namespace package without an origin
             raise ConfigError(f"run.trackers has {name}, which is not installed: pip install 'rayprune[{name}]'")
+        variable = _PLACES[name]
+        if isinstance(config.run.storage_folder(), ObjectPath) and variable not in os.environ:
+            raise ConfigError(
+                f"run.trackers has {name}, whose own files can't be on an object store, and run.storage_path is "
+                f"{config.run.storage_path}: set {variable}, or use a local folder"
+            )
 
 
 def failures(run_folder: Path, config: Config) -> list[str]:
@@ -162,7 +172,7 @@ class Tracker(Protocol):
 
 def _require(folder: Path) -> None:
     """Refuse to start a tracker whose client would create the folder, and the run's folder above it, once more."""
-    if not folder.is_dir():
+    if not isinstance(folder, ObjectPath) and not folder.is_dir():
         raise FileNotFoundError(f"{folder} is gone")
 
 
@@ -183,16 +193,27 @@ class _TensorBoard:
         from tensorboardX import SummaryWriter
         from tensorboardX.record_writer import register_writer_factory
 
+        self._folder = run_folder / "tensorboard"
+        self._local: tempfile.TemporaryDirectory[str] | None = None
+        if isinstance(run_folder, ObjectPath):  # nothing can be appended there: the file is written again each epoch
+            self._local = tempfile.TemporaryDirectory(prefix="rayprune-")
+            self._writer = SummaryWriter(self._local.name)
+            return
         register_writer_factory(_ExistingFolder.scheme, _ExistingFolder())
-        self._writer = SummaryWriter(f"{_ExistingFolder.scheme}:{run_folder / 'tensorboard'}")
+        self._writer = SummaryWriter(f"{_ExistingFolder.scheme}:{self._folder}")
 
     def log(self, epoch: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, epoch)
         self._writer.flush()
+        if self._local is not None:
+            for file in Path(self._local.name).iterdir():
+                copy_file(file, self._folder / file.name)
 
     def close(self, finished: bool) -> None:
         self._writer.close()
+        if self._local is not None:
+            self._local.cleanup()
 
 
 class _MLflow:

@@ -10,7 +10,6 @@ Other inputs get a short text: their first values, or the start of a text.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 
 from rayprune.engine.storage.run_folder import RUN_SCHEMA
 from rayprune.engine.train.gallery import write_thumbnails
+from rayprune.paths import replace_folder
 from rayprune.sources import SampleSource, Splits
 from rayprune.sources.tables.audits import GROUPS, AuditTable
 
@@ -37,23 +37,22 @@ def write_audit_gallery(splits: Splits, table: AuditTable, folder: Path) -> Path
     Returns:
         The gallery's folder.
     """
-    target, partial = folder / FOLDER, folder / f"{FOLDER}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    target = folder / FOLDER
     groups = {group: _most_certain(table, group) for group in GROUPS}
     shown = {"train": sorted({sample for ids in groups.values() for sample in ids}), "validation": list[int]()}
     for sample in shown["train"].copy():
         if split := table.duplicate_split[sample]:
             shown[split].append(int(table.duplicate_of[sample]))
     samples = {}
-    for split, source in splits.by_name.items():
-        ids = sorted({sample for sample in shown[split] if sample < len(source)})
-        samples[split] = _samples(source, ids, partial, "" if split == "train" else f"{split}-")
-    entries = {group: [_entry(table, samples, splits.train, sample) for sample in ids] for group, ids in groups.items()}
-    content = {"schema": RUN_SCHEMA, "groups": entries}
-    (partial / "gallery.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    partial.replace(target)
+    with replace_folder(target, last="gallery.json") as partial:
+        for split, source in splits.by_name.items():
+            ids = sorted({sample for sample in shown[split] if sample < len(source)})
+            samples[split] = _samples(source, ids, partial, "" if split == "train" else f"{split}-")
+        entries = {
+            group: [_entry(table, samples, splits.train, sample) for sample in ids] for group, ids in groups.items()
+        }
+        content = {"schema": RUN_SCHEMA, "groups": entries}
+        (partial / "gallery.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return target
 
 

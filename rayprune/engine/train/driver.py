@@ -71,6 +71,7 @@ from rayprune.methods.fixed import Fixed
 from rayprune.nn.augment import Augment
 from rayprune.nn.device import pin_column
 from rayprune.nn.signals import check_signals
+from rayprune.paths import ray_storage
 from rayprune.sources import SampleSource, Splits, open_data
 from rayprune.sources.base import shuffle_name
 from rayprune.sources.views import Relabeled
@@ -522,7 +523,7 @@ class Run:
                 resources_per_worker=each if resources.num_workers else None,
             ),
             run_config=ray.train.RunConfig(
-                storage_path=str(self._folder),
+                **ray_storage(self._folder),
                 name="checkpoints",
                 # Ray learns of the newest checkpoint only when the next epoch ends.
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=max(1, self._config.run.keep_checkpoints - 1)),

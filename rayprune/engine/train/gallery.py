@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from rayprune.engine.storage.run_folder import RUN_SCHEMA, read_metrics
 from rayprune.engine.train.build import InputSpec
 from rayprune.engine.train.predictions import final_predictions
 from rayprune.errors import one_line
+from rayprune.paths import replace_folder
 from rayprune.sources import SampleSource
 from rayprune.sources.tables.scores import ScoreFile, read_scores
 
@@ -51,15 +51,10 @@ def write_gallery(
         folder: the run's folder, with scores.parquet.
         on_notice: called with the reason if there is no gallery.
     """
-    partial = folder / "gallery.partial"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        _write(config, source, spec, folder, partial)
-        shutil.rmtree(folder / "gallery", ignore_errors=True)
-        partial.replace(folder / "gallery")
+        with replace_folder(folder / "gallery", last="gallery.json") as partial:
+            _write(config, source, spec, folder, partial)
     except Exception as error:  # a picture for the report is not worth a run
-        shutil.rmtree(partial, ignore_errors=True)
         logger.debug("no gallery", exc_info=True)
         on_notice(
             f"no gallery of notable samples ({type(error).__name__}: {one_line(error)[:200]}); everything else was "

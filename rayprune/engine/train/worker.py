@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import ray.train
@@ -47,6 +46,7 @@ from rayprune.engine.train.metrics import (
 from rayprune.errors import TrainingPaused, TrainingStopped
 from rayprune.nn.augment import channels_first, seed_generators, step_seed
 from rayprune.nn.steps import BatchPlace
+from rayprune.paths import as_path
 
 _SECONDS = ("epoch", "train", "data_wait", "select", "record", "forward_only", "validate", "checkpoint")
 # Mistakes in a program: restarted workers would meet them again.
@@ -69,7 +69,7 @@ class Worker:
         self._place = DevicePlacer(spec.input.column, self._device)
         network = build_network(self._config, spec.input, self._device)
         self._saver = CheckpointWriter(
-            Path(spec.run_folder),
+            as_path(spec.run_folder),
             self._config,
             self.rank,
             fingerprint=spec.fingerprint,
@@ -99,10 +99,10 @@ class Worker:
 
         The clock keeps generations rising if the actor restarts, the actor if the run moves to a slower clock.
         """
-        if not (Path(self._spec.run_folder) / "config.yaml").exists():  # the run would start from the beginning
+        if not (as_path(self._spec.run_folder) / "config.yaml").exists():  # the run would start from the beginning
             raise FileNotFoundError(f"the run folder {self._spec.run_folder} is gone: bring its storage back")
         generation = max(self._spec.scores.generation() + 1, time.time_ns())
-        return generation, newest_position(Path(self._spec.run_folder))
+        return generation, newest_position(as_path(self._spec.run_folder))
 
     def run(self) -> None:
         """Train the remaining epochs."""
@@ -222,7 +222,7 @@ class Worker:
         if rows is not None:
             correct_V = rows.total(self.world_size)
             if self.rank == 0:
-                write_validation(Path(self._spec.run_folder), correct_V)
+                write_validation(as_path(self._spec.run_folder), correct_V)
         return sums.total(self.world_size)
 
     def _batches(self, header: PlanHeader) -> Iterator[Batch]:

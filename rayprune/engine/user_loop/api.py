@@ -47,6 +47,7 @@ from rayprune.engine.user_loop.shard import Shard, check_divisible, check_one_pr
 from rayprune.errors import ConfigError, DataError, one_line
 from rayprune.methods import Method, build_method
 from rayprune.methods.fixed import Fixed
+from rayprune.paths import as_path, on_filesystem
 from rayprune.sources import SampleSource, as_source
 from rayprune.sources.adapt import check_options
 from rayprune.sources.tables.audits import AuditTable
@@ -71,7 +72,7 @@ def prune(
     id_column: str = "id",
     num_workers: int = 0,
     world_size: int | None = None,
-    run: str | Path | None = None,
+    run: str | Path | ray.train.RunConfig | None = None,
     audit: bool = False,
     **source_options: Any,
 ) -> PrunedData:
@@ -96,7 +97,8 @@ def prune(
             Datasets whose items take time. 0 reads them in a thread.
         world_size: the trainer's number of workers; if given, batch_size is checked here and not when they start.
         run: a run folder to write metrics and scores to, for `rayprune report`, `show` and `select`; on storage that
-            every machine sees. `Epoch.log` adds your own metrics. None writes nothing.
+            every machine sees, such as `s3://bucket/runs/mine`. The trainer's RunConfig names the folder
+            `storage_path/name` on its storage. `Epoch.log` adds your own metrics. None writes nothing.
         audit: record every visit for `PrunedData.audit` and `Shard.audit`: `weigh` then needs the logits, and states
             hold the mean probabilities of all samples, N × C float32.
         **source_options: how the source is read. `label_column` for any data; also `columns`, `cache` and `cache_dir`
@@ -250,7 +252,7 @@ def local_loader(
     stream: Literal["local", "device"] = "local",
     num_workers: int = 0,
     device: torch.device | str | None = None,
-    run: str | Path | None = None,
+    run: str | Path | ray.train.RunConfig | None = None,
     audit: bool = False,
     **source_options: Any,
 ) -> Shard:
@@ -406,7 +408,7 @@ def _score_spec(
     num_epochs: int,
     batch_size: int,
     seed: int,
-    run: str | Path | None,
+    run: str | Path | ray.train.RunConfig | None,
     audit: bool,
     last_batch: LastBatch,
     origin: tuple[str, str],
@@ -460,11 +462,17 @@ def _check_labels(samples: SampleSource) -> None:
         raise ConfigError(f"audit=True needs labels from 0 on, and the lowest is {labels.min()}: number the classes")
 
 
-def _with_run(spec: ScoreSpec, folder: str | Path | None, source_name: str, stream: str) -> ScoreSpec:
+def _with_run(
+    spec: ScoreSpec, folder: str | Path | ray.train.RunConfig | None, source_name: str, stream: str
+) -> ScoreSpec:
     """Return a loop's spec with its run folder, which is checked; the means of all losses are then recorded."""
     if folder is None:
         return spec
-    path = Path(folder).expanduser().absolute()
+    if isinstance(folder, ray.train.RunConfig):
+        path = on_filesystem(str(folder.storage_path), folder.storage_filesystem) / str(folder.name)
+    else:
+        path = as_path(folder)
+    path = path.absolute()
     method = build_method(spec.method)
     config = {
         "run": {"name": path.name, "storage_path": str(path.parent)},
@@ -474,6 +482,6 @@ def _with_run(spec: ScoreSpec, folder: str | Path | None, source_name: str, stre
         "train": {"epochs": spec.num_epochs, "batch_size": spec.batch_size, "seed": spec.seed},
     }
     facts = {"seed": spec.seed, "fingerprint": spec.source.fingerprint, "stream": stream}
-    run = LoopRun(str(path), uuid.uuid4().hex, config, facts)
+    run = LoopRun(path, uuid.uuid4().hex, config, facts)
     run.check()
     return replace(spec, loop_run=run, record=("loss",))

@@ -6,7 +6,6 @@ Shapes: N samples, B batch, C classes.
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,7 +62,7 @@ def audit_loop(
     settings = AuditSettings("training_visits", record.class_names, rule, at, record.seed)
     found = Findings.of(evidence, compared, settings, source)
     if write and record.run_folder is not None:
-        found.write(Path(record.run_folder), record.fingerprint, {"rule": rule, "at": at})
+        found.write(record.run_folder, record.fingerprint, {"rule": rule, "at": at})
     return found.table
 
 

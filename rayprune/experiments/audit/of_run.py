@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from rayprune.config import Config
 from rayprune.config.code import Trust
 from rayprune.core.audit.suspects import Evidence
-from rayprune.engine.storage.resume import check_folder, finished_folder, lock_folder, run_folder_of
+from rayprune.engine.storage.lock import lock_folder
+from rayprune.engine.storage.resume import check_folder, finished_folder, run_folder_of
 from rayprune.engine.storage.stored_config import read_trusted
 from rayprune.engine.train.driver import open_splits
 from rayprune.engine.train.predictions import final_predictions

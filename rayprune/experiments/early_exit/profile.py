@@ -34,6 +34,7 @@ from rayprune.engine.storage.run_folder import write_whole
 from rayprune.engine.train.build import InputSpec
 from rayprune.errors import ConfigError, RunFolderError
 from rayprune.nn.models.multi_exit import MultiExitModel
+from rayprune.paths import as_path
 from rayprune.sources import SampleSource
 
 _TOP = 5  # top-5 accuracy, or all classes if there are fewer
@@ -182,7 +183,8 @@ def _checkpoint_of(file: Path) -> str | None:
     try:
         if file.suffix == ".json":
             return str(json.loads(file.read_text())["checkpoint"])
-        return str(pd.read_csv(file)["checkpoint"].iloc[0])
+        with file.open("rb") as stream:
+            return str(pd.read_csv(stream)["checkpoint"].iloc[0])
     except (ValueError, LookupError):
         return None
 
@@ -224,7 +226,7 @@ def read_thresholds(run_folder: Path | str, budget: int) -> NDArray[np.float32]:
         RunFolderError: the run has no thresholds.
         ConfigError: it has none for this budget.
     """
-    file = Path(run_folder) / _FOLDER / _THRESHOLDS
+    file = as_path(run_folder) / _FOLDER / _THRESHOLDS
     if not file.exists():
         raise RunFolderError(f"{run_folder} has no thresholds yet: rayprune evaluate {run_folder} --mode dynamic")
     stored = {entry["p"]: entry["thresholds"] for entry in json.loads(file.read_text())["budgets"]}

@@ -11,7 +11,6 @@ A trial is on the Pareto front if no other trial is more accurate without costin
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from rayprune.engine.storage.costs import costs_of
 from rayprune.engine.storage.run_folder import read_metrics, write_whole
 from rayprune.experiments.folder import ExperimentFolder
 from rayprune.experiments.sweep.space import Point, listed_points, sweep_digest, trial_config
-from rayprune.sources.storage import replace_file
+from rayprune.paths import replace_file, replace_folder
 
 Row = dict[str, Any]
 # Status of a trial. The same command resumes unfinished trials and repeats failed ones.
@@ -152,19 +151,15 @@ def write_results(folder: Path, base: Config, rows: Sequence[Row]) -> None:
     write_whole(folder / "results.csv", table.to_csv(index=False))
     with replace_file(folder / "results.parquet") as partial:
         table.to_parquet(partial, index=False)
-    fresh = folder / "pareto.partial"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
-    for row in rows:
-        if row["pareto"]:
-            config = trial_config(base, {key: row[key] for key in base.sweep.space})
-            run = config.run.model_copy(update={"name": None})
-            # Train again on the samples that the sweep held out.
-            data = config.data.model_copy(update={"hold_out": base.data.hold_out})
-            text = config.model_copy(update={"run": run, "data": data}).to_yaml()
-            write_whole(fresh / f"{row['trial']}.yaml", text, private=True)
-    shutil.rmtree(folder / "pareto", ignore_errors=True)
-    fresh.replace(folder / "pareto")
+    with replace_folder(folder / "pareto") as fresh:
+        for row in rows:
+            if row["pareto"]:
+                config = trial_config(base, {key: row[key] for key in base.sweep.space})
+                run = config.run.model_copy(update={"name": None})
+                # Train again on the samples that the sweep held out.
+                data = config.data.model_copy(update={"hold_out": base.data.hold_out})
+                text = config.model_copy(update={"run": run, "data": data}).to_yaml()
+                write_whole(fresh / f"{row['trial']}.yaml", text, private=True)
 
 
 def _one_line_yaml(value: Any) -> str:

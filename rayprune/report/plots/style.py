@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
-from rayprune.sources.storage import replace_file
+from rayprune.paths import replace_file
 
 INK, MUTED, GRID, PAPER = "#1c2330", "#566070", "#d9dde3", "#ffffff"
 # Okabe and Ito's palette for color-blind readers (Color Universal Design, 2008): the colors with a contrast of at least

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from rayprune.core.references import closest
 from rayprune.errors import ConfigError, DataError, RunFolderError
+from rayprune.paths import as_path
 from rayprune.sources.base import SampleSource
 from rayprune.sources.tables.scores import id_order, read_table, table_metadata, write_table
 
@@ -205,7 +206,7 @@ def write_audit(
     Raises:
         ConfigError: the folder does not exist, or the file has another suffix than .parquet.
     """
-    file = Path(path)
+    file = as_path(path)
     if file.is_dir():
         file /= AUDIT_NAME
     if file.suffix != ".parquet":
@@ -227,7 +228,7 @@ def read_audit(path: str | Path) -> AuditFile:
         RunFolderError: there is no such file, it is not an audit or of a newer schema, its ids are not each of 0..N-1
             once, or a column is missing or has a wrong value.
     """
-    file = Path(path)
+    file = as_path(path)
     if file.is_dir():
         file /= AUDIT_NAME
     if not file.is_file():

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from rayprune.core.references import closest
 from rayprune.errors import ConfigError, RunFolderError, one_line
+from rayprune.paths import ObjectPath, as_path, replace_file
 from rayprune.sources.base import id_faults
-from rayprune.sources.storage import replace_file
 
 SCORES_SCHEMA = 1
 METADATA_KEY = b"rayprune"
@@ -131,7 +131,7 @@ def read_scores(path: str | Path) -> ScoreFile:
         RunFolderError: there is no such file, it is not a table or of a newer schema, its ids are not each of 0..N-1
             once, or it holds no scores.
     """
-    file = Path(path)
+    file = as_path(path)
     if file.is_dir():
         file /= "scores.parquet"
         if not file.exists():
@@ -168,7 +168,7 @@ def write_table(path: Path, columns: Mapping[str, Any], metadata: Mapping[str, A
     Raises:
         ConfigError: the folder does not exist.
     """
-    if not path.parent.is_dir():
+    if not isinstance(path, ObjectPath) and not path.parent.is_dir():
         raise ConfigError(f"{path} can't be written: there is no folder {path.parent}, create it first")
     table = pa.table(dict(columns)).replace_schema_metadata({METADATA_KEY: json.dumps(metadata)})
     with replace_file(path) as partial:
@@ -182,7 +182,7 @@ def read_table(file: Path) -> pa.Table:
         RunFolderError: it is not one, or two columns have one name.
     """
     try:
-        with pq.ParquetFile(file, page_checksum_verification=True) as stored:
+        with file.open("rb") as stream, pq.ParquetFile(stream, page_checksum_verification=True) as stored:
             _check_size(file, stored.metadata)
             table = stored.read()
     except (pa.ArrowException, OSError) as error:
@@ -228,7 +228,8 @@ def check_schema(file: Path, stored: int, known: int) -> None:
 
 def _read_csv(file: Path) -> pa.Table:
     try:
-        return _check_column_names(pa.csv.read_csv(file), file)
+        with file.open("rb") as stream:
+            return _check_column_names(pa.csv.read_csv(stream), file)
     except UnicodeDecodeError as error:
         raise RunFolderError(f"{file} is not valid UTF-8 ({error.reason}): save it as UTF-8") from None
     except pa.ArrowException as error:

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from rayprune.core.selection import Selection
 from rayprune.errors import ConfigError, RunFolderError, one_line
+from rayprune.paths import as_path, replace_file
 from rayprune.sources.base import SampleSource
-from rayprune.sources.storage import replace_file
 from rayprune.sources.tables.scores import check_schema, read_table, table_metadata, write_table
 
 SELECTION_SCHEMA = 1
@@ -98,7 +98,7 @@ def write_selection_file(
     Raises:
         ConfigError: as `check_selection_path`.
     """
-    file = Path(path)
+    file = as_path(path)
     check_selection_path(file)
     metadata = {"kind": "selection", "schema": SELECTION_SCHEMA, "num_samples": selection.num_samples}
     metadata |= {"fingerprint": fingerprint, "about": dict(about or {})}
@@ -149,7 +149,7 @@ def read_selection_file(path: str | Path, num_samples: int | None = None) -> Sel
         RunFolderError: no such file, unreadable content or a newer schema; ids that are not whole numbers, repeat or
             are out of range; weights that are negative, NaN or infinite.
     """
-    file = Path(path)
+    file = as_path(path)
     _check_format(file, "a selection, which rayprune select writes, ends in")
     if not file.is_file():
         raise RunFolderError(f"{file} does not exist: `rayprune select` writes such a file")

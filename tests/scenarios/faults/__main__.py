@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.scenarios.kills.driver import running
 
-from .cells import DISTURBANCES, HEAD, SECOND_COMMAND, Cell, Failed, finish, new_driver, run_cell
+from .cells import DISTURBANCES, HEAD, TWO_COMMANDS, Cell, Failed, finish, new_driver, run_cell
 from .commands import COMMANDS, Command
 
 
@@ -23,7 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.scenarios.faults", description=__doc__)
     parser.add_argument("--commands", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
     parser.add_argument("--processes", nargs="+", choices=processes, default=processes)
-    choices = [*DISTURBANCES, SECOND_COMMAND]
+    choices = [*DISTURBANCES, *TWO_COMMANDS]
     parser.add_argument("--disturbances", nargs="+", choices=choices, default=choices)
     parser.add_argument("--out", type=Path, help="also write the table to this file, after each cell")
     arguments = parser.parse_args()
@@ -61,7 +61,7 @@ def main() -> int:
 def _pairs(command: Command, processes: list[str], disturbances: list[str]) -> Iterator[tuple[str, str]]:
     for process in command.processes:
         for disturbance in disturbances:
-            if process in processes and (process == "driver" or disturbance != SECOND_COMMAND):
+            if process in processes and (process == "driver" or disturbance not in TWO_COMMANDS):
                 yield process, disturbance
 
 

@@ -54,7 +54,8 @@ DISTURBANCES: dict[str, Callable[[psutil.Process], None]] = {
     "SIGTERM to its group": _send_to_group(signal.SIGTERM),
     "SIGINT twice to its group": _send_to_group(signal.SIGINT, 2),
 }
-SECOND_COMMAND = "the same command again"
+SECOND_COMMAND, BOTH_AT_ONCE = "the same command again", "the same command twice at once"
+TWO_COMMANDS = (SECOND_COMMAND, BOTH_AT_ONCE)
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,15 @@ def run_cell(command: Command, process: str, disturbance: str, folder: Path, ref
 
     Args:
         command: the command.
-        process, disturbance: a key of its processes, and of DISTURBANCES or SECOND_COMMAND.
+        process, disturbance: a key of its processes, and of DISTURBANCES or one of TWO_COMMANDS.
         folder: of the campaign.
         reference: the storage path of an undisturbed run.
     """
     driver = new_driver(command, folder, f"{command.name}-{process}-{disturbance}")
     with running(driver):
-        _wait_until_due(command, driver)
-        if disturbance == SECOND_COMMAND:
+        if disturbance != BOTH_AT_ONCE:
+            _wait_until_due(command, driver)
+        if disturbance in TWO_COMMANDS:
             outcome, seconds, lines = _second_command(driver)
         else:
             target = _target(command.processes[process], driver)

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 
 from rayprune.cli.main import cli
 from rayprune.config import Config
-from rayprune.engine.storage.resume import lock_folder
+from rayprune.engine.storage.lock import lock_folder
 from rayprune.engine.train.driver import open_splits, train
 from rayprune.engine.train.predictions import final_predictions
 from rayprune.engine.train.preflight import input_spec
