@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -89,10 +89,10 @@ def test_a_full_disk_leaves_nothing_of_a_checkpoint(tmp_path: Path, monkeypatch:
     write(tmp_path, 0, 1)
     save = torch.save
 
-    def fail(value: Any, path: Path) -> None:
-        if path.name == "trainer.pt":
+    def fail(value: Any, stream: IO[bytes]) -> None:
+        if stream.name.endswith("trainer.pt"):
             raise RuntimeError("PytorchStreamWriter failed writing file: file write failed")  # torch's own words
-        save(value, path)
+        save(value, stream)
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="could not be written"):
