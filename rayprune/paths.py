@@ -6,10 +6,12 @@ file is closed. Everything that a run writes keeps to this.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
 import pickle
+import re
 import shutil
 import tempfile
 import time
@@ -22,7 +24,7 @@ from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from rayprune.errors import REDACTED, ConfigError, redacted_url
+from rayprune.errors import REDACTED, ConfigError, one_line, redacted_url
 
 if TYPE_CHECKING:  # most paths are local, and importing pyarrow takes time
     import pyarrow.fs as pafs
@@ -32,13 +34,14 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 20.0
 _READ_BYTES = 1 << 23
 # Characters that pyarrow's parser takes unescaped; it refuses blanks and letters outside ASCII.
 _URI_CHARACTERS = "%/:?#[]@!$&'()*+,;="
+_ONE_SLASH = re.compile(r"[a-z][a-z0-9+.-]+:/(?!/)")
 
 
 def as_path(path: str | os.PathLike[str]) -> Path:
     """Return an `ObjectPath` for a URI such as `s3://bucket/runs`, otherwise a local path, its `~` expanded.
 
     Raises:
-        ConfigError: the URI has credentials or parameters, or names no bucket.
+        ConfigError: the URI has credentials or parameters, names no bucket, or lacks a slash.
 
     >>> as_path("s3://bucket/runs") / "a", as_path("/mnt/runs").name
     (ObjectPath('s3://bucket/runs/a'), 'runs')
@@ -48,6 +51,8 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     text = os.fspath(path)
     scheme, separator, rest = text.partition("://")
     if not separator:
+        if _ONE_SLASH.match(text):
+            raise ConfigError(f"{text} is neither a local path nor a URI: write it as {text.replace(':/', '://', 1)}")
         return Path(text).expanduser()
     if scheme == "file":
         return Path(f"/{rest.lstrip('/')}")
@@ -131,7 +136,10 @@ class ObjectPath(PosixPath):
             stream = io.BufferedReader(_ObjectReader(self), _READ_BYTES)
         elif kind in {"w", "a"}:
             before = self.read_bytes() if kind == "a" and self.is_file() else b""
-            stream = self.filesystem.open_output_stream(self.key)
+            try:
+                stream = self.filesystem.open_output_stream(self.key)
+            except NotImplementedError:
+                raise OSError(errno.EROFS, "this file system can only be read", str(self)) from None
             stream.write(before)
         else:
             raise ValueError(f"an object can't be opened with mode {mode!r}")
@@ -252,7 +260,13 @@ def _root(scheme: str, bucket: str) -> tuple[pafs.FileSystem, str]:
     if scheme in _GIVEN:
         filesystem, root = _GIVEN[scheme]
         return filesystem, root + bucket
-    filesystem, root = open_filesystem(f"{scheme}//{bucket}")
+    try:
+        filesystem, root = open_filesystem(f"{scheme}//{bucket}")
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"{scheme}//{bucket} can't be reached ({one_line(error)}): correct it, or the file system's settings in "
+            "the environment"
+        ) from None
     if scheme == "s3:":
         # A URI's file system gives up early, and that of Arrow's "standard" strategy after many errors in all.
         filesystem = pafs.S3FileSystem(

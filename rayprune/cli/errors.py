@@ -110,6 +110,7 @@ _PHRASES: tuple[tuple[str, Cure], ...] = (
     (r"loading state_dict|size mismatch for", _DAMAGED_STATE),
     (r"Cannot load file containing pickled data|allow_pickle", _DAMAGED_STATE),
     (r"Address already in use", Cure("end the program that uses the port, ss -ltnp")),
+    (r"AWS Error|curlCode", _STORAGE),
     (r"DataLoader worker .* (exited|is killed)", _MEMORY),
     (r"Failed to connect to GCS|raylet|GCS|has ended, perhaps for lack of memory$", _RAY),
 )

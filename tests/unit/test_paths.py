@@ -64,6 +64,20 @@ def test_credentials_in_a_uri_are_refused_and_not_shown(uri: str) -> None:
     assert "hush" not in str(caught.value)
 
 
+def test_a_uri_with_one_slash_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"s3:/bucket/a is neither .*: write it as s3://bucket/a"):
+        as_path("s3:/bucket/a")
+
+
+def test_a_file_system_that_is_unknown_or_can_only_be_read_is_one_line() -> None:
+    with pytest.raises(
+        ConfigError, match=r"nosuch://bucket can't be reached \(Protocol not known: nosuch\): correct it"
+    ):
+        as_path("nosuch://bucket/a").exists()
+    with pytest.raises(OSError, match="this file system can only be read"):
+        as_path("http://127.0.0.1:1/a").write_text("")
+
+
 @pytest.mark.parametrize("uri", ["s3://", "gs:///"])
 def test_a_uri_without_a_bucket_is_refused(uri: str) -> None:
     with pytest.raises(ConfigError, match="names no bucket"):

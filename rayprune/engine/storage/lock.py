@@ -95,6 +95,9 @@ def _wait_until_free(file: ObjectPath) -> None:
     first = _read(file)
     if not first or (is_alive := _is_alive(first)) is False:
         return
+    if not is_alive:
+        host = first.get("host")
+        logger.warning("%s was in use on %s: waiting up to %.0f s for a sign of life", file.parent, host, _LEASE_S)
     deadline = time.monotonic() + _LEASE_S
     while not is_alive and time.monotonic() < deadline:
         time.sleep(_POLL_S)
