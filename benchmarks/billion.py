@@ -79,7 +79,8 @@ def _figures_of(method: str, size: int) -> Iterator[Figure]:
             command = [sys.executable, "-m", "benchmarks.billion", part, method, str(size), folder]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                yield Figure(f"{method}, {size:.0e} samples, {part} failed (memory); exit code", [done.returncode])
+                reason = (done.stderr.strip().splitlines() or ["no message, as where memory is short"])[-1]
+                yield Figure(f"{method}, {size:.0e} samples, {part} failed: {reason}; exit code", [done.returncode])
                 return
             found[part] = json.loads(done.stdout)
     assert found["restart"].pop("hash") == found["run"].pop("hash"), "the restarted actor has another plan"

@@ -95,5 +95,5 @@ def draw_uniform(candidates: NDArray[np.bool_], count: int, rng: np.random.Gener
     if count < 1:
         return np.zeros_like(candidates)
     share = count / int(np.count_nonzero(candidates))
-    kept: NDArray[np.bool_] = thin(candidates.view(np.uint8), np.array([share]), rng).codes == 2
+    kept: NDArray[np.bool_] = thin(candidates.view(np.uint8), np.array([share]), rng).codes > 1
     return kept

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from rayprune.core.selection import Selection
 from rayprune.core.table import chunks
-from rayprune.errors import ConfigError
 
-_MAX_STRATUM = 10**9 - 1  # Generator.hypergeometric takes populations below 10^9
+# Generator.hypergeometric takes populations below 10^9. Larger strata are divided by ranges of ids: the inclusion
+# probabilities and the sum are the same.
+_MAX_STRATUM = 10**9 - 1
 
 
 def thin(
@@ -39,7 +40,8 @@ def thin(
     for rows in chunks(strata.size):
         remaining += np.bincount(strata[rows], minlength=num_strata)
     if remaining[1:].max(initial=0) > _MAX_STRATUM:
-        raise ConfigError(f"a stratum of {remaining[1:].max()} samples is above {_MAX_STRATUM}, the most to draw from")
+        parts = -(-strata.size // _MAX_STRATUM)
+        return thin(_by_ranges(strata, keep_ratios.size, parts), np.tile(keep_ratios, parts), rng)
     expected_drops = float(np.sum(remaining[1:] * (1.0 - keep_ratios)))
     to_keep = np.concatenate([remaining[:1], round_at_random(remaining[1:] * keep_ratios, rng)])
     codes = strata.astype(np.min_scalar_type(num_strata)) + np.uint8(1)
@@ -47,6 +49,15 @@ def thin(
         _thin_chunk(codes[rows], remaining, to_keep, rng)
     weights = np.concatenate([[1.0], 1.0 / keep_ratios]).astype(np.float32)
     return Selection(codes, weights, expected_drops=expected_drops)
+
+
+def _by_ranges(strata: NDArray[np.unsignedinteger[Any]], num_strata: int, parts: int) -> NDArray[Any]:
+    """Divide every stratum by ranges of ids, none longer than a draw can be."""
+    fine = np.zeros(strata.size, dtype=np.min_scalar_type(num_strata * parts))
+    for rows in chunks(strata.size):
+        part = np.arange(rows.start, rows.stop) // _MAX_STRATUM
+        fine[rows] = np.where(strata[rows] > 0, strata[rows] + part * num_strata, 0)
+    return fine
 
 
 def _thin_chunk(

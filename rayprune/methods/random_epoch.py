@@ -55,6 +55,6 @@ class RandomEpoch(Method):
             count = int(np.count_nonzero(waiting))
             share = min(to_draw, count) / count
             if share > 0:
-                kept |= thin(waiting.view(np.uint8), np.array([share]), context.rng).codes == 2
+                kept |= thin(waiting.view(np.uint8), np.array([share]), context.rng).codes > 1
             to_draw -= min(to_draw, count)
         return Selection.of_mask(kept, ratio, drops)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rayprune.core import table
+from rayprune.core import table, thinning
 from rayprune.core.selection import Selection
 from rayprune.core.thinning import round_at_random, thin, thin_with_class_floor
 
@@ -142,3 +142,18 @@ def test_a_floor_that_does_not_bind_leaves_counts_and_weights() -> None:
     selection = thin_with_class_floor(strata, np.array([0.5]), labels, 0.2, np.random.default_rng(0))
     assert np.bincount(labels[selection.ids]).tolist() == [250] * 4
     assert set(selection.weights.tolist()) == {2.0}
+
+
+def test_strata_above_the_limit_of_a_draw_are_thinned_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thinning, "_MAX_STRATUM", 7)
+    strata = np.array([0, 1, 2] * 10, dtype=np.uint8)
+    ratios = [0.3, 0.8]
+    masks_RN = kept_masks(strata, ratios)
+    for stratum, share in enumerate([1.0, *ratios]):
+        rates = masks_RN[:, strata == stratum].mean(axis=0)
+        assert rates == pytest.approx(share, abs=5 * math.sqrt(0.25 / NUM_DRAWS))
+    assert (masks_RN.sum(axis=1) == 10 + 3 + 8).all(), "the sum over all parts is rounded once"
+    selection = thin(strata, np.array(ratios), np.random.default_rng(0))
+    assert selection.expected_drops == pytest.approx(7 + 2)
+    expected = np.array([1.0, 1 / 0.3, 1 / 0.8], dtype=np.float32)[strata[selection.ids]]
+    np.testing.assert_array_equal(selection.weights, expected)
