@@ -143,7 +143,7 @@ def _paths(out: Sequence[str], source: Path, force: bool, content: str = "scores
     paths = [as_path(path) for path in out] or [source.with_name("chosen.parquet")]
     for path in paths:
         check_selection_path(path)
-        if path.exists() and (not force or path.absolute() == source.absolute()):
+        if path.exists() and (not force or path.resolve() == source.resolve()):
             cure = "give another --out" + ("" if force else ", or --force to overwrite it")
             raise ConfigError(f"{path} exists{f' and holds the {content}' if force else ''}: {cure}")
     return paths

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import signal
 import sys
@@ -11,7 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from rayprune.paths import as_path
 from tests.scenarios.kills.driver import running
+from tests.support.object_store import BUCKET, object_store
 
 from .cells import DISTURBANCES, HEAD, TWO_COMMANDS, Cell, Failed, finish, new_driver, run_cell
 from .commands import COMMANDS, Command
@@ -25,19 +28,25 @@ def main() -> int:
     parser.add_argument("--processes", nargs="+", choices=processes, default=processes)
     choices = [*DISTURBANCES, *TWO_COMMANDS]
     parser.add_argument("--disturbances", nargs="+", choices=choices, default=choices)
+    parser.add_argument("--object-store", action="store_true", help="store on an S3 server that fails now and then")
     parser.add_argument("--out", type=Path, help="also write the table to this file, after each cell")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leave no process behind
     cells: list[Cell] = []
     failures: list[str] = []
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="rayprune-faults-") as temporary:
+    with contextlib.ExitStack() as stack:
+        temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="rayprune-faults-"))
+        storage = None
+        if arguments.object_store:
+            stack.enter_context(stack.enter_context(object_store()).failing(share=0.02, slow_s=0.01))
+            storage = as_path(BUCKET)
         for name in arguments.commands:
             command = COMMANDS[name]
             reference = _reference(command, Path(temporary))
             for process, disturbance in _pairs(command, arguments.processes, arguments.disturbances):
                 try:
-                    cell = run_cell(command, process, disturbance, Path(temporary), reference)
+                    cell = run_cell(command, process, disturbance, Path(temporary), reference, storage)
                 except Failed as error:
                     failures.append(f"{name}, {process}, {disturbance}: {error}")
                     print(f"FAILED {failures[-1]}", flush=True)

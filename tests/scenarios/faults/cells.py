@@ -89,13 +89,13 @@ class Cell:
 HEAD = "| command | process | disturbance | outcome | seconds | result |\n|---|---|---|---|---:|---|"
 
 
-def new_driver(command: Command, folder: Path, name: str) -> Driver:
-    """Return a driver of the command, not started, in a folder of its own."""
+def new_driver(command: Command, folder: Path, name: str, storage: Path | None = None) -> Driver:
+    """Return a driver of the command, not started, in a folder of its own; its runs are there, or below `storage`."""
     home = folder / name.replace(" ", "-")
     config = command.config(folder)
     if "path" in config["data"]:
         config["data"]["cache_dir"] = str(home / "cache")
-    return Driver(home, config, command=command.word)
+    return Driver(home, config, None if storage is None else storage / home.name, command=command.word)
 
 
 def finish(driver: Driver) -> int:
@@ -112,7 +112,9 @@ def finish(driver: Driver) -> int:
     return code
 
 
-def run_cell(command: Command, process: str, disturbance: str, folder: Path, reference: Path) -> Cell | None:
+def run_cell(
+    command: Command, process: str, disturbance: str, folder: Path, reference: Path, storage: Path | None = None
+) -> Cell | None:
     """Disturb a new run of the command; None if the signal goes to the group of the driver, which is its own cell.
 
     Args:
@@ -120,8 +122,9 @@ def run_cell(command: Command, process: str, disturbance: str, folder: Path, ref
         process, disturbance: a key of its processes, and of DISTURBANCES or one of TWO_COMMANDS.
         folder: of the campaign.
         reference: the storage path of an undisturbed run.
+        storage: where the runs are stored; None for a local folder.
     """
-    driver = new_driver(command, folder, f"{command.name}-{process}-{disturbance}")
+    driver = new_driver(command, folder, f"{command.name}-{process}-{disturbance}", storage)
     with running(driver):
         if disturbance != BOTH_AT_ONCE:
             _wait_until_due(command, driver)
@@ -186,12 +189,18 @@ def _second_command(driver: Driver) -> tuple[str, float, int]:
 
 def _differences(storage: Path, reference: Path) -> Iterator[str]:
     """Yield the differences between the runs of two storage paths."""
-    runs, expected = (
-        sorted(str(file.parent.relative_to(path)) for file in path.rglob("metrics.jsonl"))
-        for path in (storage, reference)
-    )
+    runs, expected = (sorted(str(run.relative_to(path)) for run in _runs(path)) for path in (storage, reference))
     if runs != expected:
         yield f"runs {runs} instead of {expected}"
         return
     for run in runs:
         yield from differences(storage / run, reference / run)
+
+
+def _runs(path: Path) -> Iterator[Path]:
+    """Yield the run folders in and below a folder, on any storage."""
+    for entry in path.iterdir():
+        if entry.is_dir():
+            yield from _runs(entry)
+        elif entry.name == "metrics.jsonl":
+            yield path
