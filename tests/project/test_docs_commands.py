@@ -1,7 +1,8 @@
 """The commands of the README and docs/ run, page by page and from top to bottom.
 
 They run in this process on 120 digits, so that a page takes seconds. Not run here are sweep, compare and
-`ray job submit`, which tests/integration runs on a real Ray, and commands that name the reader's own files.
+`ray job submit`, which tests/integration runs on a real Ray, object stores, which it runs on a server, and commands
+that name the reader's own files.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ FEW_EPOCHS = {
 NAMED = {"methods.md": ["configs/digits_tdds.yaml"]}
 DEFAULT_NAMED = ["configs/digits_msdnet_l2w.yaml", "method.name=infobatch"]
 OWN_RUN = re.compile(r"\bruns/(NAME|A|B|C|demo)\b")
-SKIPPED = re.compile(r"^rayprune (sweep|compare) |/path/to|\bCONFIG\b|…|MY_SWEEP|runs/l2w-0|--device cuda")
+SKIPPED = re.compile(r"^rayprune (sweep|compare) |/path/to|\bCONFIG\b|…|MY_SWEEP|runs/l2w-0|--device cuda|s3://")
 
 
 def documented_commands() -> list[tuple[Path, list[str]]]:

@@ -34,7 +34,7 @@ from rayprune.paths import ObjectPath, copy_file
 
 logger = logging.getLogger(__name__)
 
-_CLOSE_S = 30.0  # the longest wait at the end of a run, for all trackers together
+_CLOSE_S = 60.0  # the longest wait at the end of a run, for all trackers together
 _LONGEST_PARAM = 500  # MLflow 2 refuses longer ones
 _PROJECT = "rayprune"
 # The variable that names another place than the run folder.
