@@ -63,6 +63,11 @@ _RAY_MEMORY = Cure("lower train.batch_size or the number of workers, or use mach
 _DATABASE = Cure("end other programs that use the database file, or delete it: it is written again")
 _DATA_VALUES = Cure("a file of the data has values that do not fit: correct it, or leave it out of the data")
 _STORAGE = Cure("check its address and your credentials for it, then run the same command again")
+_GLOO = Cure(
+    "the workers can't reach each other: open the network between the machines, and set GLOO_SOCKET_IFNAME on each one "
+    "to its interface there",
+    OTHER,
+)
 _PACKAGE = Cure("install it in this environment with pip")
 _TRACKER = Cure("check the tracker's server and login, or leave it out of run.trackers")
 _NESTED = Cure("a config, file or model is nested too deeply: make it flatter")
@@ -95,6 +100,7 @@ _RESOURCES = {_SPACE, _HANDLES, _MEMORY, _DISK}  # what can lie below any error
 # By a part of the text, for libraries that raise a RuntimeError or a ValueError for everything.
 _PHRASES: tuple[tuple[str, Cure], ...] = (
     (r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED", _GPU_MEMORY),
+    (r"connectFullMesh", _GLOO),
     (r"CUDA error|CUDNN_STATUS|NCCL", Cure("check the GPU and its driver with nvidia-smi", OTHER)),
     (r"No space left on device|Disk quota exceeded|unexpected pos \d+|file write failed|No usable temporary", _SPACE),
     (r"Too many open files", _HANDLES),

@@ -280,6 +280,9 @@ class RunSection(Section):
     )
     name: str | None = Field(None, description="folder name; default: the config's name and a digest of its content")
     resume: str = Field("auto", description="auto: continue; never: refuse a folder with a run; a path: start from it")
+    checkpoint_epochs: Annotated[int, UNBOUNDED] = Field(
+        1, ge=1, description="epochs between checkpoints at their ends; more where the score table is large"
+    )
     checkpoint_steps: Annotated[int | None, UNBOUNDED] = Field(
         None, ge=1, description="steps between checkpoints inside an epoch"
     )

@@ -1,4 +1,4 @@
-"""Load a user's object by a `module:name` or `path/to/file.py:name` reference."""
+"""Load a user's object by a `module:name` or `path/to/file.py:name` reference, and take its code to other machines."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.abc import ExecutionLoader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from rayprune.errors import ConfigError, RaypruneError, one_line
 
@@ -23,7 +26,7 @@ DRIVER_FOLDER = "rayprune-driver-folder:"
 _REFERENCE = re.compile(r"(?P<source>(?s:.+)\.py|[^\W\d]\w*(?:\.[^\W\d]\w*)*):[^\W\d]\w*")
 # Files of exit() and of the sys.exit that W&B puts in place of Python's.
 _EXITS = ("_sitebuiltins>", "_sitebuiltins.py", "wandb/sdk/lib/exit_hooks.py")
-# Modules that were imported from the current folder, which other processes do not have on their path.
+# Names of modules of the current folder, which other processes do not have on their path.
 _from_current_folder: set[str] = set()
 
 
@@ -130,7 +133,9 @@ def _load_module(name: str) -> Any:
         return module
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
-            raise ConfigError(f"module {name!r} was not found: install it or put its folder on PYTHONPATH") from None
+            raise ConfigError(
+                f"module {name!r} was not found: install it or put its folder on PYTHONPATH, on every machine"
+            ) from None
         raise
 
 
@@ -174,13 +179,15 @@ def user_modules() -> list[Any]:
 
 def _load_file(path: str) -> Any:
     file = Path(path).resolve()
-    if not file.is_file():
-        raise ConfigError(f"file {path!r} does not exist: correct its path")
     # One module per file and process, so that pickled instances find the same class again.
     name = f"{_USER_MODULE_PREFIX}{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, file)
+    spec = importlib.util.find_spec(name)  # its code has come from another process
+    if spec is None:
+        if not file.is_file():
+            raise ConfigError(f"file {path!r} does not exist: correct its path")
+        spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -205,3 +212,63 @@ def absolute_reference(reference: Any) -> Any:
         return reference
     file, colon, name = reference.rpartition(":")
     return f"{Path(file).expanduser().absolute()}{colon}{name}" if file.endswith(".py") else reference
+
+
+class _Code(NamedTuple):
+    file: str
+    source: str
+    is_package: bool
+
+
+class UserCode:
+    """Carries the user's code to other machines, which do not have the files of the command's folder.
+
+    Where an instance is unpickled, the `user_modules` that were loaded when it was pickled can be imported from then
+    on. Modules without source text are left out.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _receive, ({module.__name__: code for module in user_modules() if (code := _code_of(module))},)
+
+
+def _code_of(module: ModuleType) -> _Code | None:
+    loader: Any = module.__spec__.loader if module.__spec__ is not None else None
+    try:
+        source = loader.get_source(module.__name__)
+    except (AttributeError, ImportError, OSError):
+        return None
+    file = getattr(module, "__file__", None)
+    return _Code(file, source, hasattr(module, "__path__")) if source is not None and file is not None else None
+
+
+def _receive(modules: dict[str, _Code]) -> UserCode:
+    """Make modules importable in this process, before the files of this machine; those already loaded stay."""
+    _received.modules.update(modules)
+    if _received not in sys.meta_path:
+        sys.meta_path.insert(0, _received)
+    _from_current_folder.update(modules)
+    return UserCode()
+
+
+class _Received(MetaPathFinder, ExecutionLoader):
+    """Finds and loads the modules that came with a UserCode."""
+
+    def __init__(self) -> None:
+        self.modules: dict[str, _Code] = {}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return importlib.util.spec_from_loader(fullname, self) if fullname in self.modules else None
+
+    def get_filename(self, fullname: str) -> str:
+        return self.modules[fullname].file
+
+    def get_source(self, fullname: str) -> str:
+        return self.modules[fullname].source
+
+    def is_package(self, fullname: str) -> bool:
+        return self.modules[fullname].is_package
+
+
+_received = _Received()

@@ -17,7 +17,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +37,7 @@ from rayprune.errors import ClusterError, ConfigError
 from rayprune.sources import SampleSource
 
 Stream = Literal["ray", "local", "device"]
+Machines = Sequence[Mapping[str, float]]  # what each one has, as Ray counts it
 
 _ANSWER_S = 5.0
 _TOKEN_FILE = "~/.ray/auth_token"  # where ray.init keeps the token that it makes
@@ -50,6 +51,7 @@ _RAY_ERRORS = (OSError, RuntimeError, ValueError, AuthenticationError)  # of ray
 _LEAST_AUTO_CPUS = 0.5  # fewer CPUs for each worker mean that the machine is far too small for them
 _LEAST_TRIAL_CPUS = 0.25
 _LEAST_ADDRESS_SPACE = 32 * 2**30  # Ray aborts at 9 GiB
+_NAMED_MACHINES = 8  # in a message
 _TRIAL_ACTOR_CPUS = 0.1  # the actor of a trial with workers only waits for them
 
 
@@ -276,6 +278,32 @@ class Resources:
     stream_reason: str
 
 
+def machine_resources() -> list[dict[str, float]]:
+    """Return what each machine of the connected cluster has, as Ray counts it: {"CPU": 8.0, "GPU": 1.0, …}."""
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def _sum(machines: Machines, name: str) -> float:
+    return sum(machine.get(name, 0.0) for machine in machines)
+
+
+def _room(machines: Machines, cpus: float, use_gpu: bool) -> int:
+    """Return how many processes with so many CPUs, and a GPU, fit: each one needs them on one machine."""
+    return sum(
+        int(min(machine.get("CPU", 0.0) / cpus + 1e-6, machine.get("GPU", 0.0) if use_gpu else math.inf))
+        for machine in machines
+    )
+
+
+def _most_cpus(machines: Machines, num_processes: int, use_gpu: bool, reserve: float) -> float:
+    """Return the most CPUs that each of several processes can have, beside a reserve anywhere; 0 if they do not fit."""
+    cpus = _sum(machines, "CPU")
+    even = (cpus - reserve) / num_processes
+    parts = {machine.get("CPU", 0.0) / count for machine in machines for count in range(1, num_processes + 1)}
+    fits = [each for each in {even, *parts} if 0.0 < each <= even and _room(machines, each, use_gpu) >= num_processes]
+    return max(fits, default=0.0)
+
+
 def resolve_resources(config: Config, source: SampleSource) -> Resources:
     """Resolve every `auto` of the scaling section; Ray is connected, unless there are no workers.
 
@@ -290,15 +318,17 @@ def resolve_resources(config: Config, source: SampleSource) -> Resources:
         use_gpu = _resolve_gpu(scaling, torch.cuda.device_count(), 1)
         threads = len(os.sched_getaffinity(0)) if scaling.threads == "auto" else scaling.threads
         return Resources(0, use_gpu, 0.0, threads, stream, reason)
-    total = ray.cluster_resources()
-    cpus = total.get("CPU", 0.0)
+    machines = machine_resources()
+    cpus = _sum(machines, "CPU")
     fewest, most = scaling.worker_range
-    use_gpu = _resolve_gpu(scaling, int(total.get("GPU", 0.0)), fewest)
+    use_gpu = _resolve_gpu(scaling, int(_sum(machines, "GPU")), fewest)
     stream, reason = _worker_stream(scaling, source)
     # An elastic run starts as soon as its fewest workers fit; CPUs are divided among the most that fit today.
-    today = max(fewest, min(most, int(cpus)))
-    cpus_per_worker = _cpus_per_worker(scaling, today, cpus, stream)
-    threads = max(1, int(cpus // today)) if scaling.threads == "auto" else scaling.threads
+    today = max(fewest, min(most, _room(machines, 1.0, use_gpu)))
+    for_data = _cpus_for_data(stream, cpus)
+    largest = _most_cpus(machines, today, use_gpu, for_data)
+    cpus_per_worker = _cpus_per_worker(scaling, largest, machines, use_gpu, for_data)
+    threads = max(1, int(min(cpus // today, largest + for_data))) if scaling.threads == "auto" else scaling.threads
     return Resources(scaling.num_workers, use_gpu, cpus_per_worker, threads, stream, reason)
 
 
@@ -326,9 +356,10 @@ def _resolve_gpu(scaling: ScalingSection, num_gpus: int, num_workers: int) -> bo
     return use_gpu
 
 
-def _cpus_per_worker(scaling: ScalingSection, num_workers: int, cpus: float, stream: Stream) -> float:
-    for_data = _cpus_for_data(stream, cpus)
-    largest = (cpus - for_data) / num_workers
+def _cpus_per_worker(
+    scaling: ScalingSection, largest: float, machines: Machines, use_gpu: bool, for_data: float
+) -> float:
+    cpus = _sum(machines, "CPU")
     # Whole CPUs if there are enough. Fractions only matter to Ray's scheduler: threads are set separately.
     automatic = float(int(largest)) if largest >= 1 else max(largest, _LEAST_AUTO_CPUS)
     each = automatic if scaling.cpus_per_worker == "auto" else scaling.cpus_per_worker
@@ -340,7 +371,20 @@ def _cpus_per_worker(scaling: ScalingSection, num_workers: int, cpus: float, str
             f"scaling.num_workers {fewest} × {each:g} CPUs{data} is more than the {cpus:g} CPUs of the cluster, and "
             f"Ray would wait forever: set scaling.num_workers={most} or scaling.cpus_per_worker={largest:.2g}"
         )
+    if (room := _room(machines, each, use_gpu)) < fewest:
+        cure = f"scaling.num_workers={room}" if room else f"scaling.cpus_per_worker={largest:.2g}"
+        raise ClusterError(
+            f"{_each(machines, use_gpu)} have room for {room} workers with {each:g} CPUs{' and a GPU' * use_gpu}, and "
+            f"Ray would wait forever for {fewest}: set {cure}"
+        )
     return each
+
+
+def _each(machines: Machines, use_gpu: bool) -> str:
+    cpus = ", ".join(f"{machine.get('CPU', 0.0):g}" for machine in machines[:_NAMED_MACHINES])
+    gpus = ", ".join(f"{machine.get('GPU', 0.0):g}" for machine in machines[:_NAMED_MACHINES])
+    more = ", …" * (len(machines) > _NAMED_MACHINES)
+    return f"the machines of the cluster, of {cpus}{more} CPUs{f' and {gpus}{more} GPUs' * use_gpu},"
 
 
 def _cpus_for_data(stream: Stream, cpus: float) -> float:
@@ -394,14 +438,14 @@ class TrialResources:
 
 
 def divide_resources(
-    config: Config, source: SampleSource, request: ConcurrencyRequest, total: Mapping[str, float]
+    config: Config, source: SampleSource, request: ConcurrencyRequest, machines: Machines
 ) -> TrialResources:
     """Divide the resources among runs that go at the same time.
 
     Args:
         config, source: of the runs.
         request: how many runs.
-        total: all resources, as Ray counts them.
+        machines: what each machine has, as from `machine_resources`.
 
     Raises:
         ConfigError: the number of workers is a range.
@@ -412,22 +456,24 @@ def divide_resources(
         cure = f"set scaling.num_workers={scaling.num_workers[0]}"
         raise ConfigError(f"{request.noun}s at the same time need a fixed number of workers: {cure}")
     if scaling.num_workers == 0:
-        return _divide_in_process(scaling, request, total.get("CPU", 0.0), int(total.get("GPU", 0.0)))
+        return _divide_in_process(scaling, request, machines)
     alone = resolve_resources(config, source)
-    return _divide_with_workers(scaling, alone, request, total)
+    return _divide_with_workers(scaling, alone, request, machines)
 
 
-def _divide_in_process(scaling: ScalingSection, request: ConcurrencyRequest, cpus: float, gpus: int) -> TrialResources:
-    use_gpu = _resolve_gpu(scaling, gpus, 1)
+def _divide_in_process(scaling: ScalingSection, request: ConcurrencyRequest, machines: Machines) -> TrialResources:
+    use_gpu = _resolve_gpu(scaling, int(_sum(machines, "GPU")), 1)
     threads = 1 if scaling.threads == "auto" else scaling.threads
-    if threads > cpus:
+    room = _room(machines, threads, use_gpu)
+    if not room:
+        largest = int(_most_cpus(machines, 1, use_gpu, 0.0))
         raise ClusterError(
-            f"no {request.noun} can have {threads} threads: the cluster has {cpus:g} CPUs, and Ray would wait forever: "
-            f"set scaling.threads={max(1, int(cpus))}"
+            f"no {request.noun} can have {threads} threads: a machine has at most {largest} CPUs"
+            f"{' beside a GPU' * use_gpu}, and Ray would wait forever: set scaling.threads={max(1, largest)}"
         )
-    concurrent = request.limit(int(min(cpus // threads, gpus if use_gpu else math.inf)))
+    concurrent = request.limit(room)
     if scaling.threads == "auto":
-        threads = max(1, int(cpus // concurrent))
+        threads = max(1, int(_most_cpus(machines, concurrent, use_gpu, 0.0)))
     reserved = {"CPU": float(threads), **({"GPU": 1.0} if use_gpu else {})}
     settings = {"threads": threads, "use_gpu": use_gpu, "stream": _in_process_stream(scaling)[0]}
     text = f"{concurrent} at once, {threads} thread{'s' if threads > 1 else ''}{' and a GPU' if use_gpu else ''} each"
@@ -435,11 +481,11 @@ def _divide_in_process(scaling: ScalingSection, request: ConcurrencyRequest, cpu
 
 
 def _divide_with_workers(
-    scaling: ScalingSection, alone: Resources, request: ConcurrencyRequest, total: Mapping[str, float]
+    scaling: ScalingSection, alone: Resources, request: ConcurrencyRequest, machines: Machines
 ) -> TrialResources:
-    workers, cpus = scaling.worker_range[0], total.get("CPU", 0.0)
+    workers, cpus = scaling.worker_range[0], _sum(machines, "CPU")
     overhead = _TRIAL_ACTOR_CPUS + _cpus_for_data(alone.stream, cpus)
-    largest = math.floor((cpus - overhead) / workers * 100) / 100
+    largest = math.floor(_most_cpus(machines, workers, alone.use_gpu, overhead) * 100) / 100
     each = min(1.0, largest) if scaling.cpus_per_worker == "auto" else scaling.cpus_per_worker
     if each > largest or each < _LEAST_TRIAL_CPUS:
         cure = f"scaling.cpus_per_worker={largest:g}" if largest >= _LEAST_TRIAL_CPUS else "scaling.num_workers=0"
@@ -447,12 +493,11 @@ def _divide_with_workers(
             f"no {request.noun} can have its {workers} workers × {max(each, _LEAST_TRIAL_CPUS):g} CPUs and "
             f"{overhead:g} CPUs for itself: the cluster has {cpus:g}, and Ray would wait forever: set {cure}"
         )
-    most = int(cpus // (workers * each + overhead))
-    if alone.use_gpu:
-        most = min(most, int(total.get("GPU", 0.0) // workers))
+    most = min(int(cpus // (workers * each + overhead)), _room(machines, each, alone.use_gpu) // workers)
     concurrent = request.limit(most)
     if scaling.cpus_per_worker == "auto":
-        each = math.floor((cpus / concurrent - overhead) / workers * 100) / 100
+        each = _most_cpus(machines, workers * concurrent, alone.use_gpu, overhead * concurrent)
+        each = math.floor(each * 100) / 100
         each = float(int(each)) if each >= 1 else each
     threads = max(1, int(cpus // (workers * concurrent))) if scaling.threads == "auto" else scaling.threads
     settings = {"threads": threads, "use_gpu": alone.use_gpu, "stream": alone.stream, "cpus_per_worker": each}

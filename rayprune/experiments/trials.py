@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ray.tune.search import Searcher
 from rayprune.config import Config, make_config
 from rayprune.config.yaml import read_yaml
 from rayprune.core.redaction import check_secrets, with_secrets
+from rayprune.core.references import UserCode
 from rayprune.engine.cluster import TrialResources
 from rayprune.engine.monitoring import error_line, kept_handlers
 from rayprune.engine.storage.resume import is_scoring_run, run_folder_of
@@ -109,7 +110,9 @@ def run_trials(
     remove_tree(record)
     events = _Events(listeners)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(Trial, secrets=dict(secrets)), resources.reserved),
+        tune.with_resources(
+            tune.with_parameters(Trial, secrets=dict(secrets), user_code=UserCode()), resources.reserved
+        ),
         param_space=space,
         tune_config=tune.TuneConfig(
             search_alg=search,
@@ -166,10 +169,13 @@ class Trial(tune.Trainable):
     its folder and release its workers. A resumed run first reports its earlier epochs, for the scheduler.
     """
 
-    def setup(self, config: dict[str, Any], secrets: Mapping[str, Any] | None = None) -> None:
-        """Start the run of `config["trial"]`, a `trial_spec`, in a thread; Tune adds the secrets."""
+    def setup(
+        self, config: dict[str, Any], secrets: Mapping[str, Any] | None = None, user_code: UserCode | None = None
+    ) -> None:
+        """Start the run of `config["trial"]`, a `trial_spec`, in a thread; Tune adds the other arguments."""
         spec = config["trial"]
-        os.chdir(spec["cwd"])  # relative paths in a config refer to the driver's folder
+        with suppress(FileNotFoundError):  # on another machine
+            os.chdir(spec["cwd"])  # relative paths in a config refer to the driver's folder
         tree = with_secrets(read_yaml(spec["yaml"]), secrets or {})
         check_secrets(tree, f"trial {spec['name']}")
         self._run_config = make_config(tree)

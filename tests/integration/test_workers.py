@@ -154,6 +154,20 @@ def test_trackers_continue_after_a_restart(faulty: FaultyRun) -> None:
         assert sorted(step for step, _ in points["train_loss"]) == list(range(EPOCHS))
 
 
+@pytest.mark.scenario
+def test_a_lost_actor_between_checkpoints_costs_the_epochs_since_the_last(
+    tmp_path: Path, undisturbed: RunResult
+) -> None:
+    model = {"name": user("faulty"), "pause_s": 0.1, "push_rows": 32}
+    run = {"checkpoint_epochs": EPOCHS}
+    with ActorKiller(epoch=1) as killer:
+        result = train(workers_config(tmp_path, "seldom", 2, model=model, run=run))
+    assert killer.killed_at is not None, "the actor was not killed inside the epoch"
+    lines = (tmp_path / "seldom" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [0, 0, 1, 2], "the run started again"
+    assert_same_run(result, undisturbed)
+
+
 def test_the_union_of_ranks_is_the_selection(undisturbed: RunResult) -> None:
     selections = [read_selection(undisturbed.folder, epoch) for epoch in range(EPOCHS)]
     assert selections[1].num_kept < 301, "301 digits: whole batches of 32 for two ranks need padding"

@@ -1,14 +1,15 @@
 """The commands of the README and docs/ run, page by page and from top to bottom.
 
-They run in this process on 120 digits, so that a page takes seconds. Not run here are sweep, compare and
-`ray job submit`, which tests/integration runs on a real Ray, object stores, which it runs on a server, and commands
-that name the reader's own files.
+They run in this process on 120 digits, so that a page takes seconds, and on an S3 server if they name one. Not run
+here are sweep, compare and `ray job submit`, which tests/integration runs on a real Ray, and commands that name the
+reader's own files.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from rayprune.cli.main import cli
 from rayprune.sources.tables.scores import write_scores
 from tests.project.test_docs import PAGES, blocks, commands, configs_in
 from tests.project.test_examples import load_example
+from tests.support.object_store import object_store
 from tests.support.paths import ROOT
 
 SMALL = [
@@ -38,7 +40,7 @@ FEW_EPOCHS = {
 NAMED = {"methods.md": ["configs/digits_tdds.yaml"]}
 DEFAULT_NAMED = ["configs/digits_msdnet_l2w.yaml", "method.name=infobatch"]
 OWN_RUN = re.compile(r"\bruns/(NAME|A|B|C|demo)\b")
-SKIPPED = re.compile(r"^rayprune (sweep|compare) |/path/to|\bCONFIG\b|…|MY_SWEEP|runs/l2w-0|--device cuda|s3://")
+SKIPPED = re.compile(r"^rayprune (sweep|compare) |/path/to|\bCONFIG\b|…|MY_SWEEP|runs/l2w-0|--device cuda")
 
 
 def documented_commands() -> list[tuple[Path, list[str]]]:
@@ -83,6 +85,11 @@ def run(runner: CliRunner, words: list[str]) -> None:
 @pytest.mark.parametrize(("page", "lines"), documented_commands(), ids=[page.name for page, _ in documented_commands()])
 def test_commands_run(page: Path, lines: list[str], checkout: CliRunner) -> None:
     write_files(page)
+    with object_store() if any("s3://" in line for line in lines) else nullcontext():
+        run_all(page, lines, checkout)
+
+
+def run_all(page: Path, lines: list[str], checkout: CliRunner) -> None:
     if any("noisy_digits.npz" in line for line in lines):
         load_example("noisy_digits").write("noisy_digits.npz")
     if any(OWN_RUN.search(line) for line in lines):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -103,6 +104,13 @@ class ObjectStore:
     _server: _Server
 
     @contextmanager
+    def also_at(self, listener: socket.socket) -> Iterator[dict[str, str]]:
+        """Serve the same objects at another socket while the block runs; yield the variables for it."""
+        host, port = listener.getsockname()[:2]
+        with _serving(self._server, host, port, listener.fileno()) as url:
+            yield {**self.environment, "AWS_ENDPOINT_URL": url}
+
+    @contextmanager
     def failing(self, **faults: float) -> Iterator[Faults]:
         """Let requests fail while the block runs; see `Faults`."""
         self._server.faults = Faults(**faults)  # type: ignore[arg-type]
@@ -117,18 +125,14 @@ def object_store() -> Iterator[ObjectStore]:
     """Run a server with an empty bucket; this process and those that it starts use it while the block runs."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
     app = _Server()
-    server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=MotoRequestHandler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    environment = {
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_ENDPOINT_URL": url,
-    }
-    with pytest.MonkeyPatch.context() as patch:
+    with _serving(app, "127.0.0.1") as url, pytest.MonkeyPatch.context() as patch:
+        environment = {
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_ENDPOINT_URL": url,
+        }
         for name, value in environment.items():
             patch.setenv(name, value)
         paths._root.cache_clear()
@@ -137,5 +141,15 @@ def object_store() -> Iterator[ObjectStore]:
         S3FileSystem(allow_bucket_creation=True, endpoint_override=url).create_dir(BUCKET.removeprefix("s3://"))
         yield ObjectStore(url, environment, app)
     paths._root.cache_clear()
-    server.shutdown()
-    thread.join()
+
+
+@contextmanager
+def _serving(app: _Server, host: str, port: int = 0, fd: int | None = None) -> Iterator[str]:
+    server = make_server(host, port, app, threaded=True, request_handler=MotoRequestHandler, fd=fd)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://{host}:{server.socket.getsockname()[1]}"
+    finally:
+        server.shutdown()
+        thread.join()

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from rayprune.core.audit.visits import SIGNALS as AUDITED
 from rayprune.core.audit.visits import TrainingVisits
 from rayprune.core.plan import BLOCK_ROWS, LastBatch, Plan, block_rows
+from rayprune.core.references import UserCode
 from rayprune.core.selection import Selection
 from rayprune.core.selector import Selector
 from rayprune.core.table import column_quantiles
@@ -80,6 +81,8 @@ class ScoreSpec:
         task_rows: the largest number of rows in a read task of the stream.
         loop_run: the run folder of a user's loop.
         audits: whether a user's loop keeps what an audit needs of its training visits.
+        checkpoint_epochs: epochs between the checkpoints at their ends.
+        user_code: the user's modules, for an actor on another machine.
     """
 
     method: dict[str, Any] | Method
@@ -100,6 +103,8 @@ class ScoreSpec:
     task_rows: int = BLOCK_ROWS
     loop_run: LoopRun | None = None
     audits: bool = False
+    checkpoint_epochs: int = 1
+    user_code: UserCode = field(default_factory=UserCode, compare=False)
 
     def selector(self) -> Selector:
         """Build a fresh Selector."""
@@ -154,9 +159,15 @@ class ScoreActor:
         if (epoch, step) > (0, 0):
             assert self._spec.run_folder is not None
             folder = as_path(self._spec.run_folder)
-            if not is_written(checkpoint_path(folder, epoch, step)):
+            checkpoint = checkpoint_path(folder, epoch, step)
+            if not is_written(checkpoint):
+                if step == 0 and epoch % self._spec.checkpoint_epochs:
+                    raise ObservationsLost(
+                        f"the ScoreActor has died, and the scores before epoch {epoch + 1} are in no checkpoint "
+                        f"(run.checkpoint_epochs = {self._spec.checkpoint_epochs}): the run goes on from its last one"
+                    )
                 raise CheckpointPending(f"the checkpoint before step {step} of epoch {epoch} is not written yet")
-            restore_selector(selector, checkpoint_path(folder, epoch, step))
+            restore_selector(selector, checkpoint)
         selector.begin_epoch(epoch)
         return selector
 
@@ -230,7 +241,7 @@ class ScoreActor:
         """Fold one push into the table, once."""
         try:
             selector = self._enter(key)
-        except (StaleGeneration, CheckpointPending) as error:  # the next barrier names it as missing
+        except (StaleGeneration, CheckpointPending, ObservationsLost) as error:  # the next barrier names it as missing
             logger.info("refused a push: %s", error)
             return
         received = self._received.setdefault(push.rank, set())

@@ -1,8 +1,8 @@
 """Write a run's checkpoints and metrics lines, and report them to Ray Train and the trackers.
 
 Every rank holds a CheckpointWriter; only rank 0 writes. Training waits while the state is copied; a thread writes the
-copy. An epoch's line is written after its checkpoint, and Ray Train gets both when the next epoch ends, so everything
-that is reported is on disk.
+copy. An epoch's line is written after its checkpoint, if it has one, and Ray Train gets both when the next epoch ends,
+so everything that is reported is on disk.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ class CheckpointWriter:
         self._last_line: dict[str, Any] | None = None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="rayprune-checkpoint")
         self._pending: Future[None] | None = None
-        self._unreported: tuple[int, dict[str, Any]] | None = None
+        # The epoch of the checkpoint to report, if there is one, and the figures.
+        self._unreported: tuple[int | None, dict[str, Any]] | None = None
 
     def restore(
         self, epoch: int, step: int, network: torch.nn.Module, train_step: TrainStep, device: torch.device
@@ -156,10 +157,10 @@ class CheckpointWriter:
         Args:
             epoch: the next epoch.
             metrics, seconds: the line.
-            state: on rank 0, None on the others.
+            state: on rank 0; None on the others, and for an epoch that ends without a checkpoint.
         """
-        self._unreported = (epoch, metrics)
-        if state is None:
+        self._unreported = (epoch if state is not None else None, metrics)
+        if self._rank > 0:
             return
         rounded = {name: round(value, 6) for name, value in seconds.items()}
         line = {**metrics, "seconds": rounded, "wall_time": round(self._wall_time(), 3)}
@@ -167,16 +168,19 @@ class CheckpointWriter:
         position = self._position([])  # now: the counts change while the thread writes
 
         def write() -> None:
-            self._write(epoch, 0, state, position)
+            if state is not None:
+                self._write(epoch, 0, state, position)
             append_metrics(self._folder, line)
             self._trackers.log(line)
+            if state is None:  # a checkpoint inside the epoch may be the newest
+                return
             remove_old_steps(self._folder, epoch, 0, 0)
             keep = self._config.run.keep_checkpoints
             # Ray Train deletes old checkpoints itself, but not in its local mode, and not those that it never heard of
             # because workers restarted. Those that it may still delete must exist, so keep more than it does.
             remove_old_checkpoints(self._folder, keep if self._config.scaling.num_workers == 0 else 2 * keep + 3)
 
-        self._submit(write, state)
+        self._submit(write, state is not None and state.is_shared)
 
     def save_mid_epoch(self, epoch: int, step: int, state: StateCopy, sums: list[float], resume_step: int) -> None:
         """Start to write the state before a step of an epoch (rank 0).
@@ -193,11 +197,11 @@ class CheckpointWriter:
             else:
                 remove_old_steps(self._folder, epoch, self._config.run.keep_checkpoints, resume_step)
 
-        self._submit(write, state)
+        self._submit(write, state.is_shared)
 
-    def _submit(self, write: Callable[[], None], state: StateCopy) -> None:
+    def _submit(self, write: Callable[[], None], waits: bool) -> None:
         self._pending = self._executor.submit(write)
-        if state.is_shared:
+        if waits:
             self.wait()
 
     def _write(self, epoch: int, step: int, state: StateCopy, position: Mapping[str, Any]) -> None:
@@ -239,7 +243,7 @@ class CheckpointWriter:
             return
         (epoch, metrics), self._unreported = self._unreported, None
         checkpoint = None
-        if self._rank == 0:
+        if epoch is not None:
             folder = checkpoint_path(self._folder, epoch)
             if isinstance(folder, ObjectPath):
                 checkpoint = ray.train.Checkpoint(folder.key, folder.filesystem)

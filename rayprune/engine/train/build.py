@@ -13,6 +13,7 @@ from torch import nn
 
 from rayprune.config import Config
 from rayprune.core.bases.in_batch import InBatchMethod
+from rayprune.core.references import UserCode
 from rayprune.core.selection import Selection
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.storage.costs import PriorCost
@@ -165,6 +166,7 @@ class WorkerSpec:
         use_gpu, threads: what this worker computes on.
         num_validation: rows of the validation split, 0 without one.
         prior_cost: the cost of the run that scored the samples.
+        user_code: the user's modules, for a worker on another machine.
     """
 
     config: Config
@@ -178,6 +180,7 @@ class WorkerSpec:
     threads: int
     num_validation: int
     prior_cost: PriorCost = field(default_factory=PriorCost)
+    user_code: UserCode = field(default_factory=UserCode)
 
 
 def pick_device(use_gpu: bool) -> torch.device:

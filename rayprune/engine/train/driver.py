@@ -62,6 +62,7 @@ from rayprune.engine.train.preflight import (
     input_spec,
     notices,
 )
+from rayprune.engine.train.process_group import ProcessGroup
 from rayprune.engine.train.resumption import new_selector, try_checkpoint
 from rayprune.engine.train.static_subset import Scored, check_subset, chosen_subset, keep_subset, score_samples
 from rayprune.engine.train.worker import Worker
@@ -422,6 +423,7 @@ class Run:
             record=record,
             visits_collected=setup.prior_cost.samples_trained,
             meta_every=config.train.meta_interval,
+            checkpoint_epochs=config.run.checkpoint_epochs,
         )
         self._handle: Any = None
         if resources.stream == "ray":
@@ -516,6 +518,7 @@ class Run:
         each = {"CPU": resources.cpus_per_worker, **({"GPU": 1.0} if resources.use_gpu else {})}
         return TorchTrainer(
             loop,
+            torch_config=ProcessGroup(),
             scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]  # typed as Train's first version
                 num_workers=resources.num_workers,  # type: ignore[arg-type]
                 use_gpu=resources.use_gpu,

@@ -39,6 +39,7 @@ from rayprune.nn.steps.l2w import weight_range
 from rayprune.sources import SampleSource, default_augment, input_statistics
 
 # Smaller batches may be mostly padding: it costs little, and a first try on a few samples works.
+_LARGE_MIB = 1024.0  # a checkpoint worth a notice
 _SMALL_BATCH = 4_096
 # Enough samples for a method to refuse its settings, few enough to cost nothing.
 _TRIAL_SAMPLES = 1_000
@@ -236,8 +237,9 @@ def forward_flops(config: Config, spec: InputSpec) -> int:
 def notices(config: Config, spec: InputSpec, num_samples: int, method: Method, use_gpu: bool) -> list[str]:
     """Return a line for each thing that the run cannot promise.
 
-    These are scores from logits of lower precision than the paper's, learned weights that can be negative, and signals
-    too large for workers to keep, so that a lost ScoreActor costs the steps since the last checkpoint.
+    These are scores from logits of lower precision than the paper's, learned weights that can be negative, large
+    checkpoints, and signals too large for workers to keep, so that a lost ScoreActor costs the steps since the last
+    checkpoint.
     """
     lines = []
     is_bf16 = config.train.precision == "bf16" or (use_gpu and config.train.precision == "auto")
@@ -257,8 +259,13 @@ def notices(config: Config, spec: InputSpec, num_samples: int, method: Method, u
         )
     for name in (*method.signals, *method.sweep_signals):
         floats = lengths.get(name) or signal_floats(name, spec.num_classes)
+        size = num_samples * floats * 4 / 2**20
+        if floats > 1 and size >= _LARGE_MIB and config.run.checkpoint_epochs == 1:
+            lines.append(
+                f"each epoch ends with a checkpoint that holds the {name} of all samples, {size / 1024:,.1f} GiB: "
+                "run.checkpoint_epochs=5 writes a fifth of them"
+            )
         if floats > 1 and config.scaling.num_workers != 0:
-            size = num_samples * floats * 4 / 2**20
             lines.append(
                 f"workers keep no copy of the signal {name} ({floats} numbers per sample, {size:,.1f} MiB for all): if "
                 "the ScoreActor dies, the run resumes from its last checkpoint"

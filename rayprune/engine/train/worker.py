@@ -28,7 +28,7 @@ from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import EpochSnapshot, Moment, Phase, PlanHeader, StopReason
 from rayprune.engine.scoring.session import ScoringSession
 from rayprune.engine.storage.checkpoint import newest_position
-from rayprune.engine.storage.checkpoint_writer import CheckpointWriter
+from rayprune.engine.storage.checkpoint_writer import CheckpointWriter, StateCopy
 from rayprune.engine.storage.run_folder import write_validation
 from rayprune.engine.train.build import WorkerSpec, build_network, build_step, pick_device, rate_at
 from rayprune.engine.train.metrics import (
@@ -113,9 +113,9 @@ class Worker:
         try:
             for epoch in range(self._epoch, self._config.last_epoch):
                 with refusing_exit():
-                    self._run_epoch(epoch)
+                    leaves = self._run_epoch(epoch)
                 self._resume_step = 0
-                if self._trigger.leaves_now():
+                if leaves:
                     break
             self._saver.report()
         except TrainingPaused:
@@ -133,7 +133,8 @@ class Worker:
             self._saver.close()
             self._pulse.stop()
 
-    def _run_epoch(self, epoch: int) -> None:
+    def _run_epoch(self, epoch: int) -> bool:
+        """Train an epoch and save; return whether the run was paused and must leave now."""
         start = time.perf_counter()
         self._seconds = dict.fromkeys(_SECONDS, 0.0)
         self._session.start_epoch(epoch, self._resume_step)
@@ -156,7 +157,9 @@ class Worker:
             with self._timed("validate"):
                 self._share_buffers()
                 validation = self._forward("validate", record=False, keep_rows=is_last)
-        snapshot = self._barrier("close", header.num_steps)
+        leaves = self._trigger.leaves_now()
+        is_saved = leaves or is_last or (epoch + 1) % self._config.run.checkpoint_epochs == 0
+        snapshot = self._barrier("close", header.num_steps, with_state=is_saved)
         self._seconds["select"] += snapshot.select_s
         record = {
             **self._metrics(epoch, header, (sums, forwarded, validation)),
@@ -166,7 +169,8 @@ class Worker:
             "selection": dict(header.facts),
             "score_quantiles": dict(snapshot.score_quantiles),
         }
-        self._save(epoch, record, snapshot, start)
+        self._save(epoch, record, snapshot if is_saved else None, start)
+        return leaves
 
     def _train(self, epoch: int, header: PlanHeader) -> tuple[Tensor, float]:
         """Train the epoch's batches; return the sums over all ranks and the last learning rate."""
@@ -250,11 +254,11 @@ class Worker:
             recorder.record(batch.ids, batch.real, signals)
         self._check_nonfinite(recorder.num_nonfinite, recorder.nonfinite_ids, on_all_ranks=False)
 
-    def _barrier(self, moment: Moment, step: int) -> EpochSnapshot:
-        """Wait for all ranks and their observations; return the snapshot, with its state on rank 0."""
+    def _barrier(self, moment: Moment, step: int, *, with_state: bool = True) -> EpochSnapshot:
+        """Wait for all ranks and their observations; return the snapshot, on rank 0 with its state if asked for."""
         self._pulse.set_activity("waiting for the ScoreActor or the other ranks")
         with self._timed("record"):
-            snapshot = self._session.barrier(moment, step)
+            snapshot = self._session.barrier(moment, step, with_state=with_state)
         self._seconds["record"] -= snapshot.select_s
         self._check_nonfinite(snapshot.num_nonfinite, snapshot.nonfinite_ids, on_all_ranks=True)
         return snapshot
@@ -321,11 +325,14 @@ class Worker:
         if verdict == "leave":
             raise TrainingPaused(f"before step {step} of epoch {epoch}")
 
-    def _save(self, epoch: int, record: dict[str, Any], snapshot: EpochSnapshot, start: float) -> None:
+    def _save(self, epoch: int, record: dict[str, Any], snapshot: EpochSnapshot | None, start: float) -> None:
+        """Write the epoch's line, and the state if there is a snapshot."""
         self._pulse.set_activity("saving, or waiting for rank 0 to save")
         with self._timed("checkpoint"):
             self._saver.report()  # the last epoch: its files were written meanwhile
-            state = self._saver.copy_state(self._network, self._step, snapshot.state) if self.rank == 0 else None
+            state: StateCopy | None = None
+            if self.rank == 0 and snapshot is not None:
+                state = self._saver.copy_state(self._network, self._step, snapshot.state)
         self._seconds["epoch"] = time.perf_counter() - start
         self._saver.save(epoch + 1, record, self._seconds, state)
 

@@ -35,7 +35,14 @@ from rayprune.config import Config, make_config
 from rayprune.config.experiments import CompareSection
 from rayprune.config.yaml import merge
 from rayprune.core.redaction import secrets_of
-from rayprune.engine.cluster import ConcurrencyRequest, TrialResources, cluster_address, divide_resources, start_ray
+from rayprune.engine.cluster import (
+    ConcurrencyRequest,
+    TrialResources,
+    cluster_address,
+    divide_resources,
+    machine_resources,
+    start_ray,
+)
 from rayprune.engine.monitoring import on_sigterm
 from rayprune.engine.storage.costs import costs_of
 from rayprune.engine.storage.resume import check_folder, run_folder_of
@@ -199,11 +206,11 @@ def _trial_resources(config: Config, source: SampleSource, num_shared: int, debu
         return None
     if config.scaling.num_workers == 0 and cluster_address(config.run.address) is None:
         # The resources that Ray would find on this machine, without starting it: one run at a time may be enough.
-        total = {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
+        machines = [{"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}]
     else:
         start_ray(debug, dashboard=config.scaling.num_workers != 0, address=config.run.address)
-        total = ray.cluster_resources()
-    resources = divide_resources(config, source, request, total)
+        machines = machine_resources()
+    resources = divide_resources(config, source, request, machines)
     return resources if resources.num_concurrent > 1 else None
 
 

@@ -12,11 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from rayprune.config import Config
 from rayprune.core.redaction import secrets_of, with_secrets
-from rayprune.engine.cluster import ConcurrencyRequest, TrialResources, divide_resources, start_ray
+from rayprune.engine.cluster import ConcurrencyRequest, TrialResources, divide_resources, machine_resources, start_ray
 from rayprune.engine.monitoring import on_sigterm
 from rayprune.engine.storage.run_folder import read_metrics
 from rayprune.engine.train.driver import check, open_splits
@@ -111,7 +109,7 @@ def sweep(base: Config, folder: Path, listeners: SweepListeners | None = None, *
     start_ray(debug, dashboard=base.scaling.num_workers != 0, address=base.run.address)
     num_trials = len(points) or section.num_trials or 0
     request = ConcurrencyRequest(num_trials, section.max_concurrent)
-    resources = divide_resources(base, splits.train, request, ray.cluster_resources())
+    resources = divide_resources(base, splits.train, request, machine_resources())
     with experiment.open(base), on_sigterm():
         trials = _Trials(base, folder, resources, listeners)
         before = [result_row(folder, state, section.amortise) for state in trials.ended.values()]

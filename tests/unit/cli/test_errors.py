@@ -137,6 +137,7 @@ def test_every_errno_is_one_line_with_the_file_and_a_cure(number: int) -> None:
         (ModuleNotFoundError("No module named 'x'", name="x.y"), "pip install x,", 2),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "UTF-8", 2),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), "GPU's memory", 2),
+        (RuntimeError("Gloo connectFullMesh failed with [pair.cc:1] refused"), "set GLOO_SOCKET_IFNAME", 1),
         (RuntimeError("boom"), "RuntimeError: boom: this is unexpected; --debug shows", 1),
         (KeyError("x"), "KeyError: 'x': this is unexpected", 1),
         (SystemExit(0), r"SystemExit\(0\) ended the command: remove", 1),

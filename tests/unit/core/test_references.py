@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from rayprune.core.references import DRIVER_FOLDER, load_object, names_code, user_modules
+from rayprune.core.references import DRIVER_FOLDER, UserCode, load_object, names_code, user_modules
 from rayprune.errors import ConfigError
+from tests.support.command_line import environment
 
 
 @pytest.fixture
@@ -59,3 +63,49 @@ def test_a_worker_looks_in_the_folder_of_the_driver(tmp_path: Path, monkeypatch:
     (tmp_path / "of_the_driver.py").write_text("x = 1")
     monkeypatch.syspath_prepend(f"{DRIVER_FOLDER}{tmp_path}")
     assert load_object("of_the_driver:x") == 1
+
+
+ELSEWHERE = """
+import pickle, sys
+from pathlib import Path
+from rayprune.core.references import load_object, user_modules
+code, *references = sys.argv[1:]
+carried = pickle.loads(Path(code).read_bytes())
+for reference in references:
+    print(load_object(reference))
+again = {module.__name__ for module in user_modules()}
+assert {"shapes.sizes", "net_of_mine"} <= again, again
+assert pickle.dumps(carried) == Path(code).read_bytes(), "these processes pass it on"
+try:
+    raise ValueError(load_object("net_of_mine:fail")())
+except ZeroDivisionError as error:
+    print(error.__traceback__.tb_next.tb_frame.f_code.co_filename)
+"""
+
+
+def test_modules_of_the_folder_and_files_load_in_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, other = tmp_path / "here", tmp_path / "other"
+    (here / "shapes").mkdir(parents=True)
+    other.mkdir()
+    (here / "shapes" / "__init__.py").write_text("")
+    (here / "shapes" / "sizes.py").write_text("width = 7\n")
+    (here / "net_of_mine.py").write_text(
+        "from shapes.sizes import width\nname = f'of {width}'\n\ndef fail():\n    1 / 0\n"
+    )
+    (here / "file.py").write_text("name = 'a file'\n")
+    monkeypatch.chdir(here)
+    before = set(sys.modules)
+    references = ["net_of_mine:name", f"{here / 'file.py'}:name"]
+    try:
+        assert [load_object(reference) for reference in references] == ["of 7", "a file"]
+        (tmp_path / "code").write_bytes(pickle.dumps(UserCode()))
+    finally:
+        for name in set(sys.modules) - before:
+            del sys.modules[name]
+    shutil.rmtree(here)
+    command = [sys.executable, "-P", "-c", ELSEWHERE, str(tmp_path / "code"), *references]
+    done = subprocess.run(command, cwd=other, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["of 7", "a file", str(here / "net_of_mine.py")]

@@ -287,7 +287,7 @@ def config_of(scaling: dict[str, Any]) -> Config:
 def total(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Return the resources of a pretended cluster: 8 CPUs and 2 GPUs, unless the test changes them."""
     resources = {"CPU": 8.0, "GPU": 2.0}
-    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": resources}])
     monkeypatch.setattr(cluster.torch.cuda, "device_count", lambda: int(resources["GPU"]))
     monkeypatch.setattr(cluster.os, "sched_getaffinity", lambda _: set(range(int(resources["CPU"]))))
     return resources
@@ -299,8 +299,9 @@ def total(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         ({"num_workers": 2}, (2, True, 4.0, 4, "local")),
         ({"num_workers": 2, "stream": "ray"}, (2, True, 3.0, 4, "ray")),
         ({"num_workers": 2, "use_gpu": False, "cpus_per_worker": 0.5, "threads": 3}, (2, False, 0.5, 3, "local")),
-        ({"num_workers": [1, 4]}, ((1, 4), True, 2.0, 2, "local")),
-        ({"num_workers": [2, 16]}, ((2, 16), True, 1.0, 1, "local")),
+        ({"num_workers": [1, 4]}, ((1, 4), True, 4.0, 4, "local")),
+        ({"num_workers": [2, 16]}, ((2, 16), True, 4.0, 4, "local")),
+        ({"num_workers": [2, 16], "use_gpu": False}, ((2, 16), False, 1.0, 1, "local")),
         ({"num_workers": 0}, (0, True, 0.0, 8, "local")),
         ({"num_workers": 0, "stream": "ray", "use_gpu": False, "threads": 2}, (0, False, 0.0, 2, "local")),
         ({"num_workers": 0, "stream": "device"}, (0, True, 0.0, 8, "device")),
@@ -350,7 +351,7 @@ def test_runs_at_the_same_time_divide_the_resources(
     scaling: dict[str, Any], value: Any, expected: tuple[Any, ...], total: dict[str, float]
 ) -> None:
     config = config_of(scaling)
-    resources = divide_resources(config, DIGITS, ConcurrencyRequest(5, value), total)
+    resources = divide_resources(config, DIGITS, ConcurrencyRequest(5, value), [total])
     assert (resources.num_concurrent, resources.reserved, resources.scaling["threads"]) == expected
     workers = scaling["num_workers"]
     each = workers * resources.scaling.get("cpus_per_worker", 0.0) + resources.reserved["CPU"]
@@ -362,7 +363,7 @@ def test_runs_at_the_same_time_divide_the_resources(
     ("scaling", "value", "words"),
     [
         ({"num_workers": [1, 2]}, "auto", "trials at the same time need a fixed number of workers.*num_workers=1"),
-        ({"num_workers": 0, "threads": 9}, "auto", r"no trial can have 9 threads: the cluster has 8.*threads=8"),
+        ({"num_workers": 0, "threads": 9}, "auto", r"no trial can have 9 threads: a machine has at most 8.*threads=8"),
         ({"num_workers": 0}, 3, r"sweep.max_concurrent 3 is more than fit at a time \(2\): set sweep.max_concurrent=2"),
         (
             {"num_workers": 8, "use_gpu": False, "cpus_per_worker": 1},
@@ -376,4 +377,68 @@ def test_runs_that_do_not_fit_are_refused(
 ) -> None:
     config = config_of(scaling)
     with pytest.raises(ValueError, match=words):
-        divide_resources(config, DIGITS, ConcurrencyRequest(5, value), total)
+        divide_resources(config, DIGITS, ConcurrencyRequest(5, value), [total])
+
+
+# A head node without work, a large machine and two small ones.
+FOUR = [{"CPU": 0.0}, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 2.0, "GPU": 1.0}, {"CPU": 2.0}]
+
+
+@pytest.fixture
+def four_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"Alive": True, "Resources": each} for each in FOUR]
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 64.0}}])
+
+
+@pytest.mark.usefixtures("four_machines")
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        ({"num_workers": 1, "use_gpu": False}, (8.0, 8)),
+        ({"num_workers": 2, "use_gpu": False}, (4.0, 4)),
+        ({"num_workers": 2}, (2.0, 2)),
+        ({"num_workers": 4, "use_gpu": False, "stream": "ray"}, (2.0, 3)),
+        ({"num_workers": 12, "use_gpu": False}, (1.0, 1)),
+        ({"num_workers": 16, "use_gpu": False}, (0.666667, 1)),
+    ],
+)
+def test_no_worker_gets_more_than_a_machine_has(scaling: dict[str, Any], expected: tuple[float, int]) -> None:
+    resources = resolve_resources(config_of(scaling), DIGITS)
+    assert (round(resources.cpus_per_worker, 6), resources.threads) == expected
+
+
+@pytest.mark.usefixtures("four_machines")
+@pytest.mark.parametrize(
+    ("scaling", "words"),
+    [
+        (
+            {"num_workers": 3, "use_gpu": False, "cpus_per_worker": 4},
+            "of 0, 8, 2, 2 CPUs, have room for 2 workers with 4 CPUs, and .* for 3: set scaling.num_workers=2",
+        ),
+        (
+            {"num_workers": 1, "use_gpu": False, "cpus_per_worker": 9},
+            "have room for 0 workers with 9 CPUs.*set scaling.cpus_per_worker=8",
+        ),
+        (
+            {"num_workers": 2, "cpus_per_worker": 4},
+            "CPUs and 0, 1, 1, 0 GPUs, have room for 1 workers with 4 CPUs and a GPU",
+        ),
+    ],
+)
+def test_workers_that_no_machine_has_room_for_are_refused(scaling: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        resolve_resources(config_of(scaling), DIGITS)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "value", "expected"),
+    [
+        ({"num_workers": 0, "use_gpu": False}, 1, (1, 8)),
+        ({"num_workers": 0, "use_gpu": False}, 2, (2, 4)),
+        ({"num_workers": 0, "use_gpu": False, "threads": 2}, "auto", (5, 2)),
+        ({"num_workers": 0}, "auto", (2, 2)),
+    ],
+)
+def test_no_trial_gets_more_than_a_machine_has(scaling: dict[str, Any], value: Any, expected: tuple[int, int]) -> None:
+    resources = divide_resources(config_of(scaling), DIGITS, ConcurrencyRequest(5, value), FOUR)
+    assert (resources.num_concurrent, resources.scaling["threads"]) == expected

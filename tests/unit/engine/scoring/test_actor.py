@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from rayprune.core import Plan, Selection
 from rayprune.engine.scoring.actor import LoopActor, ScoreActor, ScoreSpec
 from rayprune.engine.scoring.messages import AttemptKey, Barrier, StopReason
-from rayprune.errors import CheckpointPending, StaleGeneration, UsageError
+from rayprune.errors import CheckpointPending, ObservationsLost, StaleGeneration, UsageError
 from rayprune.sources import open_data
 from tests.support.runs import pass_of
 from tests.unit.engine.scoring.scored_run import make_push, make_spec, save, train_pass
@@ -127,6 +128,15 @@ def test_a_restarted_actor_needs_the_checkpoint_of_its_epoch(tmp_path: Path) -> 
     save(tmp_path, 1, snapshot.state)
     assert restarted.arrive(later, ALONE, 0, 1) == [0]
     assert restarted.announce(train_pass(1)).hash == expected
+
+
+def test_a_restarted_actor_knows_which_epochs_start_without_a_checkpoint(tmp_path: Path) -> None:
+    restarted = ScoreActor(replace(make_spec(tmp_path), checkpoint_epochs=2))
+    with pytest.raises(ObservationsLost, match=r"before epoch 2 are in no checkpoint \(run.checkpoint_epochs = 2\)"):
+        restarted.announce(train_pass(1))
+    restarted.observe(AttemptKey(generation=1, epoch=1), make_push(0, np.arange(4), 1))
+    with pytest.raises(CheckpointPending):
+        restarted.announce(train_pass(2))
 
 
 def test_a_restarted_actor_makes_the_same_plan(tmp_path: Path) -> None:

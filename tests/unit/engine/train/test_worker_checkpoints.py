@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 
 from rayprune.config import Config
 from rayprune.engine.storage.checkpoint import newest_checkpoint, newest_position
+from rayprune.engine.storage.run_folder import read_metrics
 from rayprune.engine.train.driver import RunResult, train
+from rayprune.errors import TrainingPaused
 from tests.support.runs import assert_same_run, run_config, user
 
 EVERY, BATCH, EPOCHS = 3, 16, 4
@@ -27,7 +30,7 @@ if __name__ == "__main__":
 """
 
 
-def make(folder: Path, name: str, **model: Any) -> Config:
+def make(folder: Path, name: str, run: dict[str, Any] | None = None, **model: Any) -> Config:
     """Return a run that saves every EVERY steps and counts its steps in `<name>.steps`."""
     return run_config(
         folder,
@@ -35,7 +38,7 @@ def make(folder: Path, name: str, **model: Any) -> Config:
         model={"name": user("counted"), "log": str(folder / f"{name}.steps"), **model},
         train={"epochs": EPOCHS, "batch_size": BATCH},
         data={"augment": {"crop": 1}},
-        run={"checkpoint_steps": EVERY, "keep_checkpoints": 2},
+        run={"checkpoint_steps": EVERY, "keep_checkpoints": 2} if run is None else run,
     )
 
 
@@ -162,3 +165,28 @@ def test_a_path_that_cannot_be_resumed_is_refused(
 def undisturbed_model(undisturbed: tuple[RunResult, list[int]]) -> dict[str, Any]:
     """Return the model section of the undisturbed run."""
     return {"name": user("counted"), "log": str(undisturbed[0].folder.parent / "whole.steps")}
+
+
+@pytest.mark.parametrize(("kill_epoch", "resumed"), [(2, 0), (3, 3)])
+def test_checkpoints_are_written_every_so_many_epochs(
+    kill_epoch: int, resumed: int, tmp_path: Path, undisturbed: tuple[RunResult, list[int]]
+) -> None:
+    whole, steps = undisturbed
+    config = make(tmp_path, "seldom", {"checkpoint_epochs": 3}, kill_at=sum(steps[:kill_epoch]) + 4)
+    assert start(config).wait(60) == -signal.SIGKILL
+    assert newest_position(tmp_path / "seldom") == (resumed, 0)
+    assert len(read_metrics(tmp_path / "seldom")) == kill_epoch, "every epoch has its line"
+    assert_same_run(train(config), whole)
+    names = sorted(folder.name for folder in (tmp_path / "seldom" / "checkpoints").glob("epoch-*"))
+    assert names == ["epoch-000003", "epoch-000004"], "the third epoch and the last"
+
+
+def test_a_run_that_leaves_between_checkpoints_saves(tmp_path: Path, undisturbed: tuple[RunResult, list[int]]) -> None:
+    config = make(tmp_path, "paused", {"checkpoint_epochs": 10})
+    pause = threading.Event()
+    with pytest.raises(TrainingPaused):
+        train(config, on_epoch=lambda line: pause.set(), pause=pause)
+    assert newest_position(tmp_path / "paused") > (0, 0)
+    steps = steps_of(config)
+    assert_same_run(train(config), undisturbed[0])
+    assert steps_of(config) == sum(undisturbed[1]) > steps, "no step was done again"

@@ -20,6 +20,8 @@ from tests.support.object_store import BUCKET, ObjectStore, object_store
 from tests.support.paths import ROOT
 from tests.support.runs import same_weights, scores_of
 
+pytestmark = pytest.mark.scenario
+
 RUNS = as_path(BUCKET) / "runs"
 EPOCHS = 5
 QUICK = ["data.limit=300", "scaling.num_workers=0", f"run.storage_path={RUNS}"]
@@ -67,7 +69,6 @@ def test_the_commands_of_the_docs_run_as_printed_also_after_a_kill(store: Object
     pd.testing.assert_frame_equal(scores_of(first), scores_of(local), check_exact=True)
 
 
-@pytest.mark.scenario
 def test_a_sweep_a_comparison_an_audit_and_an_evaluation_work_there(store: ObjectStore) -> None:
     few = ["train.epochs=3", *QUICK]
     with store.failing(share=0.02):
