@@ -224,11 +224,12 @@ class UserCode:
     """Carries the user's code to other machines, which do not have the files of the command's folder.
 
     Where an instance is unpickled, the `user_modules` that were loaded when it was pickled can be imported from then
-    on. Modules without source text are left out.
+    on, and so can those that had come to its process in the same way. Modules without source text are left out.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _receive, ({module.__name__: code for module in user_modules() if (code := _code_of(module))},)
+        loaded = {module.__name__: code for module in user_modules() if (code := _code_of(module))}
+        return _receive, (_received.modules | loaded,)
 
 
 def _code_of(module: ModuleType) -> _Code | None:

@@ -86,8 +86,10 @@ class ElasticRun:
         """Wait until `reached` is true of the numbers of ranks."""
         end = time.monotonic() + seconds
         while not reached(self.ranks):
-            assert self._process.poll() is None, f"the run ended before {event}"
-            assert time.monotonic() < end, f"{event} did not happen within {seconds} s"
+            if self._process.poll() is not None or time.monotonic() > end:
+                self._process.kill()
+                output, _ = self._process.communicate()
+                pytest.fail(f"{event} did not happen within {seconds} s:\n{output.decode()[-3000:]}")
             time.sleep(0.02)
 
     def finish(self) -> None:

@@ -226,8 +226,8 @@ def is_integer(key: Key) -> bool:
 
 
 # These are compared with other numbers, or start a random generator.
-ANY_NUMBER = {"limit", "seed", "max_nonfinite", "checkpoint_steps", "max_failures", "keep_checkpoints"}
-ANY_NUMBER.add("keep_selections")
+ANY_NUMBER = {"limit", "seed", "max_nonfinite", "checkpoint_steps", "max_failures"}
+ANY_NUMBER |= {"checkpoint_epochs", "keep_checkpoints", "keep_selections"}
 
 
 @pytest.mark.parametrize("value", [10**9, 10**12])

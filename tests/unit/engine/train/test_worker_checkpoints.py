@@ -182,7 +182,7 @@ def test_checkpoints_are_written_every_so_many_epochs(
 
 
 def test_a_run_that_leaves_between_checkpoints_saves(tmp_path: Path, undisturbed: tuple[RunResult, list[int]]) -> None:
-    config = make(tmp_path, "paused", {"checkpoint_epochs": 10})
+    config = make(tmp_path, "paused", {"checkpoint_epochs": 10}, pause_s=0.05)
     pause = threading.Event()
     with pytest.raises(TrainingPaused):
         train(config, on_epoch=lambda line: pause.set(), pause=pause)
