@@ -38,6 +38,9 @@ NAMES = (
 BY_NAME = (
     "soak",
     "billion",
+    "imagenet",
+    "shards",
+    "two_workers",
     "verdicts",
     "vectors.slow",
     "vectors.k_center",

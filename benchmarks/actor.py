@@ -12,9 +12,9 @@ import ray
 
 from benchmarks.harness import Figure, seconds
 from rayprune.engine.cluster import start_ray
-from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import AttemptKey, Barrier, PlanPass, Push, pack
+from rayprune.engine.scoring.spec import ScoreSpec
 from rayprune.sources import open_data
 
 NUM_SAMPLES = 4_000_000
@@ -44,7 +44,7 @@ def intake(folder: Path, rows: int) -> tuple[list[float], list[float]]:
         np.save(folder / "y_train.npy", np.arange(NUM_SAMPLES) % 10)
     source = open_data("arrays", path=str(folder), validation_fraction=0).train
     spec = ScoreSpec({"name": "infobatch"}, source, 0, REPETITIONS + 2, 0, 1024, "pad", 4, None, 0)
-    client, handle = ScoreClient.start(spec, f"bench-{rows}")
+    client, (handle,) = ScoreClient.start(spec, f"bench-{rows}")
     generation = time.time_ns()
     rng = np.random.default_rng(0)
     order = rng.permutation(NUM_SAMPLES)

@@ -19,8 +19,10 @@ import numpy as np
 import psutil
 
 from benchmarks.harness import Figure, peak_bytes, seconds
-from rayprune.engine.scoring.actor import ScoreActor, ScoreSpec
-from rayprune.engine.scoring.messages import AttemptKey, Barrier, PlanPass, Push, pack
+from rayprune.engine.scoring.actor import ScoreActor
+from rayprune.engine.scoring.client import ScoreClient
+from rayprune.engine.scoring.messages import AttemptKey, Barrier, EpochSnapshot, PlanHeader, PlanPass, Push, pack
+from rayprune.engine.scoring.spec import ScoreSpec
 from rayprune.engine.storage.checkpoint import write_checkpoint
 from rayprune.errors import DataError
 from rayprune.sources.base import Column, DescribedSource, Schema
@@ -89,15 +91,15 @@ def _figures_of(method: str, size: int) -> Iterator[Figure]:
             yield Figure(f"{method}, {size:.0e} samples, {part}: {name}", [value])
 
 
-def _actor(method: str, num_samples: int, folder: str) -> ScoreActor:
-    spec = ScoreSpec(METHODS[method], Counted(num_samples), 0, NUM_EPOCHS, 0, BATCH_SIZE, "pad", 4, folder, 0)
-    return ScoreActor(spec)
+def spec_of(method: str, num_samples: int, folder: str) -> ScoreSpec:
+    """Return the spec of an actor over samples that nobody reads."""
+    return ScoreSpec(METHODS[method], Counted(num_samples), 0, NUM_EPOCHS, 0, BATCH_SIZE, "pad", 4, folder, 0)
 
 
-def _run(method: str, num_samples: int, folder: str) -> dict[str, Any]:
-    """Run an epoch of one rank, then lay out the next one and save."""
-    before = peak_bytes()
-    actor = _actor(method, num_samples, folder)
+def run_epoch(
+    actor: ScoreActor | ScoreClient, num_samples: int
+) -> tuple[list[EpochSnapshot], PlanHeader, dict[str, Any]]:
+    """Run an epoch of one rank and lay out the next one; return the state, the plan's header and the seconds."""
     first, second = (PlanPass(AttemptKey(1, epoch), "train", 1) for epoch in (0, 1))
     values = {"plan of all samples, ordered, with its hash, s": seconds(lambda: actor.announce(first))}
     losses = np.random.default_rng(0).exponential(size=PUSH_ROWS).astype(np.float32)
@@ -111,24 +113,32 @@ def _run(method: str, num_samples: int, folder: str) -> dict[str, Any]:
     values["observing all losses, s"] = observing
     barrier = Barrier("close", 0, 1)
     assert actor.arrive(first.key, barrier, 0, num_pushes) == []
-    snapshots: list[Any] = []
-    values["selecting, s"] = seconds(lambda: snapshots.append(actor.pass_barrier(first.key, barrier)))
-    headers: list[Any] = []
+    snapshots: list[EpochSnapshot] = []
+    values["selecting, s"] = seconds(lambda: snapshots.extend(filter(None, [actor.pass_barrier(first.key, barrier)])))
+    headers: list[PlanHeader] = []
     values["plan of the kept samples, s"] = seconds(lambda: headers.append(actor.announce(second)))
     values["kept, share of all samples"] = headers[0].num_kept / num_samples
     values["rows of 100 batches, s"] = seconds(lambda: actor.rank_rows(second, 0, 1000, 1100))
+    return snapshots, headers[0], values
+
+
+def _run(method: str, num_samples: int, folder: str) -> dict[str, Any]:
+    """Run an epoch of one rank, lay out the next one and save."""
+    before = peak_bytes()
+    actor = ScoreActor(spec_of(method, num_samples, folder))
+    snapshots, header, values = run_epoch(actor, num_samples)
     parts: dict[str, Any] = {"model": {}, "trainer": {}, "selector": snapshots[0].state, "position": _POSITION}
     values["saving, s"] = seconds(lambda: write_checkpoint(Path(folder), 1, **parts))
     saved = sum(file.stat().st_size for file in Path(folder, "checkpoints", "epoch-000001").iterdir())
     values["saved bytes per sample"] = saved / num_samples
     values["peak bytes per sample"] = (peak_bytes() - before) / num_samples
-    return {**values, "hash": headers[0].hash}
+    return {**values, "hash": header.hash}
 
 
 def _restart(method: str, num_samples: int, folder: str) -> dict[str, Any]:
     """Start the actor again, as Ray does after its process is lost: it loads its state and lays out the same plan."""
     before = peak_bytes()
-    actor, again = _actor(method, num_samples, folder), PlanPass(AttemptKey(2, 1), "train", 1)
+    actor, again = ScoreActor(spec_of(method, num_samples, folder)), PlanPass(AttemptKey(2, 1), "train", 1)
     headers: list[Any] = []
     values = {"loading the state and planning, s": seconds(lambda: headers.append(actor.announce(again)))}
     values["peak bytes per sample"] = (peak_bytes() - before) / num_samples

@@ -17,9 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 from rayprune.config import Config
 from rayprune.engine.data.batch import Batch
 from rayprune.engine.data.device import DevicePlacer, DeviceStream
-from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.session import ScoringSession
+from rayprune.engine.scoring.spec import ScoreSpec
 from rayprune.engine.train.build import StepSettings, build_network, build_step, network_optimizer, pick_precision
 from rayprune.engine.train.metrics import MetricSums
 from rayprune.engine.train.preflight import input_spec

@@ -11,7 +11,8 @@ import torch
 from benchmarks.harness import Figure, seconds
 from rayprune.core.plan import Plan
 from rayprune.core.selection import Selection
-from rayprune.engine.scoring.client import LocalChannel, ScoreClient
+from rayprune.engine.scoring.channel import LocalChannel
+from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import AttemptKey
 from rayprune.engine.scoring.recorder import PUSH_ROWS, Recorder
 from rayprune.nn.models import build_model

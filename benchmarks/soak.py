@@ -90,7 +90,7 @@ def sample_run(folder: Path, epochs: int, num_workers: int) -> dict[int, Counter
             "run": {"storage_path": str(folder), "name": "soak"},
         }
     )
-    train(config, on_epoch=lambda line: samples.update({line["epoch"]: _resources()}))
+    train(config, on_epoch=lambda line: samples.update({line["epoch"]: resources()}))
     return samples
 
 
@@ -109,7 +109,7 @@ def fit_trends(samples: Mapping[int, Counter[str]], warm_up: int) -> list[Trend]
     return trends
 
 
-def _resources() -> Counter[str]:
+def resources() -> Counter[str]:
     """Return the resources that this process, its descendants, and the object store hold."""
     counts: Counter[str] = Counter()
     for process in (this := psutil.Process(), *this.children(recursive=True)):

@@ -38,8 +38,8 @@ from benchmarks.stream import EpochTimer
 from rayprune.engine.cluster import start_ray
 from rayprune.engine.data.ray_data import plan_dataset, task_rows
 from rayprune.engine.data.transport import LocalStream, RayStream
-from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
+from rayprune.engine.scoring.spec import ScoreSpec
 from rayprune.sources import SampleSource, open_data
 
 ROWS, BATCH, EPOCHS = 8_192, 128, 3
@@ -217,7 +217,7 @@ def _measure_in_worker(root: Path, sources: dict[str, SampleSource]) -> dict[str
         run_config=ray.train.RunConfig(storage_path=str(root), name="train"),
         datasets={name: plan_dataset(actors[name][0], {"train": source}) for name, source in sources.items()},
     ).fit()
-    for _, handle in actors.values():
+    for _, (handle,) in actors.values():
         ray.kill(handle)
     rates: dict[str, dict[str, list[float]]] = json.loads(out.read_text())
     return rates

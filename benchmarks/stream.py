@@ -11,6 +11,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from ray.train.torch import TorchTrainer
 
 from benchmarks.harness import Figure, alternate, ratios
 from rayprune.engine.cluster import start_ray
-from rayprune.engine.data.ray_data import plan_dataset
+from rayprune.engine.data.ray_data import plan_dataset, task_rows
 from rayprune.engine.data.transport import LocalStream, RayStream, Transport
-from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.session import ScoringSession
+from rayprune.engine.scoring.spec import ScoreSpec
 from rayprune.sources import SampleSource, open_data
 
 ROWS, BATCH, EPOCHS = 500_000, 128, 5
@@ -60,8 +61,16 @@ def _run(
     del images
     np.save(folder / "y_train.npy", np.arange(rows) % 10)
     source = open_data("arrays", path=str(folder), validation_fraction=0).train
+    return in_worker(folder, source, method, epochs, measure)
+
+
+def in_worker(
+    folder: Path, source: SampleSource, method: dict[str, Any], epochs: int, measure: Any
+) -> dict[str, list[float]]:
+    """Return what `measure` returns in one Ray Train worker, to which Ray Data delivers the planned rows."""
+    cpus = ray.cluster_resources()["CPU"]
     spec = ScoreSpec(method, source, 0, 3 * epochs + 3, 0, BATCH, "pad", source.schema.row_bytes, None, 0)
-    scores, handle = ScoreClient.start(spec, f"bench-{folder.name}")
+    scores, (handle,) = ScoreClient.start(replace(spec, task_rows=task_rows(source, cpus)), f"bench-{folder.name}")
     out = folder / "values.json"
     trainer = TorchTrainer(
         lambda: out.write_text(json.dumps(measure(scores, source, folder, epochs))),

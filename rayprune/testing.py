@@ -31,8 +31,9 @@ from rayprune.core.bases.in_batch import BatchContext, Candidates, InBatchMethod
 from rayprune.core.method import EpochContext, Kind, Method
 from rayprune.core.schedule import Schedule
 from rayprune.core.selection import Selection
-from rayprune.core.selector import Selector
+from rayprune.core.selector import Observations, Selector, table_columns
 from rayprune.core.table import ScoreTable
+from rayprune.core.vectors import VectorColumn
 from rayprune.errors import ConfigError, one_line
 from rayprune.methods import build_method
 
@@ -380,6 +381,31 @@ def _order_of_observations(method: Method, num_epochs: int) -> None:
         parts.sweep(selection, epoch)
     same = _table_bytes(whole.selector.table) == _table_bytes(parts.selector.table)
     _require(same, "batches in another order change the scores")
+
+
+@_check(
+    "fold() must need only the rows of its ids; N is table.num_samples, as the table may hold a part of the samples"
+)
+def _score_shards(method: Method, num_epochs: int) -> None:
+    if any(isinstance(column, VectorColumn) for column in method.columns().values()):
+        return  # these need a single table
+    run = SyntheticRun(method, num_epochs)
+    num, columns = run.selector.num_samples, table_columns(method, ())
+    cuts = (range(num // 3), range(num // 3, num))
+    tables = [ScoreTable(num, columns, run.num_epochs, rows) for rows in cuts]
+    shards = [Observations(run.selector.method, table, ()) for table in tables]
+    for epoch in range(run.num_epochs):
+        selection = run.visit(epoch)
+        scored = np.arange(num) if selection.scored_ids is None else selection.scored_ids
+        passes = ((selection.ids, method.signals, False), (scored, method.sweep_signals or method.signals, True))
+        for shard, rows in zip(shards, cuts, strict=True):
+            for ids, names, is_sweep in passes:
+                own = ids[(ids >= rows.start) & (ids < rows.stop)]
+                shard.observe(own, signals_of(names, own, epoch), epoch, sweep=is_sweep)
+    joined = [{**table.columns, "last_visit": table.last_visit} for table in tables]
+    for name, array in {**run.selector.table.columns, "last_visit": run.selector.table.last_visit}.items():
+        same = np.concatenate([part[name] for part in joined]).tobytes() == array.tobytes()
+        _require(same, f"column {name!r} differs where the table is spread over shards")
 
 
 @_check("define the class at the top level of a module, and keep no open files, locks or lambdas in its fields")

@@ -248,6 +248,10 @@ class ScalingSection(Section):
         "auto", description="ray: through Ray Data; local: each worker reads; device: decoded once, kept on the device"
     )
 
+    score_shards: Annotated[int, AtMost(1_024)] = Field(
+        1, ge=1, description="actors over which the score table is spread; more where it is too large for one machine"
+    )
+
     @property
     def worker_range(self) -> tuple[int, int]:
         """The minimum and the maximum number of workers."""

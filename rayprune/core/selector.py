@@ -28,7 +28,89 @@ logger = logging.getLogger(__name__)
 STATE_SCHEMA = 1
 _RUN_FIELDS = ("num_samples", "num_epochs", "seed")
 _STATE_FIELDS = (*_RUN_FIELDS, "epoch", "visits_before", "num_nonfinite", "nonfinite_ids")
-_MAX_NONFINITE_IDS = 20
+MAX_NONFINITE_IDS = 20
+
+
+def table_columns(method: Method, record: tuple[str, ...]) -> dict[str, Any]:
+    """Return the columns of a ScoreTable: the method's, and those for the means of recorded signals."""
+    return {**method.columns(), **mean_columns(record)}
+
+
+class Observations:
+    """Folds observations into the rows of a score table.
+
+    Args:
+        method: how to fold them.
+        table: the table, of all samples or a part of them.
+        record: signals whose mean over the visits is kept, too.
+
+    Attributes:
+        num_nonfinite, nonfinite_ids: the number of NaN and infinite signals left out, and the first samples with one.
+    """
+
+    def __init__(self, method: Method, table: ScoreTable, record: tuple[str, ...]) -> None:
+        self.method, self.table, self.record = method, table, record
+        self.num_nonfinite = 0
+        self.nonfinite_ids: list[int] = []
+
+    def observe(self, ids: Ids, signals: Mapping[str, ArrayLike], epoch: int, *, sweep: bool = False) -> None:
+        """Fold the signals of (B,) ids of the table, as `Selector.observe` does.
+
+        Raises:
+            ConfigError: ids repeat, a signal is missing or has another shape, or the method's `check` refuses them.
+        """
+        sweep = sweep and bool(self.method.sweep_signals)
+        names = self.method.sweep_signals if sweep else tuple(dict.fromkeys((*self.method.signals, *self.record)))
+        arrays: dict[str, NDArray[Any]] = {}
+        for name in names:
+            if name not in signals:
+                raise ConfigError(f"signal {name!r} is missing: the method needs {list(names)}")
+            arrays[name] = self._check_signal(name, np.asarray(signals[name]), ids.size, sweep)
+        ids, arrays = self._drop_nonfinite(ids, arrays, epoch)
+        if ids.size:
+            self._fold(ids - self.table.rows.start, arrays, epoch, sweep)
+
+    def _check_signal(self, name: str, array: NDArray[Any], num_ids: int, sweep: bool) -> NDArray[Any]:
+        if array.shape[:1] != (num_ids,):
+            raise ConfigError(
+                f"signal {name!r} of shape {array.shape} does not fit {num_ids} ids: give one row for each id"
+            )
+        if array.dtype.kind not in "biuf":
+            raise ConfigError(f"signal {name!r} must hold numbers, got {array.dtype}")
+        column = self.table.columns.get(name)
+        if array.ndim != 1 and column is not None and column.ndim == 1:
+            raise ConfigError(f"signal {name!r} of shape {array.shape} must be one number per sample")
+        if array.ndim != 1 and name in self.record and not sweep:
+            raise ConfigError(f"signal {name!r} of shape {array.shape}: train.record takes one number per sample")
+        return array
+
+    def _drop_nonfinite(
+        self, ids: Ids, arrays: dict[str, NDArray[Any]], epoch: int
+    ) -> tuple[Ids, dict[str, NDArray[Any]]]:
+        finite = np.ones(ids.size, dtype=bool)
+        for array in arrays.values():
+            with np.errstate(over="ignore"):  # columns are float32: numbers that overflow there count as infinite
+                rows = np.isfinite(array.astype(np.float32, copy=False))
+            finite &= rows.all(axis=tuple(range(1, rows.ndim)))
+        if finite.all():
+            return ids, arrays
+        bad = ids[~finite]
+        self.num_nonfinite += int(bad.size)
+        self.nonfinite_ids += bad[: max(0, MAX_NONFINITE_IDS - len(self.nonfinite_ids))].tolist()
+        logger.warning("epoch %d: %d NaN or infinite signals left out, ids %s", epoch, bad.size, bad[:5].tolist())
+        return ids[finite], {name: array[finite] for name, array in arrays.items()}
+
+    def _fold(self, ids: Ids, signals: Signals, epoch: int, sweep: bool) -> None:
+        mask = None if sweep else self.method.check(self.table, ids, signals, epoch)
+        first = self.table.last_visit[ids] != epoch  # for the means: a visit that is observed twice counts once
+        self.table.mark_visited(ids, epoch)
+        fold = self.method.fold_sweep if sweep else self.method.fold
+        if mask is None or mask.all():
+            fold(self.table, ids, signals, epoch)
+        elif mask.any():
+            fold(self.table, ids[mask], {name: array[mask] for name, array in signals.items()}, epoch)
+        if self.record and not sweep:
+            fold_means(self.table, ids[first], {name: signals[name][first] for name in self.record})
 
 
 class Selector:
@@ -45,6 +127,7 @@ class Selector:
         visits_collected: samples trained by an earlier run that scored them; they count in `budget_so_far`.
         recalls: (C,) recall of each class on validation data in that run, for the balance `drop`.
         averaged: name → (N,) scores averaged over several such runs, which replace the table's.
+        table: where the scores are, if not in a table of this Selector's own.
 
     Raises:
         ConfigError: `method` is not a method, a number is out of range, labels do not fit, or labels are needed.
@@ -71,6 +154,7 @@ class Selector:
         visits_collected: int = 0,
         recalls: NDArray[np.float64] | None = None,
         averaged: Mapping[str, NDArray[Any]] | None = None,
+        table: ScoreTable | None = None,
     ) -> None:
         if not isinstance(method, Method):
             raise ConfigError(
@@ -95,13 +179,22 @@ class Selector:
             )
         self.chosen, self.record, self.visits_collected = chosen, tuple(record), visits_collected
         self.recalls, self.averaged = recalls, averaged or {}
-        columns = {**method.columns(), **mean_columns(self.record)}
-        self.table = ScoreTable(self.num_samples, columns, self.num_epochs)
+        if table is None:
+            table = ScoreTable(self.num_samples, table_columns(method, self.record), self.num_epochs)
+        self.table, self.observations = table, Observations(method, table, self.record)
         self.epoch = -1
         self.visits_before = 0
-        self.num_nonfinite = 0
-        self.nonfinite_ids: list[int] = []
         self._selection = Selection.full(self.num_samples)
+
+    @property
+    def num_nonfinite(self) -> int:
+        """How many NaN and infinite signals were left out."""
+        return self.observations.num_nonfinite
+
+    @property
+    def nonfinite_ids(self) -> list[int]:
+        """The first samples that had one."""
+        return self.observations.nonfinite_ids
 
     def begin_epoch(self, epoch: int) -> Selection:
         """Choose the samples of `epoch`; a second call for the same epoch returns the same Selection.
@@ -191,58 +284,7 @@ class Selector:
         epoch = self._check_epoch(epoch)
         if epoch < self.epoch:
             raise ConfigError(f"epoch {epoch} is over: observe samples of epoch {self.epoch}, or of a later one")
-        sweep = sweep and bool(self.method.sweep_signals)
-        names = self.method.sweep_signals if sweep else tuple(dict.fromkeys((*self.method.signals, *self.record)))
-        arrays: dict[str, NDArray[Any]] = {}
-        for name in names:
-            if name not in signals:
-                raise ConfigError(f"signal {name!r} is missing: the method needs {list(names)}")
-            arrays[name] = self._check_signal(name, np.asarray(signals[name]), ids.size, sweep)
-        ids, arrays = self._drop_nonfinite(ids, arrays, epoch)
-        if ids.size:
-            self._fold(ids, arrays, epoch, sweep)
-
-    def _check_signal(self, name: str, array: NDArray[Any], num_ids: int, sweep: bool) -> NDArray[Any]:
-        if array.shape[:1] != (num_ids,):
-            raise ConfigError(
-                f"signal {name!r} of shape {array.shape} does not fit {num_ids} ids: give one row for each id"
-            )
-        if array.dtype.kind not in "biuf":
-            raise ConfigError(f"signal {name!r} must hold numbers, got {array.dtype}")
-        column = self.table.columns.get(name)
-        if array.ndim != 1 and column is not None and column.ndim == 1:
-            raise ConfigError(f"signal {name!r} of shape {array.shape} must be one number per sample")
-        if array.ndim != 1 and name in self.record and not sweep:
-            raise ConfigError(f"signal {name!r} of shape {array.shape}: train.record takes one number per sample")
-        return array
-
-    def _drop_nonfinite(
-        self, ids: Ids, arrays: dict[str, NDArray[Any]], epoch: int
-    ) -> tuple[Ids, dict[str, NDArray[Any]]]:
-        finite = np.ones(ids.size, dtype=bool)
-        for array in arrays.values():
-            with np.errstate(over="ignore"):  # columns are float32: numbers that overflow there count as infinite
-                rows = np.isfinite(array.astype(np.float32, copy=False))
-            finite &= rows.all(axis=tuple(range(1, rows.ndim)))
-        if finite.all():
-            return ids, arrays
-        bad = ids[~finite]
-        self.num_nonfinite += int(bad.size)
-        self.nonfinite_ids += bad[: max(0, _MAX_NONFINITE_IDS - len(self.nonfinite_ids))].tolist()
-        logger.warning("epoch %d: %d NaN or infinite signals left out, ids %s", epoch, bad.size, bad[:5].tolist())
-        return ids[finite], {name: array[finite] for name, array in arrays.items()}
-
-    def _fold(self, ids: Ids, signals: Signals, epoch: int, sweep: bool) -> None:
-        mask = None if sweep else self.method.check(self.table, ids, signals, epoch)
-        first = self.table.last_visit[ids] != epoch  # for the means: a visit that is observed twice counts once
-        self.table.mark_visited(ids, epoch)
-        fold = self.method.fold_sweep if sweep else self.method.fold
-        if mask is None or mask.all():
-            fold(self.table, ids, signals, epoch)
-        elif mask.any():
-            fold(self.table, ids[mask], {name: array[mask] for name, array in signals.items()}, epoch)
-        if self.record and not sweep:
-            fold_means(self.table, ids[first], {name: signals[name][first] for name in self.record})
+        self.observations.observe(ids, signals, epoch, sweep=sweep)
 
     def scores(self) -> dict[str, NDArray[Any]]:
         """Return the method's scores and the recorded means, name → (N,) copy; NaN where a sample was never visited."""
@@ -291,7 +333,8 @@ class Selector:
         self.table.load_arrays(_with_prefix(state, "table/"))
         self._selection = selection
         self.epoch, self.visits_before = header["epoch"], header["visits_before"]
-        self.num_nonfinite, self.nonfinite_ids = header["num_nonfinite"], list(header["nonfinite_ids"])
+        self.observations.num_nonfinite = header["num_nonfinite"]
+        self.observations.nonfinite_ids = list(header["nonfinite_ids"])
 
 
 def _read_header(state: Mapping[str, NDArray[Any]]) -> dict[str, Any]:

@@ -50,29 +50,40 @@ class ScoreTable:
         columns: column name → NumPy dtype, or (dtype, row shape) for vectors; a row shape (None,) is a vector whose
             length the first observation sets (`widen`). A VectorColumn is kept apart, in `vectors`.
         num_epochs: E, which sizes the counter of prunings.
+        rows: the samples that this table holds, one per row; all by default.
 
     Attributes:
+        num_samples, rows: as passed.
         vectors: name → the vectors of the current forward-only pass; they are in no checkpoint.
     """
 
-    def __init__(self, num_samples: int, columns: Mapping[str, Any], num_epochs: int) -> None:
+    def __init__(
+        self, num_samples: int, columns: Mapping[str, Any], num_epochs: int, rows: range | None = None
+    ) -> None:
+        self.num_samples, self.rows = num_samples, range(num_samples) if rows is None else rows
+        num_rows = len(self.rows)
         self.columns: MutableMapping[str, NDArray[Any]] = {}
         self.vectors: dict[str, Vectors] = {}
         for name, spec in columns.items():
             if isinstance(spec, VectorColumn):
-                self.vectors[name] = Vectors(name, num_samples, spec.storage)
+                self.vectors[name] = Vectors(name, num_rows, spec.storage)
                 continue
             dtype, shape = spec if isinstance(spec, tuple) else (spec, ())
             row_shape = tuple(0 if length is None else length for length in shape)
-            self.columns[name] = np.full((num_samples, *row_shape), _missing(dtype), dtype=dtype)
-        self.last_visit: NDArray[np.int32] = np.full(num_samples, -1, dtype=np.int32)
-        self.times_pruned: NDArray[Any] = np.zeros(num_samples, dtype=np.min_scalar_type(max(num_epochs, 1)))
+            self.columns[name] = np.full((num_rows, *row_shape), missing(dtype), dtype=dtype)
+        self._last_visit: NDArray[np.int32] = np.full(num_rows, -1, dtype=np.int32)
+        self.times_pruned: NDArray[Any] = np.zeros(num_rows, dtype=np.min_scalar_type(max(num_epochs, 1)))
 
     def __getitem__(self, column: str) -> NDArray[Any]:
         return self.columns[column]
 
     def __len__(self) -> int:
-        return int(self.last_visit.shape[0])
+        return len(self.rows)
+
+    @property
+    def last_visit(self) -> NDArray[np.int32]:
+        """(N,) The epoch of the sample's last visit, -1 before any."""
+        return self._last_visit
 
     @property
     def visited(self) -> NDArray[np.bool_]:
@@ -87,7 +98,7 @@ class ScoreTable:
         """
         array = self.columns[column]
         if array.shape[1] == 0 < length:
-            array = np.full((len(self), length), _missing(array.dtype), dtype=array.dtype)
+            array = np.full((len(self), length), missing(array.dtype), dtype=array.dtype)
             self.columns[column] = array
         if array.shape[1] != length:
             raise ConfigError(
@@ -116,9 +127,9 @@ class ScoreTable:
 
     def permuted(self, order: Ids) -> ScoreTable:
         """Return a read-only table whose row i is this table's row order[i]; `times_pruned` is not permuted."""
-        copy = ScoreTable(0, {}, 0)
-        copy.columns = _Permuted(self.columns, order)
-        copy.last_visit = self.last_visit[order]
+        copy = ScoreTable(self.num_samples, {}, 0, range(0))
+        copy.rows, copy.columns = range(len(order)), _Permuted(self.columns, order)
+        copy._last_visit = self.last_visit[order]
         copy.times_pruned = self.times_pruned
         return copy
 
@@ -160,7 +171,8 @@ class _Permuted(UserDict[str, NDArray[Any]]):
         return column
 
 
-def _missing(dtype: Any) -> float:
+def missing(dtype: Any) -> float:
+    """Return what a column of a dtype holds for samples that were never visited."""
     return np.nan if np.dtype(dtype).kind == "f" else 0
 
 
@@ -193,13 +205,22 @@ def column_quantiles(table: ScoreTable) -> dict[str, list[float]]:
     >>> column_quantiles(table)["loss"][3]
     2.5
     """
+    return quantiles_of(quantile_values(table))
+
+
+def quantile_values(table: ScoreTable) -> dict[str, NDArray[Any]]:
+    """Return the values that stand for each column in `quantiles_of`: those of a table's rows, in their order."""
+    stride = -(-table.num_samples // _QUANTILE_ROWS)
+    rows = slice(-table.rows.start % stride, None, stride)
+    columns = {name: column for name, column in table.columns.items() if column.ndim == 1 and column.dtype.kind == "f"}
+    return {name: np.array(column[rows]) for name, column in columns.items()}
+
+
+def quantiles_of(columns: Mapping[str, NDArray[Any]]) -> dict[str, list[float]]:
+    """Return the QUANTILES of the finite values of the first columns that have any."""
     quantiles: dict[str, list[float]] = {}
-    stride = -(-len(table) // _QUANTILE_ROWS)
-    for name, column in table.columns.items():
-        if column.ndim > 1 or column.dtype.kind != "f" or len(quantiles) == _QUANTILE_COLUMNS:
-            continue
-        values = column[::stride].astype(np.float64)
-        values = values[np.isfinite(values)]
-        if values.size:
+    for name, column in columns.items():
+        values = column[np.isfinite(column)].astype(np.float64)
+        if values.size and len(quantiles) < _QUANTILE_COLUMNS:
             quantiles[name] = [round(float(value), 6) for value in np.quantile(values, QUANTILES)]
     return quantiles

@@ -78,7 +78,7 @@ class ESWP(PruneRatioMethod):
     def fold(self, table: ScoreTable, ids: Ids, signals: Signals, epoch: int) -> None:
         """Set the weight by the old average, then move the average."""
         loss, old = np.asarray(signals["loss"], dtype=np.float64), table["average"][ids].astype(np.float64)
-        old = np.where(np.isnan(old), 1.0 / len(table), old)
+        old = np.where(np.isnan(old), 1.0 / table.num_samples, old)
         table["weight"][ids] = self.beta1 * old + (1.0 - self.beta1) * loss
         table["average"][ids] = self.beta2 * old + (1.0 - self.beta2) * loss
 

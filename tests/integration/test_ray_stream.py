@@ -29,9 +29,9 @@ from rayprune.engine.data.batch import Batch
 from rayprune.engine.data.ray_data import PlanDatasource, plan_dataset
 from rayprune.engine.data.transport import RayStream
 from rayprune.engine.scoring import session
-from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import AttemptKey, Phase, RankRows
+from rayprune.engine.scoring.spec import ScoreSpec
 from rayprune.engine.storage.checkpoint import write_checkpoint
 from rayprune.errors import PlanMismatch
 from rayprune.methods import build_method
@@ -58,7 +58,7 @@ def spec_of(num_samples: int, batch_size: int, row_bytes: int = 72) -> ScoreSpec
 @contextmanager
 def score_actor(spec: ScoreSpec) -> Iterator[ScoreClient]:
     """Run a ScoreActor for the with-block."""
-    scores, handle = ScoreClient.start(spec, f"test-scores-{uuid.uuid4().hex[:8]}")
+    scores, (handle,) = ScoreClient.start(spec, f"test-scores-{uuid.uuid4().hex[:8]}")
     try:
         yield scores
     finally:

@@ -63,7 +63,8 @@ def test_sigterm_to_everything_saves_and_the_command_continues_to_the_same_resul
     file.write_text(yaml.safe_dump({**config, "scaling": scaling}))
     command = start_group("train", str(file))
     assert command.stdout is not None
-    next(line for line in command.stdout if re.search(rf"  3/{EPOCHS}", line))
+    if not any(re.search(rf"  3/{EPOCHS}", line) for line in command.stdout):
+        pytest.fail(f"the command has ended before its third epoch: {command.communicate()[1]}")
     processes = processes_of(command)
     # Of PyTorch's rendezvous store, the worker's; torch has no option for its address.
     assert open_to_the_network(processes) in ([], ["ray::RayTrainWorker"])

@@ -30,9 +30,12 @@ from tests.support.runs import assert_same_run, results, run_config, scores_of, 
 EPOCHS = 3
 
 
-def workers_config(tmp_path: Path, name: str, workers: int, stream: str = "local", **sections: Any) -> Config:
-    """Return a run of three epochs; neither `workers` nor `stream` nor the faults of a model change its result."""
+def workers_config(
+    tmp_path: Path, name: str, workers: int, stream: str = "local", num_shards: int = 1, **sections: Any
+) -> Config:
+    """Return a run of three epochs; no argument but `sections` changes its result, nor do the faults of a model."""
     scaling = {"num_workers": workers, "cpus_per_worker": 1 if workers else "auto", "threads": 1, "stream": stream}
+    scaling["score_shards"] = num_shards
     base: dict[str, Any] = {
         "model": {"name": "mlp", "hidden": [32]},
         "method": {"name": "infobatch", "ema": 0.5, "anneal_start": 1.0},  # prunes up to the last epoch
@@ -55,22 +58,28 @@ def score_actor_names() -> list[str]:
 
 
 class ActorKiller(threading.Thread):
-    """Kill the run's ScoreActor once, inside an epoch of which it has already folded observations.
+    """Kill the run's ScoreActor, or a shard of it, once inside an epoch of which it has already folded observations.
 
     Attributes:
         killed_at: (epoch, samples observed, samples planned) at the kill; None before.
     """
 
-    def __init__(self, epoch: int) -> None:
+    def __init__(self, epoch: int, shard: int | None = None) -> None:
         super().__init__(daemon=True)
         self.killed_at: tuple[int, int, int] | None = None
-        self._epoch = epoch
+        self._epoch, self._shard = epoch, shard
         self._done = threading.Event()
 
     def run(self) -> None:
         while not self._done.wait(0.05):
-            for actor in map(ray.get_actor, score_actor_names()):
+            for name in score_actor_names():
+                if "-shard-" in name:
+                    continue
+                actor = ray.get_actor(name)
                 epoch, observed, planned = ray.get(actor.progress.remote())
+                if self._shard is not None:
+                    actor = ray.get_actor(f"{name}-shard-{self._shard}")
+                    observed = ray.get(actor.num_observed.remote())
                 if epoch == self._epoch and 0 < observed < planned:
                     self.killed_at = epoch, observed, planned
                     ray.kill(actor, no_restart=False)
@@ -141,6 +150,14 @@ def test_killed_workers_and_actors_and_the_transport_change_nothing(faulty: Faul
     assert faulty.killer.killed_at is not None, "the actor was not killed inside the epoch"
     assert faulty.result.metrics[-1]["world_size"] == 2
     assert_same_run(faulty.result, undisturbed)
+
+
+def test_a_killed_shard_of_the_score_table_changes_nothing(tmp_path: Path, undisturbed: RunResult) -> None:
+    model = {"name": user("faulty"), "pause_s": 0.05, "push_rows": 32}
+    with ActorKiller(epoch=1, shard=1) as killer:
+        sharded = train(workers_config(tmp_path, "local", 2, num_shards=3, model=model))
+    assert killer.killed_at is not None, "the shard was not killed inside the epoch"
+    assert_same_run(sharded, undisturbed)
 
 
 def test_trackers_continue_after_a_restart(faulty: FaultyRun) -> None:

@@ -55,6 +55,13 @@ class Good(Method):
         return half(context, np.argsort(table["loss"], kind="stable")[num // 2 :])
 
 
+class CountsRows(Good):
+    """Starts at one over the number of the table's rows, which are all samples or those of a shard."""
+
+    def fold(self, table: ScoreTable, ids: Ids, signals: Signals, epoch: int) -> None:
+        table["loss"][ids] = signals["loss"] + np.float32(1 / len(table))
+
+
 class NoPaper(Good):
     """Lacks a paper."""
 
@@ -369,6 +376,7 @@ BROKEN: dict[type[Method], str] = {
     Optional: "reads the signal 'el2n', which it does not declare",
     NoColumn: r"reads the column 'mean', which it does not declare: .*columns\(\)",
     OtherRows: r"fold\(\) changes 'column/loss' of samples that it did not get",
+    CountsRows: r"column 'loss' differs where the table is spread over shards: .*table\.num_samples",
     BatchMean: "batches in another order change .*: fold",
     ReturnsIds: r"select\(\) returns ndarray, not a Selection: return Selection.of_ids",
     ZeroWeights: "epoch 0 keeps samples with weight 0: return Selection.of_ids",

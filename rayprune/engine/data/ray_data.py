@@ -31,8 +31,8 @@ from ray.data.extensions import ArrowPythonObjectArray, ArrowVariableShapedTenso
 from rayprune.core.plan import BLOCK_ROWS
 from rayprune.engine.data.batch import Batch
 from rayprune.engine.data.transport import BYTES_READ
-from rayprune.engine.scoring.actor import WantedRows
 from rayprune.engine.scoring.client import LoopClient, ScoreClient
+from rayprune.engine.scoring.loop_actor import WantedRows
 from rayprune.engine.scoring.messages import PlanPass, RankRows
 from rayprune.errors import DataError, PlanMismatch, UsageError
 from rayprune.sources import Column, MemorySource, SampleSource, Schema

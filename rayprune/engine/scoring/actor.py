@@ -7,29 +7,21 @@ Ray acknowledges calls that a dying actor then loses, so observations are made e
 an epoch. At a barrier the actor names the pushes it misses and drops those it has seen. The first call of a newer
 attempt, or the first call after a restart, restores the state at the attempt's resume step from the checkpoint.
 
-`LoopActor` serves a training loop of the user's own, whose checkpoints carry the state; there is no run folder. A
-restarted actor starts epoch 0 again, and the workers repeat what it misses. In a later epoch its scores are lost, the
-attempt ends, and the loop resumes from its own last checkpoint.
+Where the score table is too large for one actor, `shards` hold it, and receive the observations. The ScoreActor then
+reads the columns that a selection needs.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.core.audit.visits import SIGNALS as AUDITED
-from rayprune.core.audit.visits import TrainingVisits
-from rayprune.core.plan import BLOCK_ROWS, LastBatch, Plan, block_rows
-from rayprune.core.references import UserCode
-from rayprune.core.selection import Selection
-from rayprune.core.selector import Selector
+from rayprune.core.plan import Plan, block_rows
+from rayprune.core.selector import MAX_NONFINITE_IDS, Selector
 from rayprune.core.table import column_quantiles
 from rayprune.engine.scoring.messages import (
     AttemptKey,
@@ -42,82 +34,17 @@ from rayprune.engine.scoring.messages import (
     Pulse,
     Push,
     RankRows,
+    ReceivedPushes,
     StopReason,
-    unpack,
 )
-from rayprune.engine.storage.checkpoint import checkpoint_path, is_written, restore_selector
-from rayprune.engine.storage.loop_run import LoopRun
-from rayprune.engine.storage.run_folder import write_scores, write_selection
+from rayprune.engine.scoring.shards import Incarnations, ShardedTable, ShardRestarted, joined_facts
+from rayprune.engine.scoring.spec import ScoreSpec
+from rayprune.engine.storage.checkpoint import restore_selector
+from rayprune.engine.storage.run_folder import write_selection
 from rayprune.errors import CheckpointPending, ObservationsLost, StaleGeneration, UsageError
-from rayprune.methods import Method, build_method
 from rayprune.paths import as_path
-from rayprune.sources import SampleSource
-from rayprune.sources.base import shuffle_name
 
 logger = logging.getLogger(__name__)
-
-_AUDIT = "audit/"  # before the names of an audit's arrays in a state
-
-
-@dataclass(frozen=True)
-class ScoreSpec:
-    """Everything a ScoreActor is built from; small, because each restart sends it again.
-
-    Attributes:
-        method: the method's config, or the method itself if it is not registered.
-        source: the training source; its groups decide the shuffle.
-        num_validation: rows of the validation split, 0 without one.
-        num_epochs, seed: the run's.
-        batch_size: rows of a global batch.
-        last_batch: whether the last batch is padded or dropped.
-        row_bytes: bytes of one decoded training row.
-        run_folder: where checkpoints are read and selections written; None for no folder.
-        keep_selections: how many epochs' selections stay on disk.
-        labeled: whether to read the labels, for methods that need them and for the fraction kept of each class.
-        chosen: the selection of a method that reads one from a file.
-        record: signals whose mean over the visits is kept beside the method's scores.
-        visits_collected: samples that an earlier scoring run trained on.
-        meta_every: training batches per meta batch, as in `Plan.of_selection`.
-        task_rows: the largest number of rows in a read task of the stream.
-        loop_run: the run folder of a user's loop.
-        audits: whether a user's loop keeps what an audit needs of its training visits.
-        checkpoint_epochs: epochs between the checkpoints at their ends.
-        user_code: the user's modules, for an actor on another machine.
-    """
-
-    method: dict[str, Any] | Method
-    source: SampleSource
-    num_validation: int
-    num_epochs: int
-    seed: int
-    batch_size: int
-    last_batch: LastBatch
-    row_bytes: int
-    run_folder: str | None
-    keep_selections: int
-    labeled: bool = False
-    chosen: Selection | None = None
-    record: tuple[str, ...] = ()
-    visits_collected: int = 0
-    meta_every: int = 0
-    task_rows: int = BLOCK_ROWS
-    loop_run: LoopRun | None = None
-    audits: bool = False
-    checkpoint_epochs: int = 1
-    user_code: UserCode = field(default_factory=UserCode, compare=False)
-
-    def selector(self) -> Selector:
-        """Build a fresh Selector."""
-        labels = self.source.labels if self.labeled else None
-        run = (len(self.source), self.num_epochs, self.seed)
-        return Selector(
-            build_method(self.method),
-            *run,
-            labels,
-            chosen=self.chosen,
-            record=self.record,
-            visits_collected=self.visits_collected,
-        )
 
 
 class ScoreActor:
@@ -127,15 +54,20 @@ class ScoreActor:
         self._spec = spec
         self._generation = 0
         self._selector: Selector | None = None
-        # The current epoch: pushes received by rank, the announced pass and its plan, who is at which barrier.
-        self._received: dict[int, set[int]] = {}
-        self._num_observed = 0
+        # The current epoch: the received pushes, the announced pass and its plan, who is at which barrier.
+        self._pushes = ReceivedPushes()
         self._pass: PlanPass | None = None
         self._was_announced = False
         self._plan: Plan | None = None
         self._barrier: Barrier | None = None
         self._arrived: set[int] = set()
         self._passed: tuple[AttemptKey, Barrier] | None = None
+        # With shards: the newest admitted key, the shards' incarnations when the ranks arrived, and at the last barrier
+        # the quantiles; the non-finite signals before the epoch.
+        self._key = AttemptKey(0, 0)
+        self._incarnations: Incarnations = ()
+        self._quantiles: dict[str, list[float]] = {}
+        self._nonfinite_before: tuple[int, list[int]] = (0, [])
         # Signals between driver and workers.
         self._stop_reason: StopReason | None = None
         self._pausing = False
@@ -147,33 +79,43 @@ class ScoreActor:
         if key.generation < self._generation:
             raise StaleGeneration(f"generation {key.generation} was replaced by {self._generation}")
         if key.generation > self._generation or self._selector is None:
+            self._key = key
             self._selector, self._generation = self._state_before(key.epoch, key.resume_step), key.generation
             self._start_epoch()
         if key.epoch != self._selector.epoch:
             raise StaleGeneration(f"a call of epoch {key.epoch} came in epoch {self._selector.epoch}")
+        self._key = key
         return self._selector
 
     def _state_before(self, epoch: int, step: int) -> Selector:
         """Return the Selector as it was before a step, from its checkpoint; a fresh one at the start of the run."""
-        selector = self._spec.selector()
-        if (epoch, step) > (0, 0):
-            assert self._spec.run_folder is not None
-            folder = as_path(self._spec.run_folder)
-            checkpoint = checkpoint_path(folder, epoch, step)
-            if not is_written(checkpoint):
-                if step == 0 and epoch % self._spec.checkpoint_epochs:
-                    raise ObservationsLost(
-                        f"the ScoreActor has died, and the scores before epoch {epoch + 1} are in no checkpoint "
-                        f"(run.checkpoint_epochs = {self._spec.checkpoint_epochs}): the run goes on from its last one"
-                    )
-                raise CheckpointPending(f"the checkpoint before step {step} of epoch {epoch} is not written yet")
-            restore_selector(selector, checkpoint)
+        table = None if self._spec.shards is None else ShardedTable(self._spec, self._fetch)
+        selector = self._spec.selector(table)
+        checkpoint = self._spec.checkpoint_before(epoch, step)
+        if checkpoint is not None:
+            restore_selector(selector, checkpoint, leave_out=() if table is None else table.remote)
+        self._incarnations = ()
         selector.begin_epoch(epoch)
+        if table is not None:
+            table.forget()
         return selector
 
+    def _fetch(self, name: str) -> NDArray[Any]:
+        """Return an array of the table from the shards."""
+        assert self._spec.shards is not None
+        incarnations, array = self._spec.shards.fetch(self._key, name)
+        self._check_shards(incarnations)
+        return array
+
+    def _check_shards(self, incarnations: Incarnations) -> None:
+        if self._incarnations and incarnations != self._incarnations:
+            raise ShardRestarted
+
     def _start_epoch(self) -> None:
-        self._received, self._num_observed = {}, 0
+        self._pushes, self._incarnations = ReceivedPushes(), ()
         self._pass = self._plan = self._barrier = None
+        if self._selector is not None:
+            self._nonfinite_before = (self._selector.num_nonfinite, list(self._selector.nonfinite_ids))
 
     def announce(self, plan_pass: PlanPass) -> PlanHeader:
         """Lay out the plan of a pass. Every rank announces the pass; the first call makes the plan."""
@@ -244,23 +186,19 @@ class ScoreActor:
         except (StaleGeneration, CheckpointPending, ObservationsLost) as error:  # the next barrier names it as missing
             logger.info("refused a push: %s", error)
             return
-        received = self._received.setdefault(push.rank, set())
-        if push.sequence in received:
-            return
-        signals = unpack(push.layout, push.buffer)
-        ids = signals.pop("id")
-        selector.observe(ids, signals, key.epoch, sweep=push.sweep)
-        received.add(push.sequence)
-        self._num_observed += ids.size
+        self._pushes.fold(push, key.epoch, selector.observe)
 
-    def arrive(self, key: AttemptKey, barrier: Barrier, rank: int, num_pushes: int) -> list[int]:
+    def arrive(
+        self, key: AttemptKey, barrier: Barrier, rank: int, num_pushes: int, incarnations: Incarnations = ()
+    ) -> list[int]:
         """Register a rank at a barrier once all its pushes have arrived.
 
         Args:
             key: the attempt and the epoch.
             barrier: the barrier that the rank has reached.
             rank: the rank.
-            num_pushes: pushes the rank has made in this epoch.
+            num_pushes: pushes the rank has sent to this actor in this epoch.
+            incarnations: the shards', which have all pushes.
 
         Returns:
             The numbers of its lost pushes, to be repeated before the next call; empty if the rank is registered.
@@ -271,8 +209,8 @@ class ScoreActor:
         if (key, barrier) == self._passed:
             return []  # a repeated call whose answer was lost
         self._enter(key)
-        if lost := set(range(num_pushes)) - self._received.get(rank, set()):
-            return sorted(lost)
+        if lost := self._pushes.lost(rank, num_pushes):
+            return lost
         if barrier != self._barrier:
             if self._barrier is not None:
                 raise UsageError(
@@ -280,6 +218,8 @@ class ScoreActor:
                     "batches and call state_dict() at the same step"
                 )
             self._barrier, self._arrived = barrier, set()
+        if incarnations != self._incarnations:
+            self._incarnations, self._arrived = incarnations, set()
         self._arrived.add(rank)
         return []
 
@@ -294,15 +234,32 @@ class ScoreActor:
         Rank 0 calls it while the other ranks wait, so that nothing changes before rank 0 has the state.
 
         Returns:
-            The snapshot, or None while ranks are absent.
+            The snapshot, or None while ranks are absent. With shards, `state` lacks the arrays that they have.
         """
         if (key, barrier) == self._passed:
             return self._snapshot(0.0, with_state)  # a repeated call whose answer was lost
         if self.absent_ranks(key, barrier):
             return None
-        select_s = self._close_epoch(key.epoch) if barrier.moment == "close" else 0.0
+        try:
+            self._ask_shards()
+            select_s = self._close_epoch(key.epoch) if barrier.moment == "close" else 0.0
+        except ShardRestarted:
+            self._arrived = set()  # all ranks repeat what the shard has lost
+            return None
         self._barrier, self._passed = None, (key, barrier)
         return self._snapshot(select_s, with_state)
+
+    def _ask_shards(self) -> None:
+        """Take from the shards, if there are any, what a snapshot reports."""
+        if self._spec.shards is None:
+            return
+        assert self._selector is not None
+        facts = self._spec.shards.facts(self._key)
+        self._check_shards(tuple(one.incarnation for one in facts))
+        number, ids, self._quantiles = joined_facts(facts)
+        own = self._selector.observations
+        own.num_nonfinite = self._nonfinite_before[0] + number
+        own.nonfinite_ids = (self._nonfinite_before[1] + ids)[:MAX_NONFINITE_IDS]
 
     def _close_epoch(self, epoch: int) -> float:
         """Write the epoch's selection and make the next one; return the seconds spent selecting."""
@@ -315,6 +272,8 @@ class ScoreActor:
         if epoch + 1 < self._spec.num_epochs:
             self._pass = self._plan = None  # free the plan first: at a billion samples it has 4 GB
             self._selector.begin_epoch(epoch + 1)
+            if isinstance(self._selector.table, ShardedTable):
+                self._selector.table.forget()
             self._start_epoch()
         return time.perf_counter() - start
 
@@ -322,7 +281,7 @@ class ScoreActor:
         selector = self._selector
         assert selector is not None
         state = selector.state_dict() if with_state else {}
-        quantiles = column_quantiles(selector.table)
+        quantiles = self._quantiles if self._spec.shards is not None else column_quantiles(selector.table)
         return EpochSnapshot(state, select_s, selector.num_nonfinite, selector.nonfinite_ids, quantiles)
 
     def scores(self) -> dict[str, NDArray[Any]]:
@@ -335,7 +294,7 @@ class ScoreActor:
         """Return (epoch, samples observed in it, samples in its plan), for a progress display."""
         if self._selector is None or self._plan is None:
             return 0, 0, 0
-        return self._selector.epoch, self._num_observed, self._plan.num_rows
+        return self._selector.epoch, self._pushes.num_observed, self._plan.num_rows
 
     def generation(self) -> int:
         """Return the newest generation that has called, 0 before any."""
@@ -370,202 +329,3 @@ class ScoreActor:
         """Return each rank's last pulse."""
         now = time.monotonic()
         return {rank: Pulse(now - heard, doing, doing_s) for rank, (heard, doing, doing_s) in self._pulses.items()}
-
-
-# The rows that a filtered stream keeps: key of the pass, codes (N,) uint8 (0 to drop), weight of each code from 1 on.
-WantedRows = tuple[tuple[Any, ...], NDArray[np.uint8], NDArray[np.float32]]
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """The settings of a pruned dataset that every rank needs.
-
-    Attributes:
-        signals: signals that the method needs of a training visit.
-        sweep_signals: signals that it needs of a forward-only visit.
-        num_epochs: epochs of the whole run.
-        batch_size: rows of a global batch.
-        identity: what a saved state must agree with: fingerprint, number of samples, batch size, epochs, seed, shuffle.
-        has_run: whether the loop has a run folder.
-        audits: whether every visit is recorded for an audit.
-    """
-
-    signals: tuple[str, ...]
-    sweep_signals: tuple[str, ...]
-    num_epochs: int
-    batch_size: int
-    identity: dict[str, Any]
-    has_run: bool = False
-    audits: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class AuditRecord:
-    """What a loop has recorded for an audit.
-
-    Attributes:
-        visits: the training visits.
-        labels: (N,) the labels of the data.
-        class_names: as in the data's schema.
-        fingerprint: of the data.
-        seed: the loop's.
-        run_folder: the loop's, or None.
-    """
-
-    visits: TrainingVisits
-    labels: NDArray[np.int64]
-    class_names: tuple[str, ...]
-    fingerprint: str
-    seed: int
-    run_folder: Path | None
-
-
-class LoopActor(ScoreActor):
-    """The ScoreActor of a user's own loop; its state comes from the user's checkpoints."""
-
-    def __init__(self, spec: ScoreSpec) -> None:
-        super().__init__(spec)
-        # Sum and number of the epoch's losses, and the mean of the last closed epoch.
-        self._loss_sum, self._num_losses = 0.0, 0
-        self._closed_loss: float | None = None
-        self._visits = self._fresh_visits()
-
-    def _fresh_visits(self) -> TrainingVisits | None:
-        return TrainingVisits(len(self._spec.source), self._spec.num_epochs) if self._spec.audits else None
-
-    def settings(self) -> LoopSettings:
-        """Return the settings that every rank needs."""
-        spec = self._spec
-        identity = {
-            "fingerprint": spec.source.fingerprint,
-            "num_samples": len(spec.source),
-            "shuffle": shuffle_name(spec.source),
-            "num_epochs": spec.num_epochs,
-            "batch_size": spec.batch_size,
-            "last_batch": spec.last_batch,
-            "seed": spec.seed,
-        }
-        if spec.audits:
-            identity["audit"] = True
-        method = build_method(spec.method)
-        signals = tuple(dict.fromkeys((*method.signals, *spec.record, *(AUDITED if spec.audits else ()))))
-        sweep_signals = method.sweep_signals or method.signals
-        has_run = spec.loop_run is not None
-        return LoopSettings(signals, sweep_signals, spec.num_epochs, spec.batch_size, identity, has_run, spec.audits)
-
-    def restore(self, generation: int, epoch: int, state: Mapping[str, NDArray[Any]] | None) -> None:
-        """Start an attempt at an epoch, with the state of a checkpoint, or afresh without one.
-
-        Raises:
-            RunFolderError: the state is another method's or dataset's.
-        """
-        selector, visits = self._spec.selector(), self._fresh_visits()
-        if state is not None:
-            selector.load_state_dict({name: np.array(array) for name, array in state.items()})
-            if visits is not None:
-                own = {name: np.array(array) for name, array in state.items() if name.startswith(_AUDIT)}
-                visits.load_state_dict({name.removeprefix(_AUDIT): array for name, array in own.items()})
-        selector.begin_epoch(epoch)
-        self._selector, self._visits, self._generation, self._passed = selector, visits, generation, None
-        self._start_epoch()
-        if self._spec.loop_run is not None and epoch < self._spec.num_epochs:
-            self._spec.loop_run.open(epoch, resumed=state is not None)
-
-    def blocks(self) -> tuple[Phase | None, list[PlanBlock]]:
-        """As for ScoreActor, but (None, []) before the first pass, which a loop that forgot its Shard never makes."""
-        return super().blocks() if self._was_announced else (None, [])
-
-    def log_epoch(self, line: Mapping[str, Any]) -> dict[str, Any]:
-        """Append the last closed epoch's line to the run folder; after the last epoch, write the scores there.
-
-        Returns:
-            The line with its train_loss, to be sent again with further metrics.
-        """
-        spec, selector = self._spec, self._selector
-        assert spec.loop_run is not None
-        assert selector is not None
-        line = {"train_loss": self._closed_loss, **line}
-        spec.loop_run.log(line)
-        if line["epoch"] + 1 == spec.num_epochs:
-            labels = spec.source.labels if spec.labeled else None
-            write_scores(spec.loop_run.folder, selector, labels, spec.source.fingerprint)
-        return line
-
-    def observe(self, key: AttemptKey, push: Push) -> None:
-        """Fold one push into the table, once, and add up its losses."""
-        num_observed = self._num_observed
-        super().observe(key, push)
-        if self._num_observed == num_observed or push.sweep:
-            return
-        signals = unpack(push.layout, push.buffer)
-        if self._visits is not None:
-            self._visits.observe(signals["id"], signals, key.epoch)
-        losses = signals.get("loss")
-        if losses is not None:
-            finite = losses[np.isfinite(losses)]
-            self._loss_sum += float(finite.sum(dtype=np.float64))
-            self._num_losses += finite.size
-
-    def audit_record(self) -> AuditRecord | None:
-        """Return what was recorded for an audit; None if nothing is."""
-        spec, run = self._spec, self._spec.loop_run
-        if self._visits is None:
-            return None
-        facts = (spec.source.schema.class_names, spec.source.fingerprint, spec.seed)
-        return AuditRecord(self._visits, spec.source.labels, *facts, None if run is None else run.folder)
-
-    def _snapshot(self, select_s: float, with_state: bool) -> EpochSnapshot:
-        snapshot = super()._snapshot(select_s, with_state)
-        if self._visits is None or not with_state:
-            return snapshot
-        visits = {f"{_AUDIT}{name}": array for name, array in self._visits.state_dict().items()}
-        return replace(snapshot, state={**snapshot.state, **visits})
-
-    def _start_epoch(self) -> None:
-        super()._start_epoch()
-        self._loss_sum, self._num_losses = 0.0, 0
-
-    def _close_epoch(self, epoch: int) -> float:
-        self._closed_loss = self._loss_sum / self._num_losses if self._num_losses else None
-        return super()._close_epoch(epoch)
-
-    def _state_before(self, epoch: int, step: int) -> Selector:
-        if (epoch, step) > (0, 0):
-            raise ObservationsLost(
-                "the ScoreActor was lost with its scores: restart the loop from its last checkpoint (save "
-                "shard.state_dict(), and set FailureConfig(max_failures=…))"
-            )
-        self._visits = self._fresh_visits()
-        return super()._state_before(epoch, step)
-
-    def wanted_rows(self, known: tuple[Any, ...] | None) -> WantedRows | None:
-        """Return the rows of the current pass, for filtered streams.
-
-        Args:
-            known: the key of the rows that the caller has.
-
-        Returns:
-            The rows, or None if the caller has them already; the key is () before the first pass. Ray Data gives every
-            rank the same number and drops the rest of the stream, up to W−1 rows, so other rows are left out in each
-            epoch.
-        """
-        if self._pass is None or self._selector is None:
-            return (
-                (0,) if self._was_announced else (),
-                np.ones(len(self._spec.source), dtype=np.uint8),
-                np.ones(1, dtype=np.float32),
-            )
-        epoch, phase = self._pass.key.epoch, self._pass.phase
-        key = (self._generation, epoch, phase)
-        if key == known:
-            return None
-        selection = self._selector.begin_epoch(epoch)
-        if phase == "train":
-            codes, weights = selection.codes.copy(), selection.weight_values
-        else:
-            codes, weights = np.zeros(selection.num_samples, dtype=np.uint8), np.ones(1, dtype=np.float32)
-            codes[slice(None) if selection.scored_ids is None else selection.scored_ids] = 1
-        wanted = np.flatnonzero(codes)
-        rng = np.random.default_rng([self._spec.seed, epoch, 0, 3])
-        codes[rng.choice(wanted, wanted.size % self._pass.world_size, replace=False)] = 0
-        return key, codes, weights

@@ -1,17 +1,16 @@
-"""Typed calls to a ScoreActor, whether it is a Ray actor or an object of this process."""
+"""Typed calls to a ScoreActor and its shards, whether they are Ray actors or objects of this process."""
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Concatenate, ParamSpec, Protocol, Self, TypeVar
+from dataclasses import replace
+from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
 
-import ray
 from numpy.typing import NDArray
 
-from rayprune.engine.scoring.actor import AuditRecord, LoopActor, LoopSettings, ScoreActor, ScoreSpec, WantedRows
+from rayprune.engine.scoring.actor import ScoreActor
+from rayprune.engine.scoring.channel import Channel, LocalChannel, start_actor
+from rayprune.engine.scoring.loop_actor import AuditRecord, LoopActor, LoopSettings, WantedRows
 from rayprune.engine.scoring.messages import (
     AttemptKey,
     Barrier,
@@ -25,92 +24,11 @@ from rayprune.engine.scoring.messages import (
     RankRows,
     StopReason,
 )
-from rayprune.errors import CheckpointPending
-
-logger = logging.getLogger(__name__)
+from rayprune.engine.scoring.shards import Incarnations, ShardGroup
+from rayprune.engine.scoring.spec import ScoreSpec
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-_CHECKPOINT_TIMEOUT_S, _RETRY_S = 600.0, 0.2
-
-
-class Channel(Protocol):
-    """The way to one ScoreActor; `method` is the name of a method of its class.
-
-    Attributes:
-        name: the actor's name in its cluster, "" inside this process.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    def call(self, method: str, *args: Any) -> Any:
-        """Call and wait for the result."""
-
-    def post(self, method: str, *args: Any) -> None:
-        """Call without waiting; errors are lost."""
-
-    def try_call(self, method: str, timeout_s: float) -> Any:
-        """Call and wait for up to `timeout_s`; return None without an answer."""
-
-
-class LocalChannel:
-    """Calls an actor object in this process."""
-
-    name = ""
-
-    def __init__(self, actor: ScoreActor) -> None:
-        self.actor = actor
-
-    def call(self, method: str, *args: Any) -> Any:
-        return getattr(self.actor, method)(*args)
-
-    def post(self, method: str, *args: Any) -> None:
-        self.call(method, *args)
-
-    def try_call(self, method: str, timeout_s: float) -> Any:
-        return self.call(method)
-
-
-@dataclass(frozen=True)
-class RayChannel:
-    """Calls a Ray actor by its name; picklable. The actor ends with the process that created it."""
-
-    name: str
-    namespace: str
-
-    @property
-    def handle(self) -> Any:
-        """The actor's handle, looked up once per process."""
-        key = (self.name, self.namespace)
-        if key not in _HANDLES:
-            _HANDLES[key] = ray.get_actor(self.name, self.namespace)
-        return _HANDLES[key]
-
-    def call(self, method: str, *args: Any) -> Any:
-        # Ray holds a call back while the actor restarts; the actor may then need a checkpoint that is not written yet.
-        deadline = time.monotonic() + _CHECKPOINT_TIMEOUT_S
-        while True:
-            try:
-                return ray.get(getattr(self.handle, method).remote(*args))
-            except CheckpointPending:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(_RETRY_S)
-
-    def post(self, method: str, *args: Any) -> None:
-        getattr(self.handle, method).remote(*args)
-
-    def try_call(self, method: str, timeout_s: float) -> Any:
-        try:
-            return ray.get(getattr(self.handle, method).remote(), timeout=timeout_s)
-        except (ray.exceptions.RayError, ValueError) as error:  # ValueError: no actor has this name
-            logger.debug("no answer to %s: %s", method, error)
-            return None
-
-
-_HANDLES: dict[tuple[str, str], Any] = {}
 
 
 class ScoreClient:
@@ -118,25 +36,29 @@ class ScoreClient:
 
     Args:
         channel: the way to the actor.
+        shards: the actors that hold the score table, if not this one.
     """
 
     actor_class: ClassVar[type[ScoreActor]] = ScoreActor
 
-    def __init__(self, channel: Channel) -> None:
-        self.channel = channel
+    def __init__(self, channel: Channel, shards: ShardGroup | None = None) -> None:
+        self.channel, self.shards = channel, shards
 
     @classmethod
-    def in_process(cls, spec: ScoreSpec) -> Self:
-        """Return the client of a new actor object in this process."""
-        return cls(LocalChannel(cls.actor_class(spec)))
+    def in_process(cls, spec: ScoreSpec, num_shards: int = 1) -> Self:
+        """Return the client of a new actor object in this process, and of its shards if there are several."""
+        shards = ShardGroup.in_process(spec, num_shards) if num_shards > 1 else None
+        return cls(LocalChannel(cls.actor_class(replace(spec, shards=shards))), shards)
 
     @classmethod
-    def start(cls, spec: ScoreSpec, name: str) -> tuple[Self, Any]:
-        """Start a Ray actor; return its client and the handle that keeps the actor alive."""
-        # Without a CPU of its own: selection is short, and a reserved core would be lost to training.
-        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
-        handle = ray.remote(cls.actor_class).options(name=name, **options).remote(spec)
-        return cls(RayChannel(name, ray.get_runtime_context().namespace)), handle
+    def start(cls, spec: ScoreSpec, name: str, num_shards: int = 1) -> tuple[Self, list[Any]]:
+        """Start a Ray actor and its shards, if there are several; return their client and their handles.
+
+        The actors live as long as the handles.
+        """
+        shards, handles = ShardGroup.start(spec, name, num_shards) if num_shards > 1 else (None, [])
+        channel, handle = start_actor(cls.actor_class, name, replace(spec, shards=shards))
+        return cls(channel, shards), [handle, *handles]
 
     @property
     def name(self) -> str:
@@ -172,16 +94,30 @@ class ScoreClient:
 
     def observe(self, key: AttemptKey, push: Push, *, wait: bool = True) -> None:
         """Call ScoreActor.observe; with `wait=False` a failure shows as a lost push at the next barrier."""
-        (self._call if wait else self._post)(ScoreActor.observe, key, push)
+        if self.shards is not None:
+            self.shards.observe(key, push, wait=wait)
+        else:
+            (self._call if wait else self._post)(ScoreActor.observe, key, push)
 
     def arrive(self, key: AttemptKey, barrier: Barrier, rank: int, num_pushes: int) -> list[int]:
-        return self._call(ScoreActor.arrive, key, barrier, rank, num_pushes)
+        incarnations: Incarnations = ()
+        if self.shards is not None:
+            incarnations, lost = self.shards.lost(key, rank, num_pushes)
+            if lost:
+                return lost
+            num_pushes = 0  # to the ScoreActor itself
+        return self._call(ScoreActor.arrive, key, barrier, rank, num_pushes, incarnations)
 
     def absent_ranks(self, key: AttemptKey, barrier: Barrier) -> list[int]:
         return self._call(ScoreActor.absent_ranks, key, barrier)
 
     def pass_barrier(self, key: AttemptKey, barrier: Barrier, with_state: bool = True) -> EpochSnapshot | None:
-        return self._call(ScoreActor.pass_barrier, key, barrier, with_state)
+        if self.shards is None or not with_state or self.absent_ranks(key, barrier):
+            return self._call(ScoreActor.pass_barrier, key, barrier, with_state)
+        # The shards first: once the epoch is closed, a shard that dies can no longer have its observations repeated.
+        table = self.shards.table(key)
+        snapshot = self._call(ScoreActor.pass_barrier, key, barrier, with_state)
+        return snapshot and replace(snapshot, state={**snapshot.state, **table})
 
     def scores(self) -> dict[str, NDArray[Any]]:
         return self._call(ScoreActor.scores)
@@ -204,7 +140,11 @@ class ScoreClient:
 
     def progress(self, timeout_s: float) -> tuple[int, int, int] | None:
         """Call ScoreActor.progress; return None without an answer."""
-        return self._try_call(ScoreActor.progress, timeout_s)
+        progress = self._try_call(ScoreActor.progress, timeout_s)
+        if progress is None or self.shards is None:
+            return progress
+        epoch, _, num_rows = progress
+        return epoch, self.shards.num_observed(timeout_s), num_rows
 
     def pulses(self, timeout_s: float) -> dict[int, Pulse] | None:
         """Call ScoreActor.pulses; return None without an answer."""

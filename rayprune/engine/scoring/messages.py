@@ -8,7 +8,7 @@ per rank and epoch, so that the actor folds a repeated push once and can name a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -196,3 +196,30 @@ def unpack(layout: Layout, buffer: NDArray[np.uint8]) -> dict[str, NDArray[Any]]
         arrays[name] = buffer[start : start + size].view(dtype).reshape(shape)
         start += size
     return arrays
+
+
+class ReceivedPushes:
+    """The pushes that an actor has received in an epoch.
+
+    Attributes:
+        num_observed: the observations in them.
+    """
+
+    def __init__(self) -> None:
+        self._sequences: dict[int, set[int]] = {}
+        self.num_observed = 0
+
+    def fold(self, push: Push, epoch: int, observe: Callable[..., object]) -> None:
+        """Call `observe(ids, signals, epoch, sweep=…)` with a push, unless it was folded before."""
+        received = self._sequences.setdefault(push.rank, set())
+        if push.sequence in received:
+            return
+        signals = unpack(push.layout, push.buffer)
+        ids = signals.pop("id")
+        observe(ids, signals, epoch, sweep=push.sweep)
+        received.add(push.sequence)
+        self.num_observed += ids.size
+
+    def lost(self, rank: int, num_pushes: int) -> list[int]:
+        """Return which of a rank's pushes have not come, given how many it has sent."""
+        return sorted(set(range(num_pushes)) - self._sequences.get(rank, set()))

@@ -20,7 +20,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # the ScoreActor loads states without torch, which would cost
     import torch
 
     from rayprune.core.selector import Selector
+    from rayprune.core.table import ScoreTable
 
 logger = logging.getLogger(__name__)
 
@@ -282,15 +283,33 @@ def _open_selector(folder: Path) -> Iterator[Any]:
         yield stored
 
 
-def restore_selector(selector: Selector, folder: Path) -> None:
+def restore_selector(selector: Selector, folder: Path, *, leave_out: Collection[str] = ()) -> None:
     """Load a checkpoint's state into a Selector.
+
+    Args:
+        selector: to load into.
+        folder: the checkpoint.
+        leave_out: arrays of the table that the Selector does not hold.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
         RunFolderError: the file can't be read, or is not of this run; names the checkpoint.
     """
     with refusing(folder), _open_selector(folder) as stored:
-        selector.load_state_dict({name: stored[name] for name in stored.files})
+        names = [name for name in stored.files if name.removeprefix("table/") not in leave_out]
+        selector.load_state_dict({name: stored[name] for name in names})
+
+
+def restore_rows(table: ScoreTable, folder: Path) -> None:
+    """Load the rows of a table that holds a part of the samples.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        RunFolderError: the file can't be read, or is not of this run; names the checkpoint.
+    """
+    rows = slice(table.rows.start, table.rows.stop)
+    with refusing(folder), _open_selector(folder) as stored:
+        table.load_arrays({name: np.array(stored[f"table/{name}"][rows]) for name in table.to_arrays()})
 
 
 class _Refused(RunFolderError):

@@ -29,9 +29,9 @@ from rayprune.engine.data.device import DeviceStream, check_room
 from rayprune.engine.data.ray_data import plan_dataset, task_rows
 from rayprune.engine.data.transport import LocalStream, RayStream
 from rayprune.engine.monitoring import RunListeners, Watcher, on_ctrl_c, on_sigterm
-from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import StopReason
+from rayprune.engine.scoring.spec import ScoreSpec
 from rayprune.engine.storage.checkpoint import (
     checkpoint_path,
     forget_ray_records,
@@ -56,6 +56,7 @@ from rayprune.engine.train.preflight import (
     check_memory,
     check_method,
     check_model,
+    check_shards,
     check_sizes,
     check_vectors,
     forward_flops,
@@ -322,6 +323,7 @@ def _run(config: Config, splits: Splits, setup: SelectionSetup, listeners: Liste
     if resources.stream == "device" and resources.num_workers == 0:  # workers check the room on their own machines
         check_room(splits.by_name, torch.device("cuda" if resources.use_gpu else "cpu"))
     check_subset(config, setup)
+    check_shards(config, setup.method)
     attempt = functools.partial(try_checkpoint, config, splits.train, spec, setup)
     with open_folder(config, splits.train, attempt, **_environment(config, spec, resources)) as (folder, start_epoch):
         for split in (splits.train, splits.validation):
@@ -425,15 +427,16 @@ class Run:
             meta_every=config.train.meta_interval,
             checkpoint_epochs=config.run.checkpoint_epochs,
         )
-        self._handle: Any = None
+        self._handles: list[Any] = []
         if resources.stream == "ray":
             cpus = ray.cluster_resources().get("CPU", 1.0)
             score_spec = replace(score_spec, task_rows=task_rows(splits.train, cpus))
+        num_shards = min(config.scaling.score_shards, len(splits.train))
         if resources.num_workers == 0:
-            self.scores = ScoreClient.in_process(score_spec)
+            self.scores = ScoreClient.in_process(score_spec, num_shards)
         else:
             name = f"rayprune-scores-{uuid.uuid4().hex[:8]}"
-            self.scores, self._handle = ScoreClient.start(score_spec, name)
+            self.scores, self._handles = ScoreClient.start(score_spec, name, num_shards)
         step = StepSettings.of(method, config, record)
         self._worker_spec = WorkerSpec(
             config=config,
@@ -467,15 +470,15 @@ class Run:
         try:
             with watcher, on_sigterm(watcher.request_pause), on_ctrl_c(watcher.interrupt):
                 # In the main thread, Ray Train would replace the handler of SIGINT and abort the run without saving.
-                self._fit() if self._handle is None else watcher.call(self._fit)
+                self._fit() if self.scores.is_local else watcher.call(self._fit)
         except Exception as error:  # without workers, the loop's own errors
             failure = error
         if watcher.is_interrupted:
             logger.debug("interrupted", exc_info=failure)
             return False
         stop_reason = self._stop_reason()
-        if self._handle is not None:
-            ray.kill(self._handle)
+        for handle in self._handles:
+            ray.kill(handle)
         if failure is not None and not (self._folder / "config.yaml").exists():
             raise RunFolderError(
                 f"the run folder {self._folder} is gone: bring it or its storage back, then run the same command again"

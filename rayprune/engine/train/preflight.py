@@ -273,6 +273,20 @@ def notices(config: Config, spec: InputSpec, num_samples: int, method: Method, u
     return lines
 
 
+def check_shards(config: Config, method: Method) -> None:
+    """Refuse shards of the score table for a method that needs the vectors of all samples in one place.
+
+    Raises:
+        ConfigError: names the vectors and the cure.
+    """
+    vectors = [name for name, column in method.columns().items() if isinstance(column, VectorColumn)]
+    if vectors and config.scaling.score_shards > 1:
+        raise ConfigError(
+            f"method {method.name} compares the {vectors[0]} of all samples in one place, and scaling.score_shards is "
+            f"{config.scaling.score_shards}: set scaling.score_shards=1"
+        )
+
+
 def check_vectors(config: Config, spec: InputSpec, num_samples: int, method: Method) -> None:
     """Refuse vectors that do not fit on this machine's disk, where the ScoreActor is if there are no workers.
 

@@ -89,7 +89,7 @@ class Worker:
         self._meta_interval = self._config.train.meta_interval
         self._network = network
         self._session = ScoringSession(spec.scores, generation, self.rank, self.world_size, spec.step.signals)
-        self._trigger = CheckpointTrigger(self._session, self._device, self._config.run)
+        self._trigger = CheckpointTrigger(self._session, self._config.run)
         self._pulse = PulseSender(spec.scores, generation, self.rank, self.world_size)
         self._wait = FIRST_BATCH  # what the rank does until its next batch
         self._seconds: dict[str, float] = {}
@@ -179,7 +179,7 @@ class Worker:
                 f"epoch {epoch} keeps {header.num_kept} samples, less than train.batch_size "
                 f"{self._config.train.batch_size}, and train.last_batch is drop: use train.last_batch=pad"
             )
-        seed, lr = self._config.train.seed, 0.0
+        seed, batch_size, lr = self._config.train.seed, self._config.train.batch_size, 0.0
         sums = MetricSums(self._device, stored=self._resumed_sums if self._resume_step else ())
         for item in with_meta_batches(self._batches(header), self._resume_step, header.meta_every):
             step, batch, meta = item.step, item.batch, item.meta
@@ -190,7 +190,10 @@ class Worker:
                 group["lr"] = lr
             seed_generators(step_seed(seed, epoch, step, self.rank), self._device)
             placed, inputs = self._augmented(batch, epoch)
-            options: dict[str, Any] = {"learns": step % self._meta_interval == 0} if self._meta_interval else {}
+            options: dict[str, Any] = {}
+            if self._meta_interval:
+                is_padded = step + 1 == header.num_train_steps and header.num_rows % batch_size != 0
+                options = {"learns": step % self._meta_interval == 0, "is_full": not is_padded}
             if meta is not None:  # the training batches are a selection: the weights are learned from all samples
                 meta_placed, meta_inputs = self._augmented(meta, epoch)
                 options["meta"] = (meta_inputs, meta_placed.targets)
@@ -359,12 +362,13 @@ class CheckpointTrigger:
 
     Args:
         session: the worker's session; rank 0 asks its ScoreActor whether the run is to pause.
-        device: where collective tensors live.
         run: the config's section with `checkpoint_steps` and `checkpoint_minutes`.
     """
 
-    def __init__(self, session: ScoringSession[ScoreClient], device: torch.device, run: RunSection) -> None:
-        self._session, self._device = session, device
+    def __init__(self, session: ScoringSession[ScoreClient], run: RunSection) -> None:
+        self._session = session
+        # Between the hosts: through NCCL, a rank would wait for its GPU to read the verdict.
+        self._group: Any = torch.distributed.new_group(backend="gloo") if session.world_size > 1 else None
         self._every_steps, self._every_minutes = run.checkpoint_steps, run.checkpoint_minutes
         self._saved_at = self._broadcast_at = time.perf_counter()
         self._broadcast_step, self._next_broadcast = 0, 0
@@ -404,8 +408,8 @@ class CheckpointTrigger:
     def _from_rank_zero(self, verdict: Verdict, stride: int) -> tuple[Verdict, int]:
         if self._session.world_size == 1:
             return verdict, stride
-        message = torch.tensor([_VERDICTS.index(verdict), stride], dtype=torch.int64, device=self._device)
-        torch.distributed.broadcast(message, src=0)
+        message = torch.tensor([_VERDICTS.index(verdict), stride], dtype=torch.int64)
+        torch.distributed.broadcast(message, src=0, group=self._group)
         code, stride = message.tolist()
         return _VERDICTS[code], stride
 

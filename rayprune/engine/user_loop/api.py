@@ -38,9 +38,10 @@ from rayprune.engine.data.ray_data import (
     task_rows,
 )
 from rayprune.engine.data.transport import LocalStream, RayStream, Transport
-from rayprune.engine.scoring.actor import LoopSettings, ScoreSpec
 from rayprune.engine.scoring.client import LoopClient
+from rayprune.engine.scoring.loop_actor import LoopSettings
 from rayprune.engine.scoring.session import ScoringSession
+from rayprune.engine.scoring.spec import ScoreSpec
 from rayprune.engine.storage.loop_run import LoopRun
 from rayprune.engine.user_loop.audit import audit_loop
 from rayprune.engine.user_loop.shard import Shard, check_divisible, check_one_process
@@ -204,8 +205,7 @@ class PrunedData:
 
     def close(self) -> None:
         """End the ScoreActor now; otherwise it ends with this process."""
-        handle = _HANDLES.pop(self._scores.name, None)
-        if handle is not None:
+        for handle in _HANDLES.pop(self._scores.name, []):
             ray.kill(handle)
 
 

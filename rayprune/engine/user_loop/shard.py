@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from rayprune.engine.data.batch import Batch
 from rayprune.engine.data.transport import Transport
-from rayprune.engine.scoring.actor import LoopSettings
 from rayprune.engine.scoring.client import LoopClient
+from rayprune.engine.scoring.loop_actor import LoopSettings
 from rayprune.engine.scoring.messages import EpochSnapshot, Moment, PlanHeader, PlanPass, RankRows
 from rayprune.engine.scoring.session import ScoringSession
 from rayprune.engine.user_loop.audit import audit_loop, check_audited

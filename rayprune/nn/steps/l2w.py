@@ -121,6 +121,7 @@ class L2wStep(ExitStep):
         weights_B: Tensor,
         meta: tuple[Tensor, Tensor] | None = None,
         learns: bool | None = None,
+        is_full: bool = False,
     ) -> dict[str, Tensor]:
         """Update the model twice, on the first ⌈B/2⌉ rows and on the rest, and before each the weight network.
 
@@ -132,6 +133,7 @@ class L2wStep(ExitStep):
             meta: inputs and targets of the unpruned stream, to learn from instead of this batch's other half; equally
                 many on every rank.
             learns: whether the weight network learns from this batch; None: from every `meta_interval`-th.
+            is_full: whether no rank has padding in this batch; otherwise the host waits for the device to count it.
 
         Returns:
             Signal name → (B, …) float32, detached, on the device: those of the exits, and `weight_exit_1` to K.
@@ -139,14 +141,19 @@ class L2wStep(ExitStep):
         self._set_mode(training=True)
         (group,) = self.meta_optimizer.param_groups
         group["lr"] = self.options.meta_lr * self.optimizer.param_groups[0]["lr"] / self._peak
-        halves = _halves(inputs, targets_B, weights_B)
-        others = halves if meta is None else _halves(*meta, torch.ones_like(meta[1], dtype=weights_B.dtype))
+        halves = _halves(inputs, targets_B, weights_B, is_full=is_full)
+        others = halves
+        if meta is not None:
+            others = _halves(*meta, torch.ones_like(meta[1], dtype=weights_B.dtype), is_full=is_full)
         if learns is None:
             learns = self._batches % self.options.meta_interval == 0
         self._batches += 1
         # A half is left out if it is padding on all ranks, so that all run the same collective operations.
-        real = [half.real_H.sum() for half in (*halves, *others)]
-        counts = self._ranks.sum(torch.stack(real)).tolist()
+        if is_full:
+            counts = [len(half.targets_H) for half in (*halves, *others)]
+        else:
+            real = [half.real_H.sum() for half in (*halves, *others)]
+            counts = self._ranks.sum(torch.stack(real)).tolist()
         signals: list[dict[str, Tensor] | None] = [None, None]
         for index, (half, other) in enumerate(zip(halves, reversed(others), strict=True)):
             if counts[index] or not any(counts):
@@ -206,7 +213,7 @@ class L2wStep(ExitStep):
             slopes_HK = torch.where(weights_HK > 0.0, slopes_HK, torch.zeros_like(slopes_HK))
         # The centering is a symmetric projection: the gradient goes through the same function.
         upstream_HK = self.options.epsilon * self._center(slopes_HK, half.real_H)
-        self._step_weight_net(raw_HK, upstream_HK, has_rows=bool(half.real_H.any() and other.real_H.any()))
+        self._step_weight_net(raw_HK, upstream_HK, has_rows=half.has_rows() and other.has_rows())
         self._trace(pseudo_weights=weights_HK.detach(), pseudo_loss=pseudo_loss.detach(), pseudo_params=parameters)
 
     def _meta_loss(self, other: Half, forward: Forward) -> Tensor:
@@ -214,7 +221,7 @@ class L2wStep(ExitStep):
         logits_KHC, losses_HK = self._outputs(other, forward)
         confidences_HK = max_probability(logits_KHC.detach()).T
         gathered = self._scope.gather(confidences_HK), self._scope.gather(other.real_H)
-        exits = allocate_exits(*gathered, self._fractions_K)
+        exits = allocate_exits(*gathered, self._fractions_K, is_full=other.is_full)
         exits_H = exits.chunk(self._scope.number)[self._scope.rank]
         loss = meta_loss(losses_HK, exits_H, exit_counts(exits, self.num_exits))
         self._trace(meta_confidences=confidences_HK, exits=exits_H, meta_loss=loss.detach())
@@ -238,7 +245,7 @@ class L2wStep(ExitStep):
         parts["ranks"] = torch.full((), float(has_rows), dtype=raw_HK.dtype, device=raw_HK.device)
         parts = self._ranks.sum_each(parts)
         num_ranks = parts.pop("ranks")
-        if not is_global and not num_ranks:
+        if not is_global and not has_rows and not num_ranks:
             return
         for name, parameter in named.items():
             parameter.grad = parts[name] if is_global else parts[name] / num_ranks
@@ -326,23 +333,32 @@ class WeightNet(nn.Module):
 
 @dataclass(frozen=True)
 class Half:
-    """Rows to train on: inputs (H, …), targets (H,), and the pruner's factors (H,), 0 for padding."""
+    """Rows to train on: inputs (H, …), targets (H,), and the pruner's factors (H,), 0 for padding.
+
+    `is_full` tells the host that none is padding, on any rank.
+    """
 
     inputs: Tensor
     targets_H: Tensor
     factors_H: Tensor
+    is_full: bool
 
     @property
     def real_H(self) -> Tensor:
         """False for padding, (H,) bool."""
         return self.factors_H > 0
 
+    def has_rows(self) -> bool:
+        """Return whether a row is not padding; waits for the device unless `is_full`."""
+        return len(self.targets_H) > 0 if self.is_full else bool(self.real_H.any())
 
-def _halves(*tensors_B: Tensor) -> list[Half]:
+
+def _halves(*tensors_B: Tensor, is_full: bool) -> list[Half]:
     """Split inputs, targets and factors into the first ⌈B/2⌉ rows and the rest."""
     rows = len(tensors_B[0])
     sizes = [rows - rows // 2, rows // 2]
-    return [Half(*parts) for parts in zip(*(tensor.split(sizes) for tensor in tensors_B), strict=True)]
+    parts = zip(*(tensor.split(sizes) for tensor in tensors_B), strict=True)
+    return [Half(inputs, targets_H, factors_H, is_full) for inputs, targets_H, factors_H in parts]
 
 
 def _concatenate(halves: list[dict[str, Tensor] | None], sizes: list[int]) -> dict[str, Tensor]:
@@ -425,13 +441,14 @@ def leaving_counts(num_rows: int, fractions_K: Tensor) -> list[int]:
     return [*first, num_rows - sum(first)]
 
 
-def allocate_exits(confidences_BK: Tensor, real_B: Tensor, fractions_K: Tensor) -> Tensor:
+def allocate_exits(confidences_BK: Tensor, real_B: Tensor, fractions_K: Tensor, *, is_full: bool = False) -> Tensor:
     """Return the exit where each row leaves: at one exit after the other, the most confident remaining rows.
 
     Args:
         confidences_BK: (B, K) largest probability of every row at every exit; the earlier row wins a tie.
         real_B: (B,) bool.
         fractions_K: as of `exit_distribution`.
+        is_full: whether no row is padding; otherwise the host waits for the device to count the rows.
 
     Returns:
         (B,) int64 in 0..K-1; -1 for padding.
@@ -442,7 +459,7 @@ def allocate_exits(confidences_BK: Tensor, real_B: Tensor, fractions_K: Tensor) 
     """
     exits_B = torch.full_like(real_B, -1, dtype=torch.int64)
     remaining_B = real_B.clone()
-    *first, _ = leaving_counts(int(real_B.sum()), fractions_K)
+    *first, _ = leaving_counts(len(real_B) if is_full else int(real_B.sum()), fractions_K)
     for exit, count in enumerate(first):
         ranking_B = torch.where(remaining_B, confidences_BK[:, exit], torch.full_like(confidences_BK[:, exit], -1.0))
         leaving = torch.argsort(ranking_B, descending=True, stable=True)[:count]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
@@ -32,9 +35,18 @@ main()
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """A cluster of its own beside the session's: one machine with one CPU."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    # Beside the session's Ray, which is on the loopback interface, Ray would put the head there, too. A command that
+    # connects to 127.0.0.1 looks for it at the public address.
+    head = {"num_cpus": 1, "include_dashboard": False, "node_ip_address": public_address()}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     yield cluster
     cluster.shutdown()
+
+
+def public_address() -> str:
+    """Return this machine's first IPv4 address other than 127.0.0.1, which it has without a network."""
+    found = [each.address for each in chain(*psutil.net_if_addrs().values()) if each.family == socket.AF_INET]
+    return next((address for address in found if not address.startswith("127.")), "127.0.0.1")
 
 
 class ElasticRun:
@@ -124,7 +136,7 @@ def test_a_machine_joins_inside_an_epoch(tmp_path: Path, cluster: Cluster) -> No
     """The short form only grows: after the loss of a machine Ray alone waits for more than 20 s."""
     with ElasticRun(tmp_path, cluster.address, epochs=2, resize_s=1, pauses_s=(0.3, 0.0)) as run:
         run.wait(lambda ranks: len(ranks) > 3, "the first steps on one machine")
-        cluster.add_node(num_cpus=1)
+        cluster.add_node(num_cpus=1, node_ip_address=public_address())
         run.finish()
         assert run.ranks.strip("1").strip("2") == "", f"one, two: {run.ranks}"
         assert run.ranks.endswith("2"), "the run ended before it grew"
@@ -135,7 +147,7 @@ def test_a_machine_joins_inside_an_epoch(tmp_path: Path, cluster: Cluster) -> No
 def test_machines_join_and_leave_inside_epochs(tmp_path: Path, cluster: Cluster) -> None:
     with ElasticRun(tmp_path, cluster.address, epochs=8, resize_s=15, pauses_s=(0.15, 0.15)) as run:
         run.wait(lambda ranks: len(ranks) > 3, "the first steps on one machine")
-        second = cluster.add_node(num_cpus=1)
+        second = cluster.add_node(num_cpus=1, node_ip_address=public_address())
         run.wait(lambda ranks: ranks.count("2") > 4, "the steps on two machines")
         cluster.remove_node(second, allow_graceful=False)
         run.finish()

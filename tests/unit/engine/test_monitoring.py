@@ -21,9 +21,10 @@ from rayprune.engine.monitoring import (
     on_ctrl_c,
     on_sigterm,
 )
-from rayprune.engine.scoring.actor import ScoreActor, ScoreSpec
+from rayprune.engine.scoring.actor import ScoreActor
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import Pulse
+from rayprune.engine.scoring.spec import ScoreSpec
 from rayprune.engine.storage.run_folder import append_metrics
 from rayprune.errors import TrainingPaused
 from rayprune.sources import open_data

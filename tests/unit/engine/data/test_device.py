@@ -18,9 +18,9 @@ from rayprune.engine.data import device as device_stream
 from rayprune.engine.data.batch import Batch
 from rayprune.engine.data.device import DevicePlacer, DeviceStream, check_columns, pack_rows, unpack_rows
 from rayprune.engine.data.transport import LocalStream, Transport
-from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import PlanPass
+from rayprune.engine.scoring.spec import ScoreSpec
 from rayprune.engine.storage.checkpoint import newest_position
 from rayprune.engine.train.driver import RunResult, train
 from rayprune.engine.train.metrics import MetricSums

@@ -20,9 +20,9 @@ from rayprune.engine.data.ray_data import (
     task_rows,
 )
 from rayprune.engine.data.transport import RayStream
-from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.client import LoopClient, ScoreClient
 from rayprune.engine.scoring.messages import PlanPass
+from rayprune.engine.scoring.spec import ScoreSpec
 from rayprune.errors import DataError, PlanMismatch
 from rayprune.sources import MemorySource, open_data
 from tests.support.runs import pass_of

@@ -17,9 +17,9 @@ from rayprune.engine.data import transport as stream
 from rayprune.engine.data.batch import Batch
 from rayprune.engine.data.transport import LocalStream, prefetch
 from rayprune.engine.scoring import session
-from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import PlanPass
+from rayprune.engine.scoring.spec import ScoreSpec
 from rayprune.sources import SampleSource, Schema, open_data
 from tests.support.runs import pass_of, stream_pass
 

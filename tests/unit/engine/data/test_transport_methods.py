@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from rayprune.core import Plan, Selection, Selector
 from rayprune.engine.data.batch import Batch
 from rayprune.engine.data.transport import LocalStream
-from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import PlanPass, Push, pack
+from rayprune.engine.scoring.spec import ScoreSpec
 from rayprune.methods import METHODS, build_method, method_fields
 from rayprune.sources import SampleSource, Subset, open_data
 from rayprune.testing import signals_of

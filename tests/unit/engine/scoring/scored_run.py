@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayprune.engine.scoring.actor import ScoreSpec
 from rayprune.engine.scoring.messages import PlanPass, Push, pack
+from rayprune.engine.scoring.spec import ScoreSpec
 from rayprune.engine.storage.checkpoint import write_checkpoint
 from rayprune.methods import InfoBatch
 from rayprune.sources import open_data

@@ -11,8 +11,10 @@ import pytest
 from numpy.typing import NDArray
 
 from rayprune.core import Plan, Selection
-from rayprune.engine.scoring.actor import LoopActor, ScoreActor, ScoreSpec
+from rayprune.engine.scoring.actor import ScoreActor
+from rayprune.engine.scoring.loop_actor import LoopActor
 from rayprune.engine.scoring.messages import AttemptKey, Barrier, StopReason
+from rayprune.engine.scoring.spec import ScoreSpec
 from rayprune.errors import CheckpointPending, ObservationsLost, StaleGeneration, UsageError
 from rayprune.sources import open_data
 from tests.support.runs import pass_of

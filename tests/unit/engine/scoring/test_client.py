@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from rayprune.engine.scoring.actor import LoopActor, ScoreActor
-from rayprune.engine.scoring.client import LocalChannel, LoopClient, ScoreClient
+from rayprune.engine.scoring.actor import ScoreActor
+from rayprune.engine.scoring.channel import LocalChannel
+from rayprune.engine.scoring.client import LoopClient, ScoreClient
+from rayprune.engine.scoring.loop_actor import LoopActor
 
 NOT_CALLS = {"in_process", "start"}
 
@@ -23,7 +25,8 @@ def calls_of(client: type[ScoreClient]) -> list[str]:
 def test_a_call_has_the_actors_parameters(name: str) -> None:
     ours = inspect.signature(getattr(LoopClient, name)).parameters
     theirs = inspect.signature(getattr(LoopActor, name)).parameters
-    extra = {"wait", "timeout_s", "_ray_trace_ctx"}  # Ray adds the last one in a process that has started an actor
+    # Ray adds the last one in a process that has started an actor.
+    extra = {"wait", "timeout_s", "incarnations", "_ray_trace_ctx"}
     assert [each for each in ours if each not in extra] == [each for each in theirs if each not in extra]
 
 

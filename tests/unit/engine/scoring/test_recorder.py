@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from rayprune.engine.scoring import recorder
-from rayprune.engine.scoring.client import LocalChannel, ScoreClient
+from rayprune.engine.scoring.channel import LocalChannel
+from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import AttemptKey, unpack
 from rayprune.engine.scoring.recorder import PendingCopy, Recorder
 from rayprune.engine.storage.run_folder import read_metrics

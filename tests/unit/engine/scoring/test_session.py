@@ -7,6 +7,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from numpy.typing import NDArray
 
 from rayprune.core import Plan, Selector
 from rayprune.engine.scoring import recorder, session
-from rayprune.engine.scoring.actor import ScoreActor, ScoreSpec
-from rayprune.engine.scoring.client import LocalChannel, ScoreClient
+from rayprune.engine.scoring.actor import ScoreActor
+from rayprune.engine.scoring.channel import LocalChannel
+from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import Barrier, EpochSnapshot, Moment, PlanHeader, PlanPass, RankRows
 from rayprune.engine.scoring.session import ScoringSession
+from rayprune.engine.scoring.shards import ScoreShard, ShardGroup, shard_rows
 from rayprune.engine.storage.run_folder import read_selection
 from rayprune.errors import CheckpointPending, UsageError
 from tests.support.runs import losses_of
@@ -32,27 +35,46 @@ from tests.unit.engine.scoring.scored_run import BATCH, METHOD, NUM_EPOCHS, NUM_
 PUSH_ROWS = 4
 
 
+class Faults:
+    """A schedule of faults, one for each message to any of the actors; after it, everything arrives.
+
+    Attributes:
+        write: writes the newest checkpoint.
+    """
+
+    def __init__(self, schedule: list[str]) -> None:
+        self.write: Callable[[], object] = lambda: None
+        self.schedule(schedule)
+
+    def schedule(self, faults: list[str]) -> None:
+        """Start a schedule."""
+        self._schedule = iter(faults)
+
+    def next(self) -> str:
+        """Return the next message's fault."""
+        return next(self._schedule, "none")
+
+
 class FaultyChannel(LocalChannel):
-    """A channel with a schedule of faults; after the schedule, everything arrives.
+    """A channel with a schedule of faults.
 
     Faults: "lose" a push, deliver it "twice" or "late" (after the next awaited call), "restart" the actor before the
     call, or "forget": the actor dies just after it has answered, and Ray repeats the call on the next one. A checkpoint
-    stays unwritten (`write`) until an actor needs it or the next one comes.
+    stays unwritten until an actor needs it or the next one comes.
     """
 
-    def __init__(self, spec: ScoreSpec, faults: list[str]) -> None:
-        super().__init__(ScoreActor(spec))
-        self._spec, self._faults = spec, iter(faults)
+    def __init__(self, make: Callable[[], Any], faults: Faults) -> None:
+        super().__init__(make())
+        self._make, self._faults = make, faults
         self._late: list[tuple[Any, ...]] = []
         self._lock = threading.RLock()
-        self.write: Callable[[], object] = lambda: None
 
     def restart(self) -> None:
         """Replace the actor by a new one."""
-        self.actor = ScoreActor(self._spec)
+        self.actor = self._make()
 
     def _perform(self, method: str, *args: Any) -> Any:
-        fault = next(self._faults, "none")
+        fault = self._faults.next()
         if fault == "restart":
             self.restart()
         answer = getattr(self.actor, method)(*args)
@@ -68,7 +90,7 @@ class FaultyChannel(LocalChannel):
             try:
                 answer = self._perform(method, *args)
             except CheckpointPending:
-                self.write()
+                self._faults.write()
                 answer = self._perform(method, *args)
             late, self._late = self._late, []
             for push in reversed(late):
@@ -77,7 +99,7 @@ class FaultyChannel(LocalChannel):
 
     def post(self, method: str, *args: Any) -> None:
         with self._lock:
-            fault = next(self._faults, "none")
+            fault = self._faults.next()
             if fault == "late":
                 self._late.append(args)
             elif fault != "lose":
@@ -87,16 +109,21 @@ class FaultyChannel(LocalChannel):
 class Ranks:
     """The sessions of an attempt. At a barrier each runs in a thread, and broadcasts work as Ray Train's do."""
 
-    def __init__(self, folder: Path, faults: list[str], generation: int = 1) -> None:
-        self.channel = FaultyChannel(make_spec(folder), faults)
+    def __init__(self, folder: Path, faults: list[str], generation: int = 1, num_shards: int = 1) -> None:
+        self.faults, spec, group = Faults(faults), make_spec(folder), None
+        if num_shards > 1:
+            rows = [shard_rows(NUM_SAMPLES, num_shards, index) for index in range(num_shards)]
+            shards = [FaultyChannel(partial(ScoreShard, spec, one), self.faults) for one in rows]
+            group = ShardGroup(tuple(shards), NUM_SAMPLES)
+        self.channel = FaultyChannel(partial(ScoreActor, replace(spec, shards=group)), self.faults)
+        self.client = ScoreClient(self.channel, group)
         self._folder, self._rank, self._both = folder, threading.local(), threading.Barrier(RANKS, timeout=20)
         self._message: Any = None
         self.start(generation)
 
     def start(self, generation: int) -> None:
         """Start an attempt."""
-        client = ScoreClient(self.channel)
-        self.sessions = [ScoringSession(client, generation, rank, RANKS, ("loss",)) for rank in range(RANKS)]
+        self.sessions = [ScoringSession(self.client, generation, rank, RANKS, ("loss",)) for rank in range(RANKS)]
 
     def record_epoch(self, epoch: int, fraction: float = 1.0) -> PlanHeader:
         """Let every rank record a part of its rows, as workers do; return the plan's header."""
@@ -124,10 +151,10 @@ class Ranks:
             header = self.record_epoch(epoch)
             hashes.append(header.hash)
             snapshot = self.meet("close", header.num_steps)
-            self.channel.write()
+            self.faults.write()
             state = {name: array.copy() for name, array in snapshot.state.items()}
-            self.channel.write = partial(save, self._folder, epoch + 1, state)
-        self.channel.write()
+            self.faults.write = partial(save, self._folder, epoch + 1, state)
+        self.faults.write()
         return hashes, state
 
     def _barrier(self, one: ScoringSession[ScoreClient], moment: Moment, step: int) -> EpochSnapshot:
@@ -173,8 +200,13 @@ def assert_exact(folder: Path, hashes: list[str], state: dict[str, Any]) -> None
         assert np.array_equal(state[name], array, equal_nan=array.dtype.kind == "f"), name
 
 
-def test_the_actor_and_a_selector_agree(tmp_path: Path) -> None:
-    hashes, state = Ranks(tmp_path, []).train(0, NUM_EPOCHS)
+# One actor; shards of unequal sizes; more shards than rows in a push, most of them with one sample.
+SHARDS = (1, 3, NUM_SAMPLES - 1)
+
+
+@pytest.mark.parametrize("num_shards", SHARDS)
+def test_the_actor_and_a_selector_agree(tmp_path: Path, num_shards: int) -> None:
+    hashes, state = Ranks(tmp_path, [], num_shards=num_shards).train(0, NUM_EPOCHS)
     assert_exact(tmp_path, hashes, state)
     assert len(set(hashes)) == NUM_EPOCHS
     assert read_selection(tmp_path, 1).realised > 0
@@ -183,24 +215,43 @@ def test_the_actor_and_a_selector_agree(tmp_path: Path) -> None:
 FAULTS = st.lists(st.sampled_from(["none", "none", "lose", "twice", "late", "restart", "forget"]), max_size=80)
 
 
-@given(FAULTS)
-def test_no_schedule_of_faults_changes_scores_or_selections(faults: list[str]) -> None:
+@pytest.mark.parametrize("num_shards", [1, 2])
+@given(faults=FAULTS)
+def test_no_schedule_of_faults_changes_scores_or_selections(num_shards: int, faults: list[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
-        hashes, state = Ranks(Path(name), faults).train(0, NUM_EPOCHS)
+        hashes, state = Ranks(Path(name), faults, num_shards=num_shards).train(0, NUM_EPOCHS)
         assert_exact(Path(name), hashes, state)
 
 
 @pytest.mark.parametrize("fault", ["lose", "twice", "late", "restart", "forget"])
 @pytest.mark.parametrize("period", [2, 3, 7])
-def test_a_fault_at_every_kth_message_changes_nothing(tmp_path: Path, fault: str, period: int) -> None:
-    faults = [fault if number % period == 0 else "none" for number in range(100)]
-    hashes, state = Ranks(tmp_path, faults).train(0, NUM_EPOCHS)
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_a_fault_at_every_kth_message_changes_nothing(tmp_path: Path, fault: str, period: int, num_shards: int) -> None:
+    faults = [fault if number % period == 0 else "none" for number in range(100 * num_shards)]
+    hashes, state = Ranks(tmp_path, faults, num_shards=num_shards).train(0, NUM_EPOCHS)
     assert_exact(tmp_path, hashes, state)
 
 
+@pytest.mark.parametrize("fault", ["restart", "forget"])
+def test_a_shard_that_restarts_after_the_ranks_have_arrived_changes_nothing(tmp_path: Path, fault: str) -> None:
+    """At every message of a barrier at the end of an epoch, whether it is to a shard or to the ScoreActor."""
+    for num_before in range(30):
+        folder = tmp_path / str(num_before)
+        folder.mkdir()
+        ranks = Ranks(folder, [], num_shards=2)
+        hashes, state = ranks.train(0, 2)
+        header = ranks.record_epoch(2)
+        ranks.faults.schedule([*["none"] * num_before, fault])
+        snapshot = ranks.meet("close", header.num_steps)
+        ranks.faults.write = partial(save, folder, 3, {name: array.copy() for name, array in snapshot.state.items()})
+        rest, state = ranks.train(3, NUM_EPOCHS)
+        assert_exact(folder, [*hashes, header.hash, *rest], state)
+
+
 @pytest.mark.parametrize("epoch", [0, 2])
-def test_a_new_attempt_starts_from_the_checkpoint(tmp_path: Path, epoch: int) -> None:
-    ranks = Ranks(tmp_path, [])
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_a_new_attempt_starts_from_the_checkpoint(tmp_path: Path, epoch: int, num_shards: int) -> None:
+    ranks = Ranks(tmp_path, [], num_shards=num_shards)
     hashes, _ = ranks.train(0, epoch) if epoch else ([], {})
     ranks.record_epoch(epoch, fraction=0.5)  # this attempt ends here, and its half epoch is forgotten
     ranks.start(generation=2)

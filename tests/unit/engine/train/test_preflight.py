@@ -47,6 +47,10 @@ BEFORE = {
         {"method": {"name": user("TrainsBy"), "train_step": "psp"}, "train": {"compile": True}},
         "train.compile = True: train step 'psp' cannot be compiled: leave it out",
     ),
+    "vectors in shards": (
+        {"method": {"name": "k_center", "score_epochs": 2}, "scaling": {"score_shards": 2}},
+        "k_center compares the embedding of all samples in one place, and scaling.score_shards is 2: set",
+    ),
     "an unknown train step": (
         {"method": {"name": user("TrainsBy"), "train_step": "spp"}},
         r"method '.*': unknown train step 'spp': did you mean 'psp'\?",

@@ -138,6 +138,18 @@ def test_a_run_starts_from_a_checkpoint_of_another_folder(
     assert {file: file.stat().st_mtime_ns for file in killed.rglob("*")} == before
 
 
+def test_a_run_continues_with_another_number_of_score_shards(
+    tmp_path: Path, undisturbed: tuple[RunResult, list[int]]
+) -> None:
+    config = make(tmp_path, "killed", kill_at=33)
+    sharded = [
+        config.model_copy(update={"scaling": config.scaling.model_copy(update={"score_shards": n})}) for n in (3, 2)
+    ]
+    assert start(sharded[0]).wait(60) == -signal.SIGKILL
+    assert newest_position(tmp_path / "killed") > (1, 0)
+    assert_same_run(train(sharded[1]), undisturbed[0])
+
+
 @pytest.mark.parametrize(
     ("path", "words"),
     [

@@ -27,7 +27,7 @@ from rayprune.engine.train.driver import train
 from rayprune.engine.train.metrics import CorrectRows, MetricSums
 from rayprune.errors import TrainingPaused
 from rayprune.nn.device import Copies
-from rayprune.nn.steps import PlainStep
+from rayprune.nn.steps import PlainStep, l2w
 from tests.support.paths import MULTI_EXIT_MODELS
 from tests.support.runs import run_config
 
@@ -126,6 +126,8 @@ def log_synchronizations(monkeypatch: pytest.MonkeyPatch) -> SyncLog:
     monkeypatch.setattr(worker.Worker, "_forward", logged(worker.Worker._forward))
     for name in ("push", "_start_copy", "_send"):
         monkeypatch.setattr(Recorder, name, unlogged(getattr(Recorder, name)))
+    monkeypatch.setattr(l2w, "leaving_counts", unlogged(l2w.leaving_counts))  # reads fractions on the host
+    monkeypatch.setattr(torch.optim.Adam, "step", unlogged(torch.optim.Adam.step))  # reads its counter on the host
     monkeypatch.setattr(Copies, "__call__", unlogged(Copies.__call__))  # to the device, which is the CPU here
     for end_of_pass in (MetricSums, CorrectRows):
         monkeypatch.setattr(end_of_pass, "total", unlogged(end_of_pass.total))
@@ -140,6 +142,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "boundaries, swept": {"method": {"name": "dynams", "budget": 0.6, "block_epochs": 1}},
     "a proxy": {"method": {"name": "dynams", "budget": 0.6, "block_epochs": 1, "proxy_width": 0.5}},
     "every signal": {"train": {"record": ["entropy", "el2n", "margin", "confidence", "prob_label", "boundary"]}},
+    "learned weights": {  # in batches without padding, which the host would have to count
+        "data": {"limit": 96},
+        "method": {"name": "full"},
+        "model": {"name": f"{MULTI_EXIT_MODELS}:tower"},
+        "train": {"step": {"name": "l2w", "hidden": 16}},
+    },
     "several exits": {
         "model": {"name": f"{MULTI_EXIT_MODELS}:tower"},
         "train": {"step": {"name": "exits", "score": "depth"}},

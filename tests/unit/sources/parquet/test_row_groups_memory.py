@@ -20,7 +20,7 @@ STREAM = """
 import re, sys
 from pathlib import Path
 import numpy as np
-from rayprune.engine.scoring.actor import ScoreSpec
+from rayprune.engine.scoring.spec import ScoreSpec
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import AttemptKey, PlanPass
 from rayprune.engine.scoring.session import ScoringSession
