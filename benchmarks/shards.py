@@ -1,7 +1,7 @@
 """A score table in one actor and in four score shards: InfoBatch at 2e8 samples, with the memory of each process.
 
-Runs only by name (`python -m benchmarks shards`): it takes some 5 minutes and 12 GB. RAYPRUNE_SHARDS_ROWS sets another
-number of samples.
+Runs only by name (`python -m benchmarks shards`): it takes some 5 minutes and 12 GB of memory. RAYPRUNE_SHARDS_ROWS
+sets another number of samples.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def figures() -> Iterator[Figure]:
         with tempfile.TemporaryDirectory() as folder:
             start_ray()
             client, handles = ScoreClient.start(spec_of("infobatch", SAMPLES, folder), "shards", num_shards)
+            client.progress(60.0)  # all of them have started
             before = _peaks()
             snapshots, header, values = run_epoch(client, SAMPLES)
             assert snapshots.pop().state["table/last_visit"].size == SAMPLES

@@ -30,7 +30,7 @@ from rayprune.engine.cluster import start_ray
 from rayprune.engine.train.driver import train
 from rayprune.nn.models import build_model
 
-ROWS, BATCH, ROUNDS = 8_192, 128, 5
+ROWS, BATCH, ROUNDS = 2_048, 128, 4
 WARM_UP = 5
 
 

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -34,6 +35,8 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 20.0
 _READ_BYTES = 1 << 23
 # Characters that pyarrow's parser takes unescaped; it refuses blanks and letters outside ASCII.
 _URI_CHARACTERS = "%/:?#[]@!$&'()*+,;="
+# Azure's URIs name the container before an "@".
+_CONTAINER_SCHEMES = {"abfs", "abfss"}
 _ONE_SLASH = re.compile(r"[a-z][a-z0-9+.-]+:/(?!/)")
 
 
@@ -56,7 +59,8 @@ def as_path(path: str | os.PathLike[str]) -> Path:
         return Path(text).expanduser()
     if scheme == "file":
         return Path(f"/{rest.lstrip('/')}")
-    if REDACTED in redacted_url(text) or "?" in text:
+    has_secret = ":" in rest.partition("@")[0] if scheme in _CONTAINER_SCHEMES else REDACTED in redacted_url(text)
+    if has_secret or "?" in text:
         raise ConfigError(
             f"{redacted_url(text)} has credentials or parameters: give them to the file system by the environment, "
             "such as AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
@@ -119,7 +123,8 @@ class ObjectPath(PosixPath):
     @property
     def key(self) -> str:
         """Its path within `filesystem`."""
-        return "/".join([_root(*self.parts[:2])[1].rstrip("/"), *self.parts[2:]])
+        root = _root(*self.parts[:2])[1]
+        return "/".join([*([root.rstrip("/")] if root else []), *self.parts[2:]])
 
     def open(  # type: ignore[override]
         self,
@@ -293,7 +298,8 @@ def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         import fsspec
 
-        filesystem, root = fsspec.core.url_to_fs(path)
+        # Without fsspec's memory of listings: other machines write, too.
+        filesystem, root = fsspec.core.url_to_fs(path, use_listings_cache=False)
         return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), root
     return found
 
@@ -352,9 +358,15 @@ def replace_folder(path: Path, last: str | None = None) -> Iterator[Path]:
 
 
 def copy_file(file: Path, path: Path) -> None:
-    """Copy a file, between any two places."""
-    with file.open("rb") as content, path.open("wb") as stream:
-        shutil.copyfileobj(content, stream, 1 << 20)
+    """Copy a file, between any two places; a signal takes effect when the whole file is written."""
+
+    def copy() -> None:
+        with file.open("rb") as content, path.open("wb") as stream:
+            shutil.copyfileobj(content, stream, 1 << 20)
+
+    # Closing publishes what has been written, and Ctrl-C would close in the middle. It reaches the main thread only.
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(copy).result()
 
 
 def ray_storage(path: Path) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def user_modules() -> list[Any]:
 
 
 def _load_file(path: str) -> Any:
-    file = Path(path).resolve()
+    file = Path(path).absolute()  # unresolved: the links of this machine may be missing on others
     # One module per file and process, so that pickled instances find the same class again.
     name = f"{_USER_MODULE_PREFIX}{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
     if name in sys.modules:
@@ -239,6 +239,8 @@ def _code_of(module: ModuleType) -> _Code | None:
     except (AttributeError, ImportError, OSError):
         return None
     file = getattr(module, "__file__", None)
+    if file is None and hasattr(module, "__path__"):  # a namespace package, of folders alone
+        return _Code(module.__name__, "", is_package=True)
     return _Code(file, source, hasattr(module, "__path__")) if source is not None and file is not None else None
 
 

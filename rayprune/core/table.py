@@ -163,8 +163,10 @@ class ScoreTable:
 class _Permuted(UserDict[str, NDArray[Any]]):
     """Columns permuted on access, so that wide columns that a selection never reads are not copied."""
 
+    data: Any
+
     def __init__(self, columns: Mapping[str, NDArray[Any]], order: Ids) -> None:
-        self.data, self._order = dict(columns), order
+        self.data, self._order = columns, order
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         column: NDArray[Any] = self.data[name][self._order]

@@ -364,15 +364,18 @@ def _cpus_per_worker(
     automatic = float(int(largest)) if largest >= 1 else max(largest, _LEAST_AUTO_CPUS)
     each = automatic if scaling.cpus_per_worker == "auto" else scaling.cpus_per_worker
     fewest = scaling.worker_range[0]
+    smaller = math.floor(100 * largest) / 100
     if each * fewest + for_data > cpus + 1e-6:
         data = " + 1 CPU for Ray Data" if for_data else ""
         most = max(1, int((cpus - for_data) / each))
         raise ClusterError(
             f"scaling.num_workers {fewest} × {each:g} CPUs{data} is more than the {cpus:g} CPUs of the cluster, and "
-            f"Ray would wait forever: set scaling.num_workers={most} or scaling.cpus_per_worker={largest:.2g}"
+            f"Ray would wait forever: set scaling.num_workers={most} or scaling.cpus_per_worker={smaller:g}"
         )
     if (room := _room(machines, each, use_gpu)) < fewest:
-        cure = f"scaling.num_workers={room}" if room else f"scaling.cpus_per_worker={largest:.2g}"
+        cure = f"scaling.num_workers={room}" if room else f"scaling.cpus_per_worker={smaller:g}"
+        if not room and not smaller:
+            cure = "scaling.use_gpu=false, or fewer workers"
         raise ClusterError(
             f"{_each(machines, use_gpu)} have room for {room} workers with {each:g} CPUs{' and a GPU' * use_gpu}, and "
             f"Ray would wait forever for {fewest}: set {cure}"

@@ -174,7 +174,7 @@ class Trial(tune.Trainable):
     ) -> None:
         """Start the run of `config["trial"]`, a `trial_spec`, in a thread; Tune adds the other arguments."""
         spec = config["trial"]
-        with suppress(FileNotFoundError):  # on another machine
+        with suppress(OSError):  # on another machine
             os.chdir(spec["cwd"])  # relative paths in a config refer to the driver's folder
         tree = with_secrets(read_yaml(spec["yaml"]), secrets or {})
         check_secrets(tree, f"trial {spec['name']}")

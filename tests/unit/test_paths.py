@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
 import hashlib
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.fs as pafs
@@ -57,11 +60,25 @@ def test_uris_are_object_paths_and_others_local_ones() -> None:
     assert as_path("runs") == Path("runs")
 
 
-@pytest.mark.parametrize("uri", ["s3://key:hush@bucket/a", "s3://bucket/a?token=hush", "s3://bucket?region=x"])
+@pytest.mark.parametrize(
+    "uri", ["s3://key:hush@bucket/a", "s3://bucket/a?token=hush", "s3://bucket?region=x", "abfs://user:hush@a/b"]
+)
 def test_credentials_in_a_uri_are_refused_and_not_shown(uri: str) -> None:
     with pytest.raises(ConfigError, match="by the environment") as caught:
         as_path(uri)
     assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "key"),
+    [
+        ("abfs://container@account.dfs.core.windows.net/runs/a", "container/runs/a"),
+        ("abfs://account.blob.core.windows.net/container/runs", "container/runs"),
+        ("gs://bucket/runs", "bucket/runs"),
+    ],
+)
+def test_other_stores_have_their_own_paths(uri: str, key: str) -> None:
+    assert as_path(uri).key == key  # type: ignore[attr-defined]
 
 
 def test_a_uri_with_one_slash_is_refused() -> None:
@@ -149,6 +166,21 @@ def test_a_replaced_file_is_whole_or_untouched(root: Path) -> None:
         write_half(file)
     assert file.read_bytes() == "größe".encode()
     assert list(root.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("root", ["memory", "s3"], indirect=True)
+def test_ctrl_c_does_not_cut_an_upload(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = shutil.copyfileobj
+
+    def interrupted(*arguments: Any) -> None:
+        _thread.interrupt_main()
+        copy(*arguments)
+
+    monkeypatch.setattr(shutil, "copyfileobj", interrupted)
+    (root / "a").write_text("old")
+    with pytest.raises(KeyboardInterrupt), replace_file(root / "a") as partial:
+        partial.write_text("new" * 1000)
+    assert (root / "a").read_text() == "new" * 1000
 
 
 def test_a_file_is_not_replaced_where_there_is_no_folder(tmp_path: Path) -> None:

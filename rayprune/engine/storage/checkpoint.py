@@ -82,7 +82,7 @@ def write_checkpoint(
             np.savez(stream, **dict[str, Any](selector))
         (folder / _POSITION).write_text(json.dumps({"schema": SCHEMA, "epoch": epoch, "step": step, **position}))
         # Read again, as a write to an object store may have gone wrong.
-        sums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+        sums = {name: _sha256(folder / name) for name in _FILES}
         (folder / _MANIFEST).write_text(json.dumps(sums, indent=1))
         _list_as_written(folder)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
@@ -97,6 +97,7 @@ def copy_checkpoint(origin: Path, run_folder: Path) -> Path:
     folder = checkpoint_path(run_folder, position["epoch"], position["step"])
     remove_checkpoint(folder)
     copy_tree(origin, folder, last=_MANIFEST)
+    _list_as_written(folder)
     return folder
 
 

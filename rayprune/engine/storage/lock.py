@@ -29,6 +29,7 @@ _LEASE_S = 30.0
 # The longest time from a look at a free folder to the end of the write that takes it; of two, the later write wins.
 _SETTLE_S = 2.0
 _POLL_S = 2.0
+_CLOCK_S = 5.0
 
 
 @contextlib.contextmanager
@@ -61,8 +62,10 @@ def _in_use(folder: Path, where: str = "") -> RunFolderError:
 def _lease(folder: ObjectPath) -> Iterator[None]:
     file, owner = folder / LOCK, uuid.uuid4().hex
     _wait_until_free(file)
+    looked = time.monotonic()
     _renew(file, owner, 0)
-    time.sleep(_SETTLE_S)
+    # After a slow write, somebody else may have the folder already: he leaves it when he next renews his lease.
+    time.sleep(_SETTLE_S if time.monotonic() - looked < _SETTLE_S else _LEASE_S)
     if (winner := _read(file)).get("owner") != owner:
         raise _in_use(folder, f" on {winner.get('host')}")
     ended = threading.Event()
@@ -73,8 +76,11 @@ def _lease(folder: ObjectPath) -> Iterator[None]:
     finally:
         ended.set()
         thread.join(_LEASE_S)
-        if _read(file).get("owner") == owner:
-            file.unlink(missing_ok=True)
+        try:
+            if _read(file).get("owner") == owner:
+                file.unlink(missing_ok=True)
+        except OSError as error:  # the work is done, and the lease ends by itself
+            logger.warning("the lease of %s could not be given back (%s)", folder, error)
 
 
 def _keep(file: ObjectPath, owner: str, ended: threading.Event) -> None:
@@ -82,8 +88,10 @@ def _keep(file: ObjectPath, owner: str, ended: threading.Event) -> None:
     while not ended.wait(_LEASE_S / 3):
         number += 1
         try:
-            if (other := _read(file)).get("owner") not in (owner, None):
-                logger.error("a process on %s has taken over %s: this one saves and ends", other["host"], file.parent)
+            lease = _read(file)
+            if not lease or lease.get("owner", owner) != owner:  # gone: somebody took it over, and has finished
+                host = lease.get("host", "another machine")
+                logger.error("a process on %s has taken over %s: this one saves and ends", host, file.parent)
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             _renew(file, owner, number)
@@ -114,7 +122,8 @@ def _is_alive(lease: dict[str, Any]) -> bool | None:
     if lease.get("machine") != _machine():
         return None
     try:
-        return bool(psutil.Process(lease["pid"]).create_time() == lease["started"])
+        # The clock may have been set since; a process with the same pid that has started at the same time is unlikely.
+        return bool(abs(psutil.Process(lease["pid"]).create_time() - lease["started"]) < _CLOCK_S)
     except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):
         return False
 

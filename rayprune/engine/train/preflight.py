@@ -38,8 +38,8 @@ from rayprune.nn.steps.in_batch import InBatchStep
 from rayprune.nn.steps.l2w import weight_range
 from rayprune.sources import SampleSource, default_augment, input_statistics
 
-# Smaller batches may be mostly padding: it costs little, and a first try on a few samples works.
 _LARGE_MIB = 1024.0  # a checkpoint worth a notice
+# Smaller batches may be mostly padding: it costs little, and a first try on a few samples works.
 _SMALL_BATCH = 4_096
 # Enough samples for a method to refuse its settings, few enough to cost nothing.
 _TRIAL_SAMPLES = 1_000
@@ -263,7 +263,7 @@ def notices(config: Config, spec: InputSpec, num_samples: int, method: Method, u
         if floats > 1 and size >= _LARGE_MIB and config.run.checkpoint_epochs == 1:
             lines.append(
                 f"each epoch ends with a checkpoint that holds the {name} of all samples, {size / 1024:,.1f} GiB: "
-                "run.checkpoint_epochs=5 writes a fifth of them"
+                "run.checkpoint_epochs=5 writes a fifth of these (run.checkpoint_minutes adds some inside long epochs)"
             )
         if floats > 1 and config.scaling.num_workers != 0:
             lines.append(

@@ -157,8 +157,8 @@ class Worker:
             with self._timed("validate"):
                 self._share_buffers()
                 validation = self._forward("validate", record=False, keep_rows=is_last)
-        leaves = self._trigger.leaves_now()
-        is_saved = leaves or is_last or (epoch + 1) % self._config.run.checkpoint_epochs == 0
+        verdict = self._trigger.verdict_between_epochs()
+        is_saved = verdict != "continue" or is_last or (epoch + 1) % self._config.run.checkpoint_epochs == 0
         snapshot = self._barrier("close", header.num_steps, with_state=is_saved)
         self._seconds["select"] += snapshot.select_s
         record = {
@@ -170,7 +170,9 @@ class Worker:
             "score_quantiles": dict(snapshot.score_quantiles),
         }
         self._save(epoch, record, snapshot if is_saved else None, start)
-        return leaves
+        if is_saved:
+            self._trigger.note_save()
+        return verdict == "leave"
 
     def _train(self, epoch: int, header: PlanHeader) -> tuple[Tensor, float]:
         """Train the epoch's batches; return the sums over all ranks and the last learning rate."""
@@ -374,8 +376,8 @@ class CheckpointTrigger:
         self._broadcast_step, self._next_broadcast = 0, 0
 
     def start_epoch(self, step: int) -> None:
-        """Reset the timers at this attempt's resume step."""
-        self._saved_at = self._broadcast_at = time.perf_counter()
+        """Start at this attempt's resume step."""
+        self._broadcast_at = time.perf_counter()
         self._broadcast_step, self._next_broadcast = step, step + 1
 
     def verdict(self, step: int) -> Verdict:
@@ -390,12 +392,16 @@ class CheckpointTrigger:
         if verdict == "continue" and self._every_steps and step % self._every_steps == 0:
             verdict = "save"
         if verdict != "continue":
-            self._saved_at = time.perf_counter()
+            self.note_save()
         return verdict
 
-    def leaves_now(self) -> bool:
-        """Return whether to leave between two epochs."""
-        return self._from_rank_zero(self._due(time.perf_counter()), 1)[0] == "leave"
+    def verdict_between_epochs(self) -> Verdict:
+        """Return what to do between two epochs."""
+        return self._from_rank_zero(self._due(time.perf_counter()), 1)[0]
+
+    def note_save(self) -> None:
+        """Count the minutes to the next save from now."""
+        self._saved_at = time.perf_counter()
 
     def _due(self, now: float) -> Verdict:
         if self._session.rank > 0:

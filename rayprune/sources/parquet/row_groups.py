@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rayprune.core.plan import MIN_GROUPS
 from rayprune.sources.base import DescribedSource, RowCost, Schema, check_ids
 from rayprune.sources.images.decode import LEAVE_OUT, decode_rows, readable_rows
 from rayprune.sources.parquet.reader import (
@@ -40,7 +41,7 @@ from rayprune.sources.storage import OPEN_FILES, cure_of, one_line
 
 logger = logging.getLogger(__name__)
 
-BUFFER_BYTES = 64 * 1024 * 1024
+BUFFER_BYTES = 256 * 1024 * 1024
 _BUFFERS = 4
 _CHECKED_ROWS = 256
 
@@ -60,9 +61,24 @@ class ParquetGroups(DescribedSource):
         super().__init__(len(labels), schema, fingerprint, labels)
         self._rows, self._buffer_bytes = rows, buffer_bytes
         footers = [file.metadata() for file in rows.files]
-        sizes = [footer.row_group(number).num_rows for footer in footers for number in range(footer.num_row_groups)]
-        counts = [footer.num_row_groups for footer in footers]
+        groups = [footer.row_group(number) for footer in footers for number in range(footer.num_row_groups)]
+        sizes, counts = [group.num_rows for group in groups], [footer.num_row_groups for footer in footers]
+        self._check_buffer([group.total_byte_size for group in groups])
         self._set_groups(np.array(sizes, dtype=np.int64), np.cumsum([0, *counts]))
+
+    def _check_buffer(self, sizes: list[int]) -> None:
+        """Warn if a window of groups, with the one that it shares with the window before, does not fit."""
+        mixed = min(MIN_GROUPS + 1, len(sizes))
+        needed = mixed * max(sizes, default=0)
+        if needed > self._buffer_bytes:
+            logger.warning(
+                "%d row groups of up to %.0f MB are mixed and do not fit into data.buffer_bytes = %d, so each one is "
+                "read several times: set data.buffer_bytes=%d",
+                mixed,
+                max(sizes) / 1e6,
+                self._buffer_bytes,
+                needed,
+            )
 
     def _set_groups(self, sizes_G: np.ndarray, first_groups: np.ndarray) -> None:
         self._first_groups = first_groups  # see GroupBuffer

@@ -91,15 +91,19 @@ def test_modules_of_the_folder_and_files_load_in_another_process(
     other.mkdir()
     (here / "shapes" / "__init__.py").write_text("")
     (here / "shapes" / "sizes.py").write_text("width = 7\n")
+    (here / "no_init").mkdir()
+    (here / "no_init" / "units.py").write_text("unit = 'mm'\n")
     (here / "net_of_mine.py").write_text(
-        "from shapes.sizes import width\nname = f'of {width}'\n\ndef fail():\n    1 / 0\n"
+        "from no_init.units import unit\nfrom shapes.sizes import width\n"
+        "name = f'of {width} {unit}'\n\ndef fail():\n    1 / 0\n"
     )
-    (here / "file.py").write_text("name = 'a file'\n")
+    (here / "real.py").write_text("name = 'a file'\n")
+    (here / "file.py").symlink_to(here / "real.py")
     monkeypatch.chdir(here)
     before = set(sys.modules)
     references = ["net_of_mine:name", f"{here / 'file.py'}:name"]
     try:
-        assert [load_object(reference) for reference in references] == ["of 7", "a file"]
+        assert [load_object(reference) for reference in references] == ["of 7 mm", "a file"]
         (tmp_path / "code").write_bytes(pickle.dumps(UserCode()))
     finally:
         for name in set(sys.modules) - before:
@@ -109,4 +113,4 @@ def test_modules_of_the_folder_and_files_load_in_another_process(
     for _ in range(2):  # the first process passes the code on to the second, before it loads it
         done = subprocess.run(command, cwd=other, capture_output=True, text=True, env=environment())
         assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["of 7", "a file", str(here / "net_of_mine.py")]
+    assert done.stdout.splitlines() == ["of 7 mm", "a file", str(here / "net_of_mine.py")]

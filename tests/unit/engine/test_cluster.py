@@ -321,7 +321,7 @@ def test_auto_becomes_what_the_cluster_has(
         ({"num_workers": 3}, r"use_gpu needs 3 GPUs, there are 2: set scaling.use_gpu=false or scaling.num_workers=2"),
         (
             {"num_workers": 12, "use_gpu": False, "cpus_per_worker": 1},
-            r"num_workers 12 × 1 CPUs is more than the 8 CPUs.*num_workers=8 or scaling.cpus_per_worker=0.67",
+            r"num_workers 12 × 1 CPUs is more than the 8 CPUs.*num_workers=8 or scaling.cpus_per_worker=0.66",
         ),
         (
             {"num_workers": 8, "use_gpu": False, "cpus_per_worker": 1, "stream": "ray"},

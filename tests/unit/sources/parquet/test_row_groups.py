@@ -145,6 +145,18 @@ def test_an_epoch_in_windows_reads_each_group_about_once(tmp_path: Path) -> None
         assert read[1] > 2 * total
 
 
+def test_a_buffer_that_is_too_small_for_a_window_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_images(tmp_path / "a.parquet", pictures(91), [row % 2 for row in range(91)], 10)
+    opened(tmp_path)
+    assert not caplog.messages
+    opened(tmp_path, buffer_bytes=1000)
+    assert "9 row groups of up to 0 MB are mixed and do not fit into data.buffer_bytes = 1000" in caplog.text
+    enough = int(caplog.text.rpartition("data.buffer_bytes=")[2])
+    caplog.clear()
+    opened(tmp_path, buffer_bytes=enough)
+    assert not caplog.messages
+
+
 def test_pickles_are_small_and_threads_share(tmp_path: Path) -> None:
     images = pictures(2_000, size=(3, 3))
     write_images(tmp_path / "a.parquet", images, [row % 2 for row in range(2_000)], 5)
