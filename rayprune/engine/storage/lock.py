@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,27 @@ _POLL_S = 2.0
 _CLOCK_S = 5.0
 
 
+def _end_process() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path, on_lost: Callable[[], None] = _end_process) -> Iterator[None]:
     """Lock the folder while the block runs.
 
     The operating system releases a local folder's lock however the process ends. On an object store, the lease of a
     killed command on this machine is void at once; that of another machine after 30 s, for which this waits.
 
+    Args:
+        folder: the folder.
+        on_lost: called, from another thread, when another process has taken the folder over, because this one has not
+            renewed its lease for 30 s. By default, it sends this process SIGTERM.
+
     Raises:
         RunFolderError: another process has locked it.
     """
     if isinstance(folder, ObjectPath):
-        with _lease(folder):
+        with _lease(folder, on_lost):
             yield
         return
     with (folder / LOCK).open("w") as lock:
@@ -59,7 +68,7 @@ def _in_use(folder: Path, where: str = "") -> RunFolderError:
 
 
 @contextlib.contextmanager
-def _lease(folder: ObjectPath) -> Iterator[None]:
+def _lease(folder: ObjectPath, on_lost: Callable[[], None]) -> Iterator[None]:
     file, owner = folder / LOCK, uuid.uuid4().hex
     _wait_until_free(file)
     looked = time.monotonic()
@@ -69,7 +78,7 @@ def _lease(folder: ObjectPath) -> Iterator[None]:
     if (winner := _read(file)).get("owner") != owner:
         raise _in_use(folder, f" on {winner.get('host')}")
     ended = threading.Event()
-    thread = threading.Thread(target=_keep, args=(file, owner, ended), name="rayprune-lease", daemon=True)
+    thread = threading.Thread(target=_keep, args=(file, owner, ended, on_lost), name="rayprune-lease", daemon=True)
     thread.start()
     try:
         yield
@@ -83,7 +92,7 @@ def _lease(folder: ObjectPath) -> Iterator[None]:
             logger.warning("the lease of %s could not be given back (%s)", folder, error)
 
 
-def _keep(file: ObjectPath, owner: str, ended: threading.Event) -> None:
+def _keep(file: ObjectPath, owner: str, ended: threading.Event, on_lost: Callable[[], None]) -> None:
     number = 0
     while not ended.wait(_LEASE_S / 3):
         number += 1
@@ -92,7 +101,7 @@ def _keep(file: ObjectPath, owner: str, ended: threading.Event) -> None:
             if not lease or lease.get("owner", owner) != owner:  # gone: somebody took it over, and has finished
                 host = lease.get("host", "another machine")
                 logger.error("a process on %s has taken over %s: this one saves and ends", host, file.parent)
-                os.kill(os.getpid(), signal.SIGTERM)
+                on_lost()
                 return
             _renew(file, owner, number)
         except (OSError, ValueError) as error:  # the store may answer again before others give this lease up

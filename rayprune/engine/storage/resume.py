@@ -143,7 +143,12 @@ def is_scoring_run(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def open_folder(
-    config: Config, source: SampleSource, check: Callable[[Path], None] | None = None, **facts: Any
+    config: Config,
+    source: SampleSource,
+    check: Callable[[Path], None] | None = None,
+    *,
+    on_lost: Callable[[], None],
+    **facts: Any,
 ) -> Iterator[tuple[Path, int]]:
     """Create the run folder, or check that it belongs to this run, and lock it while the block runs.
 
@@ -151,6 +156,7 @@ def open_folder(
         config, source: the run and its training data.
         check: raises a RunFolderError for a checkpoint that can't be applied; those that it refuses are set aside if it
             accepts an older one.
+        on_lost: as for `lock_folder`.
         **facts: more fields for environment.json.
 
     Yields:
@@ -167,7 +173,7 @@ def open_folder(
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock_folder(folder))
+            stack.enter_context(lock_folder(folder, on_lost))
             (folder / "checkpoints").mkdir(exist_ok=True)
             start_metrics(folder)
             write_whole(folder / "config.yaml", config.to_yaml(), private=True)

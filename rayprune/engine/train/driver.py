@@ -325,7 +325,11 @@ def _run(config: Config, splits: Splits, setup: SelectionSetup, listeners: Liste
     check_subset(config, setup)
     check_shards(config, setup.method)
     attempt = functools.partial(try_checkpoint, config, splits.train, spec, setup)
-    with open_folder(config, splits.train, attempt, **_environment(config, spec, resources)) as (folder, start_epoch):
+    pause = listeners.pause or threading.Event()
+    listeners = replace(listeners, pause=pause)
+    environment = _environment(config, spec, resources)
+    opened = open_folder(config, splits.train, attempt, on_lost=pause.set, **environment)
+    with opened as (folder, start_epoch):
         for split in (splits.train, splits.validation):
             if split is not None:
                 split.prepare()

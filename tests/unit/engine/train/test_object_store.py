@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,8 @@ from rayprune.config import Config
 from rayprune.engine.storage import lock
 from rayprune.engine.storage.checkpoint import checkpoint_path, newest_checkpoint, newest_position
 from rayprune.engine.storage.run_folder import read_metrics, read_selection
-from rayprune.engine.train.driver import RunResult, train
-from rayprune.errors import ConfigError, RunFolderError
+from rayprune.engine.train.driver import RunResult, Start, train
+from rayprune.errors import ConfigError, RunFolderError, TrainingPaused
 from rayprune.paths import as_path, remove_tree
 from tests.support.command_line import environment
 from tests.support.object_store import BUCKET, ObjectStore, object_store
@@ -105,6 +107,19 @@ def test_a_killed_run_continues_to_the_same_result(store: ObjectStore, local: Ru
     assert (2, 0) <= newest_position(folder) < (EPOCHS, 0)
     assert_same_run(train(config), local)
     assert not (folder / lock.LOCK).exists()
+
+
+def test_a_run_outside_the_main_thread_that_loses_its_lease_saves_and_ends(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "_LEASE_S", 0.3)
+
+    def lose_lease(start: Start) -> None:
+        (start.folder / lock.LOCK).write_text(json.dumps({"owner": "other", "host": "far"}))
+
+    config = config_in(BUCKET, "lost", train={"epochs": 200})
+    with ThreadPoolExecutor(1) as pool, pytest.raises(TrainingPaused, match="saved before step"):
+        pool.submit(train, config, on_start=lose_lease).result()
 
 
 def test_a_checkpoint_that_a_listing_lacks_is_found(finished: RunResult, store: ObjectStore) -> None:
