@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.harness import Figure, peak_bytes, seconds
+from benchmarks.harness import POSITION, Figure, peak_bytes, seconds
 from rayprune.engine.scoring.actor import ScoreActor
 from rayprune.engine.scoring.client import ScoreClient
 from rayprune.engine.scoring.messages import AttemptKey, Barrier, EpochSnapshot, PlanHeader, PlanPass, Push, pack
@@ -35,15 +35,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "infobatch": {"name": "infobatch"},
     "random_epoch": {"name": "random_epoch"},
     "top-k": {"name": "epsilon_greedy", "epsilon": 0.0},
-}
-_POSITION = {
-    "digest": "billion",
-    "fingerprint": "billion",
-    "shuffle": "",
-    "wall_time": 0.0,
-    "counts": {},
-    "metrics": None,
-    "sums": [],
 }
 
 
@@ -127,7 +118,7 @@ def _run(method: str, num_samples: int, folder: str) -> dict[str, Any]:
     before = peak_bytes()
     actor = ScoreActor(spec_of(method, num_samples, folder))
     snapshots, header, values = run_epoch(actor, num_samples)
-    parts: dict[str, Any] = {"model": {}, "trainer": {}, "selector": snapshots[0].state, "position": _POSITION}
+    parts: dict[str, Any] = {"model": {}, "trainer": {}, "selector": snapshots[0].state, "position": POSITION}
     values["saving, s"] = seconds(lambda: write_checkpoint(Path(folder), 1, **parts))
     saved = sum(file.stat().st_size for file in Path(folder, "checkpoints", "epoch-000001").iterdir())
     values["saved bytes per sample"] = saved / num_samples

@@ -20,6 +20,16 @@ from importlib import metadata
 from pathlib import Path
 
 NAME_WIDTH = 86
+# The fields of a checkpoint's position.json that a benchmark of checkpoints does not measure.
+POSITION = {
+    "digest": "",
+    "fingerprint": "",
+    "shuffle": "",
+    "wall_time": 0.0,
+    "counts": {},
+    "metrics": None,
+    "sums": [],
+}
 
 
 @dataclass(frozen=True)

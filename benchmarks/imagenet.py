@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.train
 
-from benchmarks.harness import Figure, seconds
+from benchmarks.harness import POSITION, Figure, seconds
 from benchmarks.images import encode_jpeg
 from benchmarks.soak import resources
 from benchmarks.stream import BATCH, EpochTimer, in_worker
@@ -45,15 +45,6 @@ CLASSES, SHAPE = 1000, (224, 224, 3)
 RATIOS = (0.0, 0.5, 0.9)
 # Files: few different images, as their content does not matter; row groups as the datasets library writes them.
 FILE_SAMPLES, IMAGES, GROUP_ROWS, SHARD_ROWS = 8_192, 64, 100, 1_024
-_POSITION = {
-    "digest": "i",
-    "fingerprint": "i",
-    "shuffle": "",
-    "wall_time": 0.0,
-    "counts": {},
-    "metrics": None,
-    "sums": [],
-}
 
 
 class MadeImages(DescribedSource):
@@ -205,7 +196,7 @@ def _state(folder: Path) -> Iterator[Figure]:
         parts: dict[str, Any] = {"model": {}, "trainer": {}, "selector": selector.state_dict()}
         place = folder / name
         place.mkdir()
-        taken = seconds(lambda place=place, parts=parts: write_checkpoint(place, 1, **parts, position=_POSITION))
+        taken = seconds(lambda place=place, parts=parts: write_checkpoint(place, 1, **parts, position=POSITION))
         size = sum(file.stat().st_size for file in (place / "checkpoints" / "epoch-000001").iterdir())
         title = f"{name}, {SAMPLES:,} samples, {CLASSES:,} classes"
         yield Figure(f"{title}: checkpoint without the network, MB", [size / 1e6])

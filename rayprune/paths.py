@@ -142,13 +142,20 @@ class ObjectPath(PosixPath):
         elif kind in {"w", "a"}:
             before = self.read_bytes() if kind == "a" and self.is_file() else b""
             try:
-                stream = self.filesystem.open_output_stream(self.key)
+                stream = self._output_stream()
             except NotImplementedError:
                 raise OSError(errno.EROFS, "this file system can only be read", str(self)) from None
             stream.write(before)
         else:
             raise ValueError(f"an object can't be opened with mode {mode!r}")
         return stream if "b" in mode else io.TextIOWrapper(stream, encoding or "utf-8", errors, newline)
+
+    def _output_stream(self) -> Any:
+        try:
+            return self.filesystem.open_output_stream(self.key)
+        except FileNotFoundError:  # a file system with folders, such as SFTP's
+            self.filesystem.create_dir(self.parent.key, recursive=True)
+            return self.filesystem.open_output_stream(self.key)
 
     def _info(self) -> pafs.FileInfo:
         return self.filesystem.get_file_info(self.key)

@@ -287,21 +287,40 @@ def _sum(machines: Machines, name: str) -> float:
     return sum(machine.get(name, 0.0) for machine in machines)
 
 
-def _room(machines: Machines, cpus: float, use_gpu: bool) -> int:
-    """Return how many processes with so many CPUs, and a GPU, fit: each one needs them on one machine."""
-    return sum(
-        int(min(machine.get("CPU", 0.0) / cpus + 1e-6, machine.get("GPU", 0.0) if use_gpu else math.inf))
+def _room(machines: Machines, cpus: float, use_gpu: bool, for_data: float = 0.0) -> int:
+    """Return how many processes with so many CPUs, and a GPU, fit: each one needs them on one machine.
+
+    One machine keeps `for_data` CPUs, which a task of Ray Data needs together.
+    """
+
+    def fit(machine: Mapping[str, float], reserve: float = 0.0) -> int:
+        gpus = machine.get("GPU", 0.0) if use_gpu else math.inf
+        return int(min((machine.get("CPU", 0.0) - reserve) / cpus + 1e-6, gpus))
+
+    large = [machine for machine in machines if machine.get("CPU", 0.0) >= for_data]
+    lost = min((fit(machine) - fit(machine, for_data) for machine in large), default=0)
+    return sum(map(fit, machines)) - lost
+
+
+def _most_cpus(machines: Machines, num_processes: int, use_gpu: bool, reserve: float, for_data: float = 0.0) -> float:
+    """Return the most CPUs that each of several processes can have; 0 if they do not fit.
+
+    Args:
+        machines: what each has.
+        num_processes: how many.
+        use_gpu: whether each needs a GPU.
+        reserve: CPUs to leave, anywhere.
+        for_data: more CPUs to leave, on one machine.
+    """
+    even = (_sum(machines, "CPU") - reserve - for_data) / num_processes
+    parts = {
+        (machine.get("CPU", 0.0) - left) / count
         for machine in machines
-    )
-
-
-def _most_cpus(machines: Machines, num_processes: int, use_gpu: bool, reserve: float) -> float:
-    """Return the most CPUs that each of several processes can have, beside a reserve anywhere; 0 if they do not fit."""
-    cpus = _sum(machines, "CPU")
-    even = (cpus - reserve) / num_processes
-    parts = {machine.get("CPU", 0.0) / count for machine in machines for count in range(1, num_processes + 1)}
-    fits = [each for each in {even, *parts} if 0.0 < each <= even and _room(machines, each, use_gpu) >= num_processes]
-    return max(fits, default=0.0)
+        for count in range(1, num_processes + 1)
+        for left in {0.0, for_data}
+    }
+    fits = [each for each in {even, *parts} if 0.0 < each <= even]
+    return max((each for each in fits if _room(machines, each, use_gpu, for_data) >= num_processes), default=0.0)
 
 
 def resolve_resources(config: Config, source: SampleSource) -> Resources:
@@ -326,7 +345,7 @@ def resolve_resources(config: Config, source: SampleSource) -> Resources:
     # An elastic run starts as soon as its fewest workers fit; CPUs are divided among the most that fit today.
     today = max(fewest, min(most, _room(machines, 1.0, use_gpu)))
     for_data = _cpus_for_data(stream, cpus)
-    largest = _most_cpus(machines, today, use_gpu, for_data)
+    largest = _most_cpus(machines, today, use_gpu, 0.0, for_data)
     cpus_per_worker = _cpus_per_worker(scaling, largest, machines, use_gpu, for_data)
     threads = max(1, int(min(cpus // today, largest + for_data))) if scaling.threads == "auto" else scaling.threads
     return Resources(scaling.num_workers, use_gpu, cpus_per_worker, threads, stream, reason)
@@ -372,13 +391,13 @@ def _cpus_per_worker(
             f"scaling.num_workers {fewest} × {each:g} CPUs{data} is more than the {cpus:g} CPUs of the cluster, and "
             f"Ray would wait forever: set scaling.num_workers={most} or scaling.cpus_per_worker={smaller:g}"
         )
-    if (room := _room(machines, each, use_gpu)) < fewest:
+    if (room := _room(machines, each, use_gpu, for_data)) < fewest:
         cure = f"scaling.num_workers={room}" if room else f"scaling.cpus_per_worker={smaller:g}"
         if not room and not smaller:
             cure = "scaling.use_gpu=false, or fewer workers"
         raise ClusterError(
-            f"{_each(machines, use_gpu)} have room for {room} workers with {each:g} CPUs{' and a GPU' * use_gpu}, and "
-            f"Ray would wait forever for {fewest}: set {cure}"
+            f"{_each(machines, use_gpu)} have room for {room} workers with {each:g} CPUs{' and a GPU' * use_gpu}"
+            f"{' beside 1 CPU for Ray Data' * bool(for_data)}, and Ray would wait forever for {fewest}: set {cure}"
         )
     return each
 

@@ -31,11 +31,13 @@ def store() -> Iterator[ObjectStore]:
         yield running
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
+@pytest.fixture(params=["local", "memory", "s3", "with folders"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Return an empty folder."""
     if request.param == "local":
         return tmp_path
+    if request.param == "with folders":
+        return on_filesystem("runs", pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()))
     if request.param == "s3":
         request.getfixturevalue("store")
         return as_path(f"{BUCKET}/{tmp_path.name}")

@@ -26,8 +26,8 @@ BATCH, CHECKPOINT_STEPS = 8, 2
 COMMAND = """
 import sys
 from rayprune.cli.main import main
-from rayprune.engine.train import driver
-driver._RESIZE_S = float(sys.argv.pop(1))
+from rayprune.engine.train import run
+run._RESIZE_S = float(sys.argv.pop(1))
 main()
 """
 

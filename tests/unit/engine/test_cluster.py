@@ -423,6 +423,10 @@ def test_no_worker_gets_more_than_a_machine_has(scaling: dict[str, Any], expecte
             {"num_workers": 2, "cpus_per_worker": 4},
             "CPUs and 0, 1, 1, 0 GPUs, have room for 1 workers with 4 CPUs and a GPU",
         ),
+        (  # 1.2 CPUs would be left, but no machine would have one of them
+            {"num_workers": 12, "use_gpu": False, "cpus_per_worker": 0.9, "stream": "ray"},
+            "have room for 11 workers with 0.9 CPUs beside 1 CPU for Ray Data.*set scaling.num_workers=11",
+        ),
     ],
 )
 def test_workers_that_no_machine_has_room_for_are_refused(scaling: dict[str, Any], words: str) -> None:

@@ -21,8 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rayprune.config.yaml import merge
 from rayprune.engine.data.batch import PlacedRows
 from rayprune.engine.scoring.recorder import Recorder
-from rayprune.engine.train import driver as run
-from rayprune.engine.train import worker
+from rayprune.engine.train import run, worker
 from rayprune.engine.train.driver import train
 from rayprune.engine.train.metrics import CorrectRows, MetricSums
 from rayprune.errors import TrainingPaused
