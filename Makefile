@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
+# The tests start hundreds of processes that import rayprune, which takes twice as long without bytecode.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo docs test test-oldest scenarios test-all torture fuzz check format setup bench clean
 

@@ -68,12 +68,13 @@ def timed_model(num_classes: int, input_shape: tuple[int, ...]) -> Any:
 def _command(workers: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         config, log = Path(folder) / "start.yaml", Path(folder) / "log"
-        options = {LOG: str(log), "RAY_USAGE_STATS_ENABLED": "0"}
+        environment = {**os.environ, LOG: str(log), "RAY_USAGE_STATS_ENABLED": "0"}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package has its bytecode, as torch and Ray have
         config.write_text(
             json.dumps(
                 {
                     "data": {"source": "digits", "limit": ROWS},
-                    "model": {"name": f"{__file__}:timed_model"},
+                    "model": {"name": "benchmarks.start:timed_model"},
                     "method": {"name": "infobatch"},
                     "train": {"epochs": 3, "batch_size": BATCH, "stop_after": 1},
                     "scaling": {"num_workers": workers, "use_gpu": False},
@@ -83,7 +84,7 @@ def _command(workers: int) -> float:
         )
         start = time.time()
         command = [sys.executable, "-m", "rayprune", "train", str(config)]
-        subprocess.run(command, check=True, capture_output=True, cwd=_ROOT, env={**os.environ, **options})
+        subprocess.run(command, check=True, capture_output=True, cwd=_ROOT, env=environment)
         steps = [line.split() for line in log.read_text().splitlines()]
         return min(float(at) for at, rows in steps if int(rows) == BATCH // max(1, workers)) - start
 

@@ -7,7 +7,6 @@ processes and may end the process; and it waits forever for resources that the c
 from __future__ import annotations
 
 import contextlib
-import importlib
 import math
 import os
 import resource
@@ -16,7 +15,6 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +74,6 @@ def start_ray(debug: bool = False, *, elastic: bool = False, dashboard: bool = F
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     if ray.is_initialized():
         return
-    threading.Thread(target=_import_compiler, daemon=True).start()
     options: dict[str, Any] = {"log_to_driver": debug, "logging_level": "INFO" if debug else "ERROR"}
     if (cluster := cluster_address(address)) is not None:
         with kept_handlers(signal.SIGTERM):
@@ -130,12 +127,6 @@ def _check_address_space() -> None:
             f"Ray does not start within {limit / 2**30:.1f} GiB of address space: raise the limit (ulimit -v "
             "unlimited), or train in this process with scaling.num_workers=0"
         )
-
-
-def _import_compiler() -> None:
-    """Import what torch imports for a process's first optimizer; it takes a second, while Ray starts."""
-    with contextlib.suppress(ImportError):
-        importlib.import_module("torch._dynamo")
 
 
 def cluster_address(address: str) -> str | None:

@@ -10,6 +10,7 @@ except that momentum is not cycled. For T steps, torch puts the peak at step pct
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,16 +34,21 @@ def build_optimizer(
     weight_decay: float = 0.0,
     nesterov: bool = False,
     betas: tuple[float, float] = (0.9, 0.999),
+    is_trial: bool = False,
 ) -> torch.optim.Optimizer:
     """Build the optimizer "sgd" or "adamw" of a module's parameters.
 
     Weight decay, decoupled for AdamW, acts on every parameter, biases and norms too, as in the published recipes.
+    A trial does not import torch's compiler, as the first optimizer of a process otherwise does; that takes a second.
     """
-    parameters = module.parameters()
-    if name == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-    assert name == "adamw"
-    return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+    kind: Any = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]
+    options: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov} if name == "sgd" else {"betas": betas}
+    if is_trial:
+        # torch wraps the method in a function that excludes it from compilation.
+        unwrapped = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+        kind = type(kind.__name__, (kind,), {"add_param_group": unwrapped})
+    optimizer: torch.optim.Optimizer = kind(module.parameters(), lr=lr, weight_decay=weight_decay, **options)
+    return optimizer
 
 
 class ProgressLR(LRScheduler):

@@ -274,8 +274,8 @@ def read_column(method: InBatchMethod, column: str, num_samples: int) -> tuple[S
     return file, values.astype(np.float32)
 
 
-def network_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimizer of a network's parameters."""
+def network_optimizer(config: Config, network: nn.Module, is_trial: bool = False) -> torch.optim.Optimizer:
+    """Build the optimizer of a network's parameters; `is_trial` as for `build_optimizer`."""
     optim = config.optim
     return build_optimizer(
         optim.name,
@@ -285,6 +285,7 @@ def network_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimiz
         weight_decay=optim.weight_decay,
         nesterov=optim.nesterov,
         betas=optim.betas,
+        is_trial=is_trial,
     )
 
 
@@ -296,7 +297,7 @@ def build_step(
     *,
     device: torch.device,
     world_size: int = 1,
-    compiled: bool = True,
+    is_trial: bool = False,
 ) -> TrainStep:
     """Build the train step with its optimizer, wrapped in DDP for several ranks.
 
@@ -307,7 +308,7 @@ def build_step(
         settings: the step to build.
         device: where the step runs.
         world_size: the number of ranks.
-        compiled: False to ignore `train.compile`.
+        is_trial: whether the step is built to try it: without `train.compile`, and without importing the compiler.
 
     Raises:
         ConfigError: the step does not work with the network.
@@ -330,14 +331,14 @@ def build_step(
     if train.compile:
         if not step.compilable:
             raise ConfigError(f"train.compile = True: train step {name!r} cannot be compiled: leave it out")
-        if compiled:
+        if not is_trial:
             module.compile()  # type: ignore[no-untyped-call]  # in place: the names in checkpoints stay
     if world_size > 1:
         device_ids = [device.index] if device.type == "cuda" else None
         module = nn.parallel.DistributedDataParallel(module, device_ids=device_ids)
     return step(
         module,
-        network_optimizer(config, network),
+        network_optimizer(config, network, is_trial),
         signals=settings.signals,
         label_smoothing=train.label_smoothing,
         accumulate=train.accumulate,

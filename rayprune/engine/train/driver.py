@@ -42,7 +42,6 @@ from rayprune.engine.train.preflight import (
     check_model,
     check_shards,
     check_sizes,
-    check_step,
     check_vectors,
     forward_flops,
     input_spec,
@@ -135,13 +134,12 @@ def train(
     listeners = Listeners(on_epoch, on_progress, on_notice, pause, on_start, on_scored)
     splits = open_splits(config)
     check_folder(config)
-    setup, try_step = _checked_setup(config, splits)
+    setup = _checked_setup(config, splits)
     if (folder := finished_folder(config, splits.train)) is not None:
         if setup is not None:
             check_subset(config, setup)
         return RunResult(folder, read_metrics(folder))
     _connect(config, debug)
-    try_step()
     if setup is None:
         adopt_scoring(config)
         scored = _score(config, splits, listeners)
@@ -188,11 +186,10 @@ def forward_pass(config: Config, splits: Splits, listeners: Listeners, *, debug:
     splits = Splits(splits.train, None)
     setup = SelectionSetup(config.build_method(), config.last_epoch + 1)
     check_folder(config)
-    try_step = _check_setup(config, splits, setup)
+    _check_setup(config, splits, setup)
     if (folder := finished_folder(config, splits.train)) is not None:
         return folder
     _connect(config, debug)
-    try_step()
     return _run(config, splits, setup, listeners).folder
 
 
@@ -206,7 +203,7 @@ def check(config: Config, splits: Splits) -> None:
     Raises:
         ConfigError, DataError: the config cannot work with this data; one line with the cure.
     """
-    _checked_setup(config, splits)[1]()
+    _checked_setup(config, splits)
 
 
 @refusing_exit()
@@ -237,13 +234,8 @@ def _splits(config: Config) -> Splits:
     return open_data(data.source, **{key: getattr(data, key) for key in common}, **data.source_keys)
 
 
-def _checked_setup(config: Config, splits: Splits) -> tuple[SelectionSetup | None, Callable[[], None]]:
-    """Check everything before a run starts.
-
-    Returns:
-        How it selects, or None if the samples must be scored first, and the last check, of the train step: it takes a
-        second, which costs nothing while Ray starts.
-    """
+def _checked_setup(config: Config, splits: Splits) -> SelectionSetup | None:
+    """Check everything before a run starts; return how it selects, or None if the samples must be scored first."""
     method = config.build_method()
     if isinstance(method, ScoredMethod) and method.balance == "drop":
         left_out = [
@@ -256,28 +248,28 @@ def _checked_setup(config: Config, splits: Splits) -> tuple[SelectionSetup | Non
                 "balance 'drop' needs validation data, to measure each class's recall: set data.hold_out=0.1"
             )
     if method.collect_epochs and config.collect.fresh:
-        return None, _check_training(config, splits, Fixed())
+        _check_training(config, splits, Fixed())
+        return None
     setup = SelectionSetup(method, config.train.epochs)
     if isinstance(method, Fixed):
         setup = chosen_subset(config, splits.train)
-    return setup, _check_setup(config, splits, setup)
+    _check_setup(config, splits, setup)
+    return setup
 
 
-def _check_setup(config: Config, splits: Splits, setup: SelectionSetup) -> Callable[[], None]:
-    try_step = _check_training(config, splits, setup.method)
+def _check_setup(config: Config, splits: Splits, setup: SelectionSetup) -> None:
+    _check_training(config, splits, setup.method)
     check_method(config, splits.train, setup.method, setup.num_epochs)
     check_memory(setup.method, input_spec(config, splits.train).num_classes, len(splits.train))
-    return try_step
 
 
-def _check_training(config: Config, splits: Splits, method: Method) -> Callable[[], None]:
+def _check_training(config: Config, splits: Splits, method: Method) -> None:
     check_trackers(config)
     picking = in_batch_method(method)
     scored = () if picking is None else picking.batch_signals
     check_signals((*method.signals, *method.sweep_signals, *scored, *config.train.record))
     check_sizes(config, len(splits.train), splits.train.schema.row_bytes)
-    spec = input_spec(config, splits.train)
-    return functools.partial(check_step, config, check_model(config, spec), spec, method)
+    check_model(config, input_spec(config, splits.train), method)
 
 
 def _score(config: Config, splits: Splits, listeners: Listeners) -> Scored:
@@ -293,7 +285,7 @@ def _score(config: Config, splits: Splits, listeners: Listeners) -> Scored:
         if scoring_splits.train.fingerprint != splits.train.fingerprint:
             raise ConfigError("collect.data changes which samples there are: set only keys of collect.data.augment")
         setup = SelectionSetup(scoring.build_method(), max(scoring.train.epochs, scoring.last_epoch + 1))
-        _check_setup(scoring, scoring_splits, setup)()
+        _check_setup(scoring, scoring_splits, setup)
         folders.append(_run(scoring, scoring_splits, setup, listeners).folder)
     return score_samples(config, splits.train, folders)
 

@@ -132,8 +132,8 @@ def check_memory(method: Method, num_classes: int, num_samples: int) -> None:
         )
 
 
-def check_model(config: Config, spec: InputSpec) -> torch.nn.Module:
-    """Build the network once on this machine, try it on zeros, and return it for `check_step`."""
+def check_model(config: Config, spec: InputSpec, method: Method) -> None:
+    """Build network, optimizer and train step once on this machine, and try them on zeros."""
     name = config.model.name
     model = new_model(config, spec)
     try:
@@ -148,31 +148,13 @@ def check_model(config: Config, spec: InputSpec) -> torch.nn.Module:
     _check_output(name, output, spec.num_classes)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"model {name!r} has no parameters to train: use another model")
-    return model
-
-
-def check_step(config: Config, model: torch.nn.Module, spec: InputSpec, method: Method) -> None:
-    """Build the optimizer and the train step once on this machine, and send zeros through each part of the step.
-
-    The first optimizer of a process takes a second, in which torch imports its compiler.
-    """
     try:
-        network_optimizer(config, model)
+        network_optimizer(config, model, is_trial=True)
         for epoch in {0, config.train.epochs - 1}:
             rate_at(config, epoch, 0, 1, 1.0)
     except ValueError as error:
         raise ConfigError(f"optim can't be used: {error}") from None
-    settings = StepSettings.of(method, config, recorded_signals(config, spec))
-    try:
-        if settings.name == "l2w":
-            _check_halves(config, model, spec)
-        _try_signals(config, model, spec, settings)
-    except Exception as error:
-        if settings.name == "embed":
-            raise _embedder_error(config, spec, error) from error
-        if not isinstance(error, ValueError):
-            raise
-        raise ConfigError(f"method {method.name!r} can't train model {config.model.name!r}: {error}") from None
+    _check_step(config, model, spec, method)
 
 
 def _check_output(name: str, output: Any, num_classes: int) -> None:
@@ -186,6 +168,21 @@ def _check_output(name: str, output: Any, num_classes: int) -> None:
             f"model {name!r} returns {tuple(first.shape)} for a batch of 2: it must return (2, {num_classes}), a "
             "logit for each class"
         )
+
+
+def _check_step(config: Config, model: torch.nn.Module, spec: InputSpec, method: Method) -> None:
+    """Send a batch of zeros through each part of the method's train step."""
+    settings = StepSettings.of(method, config, recorded_signals(config, spec))
+    try:
+        if settings.name == "l2w":
+            _check_halves(config, model, spec)
+        _try_signals(config, model, spec, settings)
+    except Exception as error:
+        if settings.name == "embed":
+            raise _embedder_error(config, spec, error) from error
+        if not isinstance(error, ValueError):
+            raise
+        raise ConfigError(f"method {method.name!r} can't train model {config.model.name!r}: {error}") from None
 
 
 def _embedder_error(config: Config, spec: InputSpec, error: Exception) -> Exception:
@@ -203,7 +200,7 @@ def _try_signals(
     config: Config, model: torch.nn.Module, spec: InputSpec, settings: StepSettings
 ) -> dict[str, torch.Tensor]:
     """Return the step's signals for a batch of two zeros, after trying all its parts."""
-    step = build_step(config, model, spec, settings, device=torch.device("cpu"), compiled=False)
+    step = build_step(config, model, spec, settings, device=torch.device("cpu"), is_trial=True)
     scored = step.scored_signals if isinstance(step, InBatchStep) else ()
     signals = tuple(dict.fromkeys((*settings.signals, *settings.sweep_signals, *scored)))
     zeros, targets = torch.zeros(2, *spec.shape), torch.zeros(2, dtype=torch.int64)

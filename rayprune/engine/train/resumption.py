@@ -51,7 +51,7 @@ def try_checkpoint(config: Config, source: SampleSource, spec: InputSpec, setup:
     device, settings = torch.device("cpu"), StepSettings.of(setup.method, config, record)
     with torch.random.fork_rng(devices=[]):
         network = build_network(config, spec, device)
-        step = build_step(config, network, spec, settings, device=device, compiled=False)
+        step = build_step(config, network, spec, settings, device=device, is_trial=True)
         load_state(folder, network, step, device)
         with refusing(folder):
             if not position["epoch"] - 1 <= selector.epoch <= position["epoch"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,23 @@ def test_a_mistake_is_refused_before_anything_is_written(case: str, tmp_path: Pa
         train(run_config(tmp_path, **sections))
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_checks_do_not_import_torchs_compiler(optimizer: str, tmp_path: Path) -> None:
+    """It takes a second, and with workers the driver never needs it."""
+    file = tmp_path / "it.yaml"
+    file.write_text(run_config(tmp_path, optim={"name": optimizer}).to_yaml())
+    program = """
+import sys
+from rayprune.config import load_config
+from rayprune.engine.train.driver import check, open_splits
+config = load_config(sys.argv[1])
+check(config, open_splits(config))
+print(len([name for name in sys.modules if name.startswith("torch._dynamo.")]), "torch.optim" in sys.modules)
+"""
+    command = [sys.executable, "-c", program, str(file)]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=120).stdout == "0 True\n"
 
 
 def test_a_compiled_network_trains_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
