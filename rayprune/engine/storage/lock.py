@@ -24,7 +24,8 @@ from rayprune.paths import ObjectPath
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-# A lease is renewed every third of this. Who finds one waits so long for a sign of life, without comparing clocks.
+# A lease is renewed every third of this. A process that finds one waits this long for a sign of life; clocks are not
+# compared.
 _LEASE_S = 30.0
 # The longest time from a look at a free folder to the end of the write that takes it; of two, the later write wins.
 _SETTLE_S = 2.0
@@ -73,7 +74,7 @@ def _lease(folder: ObjectPath, on_lost: Callable[[], None]) -> Iterator[None]:
     _wait_until_free(file)
     looked = time.monotonic()
     _renew(file, owner, 0)
-    # After a slow write, somebody else may have the folder already: he leaves it when he next renews his lease.
+    # After a slow write, another process may have the folder already; it leaves when it next renews its own lease.
     time.sleep(_SETTLE_S if time.monotonic() - looked < _SETTLE_S else _LEASE_S)
     if (winner := _read(file)).get("owner") != owner:
         raise _in_use(folder, f" on {winner.get('host')}")
@@ -98,7 +99,7 @@ def _keep(file: ObjectPath, owner: str, ended: threading.Event, on_lost: Callabl
         number += 1
         try:
             lease = _read(file)
-            if not lease or lease.get("owner", owner) != owner:  # gone: somebody took it over, and has finished
+            if not lease or lease.get("owner", owner) != owner:  # gone: another process took over and has ended
                 host = lease.get("host", "another machine")
                 logger.error("a process on %s has taken over %s: this one saves and ends", host, file.parent)
                 on_lost()
