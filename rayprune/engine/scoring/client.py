@@ -112,8 +112,10 @@ class ScoreClient:
         return self._call(ScoreActor.absent_ranks, key, barrier)
 
     def pass_barrier(self, key: AttemptKey, barrier: Barrier, with_state: bool = True) -> EpochSnapshot | None:
-        if self.shards is None or not with_state or self.absent_ranks(key, barrier):
+        if self.shards is None or not with_state:
             return self._call(ScoreActor.pass_barrier, key, barrier, with_state)
+        if self.absent_ranks(key, barrier):
+            return None  # without another call: the ranks may have arrived since, and the state would lack the table
         # The shards first: once the epoch is closed, a shard that dies can no longer have its observations repeated.
         table = self.shards.table(key)
         snapshot = self._call(ScoreActor.pass_barrier, key, barrier, with_state)

@@ -24,7 +24,7 @@ from rayprune.engine.scoring import recorder, session
 from rayprune.engine.scoring.actor import ScoreActor
 from rayprune.engine.scoring.channel import LocalChannel
 from rayprune.engine.scoring.client import ScoreClient
-from rayprune.engine.scoring.messages import Barrier, EpochSnapshot, Moment, PlanHeader, PlanPass, RankRows
+from rayprune.engine.scoring.messages import AttemptKey, Barrier, EpochSnapshot, Moment, PlanHeader, PlanPass, RankRows
 from rayprune.engine.scoring.session import ScoringSession
 from rayprune.engine.scoring.shards import ScoreShard, ShardGroup, shard_rows
 from rayprune.engine.storage.run_folder import read_selection
@@ -246,6 +246,34 @@ def test_a_shard_that_restarts_after_the_ranks_have_arrived_changes_nothing(tmp_
         ranks.faults.write = partial(save, folder, 3, {name: array.copy() for name, array in snapshot.state.items()})
         rest, state = ranks.train(3, NUM_EPOCHS)
         assert_exact(folder, [*hashes, header.hash, *rest], state)
+
+
+def test_a_rank_that_arrives_just_after_rank_0_missed_it_leaves_the_state_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = Ranks(tmp_path, [], num_shards=2)
+    missed, arrived = threading.Event(), threading.Event()
+    look, arrive = ranks.client.absent_ranks, ranks.client.arrive
+
+    def look_too_early(key: AttemptKey, barrier: Barrier) -> list[int]:
+        absent = look(key, barrier)
+        missed.set()
+        assert arrived.wait(20)
+        return absent
+
+    def arrive_late(key: AttemptKey, barrier: Barrier, rank: int, num_pushes: int) -> list[int]:
+        if rank == 0:
+            return arrive(key, barrier, rank, num_pushes)
+        assert missed.wait(20)
+        lost = arrive(key, barrier, rank, num_pushes)
+        arrived.set()
+        return lost
+
+    monkeypatch.setattr(ranks.client, "absent_ranks", look_too_early)
+    monkeypatch.setattr(ranks.client, "arrive", arrive_late)
+    header = ranks.record_epoch(0)
+    state = ranks.meet("close", header.num_steps).state
+    assert {"table/last_visit", "table/times_pruned", "table/column/loss"} <= state.keys(), state.keys()
 
 
 @pytest.mark.parametrize("epoch", [0, 2])
