@@ -233,15 +233,20 @@ def test_a_token_error_of_ray_itself_is_one_line(cause: Exception | None, monkey
         connect("auto")
 
 
-def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(98, "Address already in use"), r"\[Errno 98\] Address already in use"),
+        (Exception("The current node timed out during startup. This could"), "The current node timed out.*"),
+    ],
+)
+def test_a_ray_that_does_not_start_is_one_line(error: Exception, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise OSError(98, "Address already in use")
+        raise error
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
-    with pytest.raises(
-        ValueError, match=r"no Ray starts on this machine \(\[Errno 98\] Address already in use\): free"
-    ):
+    with pytest.raises(ValueError, match=rf"no Ray starts on this machine \({words}\): free"):
         cluster.start_ray(address="local")
 
 
